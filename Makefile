@@ -1,0 +1,40 @@
+# make train   fresh machine: environment, built-in dataset, a few minutes of training, metrics, pictures
+# make test    fresh machine: environment, all tests that need neither a GPU, nor a network, nor minutes
+# make check   lint, types and tests, before each commit
+# make slow    the tests of several minutes each
+# make clean   remove the environment and the built-in dataset (never runs or weights)
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: train test check slow clean
+
+train: $(VENV)/ready
+	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
+
+test: $(VENV)/ready-dev
+	$(RUN) -m pytest -q
+
+check: $(VENV)/ready-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q
+
+slow: $(VENV)/ready-dev
+	$(RUN) -m pytest -q -m slow
+
+clean:
+	rm -rf $(VENV) data/digits .pytest_cache .mypy_cache .ruff_cache
+
+# The marker files come last, so a broken installation is repeated.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,98 @@
+"""Checkpoints: plain tensors and types, written atomically, their digest inside, read with weights_only=True."""
+
+import hashlib
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detection.errors import CheckpointError, OutputError
+
+FORMAT_VERSION = 1
+DIGEST_KEY = "digest"
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with its digest; a reader sees the old file or the complete new one, never a part.
+
+    Raises:
+        OutputError: the file cannot be written (disk full, no permission); the old file is untouched.
+    """
+    content = {"format": FORMAT_VERSION, **content}
+    content[DIGEST_KEY] = content_digest(content)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"checkpoint {path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU and verify its digest. Nothing in the file is ever executed.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign, or of a format version this program does not know.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        reason = (
+            "holds objects other than tensors and plain values" if zipfile.is_zipfile(path) else "is not a checkpoint"
+        )
+        raise CheckpointError(f"{path} {reason} and is refused ({str(error).splitlines()[0][:100]})") from None
+    except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
+        reason = f"{type(error).__name__} {str(error)[:100]}".splitlines()[0]
+        raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+    if not isinstance(content, dict) or DIGEST_KEY not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest")
+    expected = content.pop(DIGEST_KEY)
+    if content_digest(content) != expected:
+        raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
+    if content["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format version {content['format']}, this program reads {FORMAT_VERSION}"
+        )
+    return content
+
+
+def content_digest(content: Any) -> str:
+    """SHA-256 over everything that loading returns: every key, type, shape and value, in order."""
+    digest = hashlib.sha256()
+    _feed(digest, content)
+    return digest.hexdigest()
+
+
+def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}\n".encode())
+        for key, inner in value.items():
+            _feed(digest, key)
+            _feed(digest, inner)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)}\n".encode())
+        for inner in value:
+            _feed(digest, inner)
+    elif value is None or isinstance(value, bool | int | float | str):
+        digest.update(f"{type(value).__name__} {value!r}\n".encode())
+    else:
+        raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")

@@ -1,0 +1,71 @@
+"""Datasets of a run: the training set and the validation set that follows its labels."""
+
+from pathlib import Path
+
+from detection.data.coco import CocoDataset, FakeDataset, find_dataset
+from detection.data.digits import ensure_digits
+from detection.data.transforms import Transform
+from detection.errors import DataError, OutputError
+from detection.settings import DataSettings
+
+FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
+
+DetectionDataset = CocoDataset | FakeDataset
+
+
+def build_datasets(
+    data: DataSettings, training_size: int, validation_size: int, seed: int, num_classes: int | None
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """Training and validation set of the settings.
+
+    Args:
+        training_size, validation_size: side of the network input in pixels.
+        seed: of the run.
+        num_classes: what the settings demand; None: whatever the annotations have.
+
+    Raises:
+        DataError: nothing found, unusable annotations, or another number of classes.
+    """
+    transforms = (Transform(data, training_size, seed, training=True), Transform(data, validation_size, seed, False))
+    if data.fake:
+        names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
+        training_fake, validation_fake = (
+            FakeDataset(count, names, transform, seed + number)
+            for number, (count, transform) in enumerate(zip(FAKE_IMAGES, transforms, strict=True))
+        )
+        return training_fake, validation_fake
+    if data.builtin == "digits":
+        try:
+            if ensure_digits(Path(data.root)):
+                print(f"built-in dataset of handwritten digits made in {data.root}", flush=True)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        except OSError as error:
+            raise OutputError(f"built-in dataset cannot be written to {data.root}: {error.strerror}") from None
+    (train_file, train_images), (validation_file, validation_images) = find_dataset(data)
+    share = data.validation_fraction
+    training_set = CocoDataset(
+        train_images,
+        train_file,
+        transforms[0],
+        data.class_names,
+        fraction=None if share is None else (share, False),
+        strict=data.strict,
+    )
+    validation_set = CocoDataset(
+        validation_images,
+        validation_file,
+        transforms[1],
+        data.class_names,
+        categories=training_set.annotations.categories,
+        fraction=None if share is None else (share, True),
+        strict=data.strict,
+    )
+    names = training_set.annotations.categories.names
+    if num_classes not in (None, len(names)):
+        raise DataError(
+            f"yolo.num_classes is {num_classes}, but {train_file} has {len(names)} categories: {', '.join(names)}"
+        )
+    if not len(training_set.annotations.labels):
+        raise DataError(f"{train_file}: no usable box in any training image")
+    return training_set, validation_set

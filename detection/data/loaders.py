@@ -1,0 +1,171 @@
+"""Batches of a fixed form: which images, at which size, in which order, is a pure function of seed and step."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detection.data.transforms import Sample
+from detection.settings import SIZE_MULTIPLE
+from detection.target_assignment import PADDING_LABEL
+
+SMALLEST_BUCKET = 32  # truths per image; the padded number is this times a power of two, so few shapes occur
+# Streams of the one seed; the numbers only have to differ.
+ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
+
+Batch = dict[str, Any]
+
+
+class TrainingBatchSampler:
+    """Positions (image index, epoch, size) of every micro-batch from `first_step` to the end of the run.
+
+    The stream of images runs on across epochs, each epoch in its own order, and is cut into batches regardless of
+    where an epoch ends: no tail, nothing dropped, and any step can be computed without the ones before.
+
+    Args:
+        num_images: of the dataset.
+        batch_size: images per micro-batch.
+        subdivisions: micro-batches per optimizer step.
+        steps: (first, end): optimizer steps to produce.
+        seed: of the run.
+        size: side of the network input in pixels.
+        resize_frequency: optimizer steps between changes of the size; 0: always `size`.
+        multiscale_sizes: smallest and largest size of the changes.
+        repeat_factors: how often each image is seen per epoch, (num_images,); None: once.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        subdivisions: int,
+        steps: tuple[int, int],
+        seed: int,
+        size: int,
+        resize_frequency: int = 0,
+        multiscale_sizes: tuple[int, int] = (320, 608),
+        repeat_factors: np.ndarray | None = None,
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.subdivisions = subdivisions
+        self.first_step, self.end_step = steps
+        self.seed = seed
+        self.size = size
+        self.resize_frequency = resize_frequency
+        self.multiscale_sizes = multiscale_sizes
+        self.repeat_factors = repeat_factors
+        self.images_per_epoch = num_images if repeat_factors is None else round(float(repeat_factors.sum()))
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return (self.end_step - self.first_step) * self.subdivisions
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for micro_step in range(self.first_step * self.subdivisions, self.end_step * self.subdivisions):
+            size = self.size_of_step(micro_step // self.subdivisions)
+            positions = range(micro_step * self.batch_size, (micro_step + 1) * self.batch_size)
+            yield [(*self.image_at(position), size) for position in positions]
+
+    def image_at(self, position: int) -> tuple[int, int]:
+        """(image index, epoch) of a position in the endless stream of images."""
+        epoch, place = divmod(position, self.images_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self.order_of_epoch(epoch))
+        return int(self._order[1][place]), epoch
+
+    def order_of_epoch(self, epoch: int) -> np.ndarray:
+        """Image indices of one epoch, shuffled; (images_per_epoch,) int64."""
+        indices = np.arange(self.num_images)
+        if self.repeat_factors is not None:
+            # Systematic sampling: an image with factor 1.3 comes once or twice, 1.3 times on average, and the total
+            # is the same in every epoch.
+            ends = np.cumsum(self.repeat_factors) * (self.images_per_epoch / self.repeat_factors.sum())
+            ends[-1] = self.images_per_epoch
+            start = np.random.default_rng([self.seed, BALANCE_STREAM, epoch]).random()
+            indices = np.repeat(indices, np.diff(np.floor(ends + start).astype(np.int64), prepend=0))
+        return np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(indices)
+
+    def size_of_step(self, step: int) -> int:
+        """Side of the network input in optimizer step `step`, pixels."""
+        if not self.resize_frequency:
+            return self.size
+        smallest, largest = (size // SIZE_MULTIPLE for size in self.multiscale_sizes)
+        generator = np.random.default_rng([self.seed, SIZE_STREAM, step // self.resize_frequency])
+        return int(generator.integers(smallest, largest, endpoint=True)) * SIZE_MULTIPLE
+
+
+def collate_samples(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into tensors of a few fixed shapes.
+
+    Returns:
+        "images" (B, 3, S, S) uint8, channels_last in memory because that is how images are decoded: no transposition;
+        "boxes" (B, G, 4) float32 and "labels" (B, G) int64, padded with -1, G one of 32, 64, 128, ...;
+        "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B.
+    """
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    most = max(len(sample.labels) for sample in samples)
+    padded = SMALLEST_BUCKET
+    while padded < most:
+        padded *= 2
+    boxes = torch.zeros(len(samples), padded, 4)
+    labels = torch.full((len(samples), padded), PADDING_LABEL, dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        boxes[row, : len(sample.labels)] = torch.from_numpy(sample.boxes)
+        labels[row, : len(sample.labels)] = torch.from_numpy(sample.labels)
+    return {
+        "images": images,
+        "boxes": boxes,
+        "labels": labels,
+        "indices": torch.tensor([sample.index for sample in samples]),
+        "letterboxes": [sample.letterbox for sample in samples],
+    }
+
+
+def prepare_worker(_: int) -> None:
+    """OpenCV's own threads would fight with the workers; Ctrl-C and SIGTERM are the training process's to handle."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_training_loader(
+    dataset: Dataset, sampler: TrainingBatchSampler, num_workers: int, device: torch.device
+) -> DataLoader:
+    """Micro-batches in the sampler's order, one pass over the whole rest of the run."""
+    cv2.setNumThreads(0)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_samples,
+        worker_init_fn=prepare_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+    )
+
+
+def build_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+    """Every image once, in the dataset's order."""
+    cv2.setNumThreads(0)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate_samples,
+        worker_init_fn=prepare_worker,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+    )
+
+
+def targets_to(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images and padded targets on the device; the copy does not wait when the batch is pinned."""
+    images = batch["images"].to(device, non_blocking=True)
+    targets = {key: batch[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
+    return images, targets

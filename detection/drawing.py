@@ -1,0 +1,346 @@
+"""Boxes on images, grids of images, curves.
+
+Images are RGB uint8 (H, W, 3) on the host; boxes are xyxy in pixels of the image they are drawn on.
+"""
+
+import colorsys
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+Color = tuple[int, int, int]  # RGB, 0..255
+
+PADDING_LABEL = -1
+CROWD_LABEL = -2
+CROWD_COLOR: Color = (160, 160, 160)  # no class is grey: classes have at least 60 % saturation
+CROWD_DARK_COLOR: Color = (60, 60, 60)
+BLACK: Color = (0, 0, 0)
+WHITE: Color = (255, 255, 255)
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+SMALLEST_LETTER_PIXELS = 10  # height of a capital; below that OpenCV's letters run together
+LARGEST_LETTER_PIXELS = 40
+
+
+def class_color(label: int) -> Color:
+    """Colour of a class: the same in every picture and run, and far from that of the neighbouring labels.
+
+    Steps of the golden ratio spread any number of hues evenly around the circle.
+    """
+    hue = (label * (math.sqrt(5) - 1) / 2) % 1
+    # Hues of far-away labels come close to each other; saturation and brightness keep these apart.
+    saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.9, 0.7))[label % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    title: str | None = None,
+) -> np.ndarray:
+    """Draw boxes with the names of their classes on a copy of an image.
+
+    A box covers the pixels from x1 up to, not including, x2; its border lies inside it. What exceeds the image is
+    moved to the image's edge, so that every box shows. Tiny images are not enlarged: letters on them stay tiny.
+
+    Args:
+        image: RGB uint8 (H, W, 3).
+        boxes: (x1, y1, x2, y2) in pixels of the image, (n, 4).
+        labels: index into `class_names`, -1 for padding (not drawn), -2 for a crowd region (dashed grey), (n,).
+        class_names: name of each label.
+        scores: shown behind the names with two digits, (n,).
+        title: text of a white strip above the image.
+
+    Returns:
+        RGB uint8 (H, W, 3), higher by the strip if there is a title.
+
+    Raises:
+        ValueError: if the arrays do not fit together, a box is not a number, or a label has no name.
+    """
+    _check_image(image)
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    labels = np.asarray(labels, dtype=np.int64).reshape(-1)
+    if len(labels) != len(boxes) or (scores is not None and len(scores) != len(boxes)):
+        counts = f"{len(boxes)} boxes, {len(labels)} labels" + ("" if scores is None else f", {len(scores)} scores")
+        raise ValueError(f"cannot draw {counts}: the counts must be equal")
+    for label in labels.tolist():
+        if not CROWD_LABEL <= label < len(class_names):
+            raise ValueError(f"label {label} has no name: there are {len(class_names)} classes")
+    drawn = np.ascontiguousarray(image).copy()  # OpenCV writes only into contiguous memory
+    shown = np.flatnonzero(labels != PADDING_LABEL)
+    labels, edges = labels[shown], _whole_pixels(boxes[shown], *image.shape[:2])
+    line_pixels = max(1, round(0.003 * _side(image)))
+
+    # Crowd regions first, then from large to small: nothing covers a small box.
+    areas = (edges[:, 2] - edges[:, 0]) * (edges[:, 3] - edges[:, 1])
+    for index in np.lexsort((-areas, labels != CROWD_LABEL)):
+        if labels[index] == CROWD_LABEL:
+            _draw_dashes(drawn, edges[index], line_pixels)
+        else:
+            _draw_border(drawn, edges[index], class_color(int(labels[index])), line_pixels)
+
+    # Names last, so that no border runs through one. The surest detection chooses its place first.
+    surest_first = np.arange(len(shown)) if scores is None else np.argsort(-np.asarray(scores)[shown], kind="stable")
+    texts, colors = [], []
+    for index in surest_first:
+        label = int(labels[index])
+        score = "" if scores is None else f" {float(scores[shown[index]]):.2f}"
+        texts.append("crowd" if label == CROWD_LABEL else class_names[label] + score)
+        colors.append(CROWD_COLOR if label == CROWD_LABEL else class_color(label))
+    _draw_tags(drawn, edges[surest_first], texts, colors)
+    return drawn if title is None else _add_title(drawn, title)
+
+
+def make_grid(images: list[np.ndarray], columns: int, padding: int = 4, background: Color = WHITE) -> np.ndarray:
+    """Put images into the cells of a grid, row by row.
+
+    Args:
+        images: RGB uint8 (H, W, 3) each; sizes may differ, cells have the largest height and width, images are centred.
+        columns: images per row; fewer images than that make a shorter row.
+        padding: pixels between cells and around the grid.
+        background: colour of everything that no image covers.
+
+    Returns:
+        RGB uint8, (rows * (height + padding) + padding, columns * (width + padding) + padding, 3).
+
+    Raises:
+        ValueError: if there is no image or no column.
+    """
+    if not images or columns < 1 or padding < 0:
+        raise ValueError(f"cannot lay out {len(images)} images in {columns} columns with padding {padding}")
+    for image in images:
+        _check_image(image)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    cell_height = max(image.shape[0] for image in images)
+    cell_width = max(image.shape[1] for image in images)
+    grid_size = (rows * (cell_height + padding) + padding, columns * (cell_width + padding) + padding)
+    grid = np.full((*grid_size, 3), background, dtype=np.uint8)
+    for index, image in enumerate(images):
+        height, width = image.shape[:2]
+        row, column = divmod(index, columns)
+        top = padding + row * (cell_height + padding) + (cell_height - height) // 2
+        left = padding + column * (cell_width + padding) + (cell_width - width) // 2
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def truth_beside_detections(
+    image: np.ndarray,
+    truth_boxes: np.ndarray,
+    truth_labels: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    class_names: Sequence[str],
+) -> np.ndarray:
+    """One image twice, side by side: with its truth and with what was detected. Arguments as in `draw_boxes`."""
+    truth = draw_boxes(image, truth_boxes, truth_labels, class_names, title="truth")
+    detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections")
+    return make_grid([truth, detections], columns=2)
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write an RGB uint8 image (H, W, 3). A reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    _check_image(image)
+    # Encoded in memory, because `cv2.imwrite` only returns False when it fails, with no word about the cause.
+    encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's order is BGR
+    if not encoded:
+        raise OSError(f"{path}: OpenCV cannot encode an image of shape {image.shape} as PNG")
+    _replace_file(path, content.tobytes())
+
+
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    logarithmic: bool = False,
+) -> None:
+    """Plot named curves into one figure.
+
+    Args:
+        path: file to write; its suffix chooses the format (.png, .svg, .pdf).
+        curves: (x, y) points of each name; a NaN leaves a gap.
+        title: text above the figure.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        logarithmic: y axis in powers of ten; points at or below zero are left out.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    # Figure and canvas directly: pyplot would choose a backend for the whole process and keep every figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(curves.items()):
+        x, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
+        line_style = ("-", "--", ":", "-.")[index // 10 % 4]  # matplotlib has ten colours
+        # A line through one point is invisible, and a few points are easier to read as such.
+        axes.plot(x, y, line_style, label=name, marker="o" if len(points) < 20 else "", markersize=4, linewidth=1.5)
+    if logarithmic:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_title(title, wrap=True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:] or "png")
+    _replace_file(path, content.getvalue())
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"an image must be RGB uint8 (H, W, 3), this is {image.dtype} {image.shape}")
+
+
+def _side(image: np.ndarray) -> float:
+    """Side of the square with the image's area: lines and letters grow with it."""
+    return math.sqrt(image.shape[0] * image.shape[1])
+
+
+def _letter_pixels(image: np.ndarray) -> float:
+    return min(max(SMALLEST_LETTER_PIXELS, 0.014 * _side(image)), LARGEST_LETTER_PIXELS)
+
+
+def _whole_pixels(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Round boxes to pixels inside the image, at least one pixel wide and high, (n, 4)."""
+    if np.isnan(boxes).any():
+        raise ValueError(f"box {boxes[np.isnan(boxes).any(axis=1)][0].tolist()} has a coordinate that is not a number")
+    limits = np.array([width, height, width, height])
+    edges: np.ndarray = np.rint(np.clip(boxes, 0, limits)).astype(np.int64)
+    edges[:, :2] = np.minimum(edges[:, :2], limits[:2] - 1)
+    edges[:, 2:] = np.maximum(edges[:, 2:], edges[:, :2] + 1)
+    return edges
+
+
+def _draw_border(image: np.ndarray, edges: np.ndarray, color: Color, line_pixels: int) -> None:
+    """Draw the border of a box of whole pixels into the image, inside the box."""
+    x1, y1, x2, y2 = edges
+    box = image[y1:y2, x1:x2]
+    box[:line_pixels] = box[-line_pixels:] = color
+    box[:, :line_pixels] = box[:, -line_pixels:] = color
+
+
+def _draw_dashes(image: np.ndarray, edges: np.ndarray, line_pixels: int) -> None:
+    """Draw a border half as wide as that of an object, in dashes of light and dark grey, one of which always shows."""
+    dash_pixels = 3 + 3 * line_pixels
+    x1, y1, x2, y2 = edges
+    _draw_border(image, edges, CROWD_COLOR, thin := max(1, line_pixels // 2))
+    box = image[y1:y2, x1:x2]
+    for side in (box, box.swapaxes(0, 1)):  # both are views: the horizontal sides, then the vertical ones
+        dark = np.arange(side.shape[1]) // dash_pixels % 2 == 1
+        side[:thin, dark] = CROWD_DARK_COLOR
+        side[-thin:, dark] = CROWD_DARK_COLOR
+
+
+def _text_style(text: str, letter_pixels: float, image_width: int) -> tuple[float, int, int]:
+    """Font scale, stroke thickness and margin in pixels, smaller than asked where the text would not fit the image."""
+    (unit_width, unit_height), _ = cv2.getTextSize(text, FONT, 1.0, 1)  # measured: OpenCV 4 and 5 differ in their fonts
+    margin = max(2, round(letter_pixels / 4))
+    scale = letter_pixels / max(unit_height, 1)
+    fitting_scale = 0.97 * (image_width - 2 * margin) / max(unit_width, 1)  # letters are rounded to pixels, some up
+    return max(min(scale, fitting_scale), 0.1), max(1, round(letter_pixels / 12)), margin
+
+
+def _tag_size(text: str, letter_pixels: float, image_width: int) -> tuple[int, int]:
+    """Width and height in pixels of a text with its margins."""
+    scale, thickness, margin = _text_style(text, letter_pixels, image_width)
+    (text_width, text_height), below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
+    return text_width + 2 * margin, text_height + below_baseline + 2 * margin
+
+
+def _draw_tags(image: np.ndarray, edges: np.ndarray, texts: list[str], colors: list[Color]) -> None:
+    """Name boxes, (n, 4) in whole pixels. The first ones choose their places first and are painted last."""
+    letter_pixels = _letter_pixels(image)
+    places = np.zeros((0, 4), dtype=np.int64)
+    for box, text in zip(edges, texts, strict=True):
+        place = _place_tag(box, _tag_size(text, letter_pixels, image.shape[1]), image, places)
+        places = np.vstack((places, place))
+    for index in reversed(range(len(texts))):
+        _draw_tag(image, texts[index], places[index], letter_pixels, colors[index])
+
+
+def _place_tag(edges: np.ndarray, tag_size: tuple[int, int], image: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Choose where the name of a box goes: at a corner of the box, inside the image, where it covers least.
+
+    Args:
+        edges: the box in whole pixels, (4,).
+        tag_size: width and height of the tag in pixels.
+        image: only its size counts.
+        taken: tags that have their place, xyxy, (n, 4).
+
+    Returns:
+        Place of the tag, xyxy, (4,).
+    """
+    x1, y1, x2, y2 = edges
+    width, height = min(tag_size[0], image.shape[1]), min(tag_size[1], image.shape[0])
+    # Best first: above the box, inside its top, below, inside its bottom; each at the left, then at the right.
+    corners = np.array([(x, y) for x in (x1, x2 - width) for y in (y1 - height, y1, y2, y2 - height)])
+    corners = np.clip(corners, 0, (image.shape[1] - width, image.shape[0] - height))
+    candidates: np.ndarray = np.hstack((corners, corners + np.array((width, height))))  # (8, 4)
+    covered = _overlap_areas(candidates, taken).sum(axis=1)  # pixels of other names, (8,)
+    hidden = _overlap_areas(candidates, edges[None])[:, 0]  # pixels of the box itself, (8,)
+    covered += np.where(hidden > (x2 - x1) * (y2 - y1) / 4, hidden, 0)  # a corner of a large box may be hidden
+    best: np.ndarray = candidates[covered.argmin()]
+    return best
+
+
+def _overlap_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Pixels that boxes (n, 4) and others (m, 4) have in common, (n, m)."""
+    starts = np.maximum(boxes[:, None, :2], others[:, :2])
+    ends = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    areas: np.ndarray = (ends - starts).clip(min=0).prod(axis=2)
+    return areas
+
+
+def _draw_tag(image: np.ndarray, text: str, place: np.ndarray, letter_pixels: float, color: Color) -> None:
+    """Fill a tag with a colour and write on it in black or white, whichever stands out."""
+    x1, y1, x2, y2 = (int(edge) for edge in place)
+    image[y1:y2, x1:x2] = color
+    # Relative brightness of red, green and blue to the eye: ITU-R BT.601, section 2.5.1.
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    scale, thickness, margin = _text_style(text, letter_pixels, image.shape[1])
+    _, below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
+    baseline = (x1 + margin, y2 - margin - below_baseline)
+    cv2.putText(image, text, baseline, FONT, scale, BLACK if luminance > 127 else WHITE, thickness, cv2.LINE_AA)
+
+
+def _add_title(image: np.ndarray, title: str) -> np.ndarray:
+    letter_pixels = 1.2 * _letter_pixels(image)
+    width, height = _tag_size(title, letter_pixels, image.shape[1])
+    strip = np.full((height, image.shape[1], 3), WHITE, dtype=np.uint8)
+    _draw_tag(strip, title, np.array([0, 0, min(width, image.shape[1]), height]), letter_pixels, WHITE)
+    return np.vstack((strip, image))
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its final name first: a reader, or a full disk, never leaves half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,134 @@
+"""YOLOv3: an encoder, a top-down neck and one head per level."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.models.darknet import LEAKY_SLOPE, conv_block
+
+
+class Encoder(Protocol):
+    """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending."""
+
+    out_channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+
+class NeckStage(nn.Sequential):
+    """Five convolutions, 1x1 and 3x3 in turn; (B, in, H, W) to (B, width, H, W)."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__(
+            conv_block(in_channels, width, 1),
+            conv_block(width, 2 * width, 3),
+            conv_block(2 * width, width, 1),
+            conv_block(width, 2 * width, 3),
+            conv_block(2 * width, width, 1),
+        )
+
+
+class Head(nn.Sequential):
+    """3x3 to twice the width, then 1x1 to anchors * (5 + classes) raw values per cell."""
+
+    def __init__(self, width: int, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
+        output = nn.Conv2d(2 * width, num_anchors * (5 + num_classes), 1)
+        super().__init__(conv_block(width, 2 * width, 3), output)
+        self.num_anchors = num_anchors
+        nn.init.normal_(output.weight, std=0.01)
+        with torch.no_grad():
+            # An untrained network says "nothing here" and "any class alike": thousands of empty cells would otherwise
+            # dominate the first steps with log(2) each.
+            bias = torch.zeros(num_anchors, 5 + num_classes)
+            bias[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
+            bias[:, 5:] = -math.log(max(num_classes - 1, 1))
+            output.bias.copy_(bias.flatten())  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = super().forward(x)
+        batch_size, _, rows, columns = raw.shape
+        # With channels_last memory this is a view, (B, A, 5 + C, H, W) to (B, A, H, W, 5 + C)
+        return raw.view(batch_size, self.num_anchors, -1, rows, columns).permute(0, 1, 3, 4, 2)
+
+
+class YOLOv3(nn.Module):
+    """Images to raw predictions per level, stride ascending.
+
+    Args:
+        encoder: returns maps, stride ascending, and declares out_channels, strides, pixel_mean and pixel_std.
+        neck_channels: width of the neck per level, from the coarsest stride to the finest (512, 256, 128 in the paper).
+        anchors_per_level: stride ascending.
+        num_classes: C.
+        objectness_prior: objectness the untrained network predicts.
+        batch_norm_momentum: of every batch normalisation, the encoder's too.
+
+    Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        neck_channels: Sequence[int],
+        anchors_per_level: Sequence[int],
+        num_classes: int,
+        objectness_prior: float = 0.01,
+        batch_norm_momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.strides = tuple(encoder.strides)
+        self.neck = nn.ModuleList()
+        self.laterals = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        carried = 0  # channels handed down from the coarser level
+        for width, channels, num_anchors in zip(
+            neck_channels, reversed(encoder.out_channels), reversed(anchors_per_level), strict=True
+        ):
+            self.neck.append(NeckStage(carried + channels, width))
+            self.heads.append(Head(width, num_anchors, num_classes, objectness_prior))
+            if len(self.neck) < len(neck_channels):
+                carried = neck_channels[len(self.neck)]
+                self.laterals.append(conv_block(width, carried, 1))
+        for module in [*self.neck.modules(), *self.laterals.modules(), *self.heads.modules()]:
+            if isinstance(module, nn.Conv2d) and module.bias is None:  # the output convolutions have their own
+                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = batch_norm_momentum
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(encoder.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(encoder.pixel_std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Args:
+            images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of the coarsest stride.
+
+        Returns:
+            Raw logits per level, stride ascending, (B, A, H/stride, W/stride, 5 + C).
+
+        Raises:
+            ValueError: if H or W is not a multiple of the coarsest stride.
+        """
+        if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
+            raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        images = (images - self.pixel_mean) / self.pixel_std
+
+        outputs: list[Tensor] = []
+        carried: Tensor | None = None
+        for level, features in enumerate(reversed(self.encoder(images))):
+            if carried is not None:
+                upsampled = F.interpolate(self.laterals[level - 1](carried), scale_factor=2.0, mode="nearest")
+                features = torch.cat([upsampled, features], dim=1)
+            carried = self.neck[level](features)
+            outputs.append(self.heads[level](carried))
+        return outputs[::-1]

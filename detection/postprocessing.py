@@ -1,0 +1,111 @@
+"""Raw outputs -> detections: scores, class-wise non-maximum suppression, back to the original image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from detection.anchors import Anchors, flatten_levels
+from detection.box_coder import decode_boxes
+from detection.boxes import clip_boxes
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image was laid into the network input: scaled, then moved right and down by the padding.
+
+    Attributes:
+        scale_x, scale_y: network pixels per original pixel; equal but for rounding to whole pixels when aspect is kept.
+        left, top: padding in network pixels.
+        width, height: size of the original image in pixels.
+    """
+
+    scale_x: float
+    scale_y: float
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def to_input(self, boxes_orig: Tensor) -> Tensor:
+        """Boxes (N, 4) xyxy from original pixels to network pixels."""
+        return boxes_orig * self._scales(boxes_orig) + self._offsets(boxes_orig)
+
+    def to_original(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, 4) xyxy from network pixels to original pixels, exact inverse of `to_input`; not clipped."""
+        return (boxes - self._offsets(boxes)) / self._scales(boxes)
+
+    def _scales(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.scale_x, self.scale_y, self.scale_x, self.scale_y])
+
+    def _offsets(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.left, self.top, self.left, self.top])
+
+
+class YOLOPostprocess(nn.Module):
+    """Boxes, scores and labels of each image from the raw outputs of all levels.
+
+    Every class of a prediction whose score, objectness * class probability, exceeds the confidence threshold is a
+    candidate (multi-label); non-maximum suppression runs per class; then the best `max_detections` per class are kept,
+    which is all the COCO metric looks at.
+
+    Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767
+    """
+
+    def __init__(
+        self,
+        anchors: Anchors,
+        strides: Sequence[int],
+        confidence_threshold: float = 0.001,
+        iou_threshold: float = 0.45,
+        max_detections: int = 100,
+        class_loss: Literal["bce", "cross_entropy"] = "bce",
+    ) -> None:
+        super().__init__()
+        self.strides = list(strides)
+        self.confidence_threshold = confidence_threshold
+        self.iou_threshold = iou_threshold
+        self.max_detections = max_detections
+        self.softmax = class_loss == "cross_entropy"  # the class probability must be the one the loss trains
+        for level, level_anchors in enumerate(anchors):
+            self.register_buffer(f"anchors_{level}", torch.tensor(level_anchors, dtype=torch.float32), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Args:
+            outputs: raw logits per level, (B, A, H, W, 5 + C).
+
+        Returns:
+            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
+        """
+        anchors = [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
+        boxes = flatten_levels([decode_boxes(*level) for level in zip(outputs, anchors, self.strides, strict=True)])
+        raw = flatten_levels(outputs).float()
+        classes = raw[..., 5:].softmax(-1) if self.softmax else raw[..., 5:].sigmoid()
+        scores = raw[..., 4:5].sigmoid() * classes  # (B, P, C)
+        return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+
+    def _detections_of_image(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
+        # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.
+        prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
+        boxes, scores = boxes[prediction], scores[prediction, label]
+        kept = batched_nms(boxes, scores, label, self.iou_threshold)  # score descending
+        kept = kept[_rank_within_class(label[kept]) < self.max_detections]
+        return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}
+
+
+def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:
+    """Detections from network pixels to original pixels, cut to the image; (K, 4) to (K, 4)."""
+    return clip_boxes(letterbox.to_original(boxes), letterbox.width, letterbox.height)
+
+
+def _rank_within_class(labels: Tensor) -> Tensor:
+    """How many earlier elements have the same label; (K,) to (K,) int64."""
+    order = labels.argsort(stable=True)
+    sorted_labels = labels[order]
+    positions = torch.arange(len(labels), device=labels.device)
+    first_of_class = torch.searchsorted(sorted_labels, sorted_labels)  # leftmost position of each label
+    return torch.empty_like(positions).scatter_(0, order, positions - first_of_class)

@@ -1,0 +1,110 @@
+"""What a run shows and keeps: pictures of batches and detections, the metric table, the files of an evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.data import DetectionDataset
+from detection.data.loaders import Batch
+from detection.drawing import draw_boxes, make_grid, truth_beside_detections
+from detection.evaluation import Evaluation, write_detections
+from detection.target_assignment import CROWD_LABEL, PADDING_LABEL
+
+LARGEST_BATCH_PICTURE = 16  # images
+READABLE_SIDE = 480  # pixels; smaller images are enlarged before names are written on them
+
+METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, as the official program prints them
+    "AP": ("0.50:0.95", "all", 100),
+    "AP50": ("0.50", "all", 100),
+    "AP75": ("0.75", "all", 100),
+    "APs": ("0.50:0.95", "small", 100),
+    "APm": ("0.50:0.95", "medium", 100),
+    "APl": ("0.50:0.95", "large", 100),
+    "AR1": ("0.50:0.95", "all", 1),
+    "AR10": ("0.50:0.95", "all", 10),
+    "AR100": ("0.50:0.95", "all", 100),
+    "ARs": ("0.50:0.95", "small", 100),
+    "ARm": ("0.50:0.95", "medium", 100),
+    "ARl": ("0.50:0.95", "large", 100),
+}
+
+
+def metric_table(evaluation: Evaluation) -> list[str]:
+    """The official twelve numbers, then AP per class, as lines."""
+
+    def show(value: float | None) -> str:
+        return "not defined" if value is None else f"{value:.3f}"
+
+    lines = []
+    for name, (iou, area, count) in METRIC_CONDITIONS.items():
+        title = "Average Precision  (AP)" if name.startswith("AP") else "Average Recall     (AR)"
+        conditions = f"IoU={iou:<9} | area={area:>6} | maxDets={count:>3}"
+        lines.append(f" {title} @[ {conditions} ] = {show(evaluation.metrics[name])}")
+    width = max(len("class"), *(len(name) for name in evaluation.class_ap))
+    lines.append(f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'truths':>7}")
+    for name, (ap, ap50, truths) in evaluation.class_ap.items():
+        lines.append(f" {name:<{width}}  {show(ap):>11}  {show(ap50):>11}  {truths:>7}")
+    return lines
+
+
+def write_evaluation(
+    directory: Path, evaluation: Evaluation, dataset: DetectionDataset, step: int, settings: dict[str, Any]
+) -> None:
+    """`metrics.json` and `detections.json` (COCO result format).
+
+    Args:
+        step: optimizer steps behind the weights.
+        settings: of the evaluation: thresholds decide what the numbers mean.
+    """
+    write_detections(directory / "detections.json", dataset.annotations, evaluation.detections)
+    class_ap = {
+        name: {"AP": ap, "AP50": ap50, "truths": truths} for name, (ap, ap50, truths) in evaluation.class_ap.items()
+    }
+    content = {
+        **evaluation.metrics,
+        "boxes": len(evaluation.detections),
+        "step": step,
+        "losses": evaluation.losses,
+        "class_AP": class_ap,
+        "backend": evaluation.backend,
+        "settings": settings,
+    }
+    (directory / "metrics.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
+    """The images exactly as the network sees them, with their boxes, as one RGB grid."""
+    images = batch["images"][:LARGEST_BATCH_PICTURE].permute(0, 2, 3, 1).numpy()
+    drawn = []
+    for image, boxes, labels in zip(images, batch["boxes"].numpy(), batch["labels"].numpy(), strict=False):
+        real = labels != PADDING_LABEL
+        drawn.append(draw_boxes(image, boxes[real], labels[real], names))
+    return make_grid(drawn, columns=min(4, len(drawn)))
+
+
+def draw_detections(
+    dataset: DetectionDataset, evaluation: Evaluation, threshold: float, count: int
+) -> np.ndarray | None:
+    """Truth beside detections with a score of at least `threshold`, for images spread evenly over the dataset."""
+    annotations = dataset.annotations
+    pictures = []
+    for index in np.linspace(0, len(annotations) - 1, min(count, len(annotations)), dtype=int).tolist():
+        rows = slice(annotations.first_box[index], annotations.first_box[index + 1])
+        found = evaluation.detections.of_image(index)
+        shown = found.scores >= threshold
+        image = dataset.load_image(index)
+        factor = max(1, round(READABLE_SIDE / max(image.shape[:2])))
+        pictures.append(
+            truth_beside_detections(
+                image.repeat(factor, axis=0).repeat(factor, axis=1),
+                annotations.boxes[rows] * factor,
+                np.where(annotations.crowd[rows], CROWD_LABEL, annotations.labels[rows]),
+                found.boxes[shown] * factor,
+                found.labels[shown],
+                found.scores[shown],
+                annotations.categories.names,
+            )
+        )
+    return make_grid(pictures, columns=2) if pictures else None

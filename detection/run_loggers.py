@@ -1,0 +1,222 @@
+"""Everything a run writes down while it trains: numbers, pictures and lines of text, behind one small interface.
+
+In the run directory: `metrics.jsonl` (all numbers), `results.csv` (one row per evaluation), `train.log` (lines),
+TensorBoard events (numbers and pictures).
+"""
+
+import json
+import math
+import os
+import posixpath
+import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+STEP = "step"
+
+
+class RunLogger:
+    """Writes one run directory; made by one process of the run. Use as a context manager, or call `close`.
+
+    Each row is handed to the operating system before the method returns, so a killed process loses nothing.
+    Every method raises OSError if its file cannot be written.
+    """
+
+    def __init__(self, directory: Path, resume_step: int | None = None) -> None:
+        """Open the files of a run, new or continued.
+
+        Args:
+            directory: the run directory; made if absent. Existing files are continued, never emptied.
+            resume_step: last step that the continued run need not repeat. Rows of later steps, which will come again,
+                are moved to `<name>.discarded`; TensorBoard hides them.
+
+        Raises:
+            OSError: if the directory or a file cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics_path, results_path = directory / "metrics.jsonl", directory / "results.csv"
+        last_step = math.inf if resume_step is None else resume_step
+        moved_rows = {
+            metrics_path.name: _move_rows(metrics_path, _step_of_json, last_step),
+            results_path.name: _move_rows(results_path, _step_of_csv, last_step),
+        }
+        with ExitStack() as opened:
+            self._log = opened.enter_context(_open_to_append(directory / "train.log"))
+            self._metrics = opened.enter_context(_open_to_append(metrics_path))
+            self._results = opened.enter_context(_open_to_append(results_path))
+            self._columns = _read_columns(results_path)
+            for name, count in moved_rows.items():
+                if count:
+                    self.line(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
+            self._tensorboard = self._open_tensorboard(directory, resume_step)
+            if self._tensorboard is not None:
+                opened.callback(self._tensorboard.close)
+            self._opened = opened.pop_all()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write numbers of one step to `metrics.jsonl` and TensorBoard.
+
+        Args:
+            step: optimizer steps done.
+            values: Python numbers by tag; NaN and infinity become null. Tensors are refused: reading one waits for
+                the device, and such a wait must be visible in the training loop.
+
+        Raises:
+            TypeError: if a value is not a number.
+            ValueError: if a tag is not legal in TensorBoard and MLflow.
+        """
+        self._write_numbers(step, values)
+
+    def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
+        """Write the metrics of one evaluation as a row of `results.csv`, to `metrics.jsonl` and to TensorBoard.
+
+        The first row ever fixes the columns. None (not defined, such as the AP of absent small objects), NaN and
+        infinity leave their field empty.
+
+        Args:
+            step: optimizer steps done.
+            row: numbers by tag, as in `scalars`.
+        """
+        self._write_numbers(step, row)
+        if self._columns is None:
+            self._columns = list(row)
+            self._results.write(",".join([STEP, *self._columns]) + "\n")
+        fields = [_finite_or_none(row.get(column)) for column in self._columns]
+        # No quoting needed: a legal tag has no comma, quote or line end.
+        self._results.write(",".join([str(step), *("" if field is None else repr(field) for field in fields)]) + "\n")
+        without_column = [tag for tag in row if tag not in self._columns]
+        if without_column:
+            self.line(f"results.csv has no column {', '.join(without_column)}: written to metrics.jsonl only")
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Show a picture in TensorBoard; without TensorBoard nothing happens.
+
+        Args:
+            step: optimizer steps done.
+            tag: as in `scalars`.
+            image: RGB uint8 (H, W, 3).
+        """
+        _check_tag(tag)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"{tag}: an image must be RGB uint8 (H, W, 3), this is {image.dtype} {image.shape}")
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(tag, image, step, dataformats="HWC")
+            self._tensorboard.flush()
+
+    def line(self, text: str) -> None:
+        """Append a line to `train.log` and print it, above the progress bar if there is one."""
+        self._log.write(text + "\n")
+        encoding = sys.stdout.encoding or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)  # a class name must not stop a run
+        with tqdm.external_write_mode():  # takes the bars away while we print, as `tqdm.write` does
+            print(printable, flush=True)
+
+    def close(self) -> None:
+        """Close all files, also those after one that fails."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # otherwise the first error is the one to report
+                raise
+
+    def _open_tensorboard(self, directory: Path, resume_step: int | None) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.line("TensorBoard is not installed: no event files (pip install tensorboard)")
+            return None
+        # TensorBoard purges the steps >= purge_step; the resumed step itself is not repeated.
+        return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
+
+    def _write_numbers(self, step: int, values: Mapping[str, float | None]) -> None:
+        if not isinstance(step, int):
+            raise TypeError(f"step must be an int, not {type(step).__name__}")
+        for tag, value in values.items():
+            _check_tag(tag)
+            if value is not None and not isinstance(value, (int, float)):
+                raise TypeError(f"{tag} must be a Python number, not {type(value).__name__}: convert it with float()")
+        row = {STEP: step} | {tag: _finite_or_none(value) for tag, value in values.items()}
+        self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            for tag, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(tag, value, step)
+            self._tensorboard.flush()
+
+
+def _check_tag(tag: str) -> None:
+    """Refuse what MLflow refuses (`mlflow/utils/validation.py`); TensorBoard allows more."""
+    if not re.fullmatch(r"[\w\-. :/]+", tag):
+        raise ValueError(f"tag {tag!r}: allowed are letters, digits, _ - . space : and /")
+    if posixpath.normpath(tag) != tag or tag.startswith(("/", "..")) or tag in (".", STEP):
+        raise ValueError(f"tag {tag!r}: must be a plain relative path such as loss/box, and not {STEP!r}")
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    """JSON knows neither NaN nor infinity. Also turns NumPy's subclasses of float into plain ones."""
+    if value is None or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _open_to_append(path: Path) -> TextIO:
+    # Line buffered: each complete row goes to the operating system at once.
+    return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _step_of_json(row: str) -> float:
+    return int(json.loads(row)[STEP])
+
+
+def _step_of_csv(row: str) -> float:
+    first_field = row.split(",")[0]
+    return -math.inf if first_field == STEP else int(first_field)  # the header always stays
+
+
+def _read_columns(path: Path) -> list[str] | None:
+    """Columns of `results.csv` without the step; None while it has no header."""
+    with open(path, encoding="utf-8") as file:
+        header = file.readline().rstrip("\n")
+    return header.split(",")[1:] if header else None
+
+
+def _move_rows(path: Path, step_of_row: Callable[[str], float], last_step: float) -> int:
+    """Move the rows after a step, and those torn by a crash, to `<name>.discarded`. A crash here loses no row.
+
+    Returns:
+        Rows moved.
+    """
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    moved: list[str] = []
+    for row in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            stays = row.endswith("\n") and step_of_row(row.strip()) <= last_step
+        except (ValueError, KeyError, TypeError):
+            stays = False
+        (kept if stays else moved).append(row)
+    if moved:
+        with open(path.with_name(f"{path.name}.discarded"), "a", encoding="utf-8", newline="\n") as discarded:
+            discarded.writelines(row.rstrip("\n") + "\n" for row in moved)
+            discarded.flush()
+            os.fsync(discarded.fileno())
+        shortened = path.with_name(f"{path.name}.tmp")
+        shortened.write_text("".join(kept), encoding="utf-8", newline="\n")
+        os.replace(shortened, path)
+    return len(moved)

@@ -1,0 +1,102 @@
+"""Learning rate as a pure function of the step: resuming needs no scheduler state, plotting needs no network."""
+
+import math
+from dataclasses import dataclass
+
+from detection.settings import SchedulerSettings
+
+BIAS_GROUP = "biases"
+
+
+def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
+    """Optimizer steps of a duration: 5000 is itself, "12ep" is 12 epochs, rounded."""
+    if isinstance(duration, int):
+        return duration
+    return round(float(duration.removesuffix("ep")) * steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of every step; all durations in optimizer steps, `args.yaml` explains the names.
+
+    Source: warm-up power 4, Darknet's `burn_in`; cosine restarts, SGDR, https://arxiv.org/abs/1608.03983
+    """
+
+    strategy: str
+    learning_rate: float
+    warmup: int
+    index: tuple[int, ...]
+    scale: tuple[float, ...]
+    first_cycle: int
+    cycle_growth: int
+    eta_min: float
+    milestones: tuple[int, ...]
+    gamma: float
+    warmup_start_factor: float
+    warmup_bias_lr: float | None
+
+    def at(self, step: int, group: str = "weights") -> float:
+        """Learning rate of optimizer step `step` (the first is 0) for a parameter group."""
+        if self.strategy == "WarmupMultiStepLR":
+            return self._multi_step(step, group)
+        # step + 1: the first step already moves, as in Darknet, which counts the batch before it updates
+        rise = min((step + 1) / self.warmup, 1.0) ** 4 if self.warmup else 1.0
+        if self.strategy == "LambdaLR":
+            return self.learning_rate * rise * self.scale[sum(step >= begin for begin in self.index)]
+        if self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
+            return self.learning_rate * rise if step < self.warmup else self._cosine(step - self.warmup)
+        return self.learning_rate * rise
+
+    def _cosine(self, step: int) -> float:
+        length = self.first_cycle
+        if self.cycle_growth == 1:
+            step %= length
+        else:
+            # lengths T, 2T, 4T, ...: cycle n begins at T * (2^n - 1)
+            cycle = (step // length + 1).bit_length() - 1
+            step -= length * (2**cycle - 1)
+            length *= 2**cycle
+        return self.eta_min + (self.learning_rate - self.eta_min) * (1 + math.cos(math.pi * step / length)) / 2
+
+    def _multi_step(self, step: int, group: str) -> float:
+        if step < self.warmup:
+            if group == BIAS_GROUP and self.warmup_bias_lr is not None:
+                return self.warmup_bias_lr
+            return self.learning_rate * (self.warmup_start_factor + (1 - self.warmup_start_factor) * step / self.warmup)
+        return self.learning_rate * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
+def build_schedule(
+    scheduler: SchedulerSettings, learning_rate: float, total_steps: int, steps_per_epoch: float
+) -> Schedule:
+    """Resolve all durations.
+
+    Raises:
+        ValueError: milestones or index are not ascending once epochs are steps.
+    """
+
+    def steps(duration: int | str) -> int:
+        return resolve_steps(duration, steps_per_epoch)
+
+    warmup = steps(scheduler.warmup)
+    index, milestones = tuple(map(steps, scheduler.index)), tuple(map(steps, scheduler.milestones))
+    for name, values in (("index", index), ("milestones", milestones)):
+        if list(values) != sorted(values):
+            raise ValueError(
+                f"scheduler.{name}: must be ascending, is {list(values)} steps at {steps_per_epoch:.1f} steps per epoch"
+            )
+    first_cycle = max(total_steps - warmup, 1) if scheduler.T_0 is None else max(steps(scheduler.T_0), 1)
+    return Schedule(
+        scheduler.strategy,
+        learning_rate,
+        warmup,
+        index,
+        scheduler.scale,
+        first_cycle,
+        scheduler.T_mult,
+        scheduler.eta_min,
+        milestones,
+        scheduler.gamma,
+        scheduler.warmup_start_factor,
+        scheduler.warmup_bias_lr,
+    )

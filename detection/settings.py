@@ -1,0 +1,489 @@
+"""Settings of a run: `args.yaml` + overlays + `key=value` words, validated into frozen sections. Imports no torch.
+
+Order of precedence, lowest first: args.yaml, each `--config` overlay in turn, `key.path=value` words, flags.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from detection.errors import SettingsError
+
+SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
+
+
+def check_duration(value: int | str) -> int | str:
+    """A duration is a number of optimizer steps (5000) or of epochs ("12ep"); `schedules.resolve_steps` counts it."""
+    if value >= 0 if isinstance(value, int) else re.fullmatch(r"\d+(\.\d+)?ep", value):
+        return value
+    raise ValueError('must be a number of steps (5000) or of epochs ("12ep")')
+
+
+def check_size(value: int) -> int:
+    if value <= 0 or value % SIZE_MULTIPLE:
+        raise ValueError(f"must be a positive multiple of {SIZE_MULTIPLE}")
+    return value
+
+
+def check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("must be [smallest, largest]")
+    return value
+
+
+Duration = Annotated[int | str, AfterValidator(check_duration)]
+Size = Annotated[int, AfterValidator(check_size)]
+Range = Annotated[tuple[float, float], AfterValidator(check_range)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+GreyLevel = Annotated[int, Field(ge=0, le=255)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSettings(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
+    logs_path: str
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|hpu|cuda(:\d+)?)$")]
+    precision: Literal["auto", "bf16", "fp16", "off"]
+    channels_last: bool
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    log_frequency: Count
+
+
+class MultiplicativeNoise(Section):
+    p: Probability
+    multiplier: Range
+    per_channel: bool
+    elementwise: bool
+
+
+class CLAHE(Section):
+    p: Probability
+    clip_limit: Range
+    tile_grid_size: tuple[Count, Count]
+
+
+class Posterize(Section):
+    p: Probability
+    num_bits: tuple[Annotated[int, Field(ge=1, le=7)], Annotated[int, Field(ge=1, le=7)]]
+
+
+class ToGray(Section):
+    p: Probability
+
+
+class RandomBrightnessContrast(Section):
+    p: Probability
+    brightness_limit: Probability
+    contrast_limit: Probability
+
+
+class RGBShift(Section):
+    p: Probability
+    r_shift_limit: GreyLevel
+    g_shift_limit: GreyLevel
+    b_shift_limit: GreyLevel
+
+
+class ColorJitter(Section):
+    p: Probability
+    brightness: Range
+    contrast: Range
+    saturation: Range
+    hue: Annotated[
+        tuple[Annotated[float, Field(ge=-0.5)], Annotated[float, Field(le=0.5)]], AfterValidator(check_range)
+    ]
+
+
+class GaussNoise(Section):
+    p: Probability
+    std_range: Annotated[tuple[Probability, Probability], AfterValidator(check_range)]
+
+
+class RandomFog(Section):
+    p: Probability
+    fog_coef_range: Annotated[tuple[Probability, Probability], AfterValidator(check_range)]
+    alpha_coef: Probability
+
+
+class Flip(Section):
+    p: Probability
+
+
+class Affine(Section):
+    p: Probability
+    scale: Annotated[tuple[Positive, Positive], AfterValidator(check_range)]
+    translate_percent: Range
+    rotate: Range
+    shear: Range
+    rotate_method: Literal["largest_box", "ellipse"]
+
+
+class AugmentationSettings(Section):
+    multiplicative_noise: MultiplicativeNoise
+    clahe: CLAHE
+    posterize: Posterize
+    to_gray: ToGray
+    random_brightness_contrast: RandomBrightnessContrast
+    rgb_shift: RGBShift
+    color_jitter: ColorJitter
+    gauss_noise: GaussNoise
+    random_fog: RandomFog
+    horizontal_flip: Flip
+    vertical_flip: Flip
+    affine: Affine
+    min_visibility: Probability
+
+
+class DataSettings(Section):
+    root: str
+    builtin: Literal["digits"] | None
+    train_annotations: str | None
+    train_images: str | None
+    validation_annotations: str | None
+    validation_images: str | None
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+    class_names: tuple[str, ...] | None
+    balance: Literal["none", "repeat_factor"]
+    balance_threshold: Annotated[float, Field(gt=0, le=1)]
+    fake: bool
+    num_workers: Annotated[int, Field(ge=0)]
+    keep_aspect: bool
+    interpolation: Literal["linear", "area", "cubic"]
+    fill: tuple[GreyLevel, GreyLevel, GreyLevel]
+    strict: bool
+    augmentation: AugmentationSettings
+
+    @model_validator(mode="after")
+    def check_names(self) -> "DataSettings":
+        if self.class_names is not None and len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class_names: a name occurs twice")
+        if self.class_names == ():
+            raise ValueError("class_names: must not be empty")
+        return self
+
+
+class YoloSettings(Section):
+    encoder: Literal["darknet", "mobilenet_v3_large", "mobilenet_v3_small"]
+    neck_channels: tuple[Count, Count, Count]
+    num_classes: Count | None
+    anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
+    loss: Literal["darknet"]
+    class_loss: Literal["bce", "cross_entropy"]
+    ignore_threshold: Probability
+    objectness_prior: Annotated[float, Field(gt=0, lt=1)]
+    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def check_anchors(self) -> "YoloSettings":
+        if len(self.anchors) != len(self.neck_channels) or any(not level for level in self.anchors):
+            raise ValueError(f"anchors: {len(self.neck_channels)} levels with at least one anchor each are needed")
+        return self
+
+
+class TrainSettings(Section):
+    batch_size: Count
+    subdivisions: Count
+    steps: Duration
+    image_size: Size
+    resize_frequency: Annotated[int, Field(ge=0)]
+    multiscale_sizes: Annotated[tuple[Size, Size], AfterValidator(check_range)]
+    optimizer: Literal["adam", "adamw", "sgd"]
+    learning_rate: NotNegative
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NotNegative
+    clip_norm: Positive | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    ema_ramp: Duration
+    unfreeze_step: Duration
+    save_frequency: Duration
+    patience: Count | None
+
+
+class SchedulerSettings(Section):
+    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
+    warmup: Duration
+    index: tuple[Duration, ...]
+    scale: tuple[NotNegative, ...]
+    T_0: Duration | None
+    T_mult: Literal[1, 2]
+    eta_min: NotNegative
+    milestones: tuple[Duration, ...]
+    gamma: NotNegative
+    warmup_start_factor: Probability
+    warmup_bias_lr: NotNegative | None
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> "SchedulerSettings":
+        if self.strategy == "LambdaLR" and len(self.scale) != len(self.index) + 1:
+            raise ValueError(f"scale: needs one value more than index ({len(self.index) + 1}), has {len(self.scale)}")
+        for name in ("index", "milestones"):
+            check_ascending(name, getattr(self, name))
+        return self
+
+
+class EvaluationSettings(Section):
+    evaluate_frequency: Duration
+    image_size: Size
+    batch_size: Count | None
+    confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
+    iou_threshold: Probability
+    max_detections: Count
+    backend: Literal["auto", "pycocotools", "faster_coco_eval"]
+    visualization_threshold: Probability
+    visualize_images: Annotated[int, Field(ge=0)]
+
+
+class Settings(Section):
+    run: RunSettings
+    data: DataSettings
+    yolo: YoloSettings
+    train: TrainSettings
+    scheduler: SchedulerSettings
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def check_together(self) -> "Settings":
+        names, count = self.data.class_names, self.yolo.num_classes
+        if names is not None and count is not None and len(names) != count:
+            raise ValueError(f"data.class_names: has {len(names)} names, but yolo.num_classes is {count}")
+        if self.data.fake and self.data.class_names is None and self.yolo.num_classes is None:
+            raise ValueError("data.fake: synthetic data needs yolo.num_classes or data.class_names")
+        for name in ("steps", "save_frequency"):
+            if getattr(self.train, name) in (0, "0ep"):
+                raise ValueError(f"train.{name}: must be greater than 0")
+        if self.evaluation.evaluate_frequency in (0, "0ep"):
+            raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
+        return self
+
+
+def check_ascending(name: str, durations: Sequence[int | str]) -> None:
+    """Refuse durations that do not rise; steps and epochs cannot be compared before the dataset is known."""
+    for unit in (int, str):
+        values = [float(str(value).removesuffix("ep")) for value in durations if isinstance(value, unit)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(values)):
+            raise ValueError(f"{name}: must be ascending, is {list(durations)}")
+
+
+# Flat names of seed 002's args.yaml -> where the setting lives here.
+FLAT_NAMES = {
+    "name": "run.name",
+    "logs_path": "run.logs_path",
+    "device": "run.device",
+    "seed": "run.seed",
+    "data_path": "data.root",
+    "num_workers": "data.num_workers",
+    "classes": "data.class_names",
+    "encoder": "yolo.encoder",
+    "num_classes": "yolo.num_classes",
+    "anchors": "yolo.anchors",
+    "ignore_threshold": "yolo.ignore_threshold",
+    "batch_size": "train.batch_size",
+    "subdivisions": "train.subdivisions",
+    "steps": "train.steps",
+    "train_img_size": "train.image_size",
+    "resize_frequency": "train.resize_frequency",
+    "learning_rate": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    "unfreeze_step": "train.unfreeze_step",
+    "evaluate_frequency": "evaluation.evaluate_frequency",
+    "val_img_size": "evaluation.image_size",
+    "confidence_threshold": "evaluation.confidence_threshold",
+    "iou_threshold": "evaluation.iou_threshold",
+    "visualization_threshold": "evaluation.visualization_threshold",
+}
+# Settings of seed 002 that have another form here.
+REPLACED_NAMES = {
+    "continue_training": "use --resume DIRECTORY",
+    "checkpoint": "use --resume DIRECTORY",
+    "epoch_num": "use --resume DIRECTORY",
+    "epochs": 'use train.steps, e.g. train.steps="12ep"',
+    "output_path": "use run.logs_path",
+    "train_ratio": "use data.validation_fraction",
+    "val_ratio": "the whole validation set is evaluated",
+    "metric_ratio": "the whole validation set is evaluated",
+    "visualize_ratio": "use evaluation.visualize_images",
+}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe loading by the YAML 1.2 rules users expect: `1e-3` is a number, `off` is a word, a key occurs once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise SettingsError(f"key {key!r} occurs twice in one section ({node.start_mark})")
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; a mistake is one line naming `where`."""
+    try:
+        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader subclass)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of sections, is a {type(content).__name__}")
+    return content
+
+
+def load_settings(
+    defaults: Path | Settings,
+    overlays: Sequence[Path] = (),
+    words: Sequence[str] = (),
+    flags: dict[str, Any] | None = None,
+) -> tuple[Settings, list[str]]:
+    """Merge and validate all sources.
+
+    Args:
+        defaults: the complete `args.yaml`, or the settings of a run that is continued.
+        overlays: files with some of its keys, later ones win.
+        words: `key.path=value`, value in YAML syntax.
+        flags: full path -> value, from the command line's flags.
+
+    Returns:
+        The frozen settings, and one notice per flat name that was translated.
+
+    Raises:
+        SettingsError: unknown key (with the nearest valid one), wrong type or impossible value.
+    """
+    tree = defaults.model_dump(mode="json") if isinstance(defaults, Settings) else read_settings_file(defaults)
+    known = leaf_paths(tree)
+    notices: list[str] = []
+    for path in overlays:
+        for key, value in leaf_items(read_settings_file(path)):
+            set_leaf(tree, known, key, value, str(path), notices)
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"{word!r}: expected a setting as key.path=value, e.g. train.batch_size=32")
+        value = read_yaml(text, word)
+        items = (
+            [(f"{key}.{inner}", leaf) for inner, leaf in leaf_items(value)]
+            if isinstance(value, dict)
+            else [(key, value)]
+        )
+        for inner, leaf in items:
+            set_leaf(tree, known, inner, leaf, "command line", notices)
+    for key, value in (flags or {}).items():
+        set_leaf(tree, known, key, value, "command line", notices)
+    return validate(tree), notices
+
+
+def validate(tree: dict[str, Any]) -> Settings:
+    """Turn a complete nested mapping (a resolved file, a checkpoint's copy) into `Settings`; one line on error."""
+    try:
+        return Settings.model_validate(_tuples(tree))
+    except ValidationError as error:
+        lines: list[str] = []
+        for item in error.errors():
+            path = ".".join(
+                str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-"))
+            )
+            path = re.sub(r"\.(int|str)$", "", path)
+            message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            if isinstance(item["input"], dict | BaseModel):
+                line = f"{path}.{message}" if path else message
+            else:
+                line = f"{path} = {_lists(item['input'])!r}: {message}"
+            if path not in {earlier.split(" = ")[0] for earlier in lines}:
+                lines.append(line)
+        raise SettingsError("; ".join(lines)) from None
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved settings as YAML text that `load_settings` reads back to the same value."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            items.extend(leaf_items(value, f"{prefix}{key}."))
+        else:
+            items.append((f"{prefix}{key}", value))
+    return items
+
+
+def leaf_paths(tree: dict[str, Any]) -> list[str]:
+    return [path for path, _ in leaf_items(tree)]
+
+
+def changed_settings(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
+    """Full path -> (old value, new value) of every setting in which the two differ."""
+    before, after = dict(leaf_items(old.model_dump(mode="json"))), dict(leaf_items(new.model_dump(mode="json")))
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
+
+
+def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, notices: list[str]) -> None:
+    if key not in known and key in FLAT_NAMES:
+        notices.append(f"{where}: {key} means {FLAT_NAMES[key]}")
+        key = FLAT_NAMES[key]
+    if key not in known:
+        if key in REPLACED_NAMES:
+            raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
+        if any(path.startswith(f"{key}.") for path in known):
+            raise SettingsError(f"{where}: {key} is a section, not a value")
+        candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES], n=1, cutoff=0.0)
+        by_last_part = difflib.get_close_matches(
+            key.rpartition(".")[2], [path.rpartition(".")[2] for path in known], n=1, cutoff=0.75
+        )
+        nearest = next((path for path in known if by_last_part and path.endswith("." + by_last_part[0])), candidates[0])
+        raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
+    *sections, last = key.split(".")
+    branch = tree
+    for section in sections:
+        branch = branch[section]
+    branch[last] = value
+
+
+def _tuples(value: Any) -> Any:
+    """Lists to tuples at any depth: frozen settings hold no lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+
+
+def _lists(value: Any) -> Any:
+    """Tuples back to lists: a message shows the value as the user wrote it."""
+    return [_lists(inner) for inner in value] if isinstance(value, tuple) else value

@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from detection.box_coder import decode_boxes, encode_boxes
+from detection.boxes import cxcywh_to_xyxy
+
+ANCHORS = torch.tensor([[10.0, 13.0], [33.0, 23.0], [59.0, 119.0]])
+
+
+def logit(share: Tensor) -> Tensor:
+    return (share / (1 - share)).log()
+
+
+def test_decode_one_cell_by_hand() -> None:
+    """Anchor 1 (33 x 23), row 2, column 5, stride 16; the other cells of that anchor and level stay at raw 0."""
+    raw = torch.zeros(1, 3, 4, 7, 6)
+    raw[0, 1, 2, 5, :4] = torch.tensor([math.log(3), -math.log(3), math.log(2), math.log(0.5)])
+    # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4: centre ((5 + 0.75) * 16, (2 + 0.25) * 16) = (92, 36)
+    # size (33 * 2, 23 / 2) = (66, 11.5)
+    boxes = decode_boxes(raw, ANCHORS, stride=16)
+    assert boxes.shape == (1, 3, 4, 7, 4)
+    torch.testing.assert_close(boxes[0, 1, 2, 5], torch.tensor([92 - 33, 36 - 5.75, 92 + 33, 36 + 5.75]))
+    # raw 0 is the anchor in the middle of the cell: row 3, column 0 has its centre at (8, 56)
+    torch.testing.assert_close(boxes[0, 2, 3, 0], torch.tensor([8 - 29.5, 56 - 59.5, 8 + 29.5, 56 + 59.5]))
+
+
+def test_decode_against_loop() -> None:
+    raw = torch.randn(2, 3, 3, 5, 9, generator=torch.Generator().manual_seed(0))
+    boxes = decode_boxes(raw, ANCHORS, stride=8)
+    for image in range(2):
+        for anchor, (anchor_width, anchor_height) in enumerate(ANCHORS.tolist()):
+            for row in range(3):
+                for column in range(5):
+                    x, y, width, height = raw[image, anchor, row, column, :4].tolist()
+                    x, y = (column + 1 / (1 + math.exp(-x))) * 8, (row + 1 / (1 + math.exp(-y))) * 8
+                    width, height = anchor_width * math.exp(width), anchor_height * math.exp(height)
+                    expected = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+                    assert boxes[image, anchor, row, column].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "columns", "stride"), [(4, 4, 32), (2, 9, 16), (13, 5, 8), (1, 1, 32)])
+def test_decode_inverts_encode(rows: int, columns: int, stride: int) -> None:
+    """One random box per cell and anchor: encode, write the values into a raw output, decode."""
+    generator = torch.Generator().manual_seed(rows)
+    shape = (2, 3, rows, columns)
+    column = torch.arange(columns).expand(shape)
+    row = torch.arange(rows)[:, None].expand(shape)
+    share = torch.rand(*shape, 2, generator=generator) * 0.9 + 0.05
+    cells = torch.stack([column, row], dim=-1).float()
+    size = torch.exp(torch.randn(*shape, 2, generator=generator) + 3)
+    boxes_cxcywh = torch.cat([(cells + share) * stride, size], dim=-1)
+    anchors = ANCHORS[:, None, None].expand(*shape, 2)
+
+    encoded_share, raw_wh = encode_boxes(boxes_cxcywh, anchors, cells, torch.full(shape, float(stride)))
+    torch.testing.assert_close(encoded_share, share, atol=1e-5, rtol=1e-5)
+    decoded = decode_boxes(torch.cat([logit(encoded_share), raw_wh], dim=-1), ANCHORS, stride)
+    torch.testing.assert_close(decoded, cxcywh_to_xyxy(boxes_cxcywh), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 7)])
+def test_encode_inverts_decode(rows: int, columns: int) -> None:
+    raw = torch.randn(2, 3, rows, columns, 4, generator=torch.Generator().manual_seed(columns))
+    boxes = decode_boxes(raw, ANCHORS, 16)
+    boxes_cxcywh = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    cells = torch.stack([column, row], dim=-1).float().expand(2, 3, rows, columns, 2)
+    anchors = ANCHORS[:, None, None].expand_as(cells)
+    share, raw_wh = encode_boxes(boxes_cxcywh, anchors, cells, torch.full(cells.shape[:-1], 16.0))
+    torch.testing.assert_close(share, raw[..., :2].sigmoid(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(raw_wh, raw[..., 2:], atol=1e-4, rtol=1e-4)
+
+
+def test_encode_by_hand() -> None:
+    """Boxes of different levels in one call: each has its own anchor, cell and stride."""
+    boxes_cxcywh = torch.tensor([[[92.0, 36.0, 66.0, 11.5], [416.0, 208.0, 10.0, 26.0]]])
+    anchors = torch.tensor([[[33.0, 23.0], [10.0, 13.0]]])
+    cells = torch.tensor([[[5.0, 2.0], [51.0, 26.0]]])  # the second box has its centre on the right border
+    share, raw_wh = encode_boxes(boxes_cxcywh, anchors, cells, torch.tensor([[16.0, 8.0]]))
+    # 92 / 16 - 5, 36 / 16 - 2; 416 / 8 - 51, 208 / 8 - 26
+    assert share.tolist() == [[[0.75, 0.25], [1.0, 0.0]]]
+    torch.testing.assert_close(raw_wh, torch.tensor([[[math.log(2), math.log(0.5)], [0, math.log(2)]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decode_of_half_precision_is_float32(dtype: torch.dtype) -> None:
+    """All arithmetic is float32: rounding the raw values first is the only loss."""
+    raw = (torch.randn(1, 3, 4, 4, 8, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    boxes = decode_boxes(raw, ANCHORS, 32)
+    assert boxes.dtype == torch.float32
+    assert torch.equal(boxes, decode_boxes(raw.float(), ANCHORS, 32))
+
+
+def test_decode_reads_only_the_first_four_values() -> None:
+    raw = torch.randn(1, 3, 2, 2, 10, generator=torch.Generator().manual_seed(2))
+    changed = raw.clone()
+    changed[..., 4:] = float("nan")
+    assert torch.equal(decode_boxes(changed, ANCHORS, 8), decode_boxes(raw, ANCHORS, 8))
+
+
+def test_decode_refuses_another_number_of_anchors() -> None:
+    with pytest.raises(ValueError, match="2 anchors per cell, expected 3"):
+        decode_boxes(torch.zeros(1, 2, 4, 4, 6), ANCHORS, 8)

@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from detection.boxes import (
+    box_area,
+    clip_boxes,
+    cxcywh_to_xyxy,
+    pairwise_intersection,
+    pairwise_iou,
+    pairwise_wh_iou,
+    xyxy_to_cxcywh,
+)
+
+
+def random_boxes(*shape: int, seed: int = 0, size: float = 100.0) -> Tensor:
+    """Valid boxes, some partly left of or above the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = (torch.rand(*shape, 2, generator=generator) - 0.2) * size
+    return torch.cat([corner, corner + torch.rand(*shape, 2, generator=generator) * size], dim=-1)
+
+
+def slow_intersection(box_1: list[float], box_2: list[float]) -> float:
+    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
+    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def slow_iou(box_1: list[float], box_2: list[float]) -> float:
+    shared = slow_intersection(box_1, box_2)
+    area_1 = (box_1[2] - box_1[0]) * (box_1[3] - box_1[1])
+    area_2 = (box_2[2] - box_2[0]) * (box_2[3] - box_2[1])
+    return shared / (area_1 + area_2 - shared)
+
+
+# Formats
+
+
+def test_formats_by_hand() -> None:
+    # from (10, 20) to (40, 60): 30 wide, 40 high, centre (25, 40)
+    assert xyxy_to_cxcywh(torch.tensor([10.0, 20, 40, 60])).tolist() == [25, 40, 30, 40]
+    assert cxcywh_to_xyxy(torch.tensor([25.0, 40, 30, 40])).tolist() == [10, 20, 40, 60]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 5), (2, 3, 4, 5), (0,)])
+def test_formats_are_inverse(shape: tuple[int, ...]) -> None:
+    boxes = random_boxes(*shape)
+    assert xyxy_to_cxcywh(boxes).shape == boxes.shape
+    torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes)
+    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
+
+
+def test_area_by_hand() -> None:
+    boxes = torch.tensor([[1.0, 2, 4, 7], [5, 5, 5, 9]])  # 3 * 5, and a box without width
+    assert box_area(boxes).tolist() == [15, 0]
+
+
+# Overlaps
+
+
+def test_iou_by_hand() -> None:
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    others = torch.tensor(
+        [
+            [0.0, 0, 10, 10],  # equal: 1
+            [5, 0, 15, 10],  # half of each shared: 50 / 150
+            [2, 2, 7, 6],  # inside: 20 / 100
+            [10, 0, 20, 10],  # touches along one side: 0
+            [20, 20, 30, 30],  # apart in x and y, where the product of two negative lengths would be positive: 0
+        ]
+    )
+    assert pairwise_intersection(box, others).tolist() == [[100, 50, 20, 0, 0]]
+    torch.testing.assert_close(pairwise_iou(box, others), torch.tensor([[1, 1 / 3, 0.2, 0, 0]]))
+
+
+def test_pairwise_overlaps_against_loop() -> None:
+    boxes_1, boxes_2 = random_boxes(2, 6, seed=1), random_boxes(2, 9, seed=2)
+    intersection, iou = pairwise_intersection(boxes_1, boxes_2), pairwise_iou(boxes_1, boxes_2)
+    assert intersection.shape == iou.shape == (2, 6, 9)
+    assert 0.2 < (iou > 0).float().mean() < 1  # the boxes overlap here and there
+    for image in range(2):
+        for n, box_1 in enumerate(boxes_1[image].tolist()):
+            for m, box_2 in enumerate(boxes_2[image].tolist()):
+                assert intersection[image, n, m].item() == pytest.approx(slow_intersection(box_1, box_2), rel=1e-4)
+                assert iou[image, n, m].item() == pytest.approx(slow_iou(box_1, box_2), rel=1e-4, abs=1e-7)
+
+
+def test_iou_against_torchvision() -> None:
+    boxes_1, boxes_2 = random_boxes(50, seed=3), random_boxes(70, seed=4)
+    torch.testing.assert_close(pairwise_iou(boxes_1, boxes_2), box_iou(boxes_1, boxes_2))
+
+
+def test_iou_broadcasts_over_images() -> None:
+    """One set of boxes against the sets of several images."""
+    boxes_1, boxes_2 = random_boxes(6, seed=5), random_boxes(3, 4, seed=6)
+    together = pairwise_iou(boxes_1, boxes_2)
+    for image in range(3):
+        assert torch.equal(together[image], pairwise_iou(boxes_1, boxes_2[image]))
+
+
+def test_iou_is_symmetric_and_bounded() -> None:
+    boxes = random_boxes(40, seed=7)
+    iou = pairwise_iou(boxes, boxes)
+    torch.testing.assert_close(iou, iou.T)
+    torch.testing.assert_close(iou.diagonal(), torch.ones(40))
+    assert iou.min() >= 0 and iou.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e4])
+def test_iou_does_not_depend_on_the_unit(factor: float) -> None:
+    boxes_1, boxes_2 = random_boxes(10, seed=8), random_boxes(10, seed=9)
+    torch.testing.assert_close(
+        pairwise_iou(boxes_1 * factor, boxes_2 * factor), pairwise_iou(boxes_1, boxes_2), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_degenerate_boxes_have_iou_zero_not_nan() -> None:
+    point, segment, box = [5.0, 5, 5, 5], [0.0, 5, 10, 5], [0.0, 0, 10, 10]
+    degenerate = torch.tensor([point, segment, [0.0, 0, 0, 0]])
+    assert torch.equal(pairwise_iou(degenerate, degenerate), torch.zeros(3, 3))
+    assert torch.equal(pairwise_iou(degenerate, torch.tensor([box])), torch.zeros(3, 1))
+    assert torch.equal(pairwise_iou(torch.tensor([box]), degenerate), torch.zeros(1, 3))
+    assert torch.equal(pairwise_wh_iou(torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [3.0, 4.0]])), torch.zeros(2, 2))
+
+
+def test_overlaps_of_no_boxes_have_shape() -> None:
+    none, some = torch.zeros(0, 4), random_boxes(3)
+    assert pairwise_iou(none, some).shape == (0, 3)
+    assert pairwise_iou(some, none).shape == (3, 0)
+    assert pairwise_intersection(none, none).shape == (0, 0)
+
+
+def test_overlaps_leave_their_input_alone() -> None:
+    """The functions work in place on their own intermediates."""
+    boxes_1, boxes_2 = random_boxes(5, seed=10), random_boxes(5, seed=11)
+    before = boxes_1.clone(), boxes_2.clone()
+    pairwise_iou(boxes_1, boxes_2)
+    pairwise_wh_iou(boxes_1[:, 2:], boxes_2[:, 2:])
+    assert torch.equal(boxes_1, before[0]) and torch.equal(boxes_2, before[1])
+
+
+def test_wh_iou_by_hand() -> None:
+    shapes = torch.tensor([[10.0, 20.0], [20.0, 10.0]])
+    anchors = torch.tensor([[10.0, 20.0], [5.0, 10.0], [40.0, 40.0]])
+    expected = torch.tensor(
+        [
+            [1, 50 / 200, 200 / 1600],  # equal; half in each direction; inside
+            [100 / 300, 50 / 200, 200 / 1600],  # shared 10 x 10 of 200 + 200 - 100; shared 5 x 10 of 200
+        ]
+    )
+    torch.testing.assert_close(pairwise_wh_iou(shapes, anchors), expected)
+
+
+def test_wh_iou_equals_iou_of_boxes_on_one_corner() -> None:
+    generator = torch.Generator().manual_seed(12)
+    shapes, anchors = torch.rand(2, 30, 2, generator=generator) * 50, torch.rand(9, 2, generator=generator) * 50
+    boxes = torch.cat([torch.zeros(2, 30, 2), shapes], dim=-1)
+    anchor_boxes = torch.cat([torch.zeros(9, 2), anchors], dim=-1)
+    torch.testing.assert_close(pairwise_wh_iou(shapes, anchors), pairwise_iou(boxes, anchor_boxes))
+
+
+# Clipping
+
+
+def test_clip_by_hand() -> None:
+    boxes = torch.tensor(
+        [
+            [10.0, 20, 30, 40],  # inside: unchanged
+            [-5, -6, 300, 200],  # larger than the 100 x 50 image on every side
+            [90, 40, 110, 45],  # over the right side only
+            [150, 60, 160, 70],  # outside: becomes a point on the corner
+        ]
+    )
+    expected = [[10, 20, 30, 40], [0, 0, 100, 50], [90, 40, 100, 45], [100, 50, 100, 50]]
+    assert clip_boxes(boxes, width=100, height=50).tolist() == expected
+    assert boxes[1, 0] == -5  # the input is left alone
+
+
+def test_clip_keeps_shape_and_valid_boxes() -> None:
+    boxes = random_boxes(2, 3, 20, seed=13)
+    clipped = clip_boxes(boxes, width=60, height=30)
+    assert clipped.shape == boxes.shape
+    assert (clipped[..., :2] <= clipped[..., 2:]).all()
+    assert (clipped >= 0).all() and (clipped[..., 0::2] <= 60).all() and (clipped[..., 1::2] <= 30).all()
+    assert torch.equal(clip_boxes(clipped, width=60, height=30), clipped)
+    assert clip_boxes(torch.zeros(0, 4), 60, 30).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_box_functions_keep_the_float_type(dtype: torch.dtype) -> None:
+    boxes = torch.tensor([[0, 0, 4, 8], [2, 0, 6, 8]], dtype=dtype)
+    assert xyxy_to_cxcywh(boxes).dtype == cxcywh_to_xyxy(boxes).dtype == clip_boxes(boxes, 5, 5).dtype == dtype
+    iou = pairwise_iou(boxes, boxes)
+    assert iou.dtype == dtype
+    assert math.isclose(iou[0, 1].item(), 16 / 48, rel_tol=torch.finfo(dtype).eps)

@@ -1,0 +1,121 @@
+"""One line on stderr and the promised exit code for everything a user can cause."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch._utils import ExceptionWrapper
+
+from detection import errors
+from detection.errors import (
+    CheckpointError,
+    DataError,
+    DataReadError,
+    DeviceMemoryError,
+    NumericsError,
+    OutputError,
+    SettingsError,
+    StoppedBySignal,
+    UserError,
+    exit_with_message,
+)
+from detection.training import NonFiniteLoss
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The table of exit codes in design.md: 2 settings or data refused, 3 data failed in mid-run, 4 numerics, 5 memory,
+# 6 output not writable, 7 checkpoint or weights unusable, 130 / 143 stopped by a signal after saving.
+PROMISED = [
+    (UserError("text"), 1),
+    (SettingsError("text"), 2),
+    (DataError("text"), 2),
+    (DataReadError("text"), 3),
+    (NumericsError("text"), 4),
+    (NonFiniteLoss("text", [1, 2]), 4),
+    (DeviceMemoryError("text"), 5),
+    (OutputError("text"), 6),
+    (CheckpointError("text"), 7),
+    (StoppedBySignal("text", signal.SIGINT), 130),
+    (StoppedBySignal("text", signal.SIGTERM), 143),
+]
+
+
+def leave(error: BaseException | None) -> int | str | None:
+    """Exit code of a script whose `main` raises the error."""
+
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        exit_with_message(main)
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize(("error", "code"), PROMISED, ids=lambda value: type(value).__name__)
+def test_exit_code_and_one_line(error: UserError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(error) == code
+    assert capsys.readouterr() == ("", "text\n")
+
+
+def test_every_error_class_is_promised() -> None:
+    classes = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, UserError)}
+    assert classes <= {type(error) for error, _ in PROMISED}
+
+
+def test_done_is_0_and_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_message_of_a_loader_worker_is_reduced_to_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    # What torch's loader does: the worker pickles the exception with its traceback, the main process raises it anew.
+    try:
+        raise DataReadError("image a.jpg cannot be read: gone")
+    except DataReadError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(DataReadError) as raised:
+        wrapped.reraise()
+    assert str(raised.value).count("\n") > 3  # the traceback is there, or this test shows nothing
+    assert leave(raised.value) == 3
+    assert capsys.readouterr().err == "image a.jpg cannot be read: gone\n"
+
+
+def test_error_without_text_names_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(OutputError("  \n")) == 6
+    assert capsys.readouterr().err == "OutputError\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), ZeroDivisionError()])
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        exit_with_message(main)
+
+
+def test_exit_code_of_main_is_kept() -> None:
+    assert leave(SystemExit(2)) == 2  # argparse
+
+
+def test_reader_that_goes_away_causes_no_traceback() -> None:
+    # `python script | head -1`: the pipe's reading end is closed before we write.
+    program = (
+        "from detection.errors import exit_with_message\n"
+        "def main():\n"
+        "    for number in range(100000):\n"
+        "        print('line', number)\n"
+        "exit_with_message(main)\n"
+    )
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writing)
+    os.close(reading)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0

@@ -1,0 +1,319 @@
+import pytest
+import torch
+from torch import Tensor
+
+from detection.target_assignment import IGNORE_CHUNK, anchor_table, assign_targets, ignored_predictions
+
+# Network input 96 wide, 64 high; the middle level has one anchor fewer than the others.
+STRIDES = [8, 16, 32]
+SIZES = [(8, 12), (4, 6), (2, 3)]  # rows, columns
+ANCHORS = [
+    torch.tensor([[4.0, 5.0], [6.0, 12.0], [13.0, 9.0]]),
+    torch.tensor([[12.0, 24.0], [25.0, 18.0]]),
+    torch.tensor([[46.0, 36.0], [62.0, 40.0], [80.0, 60.0]]),
+]
+TABLE = anchor_table(ANCHORS, STRIDES, SIZES)
+
+
+def random_targets(images: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Boxes inside the 96 x 64 input, all with a class."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp(torch.rand(images, count, 2, generator=generator) * 3) * torch.tensor([4.0, 3.0])
+    size = size.clamp(max=torch.tensor([96.0, 64.0]))
+    centre = size / 2 + torch.rand(images, count, 2, generator=generator) * (torch.tensor([96.0, 64.0]) - size)
+    labels = torch.randint(0, 5, (images, count), generator=generator)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1), labels
+
+
+def slow_wh_iou(width_1: float, height_1: float, width_2: float, height_2: float) -> float:
+    shared = min(width_1, width_2) * min(height_1, height_2)
+    return shared / (width_1 * height_1 + width_2 * height_2 - shared)
+
+
+def slow_assignment(box: list[float]) -> dict[str, object]:
+    """The best anchor of all levels, the first of equals, and the cell of the centre; index by walking all cells."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    best_iou, best_level, best_anchor = -1.0, -1, -1
+    for level, anchors in enumerate(ANCHORS):
+        for anchor, (anchor_width, anchor_height) in enumerate(anchors.tolist()):
+            iou = slow_wh_iou(width, height, anchor_width, anchor_height)
+            if iou > best_iou:
+                best_iou, best_level, best_anchor = iou, level, anchor
+    rows, columns = SIZES[best_level]
+    stride = STRIDES[best_level]
+    best_column = min(int((box[0] + box[2]) / 2 / stride), columns - 1)
+    best_row = min(int((box[1] + box[3]) / 2 / stride), rows - 1)
+    position = 0
+    for level, anchors in enumerate(ANCHORS):
+        for row in range(SIZES[level][0]):
+            for column in range(SIZES[level][1]):
+                for anchor in range(len(anchors)):
+                    if (level, row, column, anchor) == (best_level, best_row, best_column, best_anchor):
+                        return {
+                            "index": position,
+                            "anchor": ANCHORS[level][anchor].tolist(),
+                            "cell": [column, row],
+                            "stride": stride,
+                            "level": level,
+                        }
+                    position += 1
+    raise AssertionError("not reached")
+
+
+# The table
+
+
+def test_anchor_table_by_hand() -> None:
+    table = anchor_table([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)])
+    # width, height, stride, rows, columns, first index of the level, anchors per cell, number within the level
+    assert table.tolist() == [[1, 2, 8, 2, 3, 0, 1, 0], [3, 4, 16, 1, 2, 6, 2, 0], [5, 6, 16, 1, 2, 6, 2, 1]]
+
+
+# Assignment
+
+
+def test_assignment_against_loop() -> None:
+    boxes, labels = random_targets(3, 40, seed=0)
+    truth = assign_targets(boxes, labels, TABLE)
+    levels = set()
+    for image in range(3):
+        for number, box in enumerate(boxes[image].tolist()):
+            expected = slow_assignment(box)
+            assert truth.index[image, number] == expected["index"]
+            assert truth.anchor[image, number].tolist() == expected["anchor"]
+            assert truth.cell[image, number].tolist() == expected["cell"]
+            assert truth.stride[image, number] == expected["stride"]
+            levels.add(expected["level"])
+    assert truth.valid.all()
+    assert levels == {0, 1, 2}  # the random boxes exercise every level
+
+
+def test_best_anchor_is_sought_over_all_levels() -> None:
+    """A tall thin box, 4 x 60, that no anchor fits well still gets the one that fits least badly, of the middle level."""
+    # 6 x 12: 48 / (240 + 72 - 48) = 0.18;  12 x 24: 96 / (240 + 288 - 96) = 0.22;  4 x 5: 20 / 240;  80 x 60: 240 / 4800
+    # 13 x 9: 36 / 321 = 0.11;  25 x 18: 72 / 618 = 0.12;  46 x 36: 144 / 1752;  62 x 40: 160 / 2560
+    boxes = torch.tensor([[[50.0, 2.0, 54.0, 62.0]]])
+    truth = assign_targets(boxes, torch.tensor([[0]]), TABLE)
+    assert truth.anchor.tolist() == [[[12, 24]]]
+    # level 1 begins at 8 * 12 * 3 = 288; centre (52, 32) / 16: column 3, row 2; (2 * 6 + 3) * 2 anchors + 0
+    assert truth.cell.tolist() == [[[3, 2]]]
+    assert truth.index.tolist() == [[288 + 30]]
+
+
+def test_centre_on_the_border_belongs_to_the_last_cell() -> None:
+    """Boxes without the inner half: centres exactly on the right, the lower, and both borders of the input."""
+    boxes = torch.tensor([[[94.0, 10, 98, 15], [10, 61.5, 14, 66.5], [94, 61.5, 98, 66.5], [-2, -2.5, 2, 2.5]]])
+    truth = assign_targets(boxes, torch.zeros(1, 4, dtype=torch.long), TABLE)
+    # all are 4 x 5, the first anchor of stride 8: columns 0..11, rows 0..7
+    assert truth.cell.tolist() == [[[11, 1], [1, 7], [11, 7], [0, 0]]]
+    assert truth.index.tolist() == [[(1 * 12 + 11) * 3, (7 * 12 + 1) * 3, (7 * 12 + 11) * 3, 0]]
+
+
+def test_centre_on_a_cell_boundary_belongs_to_the_next_cell() -> None:
+    boxes = torch.tensor([[[14.0, 21.5, 18.0, 26.5]]])  # centre (16, 24), stride 8
+    assert assign_targets(boxes, torch.tensor([[0]]), TABLE).cell.tolist() == [[[2, 3]]]
+
+
+def test_equal_overlaps_take_the_first_anchor() -> None:
+    """Darknet keeps the first of equals: its comparison is `>`."""
+    anchors = [torch.tensor([[20.0, 10.0], [10.0, 20.0]]), torch.tensor([[10.0, 20.0], [20.0, 10.0]])]
+    table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)])
+    # square: 15 * 10 shared with each; wide and tall: equal to one anchor of each level
+    boxes = torch.tensor([[[0.0, 0, 15, 15], [0, 0, 20, 10], [0, 0, 10, 20]]])
+    truth = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
+    assert truth.stride.tolist() == [[8, 8, 8]]
+    assert truth.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
+
+
+def test_padding_and_crowd_are_never_assigned() -> None:
+    """Labels decide: a padding row may hold any box, even a copy of a truth."""
+    boxes, labels = random_targets(1, 6, seed=1)
+    boxes[0, 1] = boxes[0, 0]
+    boxes[0, 3] = boxes[0, 2]
+    labels[0, 1], labels[0, 3] = -1, -2
+    truth = assign_targets(boxes, labels, TABLE)
+    assert truth.valid.tolist() == [[True, False, True, False, True, True]]
+    assert not truth.last[0, [1, 3]].any() and truth.last[0, [0, 2]].all()
+    assert not truth.same[0, [1, 3]].any() and not truth.same[0, :, [1, 3]].any()
+    assert truth.index[0, [1, 3]].tolist() == [0, 0]
+
+
+def test_padding_does_not_change_the_truths() -> None:
+    boxes, labels = random_targets(2, 5, seed=2)
+    garbage, padding = random_targets(2, 7, seed=3)
+    alone = assign_targets(boxes, labels, TABLE)
+    padded = assign_targets(torch.cat([boxes, garbage], 1), torch.cat([labels, torch.full_like(padding, -1)], 1), TABLE)
+    for name in ("valid", "index", "anchor", "cell", "stride", "last"):
+        assert torch.equal(getattr(padded, name)[:, :5], getattr(alone, name)), name
+    assert torch.equal(padded.same[:, :5, :5], alone.same)
+    assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any() and not padded.same[:, 5:].any()
+
+
+def test_two_truths_in_one_cell_the_last_gives_the_box() -> None:
+    first, second = [20.0, 20, 24, 25], [20.5, 20, 24.5, 25]  # anchor 4 x 5, centres in column 2, row 2 of stride 8
+    elsewhere, other_anchor = [60.0, 20, 64, 25], [19.0, 16, 25, 28]  # 6 x 12, same cell as the first
+    boxes = torch.tensor([[first, elsewhere, other_anchor, second]])
+    truth = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
+    assert truth.last.tolist() == [[False, True, True, True]]
+    assert truth.same[0].tolist() == [
+        [True, False, False, True],
+        [False, True, False, False],
+        [False, False, True, False],
+        [True, False, False, True],
+    ]
+
+
+def test_last_and_same_against_loop() -> None:
+    """Eighty truths drawn around a few places: many share a prediction, also three and more."""
+    generator = torch.Generator().manual_seed(4)
+    places, _ = random_targets(2, 12, seed=5)
+    boxes = places[:, torch.randint(0, 12, (80,), generator=generator)]
+    labels = torch.randint(-2, 3, (2, 80), generator=generator)
+    truth = assign_targets(boxes, labels, TABLE)
+    shared = 0
+    for image in range(2):
+        index = truth.index[image].tolist()
+        valid = [label >= 0 for label in labels[image].tolist()]
+        for i in range(80):
+            later = [j for j in range(i + 1, 80) if valid[j] and index[j] == index[i]]
+            assert truth.last[image, i].item() == (valid[i] and not later)
+            shared += bool(later)
+            for j in range(80):
+                assert truth.same[image, i, j].item() == (valid[i] and valid[j] and index[i] == index[j])
+    assert shared > 20
+
+
+def test_images_do_not_mix() -> None:
+    """The same prediction in two images of a batch is not shared."""
+    boxes = torch.tensor([[[20.0, 20, 24, 25]], [[20.0, 20, 24, 25]]])
+    truth = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
+    assert truth.last.all() and truth.index[0] == truth.index[1]
+
+
+@pytest.mark.parametrize("labels", [[-1] * 6, [0, -1, -2, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
+def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
+    boxes, _ = random_targets(2, 6, seed=6)
+    truth = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
+    shapes = {name: tuple(value.shape) for name, value in vars(truth).items()}
+    assert shapes == {
+        "valid": (2, 6),
+        "index": (2, 6),
+        "anchor": (2, 6, 2),
+        "cell": (2, 6, 2),
+        "stride": (2, 6),
+        "last": (2, 6),
+        "same": (2, 6, 6),
+    }
+    assert truth.valid.dtype == truth.last.dtype == truth.same.dtype == torch.bool and truth.index.dtype == torch.int64
+
+
+def test_assignment_of_no_rows() -> None:
+    truth = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
+    assert truth.index.shape == (2, 0) and truth.same.shape == (2, 0, 0)
+
+
+# Ignored predictions
+
+
+def slow_ignored(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> list[list[bool]]:
+    result = []
+    for image in range(len(predicted)):
+        of_image = []
+        for x1, y1, x2, y2 in predicted[image].tolist():
+            ignored = False
+            for (u1, v1, u2, v2), label in zip(boxes[image].tolist(), labels[image].tolist(), strict=True):
+                if label == -1:
+                    continue
+                width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
+                shared = width * height if width > 0 and height > 0 else 0.0
+                whole = (x2 - x1) * (y2 - y1)
+                if label != -2:
+                    whole += (u2 - u1) * (v2 - v1) - shared
+                ignored = ignored or shared / whole > threshold
+            of_image.append(ignored)
+        result.append(of_image)
+    return result
+
+
+def near(boxes: Tensor, count: int, seed: int) -> Tensor:
+    """Predictions around the given boxes, from almost equal to far off."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = boxes[:, torch.randint(0, boxes.shape[1], (count,), generator=generator)]
+    size = (chosen[..., 2:] - chosen[..., :2]).repeat(1, 1, 2)
+    noise = torch.linspace(0, 0.3, count)[:, None]
+    moved = chosen + torch.randn(chosen.shape, generator=generator) * size * noise
+    corners = torch.stack([moved[..., :2], moved[..., 2:]]).sort(dim=0).values
+    return torch.cat([corners[0], corners[1]], dim=-1)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+@pytest.mark.parametrize("count", [1, 9, IGNORE_CHUNK, 2 * IGNORE_CHUNK + 22])
+def test_ignored_against_loop(count: int, threshold: float) -> None:
+    """Truths, crowd regions and padding in turn; more truths than are compared at once."""
+    boxes, labels = random_targets(2, count, seed=7)
+    labels[:, 1::4] = -1
+    labels[:, 3::4] = -2
+    predicted = near(boxes, 100, seed=8)
+    ignored = ignored_predictions(predicted, boxes, labels, threshold)
+    assert ignored.dtype == torch.bool
+    assert ignored.tolist() == slow_ignored(predicted, boxes, labels, threshold)
+    assert 0 < ignored.float().mean() < 1
+
+
+@pytest.mark.parametrize("position", [0, IGNORE_CHUNK - 1, IGNORE_CHUNK, 2 * IGNORE_CHUNK, 2 * IGNORE_CHUNK + 9])
+@pytest.mark.parametrize("label", [0, -2])
+def test_the_only_truth_may_stand_anywhere(position: int, label: int) -> None:
+    """A truth or crowd region in any chunk counts, with padding around it."""
+    boxes, labels = torch.zeros(1, 2 * IGNORE_CHUNK + 10, 4), torch.full((1, 2 * IGNORE_CHUNK + 10), -1)
+    boxes[0, position], labels[0, position] = torch.tensor([10.0, 10, 30, 30]), label
+    predicted = torch.tensor([[[10.0, 10, 30, 28], [50.0, 10, 70, 28]]])
+    assert ignored_predictions(predicted, boxes, labels, 0.7).tolist() == [[True, False]]
+
+
+def test_crowd_counts_the_share_inside_by_hand() -> None:
+    """A small prediction inside a large crowd region is ignored, inside a large truth it is not."""
+    region = torch.tensor([[[0.0, 0, 90, 60]]])
+    predicted = torch.tensor(
+        [
+            [
+                [10.0, 10, 20, 20],  # all of it inside: share 1, IoU 100 / 5400
+                [82.0, 10, 92, 20],  # 80 of 100 inside: share 0.8
+                [84.0, 10, 94, 20],  # 60 of 100 inside: share 0.6
+                [0.0, 0, 90, 60],  # equal: both are 1
+                [-90.0, -60, 180, 120],  # contains the region: share 5400 / 48600 = IoU
+            ]
+        ]
+    )
+    crowd, truth = torch.tensor([[-2]]), torch.tensor([[3]])
+    assert ignored_predictions(predicted, region, crowd, 0.7).tolist() == [[True, True, False, True, False]]
+    assert ignored_predictions(predicted, region, truth, 0.7).tolist() == [[False, False, False, True, False]]
+
+
+def test_threshold_is_exclusive() -> None:
+    """IoU exactly 0.5 (50 of 100): not above 0.5."""
+    predicted, boxes = torch.tensor([[[0.0, 0, 10, 5], [0, 0, 10, 6]]]), torch.tensor([[[0.0, 0, 10, 10]]])
+    assert ignored_predictions(predicted, boxes, torch.tensor([[0]]), 0.5).tolist() == [[False, True]]
+
+
+def test_padding_ignores_nothing_whatever_it_holds() -> None:
+    predicted = near(random_targets(1, 5, seed=9)[0], 30, seed=10)
+    labels = torch.full((1, 30), -1)
+    assert not ignored_predictions(predicted, predicted, labels, 0.5).any()
+    assert not ignored_predictions(predicted, torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.long), 0.5).any()
+
+
+def test_degenerate_predictions_are_not_ignored() -> None:
+    """Empty and infinite predictions, as an exploding network gives, are background; nothing becomes NaN."""
+    infinity = float("inf")
+    predicted = torch.tensor(
+        [
+            [
+                [20.0, 20, 20, 20],
+                [20.0, 10, 20, 30],
+                [-infinity, -infinity, infinity, infinity],
+                [-infinity, 20, infinity, 20],  # infinite width times no height is not a number
+            ]
+        ]
+    )
+    boxes = torch.tensor([[[10.0, 10, 30, 30], [0.0, 0, 90, 60]]])
+    assert not ignored_predictions(predicted, boxes, torch.tensor([[0, -2]]), 0.7).any()
