@@ -1,8 +1,10 @@
 """Checkpoints: plain tensors and types, written atomically, their digest inside, read with weights_only=True."""
 
+import contextlib
 import hashlib
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputError(f"checkpoint {path} cannot be written: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -48,7 +51,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, foreign, or of a format version this program does not know.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on the format of foreign files before it refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -59,10 +64,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
         reason = f"{type(error).__name__} {str(error)[:100]}".splitlines()[0]
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
-    if not isinstance(content, dict) or DIGEST_KEY not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest")
+    if not isinstance(content, dict) or DIGEST_KEY not in content or "format" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest and format version")
     expected = content.pop(DIGEST_KEY)
-    if content_digest(content) != expected:
+    try:
+        digest = content_digest(content)
+    except (TypeError, RuntimeError):  # something that `save_checkpoint` would never have written
+        digest = None
+    if digest is None or digest != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
     if content["format"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -92,7 +101,7 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
         digest.update(f"list {len(value)}\n".encode())
         for inner in value:
             _feed(digest, inner)
-    elif value is None or isinstance(value, bool | int | float | str):
+    elif type(value) in (type(None), bool, int, float, str):  # not subclasses: np.float64 would not load again
         digest.update(f"{type(value).__name__} {value!r}\n".encode())
     else:
         raise TypeError(f"a checkpoint holds tensors and plain values only, not {type(value).__name__}")

@@ -69,13 +69,13 @@ def evaluate(
     """Run the model over every image of the loader and score it with the official COCO metric.
 
     Args:
-        model: put into evaluation mode; its mode is restored.
+        model: put into evaluation mode; the mode of every module is restored (a frozen encoder's is not the model's).
         loader: every image once, in the dataset's order, with letterboxes.
         annotations: of the loader's dataset.
         backend: "auto", "pycocotools" or "faster_coco_eval".
         on_batch: called after each batch; may raise to abandon the evaluation.
     """
-    was_training = model.training
+    were_training = [(module, module.training) for module in model.modules()]
     model.eval()
     parts: dict[str, list[np.ndarray]] = {"image_index": [], "boxes": [], "scores": [], "labels": []}
     totals: dict[str, float] = {}
@@ -92,13 +92,16 @@ def evaluate(
                 batch["indices"].tolist(), batch["letterboxes"], postprocess(outputs), strict=True
             ):
                 boxes = boxes_to_original(found["boxes"], letterbox)
+                # Cut to the image, an infinite box would be a finite one.
+                boxes[~found["boxes"].isfinite().all(dim=1)] = torch.nan
                 parts["image_index"].append(np.full(len(boxes), index, dtype=np.int64))
                 parts["boxes"].append(boxes.double().cpu().numpy())
                 parts["scores"].append(found["scores"].double().cpu().numpy())
                 parts["labels"].append(found["labels"].cpu().numpy())
             on_batch()
     finally:
-        model.train(was_training)
+        for module, was_training in were_training:
+            module.training = was_training
     detections, dropped = drop_not_finite(
         Detections(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
     )

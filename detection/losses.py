@@ -104,7 +104,8 @@ class DarknetLoss(nn.Module):
 
         class_logits = positive_raw[..., 5:]  # (B, G, C)
         if self.class_loss == "bce":
-            one_hot = F.one_hot(labels.clamp(min=0), values - 5).float()
+            # Not F.one_hot: to check the labels it makes the host wait for them, except on CUDA.
+            one_hot = torch.zeros_like(class_logits).scatter_(2, labels.clamp(min=0)[..., None], 1.0)
             united = torch.bmm(truth.same.float(), one_hot).clamp_(max=1)  # classes of all truths of that prediction
             loss_class = F.binary_cross_entropy_with_logits(class_logits, united, reduction="none").sum(-1)
         else:

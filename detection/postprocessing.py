@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from detection.anchors import Anchors, flatten_levels
 from detection.box_coder import decode_boxes
@@ -92,20 +92,25 @@ class YOLOPostprocess(nn.Module):
         # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.
         prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
         boxes, scores = boxes[prediction], scores[prediction, label]
-        kept = batched_nms(boxes, scores, label, self.iou_threshold)  # score descending
-        kept = kept[_rank_within_class(label[kept]) < self.max_detections]
+        kept = self._suppress_within_class(boxes, scores, label)
         return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}
+
+    def _suppress_within_class(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+        """Numbers of the candidates to keep, score descending; (K, 4), (K,), (K,) to at most (K,) int64.
+
+        One call per class. torchvision's `batched_nms` moves the classes apart by the largest coordinate instead, which
+        next to one huge box leaves float32 no digits for the others.
+        """
+        candidates_per_class = labels.argsort(stable=True).split(labels.bincount(minlength=1).tolist())
+        kept = torch.cat(
+            [
+                candidates[nms(boxes[candidates], scores[candidates], self.iou_threshold)[: self.max_detections]]
+                for candidates in candidates_per_class
+            ]
+        )
+        return kept[scores[kept].argsort(descending=True, stable=True)]
 
 
 def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:
     """Detections from network pixels to original pixels, cut to the image; (K, 4) to (K, 4)."""
     return clip_boxes(letterbox.to_original(boxes), letterbox.width, letterbox.height)
-
-
-def _rank_within_class(labels: Tensor) -> Tensor:
-    """How many earlier elements have the same label; (K,) to (K,) int64."""
-    order = labels.argsort(stable=True)
-    sorted_labels = labels[order]
-    positions = torch.arange(len(labels), device=labels.device)
-    first_of_class = torch.searchsorted(sorted_labels, sorted_labels)  # leftmost position of each label
-    return torch.empty_like(positions).scatter_(0, order, positions - first_of_class)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from detection.errors import SettingsError
 
@@ -37,12 +37,17 @@ def check_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def is_zero(duration: int | str) -> bool:
+    return float(str(duration).removesuffix("ep")) == 0
+
+
 Duration = Annotated[int | str, AfterValidator(check_duration)]
 Size = Annotated[int, AfterValidator(check_size)]
-Range = Annotated[tuple[float, float], AfterValidator(check_range)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Range = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(check_range)]
+NotNegativeRange = Annotated[tuple[NotNegative, NotNegative], AfterValidator(check_range)]
 Count = Annotated[int, Field(ge=1)]
 GreyLevel = Annotated[int, Field(ge=0, le=255)]
 
@@ -63,20 +68,24 @@ class RunSettings(Section):
 
 class MultiplicativeNoise(Section):
     p: Probability
-    multiplier: Range
+    multiplier: NotNegativeRange
     per_channel: bool
     elementwise: bool
 
 
 class CLAHE(Section):
     p: Probability
-    clip_limit: Range
+    clip_limit: Annotated[
+        tuple[Annotated[FiniteFloat, Field(ge=1)], Annotated[FiniteFloat, Field(ge=1)]], AfterValidator(check_range)
+    ]
     tile_grid_size: tuple[Count, Count]
 
 
 class Posterize(Section):
     p: Probability
-    num_bits: tuple[Annotated[int, Field(ge=1, le=7)], Annotated[int, Field(ge=1, le=7)]]
+    num_bits: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=7)], Annotated[int, Field(ge=1, le=7)]], AfterValidator(check_range)
+    ]
 
 
 class ToGray(Section):
@@ -98,9 +107,9 @@ class RGBShift(Section):
 
 class ColorJitter(Section):
     p: Probability
-    brightness: Range
-    contrast: Range
-    saturation: Range
+    brightness: NotNegativeRange
+    contrast: NotNegativeRange
+    saturation: NotNegativeRange
     hue: Annotated[
         tuple[Annotated[float, Field(ge=-0.5)], Annotated[float, Field(le=0.5)]], AfterValidator(check_range)
     ]
@@ -217,7 +226,7 @@ class SchedulerSettings(Section):
     index: tuple[Duration, ...]
     scale: tuple[NotNegative, ...]
     T_0: Duration | None
-    T_mult: Literal[1, 2]
+    T_mult: Annotated[int, Field(ge=1, le=2)]
     eta_min: NotNegative
     milestones: tuple[Duration, ...]
     gamma: NotNegative
@@ -261,9 +270,9 @@ class Settings(Section):
         if self.data.fake and self.data.class_names is None and self.yolo.num_classes is None:
             raise ValueError("data.fake: synthetic data needs yolo.num_classes or data.class_names")
         for name in ("steps", "save_frequency"):
-            if getattr(self.train, name) in (0, "0ep"):
+            if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if self.evaluation.evaluate_frequency in (0, "0ep"):
+        if is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
         return self
 
@@ -321,7 +330,9 @@ class _YamlLoader(yaml.SafeLoader):
     """Safe loading by the YAML 1.2 rules users expect: `1e-3` is a number, `off` is a word, a key occurs once."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -329,29 +340,43 @@ class _YamlLoader(yaml.SafeLoader):
         keys = [self.construct_object(key) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise SettingsError(f"key {key!r} occurs twice in one section ({node.start_mark})")
+                raise yaml.YAMLError(
+                    f"key {key!r} occurs twice in the section that begins in line {node.start_mark.line + 1}"
+                )
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """PyYAML's own reads 010 as octal."""
+        return int(self.construct_scalar(node))
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+
+_RESOLVERS = (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
     ),
-    list("-+0123456789."),
 )
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes whatever the rules of `_YamlLoader` (or YAML 1.1) would read as something else than a string."""
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    for _rules in (_YamlLoader, _YamlDumper):
+        _rules.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_decimal)
 
 
 def read_yaml(text: str, where: str) -> Any:
     """Parse YAML text; a mistake is one line naming `where`."""
     try:
         return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader subclass)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{' '.join(where.split())}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -421,8 +446,11 @@ def validate(tree: dict[str, Any]) -> Settings:
             )
             path = re.sub(r"\.(int|str)$", "", path)
             message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-            if isinstance(item["input"], dict | BaseModel):
-                line = f"{path}.{message}" if path else message
+            if not path:
+                line = message
+            elif isinstance(item["input"], dict | BaseModel):
+                # Our own checks of a section begin with the name of the setting.
+                line = f"{path}.{message}" if item["type"] == "value_error" else f"{path}: {message}"
             else:
                 line = f"{path} = {_lists(item['input'])!r}: {message}"
             if path not in {earlier.split(" = ")[0] for earlier in lines}:
@@ -432,7 +460,8 @@ def validate(tree: dict[str, Any]) -> Settings:
 
 def dump_settings(settings: Settings) -> str:
     """The resolved settings as YAML text that `load_settings` reads back to the same value."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    content = settings.model_dump(mode="json")
+    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

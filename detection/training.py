@@ -123,7 +123,7 @@ class NonFiniteLoss(NumericsError):
 class ExponentialAverage:
     """Moving average of the weights and of the normalisations' statistics, for evaluation and for `best.pt`.
 
-    average += (1 - d) * (value - average) with d = decay * (1 - exp(-step / ramp))
+    average += (1 - d) * (value - average) with d = decay * (1 - exp(-(step + 1) / ramp))
 
     The ramp lets the early average forget the random start.
     """

@@ -64,7 +64,9 @@ def slow_assignment(box: list[float]) -> dict[str, object]:
 
 
 def test_anchor_table_by_hand() -> None:
-    table = anchor_table([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)])
+    table = anchor_table(
+        [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)]
+    )
     # width, height, stride, rows, columns, first index of the level, anchors per cell, number within the level
     assert table.tolist() == [[1, 2, 8, 2, 3, 0, 1, 0], [3, 4, 16, 1, 2, 6, 2, 0], [5, 6, 16, 1, 2, 6, 2, 1]]
 
@@ -89,9 +91,10 @@ def test_assignment_against_loop() -> None:
 
 
 def test_best_anchor_is_sought_over_all_levels() -> None:
-    """A tall thin box, 4 x 60, that no anchor fits well still gets the one that fits least badly, of the middle level."""
-    # 6 x 12: 48 / (240 + 72 - 48) = 0.18;  12 x 24: 96 / (240 + 288 - 96) = 0.22;  4 x 5: 20 / 240;  80 x 60: 240 / 4800
-    # 13 x 9: 36 / 321 = 0.11;  25 x 18: 72 / 618 = 0.12;  46 x 36: 144 / 1752;  62 x 40: 160 / 2560
+    """A tall thin box, 4 x 60, that no anchor fits well gets the one that fits least badly."""
+    # stride 8:  4 x 5: 20 / 240 = 0.08;  6 x 12: 48 / (240 + 72 - 48) = 0.18;  13 x 9: 36 / 321 = 0.11
+    # stride 16: 12 x 24: 96 / (240 + 288 - 96) = 0.22;  25 x 18: 72 / 618 = 0.12
+    # stride 32: 46 x 36: 144 / 1752 = 0.08;  62 x 40: 160 / 2560 = 0.06;  80 x 60: 240 / 4800 = 0.05
     boxes = torch.tensor([[[50.0, 2.0, 54.0, 62.0]]])
     truth = assign_targets(boxes, torch.tensor([[0]]), TABLE)
     assert truth.anchor.tolist() == [[[12, 24]]]
@@ -136,6 +139,15 @@ def test_padding_and_crowd_are_never_assigned() -> None:
     assert not truth.last[0, [1, 3]].any() and truth.last[0, [0, 2]].all()
     assert not truth.same[0, [1, 3]].any() and not truth.same[0, :, [1, 3]].any()
     assert truth.index[0, [1, 3]].tolist() == [0, 0]
+
+
+def test_padding_and_crowd_do_not_share_prediction_0() -> None:
+    """Their index is 0; a truth that really has index 0 (4 x 5 in the first cell) is alone with it all the same."""
+    boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
+    truth = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
+    assert truth.index.tolist() == [[0, 0, 0]]
+    assert truth.last.tolist() == [[True, False, False]]
+    assert truth.same[0].tolist() == [[True, False, False], [False, False, False], [False, False, False]]
 
 
 def test_padding_does_not_change_the_truths() -> None:
@@ -251,8 +263,8 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 def test_ignored_against_loop(count: int, threshold: float) -> None:
     """Truths, crowd regions and padding in turn; more truths than are compared at once."""
     boxes, labels = random_targets(2, count, seed=7)
-    labels[:, 1::4] = -1
-    labels[:, 3::4] = -2
+    labels[:, 1::5] = -1  # 5 does not divide the chunk, so each begins with another kind
+    labels[:, 3::5] = -2
     predicted = near(boxes, 100, seed=8)
     ignored = ignored_predictions(predicted, boxes, labels, threshold)
     assert ignored.dtype == torch.bool
@@ -266,8 +278,9 @@ def test_the_only_truth_may_stand_anywhere(position: int, label: int) -> None:
     """A truth or crowd region in any chunk counts, with padding around it."""
     boxes, labels = torch.zeros(1, 2 * IGNORE_CHUNK + 10, 4), torch.full((1, 2 * IGNORE_CHUNK + 10), -1)
     boxes[0, position], labels[0, position] = torch.tensor([10.0, 10, 30, 30]), label
-    predicted = torch.tensor([[[10.0, 10, 30, 28], [50.0, 10, 70, 28]]])
-    assert ignored_predictions(predicted, boxes, labels, 0.7).tolist() == [[True, False]]
+    predicted = torch.tensor([[[10.0, 10, 30, 28], [12.0, 12, 20, 20], [50.0, 10, 70, 28]]])
+    # nearly equal; small and inside, which counts for a crowd region only; elsewhere
+    assert ignored_predictions(predicted, boxes, labels, 0.7).tolist() == [[True, label == -2, False]]
 
 
 def test_crowd_counts_the_share_inside_by_hand() -> None:

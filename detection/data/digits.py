@@ -29,17 +29,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 GENERATOR = "detection/data/digits.py"
-GENERATOR_VERSION = 1  # raise it whenever the pictures or the files change: older directories are then rebuilt
+GENERATOR_VERSION = 2  # raise it whenever the pictures or the files change: older directories are then rebuilt
 SEED = 20240224
 IMAGE_COUNTS: Mapping[str, int] = MappingProxyType({"train": 1000, "val": 200})
 IMAGE_SIZE_PX = 320
-DIGITS_PER_IMAGE = (2, 8)
+DIGITS_PER_IMAGE = (3, 10)
 DIGIT_HEIGHT_PX = (24, 80)
 MAX_ROTATION_DEGREES = 12.0
 TRAIN_GLYPH_FRACTION = 0.8
 BOX_ALPHA = 0.5  # a pixel belongs to the digit, and so to its box, from this opacity on
-MIN_CONTRAST = 72  # grey levels between ink and background ...
+MIN_CONTRAST = 72  # grey levels by which the ink is lighter than the background ...
 MIN_CONTRAST_FRACTION = 0.92  # ... on at least this part of the area that the digit covers
+BRIGHTNESS = (0.35, 0.75)  # of the photographs; dark ones let light ink be read almost everywhere
+DARKEST_INK = 140  # of 255, per channel
 JPEG_QUALITY = 90
 
 SOURCE_GLYPH_PX = 8  # scikit-learn's digits are 8 x 8
@@ -354,7 +356,7 @@ def crop_photograph(photograph: UInt8Array, generator: np.random.Generator) -> U
         crop = crop[:, ::-1]
     interpolation = cv2.INTER_AREA if side > IMAGE_SIZE_PX else cv2.INTER_CUBIC
     resized = cv2.resize(np.ascontiguousarray(crop), (IMAGE_SIZE_PX, IMAGE_SIZE_PX), interpolation=interpolation)
-    brightness = generator.uniform(0.7, 1.2)
+    brightness = generator.uniform(*BRIGHTNESS)
     return np.rint(np.clip(resized * brightness, 0, 255)).astype(np.uint8)
 
 
@@ -421,11 +423,14 @@ def render_glyph(glyph: FloatArray, height: float, degrees: float) -> FloatArray
 
 
 def choose_ink(luminance: FloatArray, generator: np.random.Generator) -> FloatArray | None:
-    """A random colour that a reader can tell from the background of this luminance; None if none was found."""
+    """A random light colour that a reader can tell from the background of this luminance; None if none was found.
+
+    Always lighter than the background: with either polarity a detector needs far longer than a few minutes of CPU
+    time before it begins to tell the classes apart.
+    """
     for _ in range(24):
-        # This beta distribution prefers the ends of each channel: mostly vivid, dark or light colours.
-        ink_rgb = (255 * generator.beta(0.5, 0.5, size=3)).astype(np.float32)
-        contrast = np.abs(luminance - ink_rgb @ LUMINANCE_RGB)
+        ink_rgb = generator.uniform(DARKEST_INK, 255, size=3).astype(np.float32)
+        contrast = ink_rgb @ LUMINANCE_RGB - luminance
         if (contrast >= MIN_CONTRAST).mean() >= MIN_CONTRAST_FRACTION:
             return ink_rgb
     return None

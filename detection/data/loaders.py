@@ -1,5 +1,8 @@
 """Batches of a fixed form: which images, at which size, in which order, is a pure function of seed and step."""
 
+import atexit
+import math
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -60,7 +63,9 @@ class TrainingBatchSampler:
         self.resize_frequency = resize_frequency
         self.multiscale_sizes = multiscale_sizes
         self.repeat_factors = repeat_factors
-        self.images_per_epoch = num_images if repeat_factors is None else round(float(repeat_factors.sum()))
+        # Rounded up: shrinking the factors to fit would leave some images out of some epochs.
+        total = num_images if repeat_factors is None else float(repeat_factors.sum())
+        self.images_per_epoch = math.ceil(round(total, 6))
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
@@ -134,11 +139,29 @@ def prepare_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def prepare_process() -> None:
+    """The training process's side of `prepare_worker`."""
+    cv2.setNumThreads(0)
+    atexit.unregister(kill_workers)  # once, however many loaders are built
+    atexit.register(kill_workers)
+
+
+def kill_workers() -> None:
+    """At exit multiprocessing ends the workers that are left by SIGTERM, which they ignore, and would wait forever.
+
+    Some are left whenever an error leaves the loop over a loader: its traceback keeps the loader alive.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call each of them a failure
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def build_training_loader(
     dataset: Dataset, sampler: TrainingBatchSampler, num_workers: int, device: torch.device
 ) -> DataLoader:
     """Micro-batches in the sampler's order, one pass over the whole rest of the run."""
-    cv2.setNumThreads(0)
+    prepare_process()
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -152,7 +175,7 @@ def build_training_loader(
 
 def build_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
     """Every image once, in the dataset's order."""
-    cv2.setNumThreads(0)
+    prepare_process()
     return DataLoader(
         dataset,
         batch_size=batch_size,

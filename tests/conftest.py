@@ -1,0 +1,80 @@
+"""Fixtures shared by several test files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from detection.settings import Settings, load_settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def default_settings() -> Callable[..., Settings]:
+    """`default_settings("train.batch_size=4", ...)`: args.yaml changed by words."""
+
+    def load(*words: str) -> Settings:
+        return load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)[0]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("bccd")`: real data beside the repository; the test is skipped where there is none."""
+
+    def find(name: str) -> Path:
+        directory = SHARED_DATA / name
+        if not directory.is_dir():
+            pytest.skip(f"real data {directory} is not on this machine")
+        return directory
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COCO layout with 9 training and 4 validation images; every box is a filled rectangle in its category's colour.
+
+    Category ids 3 (red) and 7 (green); image k has k % 4 boxes, so some have none; sizes differ.
+    """
+    root = tmp_path_factory.mktemp("drawn")
+    (root / "annotations").mkdir()
+    colours = {3: (255, 0, 0), 7: (0, 255, 0)}
+    for split, count in (("train", 9), ("val", 4)):
+        (root / split).mkdir()
+        content: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}],
+        }
+        generator = np.random.default_rng(count)
+        for number in range(count):
+            width, height = 60 + 8 * number, 96 - 4 * number
+            image = np.full((height, width, 3), 20 + 10 * number, np.uint8)
+            for _ in range(number % 4):
+                category = int(generator.choice([3, 7]))
+                x, y = int(generator.integers(0, width - 24)), int(generator.integers(0, height - 20))
+                box_width, box_height = (int(side) for side in generator.integers(8, 20, 2))
+                cv2.rectangle(image, (x, y), (x + box_width - 1, y + box_height - 1), colours[category], cv2.FILLED)
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": 100 + number,
+                        "category_id": category,
+                        "bbox": [x, y, box_width, box_height],
+                        "area": box_width * box_height,
+                        "iscrowd": 0,
+                    }
+                )
+            name = f"{number}.png"
+            cv2.imwrite(str(root / split / name), image[..., ::-1])
+            content["images"].append({"id": 100 + number, "file_name": name, "width": width, "height": height})
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root

@@ -1,0 +1,594 @@
+"""Detections -> the official COCO numbers, by two evaluators, and the pass over a validation set that leads there."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detection.data.coco import Annotations, CocoDataset, flatten_annotations, load_annotations
+from detection.data.loaders import build_evaluation_loader
+from detection.data.transforms import Transform
+from detection.devices import autocast
+from detection.evaluation import (
+    METRIC_NAMES,
+    Detections,
+    Evaluation,
+    choose_backend,
+    drop_not_finite,
+    evaluate,
+    score_detections,
+    write_detections,
+)
+from detection.settings import load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURE = ROOT.parent / "shared" / "data" / "coco_eval_fixture"
+BACKENDS = ("pycocotools", "faster_coco_eval")
+CPU = torch.device("cpu")
+NAN = float("nan")
+ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
+needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is not there")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param)
+    return request.param
+
+
+def coco_content(
+    boxes: list[tuple[int, int, list[float]]],
+    images: int = 1,
+    ids: Callable[[int], int] = lambda number: number + 1,
+    categories: tuple[int, ...] = (1, 5, 90),
+    size: tuple[int, int] = (1000, 1000),
+    crowd: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """Parsed annotation file from (image id, category id, [x, y, width, height]); `crowd` are positions of crowd boxes."""
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
+            for number in range(1, images + 1)
+        ],
+        "categories": [{"id": number, "name": f"name {number}"} for number in categories],
+        "annotations": [
+            {
+                "id": ids(number),
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": int(number in crowd),
+            }
+            for number, (image, category, box) in enumerate(boxes)
+        ],
+    }
+
+
+def annotate(boxes: list[tuple[int, int, list[float]]], **arguments: Any) -> Annotations:
+    return flatten_annotations(coco_content(boxes, **arguments), "test")
+
+
+def detect(rows: list[tuple[int, int, list[float], float]]) -> Detections:
+    """From (image index, dense label, [x, y, width, height], score)."""
+    boxes = np.array([box for _, _, box, _ in rows], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Detections(
+        np.array([index for index, *_ in rows], dtype=np.int64),
+        boxes,
+        np.array([score for *_, score in rows], dtype=np.float64),
+        np.array([label for _, label, *_ in rows], dtype=np.int64),
+    )
+
+
+def truth_as_detections(annotations: Annotations) -> Detections:
+    count = len(annotations.labels)
+    image_index = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    return Detections(image_index, annotations.boxes.astype(np.float64), np.ones(count), annotations.labels)
+
+
+def join(*parts: Detections) -> Detections:
+    return Detections(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("image_index", "boxes", "scores", "labels")
+        )
+    )
+
+
+# The published numbers
+
+
+@needs_fixture
+def test_twelve_published_numbers(backend: str) -> None:
+    expected = json.loads((FIXTURE / "expected.json").read_text())
+    annotations = load_annotations(FIXTURE / "annotations" / "instances_val.json")
+    image_index = {number: index for index, number in enumerate(annotations.image_ids.tolist())}
+    label = {number: label for label, number in enumerate(annotations.categories.ids)}
+    results = json.loads((FIXTURE / "fakebbox100_results.json").read_text())
+    detections = detect(
+        [(image_index[row["image_id"]], label[row["category_id"]], row["bbox"], row["score"]) for row in results]
+    )
+    metrics, class_ap = score_detections(annotations, detections, backend)
+    assert {name: round(value, 3) for name, value in metrics.items() if value is not None} == expected
+    # AP is the mean over the classes that have a truth; 80 classes, 10 of them without (the fixture's table)
+    defined = [ap for ap, _, _ in class_ap.values() if ap is not None]
+    assert len(class_ap) == 80 and len(defined) == 80 - sum(truths == 0 for _, _, truths in class_ap.values())
+    assert float(np.mean(defined)) == pytest.approx(metrics["AP"], abs=1e-12)
+    assert class_ap["person"][2] + class_ap["book"][2] == 256 + 18 - person_and_book_crowds()
+
+
+def person_and_book_crowds() -> int:
+    content = json.loads((FIXTURE / "annotations" / "instances_val.json").read_text())
+    return sum(row["iscrowd"] and row["category_id"] in (1, 84) for row in content["annotations"])
+
+
+@needs_fixture
+def test_fixture_with_truth_as_detections_is_perfect(backend: str) -> None:
+    annotations = load_annotations(FIXTURE / "annotations" / "instances_val.json")
+    metrics, _ = score_detections(annotations, truth_as_detections(annotations), backend)
+    assert [metrics[name] for name in ("AP", "AP50", "AR100")] == [ONE, ONE, ONE]
+
+
+# Hand calculations
+
+
+def test_class_ap_by_hand(backend: str) -> None:
+    annotations = annotate(
+        [
+            (1, 1, [0, 0, 100, 100]),
+            (1, 1, [200, 0, 100, 100]),
+            (1, 5, [400, 0, 100, 100]),
+        ]
+    )
+    detections = detect(
+        [
+            # label 0: right, wrong, right. Precision is 1 up to recall 0.5, then 2/3. Of the 101 recalls 0, 0.01, ... 1
+            # the first 51 (to 0.50) get 1, the other 50 get 2/3: AP = (51 + 50 * 2/3) / 101 at every IoU.
+            (0, 0, [0, 0, 100, 100], 0.9),
+            (0, 0, [600, 600, 100, 100], 0.8),
+            (0, 0, [200, 0, 100, 100], 0.7),
+            # label 1: IoU 0.78 is enough for 0.50, 0.55, ... 0.75, six of the ten thresholds: AP 0.6, AP50 1.
+            (0, 1, [400, 0, 100, 78], 0.5),
+            # label 2 has no truth: nothing to be said, whatever is found.
+            (0, 2, [700, 0, 100, 100], 1.0),
+        ]
+    )
+    metrics, class_ap = score_detections(annotations, detections, backend)
+    first = (51 + 50 * 2 / 3) / 101
+    assert class_ap == {
+        "name 1": (pytest.approx(first), pytest.approx(first), 2),
+        "name 5": (pytest.approx(0.6), pytest.approx(1.0), 1),
+        "name 90": (None, None, 0),
+    }
+    assert metrics["AP"] == pytest.approx((first + 0.6) / 2)
+    assert metrics["AP50"] == pytest.approx((first + 1) / 2)
+    assert metrics["AP75"] == pytest.approx((first + 1) / 2)
+    # One detection per image and class finds 1 of 2 and, at six of ten thresholds, 1 of 1; ten find both.
+    assert metrics["AR1"] == pytest.approx((0.5 + 0.6) / 2)
+    assert metrics["AR10"] == pytest.approx(0.8) and metrics["AR100"] == pytest.approx(0.8)
+    # 100 x 100 = 10,000 pixels: above 96 x 96, so all truths are large and the other two are not defined.
+    assert (metrics["APs"], metrics["APm"], metrics["ARs"], metrics["ARm"]) == (None, None, None, None)
+    assert metrics["APl"] == pytest.approx(metrics["AP"])
+
+
+def test_size_classes_follow_the_area_of_the_file(backend: str) -> None:
+    # Boxes of 100 x 100; the file says the objects cover 500 (small: below 32^2) and 5000 pixels (medium: below 96^2).
+    content = coco_content([(1, 1, [0, 0, 100, 100]), (1, 1, [200, 0, 100, 100])])
+    content["annotations"][0]["area"], content["annotations"][1]["area"] = 500, 5000
+    annotations = flatten_annotations(content, "test")
+    metrics, _ = score_detections(annotations, detect([(0, 0, [0, 0, 100, 100], 1.0)]), backend)
+    assert (metrics["ARs"], metrics["ARm"], metrics["ARl"]) == (ONE, 0.0, None)
+
+
+def test_detections_in_a_crowd_are_neither_right_nor_wrong(backend: str) -> None:
+    boxes = [(1, 1, [0, 0, 50, 50]), (1, 1, [100, 100, 400, 400])]
+    found = [(0, 0, [100 + 50 * number, 120, 40, 40], 0.9) for number in range(5)]  # inside the second box
+    found += [(0, 0, [0, 0, 50, 50], 0.5)]
+    metrics, class_ap = score_detections(annotate(boxes, crowd=(1,)), detect(found), backend)
+    assert class_ap["name 1"] == (ONE, ONE, 1)
+    assert (metrics["AP"], metrics["AR100"]) == (ONE, ONE)
+    # Were it no crowd: the one right detection comes sixth, precision 1/6 up to recall 1/2, then 0.
+    metrics, class_ap = score_detections(annotate(boxes), detect(found), backend)
+    assert class_ap["name 1"] == (pytest.approx(51 / 6 / 101), pytest.approx(51 / 6 / 101), 2)
+
+
+def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None:
+    nothing = detect([])
+    metrics, class_ap = score_detections(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
+    assert tuple(metrics) == METRIC_NAMES
+    medium = {"AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"}  # 50 x 50 lies between 32^2 and 96^2
+    assert metrics == {name: 0.0 if name in medium else None for name in METRIC_NAMES}
+    assert class_ap == {"name 1": (None, None, 0), "name 5": (0.0, 0.0, 1), "name 90": (None, None, 0)}
+
+    without_truth = annotate([], images=2)
+    for detections in (nothing, detect([(1, 0, [0, 0, 10, 10], 0.5)])):
+        metrics, class_ap = score_detections(without_truth, detections, backend)
+        assert metrics == dict.fromkeys(METRIC_NAMES)
+        assert class_ap == dict.fromkeys(["name 1", "name 5", "name 90"], (None, None, 0))
+
+
+def test_detection_of_another_class_or_image_does_not_count(backend: str) -> None:
+    annotations = annotate([(1, 1, [0, 0, 50, 50]), (2, 5, [0, 0, 50, 50])], images=2)
+    metrics, _ = score_detections(
+        annotations, detect([(1, 0, [0, 0, 50, 50], 1.0), (0, 1, [0, 0, 50, 50], 1.0)]), backend
+    )
+    assert metrics["AP"] == metrics["AR100"] == 0.0
+
+
+# Ids of the annotation file
+
+MANY_BOXES = [
+    (image, category, [float(60 * place), float(20 * image), 50.0, 40.0])
+    for image in (1, 2, 3)
+    for place, category in enumerate((1, 5, 90, 1, 90))
+]
+
+
+@pytest.mark.parametrize(
+    "ids", [lambda number: number, lambda number: 0, lambda number: 7, lambda number: -number, lambda n: 2**40 + n],
+    ids=["from 0", "all 0", "all equal", "negative", "large"],
+)  # fmt: skip
+def test_perfect_detections_score_1_whatever_the_annotation_ids(
+    tmp_path: Path, backend: str, ids: Callable[[int], int]
+) -> None:
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco_content(MANY_BOXES, images=4, ids=ids)))
+    annotations = load_annotations(path)
+    metrics, class_ap = score_detections(annotations, truth_as_detections(annotations), backend)
+    assert [metrics[name] for name in ("AP", "AP50", "AP75", "APm", "AR100")] == [ONE] * 5
+    # Three images with two boxes of class 1 and 90 each: a single detection finds half of them, and all of class 5.
+    assert metrics["AR1"] == pytest.approx((0.5 + 1 + 0.5) / 3)
+    assert class_ap == {"name 1": (ONE, ONE, 6), "name 5": (ONE, ONE, 3), "name 90": (ONE, ONE, 6)}
+
+
+def test_class_ap_follows_the_names_when_labels_are_in_another_order(backend: str) -> None:
+    content = coco_content(MANY_BOXES, images=3)
+    annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1"))
+    assert annotations.categories.ids == (90, 1)
+    everything = truth_as_detections(annotations)
+    only_90 = everything.labels == 0
+    found = Detections(*(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels")))
+    metrics, class_ap = score_detections(annotations, found, backend)
+    assert class_ap == {"name 90": (ONE, ONE, 6), "name 1": (0.0, 0.0, 6)}
+    assert metrics["AP"] == pytest.approx(0.5)
+
+
+def test_written_detections_have_the_ids_and_boxes_of_the_annotation_file(tmp_path: Path) -> None:
+    content = coco_content(MANY_BOXES, images=3)
+    for image in content["images"]:
+        image["id"] += 1000
+    for row in content["annotations"]:
+        row["image_id"] += 1000
+    annotations = flatten_annotations(content, "test")
+    detections = detect([(2, 2, [1.5, 2.0, 30.25, 40.0], 0.125), (0, 0, [0.0, 0.0, 1.0, 2.0], 1.0)])
+    write_detections(tmp_path / "detections.json", annotations, detections)
+    assert json.loads((tmp_path / "detections.json").read_text()) == [
+        {"image_id": 1003, "category_id": 90, "bbox": [1.5, 2.0, 30.25, 40.0], "score": 0.125},
+        {"image_id": 1001, "category_id": 1, "bbox": [0.0, 0.0, 1.0, 2.0], "score": 1.0},
+    ]
+    write_detections(tmp_path / "detections.json", annotations, detect([]))
+    assert json.loads((tmp_path / "detections.json").read_text()) == []
+
+
+def test_written_detections_score_the_same_with_the_official_program(tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations, detections = random_set(3)
+    content = random_content(3)
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    write_detections(tmp_path / "detections.json", annotations, detections)
+    with contextlib.redirect_stdout(None):
+        truth = COCO(str(tmp_path / "truth.json"))
+        evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    metrics, _ = score_detections(annotations, detections)
+    official = [None if value == -1 else pytest.approx(value, abs=1e-9) for value in evaluator.stats.tolist()]
+    assert list(metrics.values()) == official
+
+
+# Equality of the evaluators
+
+
+def random_content(seed: int) -> dict[str, Any]:
+    """Crowd boxes, images without boxes, classes without truth or detections, boxes that touch and repeat."""
+    generator = np.random.default_rng(seed)
+    boxes = []
+    for image in range(1, 13):
+        for _ in range(0 if image == 6 else int(generator.integers(1, 12))):
+            x, y, width, height = generator.uniform([0, 0, 5, 5], [400, 400, 200, 200]).round(int(seed % 3)).tolist()
+            boxes.append((image, int(generator.choice([1, 5, 90])), [x, y, max(width, 1.0), max(height, 1.0)]))
+    crowd = np.flatnonzero(generator.random(len(boxes)) < 0.15)
+    return coco_content(
+        boxes, images=12, categories=(1, 3, 5, 7, 90), size=(640, 640), crowd=tuple(crowd.tolist())
+    )
+
+
+def random_set(seed: int) -> tuple[Annotations, Detections]:
+    """Truth with category ids 1, 3, 5, 7, 90 (3 and 7 never occur) and noisy detections, many with equal scores."""
+    annotations = flatten_annotations(random_content(seed), "test")
+    generator = np.random.default_rng([seed, 1])
+    rows = []
+    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box)).tolist()
+    for image, label, box in zip(
+        image_of_box, annotations.labels.tolist(), annotations.coco_boxes.tolist(), strict=True
+    ):
+        for _ in range(int(generator.integers(0, 4))):
+            noisy = (np.array(box) + generator.normal(0, 4, 4) * generator.integers(0, 3)).tolist()
+            score = float(generator.integers(1, 6)) / 5  # ties
+            rows.append((image, label, [*noisy[:2], max(noisy[2], 1.0), max(noisy[3], 1.0)], score))
+    for _ in range(150):  # more than 100 of one class in one image
+        x, y, width, height = generator.uniform([0, 0, 20, 20], [400, 400, 150, 150]).tolist()
+        rows.append((0, 0, [x, y, width, height], float(generator.integers(0, 100)) / 100))
+    rows += [(4, 1, [10.0, 10.0, 20.0, 20.0], 0.5)]  # a class without truth
+    rows.sort(key=lambda row: row[0])
+    return annotations, detect(rows)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_faster_evaluator_equals_the_reference(seed: int) -> None:
+    pytest.importorskip("faster_coco_eval")
+    annotations, detections = random_set(seed)
+    assert annotations.crowd.any() and (np.diff(annotations.first_box) == 0).any()
+    assert ((detections.image_index == 0) & (detections.labels == 0)).sum() > 100
+    (reference, reference_class), (faster, faster_class) = (
+        score_detections(annotations, detections, name) for name in BACKENDS
+    )
+    assert 0 < reference["AP"] < 1
+    for name in METRIC_NAMES:
+        assert faster[name] == pytest.approx(reference[name], abs=1e-9), name
+    assert faster_class.keys() == reference_class.keys()
+    for name, (ap, ap50, truths) in reference_class.items():
+        assert faster_class[name] == (pytest.approx(ap, abs=1e-9), pytest.approx(ap50, abs=1e-9), truths)
+    assert reference_class["name 3"][0] is None and reference_class["name 7"][0] is None
+
+
+def test_auto_takes_the_faster_evaluator_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detection import evaluation
+
+    for spec, expected in ((object(), "faster_coco_eval"), (None, "pycocotools")):
+        monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert choose_backend("auto") == expected
+        assert choose_backend("pycocotools") == "pycocotools"
+
+
+def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    # Segmentations can be hostile: run lengths beyond the image, coordinates of 1e8. Nothing looks at them.
+    content = coco_content(MANY_BOXES, images=3, size=(400, 400))
+    for number, row in enumerate(content["annotations"]):
+        hostile = {"counts": [2**31, 2**31], "size": [2**31, 2**31]}, [[1e8, 1e8, -1e8, 1e8, 0, 0]], "not a mask"
+        row["segmentation"] = hostile[number % 3]
+    import pycocotools.mask
+
+    modules = [pycocotools.mask]
+    if backend == "faster_coco_eval":
+        from faster_coco_eval.core import mask
+
+        modules.append(mask)
+
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("mask code was called")
+
+    replaced = []
+    for module in modules:
+        overlap = module.iou  # both programs compute the overlap of boxes in a function of this module
+
+        def box_overlap(found: Any, truth: Any, crowd: Any, overlap: Callable[..., Any] = overlap) -> Any:
+            assert all(np.shape(box) == (4,) for box in [*found, *truth])
+            return overlap(found, truth, crowd)
+
+        for name in ("encode", "decode", "merge", "area", "toBbox", "frPyObjects"):
+            monkeypatch.setattr(module, name, refuse)
+            replaced.append(name)
+        monkeypatch.setattr(module, "iou", box_overlap)
+    assert len(replaced) == 6 * len(modules)
+
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    for number in (1, 2, 3):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((400, 400, 3), np.uint8))
+    dataset = CocoDataset(tmp_path, tmp_path / "truth.json", validation_transform(64))
+    assert len(dataset[0].labels) == 5
+    metrics, _ = score_detections(dataset.annotations, truth_as_detections(dataset.annotations), backend)
+    assert metrics["AP"] == ONE
+
+
+# Detections that are no numbers
+
+
+def test_not_finite_detections_are_dropped_and_counted() -> None:
+    good = [(0, 0, [0.0, 0.0, 10.0, 10.0], 0.9), (2, 1, [5.0, 5.0, 10.0, 10.0], 0.1)]
+    bad = [
+        (0, 0, [NAN, 0.0, 10.0, 10.0], 0.9),
+        (0, 0, [0.0, 0.0, 10.0, NAN], 0.9),
+        (1, 0, [0.0, 0.0, float("inf"), 1.0], 0.9),
+        (1, 0, [0.0, -float("inf"), 10.0, 1.0], 0.9),
+        (1, 0, [0.0, 0.0, 10.0, 10.0], NAN),
+        (1, 0, [0.0, 0.0, 10.0, 10.0], float("inf")),
+    ]
+    with np.errstate(invalid="ignore"):
+        kept, dropped = drop_not_finite(detect([bad[0], good[0], *bad[1:], good[1]]))
+    assert dropped == len(bad)
+    expected = detect(good)
+    for name in ("image_index", "boxes", "scores", "labels"):
+        assert np.array_equal(getattr(kept, name), getattr(expected, name))
+    assert drop_not_finite(detect([]))[1] == 0
+
+
+# The pass over a validation set
+
+
+def validation_transform(size: int) -> Transform:
+    return Transform(load_settings(ROOT / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
+
+
+# 100 x 50 pixels into 64: scale 0.64, 32 rows high, 16 rows of padding above. 40 x 80: scale 0.8, 32 columns wide,
+# 16 columns of padding on the left. (x1, y1, x2, y2) in the image -> in the network input.
+WIDE, TALL = (100, 50), (40, 80)
+BOX_IN_WIDE, BOX_IN_WIDE_INPUT = (25.0, 12.5, 75.0, 50.0), (16.0, 24.0, 48.0, 48.0)
+BOX_IN_TALL, BOX_IN_TALL_INPUT = (0.0, 5.0, 40.0, 20.0), (16.0, 4.0, 48.0, 16.0)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> CocoDataset:
+    """Ten images, wide and tall by turns, of which number 0, 3, 6, 9 have no box and the others one."""
+    content = coco_content([], images=10)
+    for image in content["images"]:
+        wide = image["id"] % 2 == 0
+        image["width"], image["height"] = WIDE if wide else TALL
+        cv2.imwrite(str(tmp_path / image["file_name"]), np.zeros((image["height"], image["width"], 3), np.uint8))
+        if image["id"] % 3 != 1:
+            x1, y1, x2, y2 = BOX_IN_WIDE if wide else BOX_IN_TALL
+            content["annotations"].append(
+                {
+                    "id": 0,
+                    "image_id": image["id"],
+                    "category_id": 90 if wide else 5,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                }
+            )
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    return CocoDataset(tmp_path, tmp_path / "truth.json", validation_transform(64))
+
+
+class TruthTeller(nn.Module):
+    """A stand-in for model, criterion and postprocess that finds the truth of each image, told by its fill rows."""
+
+    def __init__(self, extra: Callable[[int], list[tuple[list[float], float]]] = lambda index: []) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+        self.modes: list[list[bool]] = []
+        self.seen = 0
+        self.batch_sizes: list[int] = []
+        self.extra = extra
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        assert not torch.is_grad_enabled()
+        self.modes.append([module.training for module in self.modules()])
+        self.batch_sizes.append(len(images))
+        return [images]
+
+    def criterion(self, outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        per_image = (targets["labels"] >= 0).sum(1).float()
+        return {"loss_box": per_image.mean(), "loss_class": 10 * per_image.mean()}
+
+    def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = []
+        for image in outputs[0]:
+            wide = (image[0, 0] == 124).all()  # the fill colour's red in the first row: padding above
+            assert wide or (image[0, :, 0] == 124).all()
+            boxes = [BOX_IN_WIDE_INPUT if wide else BOX_IN_TALL_INPUT] if self.seen % 3 else []
+            rows = [(list(box), 0.75) for box in boxes] + self.extra(self.seen)
+            found.append(
+                {
+                    "boxes": torch.tensor([box for box, _ in rows]).reshape(-1, 4),
+                    "scores": torch.tensor([score for _, score in rows]),
+                    "labels": torch.full((len(rows),), 2 if wide else 1),
+                }
+            )
+            self.seen += 1
+        return found
+
+
+def run_evaluation(dataset: CocoDataset, model: TruthTeller, batch_size: int = 4, **arguments: Any) -> Evaluation:
+    loader = build_evaluation_loader(dataset, batch_size, num_workers=0, device=CPU)
+    return evaluate(
+        model, model.criterion, model.postprocess, loader, dataset.annotations, CPU, lambda: autocast(CPU, None),
+        **arguments,
+    )  # fmt: skip
+
+
+def test_truth_through_the_letterbox_scores_1(dataset: CocoDataset, backend: str) -> None:
+    model = TruthTeller()
+    result = run_evaluation(dataset, model, backend=backend)
+    assert model.batch_sizes == [4, 4, 2]
+    assert (result.metrics["AP"], result.metrics["AR100"]) == (ONE, ONE)
+    assert result.class_ap == {"name 1": (None, None, 0), "name 5": (ONE, ONE, 3), "name 90": (ONE, ONE, 3)}
+    assert (result.backend, result.dropped, len(result.detections)) == (backend, 0, 6)
+    assert result.detections.image_index.tolist() == [1, 2, 4, 5, 7, 8]
+    # index 1, 5, 7 are image ids 2, 6, 8: wide
+    expected = [BOX_IN_WIDE if index in (1, 5, 7) else BOX_IN_TALL for index in (1, 2, 4, 5, 7, 8)]
+    np.testing.assert_allclose(result.detections.boxes, expected, atol=1e-4)
+    assert result.detections.scores.tolist() == [0.75] * 6
+    assert len(result.detections.of_image(5)) == 1 and len(result.detections.of_image(6)) == 0
+    assert result.detections.of_image(5).labels.tolist() == [2]
+
+
+def test_losses_are_means_over_images_whatever_the_batch_size(dataset: CocoDataset) -> None:
+    # 6 of 10 images have a box. Batches of 4, 4, 2 have means 1/2, 3/4, 1/2, whose mean 0.583 is not 0.6.
+    for batch_size in (4, 3, 10, 1):
+        losses = run_evaluation(dataset, TruthTeller(), batch_size).losses
+        assert losses == {"loss_box": pytest.approx(0.6), "loss_class": pytest.approx(6.0)}
+
+
+def test_not_finite_detections_never_raise_a_number(dataset: CocoDataset, backend: str) -> None:
+    # On all images, the empty ones too, the best-scored detections are no numbers.
+    infinite = float("inf")
+    bad = [
+        ([NAN, NAN, NAN, NAN], 1.0),
+        ([0.0, 0.0, NAN, 10.0], 1.0),
+        ([-infinite, -infinite, infinite, infinite], 1.0),  # clipped to the image it would be a detection
+        ([0.0, 0.0, infinite, 10.0], 1.0),
+        ([0.0, 0.0, 10.0, 10.0], NAN),
+    ]
+    wrong = [([0.0, 0.0, 8.0, 8.0], 0.9)]
+    without = run_evaluation(dataset, TruthTeller(lambda index: wrong), backend=backend)
+    result = run_evaluation(dataset, TruthTeller(lambda index: bad + wrong), backend=backend)
+    assert 0 < without.metrics["AP"] < 1
+    assert result.metrics == without.metrics and result.class_ap == without.class_ap
+    assert result.dropped == 10 * len(bad) and without.dropped == 0
+    assert len(result.detections) == len(without.detections)
+
+
+def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
+    result = run_evaluation(dataset, TruthTeller(lambda index: [([-5.0, -5.0, 70.0, 70.0], 0.3)]))
+    for index in range(10):
+        found = result.detections.of_image(index)
+        width, height = WIDE if index % 2 else TALL  # image id is index + 1
+        np.testing.assert_allclose(found.boxes[found.scores < 0.5], [[0, 0, width, height]], atol=1e-4)
+
+
+def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
+    class Blind(TruthTeller):
+        def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
+            nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+            return [nothing for _ in outputs[0]]
+
+    result = run_evaluation(dataset, Blind(), backend=backend)
+    assert len(result.detections) == 0 and result.metrics["AP"] == 0.0 and result.metrics["AR100"] == 0.0
+    assert result.losses["loss_box"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("encoder_training", [True, False])
+def test_mode_of_every_module_is_restored(dataset: CocoDataset, training: bool, encoder_training: bool) -> None:
+    # A frozen encoder is in evaluation mode inside a model in training mode and must stay so.
+    model = TruthTeller().train(training)
+    model.encoder.train(encoder_training)
+    before = {name: module.training for name, module in model.named_modules()}
+    run_evaluation(dataset, model)
+    assert model.modes == [[False] * len(before)] * 3
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_abandoned_evaluation_restores_the_mode_too(dataset: CocoDataset) -> None:
+    calls: Iterator[int] = iter(range(10))
+
+    def stop() -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    model = TruthTeller().train()
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(dataset, model, on_batch=stop)
+    assert model.batch_sizes == [4, 4] and all(module.training for module in model.modules())

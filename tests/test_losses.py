@@ -1,0 +1,614 @@
+"""`DarknetLoss` against a slow loop over Darknet's per-logit gradients, written from their published definitions:
+
+per image, delta = minus the gradient of the loss with respect to a raw value,
+    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any truth exceeds the threshold
+    class:      one-hot - sigmoid on positives; where a truth came before, only the true class of the next one is set
+    xy:         s * (t - sigmoid),  wh: s * (t - raw),  s = 2 - w * h relative to the network input
+A crowd region (ours, Darknet has none) is never assigned; predictions inside it by more than the threshold carry none.
+"""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detection.losses import CRITERIA, DarknetLoss
+
+WIDTH, HEIGHT = 96, 64  # pixels of the network input
+LEVELS = {
+    "three levels": (
+        [8, 16, 32],
+        [[(4, 5), (6, 12), (13, 9)], [(12, 24), (25, 18), (22, 45)], [(46, 36), (62, 40), (80, 60)]],
+    ),
+    "two levels": ([16, 32], [[(8, 7), (14, 20), (30, 18)], [(30, 44), (52, 36), (80, 60)]]),
+    "unequal levels": ([8, 16, 32], [[(6, 7)], [(12, 24), (25, 18), (22, 45), (40, 20)], [(46, 36), (80, 60)]]),
+}
+Anchors = list[list[tuple[float, float]]]
+
+
+class Case:
+    """Random raw outputs and targets, with everything in them that the loss has a rule for."""
+
+    def __init__(
+        self, layout: str, num_classes: int, counts: list[int], seed: int, threshold: float = 0.7, planted: float = 0.6
+    ) -> None:
+        self.strides, anchors = LEVELS[layout]
+        self.anchors: Anchors = anchors
+        self.threshold = threshold
+        self.num_classes = num_classes
+        self.generator = torch.Generator().manual_seed(seed)
+        rows_of_targets = max([*counts, 1]) + 2
+        self.boxes = torch.zeros(len(counts), rows_of_targets, 4)
+        self.labels = torch.full((len(counts), rows_of_targets), -1)
+        self.outputs = [
+            torch.randn(
+                len(counts), len(level), HEIGHT // stride, WIDTH // stride, 5 + num_classes, generator=self.generator
+            )
+            for stride, level in zip(self.strides, self.anchors, strict=True)
+        ]
+        for image, count in enumerate(counts):
+            for number in range(count):
+                self._add_truth(image, number)
+            for number in range(count):
+                if self._uniform() < planted:
+                    self._plant(image, number)
+
+    def _uniform(self) -> float:
+        return torch.rand(1, generator=self.generator).item()
+
+    def _add_truth(self, image: int, number: int) -> None:
+        """A random box; one in five nearly repeats an earlier box, one in ten is a crowd region."""
+        if number and self._uniform() < 0.2:
+            earlier = int(self._uniform() * number)
+            box = self.boxes[image, earlier] + torch.rand(4, generator=self.generator) * 0.01
+        else:
+            size = torch.tensor([4 * math.exp(3 * self._uniform()), 4 * math.exp(2.6 * self._uniform())])
+            corner = torch.tensor([self._uniform(), self._uniform()]) * (torch.tensor([WIDTH, HEIGHT]) - size)
+            box = torch.cat([corner, corner + size])
+        self.boxes[image, number] = box
+        self.labels[image, number] = -2 if self._uniform() < 0.1 else int(self._uniform() * self.num_classes)
+
+    def _plant(self, image: int, number: int) -> None:
+        """Make the prediction of a random anchor decode to almost this box, so that the ignore rule has work to do."""
+        x1, y1, x2, y2 = self.boxes[image, number].tolist()
+        level = int(self._uniform() * len(self.strides))
+        stride = self.strides[level]
+        anchor = int(self._uniform() * len(self.anchors[level]))
+        x, y = (x1 + x2) / 2 / stride, (y1 + y2) / 2 / stride
+        column, row = min(int(x), WIDTH // stride - 1), min(int(y), HEIGHT // stride - 1)
+        share_x, share_y = (min(max(share, 0.02), 0.98) for share in (x - column, y - row))
+        anchor_width, anchor_height = self.anchors[level][anchor]
+        raw = [
+            math.log(share_x / (1 - share_x)),
+            math.log(share_y / (1 - share_y)),
+            math.log((x2 - x1) / anchor_width),
+            math.log((y2 - y1) / anchor_height),
+        ]
+        noise = torch.randn(4, generator=self.generator) * 0.05
+        self.outputs[level][image, anchor, row, column, :4] = torch.tensor(raw) + noise
+
+    def criterion(self, **arguments: Any) -> DarknetLoss:
+        return DarknetLoss(self.anchors, self.strides, self.threshold, **arguments)
+
+    def targets(self) -> dict[str, Tensor]:
+        return {"boxes": self.boxes, "labels": self.labels}
+
+    def gradients(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The losses, and the gradients of their sum times the batch size, which is Darknet's sum over images."""
+        outputs = [output.clone().requires_grad_() for output in self.outputs]
+        losses = self.criterion()(outputs, self.targets())
+        (torch.stack(list(losses.values())).sum() * len(self.boxes)).backward()
+        gradients = [output.grad for output in outputs]
+        assert all(gradient is not None for gradient in gradients)
+        return losses, [gradient for gradient in gradients if gradient is not None]
+
+
+# The oracle: plain Python numbers, one prediction and one truth at a time
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def cross_entropy_of_bit(logit: float, target: float) -> float:
+    return -target * math.log(sigmoid(logit)) - (1 - target) * math.log(1 - sigmoid(logit))
+
+
+def decode(raw: list[float], anchor: tuple[float, float], row: int, column: int, stride: int) -> list[float]:
+    x, y = (column + sigmoid(raw[0])) * stride, (row + sigmoid(raw[1])) * stride
+    width, height = anchor[0] * math.exp(raw[2]), anchor[1] * math.exp(raw[3])
+    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+
+
+def overlap(predicted: list[float], truth: list[float], crowd: bool) -> float:
+    """IoU; with a crowd region the share of the prediction inside it."""
+    width = min(predicted[2], truth[2]) - max(predicted[0], truth[0])
+    height = min(predicted[3], truth[3]) - max(predicted[1], truth[1])
+    shared = width * height if width > 0 and height > 0 else 0.0
+    predicted_area = (predicted[2] - predicted[0]) * (predicted[3] - predicted[1])
+    truth_area = (truth[2] - truth[0]) * (truth[3] - truth[1])
+    return shared / predicted_area if crowd else shared / (predicted_area + truth_area - shared)
+
+
+def truths_of(case: Case, image: int) -> list[tuple[list[float], int]]:
+    pairs = zip(case.boxes[image].tolist(), case.labels[image].tolist(), strict=True)
+    return [(box, label) for box, label in pairs if label != -1]
+
+
+def is_ignored(case: Case, image: int, predicted: list[float]) -> bool:
+    return any(overlap(predicted, box, label == -2) > case.threshold for box, label in truths_of(case, image))
+
+
+def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
+    """(level, anchor, row, column): the anchor of all levels with the best IoU of shapes, in the cell of the centre."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    best_iou, best = 0.0, (-1, -1)
+    for level, anchors in enumerate(case.anchors):
+        for number, (anchor_width, anchor_height) in enumerate(anchors):
+            shared = min(width, anchor_width) * min(height, anchor_height)
+            iou = shared / (width * height + anchor_width * anchor_height - shared)
+            if iou > best_iou:
+                best_iou, best = iou, (level, number)
+    level, number = best
+    stride = case.strides[level]
+    column = min(int((box[0] + box[2]) / 2 / stride), WIDTH // stride - 1)
+    row = min(int((box[1] + box[3]) / 2 / stride), HEIGHT // stride - 1)
+    return level, number, row, column
+
+
+def box_targets(case: Case, box: list[float]) -> tuple[list[float], float]:
+    """(t_x, t_y, t_w, t_h) at the responsible prediction and s; t_x and t_y are shares of the cell."""
+    level, number, row, column = responsible(case, box)
+    stride, (anchor_width, anchor_height) = case.strides[level], case.anchors[level][number]
+    width, height = box[2] - box[0], box[3] - box[1]
+    t = [
+        (box[0] + box[2]) / 2 / stride - column,
+        (box[1] + box[3]) / 2 / stride - row,
+        math.log(width / anchor_width),
+        math.log(height / anchor_height),
+    ]
+    return t, 2 - (width / WIDTH) * (height / HEIGHT)
+
+
+def all_predictions(case: Case) -> list[tuple[int, int, int, int]]:
+    return [
+        (level, anchor, row, column)
+        for level, output in enumerate(case.outputs)
+        for anchor in range(output.shape[1])
+        for row in range(output.shape[2])
+        for column in range(output.shape[3])
+    ]
+
+
+def darknet_deltas(case: Case) -> list[Tensor]:
+    """What Darknet's yolo layer writes into its delta, per level in the shape of the outputs, float64."""
+    deltas = [torch.zeros(output.shape, dtype=torch.float64) for output in case.outputs]
+    for image in range(len(case.boxes)):
+        for level, anchor, row, column in all_predictions(case):
+            raw = case.outputs[level][image, anchor, row, column].tolist()
+            predicted = decode(raw, case.anchors[level][anchor], row, column, case.strides[level])
+            if not is_ignored(case, image, predicted):
+                deltas[level][image, anchor, row, column, 4] = 0 - sigmoid(raw[4])
+        seen = set()
+        for box, label in truths_of(case, image):
+            if label == -2:
+                continue
+            place = level, anchor, row, column = responsible(case, box)
+            raw = case.outputs[level][image, anchor, row, column].tolist()
+            delta = deltas[level][image, anchor, row, column]
+            t, s = box_targets(case, box)
+            delta[0] = s * (t[0] - sigmoid(raw[0]))
+            delta[1] = s * (t[1] - sigmoid(raw[1]))
+            delta[2] = s * (t[2] - raw[2])
+            delta[3] = s * (t[3] - raw[3])
+            delta[4] = 1 - sigmoid(raw[4])
+            for number in range(case.num_classes):
+                if place not in seen:
+                    delta[5 + number] = (number == label) - sigmoid(raw[5 + number])
+                elif number == label:
+                    delta[5 + number] = 1 - sigmoid(raw[5 + number])
+            seen.add(place)
+    return deltas
+
+
+def slow_losses(case: Case) -> dict[str, float]:
+    totals = {"loss_box": 0.0, "loss_objectness": 0.0, "loss_class": 0.0}
+    for image in range(len(case.boxes)):
+        last_box: dict[tuple[int, int, int, int], list[float]] = {}
+        classes: dict[tuple[int, int, int, int], set[int]] = {}
+        for box, label in truths_of(case, image):
+            if label >= 0:
+                last_box[responsible(case, box)] = box
+                classes.setdefault(responsible(case, box), set()).add(label)
+        for place in all_predictions(case):
+            level, anchor, row, column = place
+            raw = case.outputs[level][image, anchor, row, column].tolist()
+            if place in last_box:
+                t, s = box_targets(case, last_box[place])
+                xy = cross_entropy_of_bit(raw[0], t[0]) + cross_entropy_of_bit(raw[1], t[1])
+                totals["loss_box"] += s * xy + s / 2 * ((t[2] - raw[2]) ** 2 + (t[3] - raw[3]) ** 2)
+                totals["loss_objectness"] += cross_entropy_of_bit(raw[4], 1)
+                for number in range(case.num_classes):
+                    totals["loss_class"] += cross_entropy_of_bit(raw[5 + number], number in classes[place])
+            elif not is_ignored(
+                case, image, decode(raw, case.anchors[level][anchor], row, column, case.strides[level])
+            ):
+                totals["loss_objectness"] += cross_entropy_of_bit(raw[4], 0)
+    return {name: total / len(case.boxes) for name, total in totals.items()}
+
+
+def assert_matches_darknet(case: Case) -> None:
+    losses, gradients = case.gradients()
+    for gradient, delta in zip(gradients, darknet_deltas(case), strict=True):
+        torch.testing.assert_close(gradient.double(), -delta, atol=1e-5, rtol=0)
+    for name, value in slow_losses(case).items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+CASES = [
+    ("three levels", 4, [6, 0, 17], 0, 0.7),
+    ("three levels", 80, [9, 12], 1, 0.7),
+    ("three levels", 1, [14, 5], 2, 0.5),
+    ("two levels", 3, [11, 1, 0, 8], 3, 0.7),
+    ("two levels", 1, [20], 4, 0.5),
+    ("unequal levels", 2, [13, 20], 5, 0.6),
+]
+
+
+@pytest.mark.parametrize(("layout", "num_classes", "counts", "seed", "threshold"), CASES)
+def test_gradients_and_values_are_darknets(
+    layout: str, num_classes: int, counts: list[int], seed: int, threshold: float
+) -> None:
+    assert_matches_darknet(Case(layout, num_classes, counts, seed, threshold))
+
+
+def test_cases_contain_every_rule() -> None:
+    """The random cases above would prove little without shared cells, ignored predictions and crowd regions."""
+    met: Counter[str] = Counter()
+    for arguments in CASES:
+        case = Case(*arguments)
+        deltas = darknet_deltas(case)
+        for image in range(len(case.boxes)):
+            truths = truths_of(case, image)
+            met["empty image"] += not truths
+            met["crowd"] += sum(label == -2 for _, label in truths)
+            places: dict[tuple[int, int, int, int], list[int]] = {}
+            for box, label in truths:
+                if label >= 0:
+                    places.setdefault(responsible(case, box), []).append(label)
+            for labels in places.values():
+                met["shared, same class"] += len(labels) > len(set(labels))
+                met["shared, two classes"] += len(set(labels)) > 1
+            for place in all_predictions(case):
+                level, *position = place
+                raw = case.outputs[level][(image, *position)].tolist()
+                predicted = decode(raw, case.anchors[level][place[1]], place[2], place[3], case.strides[level])
+                if is_ignored(case, image, predicted):
+                    met["ignored and positive" if place in places else "ignored"] += 1
+                    met["ignored for a crowd region only"] += not any(
+                        overlap(predicted, box, False) > case.threshold for box, _ in truths
+                    )
+        met["levels with a positive"] += sum(int((delta[..., 2] != 0).any()) for delta in deltas)
+    for rule, least in {
+        "empty image": 2,
+        "crowd": 5,
+        "shared, same class": 3,
+        "shared, two classes": 3,
+        "ignored": 20,
+        "ignored and positive": 5,
+        "ignored for a crowd region only": 3,
+        "levels with a positive": 14,
+    }.items():
+        assert met[rule] >= least, f"{rule}: {met[rule]}"
+
+
+# By hand
+
+
+def one_cell(truths: list[list[float]], labels: list[int], classes: int, **arguments: Any) -> dict[str, float]:
+    """The losses of raw 0 everywhere: a 32 x 32 input, one cell, one anchor of 16 x 16."""
+    criterion = DarknetLoss([[(16, 16)]], [32], 0.7, **arguments)
+    targets = {"boxes": torch.tensor([truths]), "labels": torch.tensor([labels])}
+    return {name: loss.item() for name, loss in criterion([torch.zeros(1, 1, 1, 1, 5 + classes)], targets).items()}
+
+
+def test_one_truth_by_hand() -> None:
+    # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
+    # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness, 3 for the classes.
+    losses = one_cell([[8.0, 8, 24, 24]], [1], classes=3)
+    log_2 = math.log(2)
+    assert losses == pytest.approx({"loss_box": 1.75 * 2 * log_2, "loss_objectness": log_2, "loss_class": 3 * log_2})
+
+
+def test_size_term_by_hand() -> None:
+    # 32 x 8: t_w = log 2, t_h = -log 2; s = 2 - 256 / 1024; s / 2 * 2 * log(2)^2 on top of the xy term
+    losses = one_cell([[0.0, 12, 32, 20]], [0], classes=1)
+    assert losses["loss_box"] == pytest.approx(1.75 * (2 * math.log(2) + math.log(2) ** 2))
+
+
+def test_objectness_by_hand() -> None:
+    """No truth: BCE against 0. A truth that the prediction fits exactly stays positive although above the threshold."""
+    assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
+    assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
+
+
+def class_gradient(labels: list[int], classes: int) -> list[float]:
+    """d loss_class / d class logits at logit 0 of truths that all share one prediction."""
+    output = torch.zeros(1, 1, 1, 1, 5 + classes, requires_grad=True)
+    boxes = torch.tensor([[[8.0, 8, 24, 24]] * len(labels)])
+    losses = DarknetLoss([[(16, 16)]], [32], 0.7)([output], {"boxes": boxes, "labels": torch.tensor([labels])})
+    losses["loss_class"].backward()
+    assert output.grad is not None
+    return output.grad[0, 0, 0, 0, 5:].tolist()
+
+
+def test_classes_of_a_shared_prediction_unite() -> None:
+    """sigmoid(0) - target: 1/2 for classes that no truth has, -1/2 once for each that one or more have."""
+    assert class_gradient([1], 4) == [0.5, -0.5, 0.5, 0.5]
+    assert class_gradient([1, 3], 4) == class_gradient([3, 1], 4) == [0.5, -0.5, 0.5, -0.5]
+    assert class_gradient([2, 2, 2], 4) == [0.5, 0.5, -0.5, 0.5]
+    assert class_gradient([0, -1, 3, -2, 0], 4) == [-0.5, 0.5, 0.5, -0.5]
+    assert class_gradient([-1, -2], 4) == [0, 0, 0, 0]
+
+
+def test_last_of_shared_truths_gives_the_box() -> None:
+    first, last = [8.0, 8, 24, 24], [4.0, 10, 28, 22]  # both centres and shapes belong to the only prediction
+    for labels in ([0, 0], [0, 1]):
+        both, alone = one_cell([first, last], labels, classes=2), one_cell([last], [0], classes=2)
+        assert both["loss_box"] == alone["loss_box"]
+        assert both["loss_objectness"] == alone["loss_objectness"]
+    assert one_cell([last, first], [0, 0], classes=2)["loss_box"] != one_cell([last], [0], classes=2)["loss_box"]
+
+
+def test_crowd_region_excuses_background_only() -> None:
+    """Three 16 x 16 cells in a row, raw 0: boxes of 8 x 8 in the middle of each; the region covers the first two."""
+    criterion = DarknetLoss([[(8, 8)]], [16], 0.7)
+    region, truth = [0.0, 0, 32, 16], [20.0, 4, 28, 12]
+    output = torch.zeros(1, 1, 1, 3, 6, requires_grad=True)
+    losses = criterion([output], {"boxes": torch.tensor([[region]]), "labels": torch.tensor([[-2]])})
+    assert losses["loss_box"] == 0 and losses["loss_class"] == 0
+    losses["loss_objectness"].backward()
+    assert output.grad is not None
+    assert output.grad[0, 0, 0, :, 4].tolist() == [0, 0, 0.5]
+
+    output.grad = None
+    losses = criterion([output], {"boxes": torch.tensor([[region, truth]]), "labels": torch.tensor([[-2, 0]])})
+    losses["loss_objectness"].backward()
+    assert output.grad[0, 0, 0, :, 4].tolist() == [0, -0.5, 0.5]  # a truth inside the region is learned
+
+
+# Special targets
+
+
+def test_whole_batch_empty() -> None:
+    """Only background is learned, every output takes part, so no process of a distributed run waits for another."""
+    case = Case("three levels", 4, [0, 0], seed=6)
+    losses, gradients = case.gradients()
+    assert losses["loss_box"] == 0 and losses["loss_class"] == 0
+    for output, gradient in zip(case.outputs, gradients, strict=True):
+        torch.testing.assert_close(gradient[..., 4], output[..., 4].sigmoid())
+        assert not gradient[..., :4].any() and not gradient[..., 5:].any()
+
+
+@pytest.mark.parametrize("rows_of_targets", [0, 1])
+def test_batch_without_target_rows(rows_of_targets: int) -> None:
+    case = Case("two levels", 3, [0], seed=7)
+    expected = case.criterion()(case.outputs, case.targets())
+    targets = {"boxes": case.boxes[:, :rows_of_targets], "labels": case.labels[:, :rows_of_targets]}
+    assert case.criterion()(case.outputs, targets) == expected
+
+
+def test_truths_on_the_border() -> None:
+    """Centres on the right and lower border and in the corner belong to the last cell, with target share 1."""
+    case = Case("three levels", 3, [5, 5], seed=8)
+    case.boxes[0, 0] = torch.tensor([WIDTH - 2.0, 20, WIDTH + 2, 25])
+    case.boxes[0, 1] = torch.tensor([30.0, HEIGHT - 6, 42, HEIGHT + 6])
+    case.boxes[0, 2] = torch.tensor([WIDTH - 20.0, HEIGHT - 20, WIDTH + 20, HEIGHT + 20])
+    case.boxes[1, 0] = torch.tensor([-2.0, -3, 2, 3])
+    case.boxes[1, 1] = torch.tensor([0.0, 0, WIDTH, HEIGHT])
+    case.labels[:, :3] = torch.tensor([0, 1, 2])
+    assert [responsible(case, box)[2:] for box in case.boxes[0, :3].tolist()] == [(2, 11), (7, 4), (1, 2)]
+    assert_matches_darknet(case)
+
+
+@pytest.mark.parametrize(("layout", "counts"), [("three levels", [160]), ("two levels", [3, 190])])
+def test_very_many_truths(layout: str, counts: list[int]) -> None:
+    assert_matches_darknet(Case(layout, 5, counts, seed=9))
+
+
+def test_padding_changes_nothing() -> None:
+    """More padding rows, and rows that are not zero."""
+    case = Case("three levels", 4, [6, 9], seed=10)
+    expected = case.criterion()(case.outputs, case.targets())
+    garbage = torch.rand(2, 40, 4, generator=case.generator) * 60
+    garbage[:, 20:] = case.boxes[:, :1]  # copies of a truth
+    targets = {
+        "boxes": torch.cat([case.boxes, garbage], dim=1),
+        "labels": torch.cat([case.labels, torch.full((2, 40), -1)], dim=1),
+    }
+    for name, loss in case.criterion()(case.outputs, targets).items():
+        torch.testing.assert_close(loss, expected[name])
+
+
+def test_order_of_truths_that_share_nothing_does_not_matter() -> None:
+    case = Case("three levels", 4, [0, 0], seed=11)
+    centres = torch.tensor([[12.0, 12], [44, 12], [76, 12], [12, 50], [44, 50], [76, 50]])  # more than a cell apart
+    sizes = torch.tensor([[4.0, 5], [12, 24], [24, 18], [13, 9], [6, 12], [22, 26]])
+    boxes = torch.cat([centres - sizes / 2, centres + sizes / 2], dim=1).expand(2, 6, 4)
+    labels = torch.tensor([[0, 1, 2, 3, 0, -2]]).expand(2, 6)
+    expected = case.criterion()(case.outputs, {"boxes": boxes, "labels": labels})
+    for order in ([5, 4, 3, 2, 1, 0], [2, 0, 4, 1, 5, 3]):
+        losses = case.criterion()(case.outputs, {"boxes": boxes[:, order], "labels": labels[:, order]})
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss, expected[name])
+
+
+# Batches and sizes
+
+
+def test_batch_is_the_mean_of_its_images() -> None:
+    """So that micro-batches of one size add up to a large batch."""
+    case = Case("unequal levels", 3, [4, 0, 12], seed=12)
+    criterion = case.criterion()
+    singles = [
+        criterion(
+            [output[image : image + 1] for output in case.outputs],
+            {name: target[image : image + 1] for name, target in case.targets().items()},
+        )
+        for image in range(3)
+    ]
+    for name, loss in criterion(case.outputs, case.targets()).items():
+        assert loss.dtype == torch.float32 and loss.shape == ()
+        torch.testing.assert_close(loss, torch.stack([single[name] for single in singles]).mean())
+
+
+def test_input_size_may_change_between_calls() -> None:
+    """Multi-scale training: the criterion remembers something per size, never of another size."""
+    generator = torch.Generator().manual_seed(13)
+    strides, anchors = LEVELS["three levels"]
+    remembering = DarknetLoss(anchors, strides, 0.7)
+    targets = {"boxes": torch.tensor([[[3.0, 4, 8, 9], [20, 20, 44, 40]]]), "labels": torch.tensor([[0, 1]])}
+    for height, width in [(64, 96), (96, 64), (64, 64), (64, 96)]:
+        outputs = [torch.randn(1, 3, height // stride, width // stride, 7, generator=generator) for stride in strides]
+        assert remembering(outputs, targets) == DarknetLoss(anchors, strides, 0.7)(outputs, targets)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_under_autocast(dtype: torch.dtype) -> None:
+    """All arithmetic is float32: exactly the losses of the rounded outputs, close to those of the unrounded."""
+    case = Case("three levels", 4, [6, 11], seed=14, planted=0)  # nothing so near the threshold that rounding decides
+    half = [output.to(dtype).requires_grad_() for output in case.outputs]
+    with torch.autocast("cpu", dtype=dtype):
+        losses = case.criterion()(half, case.targets())
+    exact = case.criterion()([output.to(dtype).float() for output in case.outputs], case.targets())
+    full = case.criterion()(case.outputs, case.targets())
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == exact[name].item()
+        assert loss.item() == pytest.approx(full[name].item(), rel=1e-2)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(output.grad is not None and output.grad.isfinite().all() for output in half)
+
+
+@pytest.mark.parametrize("logit", [1e4, -1e4])
+def test_extreme_logits_give_finite_losses_and_gradients(logit: float) -> None:
+    """Infinite decoded boxes, sigmoids of exactly 0 and 1."""
+    case = Case("three levels", 3, [5, 0, 9], seed=15)
+    case.outputs = [torch.full_like(output, logit) for output in case.outputs]
+    losses, gradients = case.gradients()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    if logit > 0:  # every background prediction costs log(1 + e^1e4) = 1e4, as none is ignored
+        positives = {(i, responsible(case, box)) for i in range(3) for box, label in truths_of(case, i) if label >= 0}
+        background = 3 * len(all_predictions(case)) - len(positives)
+        assert losses["loss_objectness"].item() == pytest.approx(background * 1e4 / 3, rel=1e-5)
+
+
+# The host never waits for the device
+
+
+class Trace(TorchDispatchMode):
+    """The name of every operation; the ones in `waiting` need a value or a size from the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.waiting: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names.append(str(func))
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if by_mask or name.startswith(self.WAITS):
+            self.waiting.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def traced(function: Any) -> Trace:
+    with Trace() as trace:
+        function()
+    return trace
+
+
+def test_trace_sees_what_waits() -> None:
+    values = torch.arange(4.0)
+    for function in (
+        lambda: values.sum().item(),
+        lambda: values[values > 1],
+        lambda: values.nonzero(),
+        lambda: bool(values.any()),
+        lambda: values.unique(),
+        lambda: F.one_hot(values.long()),
+        lambda: values.clone().index_put_((values > 1,), values[0]),
+    ):
+        assert traced(function).waiting
+    assert not traced(lambda: values[values.long()] * 2).waiting
+
+
+@pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
+@pytest.mark.parametrize("rows_of_targets", [32, 160])
+def test_no_host_synchronisation(class_loss: str, rows_of_targets: int) -> None:
+    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 truths per image."""
+    case = Case("three levels", 4, [30, 30], seed=16)
+    criterion = case.criterion(class_loss=class_loss)
+    criterion(case.outputs, case.targets())  # the first call at a size makes its table
+    traces = []
+    for count in (0, 7, 30):
+        boxes, labels = torch.zeros(2, rows_of_targets, 4), torch.full((2, rows_of_targets), -1)
+        boxes[:, :count], labels[:, :count] = case.boxes[:, :count], case.labels[:, :count]
+        targets = {"boxes": boxes, "labels": labels}
+        outputs = [output.clone().requires_grad_() for output in case.outputs]
+        trace = traced(lambda outputs=outputs, targets=targets: sum(criterion(outputs, targets).values()).backward())
+        assert not trace.waiting
+        traces.append(trace.names)
+    assert traces[0] == traces[1] == traces[2]
+    assert "aten.sigmoid.default" in traces[0] and "aten.gather.default" in traces[0]
+    assert "aten.scatter_add_.default" in traces[0] or "aten.scatter_add.default" in traces[0]  # gather's backward
+
+
+# Softmax over the classes
+
+
+def test_cross_entropy_against_torch() -> None:
+    """Softmax cross-entropy of each truth that gives its prediction's box; crowd and padding count nothing."""
+    case = Case("three levels", 5, [7, 0, 13], seed=17)
+    losses = case.criterion(class_loss="cross_entropy")(case.outputs, case.targets())
+    expected = 0.0
+    for image in range(3):
+        last = {responsible(case, box): label for box, label in truths_of(case, image) if label >= 0}
+        for (level, anchor, row, column), label in last.items():
+            logits = case.outputs[level][image, anchor, row, column, 5:]
+            expected += F.cross_entropy(logits, torch.tensor(label)).item()
+    assert losses["loss_class"].item() == pytest.approx(expected / 3, rel=1e-5)
+    bce = case.criterion()(case.outputs, case.targets())
+    assert losses["loss_box"] == bce["loss_box"] and losses["loss_objectness"] == bce["loss_objectness"]
+
+
+def test_cross_entropy_by_hand() -> None:
+    """Equal logits: log of the number of classes. Shared prediction: once, for the last truth."""
+    box = [8.0, 8, 24, 24]
+    arguments = {"classes": 4, "class_loss": "cross_entropy"}
+    assert one_cell([box], [2], **arguments)["loss_class"] == pytest.approx(math.log(4))
+    assert one_cell([box, box], [2, 3], **arguments)["loss_class"] == pytest.approx(math.log(4))
+    output = torch.zeros(1, 1, 1, 1, 9)
+    output[..., 5:] = torch.tensor([1.0, 2, 3, 4])
+    targets = {"boxes": torch.tensor([[box, box]]), "labels": torch.tensor([[3, 0]])}
+    loss = DarknetLoss([[(16, 16)]], [32], 0.7, "cross_entropy")([output], targets)["loss_class"]
+    # the last truth has class 0: log(e^1 + e^2 + e^3 + e^4) - 1
+    assert loss.item() == pytest.approx(math.log(sum(math.exp(value) for value in (1, 2, 3, 4))) - 1)
+
+
+def test_criterion_by_name() -> None:
+    assert CRITERIA["darknet"] is DarknetLoss

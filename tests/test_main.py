@@ -1,0 +1,499 @@
+"""The training script as its user sees it: `python yolo-v3/main.py ...` in processes of its own, from another directory.
+
+Starting Python with torch takes seconds, so each run serves several tests; independent runs share the two cores.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from detection.devices import choose_precision
+from detection.evaluation import METRIC_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / "yolo-v3" / "main.py"
+STEPS = 12
+TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
+HAS_BF16 = choose_precision(torch.device("cpu"), "auto") is torch.bfloat16
+TIMEOUT = 100  # seconds for one process
+NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
+
+OVERLAY = {
+    "run": {"device": "cpu", "precision": "off", "log_frequency": 1, "seed": 3},
+    "data": {
+        "num_workers": 2,
+        "augmentation": {"multiplicative_noise": {"p": 0.5}, "gauss_noise": {"p": 0.5}, "color_jitter": {"p": 0.5}},
+    },
+    "yolo": {"encoder": "mobilenet_v3_small", "neck_channels": [16, 16, 16]},
+    "train": {
+        "batch_size": 2, "subdivisions": 2, "steps": STEPS, "image_size": 64, "resize_frequency": 2,
+        "multiscale_sizes": [64, 96], "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2,
+    },
+    "scheduler": {"warmup": 3, "index": [6, 9], "scale": [1.0, 0.5, 0.1]},
+    "evaluation": {"evaluate_frequency": 5, "image_size": 64, "visualize_images": 2, "confidence_threshold": 0.01},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str  # empty where it was captured together with `out`
+
+
+# The loader's workers and the training process would fight for two cores otherwise.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def run(directory: Path, *arguments: str | Path) -> Result:
+    process = subprocess.run(
+        [sys.executable, MAIN, *arguments],
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    return Result(process.returncode, process.stdout.decode(), process.stderr.decode())
+
+
+def run_with_signal(
+    directory: Path,
+    output: Path,
+    arguments: list[str | Path],
+    after_rows: int,
+    delay: float,
+    act: Callable[[subprocess.Popen[bytes]], None],
+    before: str = "",
+) -> Result:
+    """Start a run, wait for rows in its metrics.jsonl and `delay` seconds more, act on it, wait for its end.
+
+    Args:
+        before: statement that the process executes before it becomes the script; signal handling is inherited.
+    """
+    program = f"import os, signal, sys; {before}; os.execv(sys.executable, sys.argv[1:])"
+    with open(directory / f"{output.name}.out", "w+b") as captured:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, sys.executable, MAIN, "--output", output, *arguments],
+            cwd=directory,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=captured,
+            stderr=subprocess.STDOUT,  # as in `main.py > nohup_0.out 2>&1`
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            metrics = output / "metrics.jsonl"
+            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after_rows):
+                assert process.poll() is None, (directory / f"{output.name}.out").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(delay)
+            act(process)
+            code = process.wait(TIMEOUT)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        captured.seek(0)
+        return Result(code, captured.read().decode(), "")
+
+
+def make_dataset(root: Path) -> None:
+    """COCO layout, category ids 1 and 7, wide and tall images with none to two coloured boxes."""
+    generator = np.random.default_rng(0)
+    (root / "annotations").mkdir(parents=True)
+    for split, count in (("train", TRAINING_IMAGES), ("val", 4)):
+        (root / split).mkdir()
+        images, rows = [], []
+        for index in range(count):
+            width, height = (100, 60) if index % 2 else (64, 90)
+            image = generator.integers(90, 130, (height, width, 3), dtype=np.uint8)
+            images.append({"id": index + 1, "file_name": f"{index}.png", "width": width, "height": height})
+            for _ in range((index + 1) % 3):
+                x, y, side_1, side_2 = (int(value) for value in generator.integers([0, 0, 15, 15], [30, 30, 30, 30]))
+                category = int(generator.choice([1, 7]))
+                image[y : y + side_2, x : x + side_1] = (255, 0, 0) if category == 1 else (0, 255, 0)
+                box = {"bbox": [x, y, side_1, side_2], "area": side_1 * side_2, "iscrowd": 0}
+                rows.append({"id": len(rows), "image_id": index + 1, "category_id": category, **box})
+            cv2.imwrite(str(root / split / f"{index}.png"), image)
+        categories = [{"id": 1, "name": "blue"}, {"id": 7, "name": "green"}]
+        content = {"images": images, "annotations": rows, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+class Scenarios:
+    """Every process that the tests below look at, in chains that run two at a time from the beginning."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.data = base / "data"
+        make_dataset(self.data)
+        self.overlay = base / "overlay.yaml"
+        self.overlay.write_text(yaml.safe_dump(OVERLAY))
+        self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
+        # Other features than in the first pair: SGD's momentum, cosine restarts, an encoder frozen for some steps.
+        self.bf16: list[str | Path] = [
+            *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
+            "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
+        ]  # fmt: skip
+        self.moments = {name: (random.randint(2, 5), random.uniform(0, 0.15)) for name in ("float32", "bf16")}
+        self._pool = ThreadPoolExecutor(2)
+        chains: dict[str, Callable[[], Any]] = {
+            "whole": self.whole,
+            "stopped": self.stopped,
+            **({"whole_bf16": self.whole_bf16, "stopped_bf16": self.stopped_bf16} if HAS_BF16 else {}),
+            "missing_image": self.missing_image,
+            "fake": self.fake,
+            "dry_run": lambda: run(base, *self.common, f"run.logs_path={base / 'dry'}", "--dry-run"),
+            "no_data": lambda: run(base),
+            "unknown_key": lambda: run(base, *self.common, "train.batchsize=3"),
+            "help": lambda: run(base, "--help"),
+            "no_gpu": lambda: run(base, *self.common, "--gpu", "0"),
+            "unwritable": lambda: run(base, *self.common, f"run.logs_path={self.overlay / 'logs'}"),
+        }
+        self._futures: dict[str, Future[Any]] = {name: self._pool.submit(chain) for name, chain in chains.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._futures[name].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def whole(self) -> dict[str, Result]:
+        """An uninterrupted run, and a second one from its args.yaml alone, under nohup, hung up on in the middle."""
+        first = run(self.base, *self.common, "--output", self.base / "whole")
+
+        def hang_up(process: subprocess.Popen[bytes]) -> None:
+            os.killpg(process.pid, signal.SIGHUP)  # as a closing terminal does
+
+        second = run_with_signal(
+            self.base,
+            self.base / "again",
+            ["--config", self.base / "whole" / "args.yaml"],
+            after_rows=3,
+            delay=0,
+            act=hang_up,
+            before="signal.signal(signal.SIGHUP, signal.SIG_IGN)",  # nohup does this and no more
+        )
+        return {"first": first, "again": second}
+
+    def stopped(self) -> dict[str, Result]:
+        """SIGTERM at a random moment; refused continuations of copies; the continuation."""
+        output = self.base / "stopped"
+        first = run_with_signal(
+            self.base, output, self.common, *self.moments["float32"], act=lambda process: process.terminate()
+        )
+        results = {"first": first}
+        for name in ("changed", "damaged"):
+            copy = self.base / name
+            copy.mkdir()
+            for file in ("last.pt", "args.yaml"):
+                shutil.copy(output / file, copy / file)
+            shutil.copytree(output, self.base / "at_stop", dirs_exist_ok=True)
+        raw = (self.base / "damaged" / "last.pt").read_bytes()
+        (self.base / "damaged" / "last.pt").write_bytes(raw[: len(raw) // 2])
+        results["resumed"] = run(self.base, "--resume", output)
+        results["changed"] = run(self.base, "--resume", self.base / "changed", "train.batch_size=4")
+        results["damaged"] = run(self.base, "--resume", self.base / "damaged")
+        return results
+
+    def whole_bf16(self) -> Result:
+        return run(self.base, *self.bf16, "--output", self.base / "whole_bf16")
+
+    def stopped_bf16(self) -> dict[str, Result]:
+        """Ctrl-C, which reaches the loader's workers too, at a random moment; the continuation."""
+        output = self.base / "stopped_bf16"
+        first = run_with_signal(
+            self.base,
+            output,
+            self.bf16,
+            *self.moments["bf16"],
+            act=lambda process: os.killpg(process.pid, signal.SIGINT),
+            before="signal.signal(signal.SIGINT, signal.default_int_handler)",  # ignored where pytest runs behind a `&`
+        )
+        return {"first": first, "resumed": run(self.base, "--resume", output)}
+
+    def missing_image(self) -> Result:
+        data = self.base / "data_with_hole"
+        shutil.copytree(self.data, data)
+        (data / "train" / "6.png").unlink()
+        return run(self.base, *self.common, f"data.root={data}", "--output", self.base / "hole")
+
+    def fake(self) -> Result:
+        words = ["data.fake=true", "yolo.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
+        return run(self.base, "--config", self.overlay, *words, "evaluation.batch_size=16", f"data.root={self.base}/no")
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenarios]:
+    scenarios = Scenarios(tmp_path_factory.mktemp("main"))
+    yield scenarios
+    scenarios.close()
+
+
+def first_difference(first: Any, second: Any, where: str = "") -> str | None:
+    """Path of the first value in which two checkpoints differ; tensors must agree in every bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+        return None if same else where
+    if type(first) is not type(second):
+        return f"{where}: {type(first)} and {type(second)}"
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return f"{where}: keys {first.keys() ^ second.keys()}"
+        pairs: Any = ((first[key], second[key], f"{where}/{key}") for key in first)
+    elif isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return f"{where}: lengths"
+        pairs = ((*pair, f"{where}/{number}") for number, pair in enumerate(zip(first, second, strict=True)))
+    else:
+        return None if first == second else f"{where}: {first!r} and {second!r}"
+    return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        contents = [torch.load(directory / name, weights_only=True) for directory in (first, second)]
+        assert contents[0]["step"] > 0 and contents[0]["average"] is not None
+        for content in contents:
+            content.pop("digest")  # follows from the rest
+        assert first_difference(*contents) is None, name
+    assert read_metrics(first) == read_metrics(second)
+    for name in ("results.csv", "detections.json", "metrics.json"):
+        assert (first / name).read_text() == (second / name).read_text(), name
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    assert result.code == code, result
+    assert result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
+    for word in words:
+        assert word in result.err
+    assert_plain(result)
+
+
+def assert_plain(result: Result) -> None:
+    """Readable in a file: no traceback, no carriage returns, no escape sequences of a terminal."""
+    for text in (result.out, result.err):
+        assert "Traceback" not in text and "\r" not in text and "\x1b" not in text, text
+
+
+# A whole run
+
+
+def test_run_directory_is_complete(scenarios: Scenarios) -> None:
+    result = scenarios["whole"]["first"]
+    assert (result.code, result.err) == (0, ""), result
+    assert_plain(result)
+    directory = scenarios.base / "whole"
+    names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    (events,) = (name for name in names if name.startswith("events.out.tfevents."))
+    assert names - {events} == {
+        "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
+        "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.png",
+        "images/validation_000010.png", "images/validation_000012.png",
+    }  # fmt: skip
+    for name in names:
+        if name.endswith(".png"):
+            picture = cv2.imread(str(directory / name))
+            assert picture is not None and picture.std() > 0, name
+    assert (directory / events).stat().st_size > 10_000  # it holds pictures
+
+    assert json.loads((directory / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert yaml.safe_load((directory / "args.yaml").read_text())["data"]["root"] == str(scenarios.data)
+    assert [line.split(",")[0] for line in (directory / "results.csv").read_text().splitlines()] == [
+        "step", "5", "10", "12",
+    ]  # fmt: skip
+    log = (directory / "train.log").read_text()
+    assert log in result.out and "finished at step 12" in log.splitlines()[-1]
+
+
+def test_metrics_of_a_run(scenarios: Scenarios) -> None:
+    assert scenarios["whole"]["first"].code == 0
+    directory = scenarios.base / "whole"
+    rows = read_metrics(directory)
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in training] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "val/AP" in row] == [5, 10, 12]
+    assert {row["train/image_size"] for row in training} == {64, 96}
+    for row in training:
+        parts = [row[f"train/loss_{name}"] for name in ("box", "objectness", "class")]
+        assert row["train/loss"] == pytest.approx(sum(parts)) and min(parts) > 0
+    # LambdaLR: rises as ((step + 1) / 3)^4 of 1e-3, half from step 6 on (0-based), a tenth from step 9 on
+    expected = [1e-3 / 81, 1e-3 * 16 / 81] + [1e-3] * 4 + [5e-4] * 3 + [1e-4] * 3
+    assert [row["train/learning_rate"] for row in training] == pytest.approx(expected)
+
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert set(METRIC_NAMES) <= set(metrics) and metrics["step"] == STEPS
+    assert set(metrics["class_AP"]) == {"blue", "green"}
+    detections = json.loads((directory / "detections.json").read_text())
+    assert len(detections) == metrics["boxes"] > 0
+    assert {row["category_id"] for row in detections} <= {1, 7}
+    assert {row["image_id"] for row in detections} <= {1, 2, 3, 4}
+
+
+def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> None:
+    assert scenarios["whole"]["first"].code == 0
+    evaluations = [row for row in read_metrics(scenarios.base / "whole") if "val/AP" in row]
+    # the first of equal ones: only a rise replaces it
+    best = max(evaluations, key=lambda row: (row["val/AP50"], -row["step"]))
+    content = torch.load(scenarios.base / "whole" / "best.pt", weights_only=True)
+    assert content["step"] == best["step"] == content["progress"]["best_step"]
+    assert content["progress"]["best_ap50"] == best["val/AP50"]
+
+
+def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:
+    assert scenarios["whole"]["first"].code == 0
+    content = torch.load(scenarios.base / "whole" / "last.pt", weights_only=True)
+    assert content["categories"] == {"names": ["blue", "green"], "ids": [1, 7]}
+    assert content["settings"]["yolo"]["encoder"] == "mobilenet_v3_small"
+    assert len(content["pixel_mean"]) == len(content["pixel_std"]) == 3
+    moved = [name for name, value in content["model"].items() if not torch.equal(value, content["average"][name])]
+    assert moved  # the average is not just a copy
+
+
+# The same numbers again
+
+
+def test_args_yaml_alone_reproduces_the_run_and_a_hang_up_does_not_end_it(scenarios: Scenarios) -> None:
+    result = scenarios["whole"]["again"]
+    assert result.code == 0, result
+    assert_plain(result)
+    assert_equal_runs(scenarios.base / "whole", scenarios.base / "again")
+
+
+def test_stopped_by_sigterm_and_continued_equals_uninterrupted(scenarios: Scenarios) -> None:
+    assert scenarios["whole"]["first"].code == 0
+    results = scenarios["stopped"]
+    moment = f"SIGTERM {scenarios.moments['float32'][1]:.3f} s after row {scenarios.moments['float32'][0]}"
+    assert results["first"].code == 143, (moment, results["first"].out)
+    assert results["resumed"].code == 0, (moment, results["resumed"])
+    stopped_at = torch.load(scenarios.base / "at_stop" / "last.pt", weights_only=True)["step"]
+    assert 2 <= stopped_at < STEPS and stopped_at * 4 % TRAINING_IMAGES, moment  # in the middle of an epoch
+    assert f"from step {stopped_at}" in results["resumed"].out
+    assert_equal_runs(scenarios.base / "whole", scenarios.base / "stopped")
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bfloat16 instructions")
+def test_stopped_by_ctrl_c_and_continued_equals_uninterrupted_in_bf16(scenarios: Scenarios) -> None:
+    assert scenarios["whole_bf16"].code == 0, scenarios["whole_bf16"]
+    results = scenarios["stopped_bf16"]
+    moment = f"SIGINT {scenarios.moments['bf16'][1]:.3f} s after row {scenarios.moments['bf16'][0]}"
+    assert results["first"].code == 130, (moment, results["first"].out)
+    assert results["resumed"].code == 0, (moment, results["resumed"])
+    assert json.loads((scenarios.base / "whole_bf16" / "environment.json").read_text())["precision"] == "bfloat16"
+    assert_equal_runs(scenarios.base / "whole_bf16", scenarios.base / "stopped_bf16")
+
+
+def test_equality_of_runs_is_no_empty_claim(scenarios: Scenarios) -> None:
+    assert scenarios["whole"]["first"].code == 0 and scenarios["stopped"]["first"].code == 143
+    last = [torch.load(scenarios.base / name / "last.pt", weights_only=True) for name in ("whole", "at_stop")]
+    difference = first_difference(last[0]["model"], last[1]["model"])
+    assert difference is not None and difference.startswith("/")
+    assert first_difference({"a": [1, torch.zeros(2)]}, {"a": [1, torch.tensor([0.0, 1e-30])]}) == "/a/1"
+
+
+# Stopping
+
+
+def test_stop_saves_and_its_last_line_says_how_to_continue(scenarios: Scenarios) -> None:
+    names = ["stopped", "stopped_bf16"] if HAS_BF16 else ["stopped"]
+    for name, signal_name in zip(names, ("SIGTERM", "SIGINT"), strict=False):
+        result = scenarios[name]["first"]
+        assert_plain(result)
+        last_line = result.out.splitlines()[-1]
+        assert signal_name in last_line and f"--resume {scenarios.base / name}" in last_line, result.out
+        assert "step" in last_line
+
+
+def test_nothing_but_checkpoints_is_left_of_a_save(scenarios: Scenarios) -> None:
+    assert scenarios["stopped"]["first"].code == 143
+    assert not [path.name for path in (scenarios.base / "at_stop").iterdir() if path.name.startswith(".")]
+
+
+# Refusals
+
+
+def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["stopped"]["changed"], 2, "train.batch_size was 2 and cannot become 4")
+
+
+def test_damaged_checkpoint(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["stopped"]["damaged"], 7, str(scenarios.base / "damaged" / "last.pt"), "damaged")
+
+
+def test_no_data(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["no_data"], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
+    assert (ROOT / "recipes" / "quickstart.yaml").is_file()
+
+
+def test_unknown_setting(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["unknown_key"], 2, "'train.batchsize'", "'train.batch_size'")
+
+
+def test_absent_gpu(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["no_gpu"], 2, "cuda:0", "available: ", "cpu")
+
+
+def test_unwritable_output(scenarios: Scenarios) -> None:
+    assert_refused(scenarios["unwritable"], 6, str(scenarios.overlay / "logs"))
+
+
+def test_missing_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
+    result = scenarios["missing_image"]
+    assert_refused(result, 3, str(scenarios.base / "data_with_hole" / "train" / "6.png"), "No such file")
+    assert "from step 0" in result.out  # it was running
+
+
+# Small ways to run
+
+
+def test_help_is_short(scenarios: Scenarios) -> None:
+    result = scenarios["help"]
+    assert (result.code, result.err) == (0, "")
+    assert len(result.out.splitlines()) < 40
+    for word in ("--config", "--resume", "--gpu", "--device", "--output", "--dry-run", "key.path=value", "args.yaml"):
+        assert word in result.out
+
+
+def test_dry_run_leaves_nothing(scenarios: Scenarios) -> None:
+    result = scenarios["dry_run"]
+    assert (result.code, result.err) == (0, ""), result
+    assert_plain(result)
+    # the plan: 2 x 2 images per step; the step runs at the largest size
+    assert "= 4 images per step" in result.out and "one step at 96 px" in result.out
+    assert not (scenarios.base / "dry").exists() and not (scenarios.base / "logs").exists()
+
+
+def test_fake_data_needs_no_dataset(scenarios: Scenarios) -> None:
+    result = scenarios["fake"]
+    assert (result.code, result.err) == (0, ""), result
+    assert_plain(result)
+    (directory,) = (scenarios.base / "logs").iterdir()  # the default, below the working directory
+    assert directory.name.endswith("_made-up") and (directory / "last.pt").is_file()

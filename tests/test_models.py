@@ -1,0 +1,442 @@
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
+
+from detection.models import ENCODERS, Detector, build_detector
+from detection.models.darknet import Darknet53, ResidualBlock, conv_block
+from detection.models.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
+from detection.models.yolov3 import YOLOv3
+from detection.settings import load_settings
+
+ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+TORCHVISION = {"mobilenet_v3_large": mobilenet_v3_large, "mobilenet_v3_small": mobilenet_v3_small}
+
+
+def build(num_classes: int, *words: str) -> Detector:
+    settings, _ = load_settings(ARGS, words=words)
+    return build_detector(settings.yolo, settings.evaluation, num_classes)
+
+
+@pytest.fixture(scope="module")
+def darknet() -> Detector:
+    """The detector of the paper, for COCO."""
+    torch.manual_seed(0)
+    return build(80)
+
+
+@pytest.fixture(scope="module")
+def small() -> Detector:
+    """A quick one: MobileNetV3-small, narrow neck, 3 classes. Statistics of a few batches, as after some training."""
+    torch.manual_seed(0)
+    detector = build(3, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
+    with torch.no_grad():
+        for seed in range(3):
+            detector.model(random_images(4, 64, 96, seed=seed))
+    return detector
+
+
+def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randint(
+        0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def one_truth_per_level(height: int, width: int) -> dict[str, Tensor]:
+    """Shapes of anchors of the three strides: (16, 30), (62, 45) and (116, 90)."""
+    boxes = [[0.0, 0, 16, 30], [10, 10, 72, 55], [0, 0, 116, 90]]
+    assert height >= 90 and width >= 116
+    return {"boxes": torch.tensor([boxes]), "labels": torch.tensor([[0, 0, 0]])}
+
+
+# Sizes
+
+
+def test_parameters_of_yolov3() -> None:
+    """The count everybody reports for YOLOv3 with 80 classes, e.g. the summary line of ultralytics/yolov3."""
+    assert count_parameters(build(80).model) == 61_949_149
+
+
+def expected_darknet53() -> tuple[int, int]:
+    """Convolutions and parameters from table 1 of the paper: filters, kernel size and repetitions of every row."""
+    rows = [(32, 3), (64, 3)]  # (filters, kernel size) in the order of the table
+    for channels, repetitions, following in [(64, 1, 128), (128, 2, 256), (256, 8, 512), (512, 8, 1024), (1024, 4, 0)]:
+        rows += [(channels // 2, 1), (channels, 3)] * repetitions
+        rows += [(following, 3)] if following else []
+    parameters, channels = 0, 3
+    for filters, kernel_size in rows:
+        # weights without bias; scale and shift of the batch normalisation
+        parameters += filters * channels * kernel_size**2 + 2 * filters
+        channels = filters
+    return len(rows), parameters
+
+
+def test_darknet53_is_that_of_table_1(darknet: Detector) -> None:
+    convolutions, parameters = expected_darknet53()
+    assert (convolutions, parameters) == (52, 40_584_928)
+    encoder = darknet.model.encoder
+    assert isinstance(encoder, Darknet53)
+    assert sum(isinstance(module, nn.Conv2d) for module in encoder.modules()) == convolutions
+    assert count_parameters(encoder) == parameters
+
+
+@pytest.mark.parametrize("num_classes", [1, 80])
+def test_class_count_changes_only_the_last_convolutions(num_classes: int, small: Detector) -> None:
+    """Three anchors * (5 + C) filters per level on 2 * width channels, and a bias each."""
+    model = build(num_classes, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
+    difference = sum(3 * (num_classes - 3) * (2 * width + 1) for width in (24, 16, 8))
+    assert count_parameters(model) == count_parameters(small.model) + difference
+    assert [output.shape[-1] for output in model(random_images(2, 32, 32))] == [5 + num_classes] * 3
+
+
+@pytest.mark.parametrize("neck_channels", [[512, 256, 128], [64, 48, 32], [24, 16, 8]])
+def test_neck_width_by_hand(neck_channels: list[int]) -> None:
+    """Parameters of neck, laterals and heads from the widths alone, on MobileNetV3-small's 24, 48 and 576 channels."""
+
+    def block(channels_in: int, channels_out: int, kernel_size: int) -> int:
+        return channels_in * channels_out * kernel_size**2 + 2 * channels_out
+
+    expected, carried = 0, 0
+    for level, (width, channels) in enumerate(zip(neck_channels, [576, 48, 24], strict=True)):
+        expected += block(carried + channels, width, 1)
+        expected += 2 * (block(width, 2 * width, 3) + block(2 * width, width, 1))
+        expected += block(width, 2 * width, 3) + 3 * (5 + 4) * (2 * width + 1)
+        if level < 2:
+            carried = neck_channels[level + 1]
+            expected += block(width, carried, 1)
+    model = build(4, "yolo.encoder=mobilenet_v3_small", f"yolo.neck_channels={neck_channels}").model
+    assert count_parameters(model) - count_parameters(model.encoder) == expected
+
+
+# Encoders
+
+
+def test_conv_block_by_hand() -> None:
+    """Convolution, batch normalisation, leaky ReLU of slope 0.1; halves the size with stride 2."""
+    block = conv_block(1, 1, 3, stride=2).eval()
+    with torch.no_grad():
+        block[0].weight.fill_(1.0)
+        block[1].running_mean.fill_(4.0)
+        block[1].weight.fill_(10.0)
+        # sums of 2 x 2 ones in the corner, 2 x 3 on the sides, 3 x 3 inside, minus 4, times 10
+        result = block(torch.ones(1, 1, 4, 4))
+        torch.testing.assert_close(result, torch.tensor([[[[0.0, 20], [20, 50]]]]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block(-torch.ones(1, 1, 4, 4))[0, 0, 0, 0].item(), -80 * 0.1, rtol=1e-4, atol=1e-4)
+
+
+def test_residual_block_adds_its_input() -> None:
+    block = ResidualBlock(8).eval()
+    x = torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(block(x), x + block.expand(block.reduce(x)))
+        block.expand[1].weight.zero_()
+        assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_encoder_keeps_its_declaration(name: str) -> None:
+    encoder = ENCODERS[name]().eval()
+    assert len(encoder.out_channels) == len(encoder.strides) == 3
+    assert list(encoder.strides) == sorted(encoder.strides)
+    assert len(encoder.pixel_mean) == len(encoder.pixel_std) == 3
+    height, width = 64, 96
+    with torch.no_grad():
+        maps = encoder(torch.rand(2, 3, height, width))
+    expected = [(2, c, height // s, width // s) for c, s in zip(encoder.out_channels, encoder.strides, strict=True)]
+    assert [tuple(feature.shape) for feature in maps] == expected
+
+
+@pytest.mark.parametrize("name", list(TORCHVISION))
+def test_mobilenet_maps_are_torchvisions_last_of_each_stride(name: str) -> None:
+    """With torchvision's weights loaded by position, the maps are those of its own network, bit for bit in float32."""
+    torch.manual_seed(0)
+    features = TORCHVISION[name](weights=None).features.eval()
+    encoder = ENCODERS[name]().eval()
+    # our keys are stages.<stage>.<key in torchvision's features>
+    weights = {key.split(".", 2)[2]: key for key in encoder.state_dict()}
+    assert list(weights) == list(features.state_dict())
+    encoder.load_state_dict({weights[key]: value for key, value in features.state_dict().items()})
+    assert not any("classifier" in key for key in encoder.state_dict())
+
+    images = torch.rand(2, 3, 64, 96)
+    last_of_stride = {}
+    with torch.no_grad():
+        x = images
+        for layer in features:
+            x = layer(x)
+            last_of_stride[64 // x.shape[2]] = x
+        for stride, feature in zip(encoder.strides, encoder(images), strict=True):
+            assert torch.equal(feature, last_of_stride[stride])
+
+
+@pytest.mark.parametrize("name", list(TORCHVISION))
+def test_depthwise_class_changes_nothing_in_float32(name: str) -> None:
+    features = TORCHVISION[name](weights=None).features
+    ours = copy.deepcopy(features)
+    use_depthwise_class(ours)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in features.state_dict().items()
+    }
+    for module, original in zip(ours.modules(), features.modules(), strict=True):
+        if isinstance(original, nn.Conv2d):
+            depthwise = original.groups == original.in_channels > 1
+            assert isinstance(module, DepthwiseConv2d) == depthwise
+            assert module.extra_repr() == original.extra_repr()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(images), features(images))
+
+
+def test_depthwise_convolution_under_autocast() -> None:
+    """Float32 arithmetic on the CPU, output in the input's type, gradients reach the weights."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False))
+    ours = copy.deepcopy(plain)
+    use_depthwise_class(ours)
+    x = torch.randn(2, 16, 8, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = ours(x)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, plain(x.float()).bfloat16())
+    result.float().square().sum().backward()
+    plain(x.float()).square().sum().backward()
+    weight, expected = ours[0].weight.grad, plain[0].weight.grad
+    assert weight is not None and expected is not None and weight.dtype == torch.float32
+    torch.testing.assert_close(weight, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_use_depthwise_class_leaves_other_convolutions() -> None:
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Sequential(nn.Conv2d(8, 16, 3, groups=8))
+    )
+    use_depthwise_class(module)
+    assert [isinstance(m, DepthwiseConv2d) for m in module.modules() if isinstance(m, nn.Conv2d)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+# Outputs
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 160), (96, 32)])
+def test_output_shapes(small: Detector, height: int, width: int) -> None:
+    outputs = small.model.eval()(random_images(2, height, width))
+    assert [tuple(output.shape) for output in outputs] == [
+        (2, 3, height // stride, width // stride, 8) for stride in (8, 16, 32)
+    ]
+    assert small.model.strides == (8, 16, 32)
+
+
+def test_darknet_output_shapes(darknet: Detector) -> None:
+    with torch.no_grad():
+        outputs = darknet.model.eval()(random_images(1, 32, 64))
+    assert [tuple(output.shape) for output in outputs] == [(1, 3, 4, 8, 85), (1, 3, 2, 4, 85), (1, 3, 1, 2, 85)]
+
+
+def test_anchors_per_level_may_differ() -> None:
+    """Levels are told apart: 2 anchors at stride 8, 4 at 16, 1 at 32."""
+    anchors = "[[[10, 13], [16, 30]], [[30, 61], [62, 45], [59, 119], [40, 40]], [[116, 90]]]"
+    detector = build(2, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}")
+    outputs = detector.model(random_images(2, 64, 96))
+    assert [tuple(output.shape[:4]) for output in outputs] == [(2, 2, 8, 12), (2, 4, 4, 6), (2, 1, 2, 3)]
+    losses = detector.criterion(outputs, {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), -1)})
+    assert all(loss.isfinite() for loss in losses.values())
+    assert len(detector.postprocess(outputs)) == 2
+
+
+def test_head_channels_are_anchor_major(small: Detector) -> None:
+    """Channel anchor * (5 + C) + value of the last convolution is what Darknet's files store; by its bias alone."""
+    head = copy.deepcopy(small.model.heads[0])
+    with torch.no_grad():
+        head[1].weight.zero_()
+        head[1].bias.copy_(torch.arange(24.0))
+        output = head(torch.rand(1, 24, 2, 3))
+    assert output.shape == (1, 3, 2, 3, 8)
+    for anchor in range(3):
+        for value in range(8):
+            assert (output[0, anchor, :, :, value] == anchor * 8 + value).all()
+
+
+def test_channels_last_gives_the_same_outputs(small: Detector) -> None:
+    images = random_images(2, 64, 96)
+    small.model.eval()
+    detector = copy.deepcopy(small).to(torch.device("cpu"), channels_last=True)
+    with torch.no_grad():
+        expected = small.model(images)
+        found = detector.model(images.to(memory_format=torch.channels_last))
+    weights = [parameter for parameter in detector.model.parameters() if parameter.dim() == 4]
+    assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    for output, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(output, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(31, 32), (32, 48), (416, 400), (0 + 8, 8)])
+def test_size_must_be_a_multiple_of_32(small: Detector, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{size[0]}, {size[1]}.*multiple of 32"):
+        small.model(random_images(1, *size))
+
+
+def test_uint8_equals_float(small: Detector) -> None:
+    """0..255 as bytes is 0..1 as floats."""
+    images = random_images(2, 64, 64)
+    with torch.no_grad():
+        for output, other in zip(small.model.eval()(images), small.model(images.float() / 255), strict=True):
+            assert torch.equal(output, other)
+
+
+@pytest.mark.parametrize("name", ["darknet", "mobilenet_v3_small"])
+def test_pixel_scaling_is_the_encoders(name: str) -> None:
+    """What the encoder receives: (image / 255 - mean) / std; nothing but / 255 for Darknet-53."""
+    received: list[Tensor] = []
+
+    class Probe(nn.Module):
+        out_channels, strides = (4, 4, 4), (8, 16, 32)
+        pixel_mean, pixel_std = Darknet53.pixel_mean, Darknet53.pixel_std
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            received.append(images)
+            return [images.new_zeros(len(images), 4, images.shape[2] // s, images.shape[3] // s) for s in self.strides]
+
+    if name != "darknet":
+        Probe.pixel_mean, Probe.pixel_std = MobileNetV3.pixel_mean, MobileNetV3.pixel_std
+    model = YOLOv3(Probe(), [8, 8, 8], [1, 1, 1], num_classes=1).eval()
+    model(torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+    if name == "darknet":
+        expected = [1.0, 0.0, 0.2]
+    else:  # ImageNet's mean and deviation, red, green, blue
+        expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    assert received[0][0, :, 7, 9].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_batch_equals_singles(small: Detector) -> None:
+    images = random_images(3, 64, 96)
+    model = small.model.eval()
+    with torch.no_grad():
+        together = model(images)
+        for index in range(3):
+            for output, alone in zip(together, model(images[index : index + 1]), strict=True):
+                torch.testing.assert_close(output[index : index + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_levels_see_the_coarser_ones(small: Detector) -> None:
+    """Top-down: a change of the stride 32 features reaches every output, a change at stride 8 only the finest."""
+    model = small.model.eval()
+
+    def changed_levels(level: int) -> list[bool]:
+        def add_noise(_: nn.Module, __: object, maps: list[Tensor]) -> list[Tensor]:
+            return [feature + (number == level) for number, feature in enumerate(maps)]
+
+        handle = model.encoder.register_forward_hook(add_noise)
+        with torch.no_grad():
+            changed = model(images)
+        handle.remove()
+        return [not torch.equal(*pair) for pair in zip(changed, plain, strict=True)]
+
+    images = random_images(1, 64, 64)
+    with torch.no_grad():
+        plain = model(images)
+    assert changed_levels(0) == [True, False, False]
+    assert changed_levels(1) == [True, True, False]
+    assert changed_levels(2) == [True, True, True]
+
+
+def test_neck_by_hand(small: Detector) -> None:
+    """Each level sees the coarser level's features, every value repeated 2 x 2 times, in front of its own."""
+    model = small.model.eval()
+    images = random_images(1, 64, 96)
+    with torch.no_grad():
+        features_8, features_16, features_32 = model.encoder(
+            (images / 255 - torch.tensor(MobileNetV3.pixel_mean).view(1, 3, 1, 1))
+            / torch.tensor(MobileNetV3.pixel_std).view(1, 3, 1, 1)
+        )
+        carried = model.neck[0](features_32)
+        expected = [model.heads[0](carried)]
+        for level, features in ((1, features_16), (2, features_8)):
+            upsampled = model.laterals[level - 1](carried).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+            carried = model.neck[level](torch.cat([upsampled, features], dim=1))
+            expected.insert(0, model.heads[level](carried))
+        for output, other in zip(model(images), expected, strict=True):
+            torch.testing.assert_close(output, other, atol=1e-4, rtol=1e-4)
+
+
+# Initial state and training
+
+
+@pytest.mark.parametrize("prior", [0.01, 0.1])
+def test_initial_objectness_is_the_prior(prior: float) -> None:
+    """At every cell of every level, up to the small random weights of the last convolution."""
+    torch.manual_seed(1)
+    detector = build(
+        3, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
+    )
+    with torch.no_grad():
+        outputs = detector.model(random_images(2, 64, 96))
+    for output in outputs:
+        assert (output[..., 4] - math.log(prior / (1 - prior))).abs().max() < 0.5
+        assert output[..., 4].sigmoid().mean().item() == pytest.approx(prior, rel=0.1)
+        # any of 3 classes alike: probability 1 / 3; boxes are the anchors in the middle of the cells
+        assert output[..., 5:].sigmoid().mean().item() == pytest.approx(1 / 3, rel=0.1)
+        assert output[..., :4].abs().max() < 0.5
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+@pytest.mark.parametrize("encoder", ["mobilenet_v3_large", "mobilenet_v3_small"])
+def test_every_parameter_gets_a_gradient(encoder: str, num_classes: int) -> None:
+    """No unused parameters, which a distributed run would wait for."""
+    torch.manual_seed(2)
+    detector = build(num_classes, f"yolo.encoder={encoder}", "yolo.neck_channels=[24, 16, 8]")
+    assert_all_get_gradients(detector, 96, 128)
+
+
+def test_every_parameter_of_darknet_gets_a_gradient() -> None:
+    torch.manual_seed(3)
+    assert_all_get_gradients(build(80, "yolo.neck_channels=[24, 16, 8]"), 96, 128)
+
+
+def assert_all_get_gradients(detector: Detector, height: int, width: int) -> None:
+    outputs = detector.model(random_images(1, height, width))
+    losses = detector.criterion(outputs, one_truth_per_level(height, width))
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in detector.model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+    # the levels' last convolutions learn the box, the objectness and the class of the truth
+    for head in detector.model.heads:
+        assert head[1].bias.grad.unflatten(0, (3, -1)).ne(0).any(dim=0).all()
+
+
+def test_batch_norm_momentum_is_set_everywhere() -> None:
+    model = build(
+        2, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "yolo.batch_norm_momentum=0.03"
+    ).model
+    momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(momenta) > 40 and set(momenta) == {0.03}
+
+
+def test_settings_reach_the_parts() -> None:
+    detector = build(
+        2,
+        "yolo.encoder=mobilenet_v3_small",
+        "yolo.neck_channels=[24, 16, 8]",
+        "yolo.ignore_threshold=0.6",
+        "yolo.class_loss=cross_entropy",
+        "evaluation.confidence_threshold=0.2",
+        "evaluation.iou_threshold=0.3",
+        "evaluation.max_detections=7",
+    )
+    assert detector.criterion.ignore_threshold == 0.6 and detector.criterion.class_loss == "cross_entropy"
+    postprocess = detector.postprocess
+    assert (postprocess.confidence_threshold, postprocess.iou_threshold, postprocess.max_detections) == (0.2, 0.3, 7)
+    assert postprocess.softmax
+    assert torch.equal(postprocess.get_buffer("anchors_2"), torch.tensor([[116.0, 90], [156, 198], [373, 326]]))
+    assert torch.equal(detector.criterion.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))

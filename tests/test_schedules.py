@@ -1,0 +1,253 @@
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+
+from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
+from detection.settings import load_settings
+
+ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
+
+
+def build(
+    strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
+) -> Schedule:
+    """Through the settings, as the training script does; `None` is YAML's null."""
+    words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
+    settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
+    return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
+
+
+# Durations
+
+
+def test_durations_by_hand() -> None:
+    assert resolve_steps(5000, 123.4) == 5000
+    assert resolve_steps(0, 123.4) == 0
+    assert resolve_steps("12ep", 100) == 1200
+    assert resolve_steps("12ep", 62.5) == 750
+    assert resolve_steps("2.5ep", 10) == 25
+    assert resolve_steps("3ep", 33.4) == 100  # 100.2
+    assert resolve_steps("3ep", 33.6) == 101  # 100.8
+
+
+def test_epochs_are_resolved_in_every_duration() -> None:
+    schedule = build("LambdaLR", warmup="1ep", index='["10ep", "20ep"]', scale="[1, 0.5, 0.1]", steps_per_epoch=7.4)
+    assert schedule.warmup == 7 and schedule.index == (74, 148)
+    cosine = build("CosineAnnealingWarmRestartsWithWarmup", warmup="2ep", T_0="4ep")
+    assert (cosine.warmup, cosine.first_cycle) == (20, 40)
+    assert build("WarmupMultiStepLR", milestones='["3ep", "5ep"]').milestones == (30, 50)
+
+
+def test_steps_and_epochs_that_cross_are_refused() -> None:
+    """3 epochs come before 50 steps only when an epoch is shorter than 17 steps."""
+    words = {"index": '["3ep", 50]', "scale": "[1, 0.5, 0.1]"}
+    assert build("LambdaLR", steps_per_epoch=10, **words).index == (30, 50)
+    with pytest.raises(ValueError, match=r"scheduler\.index: must be ascending, is \[60, 50\] steps at 20\.0"):
+        build("LambdaLR", steps_per_epoch=20, **words)
+    with pytest.raises(ValueError, match=r"scheduler\.milestones: must be ascending, is \[60, 50\]"):
+        build("WarmupMultiStepLR", steps_per_epoch=20, milestones='["3ep", 50]')
+
+
+# LambdaLR
+
+
+def test_lambda_by_hand() -> None:
+    """Darknet's recipe: power 4 over the warm-up, which has its full value at its last step, then the scales."""
+    schedule = build("LambdaLR", warmup=10, index="[20, 30, 50]", scale="[1.0, 0.5, 0.1, 0.05]")
+    expected = {
+        0: 0.1 * 0.0001,  # (1 / 10)^4
+        1: 0.1 * 0.0016,  # (2 / 10)^4
+        4: 0.1 * 0.0625,  # (5 / 10)^4
+        9: 0.1,  # (10 / 10)^4
+        10: 0.1,
+        19: 0.1,
+        20: 0.05,
+        29: 0.05,
+        30: 0.01,
+        49: 0.01,
+        50: 0.005,
+        999: 0.005,
+        10**9: 0.005,  # the last one holds to the end
+    }
+    assert {step: schedule.at(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_default_recipe() -> None:
+    """args.yaml as it is: 1e-4, warm-up 1000, steps at 75,000, 100,000 and 125,000."""
+    settings, _ = load_settings(ARGS)
+    schedule = build_schedule(settings.scheduler, settings.train.learning_rate, 150_000, 1000)
+    steps = [499, 999, 1000, 74_999, 75_000, 99_999, 100_000, 125_000, 149_999]
+    expected = [1e-4 / 16, 1e-4, 1e-4, 1e-4, 5e-5, 5e-5, 1e-5, 5e-6, 5e-6]
+    assert [schedule.at(step) for step in steps] == pytest.approx(expected, rel=1e-9)
+
+
+def test_scale_applies_within_the_warm_up() -> None:
+    schedule = build("LambdaLR", warmup=10, index="[5]", scale="[1.0, 0.5]")
+    assert schedule.at(4) == pytest.approx(0.1 * 0.5**4)
+    assert schedule.at(5) == pytest.approx(0.1 * 0.6**4 * 0.5)
+
+
+def test_lambda_without_index() -> None:
+    schedule = build("LambdaLR", warmup=0, index="[]", scale="[0.3]")
+    assert {schedule.at(step) for step in (0, 7, 10**6)} == {0.1 * 0.3}
+
+
+# Cosine
+
+
+def test_cosine_by_hand() -> None:
+    """Warm-up 4, cycles of 8 from 1.0 to 0.2: 0.2 + 0.8 * (1 + cos(pi * k / 8)) / 2."""
+    schedule = build("CosineAnnealingWarmRestartsWithWarmup", 1.0, warmup=4, T_0=8, eta_min=0.2)
+    expected = {
+        0: 1 / 256,
+        3: 1.0,
+        4: 1.0,
+        6: 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2,  # cos(pi / 4)
+        8: 0.6,  # halfway
+        10: 0.2 + 0.8 * (1 - math.sqrt(0.5)) / 2,
+        12: 1.0,  # restart
+        16: 0.6,
+        20: 1.0,
+        4 + 8 * 1000: 1.0,
+    }
+    assert {step: schedule.at(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("growth", "restarts"),
+    # after a warm-up of 5: every 6 steps; after 6, 6 + 12, 6 + 12 + 24, 6 + 12 + 24 + 48 steps
+    [(1, [5, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65, 71, 77, 83, 89, 95]), (2, [5, 11, 23, 47, 95])],
+)
+def test_cosine_restarts(growth: int, restarts: list[int]) -> None:
+    schedule = build("CosineAnnealingWarmRestartsWithWarmup", 1.0, warmup=5, T_0=6, T_mult=growth, eta_min=0)
+    rates = [schedule.at(step) for step in range(100)]
+    assert [step for step in range(5, 100) if rates[step] == 1.0] == restarts
+    rises = [step for step in range(5, 100) if rates[step] > rates[step - 1]]
+    assert rises == restarts[1:]  # between restarts it only falls
+
+
+@pytest.mark.parametrize("growth", [1, 2])
+@pytest.mark.parametrize(("warmup", "first_cycle"), [(0, 7), (13, 10), (5, 1)])
+def test_cosine_against_torch(growth: int, warmup: int, first_cycle: int) -> None:
+    schedule = build(
+        "CosineAnnealingWarmRestartsWithWarmup", warmup=warmup, T_0=first_cycle, T_mult=growth, eta_min=0.003
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = CosineAnnealingWarmRestarts(optimizer, T_0=first_cycle, T_mult=growth, eta_min=0.003)
+    for step in range(warmup, warmup + 120):
+        assert schedule.at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), step
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("growth", [1, 2])
+def test_cosine_is_continuous_and_reaches_eta_min(growth: int) -> None:
+    """No jump but the restart, nor from the warm-up into the cosine; a cycle ends at all but eta_min."""
+    schedule = build("CosineAnnealingWarmRestartsWithWarmup", warmup=100, T_0=500, T_mult=growth, eta_min=1e-6)
+    rates = [schedule.at(step) for step in range(100 + 500 + 500 * growth + 1)]
+    restarts = [600, 1100] if growth == 1 else [600, 1600]
+    jumps = [step for step in range(1, len(rates)) if abs(rates[step] - rates[step - 1]) > 0.005]
+    assert jumps == restarts
+    assert rates[599] == pytest.approx(1e-6, abs=0.1 * (math.pi / 500) ** 2)  # (1 - cos x) / 2 < x^2
+    assert min(rates[100:]) >= 1e-6
+
+
+def test_cosine_over_the_whole_run() -> None:
+    """T_0 null: one cycle from the end of the warm-up to the end of the run."""
+    schedule = build("CosineAnnealingWarmRestartsWithWarmup", total_steps=1000, warmup=200, T_0=None, eta_min=0)
+    assert schedule.at(200) == 0.1
+    assert schedule.at(600) == pytest.approx(0.05)
+    assert schedule.at(999) == pytest.approx(0, abs=1e-6)
+    assert all(schedule.at(step) < schedule.at(step - 1) for step in range(201, 1000))
+
+
+# WarmupMultiStepLR and constant
+
+
+def test_multi_step_by_hand() -> None:
+    """Linear from a tenth over 100 steps, then a fifth and a fifth of that."""
+    schedule = build("WarmupMultiStepLR", warmup=100, milestones="[300, 400]", gamma=0.2, warmup_start_factor=0.1)
+    expected = {
+        0: 0.01,
+        50: 0.055,
+        99: 0.1 * (0.1 + 0.9 * 0.99),
+        100: 0.1,
+        299: 0.1,
+        300: 0.02,
+        399: 0.02,
+        400: 0.004,
+        10**6: 0.004,
+    }
+    for group in ("weights", BIAS_GROUP):
+        assert {step: schedule.at(step, group) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_bias_group_of_the_warm_up() -> None:
+    """Its own rate during the warm-up, including 0; the same rate as the others afterwards."""
+    for bias_lr in (0.07, 0.0):
+        schedule = build("WarmupMultiStepLR", warmup=10, milestones="[20]", warmup_bias_lr=bias_lr)
+        assert [schedule.at(step, BIAS_GROUP) for step in (0, 5, 9)] == [bias_lr] * 3
+        assert schedule.at(5, "weights") == pytest.approx(0.1 * 0.55)
+        for step in (10, 19, 20, 99):
+            assert schedule.at(step, BIAS_GROUP) == schedule.at(step, "weights")
+
+
+def test_other_strategies_treat_groups_alike() -> None:
+    for strategy in ("LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "constant"):
+        schedule = build(strategy, warmup=10, warmup_bias_lr=0.5)
+        assert [schedule.at(step, BIAS_GROUP) for step in range(30)] == [schedule.at(step) for step in range(30)]
+
+
+def test_constant_by_hand() -> None:
+    schedule = build("constant", warmup=4)
+    steps = (0, 1, 2, 3, 4, 10**6)
+    expected = [0.1 / 256, 0.1 / 16, 0.1 * (3 / 4) ** 4, 0.1, 0.1, 0.1]
+    assert [schedule.at(step) for step in steps] == pytest.approx(expected, rel=1e-12)
+    assert build("constant", warmup=0).at(0) == 0.1
+
+
+# All strategies
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("growth", [1, 2])
+def test_extreme_settings_give_finite_rates(strategy: str, growth: int) -> None:
+    """No warm-up, cycles of one step, a run shorter than its warm-up, learning rate 0."""
+    defaults, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", f"scheduler.T_mult={growth}"])
+    for warmup, first_cycle, eta_min in itertools.product([0, 1, 50], [None, 0, 1, 3], [0.0, 1e-6]):
+        scheduler = defaults.scheduler.model_copy(update={"warmup": warmup, "T_0": first_cycle, "eta_min": eta_min})
+        for learning_rate, total_steps in itertools.product([0.0, 0.1], [1, 30]):
+            schedule = build_schedule(scheduler, learning_rate, total_steps, steps_per_epoch=10)
+            for step in [*range(total_steps + 30), 10**7]:
+                for group in ("weights", BIAS_GROUP):
+                    rate = schedule.at(step, group)
+                    assert math.isfinite(rate) and 0 <= rate <= max(learning_rate, eta_min)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("warmup", [1, 7, 100])
+def test_warm_up_rises_to_the_learning_rate(strategy: str, warmup: int) -> None:
+    schedule = build(strategy, warmup=warmup, T_0=1000, milestones="[500]", index="[500]", scale="[1, 0.5]")
+    rates = [schedule.at(step) for step in range(warmup + 1)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(rates[:-1]))
+    assert rates[-1] == 0.1 and rates[0] > 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rate_depends_on_the_step_alone(strategy: str) -> None:
+    """Asking in any order, repeatedly, or of a schedule built anew, as after a restart, gives the same numbers."""
+    values = {"warmup": 20, "T_0": 30, "T_mult": 2, "milestones": "[60, 90]", "index": "[40]", "scale": "[1, 0.5]"}
+    schedule = build(strategy, **values)
+    in_order = [schedule.at(step) for step in range(200)]
+    shuffled = list(range(200))
+    random.Random(0).shuffle(shuffled)
+    assert {step: schedule.at(step) for step in shuffled} == dict(enumerate(in_order))
+    assert [build(strategy, **values).at(step) for step in (150, 3)] == [in_order[150], in_order[3]]
+    assert len(set(in_order)) > 15

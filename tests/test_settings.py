@@ -1,0 +1,558 @@
+"""Settings: which source wins, what is refused with which single line, and that the resolved file is complete."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from detection.errors import SettingsError
+from detection.settings import (
+    FLAT_NAMES,
+    Settings,
+    changed_settings,
+    dump_settings,
+    load_settings,
+    read_settings_file,
+    validate,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
+AUGMENTATION = "data.augmentation"
+
+
+def load(*words: str, overlays: tuple[Path, ...] = (), flags: dict[str, Any] | None = None) -> Settings:
+    return load_settings(ARGS, overlays, words, flags)[0]
+
+
+def refusal(*words: str, overlays: tuple[Path, ...] = (), defaults: Path = ARGS) -> str:
+    """The message of the error that these words or files must cause; every one is a single line with exit code 2."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(defaults, overlays, words)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def overlay(tmp_path: Path):
+    """`overlay(text)`: a file with that text; each call makes another file."""
+    made: list[Path] = []
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / f"overlay_{len(made)}.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        made.append(path)
+        return path
+
+    return write
+
+
+def value_at(settings: Settings, path: str) -> Any:
+    value: Any = settings
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# --- precedence ---
+
+
+def test_each_source_wins_over_the_ones_before_it(overlay) -> None:
+    first, second = overlay("run: {seed: 1, log_frequency: 21}"), overlay("run: {seed: 2}")
+    assert load().run.seed == 0  # args.yaml
+    assert load(overlays=(first,)).run.seed == 1
+    assert load(overlays=(first, second)).run.seed == 2
+    assert load(overlays=(second, first)).run.seed == 1
+    assert load("run.seed=3", overlays=(first, second)).run.seed == 3
+    assert load("run.seed=3", "run.seed=4", overlays=(first, second)).run.seed == 4
+    assert load("run.seed=3", overlays=(first, second), flags={"run.seed": 5}).run.seed == 5
+    # what the later sources do not name stays as the earlier ones left it
+    assert load("run.seed=3", overlays=(first, second)).run.log_frequency == 21
+
+
+def test_an_overlay_changes_only_the_keys_it_names(overlay) -> None:
+    before = load()
+    after = load(overlays=(overlay("data: {augmentation: {affine: {scale: [0.75, 1.25]}}}"),))
+    assert changed_settings(before, after) == {f"{AUGMENTATION}.affine.scale": ([0.5, 1.5], [0.75, 1.25])}
+
+
+def test_a_word_may_set_several_keys_of_a_section() -> None:
+    settings = load("train={batch_size: 3, subdivisions: 5}")
+    assert (settings.train.batch_size, settings.train.subdivisions) == (3, 5)
+    assert changed_settings(load(), settings).keys() == {"train.batch_size", "train.subdivisions"}
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("run.device=cuda:1", "cuda:1"),
+        ("data.keep_aspect=false", False),
+        ("yolo.neck_channels=[96, 64, 32]", (96, 64, 32)),
+        ("train.optimizer=sgd", "sgd"),
+        ("scheduler.strategy=WarmupMultiStepLR", "WarmupMultiStepLR"),
+        ("evaluation.iou_threshold=0.6", 0.6),
+        ("data.augmentation.posterize.num_bits=[3, 5]", (3, 5)),
+        ("data.root=a=b", "a=b"),  # only the first = separates
+        ("train.ema_decay=0.999", 0.999),
+        ("train.clip_norm=null", None),
+    ],
+)
+def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
+    assert value_at(load(word), word.partition("=")[0]) == value
+
+
+# --- flat names of seed 002 ---
+
+
+FLAT = [  # the names that issue 2 lists, and a value that is not the default
+    ("batch_size", "train.batch_size", 7),
+    ("subdivisions", "train.subdivisions", 3),
+    ("steps", "train.steps", 11),
+    ("ignore_threshold", "yolo.ignore_threshold", 0.55),
+    ("confidence_threshold", "evaluation.confidence_threshold", 0.25),
+    ("iou_threshold", "evaluation.iou_threshold", 0.65),
+    ("evaluate_frequency", "evaluation.evaluate_frequency", 13),
+    ("resize_frequency", "train.resize_frequency", 10),
+    ("scheduler.strategy", "scheduler.strategy", "constant"),
+    ("yolo.encoder", "yolo.encoder", "mobilenet_v3_small"),
+]
+
+
+@pytest.mark.parametrize(("flat", "path", "value"), FLAT)
+@pytest.mark.parametrize("source", ["word", "overlay"])
+def test_flat_names_are_accepted_and_reported_with_their_full_path(overlay, source, flat, path, value) -> None:
+    if source == "word":
+        settings, notices = load_settings(ARGS, words=[f"{flat}={value}"])
+    else:
+        file = overlay(f"{flat}: {value}" if "." not in flat else "{}: {{{}: {}}}".format(*flat.split("."), value))
+        settings, notices = load_settings(ARGS, [file])
+    assert value_at(settings, path) == value
+    if flat == path:
+        assert notices == []
+    else:
+        assert len(notices) == 1 and flat in notices[0] and path in notices[0]
+
+
+def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
+    for flat, path in FLAT_NAMES.items():
+        assert not isinstance(value_at(load(), path), BaseModel)
+        assert "." not in flat and flat not in Settings.model_fields
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("epochs", "train.steps"), ("continue_training", "--resume"), ("train_ratio", "data.validation_fraction")],
+)
+def test_names_with_another_form_say_what_to_write(name: str, instead: str) -> None:
+    message = refusal(f"{name}=1")
+    assert name in message and instead in message
+
+
+# --- unknown keys ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("train.batchsize", "train.batch_size"),
+        ("train.learning_rat", "train.learning_rate"),
+        ("trian.steps", "train.steps"),
+        ("schedular.T_0", "scheduler.T_0"),
+        ("yolo.encodr", "yolo.encoder"),
+        ("bach_size", "batch_size"),
+        ("train.keep_aspect", "data.keep_aspect"),  # the right name in the wrong section
+        ("data.augmentation.affine.scales", "data.augmentation.affine.scale"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(overlay, wrong: str, right: str) -> None:
+    message = refusal(f"{wrong}=1")
+    assert repr(wrong) in message and right in message
+    *sections, last = wrong.split(".")
+    file = overlay("".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(sections)) + f"{'  ' * 9}{last}: 1")
+    message = refusal(overlays=(file,))
+    assert repr(wrong) in message and right in message and file.name in message
+
+
+@pytest.mark.parametrize("word", ["train=3", "train=null", "data.augmentation.affine=0.5"])
+def test_a_section_is_not_a_value(word: str) -> None:
+    assert word.partition("=")[0] in refusal(word)
+
+
+@pytest.mark.parametrize("word", ["abc", "=3", "train.batch_size", "--unknown", "a\nb=1", "train.steps=[1,\n2"])
+def test_words_that_are_no_setting(word: str) -> None:
+    refusal(word)
+
+
+# --- wrong types and impossible values ---
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("train.batch_size=many", "'many'"),
+        ("train.batch_size='16'", "'16'"),
+        ("train.batch_size=16.0", "16.0"),
+        ("train.batch_size=1e3", "1000.0"),  # a number, but not a whole one
+        ("train.batch_size=true", "True"),
+        ("train.batch_size=", "None"),
+        ("train.learning_rate=fast", "'fast'"),
+        ("run.channels_last=1", "1"),
+        ("run.channels_last=yes", "'yes'"),
+        ("run.name=7", "7"),
+        ("data.root=null", "None"),
+        ("data.class_names=cat", "'cat'"),
+        ("data.class_names=[cat, 8]", "8"),
+        ("scheduler.index=5", "5"),
+        ("scheduler.T_mult=true", "True"),
+    ],
+)
+def test_a_wrong_type_names_key_and_value(word: str, shown: str) -> None:
+    message = refusal(word)
+    assert word.partition("=")[0] in message and shown in message
+
+
+NAMES = "data.class_names"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train.batch_size=0"], ["train.batch_size", "0", "1"]),
+        (["train.batch_size=-4"], ["train.batch_size", "-4"]),
+        (["train.subdivisions=0"], ["train.subdivisions"]),
+        (["train.image_size=300"], ["train.image_size", "300", "32"]),
+        (["train.image_size=0"], ["train.image_size", "32"]),
+        (["train.image_size=-32"], ["train.image_size", "-32", "32"]),
+        (["evaluation.image_size=417"], ["evaluation.image_size", "417", "32"]),
+        (["train.multiscale_sizes=[320, 600]"], ["train.multiscale_sizes", "600", "32"]),
+        (["train.multiscale_sizes=[608, 320]"], ["train.multiscale_sizes", "[608, 320]"]),
+        (["train.multiscale_sizes=[320]"], ["train.multiscale_sizes"]),
+        (["train.resize_frequency=-1"], ["train.resize_frequency", "-1"]),
+        (["scheduler.milestones=[5, 3]"], ["scheduler.milestones", "ascending", "[5, 3]"]),
+        (["scheduler.milestones=[5, 5]"], ["scheduler.milestones", "ascending"]),
+        (["scheduler.milestones=[9ep, 10ep, 9.5ep]"], ["scheduler.milestones", "ascending"]),
+        (["scheduler.index=[3, 2, 1]"], ["scheduler.index", "ascending"]),
+        (["scheduler.scale=[1.0, 0.5]"], ["scheduler.scale", "index"]),
+        (["scheduler.scale=[1.0, 0.5, -0.1, 0.05]"], ["scheduler.scale", "-0.1"]),
+        (["scheduler.T_mult=3"], ["scheduler.T_mult", "3"]),
+        (["scheduler.strategy=StepLR"], ["scheduler.strategy", "StepLR", "LambdaLR"]),
+        ([f"{NAMES}=[a, b]", "yolo.num_classes=3"], [NAMES, "2", "yolo.num_classes", "3"]),
+        ([f"{NAMES}=[a, b, a]"], [NAMES, "twice"]),
+        ([f"{NAMES}=[]"], [NAMES]),
+        (["yolo.num_classes=0"], ["yolo.num_classes", "0"]),
+        (["yolo.encoder=resnet"], ["yolo.encoder", "resnet", "darknet"]),
+        (["yolo.anchors=[]"], ["yolo.anchors"]),
+        (["yolo.anchors=[[[1, 2]], [[1, 2]], []]"], ["yolo.anchors"]),
+        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1, 0]]]"], ["yolo.anchors"]),
+        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1]]]"], ["yolo.anchors"]),
+        (["yolo.neck_channels=[512, 256]"], ["yolo.neck_channels"]),
+        (["yolo.ignore_threshold=1.5"], ["yolo.ignore_threshold", "1.5", "1"]),
+        (["yolo.ignore_threshold=.nan"], ["yolo.ignore_threshold", "nan"]),
+        (["yolo.objectness_prior=0"], ["yolo.objectness_prior"]),
+        (["yolo.objectness_prior=1"], ["yolo.objectness_prior"]),
+        (["train.learning_rate=-1e-3"], ["train.learning_rate", "-0.001"]),
+        (["train.learning_rate=.nan"], ["train.learning_rate", "nan"]),
+        (["train.learning_rate=.inf"], ["train.learning_rate", "inf"]),
+        (["train.momentum=1"], ["train.momentum"]),
+        (["train.clip_norm=0"], ["train.clip_norm"]),
+        (["train.ema_decay=1"], ["train.ema_decay"]),
+        (["train.patience=0"], ["train.patience"]),
+        (["run.device=gpu"], ["run.device", "gpu", "cuda"]),
+        (["run.seed=-1"], ["run.seed", "-1"]),
+        (["run.name=a/b"], ["run.name", "a/b"]),
+        (["run.precision=fp64"], ["run.precision", "fp64", "bf16"]),
+        (["run.log_frequency=0"], ["run.log_frequency"]),
+        (["data.fill=[1, 2]"], ["data.fill"]),
+        (["data.fill=[256, 0, 0]"], ["data.fill", "256", "255"]),
+        (["data.validation_fraction=0"], ["data.validation_fraction"]),
+        (["data.validation_fraction=1"], ["data.validation_fraction"]),
+        (["data.balance=oversample"], ["data.balance", "oversample", "repeat_factor"]),
+        (["data.balance_threshold=0"], ["data.balance_threshold"]),
+        (["data.num_workers=-1"], ["data.num_workers", "-1"]),
+        (["data.fake=true"], ["data.fake", "yolo.num_classes"]),
+        (["evaluation.confidence_threshold=1"], ["evaluation.confidence_threshold"]),
+        (["evaluation.max_detections=0"], ["evaluation.max_detections"]),
+        (["evaluation.evaluate_frequency=0"], ["evaluation.evaluate_frequency"]),
+        (["train.steps=0"], ["train.steps"]),
+        (["train.save_frequency=0ep"], ["train.save_frequency"]),
+        (["train.steps=0.0ep"], ["train.steps"]),
+        # strengths that the augmentation library would refuse with a traceback, or that mean nothing
+        ([f"{AUGMENTATION}.affine.p=1.5"], [f"{AUGMENTATION}.affine.p", "1.5"]),
+        ([f"{AUGMENTATION}.affine.p=.nan"], [f"{AUGMENTATION}.affine.p", "nan"]),
+        ([f"{AUGMENTATION}.affine.scale=[0, 1]"], [f"{AUGMENTATION}.affine.scale"]),
+        ([f"{AUGMENTATION}.affine.rotate=[5, -5]"], [f"{AUGMENTATION}.affine.rotate", "[5, -5]"]),
+        ([f"{AUGMENTATION}.affine.rotate=[-.inf, .inf]"], [f"{AUGMENTATION}.affine.rotate", "inf"]),
+        ([f"{AUGMENTATION}.affine.shear=[.nan, 1]"], [f"{AUGMENTATION}.affine.shear", "nan"]),
+        ([f"{AUGMENTATION}.clahe.clip_limit=[0.5, 4]"], [f"{AUGMENTATION}.clahe.clip_limit", "0.5"]),
+        ([f"{AUGMENTATION}.clahe.tile_grid_size=[0, 8]"], [f"{AUGMENTATION}.clahe.tile_grid_size"]),
+        ([f"{AUGMENTATION}.posterize.num_bits=[0, 4]"], [f"{AUGMENTATION}.posterize.num_bits"]),
+        ([f"{AUGMENTATION}.posterize.num_bits=[6, 4]"], [f"{AUGMENTATION}.posterize.num_bits", "[6, 4]"]),
+        ([f"{AUGMENTATION}.multiplicative_noise.multiplier=[-1, 1]"], ["multiplicative_noise.multiplier", "-1"]),
+        ([f"{AUGMENTATION}.color_jitter.brightness=[-1, 1]"], ["color_jitter.brightness", "-1"]),
+        ([f"{AUGMENTATION}.color_jitter.contrast=[-1, 1]"], ["color_jitter.contrast", "-1"]),
+        ([f"{AUGMENTATION}.color_jitter.saturation=[-1, 1]"], ["color_jitter.saturation", "-1"]),
+        ([f"{AUGMENTATION}.color_jitter.hue=[-0.6, 0.1]"], ["color_jitter.hue", "-0.6"]),
+        ([f"{AUGMENTATION}.gauss_noise.std_range=[0.1, 2]"], ["gauss_noise.std_range", "2"]),
+        ([f"{AUGMENTATION}.rgb_shift.r_shift_limit=256"], ["rgb_shift.r_shift_limit", "256"]),
+        ([f"{AUGMENTATION}.min_visibility=-0.1"], [f"{AUGMENTATION}.min_visibility"]),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else "",
+)
+def test_an_impossible_value_is_one_line(words: list[str], parts: list[str]) -> None:
+    message = refusal(*words)
+    for part in parts:
+        assert part in message
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    message = refusal("train.batch_size=0", "yolo.encoder=resnet")
+    assert "train.batch_size" in message and "yolo.encoder" in message
+
+
+def test_class_names_that_fit_the_class_count_are_accepted() -> None:
+    assert load("data.class_names=[a, b]", "yolo.num_classes=2").data.class_names == ("a", "b")
+    assert load("data.class_names=[a, b]").yolo.num_classes is None
+
+
+@pytest.mark.parametrize("value", ["1", "5000", "12ep", "0.5ep", "1.25ep"])
+def test_durations_are_steps_or_epochs(value: str) -> None:
+    expected = value if value.endswith("ep") else int(value)
+    assert load(f"train.steps={value}").train.steps == expected
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "12 ep", "ep", "12epochs", "-2ep", "1e3ep", ".5ep", "[5]", "true"])
+def test_what_is_no_duration(value: str) -> None:
+    assert "train.steps" in refusal(f"train.steps={value}")
+
+
+def test_durations_that_may_be_nothing() -> None:
+    settings = load("train.unfreeze_step=0", "scheduler.warmup=0ep")
+    assert (settings.train.unfreeze_step, settings.scheduler.warmup) == (0, "0ep")
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),  # a string under YAML 1.1
+        ("1E-3", 0.001),
+        ("2.5e-4", 0.00025),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("3", 3),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
+    assert load(f"train.weight_decay={text}").train.weight_decay == value
+
+
+def test_whole_numbers_are_decimal() -> None:
+    """YAML 1.2 (section 10.3.2) reads 010 as ten; YAML 1.1 as the octal eight."""
+    assert load("train.batch_size=010").train.batch_size == 10
+    assert "run.name" in refusal("run.name=08")
+
+
+def test_words_stay_words(overlay) -> None:
+    """off, no, yes and on are booleans, and 2024-01-01 a date, under YAML 1.1."""
+    settings = load("run.precision=off", "data.class_names=[on, off, yes, no, y, n]", "data.root=2024-01-01")
+    assert settings.run.precision == "off"
+    assert settings.data.class_names == ("on", "off", "yes", "no", "y", "n")
+    assert settings.data.root == "2024-01-01"
+    assert load(overlays=(overlay("run: {precision: off}"),)).run.precision == "off"
+    assert load("data.root=2024-13-45").data.root == "2024-13-45"  # and no such date is no error
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("train: {batch_size: 1}\nrun: {seed: 1}\ntrain: {batch_size: 2}", "train"),
+        ("train:\n  batch_size: 1\n  steps: 3\n  batch_size: 2\n", "batch_size"),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(overlay, text: str, key: str) -> None:
+    file = overlay(text)
+    message = refusal(overlays=(file,))
+    assert repr(key) in message and "twice" in message and file.name in message
+
+
+def test_a_key_that_occurs_twice_in_a_word_is_refused() -> None:
+    assert "'steps'" in refusal("train={steps: 1, steps: 2}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: [",
+        "train:\n\tbatch_size: 3",
+        "a: 1\n--- \nb: 2",
+        "? [a, b]\n: 1",
+        "train: {batch_size: !!int five}",
+        b"\xff\xfe\x00",
+        "\x00",
+        "[" * 5000,
+        "train: {steps: *unknown}",
+    ],
+    ids=range(9),
+)
+def test_a_file_that_is_not_yaml_is_named(overlay, text) -> None:
+    file = overlay(text)
+    assert file.name in refusal(overlays=(file,))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "word", "- train: {steps: 3}"])
+def test_a_file_must_be_a_mapping(overlay, text: str) -> None:
+    file = overlay(text)
+    message = refusal(overlays=(file,))
+    assert file.name in message and "mapping" in message
+
+
+def test_an_empty_file_changes_nothing(overlay) -> None:
+    assert load(overlays=(overlay(""), overlay("# only a comment\n"))) == load()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert "absent.yaml" in refusal(overlays=(tmp_path / "absent.yaml",))
+    assert tmp_path.name in refusal(overlays=(tmp_path,))
+    assert "absent.yaml" in refusal(defaults=tmp_path / "absent.yaml")
+
+
+def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
+    made = tmp_path / "made_by_yaml"
+    refusal(overlays=(overlay(f"run: {{name: !!python/object/apply:os.mkdir ['{made}']}}"),))
+    refusal(f"run.name=!!python/object/apply:os.mkdir ['{made}']")
+    assert not made.exists()
+
+
+# --- the model and args.yaml ---
+
+
+def model_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys |= model_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.add(prefix + name)
+    return keys
+
+
+def file_keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, value in tree.items():
+        keys |= file_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return keys
+
+
+def test_args_yaml_holds_every_setting_and_nothing_else() -> None:
+    content = yaml.safe_load(ARGS.read_text())
+    assert file_keys(content) == model_keys(Settings)
+    assert list(content) == ["run", "data", "yolo", "train", "scheduler", "evaluation"]  # the sections of design.md
+
+
+def test_defaults_that_were_published() -> None:
+    settings = load()
+    # YOLOv3, section 2.3: the nine COCO clusters
+    clusters = "10x13 16x30 33x23 30x61 62x45 59x119 116x90 156x198 373x326"
+    anchors = [tuple(anchor) for level in settings.yolo.anchors for anchor in level]
+    assert anchors == [tuple(float(side) for side in cluster.split("x")) for cluster in clusters.split()]
+    assert settings.yolo.ignore_threshold == 0.7  # Darknet, cfg/yolov3.cfg
+    assert settings.train.multiscale_sizes == (320, 608)
+    # ImageNet's mean (0.485, 0.456, 0.406) times 255 = (123.7, 116.3, 103.5)
+    assert settings.data.fill == (124, 116, 104)
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_changes_something(recipe: Path) -> None:
+    settings, notices = load_settings(ARGS, [recipe])
+    assert changed_settings(load(), settings)
+    assert notices == []  # our own files use the full names
+
+
+# --- the resolved file ---
+
+
+TRICKY = '["08", "1e5", "off", "007", "null", "true", "a: b", "1_0", "2024-01-01", "ä", "#x", " y", ".5", "+3", "~"]'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train.steps=12ep", "train.learning_rate=1e-6", "train.weight_decay=0.30000000000000004", "run.name=a.b+c"],
+        [f"data.class_names={TRICKY}"],
+        ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"],
+        ["train.ema_decay=0.9999999999999999", "run.seed=9223372036854775807"],
+    ],
+    ids=["defaults", "values", "class names", "strings", "limits"],
+)
+def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: list[str]) -> None:
+    settings = load(*words)
+    file = tmp_path / "args.yaml"
+    file.write_text(dump_settings(settings), encoding="utf-8")
+    again, notices = load_settings(file)
+    assert again == settings and notices == []
+    assert dump_settings(again) == dump_settings(settings)
+
+
+def test_the_copy_in_a_checkpoint_gives_the_same_settings() -> None:
+    """A checkpoint holds plain lists and numbers."""
+    settings = load("data.class_names=[a, b]", "scheduler.milestones=[1ep, 2ep]")
+    assert validate(settings.model_dump(mode="json")) == settings
+    assert validate(settings.model_dump()) == settings
+
+
+def test_validation_leaves_its_argument_alone() -> None:
+    tree = read_settings_file(ARGS)
+    copy = yaml.safe_load(yaml.safe_dump(tree))
+    validate(tree)
+    assert tree == copy
+
+
+def test_an_incomplete_file_names_the_missing_setting(tmp_path: Path) -> None:
+    tree = read_settings_file(ARGS)
+    del tree["train"]["batch_size"], tree["data"]["augmentation"]["affine"]["p"], tree["scheduler"]
+    tree["yolo"]["heads"] = {"number": 3}
+    file = tmp_path / "args.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    parts = [part.strip() for part in refusal(defaults=file).split(";")]
+    for key in ("train.batch_size", "data.augmentation.affine.p", "scheduler", "yolo.heads"):
+        assert any(part.startswith((f"{key}:", f"{key} =")) for part in parts)
+
+
+def test_settings_are_frozen() -> None:
+    settings = load()
+    for section, name, value in (
+        (settings, "train", settings.train),
+        (settings.train, "batch_size", 1),
+        (settings.data.augmentation.affine, "p", 0.0),
+        (settings.run, "new_name", 1),
+    ):
+        with pytest.raises(ValidationError):
+            setattr(section, name, value)
+    assert hash(settings) == hash(load())  # every value is hashable, so no list or dict is left to change
+
+
+def test_changed_settings() -> None:
+    old, new = load("train.steps=5"), load("train.steps=12ep", "data.fill=[1, 2, 3]")
+    assert changed_settings(old, new) == {"train.steps": (5, "12ep"), "data.fill": ([124, 116, 104], [1, 2, 3])}
+    assert changed_settings(new, old) == {"train.steps": ("12ep", 5), "data.fill": ([1, 2, 3], [124, 116, 104])}
+    assert changed_settings(old, old) == {}
+
+
+def test_reading_settings_does_not_import_torch() -> None:
+    """`main.py --help` and a refused setting answer at once."""
+    code = "import detection.settings, sys; print([name for name in ('torch', 'cv2') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,451 @@
+"""One optimizer step: accumulation, groups, clipping, freezing, averages, numbers that are not finite."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detection import training
+from detection.devices import autocast, build_scaler
+from detection.models import Detector, build_detector
+from detection.settings import Settings, TrainSettings, load_settings
+from detection.training import (
+    ExponentialAverage,
+    Meter,
+    NonFiniteLoss,
+    build_optimizer,
+    set_encoder_frozen,
+    set_learning_rates,
+    train_step,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+WORDS = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+
+
+def read_settings(*words: str) -> Settings:
+    return load_settings(ROOT / "yolo-v3" / "args.yaml", words=[*WORDS, *words])[0]
+
+
+def train_settings(**values: Any) -> TrainSettings:
+    return read_settings().train.model_copy(update=values)
+
+
+def small_detector(num_classes: int = 3) -> Detector:
+    settings = read_settings()
+    torch.manual_seed(0)
+    return build_detector(settings.yolo, settings.evaluation, num_classes)
+
+
+def make_batch(count: int, size: int = 64, seed: int = 0, first_index: int = 0) -> dict[str, Any]:
+    """Noise with 0, 1, 2, ... random boxes per image; a crowd region in the last."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes, labels = torch.zeros(count, 32, 4), torch.full((count, 32), -1)
+    for image in range(count):
+        for row in range(image):
+            corner, side = torch.rand(2, 2, generator=generator) * size / 2
+            boxes[image, row] = torch.cat([corner, corner + side + 1])
+            labels[image, row] = int(torch.randint(0, 3, (1,), generator=generator))
+    labels[-1, 0] = -2 if count > 1 else labels[-1, 0]
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return {"images": images, "boxes": boxes, "labels": labels, "indices": torch.arange(count) + first_index}
+
+
+def take_rows(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def step(
+    model: nn.Module,
+    criterion: Callable[..., dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    batches: list[dict[str, Any]],
+    dtype: torch.dtype | None = None,
+    clip_norm: float | None = None,
+) -> dict[str, Tensor]:
+    scaler = build_scaler(CPU, dtype)
+    return train_step(model, criterion, optimizer, scaler, batches, lambda: autocast(CPU, dtype), CPU, clip_norm)
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class Weights(nn.Module):
+    """`w` alone; with the criterion below its gradient is whatever the boxes of the batch say."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.w]
+
+
+def loss_with_gradient(outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"loss_box": (outputs[0] * targets["boxes"]).sum()}
+
+
+def batch_with_gradient(*gradient: float, index: int = 0) -> dict[str, Any]:
+    return {
+        "images": torch.zeros(1, 3, 2, 2, dtype=torch.uint8),
+        "boxes": torch.tensor(gradient),
+        "labels": torch.zeros(1),
+        "indices": torch.tensor([index]),
+    }
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("split", [(8,), (2, 2, 2, 2), (4, 4), (1,) * 8])
+def test_micro_batches_have_the_gradient_of_one_large_batch(split: tuple[int, ...]) -> None:
+    detector = small_detector()
+    model, batch = detector.model, make_batch(8)
+    for _ in range(20):
+        model.train()(batch["images"])  # statistics with which signals neither vanish nor grow
+    model.eval()  # normalisation frozen: else each micro-batch has its own mean
+    # Oracle: the mean over the images of each image's own loss, without `train_step`.
+    expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    expected_losses: dict[str, float] = {}
+    for image in range(8):
+        single = take_rows(batch, slice(image, image + 1))
+        model.zero_grad()
+        losses = detector.criterion(model(single["images"]), {key: single[key] for key in ("boxes", "labels")})
+        (sum(losses.values()) / 8).backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += parameter.grad
+        for name, value in losses.items():
+            expected_losses[name] = expected_losses.get(name, 0.0) + value.item() / 8
+
+    ends = torch.tensor(split).cumsum(0).tolist()
+    micro_batches = [take_rows(batch, slice(end - count, end)) for count, end in zip(split, ends, strict=True)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = step(model, detector.criterion, optimizer, micro_batches)
+    for name, parameter in model.named_parameters():
+        difference, size = (parameter.grad - expected[name]).norm(), expected[name].norm()
+        assert size > 0, name
+        assert difference <= 1e-5 * size, name
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected_losses, rel=1e-5)
+
+
+def test_nothing_leaks_from_one_step_into_the_next() -> None:
+    model = Weights(0.0, 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step(model, loss_with_gradient, optimizer, [batch_with_gradient(1, 0), batch_with_gradient(3, 0)])
+    assert model.w.tolist() == [-2.0, 0.0]  # minus the mean of (1, 0) and (3, 0)
+    step(model, loss_with_gradient, optimizer, [batch_with_gradient(0, 5)])
+    assert model.w.tolist() == [-2.0, -5.0]
+
+
+# Optimizer
+
+
+def test_every_parameter_is_in_exactly_one_group_and_only_kernels_decay() -> None:
+    model = small_detector().model
+    optimizer = build_optimizer(model, train_settings(weight_decay=0.01))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [names[id(parameter)] for group in groups.values() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    # Oracle by shape and name: kernels are the only parameters with four axes, biases are called so.
+    for kind, expected in {
+        "weights": {name for name, value in model.named_parameters() if value.ndim == 4},
+        "biases": {name for name in names.values() if name.endswith(".bias")},
+        "norms": {name for name, value in model.named_parameters() if value.ndim == 1 and name.endswith(".weight")},
+    }.items():
+        assert expected and {names[id(parameter)] for parameter in groups[kind]["params"]} == expected, kind
+    assert {kind: group["weight_decay"] for kind, group in groups.items()} == {
+        "weights": 0.01, "norms": 0.0, "biases": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sgd", 0.8), ("adamw", 0.8)])
+def test_decay_by_hand(name: str, factor: float) -> None:
+    # Without a gradient, w -> w - lr * decay * w = w * (1 - 0.5 * 0.4) = 0.8 w for kernels, nothing for the rest.
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 2.0)
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, train_settings(optimizer=name, learning_rate=0.5, weight_decay=0.4)).step()
+    for parameter_name, parameter in model.named_parameters():
+        decays = parameter_name in ("0.weight", "2.weight")
+        torch.testing.assert_close(parameter.data, torch.full_like(parameter, 2 * factor if decays else 2.0))
+
+
+def test_first_step_of_each_optimizer_by_hand() -> None:
+    # gradient (3, -4), lr 0.1: SGD moves by lr * gradient; Adam's first step is lr * sign(gradient), its bias
+    # correction cancels both averages: m / (1 - b1) = g, v / (1 - b2) = g^2.
+    for name, expected in {"sgd": [-0.3, 0.4], "adam": [-0.1, 0.1], "adamw": [-0.1, 0.1]}.items():
+        model = Weights(0.0, 0.0)
+        optimizer = build_optimizer(model, train_settings(optimizer=name, learning_rate=0.1, weight_decay=0.0))
+        step(model, loss_with_gradient, optimizer, [batch_with_gradient(3, -4)])
+        assert model.w.tolist() == pytest.approx(expected, abs=1e-6), name
+
+
+def test_momentum_by_hand() -> None:
+    # velocity 1, then 0.5 * 1 + 1 = 1.5; lr 1: w = -1, then -2.5
+    model = Weights(0.0)
+    optimizer = build_optimizer(
+        model, train_settings(optimizer="sgd", learning_rate=1.0, momentum=0.5, weight_decay=0.0)
+    )
+    for expected in (-1.0, -2.5):
+        step(model, loss_with_gradient, optimizer, [batch_with_gradient(1)])
+        assert model.w.item() == pytest.approx(expected)
+
+
+def test_learning_rate_of_each_group() -> None:
+    optimizer = build_optimizer(small_detector().model, train_settings())
+    set_learning_rates(optimizer, {"weights": 0.1, "norms": 0.2, "biases": 0.3}.__getitem__)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
+        "weights": 0.1, "norms": 0.2, "biases": 0.3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("name", "rate"), [("adam", 2e-3), ("adamw", 2e-3), ("sgd", 1e-2)])
+def test_loss_of_a_fixed_batch_falls(name: str, rate: float, dtype: torch.dtype | None) -> None:
+    detector = small_detector()
+    optimizer = build_optimizer(detector.model, train_settings(optimizer=name, learning_rate=rate))
+    batch = make_batch(4)
+    history = []
+    for _ in range(12):
+        losses = step(detector.model.train(), detector.criterion, optimizer, [batch], dtype, clip_norm=35.0)
+        assert set(losses) == {"loss_box", "loss_objectness", "loss_class"}
+        assert all(value.dtype is torch.float32 and not value.requires_grad for value in losses.values())
+        history.append(sum(losses.values()).item())
+    assert history[-1] < 0.8 * history[0], history
+
+
+# Clipping
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "expected"),
+    [
+        (None, (-3.0, -4.0)),
+        (10.0, (-3.0, -4.0)),  # the norm is 5: below the limit nothing happens
+        (1.0, (-0.6, -0.8)),  # (3, 4) / 5
+        (2.5, (-1.5, -2.0)),
+    ],
+)
+def test_clipping_by_hand(clip_norm: float | None, expected: tuple[float, float]) -> None:
+    # The accumulated gradient is the mean of (6, 0) and (0, 8), so (3, 4); each alone would be clipped differently.
+    model = Weights(0.0, 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batches = [batch_with_gradient(6, 0), batch_with_gradient(0, 8)]
+    losses = step(model, loss_with_gradient, optimizer, batches, clip_norm=clip_norm)
+    assert model.w.tolist() == pytest.approx(expected, abs=1e-5)
+    assert losses["loss_box"].item() == 0.0  # w was 0
+
+
+def test_clipping_takes_the_norm_of_all_parameters_together() -> None:
+    class TwoWeights(Weights):
+        def __init__(self) -> None:
+            super().__init__(0.0)
+            self.v = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            return [torch.cat([self.w, self.v])]
+
+    model = TwoWeights()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step(model, loss_with_gradient, optimizer, [batch_with_gradient(3, 4)], clip_norm=1.0)
+    assert [model.w.item(), model.v.item()] == pytest.approx([-0.6, -0.8], abs=1e-5)
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad_micro_batch", [0, 1])
+def test_loss_that_is_not_finite_is_named_and_changes_no_weight(value: float, bad_micro_batch: int) -> None:
+    model = Weights(1.0, 2.0)
+    optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=0.1))
+
+    def criterion(outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss_box": outputs[0].sum(), "loss_class": outputs[0].sum() + targets["boxes"][0]}
+
+    batches = [batch_with_gradient(0, index=7), batch_with_gradient(0, index=3)]
+    step(model, criterion, optimizer, batches)  # the optimizer has a state now
+    before, state = bits(model), [value.clone() for value in optimizer.state[model.w].values()]
+    batches[bad_micro_batch]["boxes"] = torch.tensor([value])
+    with pytest.raises(NonFiniteLoss) as raised:
+        step(model, criterion, optimizer, batches)
+    assert raised.value.exit_code == 4
+    assert raised.value.parts == f"loss_class = {value:g}"
+    assert raised.value.image_indices == [7, 3]
+    assert not changed(before, bits(model))
+    assert all(map(torch.equal, state, optimizer.state[model.w].values()))
+
+
+def test_parts_that_cancel_are_noticed() -> None:
+    # inf - inf in two micro-batches is NaN, but inf in one and a finite loss in the other must not hide either
+    model = Weights(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    batches = [batch_with_gradient(math.inf, index=1), batch_with_gradient(-math.inf, index=2)]
+    with pytest.raises(NonFiniteLoss, match="loss_box = nan"):
+        step(model, loss_with_gradient, optimizer, batches)
+    assert model.w.item() == 1.0
+
+
+# Freezing
+
+
+def test_frozen_encoder_stays_exactly_as_it_is() -> None:
+    detector = small_detector()
+    model = detector.model.train()
+    # Momentum and decay of earlier steps must not move it either.
+    optimizer = build_optimizer(model, train_settings(optimizer="sgd", learning_rate=1e-3, weight_decay=0.1))
+    step(model, detector.criterion, optimizer, [make_batch(4)])
+    set_encoder_frozen(model, True)
+    before = bits(model)
+    for seed in (1, 2):
+        step(model, detector.criterion, optimizer, [make_batch(4, seed=seed)])
+    moved = changed(before, bits(model))
+    assert not [name for name in moved if name.startswith("encoder.")]
+    # everything else moves: weights, statistics and their counters
+    assert moved == {name for name in before if not name.startswith("encoder.")}
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+
+
+def test_unfrozen_encoder_trains_again() -> None:
+    detector = small_detector()
+    model = detector.model.train()
+    optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=1e-3))
+    set_encoder_frozen(model, True)
+    step(model, detector.criterion, optimizer, [make_batch(4)])
+    set_encoder_frozen(model, False)
+    before = bits(model)
+    step(model, detector.criterion, optimizer, [make_batch(4)])
+    assert changed(before, bits(model)) == set(before)
+    assert all(module.training for module in model.modules())
+
+
+# Exponential average
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(2)
+
+
+@pytest.mark.parametrize(("decay", "ramp"), [(0.9, 0), (0.5, 0), (0.9, 5), (0.998, 300)])
+def test_average_is_the_slow_loop(decay: float, ramp: int) -> None:
+    torch.manual_seed(0)
+    model = Normalised()
+    average = ExponentialAverage(model, decay, ramp)
+    expected = {name: value.double().clone() for name, value in model.state_dict().items()}
+    for number in range(6):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.copy_(torch.randn(value.shape) if value.is_floating_point() else torch.tensor(3 * number))
+        average.update(model, number)
+        # the first step is number 0 and already counts as one step of the ramp
+        d = decay * (1 - math.exp(-(number + 1) / ramp)) if ramp else decay
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = d * expected[name] + (1 - d) * value.double()
+            else:
+                expected[name] = value.double()
+    state = average.model.state_dict()
+    assert {"linear.weight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} <= set(state)
+    for name, value in state.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-6)
+    assert state["norm.num_batches_tracked"].item() == 15 and state["norm.num_batches_tracked"].dtype is torch.int64
+
+
+def test_average_by_hand() -> None:
+    # decay 0.75 without ramp, the weight jumps from 0 to 8: 0 -> 2 -> 2 + 6 / 4 = 3.5
+    model = Weights(0.0)
+    average = ExponentialAverage(model, 0.75, 0)
+    nn.init.constant_(model.w, 8.0)
+    for number, expected in enumerate((2.0, 3.5)):
+        average.update(model, number)
+        assert average.model.w.item() == expected
+    # ramp 1: d = 0.75 * (1 - 1/e) = 0.474 at step 0, so 0 -> 8 * 0.526 = 4.207
+    average = ExponentialAverage(Weights(0.0), 0.75, 1)
+    average.update(model, 0)
+    assert average.model.w.item() == pytest.approx(8 * (1 - 0.75 * (1 - 1 / math.e)), rel=1e-6)
+
+
+def test_average_is_a_copy_that_only_evaluates() -> None:
+    model = Normalised().train()
+    average = ExponentialAverage(model, 0.9, 0)
+    nn.init.constant_(model.linear.weight, 5.0)
+    assert not (average.model.linear.weight == 5).any()
+    assert not any(module.training for module in average.model.modules()) and model.training
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    average.update(model, 0)
+    assert model.linear.weight.unique().tolist() == [5.0]
+
+
+def test_average_of_a_constant_is_the_constant() -> None:
+    model = Normalised()
+    average = ExponentialAverage(model, 0.9, 3)
+    before = bits(model)
+    for number in range(20):
+        average.update(model, number)
+    assert not changed(before, bits(average.model))
+
+
+def test_average_of_channels_last_weights() -> None:
+    model = nn.Conv2d(2, 2, 3)
+    nn.init.zeros_(model.weight)
+    average = ExponentialAverage(model.to(memory_format=torch.channels_last), 0.5, 0)
+    values = torch.arange(36.0).view(2, 2, 3, 3)
+    with torch.no_grad():
+        model.weight.copy_(values)
+    average.update(model, 0)
+    assert torch.equal(average.model.weight, values / 2)
+
+
+# Meter
+
+
+def test_meter_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    meter = Meter(images_per_step=8)
+    for box, objectness in ((1.0, 10.0), (2.0, 20.0)):
+        meter.add({"loss_box": torch.tensor(box), "loss_objectness": torch.tensor(objectness)})
+    meter.waited += 1.0
+    clock[0] += 4.0
+    assert meter.read() == {
+        "train/loss": 16.5,  # 1.5 + 15
+        "train/loss_box": 1.5,
+        "train/loss_objectness": 15.0,
+        "train/images_per_second": 4.0,  # 2 steps * 8 images / 4 s
+        "train/wait_fraction": 0.25,
+    }
+    meter.add({"loss_box": torch.tensor(7.0), "loss_objectness": torch.tensor(0.0)})
+    clock[0] += 2.0
+    values = meter.read()
+    assert (values["train/loss"], values["train/images_per_second"], values["train/wait_fraction"]) == (7.0, 4.0, 0.0)
+
+
+def test_step_runs_the_forward_pass_under_autocast_and_the_backward_pass_outside() -> None:
+    inside = []
+
+    class Watched(Weights):
+        def forward(self, images: Tensor) -> list[Tensor]:
+            inside.append(torch.is_autocast_enabled("cpu"))
+            self.w.register_hook(lambda gradient: inside.append(torch.is_autocast_enabled("cpu")))
+            return super().forward(images)
+
+    model = Watched(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step(model, loss_with_gradient, optimizer, [batch_with_gradient(1)], torch.bfloat16)
+    assert inside == [True, False]
