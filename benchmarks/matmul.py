@@ -1,6 +1,6 @@
 """Rate of square matrix products: the ceiling that every speed of the same minute is compared with.
 
-python3 benchmarks/matmul.py [--device cpu|cuda] [--size 4096]
+python3 -m benchmarks.matmul [--device cpu|cuda] [--size 4096]
 
 Prints one table; takes about 10 seconds on 2 CPU cores.
 """

@@ -4,6 +4,7 @@ A script wraps its `main` in `exit_with_message`: such an error ends with one li
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -77,6 +78,9 @@ def exit_with_message(main: Callable[[], None]) -> NoReturn:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         print(text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: "), file=sys.stderr)
         exit_code = error.exit_code
+    except KeyboardInterrupt:  # Ctrl-C while there is nothing to save yet
+        print("stopped by SIGINT", file=sys.stderr)
+        exit_code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output (`... | head`) has gone; Python would print a traceback while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

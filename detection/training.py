@@ -36,9 +36,10 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
         {"params": parameters, "name": name, "weight_decay": train.weight_decay if name == "weights" else 0.0}
         for name, parameters in groups.items()
     ]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all weights where there is one
     if train.optimizer == "sgd":
-        return torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
+        # Not fused: that kernel fails when an encoder without momentum yet is unfrozen beside a neck that has it.
+        return torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all weights where there is one
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
     return optimizer(arguments, lr=train.learning_rate, fused=fused)
 

@@ -21,6 +21,10 @@ from detection.errors import CheckpointError, OutputError, exit_with_message
 from detection.reproducibility import random_state, restore_random_state, seed_everything
 
 NAN = float("nan")
+DTYPES = [
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+]
 SMALL = {"step": 7, "name": "Äb", "rate": 0.5, "weights": torch.tensor([1.5, -2.0, 0.0])}
 
 
@@ -65,9 +69,7 @@ def test_round_trip_of_every_type(tmp_path: Path) -> None:
         "empty": [[], (), {}],
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 1: {}}, "param_groups": [{"params": [0, 1]}]},
         "ordered": OrderedDict([("b", torch.zeros(1)), ("a", torch.ones(1))]),
-        "tensors": [torch.tensor([1, 0, 200], dtype=torch.int64).to(dtype) for dtype in (
-            torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
-        )],
+        "tensors": [torch.tensor([1, 0, 200]).to(dtype) for dtype in DTYPES],
         "special": torch.tensor([0.0, -0.0, NAN, float("inf")]),
         "scalar": torch.tensor(2.5),
         "no_elements": torch.zeros(0, 3),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
+from detection.stopping import StopRequest
 from detection.training import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +100,11 @@ def test_bugs_keep_their_traceback(error: Exception) -> None:
         exit_with_message(main)
 
 
+def test_ctrl_c_before_there_is_anything_to_save(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(KeyboardInterrupt()) == 130
+    assert capsys.readouterr() == ("", "stopped by SIGINT\n")
+
+
 def test_exit_code_of_main_is_kept() -> None:
     assert leave(SystemExit(2)) == 2  # argparse
 
@@ -119,3 +126,53 @@ def test_reader_that_goes_away_causes_no_traceback() -> None:
     os.close(reading)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
+
+
+# Stopping from outside
+
+
+def in_child(action: Callable[[], bool]) -> int:
+    """Exit code of a process that does this, minus the signal's number if one ends it; 0 where it returns True."""
+    child = os.fork()
+    if child == 0:
+        result = False
+        try:
+            result = action()
+        finally:
+            os._exit(0 if result else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code: int) -> None:
+    def once() -> bool:
+        signal.signal(number, signal.default_int_handler)
+        request = StopRequest()
+        request.check()
+        os.kill(os.getpid(), number)
+        try:
+            request.check()
+        except StoppedBySignal as stopped:
+            return stopped.exit_code == code and signal.Signals(number).name in str(stopped)
+        return False
+
+    def twice() -> bool:
+        once()
+        os.kill(os.getpid(), number)
+        return True
+
+    assert in_child(once) == 0
+    assert in_child(twice) == -number
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    def action() -> bool:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        request = StopRequest()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        request.check()
+        return request.signal_number is None
+
+    assert in_child(action) == 0

@@ -51,7 +51,7 @@ def coco_content(
     size: tuple[int, int] = (1000, 1000),
     crowd: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """Parsed annotation file from (image id, category id, [x, y, width, height]); `crowd` are positions of crowd boxes."""
+    """Parsed annotation file from (image id, category id, [x, y, width, height]); `crowd`: positions of crowd boxes."""
     return {
         "images": [
             {"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
@@ -309,9 +309,7 @@ def random_content(seed: int) -> dict[str, Any]:
             x, y, width, height = generator.uniform([0, 0, 5, 5], [400, 400, 200, 200]).round(int(seed % 3)).tolist()
             boxes.append((image, int(generator.choice([1, 5, 90])), [x, y, max(width, 1.0), max(height, 1.0)]))
     crowd = np.flatnonzero(generator.random(len(boxes)) < 0.15)
-    return coco_content(
-        boxes, images=12, categories=(1, 3, 5, 7, 90), size=(640, 640), crowd=tuple(crowd.tolist())
-    )
+    return coco_content(boxes, images=12, categories=(1, 3, 5, 7, 90), size=(640, 640), crowd=tuple(crowd.tolist()))
 
 
 def random_set(seed: int) -> tuple[Annotations, Detections]:
@@ -561,7 +559,11 @@ def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
 def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
     class Blind(TruthTeller):
         def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
-            nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+            nothing = {
+                "boxes": torch.zeros(0, 4),
+                "scores": torch.zeros(0),
+                "labels": torch.zeros(0, dtype=torch.int64),
+            }
             return [nothing for _ in outputs[0]]
 
     result = run_evaluation(dataset, Blind(), backend=backend)

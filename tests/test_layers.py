@@ -111,8 +111,10 @@ def lines_with_sys_path(source: str) -> list[int]:
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
-        if (isinstance(node, ast.Attribute) and node.attr == "path" and isinstance(node.value, ast.Name))
-        and node.value.id == "sys"
+        if (
+            (isinstance(node, ast.Attribute) and node.attr == "path" and isinstance(node.value, ast.Name))
+            and node.value.id == "sys"
+        )
         or (isinstance(node, ast.ImportFrom) and node.module == "sys" and any(a.name == "path" for a in node.names))
     ]
 
@@ -183,7 +185,11 @@ def test_made_up_clean_repository_is_clean() -> None:
     ("path", "source", "message"),
     [
         ("detection/boxes.py", "from detection.losses import x", "detection/boxes.py:1: imports detection.losses of"),
-        ("detection/boxes.py", "def f():\n    import detection.data.coco", "boxes.py:2: imports detection.data.coco of"),
+        (
+            "detection/boxes.py",
+            "def f():\n    import detection.data.coco",
+            "boxes.py:2: imports detection.data.coco of",
+        ),
         ("detection/boxes.py", "from detection import training", "imports detection.training of the higher layer 3"),
         ("detection/boxes.py", "from . import training", "imports detection.training of the higher layer 3"),
         ("detection/boxes.py", "from .data.coco import x", "imports detection.data.coco of the higher layer 2"),

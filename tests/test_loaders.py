@@ -303,7 +303,7 @@ def test_workers_leave_signals_to_the_training_process() -> None:
     """Ctrl-C reaches the whole process group; the batches of the step under way must still come."""
     batches = sampler(100, 2, steps=(0, 20))
     iterator = iter(build_training_loader(SlowDataset(), batches, 2, CPU))
-    received = [next(iterator)]
+    received = [next(iterator), next(iterator)]  # one of each worker: both have begun
     for worker in iterator._workers:  # type: ignore[attr-defined]
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
@@ -335,7 +335,6 @@ def test_an_error_ends_the_process_although_workers_ignore_sigterm() -> None:
         capture_output=True,
         text=True,
         timeout=60,
-        start_new_session=True,
     )
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: unforeseen")
 

@@ -1,8 +1,9 @@
-"""The training script as its user sees it: `python yolo-v3/main.py ...` in processes of its own, from another directory.
+"""The training script as its user sees it: `python yolo-v3/main.py ...` in its own processes, from another directory.
 
 Starting Python with torch takes seconds, so each run serves several tests; independent runs share the two cores.
 """
 
+import importlib.util
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 import yaml
 
 from detection.devices import choose_precision
+from detection.errors import exit_with_message
 from detection.evaluation import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +34,7 @@ MAIN = ROOT / "yolo-v3" / "main.py"
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
 HAS_BF16 = choose_precision(torch.device("cpu"), "auto") is torch.bfloat16
-TIMEOUT = 100  # seconds for one process
+TIMEOUT = 240  # seconds for one process, on a machine that does much else
 NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
 
 OVERLAY = {
@@ -46,7 +49,7 @@ OVERLAY = {
         "multiscale_sizes": [64, 96], "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2,
     },
     "scheduler": {"warmup": 3, "index": [6, 9], "scale": [1.0, 0.5, 0.1]},
-    "evaluation": {"evaluate_frequency": 5, "image_size": 64, "visualize_images": 2, "confidence_threshold": 0.01},
+    "evaluation": {"evaluate_frequency": 5, "image_size": 64, "visualize_images": 2},
 }  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def run_with_signal(
     after_rows: int,
     delay: float,
     act: Callable[[subprocess.Popen[bytes]], None],
-    before: str = "",
+    before: str = "pass",
 ) -> Result:
     """Start a run, wait for rows in its metrics.jsonl and `delay` seconds more, act on it, wait for its end.
 
@@ -158,7 +161,9 @@ class Scenarios:
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
             "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
         ]  # fmt: skip
-        self.moments = {name: (random.randint(2, 5), random.uniform(0, 0.15)) for name in ("float32", "bf16")}
+        # (rows in metrics.jsonl, seconds more): the first after the evaluation of step 5, whose row is the sixth, has
+        # chosen a best checkpoint; the second mostly during that evaluation.
+        self.moments = {"float32": (random.randint(6, 8), random.uniform(0, 0.1)), "bf16": (5, random.uniform(0, 0.3))}
         self._pool = ThreadPoolExecutor(2)
         chains: dict[str, Callable[[], Any]] = {
             "whole": self.whole,
@@ -243,7 +248,9 @@ class Scenarios:
 
     def fake(self) -> Result:
         words = ["data.fake=true", "yolo.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
-        return run(self.base, "--config", self.overlay, *words, "evaluation.batch_size=16", f"data.root={self.base}/no")
+        directory = self.base / "fake"
+        directory.mkdir()
+        return run(directory, "--config", self.overlay, *words, "evaluation.batch_size=16")
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +332,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
             assert picture is not None and picture.std() > 0, name
     assert (directory / events).stat().st_size > 10_000  # it holds pictures
 
-    assert json.loads((directory / "environment.json").read_text())["packages"]["torch"] == torch.__version__
+    assert json.loads((directory / "environment.json").read_text())["packages"]["torch"] == version("torch")
     assert yaml.safe_load((directory / "args.yaml").read_text())["data"]["root"] == str(scenarios.data)
     assert [line.split(",")[0] for line in (directory / "results.csv").read_text().splitlines()] == [
         "step", "5", "10", "12",
@@ -395,7 +402,7 @@ def test_stopped_by_sigterm_and_continued_equals_uninterrupted(scenarios: Scenar
     assert results["first"].code == 143, (moment, results["first"].out)
     assert results["resumed"].code == 0, (moment, results["resumed"])
     stopped_at = torch.load(scenarios.base / "at_stop" / "last.pt", weights_only=True)["step"]
-    assert 2 <= stopped_at < STEPS and stopped_at * 4 % TRAINING_IMAGES, moment  # in the middle of an epoch
+    assert 5 <= stopped_at < STEPS and stopped_at * 4 % TRAINING_IMAGES, moment  # in the middle of an epoch
     assert f"from step {stopped_at}" in results["resumed"].out
     assert_equal_runs(scenarios.base / "whole", scenarios.base / "stopped")
 
@@ -471,6 +478,66 @@ def test_missing_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
     assert "from step 0" in result.out  # it was running
 
 
+def load_main() -> Any:
+    """The script as a module, for refusals that need no process of their own."""
+    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def refused_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., None]:
+    """Run the script's `main` with arguments and expect a refusal, in an empty directory of its own."""
+    module = load_main()
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(arguments: list[str | Path], code: int, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(MAIN), *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            exit_with_message(module.main)
+        captured = capsys.readouterr()
+        assert_refused(Result(int(left.value.code or 0), captured.out, captured.err), code, *words)
+
+    return refuse
+
+
+def test_output_directory_in_use(
+    scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's Ctrl-C is its own
+    refused_here([*scenarios.common, "--output", "used"], 6, "used", "not empty", "--resume")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_resume_without_any_run(refused_here: Callable[..., None]) -> None:
+    refused_here(["--resume"], 2, "logs/*/last.pt")
+    refused_here(["--resume", "nowhere"], 7, "nowhere/last.pt", "does not exist")
+
+
+def test_resume_with_what_a_run_keeps(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
+    refused_here(["--resume", "a", "--config", scenarios.overlay], 2, "--config", "--resume")
+    refused_here(["--resume", "a", "--output", "b"], 2, "--output", "--resume")
+
+
+def test_resume_on_data_of_other_classes(
+    scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path
+) -> None:
+    assert scenarios["whole"]["first"].code == 0
+    shutil.copytree(scenarios.data, tmp_path / "data")
+    for file in (tmp_path / "data" / "annotations").iterdir():
+        file.write_text(file.read_text().replace("green", "yellow"))
+    arguments = ["--resume", scenarios.base / "whole", f"data.root={tmp_path / 'data'}"]
+    refused_here(arguments, 7, "blue, green", "blue, yellow")
+
+
 # Small ways to run
 
 
@@ -495,5 +562,5 @@ def test_fake_data_needs_no_dataset(scenarios: Scenarios) -> None:
     result = scenarios["fake"]
     assert (result.code, result.err) == (0, ""), result
     assert_plain(result)
-    (directory,) = (scenarios.base / "logs").iterdir()  # the default, below the working directory
+    (directory,) = (scenarios.base / "fake" / "logs").iterdir()  # the default, below the working directory
     assert directory.name.endswith("_made-up") and (directory / "last.pt").is_file()

@@ -40,7 +40,10 @@ def test_darknet53_overfits_one_batch_of_coco(tmp_path, capsys):
     ]
     settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
     device = torch.device("cpu")
-    scaler, precision = build_scaler(device, None), functools.partial(autocast, device, choose_precision(device, "auto"))
+    scaler, precision = (
+        build_scaler(device, None),
+        functools.partial(autocast, device, choose_precision(device, "auto")),
+    )
     _, dataset = build_datasets(settings.data, 320, 320, seed=0, num_classes=80)
     batch = collate_samples([dataset[index] for index in range(8)])  # letterbox only: the same pixels in every step
 

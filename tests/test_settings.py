@@ -228,6 +228,7 @@ NAMES = "data.class_names"
         (["train.batch_size=-4"], ["train.batch_size", "-4"]),
         (["train.subdivisions=0"], ["train.subdivisions"]),
         (["train.image_size=300"], ["train.image_size", "300", "32"]),
+        (["train.image_size=336"], ["train.image_size", "336", "32"]),  # a multiple of 16
         (["train.image_size=0"], ["train.image_size", "32"]),
         (["train.image_size=-32"], ["train.image_size", "-32", "32"]),
         (["evaluation.image_size=417"], ["evaluation.image_size", "417", "32"]),

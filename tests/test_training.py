@@ -318,10 +318,12 @@ def test_frozen_encoder_stays_exactly_as_it_is() -> None:
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
 
 
-def test_unfrozen_encoder_trains_again() -> None:
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_encoder_frozen_from_the_start_trains_once_unfrozen(name: str) -> None:
+    # The optimizer then has a state for the neck and none for the encoder.
     detector = small_detector()
     model = detector.model.train()
-    optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=1e-3))
+    optimizer = build_optimizer(model, train_settings(optimizer=name, learning_rate=1e-3))
     set_encoder_frozen(model, True)
     step(model, detector.criterion, optimizer, [make_batch(4)])
     set_encoder_frozen(model, False)

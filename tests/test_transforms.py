@@ -134,6 +134,8 @@ def test_training_and_validation_lay_images_the_same_way(default_settings: Load,
     scale_y, top = (36 / 50, 14) if keep_aspect == "true" else (64 / 50, 0)
     expected = [[9 * 64 / 90, 10 * scale_y + top, 45 * 64 / 90, 50 * scale_y + top]]
     assert np.allclose(validation.boxes, expected, atol=1e-4)
+    upright = Transform(data, 64, 0, training=False)(picture(50, 90), boxes[:, [1, 0, 3, 2]], labels, 0, 0, 0)
+    assert np.allclose(upright.boxes, np.array(expected)[:, [1, 0, 3, 2]], atol=1e-4)
     assert torch.allclose(validation.letterbox.to_input(torch.from_numpy(boxes)), torch.tensor(validation.boxes))
 
 

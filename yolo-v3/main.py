@@ -1,6 +1,6 @@
 """Train a detector on COCO-format images.
 
-python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 6 minutes on 2 CPU cores
+python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 4 minutes on 2 CPU cores
 python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       continue, number for number
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background

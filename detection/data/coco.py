@@ -7,6 +7,7 @@ memory instead of copying it by reference counting.
 import contextlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torchvision.datasets import CocoDetection
 
 from detection.data.transforms import Sample, Transform
@@ -25,16 +27,17 @@ from detection.target_assignment import CROWD_LABEL
 
 # (annotation file, image directories) below data.root: COCO's own layout, then Roboflow's
 TRAIN_LAYOUTS = [
-    ("annotations/instances_train2017.json", ("train2017", "images/train2017")),
+    ("annotations/instances_train2017.json", ("train2017", "images/train2017", "train", "images/train", "images")),
     ("annotations/instances_train.json", ("train", "images/train", "train2017", "images/train2017", "images")),
     ("train/_annotations.coco.json", ("train",)),
 ]
 VALIDATION_LAYOUTS = [
-    ("annotations/instances_val2017.json", ("val2017", "images/val2017")),
+    ("annotations/instances_val2017.json", ("val2017", "images/val2017", "val", "images/val", "images")),
     ("annotations/instances_val.json", ("val", "images/val", "val2017", "images/val2017", "images")),
     ("valid/_annotations.coco.json", ("valid",)),
 ]
 HASH_BUCKETS = 1_000_000
+CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # characters that no file name should have
 SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
@@ -126,7 +129,7 @@ class CocoDataset(CocoDetection):
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its timing
                 super().__init__(str(images), str(annotations))
             content = self.coco.dataset
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{annotations}: not a JSON file: {error}") from None
         except (KeyError, TypeError, AssertionError, AttributeError) as error:
             raise DataError(f"{annotations}: {diagnose_annotations(annotations, error)}") from None
@@ -235,25 +238,32 @@ def read_image(path: Path) -> np.ndarray:
         raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
     is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"
     # OpenCV fills the missing rest of some truncated files with grey; a complete JPEG holds its end marker.
-    if is_jpeg and encoded[-4096:].tobytes().rfind(b"\xff\xd9") < 0:
+    if is_jpeg and encoded.tobytes().rfind(b"\xff\xd9") < 0:
         raise DataReadError(f"image {path} is damaged: the JPEG data ends early")
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
-        # JPEG has no transparency; for the rest a second look at the raw channels is needed, OpenCV drops alpha.
-        unchanged = None if is_jpeg or image is None else cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         image = None
     if image is None:
         raise DataReadError(f"image {path} is damaged or in a format that OpenCV does not read")
-    if (
-        unchanged is not None
-        and unchanged.ndim == 3
-        and unchanged.shape[2] == 4
-        and unchanged.shape[:2] == image.shape[:2]
-    ):
-        alpha = unchanged[..., 3:].astype(np.float32) / (65535 if unchanged.dtype == np.uint16 else 255)
+    alpha = None if is_jpeg else read_alpha(path)
+    if alpha is not None and alpha.shape[:2] == image.shape[:2]:
         image = np.round(image * alpha + 128 * (1 - alpha)).astype(np.uint8)
     return image
+
+
+def read_alpha(path: Path) -> np.ndarray | None:
+    """Opacity 0..1 of a picture with transparency, (height, width, 1) float32; None where there is none.
+
+    By Pillow: OpenCV does not turn the alpha channel by the EXIF orientation and knows no transparent grey.
+    """
+    try:
+        with Image.open(path) as file:
+            if not file.has_transparency_data:
+                return None
+            return np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)[..., 3:] / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # a format that only OpenCV reads
 
 
 class _Columns(NamedTuple):
@@ -278,6 +288,7 @@ def read_columns(content: dict[str, Any], where: str) -> _Columns:
             raise DataError(f"{where}: has no list {key!r}; is this a COCO annotation file?")
     try:
         images, rows = content["images"], content["annotations"]
+        category_ids = _id_array([entry["id"] for entry in content["categories"]]).tolist()
         columns = _Columns(
             image_ids=_id_array([image["id"] for image in images]),
             file_names=[str(image["file_name"]) for image in images],
@@ -286,14 +297,14 @@ def read_columns(content: dict[str, Any], where: str) -> _Columns:
             ).reshape(-1, 2),
             image_of_box=_id_array([row["image_id"] for row in rows]),
             category_of_box=_id_array([row["category_id"] for row in rows]),
-            coco_boxes=np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4),
+            coco_boxes=_number_array([row["bbox"] for row in rows], (len(rows), 4)),
             annotation_ids=_id_array([row.get("id", number) for number, row in enumerate(rows)]),
             crowd=np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
-            areas=np.array(
+            areas=_number_array(
                 [row["bbox"][2] * row["bbox"][3] if row.get("area") is None else row["area"] for row in rows],
-                dtype=np.float64,
+                (len(rows),),
             ),
-            categories={int(entry["id"]): str(entry["name"]) for entry in content["categories"]},
+            categories=dict(zip(category_ids, [str(entry["name"]) for entry in content["categories"]], strict=True)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{where}: {diagnose_content(content, error)}") from None
@@ -306,8 +317,10 @@ def read_columns(content: dict[str, Any], where: str) -> _Columns:
     _, first = np.unique(columns.image_ids, return_index=True)
     if len(first) != len(images):
         raise DataError(f"{where}: image id {np.delete(columns.image_ids, first)[0]} occurs twice")
+    if len(columns.categories) != len(category_ids):
+        raise DataError(f"{where}: a category id occurs twice: {', '.join(map(str, sorted(category_ids)))}")
     for name in columns.file_names:
-        if name.startswith(("/", "\\")) or ".." in Path(name).parts or "://" in name or not name.isprintable():
+        if name.startswith(("/", "\\")) or ".." in Path(name).parts or "://" in name or CONTROL.search(name):
             raise DataError(f"{where}: file_name {name!r} is not a plain path inside the image directory")
     return columns
 
@@ -374,7 +387,7 @@ def flatten_annotations(
         file_names=np.frombuffer(b"".join(encoded), dtype=np.uint8),
         file_name_ends=np.cumsum([len(name) for name in encoded]),
         first_box=np.concatenate([[0], np.cumsum(boxes_per_image)]).astype(np.int64),
-        boxes=boxes[kept].astype(np.float32),
+        boxes=boxes[kept],
         labels=labels[kept],
         areas=columns.areas[kept],
         coco_boxes=columns.coco_boxes[kept],
@@ -392,12 +405,20 @@ def _id_array(values: list[Any]) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def _number_array(values: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """float64 of real numbers only: asked for that type at once, NumPy would also convert text and null."""
+    array = np.array(values) if values else np.zeros(shape)
+    if array.dtype.kind not in "iuf" or array.shape != shape:
+        raise TypeError("not a number")
+    return array.astype(np.float64)
+
+
 def clip_to_images(coco_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[x, y, width, height] to corners cut to the image, (N, 4); a size of 0 is unknown and does not cut."""
+    """[x, y, width, height] to corners cut to the image, (N, 4) float32; a size of 0 is unknown and does not cut."""
     boxes = coco_boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
     limit = np.where(sizes > 0, sizes, np.iinfo(np.int32).max)
-    return boxes.clip(0, np.concatenate([limit, limit], axis=1))
+    return boxes.clip(0, np.concatenate([limit, limit], axis=1)).astype(np.float32)
 
 
 def in_fraction(image_ids: np.ndarray, fraction: tuple[float, bool] | None) -> np.ndarray:
@@ -493,7 +514,7 @@ def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Pat
         DataError: nothing found; names what was looked for and how to get data.
     """
     root = Path(data.root)
-    if not root.is_dir():
+    if not root.is_dir() and data.train_annotations is None:
         raise DataError(
             f"data.root = {data.root!r} does not exist: fetch COCO with data/download_coco.sh, name your own dataset "
             "with data.root=DIRECTORY, or train on the built-in one with --config recipes/quickstart.yaml"

@@ -29,12 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 GENERATOR = "detection/data/digits.py"
-GENERATOR_VERSION = 2  # raise it whenever the pictures or the files change: older directories are then rebuilt
+GENERATOR_VERSION = 3  # raise it whenever the pictures or the files change: older directories are then rebuilt
 SEED = 20240224
 IMAGE_COUNTS: Mapping[str, int] = MappingProxyType({"train": 1000, "val": 200})
 IMAGE_SIZE_PX = 320
-DIGITS_PER_IMAGE = (3, 10)
-DIGIT_HEIGHT_PX = (24, 80)
+DIGITS_PER_IMAGE = (5, 14)
+DIGIT_HEIGHT_PX = (28, 76)
 MAX_ROTATION_DEGREES = 12.0
 TRAIN_GLYPH_FRACTION = 0.8
 BOX_ALPHA = 0.5  # a pixel belongs to the digit, and so to its box, from this opacity on

@@ -1,0 +1,1004 @@
+"""COCO files and images: what is read, what is dropped and counted, what is refused with which single line."""
+
+import copy
+import gc
+import io
+import json
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from detection.data.coco import (
+    Annotations,
+    Categories,
+    CocoDataset,
+    FakeDataset,
+    find_dataset,
+    flatten_annotations,
+    load_annotations,
+    read_image,
+    repeat_factors,
+)
+from detection.data.transforms import Transform
+from detection.errors import DataError, DataReadError
+from detection.settings import Settings
+
+Load = Callable[..., Settings]
+WIDTH, HEIGHT = 100, 80  # of the images in `content`
+
+
+def image(number: int, **other: Any) -> dict[str, Any]:
+    return {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT, **other}
+
+
+def box(number: int, image_id: int, bbox: Any, category_id: int = 1, **other: Any) -> dict[str, Any]:
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox, "iscrowd": 0, **other}
+
+
+def coco(
+    images: list | None = None, annotations: list | None = None, categories: dict[int, str] | None = None
+) -> dict[str, Any]:
+    """A complete file: two images, a box on each, one category, where nothing else is given."""
+    return {
+        "images": [image(1), image(2)] if images is None else images,
+        "annotations": [box(1, 1, [10, 10, 20, 20]), box(2, 2, [30, 20, 40, 30])]
+        if annotations is None
+        else annotations,
+        "categories": [{"id": number, "name": name} for number, name in (categories or {1: "cat"}).items()],
+    }
+
+
+def flatten(content: dict[str, Any], **keywords: Any) -> Annotations:
+    return flatten_annotations(content, "file.json", **keywords)
+
+
+def one_line(error: Exception) -> str:
+    assert isinstance(error, DataError) and error.exit_code == 2
+    assert str(error) and "\n" not in str(error)
+    return str(error)
+
+
+def refusal(content: dict[str, Any], **keywords: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        flatten(content, **keywords)
+    message = one_line(caught.value)
+    assert message.startswith("file.json")
+    return message
+
+
+@pytest.fixture
+def open_dataset(tmp_path: Path, default_settings: Load) -> Callable[..., CocoDataset]:
+    """`open_dataset(content or raw bytes)`: through the file, as a run does."""
+    transform = Transform(default_settings().data, 64, 0, training=False)
+
+    def write_and_open(content: dict[str, Any] | bytes, **keywords: Any) -> CocoDataset:
+        path = tmp_path / "annotations.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        (tmp_path / "images").mkdir(exist_ok=True)
+        return CocoDataset(tmp_path / "images", path, transform, **keywords)
+
+    return write_and_open
+
+
+# --- categories ---
+
+
+def test_any_category_ids_become_dense_labels() -> None:
+    content = coco(
+        annotations=[box(1, 1, [0, 0, 9, 9], 90), box(2, 1, [0, 0, 8, 8], 1), box(3, 2, [0, 0, 7, 7], 5)],
+        categories={90: "toothbrush", 1: "person", 5: "airplane"},  # in no order
+    )
+    annotations = flatten(content)
+    assert annotations.categories == Categories(("person", "airplane", "toothbrush"), (1, 5, 90))
+    assert annotations.labels.tolist() == [2, 0, 1]  # image 1: 90 (area 81), 1 (64); image 2: 5
+    assert annotations.labels.dtype == np.int64
+    # the way back, as the results are written
+    assert [annotations.categories.ids[label] for label in annotations.labels] == [90, 1, 5]
+
+
+def test_a_validation_file_follows_the_training_labels_by_name() -> None:
+    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
+    validation = flatten(
+        coco(
+            annotations=[box(1, 1, [0, 0, 9, 9], 7), box(2, 1, [0, 0, 8, 8], 3), box(3, 1, [0, 0, 7, 7], 4)],
+            categories={7: "dog", 3: "emu", 4: "cat"},
+        ),
+        categories=training.categories,
+    )
+    assert validation.categories.names == ("cat", "dog", "emu")
+    assert validation.labels.tolist() == [1, 2, 0]
+    assert validation.categories.ids == (4, 7, 3)  # of this file, so that results fit it
+
+
+def test_a_validation_file_may_lack_categories() -> None:
+    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
+    validation = flatten(
+        coco(annotations=[box(1, 1, [0, 0, 9, 9], 8)], categories={8: "emu"}), categories=training.categories
+    )
+    assert validation.labels.tolist() == [2]
+    assert validation.categories.names == ("cat", "dog", "emu") and validation.categories.ids[2] == 8
+    assert len(set(validation.categories.ids)) == 3  # those of no box must not be taken for others
+
+
+def test_a_validation_file_with_other_categories_is_refused() -> None:
+    training = flatten(coco(categories={1: "ape", 2: "dog"}))
+    message = refusal(coco(categories={1: "ape", 2: "yak", 3: "emu"}), categories=training.categories)
+    assert "yak" in message and "emu" in message and "ape" not in message
+
+
+def test_class_names_choose_and_order_the_labels() -> None:
+    content = coco(
+        annotations=[box(number, 1, [0, 0, 10 - number, 9], number) for number in (1, 2, 3)],
+        categories={1: "cat", 2: "dog", 3: "emu"},
+    )
+    annotations = flatten(content, class_names=["emu", "cat"])
+    assert annotations.categories == Categories(("emu", "cat"), (3, 1))
+    assert annotations.labels.tolist() == [1, 0]  # cat (area 81), emu (63)
+    assert sum(annotations.counts.dropped.values()) == 1  # the dog
+    assert len(annotations) == 2  # images stay, as negatives
+    # a validation file may have more than the chosen ones
+    chosen = flatten(content, class_names=["emu", "cat"], categories=annotations.categories)
+    assert chosen.labels.tolist() == [1, 0]
+    message = refusal(content, class_names=["emu", "ant"])
+    assert "ant" in message and "dog" in message  # what is wrong, and what there is
+
+
+@pytest.mark.parametrize(
+    "categories",
+    [
+        [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}],
+        [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}],
+        [],
+        [{"id": "1", "name": "cat"}],
+        [{"id": 1.5, "name": "cat"}],
+        [{"id": 1}],
+        [{"name": "cat"}],
+        ["cat"],
+    ],
+    ids=["name twice", "id twice", "none", "string id", "fraction id", "no name", "no id", "no object"],
+)
+def test_categories_that_are_refused(categories: list) -> None:
+    refusal({**coco(), "categories": categories})
+
+
+def test_a_box_of_an_unknown_category_is_refused() -> None:
+    message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(17, 1, [0, 0, 5, 5], 99)]))
+    assert "17" in message and "99" in message
+
+
+# --- boxes ---
+
+
+def test_boxes_become_corners_and_images_without_boxes_stay() -> None:
+    content = coco(
+        images=[image(5), image(3), image(9)],
+        annotations=[box(1, 9, [1.5, 2, 10, 20]), box(2, 5, [30, 20, 40, 30])],
+    )
+    annotations = flatten(content)
+    assert annotations.image_ids.tolist() == [5, 3, 9]
+    assert annotations.first_box.tolist() == [0, 1, 1, 2]
+    assert annotations.boxes.tolist() == [[30, 20, 70, 50], [1.5, 2, 11.5, 22]]
+    assert annotations.boxes.dtype == np.float32
+    assert annotations.coco_boxes.tolist() == [[30, 20, 40, 30], [1.5, 2, 10, 20]]
+    assert annotations.areas.tolist() == [1200, 200]  # no `area` in the file: width times height
+    assert annotations.image_sizes.tolist() == [[WIDTH, HEIGHT]] * 3
+    assert [annotations.file_name(index) for index in range(3)] == ["5.png", "3.png", "9.png"]
+    assert annotations.counts.dropped == {}
+
+
+def test_a_file_without_any_box_is_read() -> None:
+    annotations = flatten(coco(annotations=[]))
+    assert len(annotations) == 2 and annotations.boxes.shape == (0, 4) and annotations.first_box.tolist() == [0, 0, 0]
+
+
+def test_the_area_of_the_file_is_kept_for_the_metric() -> None:
+    annotations = flatten(coco(annotations=[box(1, 1, [0, 0, 10, 10], area=37.5), box(2, 2, [0, 0, 4, 5], area=None)]))
+    assert annotations.areas.tolist() == [37.5, 20]
+
+
+def test_crowd_boxes_are_marked_and_never_a_class(open_dataset) -> None:
+    content = coco(
+        annotations=[box(1, 1, [0, 0, 50, 50], iscrowd=1), box(2, 1, [5, 5, 9, 9]), box(3, 1, [5, 5, 8, 8], iscrowd=0)]
+    )
+    dataset = open_dataset(content)
+    cv2.imwrite(str(dataset.image_root / "1.png"), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    assert dataset.annotations.crowd.tolist() == [True, False, False]
+    assert dataset[0].labels.tolist() == [-2, 0, 0]
+
+
+LIMITS = [
+    ([5, 5, 0, 5], None, "degenerate"),
+    ([5, 5, 5, 0], None, "degenerate"),
+    ([5, 5, -3, 5], None, "degenerate"),
+    ([50, 5, 1e-9, 5], None, "outside or degenerate"),  # nothing is left of it in float32
+    ([100, 0, 5, 5], None, "outside"),
+    ([0, 80, 5, 5], None, "outside"),
+    ([-10, 0, 5, 5], None, "outside"),
+    ([-10, 0, 10, 5], None, "outside"),  # touches the edge
+    ([-5, -6, 10, 10], [0, 0, 5, 4], "kept"),
+    ([95, 75, 10, 10], [95, 75, 100, 80], "kept"),
+    ([-5, -5, 200, 200], [0, 0, 100, 80], "kept"),
+    ([90, 70, 10 + 1e-7, 10], [90, 70, 100, 80], "kept"),
+    ([0, 0, 100, 80], [0, 0, 100, 80], "kept"),
+]
+
+
+@pytest.mark.parametrize(("bbox", "corners", "fate"), LIMITS, ids=str)
+def test_boxes_are_clipped_or_dropped_and_counted(bbox: list, corners: list | None, fate: str) -> None:
+    content = coco(annotations=[box(41, 1, bbox), box(42, 1, [10, 10, 20, 20])])
+    annotations = flatten(content)
+    kept = dict(zip(annotations.annotation_ids.tolist(), annotations.boxes.tolist(), strict=True))
+    assert kept.pop(42) == [10, 10, 30, 30]
+    assert (annotations.boxes[:, 2:] > annotations.boxes[:, :2]).all()
+    if fate == "kept":
+        assert kept == {41: corners} and annotations.counts.lines() == []
+        assert flatten(content, strict=True).boxes.tolist() == annotations.boxes.tolist()
+    else:
+        assert kept == {}
+        lines = annotations.counts.lines()
+        assert len(lines) == 1 and lines[0].startswith("1 ") and "41" in lines[0]
+        assert "41" in refusal(content, strict=True)
+
+
+def test_dropped_boxes_are_counted_by_reason_with_their_first_ids() -> None:
+    empty = [box(100 + number, 1, [5, 5, 0, 5]) for number in range(7)]
+    outside = [box(200 + number, 2, [500, 5, 5, 5]) for number in range(2)]
+    orphans = [box(300, 77, [5, 5, 5, 5])]
+    annotations = flatten(coco(annotations=[*empty, *outside, *orphans, box(1, 1, [0, 0, 5, 5])]))
+    assert sorted(annotations.counts.dropped.values()) == [1, 2, 7] and len(annotations.boxes) == 1
+    lines = sorted(annotations.counts.lines())
+    assert lines[0].startswith("1 ") and "[300]" in lines[0]
+    assert lines[1].startswith("2 ") and "[200, 201]" in lines[1]
+    assert lines[2].startswith("7 ") and "100, 101" in lines[2] and "106" not in lines[2]  # the first few
+
+
+def test_without_a_stated_size_boxes_are_not_cut_above() -> None:
+    bare = [{"id": 1, "file_name": "1.png"}, image(2, width=None, height=None)]
+    annotations = flatten(coco(images=bare, annotations=[box(1, 1, [500, 600, 20, 30]), box(2, 2, [-4, 0, 9, 9])]))
+    assert annotations.boxes.tolist() == [[500, 600, 520, 630], [0, 0, 5, 9]]
+    assert annotations.image_sizes.tolist() == [[0, 0], [0, 0]]
+
+
+def order_oracle(content: dict[str, Any]) -> list[int]:
+    """Annotation ids image by image, the larger box first, then the smaller id."""
+    ids = []
+    for entry in content["images"]:
+        rows = [row for row in content["annotations"] if row["image_id"] == entry["id"]]
+        ids += [row["id"] for row in sorted(rows, key=lambda row: (-row["bbox"][2] * row["bbox"][3], row["id"]))]
+    return ids
+
+
+def test_the_order_of_boxes_does_not_depend_on_the_file() -> None:
+    generator = random.Random(0)
+    rows = [
+        box(
+            number,
+            generator.randint(1, 4),
+            [1, 1, generator.choice([4, 6]), generator.choice([4, 6])],
+            iscrowd=number % 2,
+        )
+        for number in generator.sample(range(1000), 40)
+    ]
+    content = coco(images=[image(3), image(1), image(4), image(2)], annotations=rows)
+    expected = flatten(content)
+    assert expected.annotation_ids.tolist() == order_oracle(content)
+    for _ in range(5):
+        generator.shuffle(content["annotations"])
+        for field in fields(Annotations):
+            if field.name != "counts":
+                assert np.array_equal(getattr(flatten(content), field.name), getattr(expected, field.name)), field.name
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [0, 0, 0], [5, 5, 6]])
+def test_annotation_ids_of_nought_and_duplicates_lose_no_box(open_dataset, ids: list[int]) -> None:
+    rows = [box(number, 1, [10 * place, 5, 20 - place, 20]) for place, number in enumerate(ids)]
+    annotations = open_dataset(coco(annotations=rows)).annotations
+    assert annotations.coco_boxes.tolist() == [row["bbox"] for row in rows]  # the areas descend already
+    assert annotations.counts.dropped == {}
+
+
+def test_an_orphan_annotation_is_counted() -> None:
+    annotations = flatten(coco(annotations=[box(8, 3, [0, 0, 5, 5]), box(9, 2, [0, 0, 5, 5])]))
+    assert annotations.annotation_ids.tolist() == [9]
+    (line,) = annotations.counts.lines()
+    assert line.startswith("1 ") and "[8]" in line
+
+
+# --- files that are refused ---
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("area", [True, False], ids=["with area", "without"])
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        *([NAN, 1, 1, 1], [1, 1, INFINITY, 1], [1, -INFINITY, 1, 1]),
+        *(["10", "10", "20", "20"], [10, 10, 20, "20"], ["a", 1, 1, 1], "1234", [None, 1, 1, 1], None, {}, 5),
+        *([1, 2, 3], [1, 2, 3, 4, 5], [], [[1, 2], [3, 4]], [[1, 2, 3, 4]], [10**400, 1, 1, 1]),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_bbox_must_be_four_finite_numbers(open_dataset, bbox: Any, area: bool) -> None:
+    row = box(4711, 1, bbox, **({"area": 400} if area else {}))
+    for rows in ([row], [box(1, 1, [1, 2, 3, 4], area=12), row]):
+        with pytest.raises(DataError) as caught:
+            open_dataset(coco(annotations=rows))
+        message = one_line(caught.value)
+        assert "bbox" in message or bbox == [10**400, 1, 1, 1]
+        assert "4711" in message or bbox == [10**400, 1, 1, 1]
+
+
+@pytest.mark.parametrize("area", [NAN, INFINITY, "12", [1]])
+def test_an_area_must_be_a_finite_number(area: Any) -> None:
+    message = refusal(coco(annotations=[box(4711, 1, [1, 1, 5, 5], area=area)]))
+    assert "4711" in message and "area" in message
+
+
+@pytest.mark.parametrize("key", ["id", "image_id", "category_id", "bbox"])
+def test_a_missing_key_of_an_annotation_is_named(open_dataset, key: str) -> None:
+    row = box(4711, 1, [1, 1, 5, 5])
+    del row[key]
+    with pytest.raises(DataError) as caught:
+        open_dataset(coco(annotations=[box(1, 1, [1, 1, 5, 5]), row]))
+    message = one_line(caught.value)
+    assert repr(key) in message and ("4711" in message or key == "id")
+
+
+@pytest.mark.parametrize("key", ["id", "file_name"])
+def test_a_missing_key_of_an_image_is_named(open_dataset, key: str) -> None:
+    entry = image(4711)
+    del entry[key]
+    with pytest.raises(DataError) as caught:
+        open_dataset(coco(images=[image(1), image(2), entry]))
+    message = one_line(caught.value)
+    assert repr(key) in message and ("4711" in message or key == "id")
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("value", ["absent", None, {}, 5, "text", [5], [None], [[]]], ids=str)
+def test_the_three_lists_must_be_lists_of_objects(open_dataset, key: str, value: Any) -> None:
+    content = {**coco(), key: value}
+    if value == "absent":
+        del content[key]
+    with pytest.raises(DataError) as caught:
+        open_dataset(content)
+    assert key[:5] in one_line(caught.value)
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, 1.5, None, [1], 2**70], ids=str)
+@pytest.mark.parametrize("place", ["image", "annotation", "category"])
+def test_ids_must_be_whole_numbers(open_dataset, number: Any, place: str) -> None:
+    content = coco()
+    if place == "image":
+        content["images"][0]["id"] = content["annotations"][0]["image_id"] = number
+    elif place == "category":
+        content["annotations"][0]["category_id"] = number
+    else:
+        content["annotations"][0]["id"] = number
+    with pytest.raises(DataError) as caught:
+        open_dataset(content)
+    one_line(caught.value)
+
+
+def test_an_image_listed_twice_is_refused() -> None:
+    message = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
+    assert "4711" in message and "twice" in message
+
+
+@pytest.mark.parametrize("rows", [[], [box(1, 1, [1, 1, 5, 5])]], ids=["without boxes", "with boxes"])
+def test_no_images_at_all(open_dataset, rows: list) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(coco(images=[], annotations=rows))
+    assert "no images" in one_line(caught.value)
+
+
+COMPLETE = json.dumps(coco()).encode()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        COMPLETE[: len(COMPLETE) // 2],
+        b"\xef\xbb\xbf" + COMPLETE,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"[]",
+        b"null",
+        b"NaN",
+        b"\xff\xfe\x00",
+        json.dumps(coco()).encode("utf-16"),
+        b'{"images": ' + b"1" * 5000 + b"}",  # Python refuses to convert so many digits
+    ],
+    ids=["empty", "cut", "BOM", "deep list", "deep object", "list", "null", "NaN", "binary", "utf-16", "digits"],
+)
+def test_a_file_that_is_no_coco_json_is_named(open_dataset, raw: bytes, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(raw)
+    assert "annotations.json" in one_line(caught.value)
+    with pytest.raises(DataError) as caught:
+        load_annotations(tmp_path / "annotations.json")
+    assert "annotations.json" in one_line(caught.value)
+
+
+def test_missing_files_and_directories_are_named(tmp_path: Path, default_settings: Load) -> None:
+    transform = Transform(default_settings().data, 64, 0, training=False)
+    with pytest.raises(DataError, match=r"absent\.json"):
+        CocoDataset(tmp_path, tmp_path / "absent.json", transform)
+    with pytest.raises(DataError, match=r"absent\.json"):
+        load_annotations(tmp_path / "absent.json")
+    (tmp_path / "there.json").write_bytes(COMPLETE)
+    with pytest.raises(DataError, match="absent_images"):
+        CocoDataset(tmp_path / "absent_images", tmp_path / "there.json", transform)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("/etc/passwd", "../secret.png", "a/../../secret.png", "a/..", "\\\\server\\x.png"),
+        *("http://host/x.png", "file:///etc/passwd", "a\nb.png", "a\0b.png", "\x1b[31m.png", "\ud800.png"),
+    ],
+    ids=repr,
+)
+def test_a_file_name_may_not_leave_the_image_directory(open_dataset, name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_dataset(coco(images=[image(1), image(2, file_name=name)]))
+    assert repr(name) in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sub/a.png", "a..b.png", "ä ö.png", "图像.png", "a'b.png", "..a.png", "e\u0301.png"),
+        "Screenshot 2024-01-01 at 9.41.00\u202fAM.png",  # the narrow no-break space of macOS
+    ],
+)
+def test_file_names_that_people_have(open_dataset, name: str) -> None:
+    dataset = open_dataset(coco(images=[image(1), image(2, file_name=name)]))
+    path = dataset.image_root / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(cv2.imencode(".png", np.full((HEIGHT, WIDTH, 3), 7, np.uint8))[1].tobytes())
+    assert dataset.annotations.file_name(1) == name
+    assert (dataset.load_image(1) == 7).all()
+
+
+# --- memory ---
+
+
+def test_only_arrays_are_left(open_dataset) -> None:
+    """Workers share the pages of an array; a Python object is copied as soon as its reference count changes."""
+    marker = "only_in_this_test"
+    number = 3000
+    rows = [
+        box(place, 1 + place % 2, [1, 2, 3 + place % 50, 4], segmentation=[[float(place)] * 8], **{marker: place})
+        for place in range(number)
+    ]
+    content = coco(annotations=rows)
+    raw = json.dumps(content).encode()
+    del rows, content
+    dataset = open_dataset(raw)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is dict and marker in thing]
+    assert not hasattr(dataset, "coco") and not hasattr(dataset, "ids")
+    for field in fields(Annotations):
+        value = getattr(dataset.annotations, field.name)
+        if field.name not in ("categories", "counts"):
+            assert isinstance(value, np.ndarray) and value.dtype != object, field.name
+    # 16 + 8 + 8 + 32 + 1 + 8 bytes per box; with 20 kB for all else, the transform among it
+    assert len(pickle.dumps(dataset)) < 73 * number + 20_000
+    assert len(raw) > 150 * number
+
+
+def test_the_content_is_not_changed() -> None:
+    content = coco(annotations=[box(1, 1, [-5, -5, 10, 10]), box(2, 2, [0, 0, 0, 0])])
+    before = copy.deepcopy(content)
+    flatten(content)
+    assert content == before
+
+
+# --- layouts ---
+
+LAYOUTS = [
+    (f"annotations/{file}", directory.format(split), split)
+    for split in ("train", "val")
+    for file in (f"instances_{split}2017.json", f"instances_{split}.json")
+    for directory in ("{}2017", "{}", "images/{}2017", "images/{}")
+] + [("train/_annotations.coco.json", "train", "train"), ("valid/_annotations.coco.json", "valid", "val")]
+# the other split, so that only the one in question varies
+REST = {"train": ("annotations/instances_val.json", "val"), "val": ("annotations/instances_train.json", "train")}
+
+
+def make(root: Path, *files_and_directories: str) -> None:
+    for name in files_and_directories:
+        path = root / name
+        if path.suffix == ".json":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(COMPLETE)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize(("file", "directory", "split"), LAYOUTS)
+def test_the_usual_layouts_are_found(tmp_path: Path, default_settings: Load, file, directory, split) -> None:
+    make(tmp_path, file, directory, *REST[split])
+    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
+    found, other = (train, validation) if split == "train" else (validation, train)
+    assert found == (tmp_path / file, tmp_path / directory)
+    assert other == tuple(tmp_path / name for name in REST[split])
+
+
+def test_a_roboflow_export_is_found(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, *(f"{split}/_annotations.coco.json" for split in ("train", "valid", "test")))
+    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
+    assert train == (tmp_path / "train/_annotations.coco.json", tmp_path / "train")
+    assert validation == (tmp_path / "valid/_annotations.coco.json", tmp_path / "valid")
+
+
+def test_one_directory_for_all_images(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, "annotations/instances_train.json", "annotations/instances_val.json", "images")
+    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
+    assert train[1] == validation[1] == tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("absolute", "with_root"),
+    [(True, True), (False, True), (True, False)],
+    ids=["absolute", "below root", "absolute without root"],
+)
+def test_explicit_paths(tmp_path: Path, default_settings: Load, absolute: bool, with_root: bool) -> None:
+    make(tmp_path, "my/a.json", "my/b.json", "my/pictures", "my/others")
+    prefix = f"{tmp_path}/" if absolute else ""
+    words = [
+        *(f"data.train_annotations={prefix}my/a.json", f"data.train_images={prefix}my/pictures"),
+        *(f"data.validation_annotations={prefix}my/b.json", f"data.validation_images={prefix}my/others"),
+        f"data.root={tmp_path if with_root else tmp_path / 'absent'}",
+    ]
+    train, validation = find_dataset(default_settings(*words).data)
+    assert train == (tmp_path / "my/a.json", tmp_path / "my/pictures")
+    assert validation == (tmp_path / "my/b.json", tmp_path / "my/others")
+
+
+def test_an_explicit_file_beside_its_images(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, "set/labels.json", "other/labels.json")
+    words = ["data.train_annotations=set/labels.json", "data.validation_annotations=other/labels.json"]
+    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", *words).data)
+    assert train == (tmp_path / "set/labels.json", tmp_path / "set")
+    assert validation == (tmp_path / "other/labels.json", tmp_path / "other")
+
+
+def not_found(settings: Settings) -> str:
+    with pytest.raises(DataError) as caught:
+        find_dataset(settings.data)
+    return one_line(caught.value)
+
+
+def test_without_data_the_message_says_where_to_get_some(tmp_path: Path, default_settings: Load) -> None:
+    for settings in (default_settings(f"data.root={tmp_path / 'absent'}"), default_settings(f"data.root={tmp_path}")):
+        message = not_found(settings)
+        assert "data/download_coco.sh" in message and "recipes/quickstart.yaml" in message
+        assert str(tmp_path) in message
+
+
+def test_without_validation_annotations_the_message_names_the_split(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, "annotations/instances_train.json", "train")
+    message = not_found(default_settings(f"data.root={tmp_path}"))
+    assert "validation" in message and "data.validation_fraction" in message
+    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", "data.validation_fraction=0.2").data)
+    assert train == validation == (tmp_path / "annotations/instances_train.json", tmp_path / "train")
+
+
+def test_without_images_the_message_names_the_setting(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, "annotations/instances_train.json", *REST["train"])
+    message = not_found(default_settings(f"data.root={tmp_path}"))
+    assert "instances_train.json" in message and "data.train_images" in message
+
+
+def test_a_fraction_and_a_validation_file_contradict_each_other(tmp_path: Path, default_settings: Load) -> None:
+    make(tmp_path, "annotations/instances_train.json", "train", "b.json")
+    words = [f"data.root={tmp_path}", "data.validation_fraction=0.2", "data.validation_annotations=b.json"]
+    message = not_found(default_settings(*words))
+    assert "data.validation_fraction" in message and "data.validation_annotations" in message
+
+
+# --- split by a fraction ---
+
+
+def parts(content: dict[str, Any], share: float) -> tuple[set[int], set[int]]:
+    training, validation = (flatten(content, fraction=(share, inside)) for inside in (False, True))
+    return set(training.image_ids.tolist()), set(validation.image_ids.tolist())
+
+
+def test_a_fraction_splits_the_images_for_good() -> None:
+    images = [image(number) for number in range(1000)]
+    rows = [box(number, number, [0, 0, 5, 5]) for number in range(1000)]
+    training, validation = parts(coco(images, rows), 0.2)
+    assert training | validation == set(range(1000)) and not training & validation
+    assert len(validation) / 1000 == pytest.approx(0.2, abs=0.05)  # standard error 0.013
+    # neither the order nor the other images matter, so a grown dataset leaks nothing into training
+    random.Random(0).shuffle(images)
+    assert parts(coco(images, rows), 0.2) == (training, validation)
+    few = [entry for entry in images if entry["id"] < 300]
+    first_300 = set(range(300))
+    assert parts(coco(few, rows[:300]), 0.2) == (training & first_300, validation & first_300)
+    # a larger share only adds
+    assert validation < parts(coco(images, rows), 0.3)[1]
+
+
+def test_boxes_stay_with_their_images_in_a_split() -> None:
+    images = [image(number) for number in range(60)]
+    rows = [box(number, number, [0, 0, 5 + number, 5]) for number in range(0, 60, 2)]
+    for inside in (False, True):
+        part = flatten(coco(images, rows), fraction=(0.4, inside))
+        assert 0 < len(part) < 60
+        for index, number in enumerate(part.image_ids.tolist()):
+            found = part.boxes[part.first_box[index] : part.first_box[index + 1]].tolist()
+            assert found == ([[0, 0, 5 + number, 5]] if number % 2 == 0 else [])
+            assert part.file_name(index) == f"{number}.png"
+
+
+def test_the_hash_of_an_image_id() -> None:
+    """CRC-32 of the text 123456789 is 0xCBF43926 (the published check value) = 3421780262: bucket 780262."""
+    content = coco(images=[image(123456789), *(image(number) for number in range(50))], annotations=[])
+    assert parts(content, 0.7803)[1] >= {123456789}
+    assert parts(content, 0.7802)[0] >= {123456789}
+
+
+@pytest.mark.parametrize(("share", "inside", "part"), [(1e-6, True, "validation"), (0.999999, False, "training")])
+def test_a_fraction_that_leaves_nothing_is_refused(share: float, inside: bool, part: str) -> None:
+    message = refusal(coco(), fraction=(share, inside))
+    assert "data.validation_fraction" in message and "2 images" in message and part in message
+
+
+# --- rare classes ---
+
+
+def test_repeat_factors_by_hand() -> None:
+    """LVIS, section 5.1: r(class) = max(1, sqrt(t / f)), r(image) = the largest of its classes; t = 0.64.
+
+    Of 4 images: class 1 is in 4 (f = 1), class 2 in 1 (f = 0.25: sqrt(2.56) = 1.6), class 3 in 2 (f = 0.5: sqrt(1.28)),
+    class 4 in none, class 5 only as a crowd.
+    """
+    rows = [box(number, number, [0, 0, 5, 5], 1) for number in (1, 2, 3, 4)]
+    rows += [box(10, 1, [0, 0, 6, 6], 2), box(11, 1, [0, 0, 7, 7], 2), box(12, 1, [0, 0, 7, 7], 3)]
+    rows += [box(13, 2, [0, 0, 7, 7], 3), box(14, 3, [0, 0, 7, 7], 5, iscrowd=1)]
+    categories = {number: f"class {number}" for number in range(1, 6)}
+    annotations = flatten(coco([image(number) for number in (1, 2, 3, 4)], rows, categories))
+    assert repeat_factors(annotations, 0.64) == pytest.approx([1.6, 1.28**0.5, 1, 1])
+    assert repeat_factors(annotations, 0.25).tolist() == [1, 1, 1, 1]
+    assert repeat_factors(flatten(coco(annotations=[])), 1.0).tolist() == [1, 1]  # no boxes anywhere
+
+
+# --- images ---
+
+SIDES = {  # EXIF 2.3, tag 274: where the first row and the first column of the file lie in the picture
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+MARKS = {
+    "first row first": (255, 0, 0),
+    "first row last": (0, 255, 0),
+    "last row first": (0, 0, 255),
+    "last": (255, 255, 0),
+}
+
+
+def corner_sides(orientation: int) -> Iterator[tuple[tuple[int, int, int], set[str]]]:
+    """Colour of each corner mark of the file, and the sides of the picture it must lie at."""
+    row, column = SIDES[orientation]
+    places = ({row, column}, {row, OPPOSITE[column]}, {OPPOSITE[row], column}, {OPPOSITE[row], OPPOSITE[column]})
+    yield from zip(MARKS.values(), places, strict=True)
+
+
+def marked(width: int = 64, height: int = 48, mark: int = 16) -> np.ndarray:
+    pixels = np.full((height, width, 3), 90, np.uint8)
+    rows, columns = (slice(mark), slice(-mark, None)), (slice(mark), slice(-mark, None))
+    for colour, (row, column) in zip(MARKS.values(), ((r, c) for r in rows for c in columns), strict=True):
+        pixels[row, column] = colour
+    return pixels
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def at_corner(picture: np.ndarray, sides: set[str]) -> np.ndarray:
+    return picture[4 if "top" in sides else -5, 4 if "left" in sides else -5].astype(int)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", SIDES)
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(marked()).save(path, exif=with_orientation(orientation), quality=95)
+    picture = read_image(path)
+    assert picture.shape == ((48, 64, 3) if orientation <= 4 else (64, 48, 3))
+    for colour, sides in corner_sides(orientation):
+        assert np.abs(at_corner(picture, sides) - colour).max() < 40, (orientation, sides)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+@pytest.mark.parametrize("orientation", SIDES)
+def test_transparency_is_turned_with_the_picture(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """The mark in the file's first corner is transparent, so mid grey, wherever that corner comes to lie."""
+    pixels = np.dstack([marked(), np.full((48, 64), 255, np.uint8)])
+    pixels[:16, :16, 3] = 0
+    Image.fromarray(pixels).save(
+        tmp_path / f"a.{suffix}", exif=with_orientation(orientation), lossless=True, exact=True
+    )
+    picture = read_image(tmp_path / f"a.{suffix}")
+    for colour, sides in corner_sides(orientation):
+        expected = (128, 128, 128) if colour == MARKS["first row first"] else colour
+        assert np.abs(at_corner(picture, sides) - expected).max() <= 2, (orientation, sides)
+
+
+def test_boxes_and_pixels_agree_in_a_turned_photograph(open_dataset) -> None:
+    """Annotators saw the turned picture. Orientation 6: the file's first corner is at the upper right."""
+    dataset = open_dataset(coco([image(1, width=48, height=64)], [box(1, 1, [32, 0, 16, 16])]))
+    Image.fromarray(marked()).save(dataset.image_root / "1.png", "JPEG", exif=with_orientation(6), quality=95)
+    sample = dataset[0]
+    x1, y1, x2, y2 = sample.boxes[0].round().astype(int)
+    assert np.abs(sample.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].astype(int) - MARKS["first row first"]).max() < 40
+
+
+def filled(mode: str, colour: Any, size: tuple[int, int] = (20, 10)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def palette(**save: Any) -> tuple[Image.Image, dict[str, Any]]:
+    """Left half index 0, red; right half index 1, green."""
+    picture = filled("P", 0)
+    picture.putpalette([255, 0, 0, 0, 255, 0])
+    picture.paste(1, (10, 0, 20, 10))
+    return picture, save
+
+
+# Mid grey is 128. Alpha 51 of 255 is 0.2: 0.2 * 200 + 0.8 * 128 = 142.4, 0.2 * 100 + 102.4 = 122.4, 0 + 102.4.
+# Alpha 128 is 0.502: 0.502 * 255 + 0.498 * 128 = 191.7, 0.498 * 128 = 63.7.
+FORMATS = [
+    ("L.jpg", filled("L", 100), {}, (100, 100, 100), (100, 100, 100)),
+    ("L.png", filled("L", 100), {}, (100, 100, 100), (100, 100, 100)),
+    ("L_key.png", filled("L", 100), {"transparency": 100}, (128, 128, 128), (128, 128, 128)),
+    ("LA_clear.png", filled("LA", (100, 0)), {}, (128, 128, 128), (128, 128, 128)),
+    ("LA_solid.png", filled("LA", (100, 255)), {}, (100, 100, 100), (100, 100, 100)),
+    ("LA_part.png", filled("LA", (100, 51)), {}, (122.4,) * 3, (122.4,) * 3),
+    ("P.png", *palette(), (255, 0, 0), (0, 255, 0)),
+    ("P_key.png", *palette(transparency=1), (255, 0, 0), (128, 128, 128)),
+    ("P_table.png", *palette(transparency=bytes([255, 128])), (255, 0, 0), (63.7, 191.7, 63.7)),
+    ("P.gif", *palette(), (255, 0, 0), (0, 255, 0)),
+    ("RGB.png", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
+    ("RGB_key.png", filled("RGB", (10, 20, 30)), {"transparency": (10, 20, 30)}, (128,) * 3, (128,) * 3),
+    ("RGB.bmp", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
+    ("RGBA_clear.png", filled("RGBA", (200, 100, 0, 0)), {}, (128,) * 3, (128,) * 3),
+    ("RGBA_part.png", filled("RGBA", (200, 100, 0, 51)), {}, (142.4, 122.4, 102.4), (142.4, 122.4, 102.4)),
+    (
+        "RGBA_part.webp",
+        filled("RGBA", (200, 100, 0, 51)),
+        {"lossless": True},
+        (142.4, 122.4, 102.4),
+        (142.4, 122.4, 102.4),
+    ),
+    ("CMYK.jpg", filled("CMYK", (0, 255, 255, 0)), {"quality": 95}, (255, 0, 0), (255, 0, 0)),
+    ("YCbCr.jpg", filled("YCbCr", (128, 128, 128)), {}, (128, 128, 128), (128, 128, 128)),
+    ("bits.png", filled("1", 1), {}, (255, 255, 255), (255, 255, 255)),
+]
+
+
+@pytest.mark.parametrize(("name", "picture", "save", "left", "right"), FORMATS, ids=[entry[0] for entry in FORMATS])
+def test_every_kind_of_image_arrives_as_rgb(tmp_path: Path, name, picture, save, left, right) -> None:
+    picture.save(tmp_path / name, **save)
+    pixels = read_image(tmp_path / name)
+    assert pixels.shape == (10, 20, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels[:, 1].astype(float) - left).max() <= 2
+    assert np.abs(pixels[:, -2].astype(float) - right).max() <= 2
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+    levels = np.linspace(0, 65535, 512).astype(np.uint16)[None].repeat(8, 0)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    coloured = np.stack([levels, levels[:, ::-1], levels // 2], axis=-1)
+    cv2.imwrite(str(tmp_path / "rgb.png"), coloured[..., ::-1])
+    clear = np.dstack([coloured[..., ::-1], np.full_like(levels, 65535 // 5)])  # alpha 0.2
+    cv2.imwrite(str(tmp_path / "rgba.png"), clear)
+    grey, rgb, rgba = (read_image(tmp_path / f"{name}.png").astype(float) for name in ("grey", "rgb", "rgba"))
+    assert all(len(np.unique(grey[..., channel])) >= 200 for channel in range(3))
+    assert len(np.unique(rgb[..., 0])) >= 200 and len(np.unique(rgb[..., 1])) >= 200
+    assert np.abs(grey - levels[..., None] / 257).max() <= 1  # 65535 / 255 = 257
+    assert np.abs(rgb - coloured / 257).max() <= 1
+    assert np.abs(rgba - (0.2 * coloured / 257 + 0.8 * 128)).max() <= 1.5
+
+
+def photograph(progressive: bool) -> bytes:
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(cv2.resize(coarse, (320, 240))).save(buffer, "JPEG", quality=90, progressive=progressive)
+    return buffer.getvalue()
+
+
+def damaged(path: Path) -> str:
+    with pytest.raises(DataReadError) as caught:
+        read_image(path)
+    assert caught.value.exit_code == 3 and path.name in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("thumbnail", [False, True], ids=["plain", "thumbnail"])
+def test_a_truncated_jpeg_is_never_a_half_grey_picture(tmp_path: Path, progressive, share, thumbnail) -> None:
+    encoded = photograph(progressive)
+    assert len(encoded) > 4000
+    if thumbnail:  # a complete little JPEG before the picture, as cameras write it: an end marker that proves nothing
+        little = io.BytesIO()
+        Image.new("RGB", (16, 12), (200, 10, 10)).save(little, "JPEG")
+        segment = b"\xff\xfe" + (len(little.getvalue()) + 2).to_bytes(2, "big") + little.getvalue()
+        encoded = encoded[:2] + segment + encoded[2:]
+    path = tmp_path / "photograph.jpg"
+    path.write_bytes(encoded)
+    assert read_image(path).shape == (240, 320, 3)
+    path.write_bytes(encoded[: int(len(encoded) * share)])
+    damaged(path)
+
+
+def test_data_after_the_end_of_a_jpeg_does_no_harm(tmp_path: Path) -> None:
+    """Telephones append a film of the moment, or a second picture."""
+    encoded = photograph(False)
+    (tmp_path / "plain.jpg").write_bytes(encoded)
+    for number, rest in enumerate((b"\0" * 10_000, b"\0\0\0\x18ftypmp42" + bytes(range(255)) * 100)):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(encoded + rest)
+        assert np.array_equal(read_image(path), read_image(tmp_path / "plain.jpg"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_other_truncated_formats(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    Image.fromarray(read_png(photograph(False))).save(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    damaged(path)
+
+
+def read_png(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9", None])
+def test_files_that_are_no_image(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "picture.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    damaged(path)
+
+
+def test_a_directory_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "picture.jpg").mkdir()
+    damaged(tmp_path / "picture.jpg")
+
+
+def test_the_content_decides_not_the_ending(tmp_path: Path) -> None:
+    path = tmp_path / "really_a_png.jpg"
+    filled("RGB", (10, 20, 30)).save(path, "PNG")
+    assert (read_image(path) == (10, 20, 30)).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "turned"),
+    [(WIDTH, HEIGHT, None), (90, HEIGHT, False), (WIDTH, 10, False), (HEIGHT, WIDTH, True)],
+)
+def test_a_size_that_differs_from_the_annotations(open_dataset, width: int, height: int, turned: bool | None) -> None:
+    dataset = open_dataset(coco())
+    filled("RGB", (1, 2, 3), (width, height)).save(dataset.image_root / "1.png")
+    if turned is None:
+        assert dataset.load_image(0).shape == (HEIGHT, WIDTH, 3)
+        return
+    with pytest.raises(DataReadError) as caught:
+        dataset[0]
+    message = str(caught.value)
+    assert all(str(side) in message for side in (width, height, WIDTH, HEIGHT)) and "1.png" in message
+    assert ("EXIF" in message) == turned
+
+
+def test_positions_choose_epoch_and_size(drawn_dataset: Path, default_settings: Load) -> None:
+    transform = Transform(default_settings().data, 64, 0, training=True)
+    dataset = CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
+    assert len(dataset) == 9
+    assert dataset[3].image.shape == (64, 64, 3) and dataset[(3, 0, 96)].image.shape == (96, 96, 3)
+    assert np.array_equal(dataset[3].image, dataset[(3, 0, 0)].image)
+    assert not np.array_equal(dataset[3].image, dataset[(3, 1, 0)].image)
+    assert dataset[3].index == 3
+    # a drawn rectangle is red (label 0) or green (label 1) all over
+    for index in range(9):
+        first, last = dataset.annotations.first_box[index : index + 2]
+        assert last - first == index % 4
+        pixels = dataset.load_image(index)
+        for place in range(first, last):
+            x1, y1, x2, y2 = dataset.annotations.boxes[place].astype(int)
+            corner = tuple(pixels[y2 - 1, x2 - 1])
+            assert corner in {(255, 0, 0), (0, 255, 0)} and (x2 - x1) >= 8 and (y2 - y1) >= 8
+
+
+# --- synthetic batches ---
+
+
+def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
+    transform = Transform(default_settings().data, 96, 0, training=True)
+    fake, again = (FakeDataset(20, ["a", "b", "c"], transform, seed=3) for _ in range(2))
+    annotations = fake.annotations
+    assert len(fake) == len(annotations) == 20 and annotations.categories.names == ("a", "b", "c")
+    assert len(annotations.boxes) == len(annotations.labels) == annotations.first_box[-1] > 0
+    assert (annotations.boxes[:, 2:] > annotations.boxes[:, :2]).all() and (annotations.boxes >= 0).all()
+    assert (annotations.boxes <= (640, 480, 640, 480)).all()
+    assert set(annotations.labels.tolist()) == {0, 1, 2}
+    for index in (0, 7):
+        assert fake.load_image(index).shape == (480, 640, 3) and fake.load_image(index).dtype == np.uint8
+        first, second = fake[(index, 2, 64)], again[(index, 2, 64)]
+        assert np.array_equal(first.image, second.image) and np.array_equal(first.boxes, second.boxes)
+        assert first.image.shape == (64, 64, 3)
+    assert not np.array_equal(fake.load_image(0), fake.load_image(1))
+    assert not np.array_equal(fake.load_image(0), FakeDataset(20, ["a"], transform, seed=4).load_image(0))
+
+
+# --- real data ---
+
+
+def names_of(annotations: Annotations, crowd: bool = True) -> dict[str, int]:
+    labels = annotations.labels if crowd else annotations.labels[~annotations.crowd]
+    counts = np.bincount(labels, minlength=len(annotations.categories.names))
+    return dict(zip(annotations.categories.names, counts.tolist(), strict=True))
+
+
+def open_both(root: Path, settings: Settings) -> tuple[CocoDataset, CocoDataset]:
+    (train_file, train_images), (validation_file, validation_images) = find_dataset(settings.data)
+    transform = Transform(settings.data, 96, 0, training=True)
+    training = CocoDataset(train_images, train_file, transform)
+    categories = training.annotations.categories
+    return training, CocoDataset(validation_images, validation_file, transform, categories=categories)
+
+
+def test_official_coco_annotations(shared_data, default_settings: Load) -> None:
+    """The counts of shared/data/coco_mini/README.md."""
+    root = shared_data("coco_mini")
+    datasets = open_both(root, default_settings(f"data.root={root}"))
+    expected = [(128, 939, 10, 2, {"person": 259, "hair drier": 0}), (79, 624, 5, 0, {"person": 118, "teddy bear": 0})]
+    for dataset, (images, boxes, crowd, empty, some) in zip(datasets, expected, strict=True):
+        annotations = dataset.annotations
+        left_out = sum(annotations.counts.dropped.values())
+        assert len(dataset) == images and len(annotations.boxes) + left_out == boxes
+        assert annotations.crowd.sum() == crowd
+        assert (np.diff(annotations.first_box) == 0).sum() == empty
+        assert len(annotations.categories.names) == 80
+        assert annotations.categories.ids[:1] + annotations.categories.ids[-1:] == (1, 90)
+        assert {name: names_of(annotations)[name] for name in some} == some
+        for index in (0, len(dataset) - 1):  # decodes, and has the size that the annotations state
+            sample = dataset[(index, 1, 64)]
+            assert sample.image.shape == (64, 64, 3) and len(sample.boxes) == len(sample.labels)
+
+
+def test_blood_cells(shared_data, default_settings: Load) -> None:
+    """The counts of shared/data/bccd/README.md."""
+    root = shared_data("bccd")
+    training, validation = open_both(root, default_settings(f"data.root={root}"))
+    assert names_of(training.annotations) == {"RBC": 2381, "WBC": 214, "Platelets": 209}
+    assert names_of(validation.annotations) == {"RBC": 967, "WBC": 87, "Platelets": 83}
+    assert (len(training), len(validation)) == (205, 87)
+    for dataset in (training, validation):
+        assert (dataset.annotations.image_sizes == (640, 480)).all() and dataset.annotations.counts.dropped == {}
+        assert dataset.load_image(3).shape == (480, 640, 3)
