@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.matmul import measure
 from detection.data.loaders import Batch
-from detection.devices import autocast, build_scaler, choose_device
+from detection.devices import autocast, build_scaler, choose_device, matmul_rates
 from detection.errors import exit_with_message
 from detection.models import Detector, build_detector
 from detection.models.mobilenet import DepthwiseConv2d
@@ -41,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     settings, _ = load_settings(ARGS, words=[*DEFAULTS, *arguments.settings])
     device = choose_device(arguments.device)
-    ceilings = {dtype: max(measure(3072, dtype, device, 3)) for dtype in (torch.float32, torch.bfloat16)}
+    ceilings = {dtype: max(matmul_rates(3072, dtype, device, 3)) for dtype in (torch.float32, torch.bfloat16)}
 
     detector = build_detector(settings.yolo, settings.evaluation, arguments.classes).to(device, channels_last=True)
     batch = synthetic_batch(settings.train.image_size, arguments.batch, arguments.classes)

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import platform
 import resource
+import time
 
 import torch
 
@@ -89,3 +90,20 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
+    """Floating point operations per second of square matrix products, the ceiling of a training step.
+
+    Args:
+        size: rows and columns.
+        repeats: measured products, after one warm-up.
+    """
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    rates = []
+    for repeat in range(repeats + 1):
+        started = time.perf_counter()
+        (left @ right)[0, 0].item()  # reading a value waits for the device
+        if repeat:
+            rates.append(2 * size**3 / (time.perf_counter() - started))
+    return rates
