@@ -65,6 +65,7 @@ def write_evaluation(
     content = {
         **evaluation.metrics,
         "boxes": len(evaluation.detections),
+        "dropped_not_finite": evaluation.dropped,
         "step": step,
         "losses": evaluation.losses,
         "class_AP": class_ap,

@@ -110,9 +110,11 @@ class RunLogger:
             self._tensorboard.add_image(tag, image, step, dataformats="HWC")
             self._tensorboard.flush()
 
-    def line(self, text: str) -> None:
-        """Append a line to `train.log` and print it, above the progress bar if there is one."""
+    def line(self, text: str, show: bool = True) -> None:
+        """Append a line to `train.log` and, if `show`, print it, above the progress bar if there is one."""
         self._log.write(text + "\n")
+        if not show:
+            return
         encoding = sys.stdout.encoding or "utf-8"
         printable = text.encode(encoding, "backslashreplace").decode(encoding)  # a class name must not stop a run
         with tqdm.external_write_mode():  # takes the bars away while we print, as `tqdm.write` does

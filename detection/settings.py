@@ -11,11 +11,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from detection.errors import SettingsError
 
 SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
+
+
+def whole_number(value: Any) -> Any:
+    """1e3 is a natural way to write 1000 steps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|hpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda, cuda:N, mps or hpu")
+    return value
 
 
 def check_duration(value: int | str) -> int | str:
@@ -41,7 +61,7 @@ def is_zero(duration: int | str) -> bool:
     return float(str(duration).removesuffix("ep")) == 0
 
 
-Duration = Annotated[int | str, AfterValidator(check_duration)]
+Duration = Annotated[int | str, BeforeValidator(whole_number), AfterValidator(check_duration)]
 Size = Annotated[int, AfterValidator(check_size)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -59,7 +79,7 @@ class Section(BaseModel):
 class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
     logs_path: str
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|hpu|cuda(:\d+)?)$")]
+    device: Annotated[str, AfterValidator(check_device)]
     precision: Literal["auto", "bf16", "fp16", "off"]
     channels_last: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]

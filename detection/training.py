@@ -81,7 +81,7 @@ def train_step(
         Loss parts averaged over the micro-batches, detached, on the device: reading them is the caller's choice.
 
     Raises:
-        NumericsError: a loss part is not finite; names the parts and the image indices. The weights are unchanged.
+        NonFiniteLoss: a loss part or the gradient is not finite; names it and the images. The weights are unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
@@ -104,9 +104,11 @@ def train_step(
             if not math.isfinite(value)
         )
         raise NonFiniteLoss(parts, seen)
-    if clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
+    # Under fp16 an infinite gradient is ordinary: the scaler leaves the step out and lowers its scale.
+    if not scaler.is_enabled() and not bool(norm.isfinite()):
+        raise NonFiniteLoss(f"norm of the gradient = {norm.item():g}", seen)
     scaler.step(optimizer)
     scaler.update()
     return totals
@@ -154,10 +156,16 @@ class Meter:
 
     def restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.steps = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time until now (an evaluation); the losses since the last reading still count."""
+        self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
 
     def add(self, losses: dict[str, Tensor]) -> None:
         self.steps += 1
+        self.timed_steps += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
@@ -166,7 +174,7 @@ class Meter:
         parts = {f"train/{name}": value.item() / self.steps for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started
         rates = {
-            "train/images_per_second": self.steps * self.images_per_step / seconds,
+            "train/images_per_second": self.timed_steps * self.images_per_step / seconds,
             "train/wait_fraction": self.waited / seconds,
         }
         self.restart()

@@ -1,7 +1,9 @@
 """Fixtures shared by several test files."""
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,22 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
             content["images"].append({"id": 100 + number, "file_name": name, "width": width, "height": height})
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(100):` files cannot grow beyond 100 bytes, the nearest to a full disk that needs no privileges.
+
+    A context, not a switch: pytest itself writes its progress, perhaps to a file, before fixtures are taken down.
+    """
+
+    @contextmanager
+    def limited(byte_count: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (byte_count, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

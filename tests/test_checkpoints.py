@@ -2,12 +2,12 @@
 
 import os
 import pickle
-import resource
 import sys
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ DTYPES = [
     *(torch.int64, torch.int32, torch.uint8, torch.bool),
 ]
 SMALL = {"step": 7, "name": "Äb", "rate": 0.5, "weights": torch.tensor([1.5, -2.0, 0.0])}
+
+FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -292,23 +294,17 @@ def test_checkpoint_without_format_version(tmp_path: Path) -> None:
 # Failed writes
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """From its call on, files cannot grow beyond some bytes: the nearest to a full disk that needs no privileges."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda byte_count: resource.setrlimit(resource.RLIMIT_FSIZE, (byte_count, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [0, 100, 1000, 20_000, 39_000])
 def test_full_disk_leaves_the_old_file(
-    tmp_path: Path, full_disk: Callable[[int], None], room: int, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    full_disk: FullDisk,
+    room: int,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, SMALL)
     before = path.read_bytes()
-    full_disk(room)
-    with pytest.raises(OutputError) as raised:
+    with full_disk(room), pytest.raises(OutputError) as raised:
         save_checkpoint(path, {"weights": torch.zeros(10_000)})  # 40 kB of float32
     assert raised.value.exit_code == 6
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
@@ -319,10 +315,9 @@ def test_full_disk_leaves_the_old_file(
 
 
 def test_full_disk_ends_a_script_with_6_and_one_line(
-    tmp_path: Path, full_disk: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, full_disk: FullDisk, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    full_disk(2000)
-    with pytest.raises(SystemExit) as left:
+    with full_disk(2000), pytest.raises(SystemExit) as left:
         exit_with_message(lambda: save_checkpoint(tmp_path / "last.pt", {"weights": torch.zeros(1000)}))
     assert left.value.code == 6
     out, err = capfd.readouterr()

@@ -483,9 +483,7 @@ def load_main() -> Any:
     spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -1,9 +1,9 @@
 import csv
 import io
 import json
-import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from detection.run_loggers import RunLogger
 
 NAN, INFINITY = float("nan"), float("inf")
+
+FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -271,31 +273,21 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
         RunLogger(tmp_path / "file" / "run")
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """From its call on, files cannot grow beyond some bytes: the nearest to a full disk that needs no privileges."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda byte_count: resource.setrlimit(resource.RLIMIT_FSIZE, (byte_count, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_is_an_os_error(tmp_path: Path, no_tensorboard: None, full_disk: Callable[[int], None]) -> None:
+def test_full_disk_is_an_os_error(tmp_path: Path, no_tensorboard: None, full_disk: FullDisk) -> None:
     logger = RunLogger(tmp_path)
     logger.scalars(1, {"loss": 1.0})
-    full_disk((tmp_path / "metrics.jsonl").stat().st_size + 5)
-    with pytest.raises(OSError):
-        logger.scalars(2, {"loss": 2.0})
-    with pytest.raises(OSError):
-        logger.close()
+    with full_disk((tmp_path / "metrics.jsonl").stat().st_size + 5):
+        with pytest.raises(OSError):
+            logger.scalars(2, {"loss": 2.0})
+        with pytest.raises(OSError):
+            logger.close()
     with pytest.raises(ValueError, match="closed"):  # all of them, although the first failed
         logger.line("too late")
 
 
-def test_first_error_is_the_one_reported(
-    tmp_path: Path, no_tensorboard: None, full_disk: Callable[[int], None]
-) -> None:
-    with pytest.raises(ZeroDivisionError), RunLogger(tmp_path) as logger:
-        full_disk(0)
+def test_first_error_is_the_one_reported(tmp_path: Path, no_tensorboard: None, full_disk: FullDisk) -> None:
+    logger = RunLogger(tmp_path)
+    with pytest.raises(ZeroDivisionError), full_disk(0), logger:
         try:
             logger.scalars(2, {"loss": 2.0})
         except OSError:

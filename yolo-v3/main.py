@@ -13,10 +13,11 @@ import argparse
 import datetime
 import functools
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,18 +26,20 @@ from tqdm import tqdm
 
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.data import build_datasets
-from detection.data.coco import repeat_factors
+from detection.data.coco import annotations_digest, repeat_factors
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
 from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device, peak_memory_gib
 from detection.drawing import save_png
 from detection.errors import (
     CheckpointError,
+    DataError,
     DataReadError,
     DeviceMemoryError,
     NumericsError,
     OutputError,
     SettingsError,
     StoppedBySignal,
+    UserError,
     exit_with_message,
 )
 from detection.evaluation import choose_backend, evaluate
@@ -57,8 +60,10 @@ from detection.training import (
     train_step,
 )
 
+NARROWEST_BAR = 40  # columns
 DEFAULTS = Path(__file__).resolve().parent / "args.yaml"
-# May differ between a run and its continuation: none of them changes what a step computes.
+OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
+# May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
 RESUMABLE = (
     "run.device",
     "run.log_frequency",
@@ -71,8 +76,15 @@ RESUMABLE = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="yolo-v3/main.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,6 +113,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run, and name the two failures that torch reports as RuntimeError."""
+    try:
+        start()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise DeviceMemoryError(f"{OUT_OF_MEMORY} ({str(error)[:100]})") from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise DeviceMemoryError(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0][-80:]})") from None
+        if "DataLoader worker" in str(error):
+            raise DataReadError(f"a loader worker died: {str(error).splitlines()[0]}") from None
+        raise
+
+
+def start() -> None:
     arguments = parse_arguments()
     flags = {} if arguments.device is None else {"run.device": arguments.device}
     if arguments.gpu is not None:
@@ -117,9 +143,13 @@ def main() -> None:
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
             f"the data has {', '.join(run.categories.names)}"
         )
-    for line in [*notices, *run.plan()]:
-        print(line, flush=True)
+    if checkpoint is not None and run.data_digest != checkpoint["data_digest"]:
+        raise DataError(
+            f"the training annotations are not those that {directory} was trained on: images, boxes or classes differ"
+        )
+    plan = [*notices, *run.plan()]
     if arguments.dry_run:
+        print("\n".join(plan), flush=True)
         run.discarded_step()
         return
 
@@ -131,20 +161,20 @@ def main() -> None:
             (directory / "images").mkdir(exist_ok=True)
             (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
             report = environment_report(describe_device(run.device), run.precision)
-            (directory / "environment.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-            train(run, directory, logger, stop, checkpoint)
+            # Each continuation has its own environment beside the first one.
+            name = f"environment_{checkpoint['step']}.json" if checkpoint else "environment.json"
+            (directory / name).write_text(json.dumps(report, indent=2), encoding="utf-8")
+            for line in plan:
+                logger.line(line)
+            try:
+                train(run, directory, logger, stop, checkpoint)
+            except UserError as error:
+                logger.line(str(error), show=False)  # stderr has it too
+                raise
     except BrokenPipeError:
         raise
     except OSError as error:
         raise OutputError(f"run directory {directory} cannot be written: {error}") from None
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"out of memory on {run.device}: lower train.batch_size and raise train.subdivisions ({str(error)[:100]})"
-        ) from None
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise DataReadError(f"a loader worker died: {str(error).splitlines()[0]}") from None
-        raise
 
 
 class Run:
@@ -163,6 +193,7 @@ class Run:
             settings.data, train.image_size, evaluation.image_size, settings.run.seed, settings.yolo.num_classes
         )
         self.categories = self.training_set.annotations.categories
+        self.data_digest = annotations_digest(self.training_set.annotations)
         self.repeat_factors = None
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
@@ -274,6 +305,7 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
         save_checkpoint(directory / name, state_of(run, step, optimizer, scaler, average, progress))
 
     def evaluate_and_keep() -> None:
+        save("last.pt")  # whatever happens to the evaluation, the steps are kept; a continued run repeats it
         ap50 = evaluate_run(run, average.model if average else model, step, directory, logger, stop) or 0.0
         rises = progress["best_ap50"] is None or ap50 > progress["best_ap50"]
         progress["evaluated_step"] = step
@@ -282,13 +314,15 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             progress["best_ap50"], progress["best_step"] = ap50, step
             save("best.pt")
         save("last.pt")
-        meter.restart()
+        meter.restart_clock()
 
     logger.line(f"run directory {directory}, from step {step}")
     workers = settings.data.num_workers
     batches = iter(build_training_loader(run.training_set, run.sampler(step, run.steps), workers, device))
     meter = Meter(run.images_per_step)
-    bar = tqdm(total=run.steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
+    has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= NARROWEST_BAR
+    bar = tqdm(total=run.steps, initial=step, unit="step", dynamic_ncols=True, disable=not has_bar)
     try:
         if step and (step % run.evaluate_frequency == 0 or step == run.steps) and progress["evaluated_step"] != step:
             evaluate_and_keep()  # the run was stopped during this evaluation
@@ -307,7 +341,10 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
                 losses = train_step(model, criterion, optimizer, scaler, micro_batches, run.autocast, device, clip_norm)
             except NonFiniteLoss as error:
                 ids = run.training_set.annotations.image_ids[error.image_indices].tolist()
-                raise NumericsError(f"loss is not finite at step {step}: {error.parts}; image ids {ids}") from None
+                raise NumericsError(
+                    f"not finite at step {step}: {error.parts}; image ids {ids}; last.pt is of the last "
+                    "save; try a lower train.learning_rate or a longer scheduler.warmup"
+                ) from None
             if average:
                 average.update(model, step)
             meter.add(losses)
@@ -331,9 +368,10 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             elif step % run.save_frequency == 0:
                 save("last.pt")
             stop.check()
-    except StoppedBySignal as error:
+    except (StoppedBySignal, DataReadError) as error:
         save("last.pt")
-        logger.line(f"{error} after step {step}, saved; continue with: yolo-v3/main.py --resume {directory}")
+        reason = error if isinstance(error, StoppedBySignal) else "stopped by unreadable data"
+        logger.line(f"{reason} after step {step}, saved; continue with: yolo-v3/main.py --resume {directory}")
         raise
     finally:
         bar.close()
@@ -367,6 +405,12 @@ def evaluate_run(
     row |= {"val/boxes": len(evaluation.detections), "epoch": step / run.steps_per_epoch}
     logger.evaluation(step, row)
     seconds = evaluation.seconds
+    weights = "moving average" if run.settings.train.ema_decay else "weights"
+    logger.line(
+        f"evaluation of the {weights}: score = objectness x class probability, confidence above "
+        f"{settings.confidence_threshold:g}, NMS {settings.iou_threshold:g}, {settings.max_detections} boxes per class "
+        f"and image, {settings.image_size} px"
+    )
     logger.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, network {seconds['network']:.1f} s"
         f", {evaluation.backend} {seconds['metric']:.1f} s, validation loss {loss:.3f}"
@@ -389,21 +433,22 @@ def show_progress(
     """The bar's text on a terminal, else a line of its own, so that `tail -f nohup_0.out` reads well."""
     parts = {
         "loss": f"{values['train/loss']:.2f}",
+        "lr": f"{values['train/learning_rate']:.3g}",
+        "images/s": f"{values['train/images_per_second']:.1f}",
+        "memory": f"{peak_memory_gib(run.device):.1f}G",
         "box": f"{values['train/loss_box']:.2f}",
         "objectness": f"{values['train/loss_objectness']:.2f}",
         "class": f"{values['train/loss_class']:.2f}",
-        "lr": f"{values['train/learning_rate']:.3g}",
         "size": f"{values['train/image_size']}",
-        "images/s": f"{values['train/images_per_second']:.1f}",
         "wait": f"{values['train/wait_fraction']:.0%}",
-        "memory": f"{peak_memory_gib(run.device):.1f}G",
     }
-    if not bar.disable:
-        bar.set_postfix(parts)
-        return
     text = "  ".join(f"{name} {value}" for name, value in parts.items())
     left = datetime.timedelta(seconds=round(seconds_left))
-    logger.line(f"step {step}/{run.steps}  epoch {step / run.steps_per_epoch:.1f}  {text}  left {left}")
+    logger.line(
+        f"step {step}/{run.steps}  epoch {step / run.steps_per_epoch:.1f}  {text}  left {left}", show=bool(bar.disable)
+    )
+    if not bar.disable:
+        bar.set_postfix(parts)
 
 
 def state_of(
@@ -414,6 +459,7 @@ def state_of(
     return {
         "step": step,
         "settings": run.settings.model_dump(mode="json"),
+        "data_digest": run.data_digest,
         "categories": {"names": list(run.categories.names), "ids": list(run.categories.ids)},
         "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
         "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
@@ -452,9 +498,10 @@ def open_resumed_run(
     if arguments.resume:
         directory = Path(arguments.resume)
     else:
-        found = sorted(Path("logs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+        logs = Path(load_settings(DEFAULTS, [], arguments.settings)[0].run.logs_path)
+        found = sorted(logs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise SettingsError("--resume without a directory: there is no logs/*/last.pt here")
+            raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
     checkpoint = load_checkpoint(directory / "last.pt")
     old = validate(checkpoint["settings"])

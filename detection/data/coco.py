@@ -5,6 +5,7 @@ memory instead of copying it by reference counting.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -166,9 +167,8 @@ class CocoDataset(CocoDetection):
         image = read_image(path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):
-            hint = (
-                "; the file is turned by its EXIF entry" if (image.shape[0], image.shape[1]) == (width, height) else ""
-            )
+            swapped = (image.shape[0], image.shape[1]) == (width, height)
+            hint = ": swapped, perhaps annotated without the EXIF orientation; correct the file" if swapped else ""
             raise DataReadError(
                 f"{path}: is {image.shape[1]} x {image.shape[0]} pixels, the annotations say {width} x {height}{hint}"
             )
@@ -190,6 +190,8 @@ class FakeDataset(torch.utils.data.Dataset):
         corners = np.clip(
             np.concatenate([centre - size / 2, centre + size / 2], axis=1), 0, (640, 480, 640, 480)
         ).astype(np.float32)
+        area = (corners[:, 2:] - corners[:, :2]).prod(axis=1)
+        corners = corners[np.lexsort((-area, np.repeat(np.arange(num_images), boxes_per_image)))]
         coco_boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64)
         self.annotations = Annotations(
             image_ids=np.arange(1, num_images + 1),
@@ -572,6 +574,15 @@ def load_annotations(path: Path) -> Annotations:
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a COCO annotation file")
     return flatten_annotations(content, str(path))
+
+
+def annotations_digest(annotations: Annotations) -> str:
+    """SHA-256 of what is trained on: images, boxes, labels and class names; a continued run must find the same."""
+    digest = hashlib.sha256("\n".join(annotations.categories.names).encode())
+    for array in (annotations.image_ids, annotations.file_names, annotations.first_box, annotations.boxes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(np.where(annotations.crowd, CROWD_LABEL, annotations.labels).astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def repeat_factors(annotations: Annotations, threshold: float) -> np.ndarray:
