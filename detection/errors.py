@@ -15,6 +15,12 @@ class UserError(Exception):
 
     exit_code = 1
 
+    @property
+    def line(self) -> str:
+        """The message alone: a loader worker's error arrives with its traceback in front of it."""
+        lines = str(self).strip().splitlines() or [type(self).__name__]
+        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+
 
 class SettingsError(UserError):
     """A setting or command-line word is unknown, of the wrong type or impossible."""
@@ -63,22 +69,22 @@ class StoppedBySignal(UserError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 
 def exit_with_message(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process with the exit code of what happened.
 
-    A `UserError` prints its last line only: loader workers re-raise theirs with a traceback in front of it.
+    A `UserError` prints its one line; anything else is a bug and keeps its traceback.
     """
     exit_code = 0
     try:
         main()
     except UserError as error:
-        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        print(text.removeprefix(f"{type(error).__module__}.{type(error).__name__}: "), file=sys.stderr)
+        print(error.line, file=sys.stderr)
         exit_code = error.exit_code
-    except KeyboardInterrupt:  # Ctrl-C while there is nothing to save yet
+    except KeyboardInterrupt:  # before a `StopRequest` takes care of it: nothing is there to save
         print("stopped by SIGINT", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
     except BrokenPipeError:

@@ -169,7 +169,7 @@ def start() -> None:
             try:
                 train(run, directory, logger, stop, checkpoint)
             except UserError as error:
-                logger.line(str(error), show=False)  # stderr has it too
+                logger.line(error.line, show=False)  # stderr has it too
                 raise
     except BrokenPipeError:
         raise
@@ -370,9 +370,10 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             stop.check()
     except (StoppedBySignal, DataReadError) as error:
         save("last.pt")
-        reason = error if isinstance(error, StoppedBySignal) else "stopped by unreadable data"
-        logger.line(f"{reason} after step {step}, saved; continue with: yolo-v3/main.py --resume {directory}")
-        raise
+        line = f"{error.line}; saved after step {step}, continue with: yolo-v3/main.py --resume {directory}"
+        if isinstance(error, StoppedBySignal):
+            raise StoppedBySignal(line, error.signal_number) from None
+        raise DataReadError(line) from None
     finally:
         bar.close()
         del batches  # ends the workers
