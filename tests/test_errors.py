@@ -52,8 +52,9 @@ def leave(error: BaseException | None) -> int | str | None:
         if error is not None:
             raise error
 
-    with pytest.raises(SystemExit) as exit_info:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as exit_info:
         exit_with_message(main)
+    assert isinstance(exit_info.value, SystemExit)  # a KeyboardInterrupt let through would end pytest
     return exit_info.value.code
 
 
