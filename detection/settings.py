@@ -25,6 +25,8 @@ from pydantic import (
 from detection.errors import SettingsError
 
 SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
+DARKNET_CFG = "darknet_cfg"  # the encoder name that stands for a whole network described by a Darknet .cfg file
+ENCODER_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
 
 def whole_number(value: Any) -> Any:
@@ -43,6 +45,12 @@ def check_duration(value: int | str) -> int | str:
     if value >= 0 if isinstance(value, int) else re.fullmatch(r"\d+(\.\d+)?ep", value):
         return value
     raise ValueError('must be a number of steps (5000) or of epochs ("12ep")')
+
+
+def check_encoder(value: str) -> str:
+    if value not in ENCODER_NAMES and not re.fullmatch(r"timm/[\w.]+", value):
+        raise ValueError(f"must be {', '.join(ENCODER_NAMES)} or timm/NAME")
+    return value
 
 
 def check_size(value: int) -> int:
@@ -189,7 +197,8 @@ class DataSettings(Section):
     fake: bool
     num_workers: Annotated[int, Field(ge=0)]
     keep_aspect: bool
-    interpolation: Literal["linear", "area", "cubic"]
+    interpolation: Literal["linear", "area", "cubic", "darknet"]
+    letterbox_rounding: Literal["nearest", "down"]
     fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
     augmentation: AugmentationSettings
@@ -204,20 +213,38 @@ class DataSettings(Section):
 
 
 class YoloSettings(Section):
-    encoder: Literal["darknet", "mobilenet_v3_large", "mobilenet_v3_small"]
-    neck_channels: tuple[Count, Count, Count]
+    encoder: Annotated[str, AfterValidator(check_encoder)]
+    cfg: str | None
+    pretrained: bool | str
+    spp: bool
+    neck_channels: tuple[Count, ...]
     num_classes: Count | None
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
-    loss: Literal["darknet"]
+    loss: Literal["darknet", "giou", "ciou", "mmdetection"]
     class_loss: Literal["bce", "cross_entropy"]
+    box_weight: NotNegative
+    objectness_weight: NotNegative
+    class_weight: NotNegative
     ignore_threshold: Probability
     objectness_prior: Annotated[float, Field(gt=0, lt=1)]
+    batch_norm: Literal["standard", "darknet"]
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)]
 
     @model_validator(mode="after")
     def check_anchors(self) -> "YoloSettings":
-        if len(self.anchors) != len(self.neck_channels) or any(not level for level in self.anchors):
-            raise ValueError(f"anchors: {len(self.neck_channels)} levels with at least one anchor each are needed")
+        if not self.anchors or any(not level for level in self.anchors):
+            raise ValueError("anchors: at least one level with at least one anchor each is needed")
+        if self.encoder != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
+            raise ValueError(
+                f"neck_channels: has {len(self.neck_channels)} values, anchors has {len(self.anchors)} levels; "
+                "one value per level is needed"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_cfg(self) -> "YoloSettings":
+        if (self.encoder == DARKNET_CFG) != (self.cfg is not None):
+            raise ValueError(f"cfg: a file exactly where encoder is {DARKNET_CFG}")
         return self
 
 
@@ -236,6 +263,8 @@ class TrainSettings(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     ema_ramp: Duration
     unfreeze_step: Duration
+    encoder_learning_rate_factor: NotNegative
+    encoder_batch_norm: Literal["train", "frozen"]
     save_frequency: Duration
     patience: Count | None
 
@@ -267,8 +296,9 @@ class EvaluationSettings(Section):
     image_size: Size
     batch_size: Count | None
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
+    objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability
-    max_detections: Count
+    max_detections: Count | None
     backend: Literal["auto", "pycocotools", "faster_coco_eval"]
     visualization_threshold: Probability
     visualize_images: Annotated[int, Field(ge=0)]
