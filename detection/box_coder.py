@@ -7,7 +7,7 @@ from detection.anchors import cell_grid
 from detection.boxes import cxcywh_to_xyxy
 
 
-def decode_boxes(raw: Tensor, anchors: Tensor, stride: int) -> Tensor:
+def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:
     """Turn the raw output of one level into boxes. Inverse of `encode_boxes` at the cell and anchor of the box.
 
     centre = (sigmoid(t) + cell) * stride,  size = anchor * exp(t), in float32 whatever the input's type
@@ -28,8 +28,10 @@ def decode_boxes(raw: Tensor, anchors: Tensor, stride: int) -> Tensor:
     if raw.shape[1] != len(anchors):
         raise ValueError(f"raw output has {raw.shape[1]} anchors per cell, expected {len(anchors)}")
     raw = raw[..., :4].float()
-    centre = (raw[..., :2].sigmoid() + cell_grid(raw.shape[2], raw.shape[3], raw.device)) * stride
-    size = raw[..., 2:].exp() * anchors[:, None, None, :]
+    share = raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2
+    centre = (share + cell_grid(raw.shape[2], raw.shape[3], raw.device)) * stride
+    factor = (2 * raw[..., 2:].sigmoid()).square() if new_coords else raw[..., 2:].exp()
+    size = factor * anchors[:, None, None, :]
     return cxcywh_to_xyxy(torch.cat([centre, size], dim=-1))
 
 

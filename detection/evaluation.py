@@ -57,7 +57,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: nn.Module | None,
     postprocess: nn.Module,
     loader: DataLoader,
     annotations: Annotations,
@@ -69,6 +69,7 @@ def evaluate(
     """Run the model over every image of the loader and score it with the official COCO metric.
 
     Args:
+        criterion: for the validation loss; None: no losses.
         model: put into evaluation mode; the mode of every module is restored (a frozen encoder's is not the model's).
         loader: every image once, in the dataset's order, with letterboxes.
         annotations: of the loader's dataset.
@@ -85,7 +86,7 @@ def evaluate(
             images, targets = targets_to(batch, device)
             with autocast():
                 outputs = model(images)
-                losses = criterion(outputs, targets)
+                losses = criterion(outputs, targets) if criterion else {}
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(images)
             for index, letterbox, found in zip(

@@ -52,6 +52,16 @@ class YOLOPostprocess(nn.Module):
     candidate (multi-label); non-maximum suppression runs per class; then the best `max_detections` per class are kept,
     which is all the COCO metric looks at.
 
+    Args:
+        anchors: per level (width, height) in pixels of the network input, stride ascending.
+        strides: pixels per cell, per level.
+        confidence_threshold: of the score.
+        iou_threshold: of the suppression.
+        max_detections: per image and class; None: all.
+        class_loss: "cross_entropy" makes the class probability a softmax.
+        objectness_threshold: predictions with no more objectness than this are no candidates.
+        scales_xy, new_coords: of the levels, see `box_coder.decode_boxes`.
+
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767
     """
 
@@ -61,12 +71,18 @@ class YOLOPostprocess(nn.Module):
         strides: Sequence[int],
         confidence_threshold: float = 0.001,
         iou_threshold: float = 0.45,
-        max_detections: int = 100,
+        max_detections: int | None = 100,
         class_loss: Literal["bce", "cross_entropy"] = "bce",
+        objectness_threshold: float = 0.0,
+        scales_xy: Sequence[float] | None = None,
+        new_coords: bool = False,
     ) -> None:
         super().__init__()
         self.strides = list(strides)
+        self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
+        self.new_coords = new_coords
         self.confidence_threshold = confidence_threshold
+        self.objectness_threshold = objectness_threshold
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
         self.softmax = class_loss == "cross_entropy"  # the class probability must be the one the loss trains
@@ -82,10 +98,14 @@ class YOLOPostprocess(nn.Module):
             Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
         """
         anchors = [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
-        boxes = flatten_levels([decode_boxes(*level) for level in zip(outputs, anchors, self.strides, strict=True)])
+        levels = zip(outputs, anchors, self.strides, self.scales_xy, strict=True)
+        boxes = flatten_levels([decode_boxes(*level, self.new_coords) for level in levels])
         raw = flatten_levels(outputs).float()
         classes = raw[..., 5:].softmax(-1) if self.softmax else raw[..., 5:].sigmoid()
-        scores = raw[..., 4:5].sigmoid() * classes  # (B, P, C)
+        objectness = raw[..., 4:5].sigmoid()
+        scores = objectness * classes  # (B, P, C)
+        if self.objectness_threshold:
+            scores = torch.where(objectness > self.objectness_threshold, scores, 0.0)
         return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
 
     def _detections_of_image(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:

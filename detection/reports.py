@@ -10,6 +10,7 @@ from detection.data import DetectionDataset
 from detection.data.loaders import Batch
 from detection.drawing import draw_boxes, make_grid, truth_beside_detections
 from detection.evaluation import Evaluation, write_detections
+from detection.settings import Settings
 from detection.target_assignment import CROWD_LABEL, PADDING_LABEL
 
 LARGEST_BATCH_PICTURE = 16  # images
@@ -29,6 +30,19 @@ METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, a
     "ARm": ("0.50:0.95", "medium", 100),
     "ARl": ("0.50:0.95", "large", 100),
 }
+
+
+def protocol_line(settings: Settings) -> str:
+    """What an evaluation's numbers rest on, in one line."""
+    evaluation, data = settings.evaluation, settings.data
+    objectness = f" of objectness above {evaluation.objectness_threshold:g}" if evaluation.objectness_threshold else ""
+    most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
+    geometry = "letterbox" if data.keep_aspect else "squashed"
+    return (
+        f"score = objectness x class probability, confidence above {evaluation.confidence_threshold:g}{objectness}, "
+        f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, {evaluation.image_size} px {geometry} "
+        f"({data.interpolation})"
+    )
 
 
 def metric_table(evaluation: Evaluation) -> list[str]:

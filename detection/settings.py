@@ -53,12 +53,6 @@ def check_encoder(value: str) -> str:
     return value
 
 
-def check_size(value: int) -> int:
-    if value <= 0 or value % SIZE_MULTIPLE:
-        raise ValueError(f"must be a positive multiple of {SIZE_MULTIPLE}")
-    return value
-
-
 def check_range(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError("must be [smallest, largest]")
@@ -70,7 +64,6 @@ def is_zero(duration: int | str) -> bool:
 
 
 Duration = Annotated[int | str, BeforeValidator(whole_number), AfterValidator(check_duration)]
-Size = Annotated[int, AfterValidator(check_size)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -252,9 +245,9 @@ class TrainSettings(Section):
     batch_size: Count
     subdivisions: Count
     steps: Duration
-    image_size: Size
+    image_size: int
     resize_frequency: Annotated[int, Field(ge=0)]
-    multiscale_sizes: Annotated[tuple[Size, Size], AfterValidator(check_range)]
+    multiscale_sizes: Annotated[tuple[int, int], AfterValidator(check_range)]
     optimizer: Literal["adam", "adamw", "sgd"]
     learning_rate: NotNegative
     momentum: Annotated[float, Field(ge=0, lt=1)]
@@ -293,7 +286,7 @@ class SchedulerSettings(Section):
 
 class EvaluationSettings(Section):
     evaluate_frequency: Duration
-    image_size: Size
+    image_size: int
     batch_size: Count | None
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
@@ -324,6 +317,16 @@ class Settings(Section):
                 raise ValueError(f"train.{name}: must be greater than 0")
         if is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
+        # A description has its own strides, known when it is built.
+        multiple = 1 if self.yolo.encoder == DARKNET_CFG else SIZE_MULTIPLE
+        sizes = {
+            "train.image_size": [self.train.image_size],
+            "train.multiscale_sizes": self.train.multiscale_sizes,
+            "evaluation.image_size": [self.evaluation.image_size],
+        }
+        for name, values in sizes.items():
+            if wrong := [value for value in values if value < 1 or value % multiple]:
+                raise ValueError(f"{name} = {wrong[0]}: must be a positive multiple of {multiple}")
         return self
 
 
@@ -481,7 +484,27 @@ def load_settings(
             set_leaf(tree, known, inner, leaf, "command line", notices)
     for key, value in (flags or {}).items():
         set_leaf(tree, known, key, value, "command line", notices)
+    tree["yolo"]["cfg"] = read_description(tree["yolo"]["cfg"])
     return validate(tree), notices
+
+
+def read_description(cfg: Any) -> Any:
+    """The text of a Darknet description in place of its file name, so that a run and its checkpoint need no file."""
+    if not isinstance(cfg, str) or "\n" in cfg:
+        return cfg
+    try:
+        return Path(cfg).read_text(encoding="utf-8").replace("\r\n", "\n").rstrip() + "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"yolo.cfg: {cfg} cannot be read as text: {error}") from None
+
+
+def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
+    """Validated settings of a checkpoint; those that did not exist when it was written get their defaults."""
+    complete = read_settings_file(defaults)
+    known = leaf_paths(complete)
+    for key, value in leaf_items(tree):
+        set_leaf(complete, known, key, value, "checkpoint", [])
+    return validate(complete)
 
 
 def validate(tree: dict[str, Any]) -> Settings:

@@ -15,11 +15,11 @@ PACKAGE = "detection"
 LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "stopping"),
+        *("drawing", "stopping", "command_line"),
     },
     {"anchors", "box_coder", "target_assignment", "losses", "postprocessing"},
     {"models", "data"},
-    {"checkpoints", "evaluation", "training", "reports"},
+    {"checkpoints", "weights", "evaluation", "training", "reports"},
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import build_datasets
 from detection.data.coco import annotations_digest, repeat_factors
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
@@ -43,12 +44,12 @@ from detection.errors import (
     exit_with_message,
 )
 from detection.evaluation import choose_backend, evaluate
-from detection.models import build_detector
-from detection.reports import draw_batch, draw_detections, metric_table, write_evaluation
+from detection.models import build_detector, check_image_size
+from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
-from detection.run_loggers import RunLogger
+from detection.run_loggers import RunLogger, new_run_directory
 from detection.schedules import build_schedule, resolve_steps
-from detection.settings import Settings, changed_settings, dump_settings, load_settings, validate
+from detection.settings import Settings, changed_settings, complete_settings, dump_settings, load_settings
 from detection.stopping import StopRequest
 from detection.training import (
     ExponentialAverage,
@@ -61,7 +62,6 @@ from detection.training import (
 )
 
 NARROWEST_BAR = 40  # columns
-DEFAULTS = Path(__file__).resolve().parent / "args.yaml"
 OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
 # May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
 RESUMABLE = (
@@ -76,26 +76,10 @@ RESUMABLE = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
-        prog="yolo-v3/main.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("yolo-v3/main.py", __doc__)
+    parser.add_settings()
     add = parser.add_argument
-    add("settings", nargs="*", metavar="key.path=value", help="single settings; yolo-v3/args.yaml explains all of them")
-    add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--gpu", type=int, metavar="N", help="train on CUDA device N")
-    device.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
     add(
         "--resume",
         nargs="?",
@@ -128,9 +112,7 @@ def main() -> None:
 
 def start() -> None:
     arguments = parse_arguments()
-    flags = {} if arguments.device is None else {"run.device": arguments.device}
-    if arguments.gpu is not None:
-        flags = {"run.device": f"cuda:{arguments.gpu}"}
+    flags = device_flags(arguments)
     checkpoint, directory = None, arguments.output
     if arguments.resume is None:
         settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
@@ -155,7 +137,8 @@ def start() -> None:
 
     stop = StopRequest()
     if checkpoint is None:
-        directory = new_run_directory(settings, arguments.output)
+        name = settings.run.name or settings.scheduler.strategy
+        directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
     try:
         with RunLogger(directory, resume_step=checkpoint["step"] if checkpoint else None) as logger:
             (directory / "images").mkdir(exist_ok=True)
@@ -213,6 +196,16 @@ class Run:
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
         self.detector = detector.to(self.device, settings.run.channels_last)
+        if detector.criterion is None:
+            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+        self.criterion = detector.criterion.to(self.device)
+        for name, sizes in (
+            ("train.image_size", [train.image_size]),
+            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
+            ("evaluation.image_size", [evaluation.image_size]),
+        ):
+            for size in sizes:
+                check_image_size(detector.model, name, size)
 
     def in_steps(self, duration: int | str) -> int:
         return resolve_steps(duration, self.steps_per_epoch)
@@ -273,7 +266,7 @@ class Run:
         started = time.perf_counter()
         losses = train_step(
             model,
-            self.detector.criterion,
+            self.criterion,
             optimizer,
             self.build_scaler(),
             [batch] * train.subdivisions,
@@ -288,7 +281,7 @@ class Run:
 
 def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, checkpoint: dict[str, Any] | None) -> None:
     """The training loop: from the first step, or the checkpoint's, to the last."""
-    settings, device, criterion = run.settings, run.device, run.detector.criterion
+    settings, device, criterion = run.settings, run.device, run.criterion
     subdivisions, clip_norm = settings.train.subdivisions, settings.train.clip_norm
     model = run.detector.model.train()
     optimizer = build_optimizer(model, settings.train)
@@ -391,7 +384,7 @@ def evaluate_run(
     batch_size = settings.batch_size or run.settings.train.batch_size
     evaluation = evaluate(
         model,
-        run.detector.criterion,
+        run.criterion,
         run.detector.postprocess,
         build_evaluation_loader(dataset, batch_size, run.settings.data.num_workers, run.device),
         dataset.annotations,
@@ -407,11 +400,7 @@ def evaluate_run(
     logger.evaluation(step, row)
     seconds = evaluation.seconds
     weights = "moving average" if run.settings.train.ema_decay else "weights"
-    logger.line(
-        f"evaluation of the {weights}: score = objectness x class probability, confidence above "
-        f"{settings.confidence_threshold:g}, NMS {settings.iou_threshold:g}, {settings.max_detections} boxes per class "
-        f"and image, {settings.image_size} px"
-    )
+    logger.line(f"evaluation of the {weights}: {protocol_line(run.settings)}")
     logger.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, network {seconds['network']:.1f} s"
         f", {evaluation.backend} {seconds['metric']:.1f} s, validation loss {loss:.3f}"
@@ -505,7 +494,7 @@ def open_resumed_run(
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
     checkpoint = load_checkpoint(directory / "last.pt")
-    old = validate(checkpoint["settings"])
+    old = complete_settings(checkpoint["settings"], DEFAULTS)
     settings, notices = load_settings(old, [], arguments.settings, flags)
     to_the_end = old.scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and old.scheduler.T_0 is None
     allowed = [key for key in RESUMABLE if not (key == "train.steps" and to_the_end)]
@@ -517,28 +506,6 @@ def open_resumed_run(
             )
         notices.append(f"continued with {key} = {after!r} (was {before!r})")
     return checkpoint, directory, settings, notices
-
-
-def new_run_directory(settings: Settings, wanted: Path | None) -> Path:
-    """Make `logs/<YYMMDD-HHMMSS>_<name>`, or the wanted directory, which must be empty."""
-    try:
-        if wanted is not None:
-            wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
-                raise OutputError(f"--output {wanted} is not empty; to continue that run use --resume {wanted}")
-            return wanted
-        name = f"{datetime.datetime.now():%y%m%d-%H%M%S}_{settings.run.name or settings.scheduler.strategy}"
-        parent = Path(settings.run.logs_path)
-        parent.mkdir(parents=True, exist_ok=True)
-        # Two runs that start in the same second get different directories.
-        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-            directory = parent / (name + suffix)
-            if not directory.exists():
-                directory.mkdir()
-                return directory
-        raise OutputError(f"{parent / name} and 98 more of that name exist")
-    except OSError as error:
-        raise OutputError(f"run directory cannot be made: {error}") from None
 
 
 if __name__ == "__main__":

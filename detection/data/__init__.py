@@ -1,8 +1,9 @@
 """Datasets of a run: the training set and the validation set that follows its labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from detection.data.coco import CocoDataset, FakeDataset, find_dataset
+from detection.data.coco import Categories, CocoDataset, FakeDataset, find_dataset, find_validation_set
 from detection.data.digits import ensure_digits
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
@@ -34,14 +35,7 @@ def build_datasets(
             for number, (count, transform) in enumerate(zip(FAKE_IMAGES, transforms, strict=True))
         )
         return training_fake, validation_fake
-    if data.builtin == "digits":
-        try:
-            if ensure_digits(Path(data.root)):
-                print(f"built-in dataset of handwritten digits made in {data.root}", flush=True)
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        except OSError as error:
-            raise OutputError(f"built-in dataset cannot be written to {data.root}: {error.strerror}") from None
+    make_builtin(data)
     (train_file, train_images), (validation_file, validation_images) = find_dataset(data)
     share = data.validation_fraction
     training_set = CocoDataset(
@@ -69,3 +63,39 @@ def build_datasets(
     if not len(training_set.annotations.labels):
         raise DataError(f"{train_file}: no usable box in any training image")
     return training_set, validation_set
+
+
+def build_validation_dataset(data: DataSettings, size: int, names: Sequence[str] | None) -> CocoDataset:
+    """The validation images alone, with the labels of a trained detector.
+
+    Args:
+        size: side of the network input in pixels.
+        names: classes of the detector, label by label; None: all categories of the file, by ascending id.
+
+    Raises:
+        DataError: nothing found, unusable annotations, or categories that the detector does not know.
+    """
+    make_builtin(data)
+    file, images = find_validation_set(data)
+    return CocoDataset(
+        images,
+        file,
+        Transform(data, size, seed=0, training=False),
+        data.class_names,
+        categories=None if names is None else Categories(tuple(names), tuple(range(len(names)))),
+        fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
+        strict=data.strict,
+    )
+
+
+def make_builtin(data: DataSettings) -> None:
+    """Make the built-in dataset of the settings, if there is one and it is not there yet."""
+    if data.builtin != "digits" or data.fake:
+        return
+    try:
+        if ensure_digits(Path(data.root)):
+            print(f"built-in dataset of handwritten digits made in {data.root}", flush=True)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise OutputError(f"built-in dataset cannot be written to {data.root}: {error.strerror}") from None

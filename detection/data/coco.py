@@ -37,6 +37,14 @@ VALIDATION_LAYOUTS = [
     ("annotations/instances_val.json", ("val", "images/val", "val2017", "images/val2017", "images")),
     ("valid/_annotations.coco.json", ("valid",)),
 ]
+DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -> COCO's own
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
 HASH_BUCKETS = 1_000_000
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # characters that no file name should have
 SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -444,14 +452,29 @@ def choose_categories(
     if not names:
         raise DataError(f"{where}: no categories")
     if training is not None:
-        if class_names is None and (extra := [name for name in names if name not in training.names]):
-            raise DataError(f"{where}: categories that the training annotations do not have: {', '.join(extra)}")
-        return training.names
+        followed = follow_spelling(training.names, names)
+        if class_names is None and (extra := [name for name in names if name not in followed]):
+            raise DataError(
+                f"{where}: categories that the training annotations do not have: {', '.join(extra)} "
+                f"(data.class_names leaves categories out)"
+            )
+        return followed
     if class_names is not None:
         if missing := [name for name in class_names if name not in names]:
             raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
         return tuple(class_names)
     return tuple(names)
+
+
+def follow_spelling(names: Sequence[str], file_names: Sequence[str]) -> tuple[str, ...]:
+    """The names as the file spells them: Darknet's coco.names and COCO itself write six classes differently."""
+    other = DARKNET_SPELLINGS | {coco: darknet for darknet, coco in DARKNET_SPELLINGS.items()}
+    return tuple(
+        other[name]
+        if name not in file_names and other.get(name) in file_names and other.get(name) not in names
+        else name
+        for name in names
+    )
 
 
 def id_of_name(file_categories: dict[int, str], names: Sequence[str]) -> list[int]:
@@ -515,18 +538,35 @@ def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Pat
     Raises:
         DataError: nothing found; names what was looked for and how to get data.
     """
-    root = Path(data.root)
-    if not root.is_dir() and data.train_annotations is None:
-        raise DataError(
-            f"data.root = {data.root!r} does not exist: fetch COCO with data/download_coco.sh, name your own dataset "
-            "with data.root=DIRECTORY, or train on the built-in one with --config recipes/quickstart.yaml"
-        )
+    root = existing_root(data, data.train_annotations)
     train = _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
     if data.validation_fraction is not None:
         if data.validation_annotations is not None:
             raise DataError("data.validation_fraction and data.validation_annotations are both set; choose one")
         return train, train
     return train, _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+
+
+def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
+    """(annotation file, image directory) of the validation images alone; no training annotations are needed.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    if data.validation_fraction is not None:
+        return find_dataset(data)[1]
+    root = existing_root(data, data.validation_annotations)
+    return _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+
+
+def existing_root(data: DataSettings, annotations: str | None) -> Path:
+    root = Path(data.root)
+    if not root.is_dir() and annotations is None:
+        raise DataError(
+            f"data.root = {data.root!r} does not exist: fetch COCO with data/download_coco.sh, name your own dataset "
+            "with data.root=DIRECTORY, or train on the built-in one with --config recipes/quickstart.yaml"
+        )
+    return root
 
 
 def _locate(

@@ -1,17 +1,20 @@
 """Detectors by name: each is a triple of model, criterion and postprocess with the signatures of docs/contract.md."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from detection.errors import SettingsError
 from detection.losses import CRITERIA
-from detection.models.darknet import Darknet53
+from detection.models.darknet import Darknet53, use_darknet_normalisation
+from detection.models.darknet_cfg import parse_cfg
+from detection.models.darknet_network import DarknetNetwork
 from detection.models.mobilenet import mobilenet_v3_large_encoder, mobilenet_v3_small_encoder
 from detection.models.yolov3 import YOLOv3
 from detection.postprocessing import YOLOPostprocess
-from detection.settings import EvaluationSettings, YoloSettings
+from detection.settings import DARKNET_CFG, EvaluationSettings, YoloSettings
 
 ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Encoder`
     "darknet": Darknet53,
@@ -24,19 +27,47 @@ class Detector(NamedTuple):
     """outputs = model(images); losses = criterion(outputs, targets); found = postprocess(outputs)."""
 
     model: nn.Module
-    criterion: nn.Module
+    criterion: nn.Module | None  # None: a network that can only detect
     postprocess: nn.Module
 
     def to(self, device: torch.device, channels_last: bool) -> "Detector":
         """All three on the device, the model's weights in the memory layout that suits it."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
-        return Detector(*(part.to(device) for part in self))
+        criterion = None if self.criterion is None else self.criterion.to(device)
+        return Detector(self.model.to(device), criterion, self.postprocess.to(device))
 
 
 def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_classes: int) -> Detector:
     """The detector that the settings describe, with random weights, on the CPU."""
-    model = YOLOv3(
+    model = build_model(yolo, num_classes)
+    if yolo.batch_norm == "darknet":
+        use_darknet_normalisation(model)
+    anchors, scales_xy, new_coords = yolo.anchors, None, False
+    if isinstance(model, DarknetNetwork):  # its description says more than the settings do
+        anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
+    criterion = None
+    if not new_coords:
+        criterion = CRITERIA[yolo.loss](anchors, model.strides, yolo.ignore_threshold, yolo.class_loss)
+    postprocess = YOLOPostprocess(
+        anchors,
+        model.strides,
+        evaluation.confidence_threshold,
+        evaluation.iou_threshold,
+        evaluation.max_detections,
+        yolo.class_loss,
+        evaluation.objectness_threshold,
+        scales_xy,
+        new_coords,
+    )
+    return Detector(model, criterion, postprocess)
+
+
+def build_model(yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork:
+    if yolo.encoder == DARKNET_CFG:
+        assert yolo.cfg is not None, "checked by the settings"
+        return DarknetNetwork(parse_cfg(yolo.cfg), num_classes, yolo.objectness_prior, yolo.batch_norm_momentum)
+    return YOLOv3(
         ENCODERS[yolo.encoder](),
         yolo.neck_channels,
         [len(level) for level in yolo.anchors],
@@ -44,13 +75,14 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         yolo.objectness_prior,
         yolo.batch_norm_momentum,
     )
-    criterion = CRITERIA[yolo.loss](yolo.anchors, model.strides, yolo.ignore_threshold, yolo.class_loss)
-    postprocess = YOLOPostprocess(
-        yolo.anchors,
-        model.strides,
-        evaluation.confidence_threshold,
-        evaluation.iou_threshold,
-        evaluation.max_detections,
-        yolo.class_loss,
-    )
-    return Detector(model, criterion, postprocess)
+
+
+def check_image_size(model: nn.Module, name: str, size: int) -> None:
+    """Refuse a size that the network's coarsest grid does not divide.
+
+    Raises:
+        SettingsError: names the setting.
+    """
+    coarsest = cast(tuple[int, ...], model.strides)[-1]
+    if size % coarsest:
+        raise SettingsError(f"{name} = {size}: must be a multiple of {coarsest}, the coarsest stride of this network")

@@ -1,8 +1,10 @@
 """Darknet-53, the encoder of YOLOv3, written by hand."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 0.1
+DARKNET_EPSILON = 1e-6  # added to the standard deviation, not to the variance
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
@@ -58,3 +60,24 @@ class Darknet53(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps[2:]
+
+
+class DarknetBatchNorm2d(nn.BatchNorm2d):
+    """In evaluation (x - mean) / (sqrt(variance) + 1e-6), as the original Darknet program; same parameters and names.
+
+    AlexeyAB's program and PyTorch divide by sqrt(variance + 1e-5). Training is the parent's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        assert self.running_var is not None
+        squared = (self.running_var.sqrt() + DARKNET_EPSILON).square()
+        return F.batch_norm(x, self.running_mean, squared, self.weight, self.bias, training=False, eps=0.0)
+
+
+def use_darknet_normalisation(model: nn.Module) -> None:
+    """Turn every batch normalisation of `model` into the class above."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = DarknetBatchNorm2d

@@ -35,6 +35,23 @@ class NeckStage(nn.Sequential):
         )
 
 
+def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
+    """An untrained network says "nothing here" and "any class alike": thousands of empty cells would otherwise dominate
+    the first steps with log(2) each."""
+    nn.init.normal_(output.weight, std=0.01)
+    bias = torch.zeros(num_anchors, 5 + num_classes)
+    bias[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
+    bias[:, 5:] = -math.log(max(num_classes - 1, 1))
+    with torch.no_grad():
+        output.bias.copy_(bias.flatten())  # type: ignore[union-attr]
+
+
+def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
+    """(B, A * (5 + C), H, W) to (B, A, H, W, 5 + C); with channels_last memory a view."""
+    batch_size, _, rows, columns = x.shape
+    return x.view(batch_size, num_anchors, -1, rows, columns).permute(0, 1, 3, 4, 2)
+
+
 class Head(nn.Sequential):
     """3x3 to twice the width, then 1x1 to anchors * (5 + classes) raw values per cell."""
 
@@ -42,20 +59,10 @@ class Head(nn.Sequential):
         output = nn.Conv2d(2 * width, num_anchors * (5 + num_classes), 1)
         super().__init__(conv_block(width, 2 * width, 3), output)
         self.num_anchors = num_anchors
-        nn.init.normal_(output.weight, std=0.01)
-        with torch.no_grad():
-            # An untrained network says "nothing here" and "any class alike": thousands of empty cells would otherwise
-            # dominate the first steps with log(2) each.
-            bias = torch.zeros(num_anchors, 5 + num_classes)
-            bias[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
-            bias[:, 5:] = -math.log(max(num_classes - 1, 1))
-            output.bias.copy_(bias.flatten())  # type: ignore[union-attr]
+        initialise_output(output, num_anchors, num_classes, objectness_prior)
 
     def forward(self, x: Tensor) -> Tensor:
-        raw = super().forward(x)
-        batch_size, _, rows, columns = raw.shape
-        # With channels_last memory this is a view, (B, A, 5 + C, H, W) to (B, A, H, W, 5 + C)
-        return raw.view(batch_size, self.num_anchors, -1, rows, columns).permute(0, 1, 3, 4, 2)
+        return raw_predictions(super().forward(x), self.num_anchors)
 
 
 class YOLOv3(nn.Module):

@@ -1,0 +1,51 @@
+"""What the command lines of all scripts share."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEFAULTS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error, and takes no abbreviations."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def add_settings(self) -> None:
+        """key.path=value words, --config, --device and --gpu."""
+        add = self.add_argument
+        add(
+            "settings",
+            nargs="*",
+            metavar="key.path=value",
+            help="single settings; yolo-v3/args.yaml explains all of them",
+        )
+        add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
+        device = self.add_mutually_exclusive_group()
+        device.add_argument("--gpu", type=int, metavar="N", help="CUDA device N")
+        device.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
+
+    def add_weights(self) -> None:
+        """--weights with --cfg and --names."""
+        add = self.add_argument
+        add("--weights", type=Path, required=True, metavar="FILE", help="checkpoint .pt, or Darknet .weights")
+        add(
+            "--cfg",
+            type=Path,
+            metavar="FILE",
+            help="description of the Darknet network (default: YOLOv3 of the settings)",
+        )
+        add("--names", type=Path, metavar="FILE", help="class names of Darknet weights, one per line")
+
+
+def device_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """--device and --gpu as a setting."""
+    if arguments.gpu is not None:
+        return {"run.device": f"cuda:{arguments.gpu}"}
+    return {} if arguments.device is None else {"run.device": arguments.device}

@@ -1,0 +1,245 @@
+"""Darknet weight files (.weights, .conv.N): read into a network, written from one, bit for bit.
+
+Header: major, minor, revision as int32, then the images seen in training as uint64 (uint32 before version 0.2). Then
+float32 values, convolution by convolution in network order: with batch normalisation beta, gamma, running mean, running
+variance, kernel; without it bias, kernel. All little-endian.
+
+Source: load_weights and save_weights of https://github.com/pjreddie/darknet, src/parser.c.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detection.errors import CheckpointError, OutputError
+
+# what models/weights/download_darknet_weights.sh knows
+FETCHED = ("darknet53.conv.74", "yolov3.weights", "yolov3-tiny.weights", "yolov3-spp.weights")
+
+
+@runtime_checkable
+class DarknetModel(Protocol):
+    """A network whose convolutions have an order in the Darknet program; `YOLOv3` and `DarknetNetwork` are."""
+
+    num_classes: int
+
+    def darknet_convolutions(self) -> list[nn.Module]:
+        """Convolutions, each alone or in a Sequential with its normalisation, in network order."""
+
+    def output_convolutions(self) -> list[nn.Conv2d]:
+        """Those that make the predictions."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself."""
+
+    major: int = 0
+    minor: int = 2
+    revision: int = 5
+    seen: int = 0  # images
+
+    @property
+    def wide(self) -> bool:
+        """Whether `seen` has 64 bits. The program packs another flag into versions above 1000."""
+        return self.major * 10 + self.minor >= 2 and self.major < 1000 and self.minor < 1000
+
+    def pack(self) -> bytes:
+        numbers = struct.pack("<3i", self.major, self.minor, self.revision)
+        return numbers + struct.pack("<Q" if self.wide else "<I", self.seen % 2 ** (64 if self.wide else 32))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_darknet_weights` found; `lines` says it to the user."""
+
+    header: Header
+    convolutions: int  # number loaded, from the first
+    num_classes: int | None  # of the file where they differ from the network's; None: the same, or backbone weights
+    lines: list[str]
+
+
+def read_header(content: bytes, path: Path) -> tuple[Header, int]:
+    """The header and its length in bytes.
+
+    Raises:
+        CheckpointError: too short, or no plausible version numbers.
+    """
+    if len(content) >= 16:
+        header = Header(*struct.unpack_from("<3i", content))
+        length = 20 if header.wide else 16
+        if 0 <= header.major < 10000 and 0 <= header.minor < 10000 and header.revision >= 0 and len(content) >= length:
+            (seen,) = struct.unpack_from("<Q" if header.wide else "<I", content, 12)
+            return Header(header.major, header.minor, header.revision, seen), length
+    raise CheckpointError(f"{path} is not a Darknet weights file: no plausible header in its {len(content)} bytes")
+
+
+def load_darknet_weights(network: nn.Module, path: Path) -> Loaded:
+    """Fill the network from a file.
+
+    A file that ends exactly after a convolution is taken as backbone weights: the rest keeps its values. A file of the
+    same network with another number of classes fills everything but the output convolutions.
+
+    Raises:
+        CheckpointError: missing, or short or long by any byte (with both counts), or values that no training leaves.
+    """
+    model = as_darknet(network)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"weights file {path} cannot be read: {error.strerror}{fetch_hint(path)}") from None
+    header, start = read_header(content, path)
+    blocks = [convolution_tensors(module) for module in model.darknet_convolutions()]
+    sizes = [sum(tensor.numel() for tensor in block) for block in blocks]
+    outputs = {id(convolution.weight) for convolution in model.output_convolutions()}
+    is_output = [id(block[-1]) in outputs for block in blocks]
+    expected = start + 4 * sum(sizes)
+    ends = (start + 4 * np.cumsum(sizes)).tolist()
+    found = len(content)
+
+    num_classes: int | None = None
+    count = len(blocks)
+    if found != expected:
+        if found in ends[:-1]:
+            count = ends.index(found) + 1
+        else:
+            num_classes = classes_of_file(model, (found - start) / 4 - sum(sizes))
+    if found != expected and count == len(blocks) and num_classes is None:
+        near = ends[int(np.searchsorted(ends, found)) - 1] if found > ends[0] else start
+        raise CheckpointError(
+            f"{path} has {found} bytes, this network needs {expected} ({found - expected:+d}); nor does it end after a "
+            f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download or another network?"
+        )
+    values = np.frombuffer(content, dtype="<f4", offset=start)
+    positions = []
+    position = 0
+    for index in range(count):
+        size = sizes[index]
+        if is_output[index] and num_classes is not None:
+            filters, inputs = blocks[index][-1].shape[0], blocks[index][-1][0].numel()
+            size = filters // (5 + model.num_classes) * (5 + num_classes) * (inputs + 1)
+        positions.append((position, size))
+        position += size
+    check_variances(path, blocks[:count], positions, values)
+    with torch.no_grad():
+        for index, (first, size) in enumerate(positions):
+            if num_classes is not None and is_output[index]:
+                continue
+            fill(blocks[index], values[first : first + size])
+    return Loaded(header, count, num_classes, describe(path, header, count, len(blocks), num_classes, model))
+
+
+def as_darknet(model: nn.Module) -> DarknetModel:
+    """The same network, known to have a Darknet order.
+
+    Raises:
+        CheckpointError: the Darknet program has no such network.
+    """
+    if not isinstance(model, DarknetModel) or not model.darknet_convolutions():
+        raise CheckpointError(
+            "Darknet weights need a network that the Darknet program has: yolo.encoder darknet, darknet_tiny or "
+            "darknet_cfg"
+        )
+    return model
+
+
+def describe(
+    path: Path, header: Header, count: int, total: int, num_classes: int | None, model: DarknetModel
+) -> list[str]:
+    """What was loaded, for the log."""
+    version = f"version {header.major}.{header.minor}.{header.revision}, {header.seen:,} images seen"
+    if count < total:
+        return [
+            f"{path.name}: Darknet backbone weights, {version}",
+            f"loaded the first {count} of {total} convolutions; the rest starts from random weights",
+        ]
+    lines = [f"{path.name}: Darknet weights of the whole network, {version}"]
+    if num_classes is None:
+        return [*lines, f"loaded all {total} convolutions"]
+    outputs = len(model.output_convolutions())
+    return [
+        *lines,
+        f"loaded {total - outputs} of {total} convolutions; the {outputs} output convolutions start anew: the file has "
+        f"{num_classes} classes, this network {model.num_classes}",
+    ]
+
+
+def classes_of_file(model: DarknetModel, surplus: float) -> int | None:
+    """The number of classes that explains `surplus` float32 values more (or less) than this network has; or None."""
+    own = model.num_classes
+    per_class = 0
+    for convolution in model.output_convolutions():
+        num_anchors = convolution.out_channels // (5 + own)
+        per_class += num_anchors * (convolution.weight[0].numel() + 1)
+    difference = surplus / per_class
+    return own + int(difference) if difference == int(difference) and own + difference >= 1 else None
+
+
+def convolution_tensors(module: nn.Module) -> list[Tensor]:
+    """The tensors of one convolution in the order of the file."""
+    convolution = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
+    norm = next((part for part in module.modules() if isinstance(part, nn.BatchNorm2d)), None)
+    if norm is None:
+        assert convolution.bias is not None, "a convolution without normalisation has a bias in the Darknet program"
+        return [convolution.bias, convolution.weight]
+    assert norm.running_mean is not None and norm.running_var is not None
+    return [norm.bias, norm.weight, norm.running_mean, norm.running_var, convolution.weight]
+
+
+def check_variances(
+    path: Path, blocks: Sequence[list[Tensor]], positions: Sequence[tuple[int, int]], values: np.ndarray
+) -> None:
+    """Running variances cannot be negative: a cheap proof that file and network are the same, layer by layer."""
+    for number, (block, (first, _)) in enumerate(zip(blocks, positions, strict=True)):
+        if len(block) == 5:
+            filters = len(block[0])
+            variances = values[first + 3 * filters : first + 4 * filters]
+            if not (variances >= 0).all():  # NaN too
+                raise CheckpointError(
+                    f"{path} does not belong to this network: convolution {number} would get a negative variance"
+                )
+
+
+def fill(block: Sequence[Tensor], values: np.ndarray) -> None:
+    position = 0
+    for tensor in block:
+        # ascontiguousarray: the file is little-endian whatever the machine is
+        part = np.ascontiguousarray(values[position : position + tensor.numel()], dtype=np.float32)
+        tensor.copy_(torch.from_numpy(part.copy()).view(tensor.shape))
+        position += tensor.numel()
+
+
+def darknet_bytes(network: nn.Module, header: Header, count: int | None = None) -> bytes:
+    """The content of a file with the first `count` convolutions (None: all)."""
+    parts = [header.pack()]
+    for module in as_darknet(network).darknet_convolutions()[:count]:
+        for tensor in convolution_tensors(module):
+            parts.append(tensor.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+    return b"".join(parts)
+
+
+def write_darknet_weights(network: nn.Module, path: Path, header: Header, count: int | None = None) -> None:
+    """Write a file; a reader sees the old one or the complete new one.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(darknet_bytes(network, header, count))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"weights file {path} cannot be written: {error.strerror}") from None
+
+
+def fetch_hint(path: Path) -> str:
+    """Which command fetches a well-known file."""
+    return f"; fetch it with: models/weights/download_darknet_weights.sh {path.name}" if path.name in FETCHED else ""

@@ -1,0 +1,150 @@
+"""From a file of weights to a detector that can be used: our checkpoints and Darknet's .weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detection.checkpoints import load_checkpoint
+from detection.errors import CheckpointError, SettingsError
+from detection.models import Detector, build_detector, check_image_size
+from detection.models.darknet_cfg import input_size, parse_cfg, unused_keys
+from detection.models.darknet_network import cfg_classes
+from detection.models.darknet_weights import as_darknet, load_darknet_weights
+from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
+
+COCO_CLASSES = 80
+
+
+@dataclass(frozen=True)
+class OpenedDetector:
+    """A detector with trained weights, on the CPU, in evaluation mode."""
+
+    detector: Detector
+    settings: Settings  # the file's own (a checkpoint's) or args.yaml, with the command line's changes
+    names: tuple[str, ...] | None  # class of each label; None: the file does not say
+    num_classes: int
+    step: int  # optimizer steps behind the weights; 0: the file does not say
+    seen: int  # training images behind them
+    lines: list[str]  # what was loaded, for the user
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.names or tuple(f"class_{label}" for label in range(self.num_classes))
+
+
+def open_weights(
+    weights: Path,
+    cfg: Path | None,
+    names: Path | None,
+    defaults: Path,
+    overlays: Sequence[Path] = (),
+    words: Sequence[str] = (),
+    flags: dict[str, Any] | None = None,
+) -> OpenedDetector:
+    """Build the detector a file belongs to and fill it.
+
+    Args:
+        weights: our checkpoint (.pt; its moving average where it has one) or a Darknet file.
+        cfg: description of a Darknet network; None: the YOLOv3 of the settings.
+        names: class names of a Darknet file, one per line.
+        defaults: args.yaml.
+        overlays, words, flags: the command line's settings, see `load_settings`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or does not fit.
+        SettingsError: contradicting arguments.
+    """
+    if weights.suffix == ".pt":
+        for flag, value in (("--cfg", cfg), ("--names", names)):
+            if value is not None:
+                raise SettingsError(f"{flag} belongs to Darknet weights; the checkpoint {weights} carries its own")
+        return _open_checkpoint(weights, defaults, overlays, words, flags)
+    return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
+
+
+def _open_checkpoint(
+    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: dict[str, Any] | None
+) -> OpenedDetector:
+    checkpoint = load_checkpoint(weights)
+    try:
+        own = complete_settings(checkpoint["settings"], defaults)
+        settings, notices = load_settings(own, overlays, words, flags)
+        names = tuple(checkpoint["categories"]["names"])
+        detector = build_detector(settings.yolo, settings.evaluation, len(names))
+        detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
+        step = checkpoint["step"]
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
+    kind = "moving average" if checkpoint["average"] else "weights"
+    lines = [*notices, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
+    seen = step * own.train.batch_size * own.train.subdivisions
+    return _finish(detector, settings, names, len(names), step, seen, lines)
+
+
+def _open_darknet(
+    weights: Path,
+    cfg: Path | None,
+    names: Path | None,
+    defaults: Path,
+    overlays: Sequence[Path],
+    words: Sequence[str],
+    flags: dict[str, Any] | None,
+) -> OpenedDetector:
+    class_names = None if names is None else read_names(names)
+    base: dict[str, Any] = {}
+    if cfg is not None:
+        text = read_description(str(cfg))
+        sections = parse_cfg(text)
+        size = input_size(sections)
+        base = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
+        base |= {"evaluation.image_size": size, "train.image_size": size}
+    settings, notices = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
+    lines = list(notices)
+    if settings.yolo.cfg is not None:
+        sections = parse_cfg(settings.yolo.cfg)
+        num_classes = cfg_classes(sections)
+        if unused := unused_keys(sections):
+            lines.append(f"cfg: not used, training and thresholds are set in the settings: {', '.join(unused)}")
+    else:
+        num_classes = len(class_names or ()) or settings.yolo.num_classes or COCO_CLASSES
+    if class_names is not None and len(class_names) != num_classes:
+        raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
+
+    detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+    loaded = load_darknet_weights(detector.model, weights)
+    if loaded.num_classes is not None and class_names is None and settings.yolo.cfg is None:
+        num_classes = loaded.num_classes
+        detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+        loaded = load_darknet_weights(detector.model, weights)
+    if loaded.num_classes is not None:
+        raise CheckpointError(f"{weights} has {loaded.num_classes} classes, the network {num_classes}")
+    if loaded.convolutions < len(as_darknet(detector.model).darknet_convolutions()):
+        raise CheckpointError(
+            f"{weights} holds backbone weights only ({loaded.convolutions} convolutions); they start a training "
+            f"(yolo.pretrained={weights}), they detect nothing"
+        )
+    return _finish(detector, settings, class_names, num_classes, 0, loaded.header.seen, [*lines, *loaded.lines])
+
+
+def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetector:
+    check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
+    detector.model.eval()
+    return OpenedDetector(detector, settings, *rest)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Class names, one per line; empty lines at the end do not count.
+
+    Raises:
+        SettingsError: unreadable, empty, or a name occurs twice.
+    """
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--names {path}: cannot be read: {error}") from None
+    if not names or not all(names):
+        raise SettingsError(f"--names {path}: must hold one class name per line")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"--names {path}: {twice[0]!r} occurs twice")
+    return names
