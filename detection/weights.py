@@ -59,7 +59,12 @@ def open_weights(
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; the checkpoint {weights} carries its own")
         return _open_checkpoint(weights, defaults, overlays, words, flags)
-    return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
+    try:
+        return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
+    except SettingsError as error:
+        if cfg is None or not str(error).startswith("cfg: "):
+            raise
+        raise SettingsError(f"{cfg}: {str(error).removeprefix('cfg: ')}") from None
 
 
 def _open_checkpoint(
