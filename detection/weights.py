@@ -109,6 +109,9 @@ def _open_darknet(
     if settings.yolo.cfg is not None:
         sections = parse_cfg(settings.yolo.cfg)
         num_classes = cfg_classes(sections)
+        net = sections[0]
+        if (width := net.integer("width", 416)) != (height := net.integer("height", 416)):
+            lines.append(f"cfg: its input of {width} x {height} px becomes {settings.evaluation.image_size} px square")
         if unused := unused_keys(sections):
             lines.append(f"cfg: not used, training and thresholds are set in the settings: {', '.join(unused)}")
     else:

@@ -80,7 +80,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, ROOT / script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, ROOT / script, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert "Traceback" not in result.stderr, result.stderr
     return result

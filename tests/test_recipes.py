@@ -21,7 +21,9 @@ def test_a_recipe_loads_and_shows_how_to_run_it(path: Path) -> None:
     load(path.stem)
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"recipes/{path.name}" in header
-    assert "Source:" in header or "research repository" in header or path.stem in ("quickstart", "bccd")
+    assert (
+        "Source:" in header or "research repository" in header or path.stem in ("quickstart", "bccd", "bccd_finetune")
+    )
 
 
 def test_every_recipe_is_in_the_readme() -> None:

@@ -46,6 +46,7 @@ from detection.errors import (
 from detection.evaluation import choose_backend, evaluate
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size
+from detection.models.darknet_cfg import parse_cfg, unused_keys
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
 from detection.run_loggers import RunLogger, new_run_directory
@@ -249,6 +250,8 @@ class Run:
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
         ]
+        if settings.yolo.cfg is not None and (unused := unused_keys(parse_cfg(settings.yolo.cfg))):
+            lines.append(f"cfg         not used, the settings decide: {', '.join(unused)}")
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
         present = set(training.labels[~training.crowd].tolist())
