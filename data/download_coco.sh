@@ -103,8 +103,8 @@ get() {
         addresses=
         for base in $bases; do addresses="$addresses ${base%/}/$path"; done
         # shellcheck disable=SC2086  # the addresses are words
-        fetch "$archive.part" "$size" "$digest" $addresses || fail "$1: no address gave the archive. Run the script again \
-to resume, or without a network: fetch it elsewhere, put it into $directory and run the script, which checks it"
+        fetch "$archive.part" "$size" "$digest" $addresses || fail "$1: no address gave the archive. Run the script \
+again to resume, or without a network: fetch it elsewhere, put it into $directory and run the script, which checks it"
         mv "$archive.part" "$archive"
     fi
     say "$1: unpacking"

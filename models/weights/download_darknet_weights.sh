@@ -13,8 +13,8 @@
 #
 # Exit codes: 0 all files are there and right, 1 a file could not be had, 2 a NAME that is not known.
 # Environment: DARKNET_DIRECTORY (another place for the files), DARKNET_URL (mirrors "BASE BASE..." instead of the
-# public ones; the file is BASE/NAME), DARKNET_DIGESTS (a file with lines "SIZE SHA256 NAME" instead of the values below,
-# - where no SHA256 is known), and FETCH_... of data/fetching.sh.
+# public ones; the file is BASE/NAME), DARKNET_DIGESTS (a file with lines "SIZE SHA256 NAME" instead of the values
+# below, - where no SHA256 is known), and FETCH_... of data/fetching.sh.
 set -eu
 
 program=download_darknet_weights.sh
@@ -40,8 +40,8 @@ alexey_v3=https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v3_
 # Source: repository PurdueDualityLab/TensorFlowModels, yolo/utils/downloads/file_manager.py
 alexey_v4=https://github.com/AlexeyAB/darknet/releases/download/darknet_yolo_v4_pre
 
-# describe NAME: sets size, digest and addresses of a file that is known. Every size is 20 bytes of header and 4 for each
-# number in the file.
+# describe NAME: sets size, digest and addresses of a file that is known. Every size is 20 bytes of header and 4 for
+# each number in the file.
 describe() {
     case $1 in
     darknet53.conv.74)
