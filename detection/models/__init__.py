@@ -44,7 +44,8 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         yolo.objectness_prior,
         yolo.batch_norm_momentum,
     )
-    criterion = CRITERIA[yolo.loss](yolo.anchors, model.strides, yolo.ignore_threshold, yolo.class_loss)
+    weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
+    criterion = CRITERIA[yolo.loss](yolo.anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights)
     postprocess = YOLOPostprocess(
         yolo.anchors,
         model.strides,
