@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
+from detection.losses import CRITERIA
 from detection.models import ENCODERS, Detector, build_detector
 from detection.models.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
@@ -387,6 +388,15 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
         # any of 3 classes alike: probability 1 / 3; boxes are the anchors in the middle of the cells
         assert output[..., 5:].sigmoid().mean().item() == pytest.approx(1 / 3, rel=0.1)
         assert output[..., :4].abs().max() < 0.5
+
+
+@pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
+def test_criterion_is_built_from_the_settings(loss: str) -> None:
+    words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4"]
+    words += ["yolo.box_weight=2.0", "yolo.objectness_weight=3.0", "yolo.class_weight=4.0"]
+    criterion = build(3, "yolo.encoder=mobilenet_v3_small", *words).criterion
+    assert type(criterion) is CRITERIA[loss]
+    assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])

@@ -48,7 +48,10 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
     criterion = None
     if not new_coords:
-        criterion = CRITERIA[yolo.loss](anchors, model.strides, yolo.ignore_threshold, yolo.class_loss)
+        weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
+        criterion = CRITERIA[yolo.loss](
+            anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
+        )
     postprocess = YOLOPostprocess(
         anchors,
         model.strides,
