@@ -45,6 +45,7 @@ from detection.errors import (
 )
 from detection.evaluation import choose_backend, evaluate
 from detection.models import build_detector, check_image_size
+from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
 from detection.run_loggers import RunLogger, new_run_directory
@@ -119,7 +120,7 @@ def start() -> None:
     else:
         checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
 
-    run = Run(settings)
+    run = Run(settings, fresh=checkpoint is None)
     if checkpoint is not None and list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
@@ -161,9 +162,13 @@ def start() -> None:
 
 
 class Run:
-    """Everything that is fixed before the first step: device, data, detector and all durations in steps."""
+    """Everything that is fixed before the first step: device, data, detector and all durations in steps.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        fresh: false for a continued run, whose weights all come from its checkpoint.
+    """
+
+    def __init__(self, settings: Settings, fresh: bool) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings = settings
         self.device = choose_device(settings.run.device)
@@ -195,6 +200,7 @@ class Run:
 
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
         self.detector = detector.to(self.device, settings.run.channels_last)
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
@@ -248,6 +254,16 @@ class Run:
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
         ]
+        encoder = [
+            f"frozen for {self.unfreeze_step} steps" if self.unfreeze_step else "",
+            f"learning rate x {train.encoder_learning_rate_factor:g}"
+            if train.encoder_learning_rate_factor != 1
+            else "",
+            "statistics of its normalisations fixed" if train.encoder_batch_norm == "frozen" else "",
+        ]
+        if any(encoder):
+            lines.append(f"encoder     {', '.join(filter(None, encoder))}")
+        lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
         present = set(training.labels[~training.crowd].tolist())
@@ -262,6 +278,7 @@ class Run:
         positions = next(iter(self.sampler(0, 1)))
         batch = collate_samples([self.training_set[(index, epoch, size)] for index, epoch, _ in positions])
         model = self.detector.model.train()
+        set_encoder_frozen(model, False, train.encoder_batch_norm)
         optimizer = build_optimizer(model, train)
         started = time.perf_counter()
         losses = train_step(
@@ -321,7 +338,7 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             evaluate_and_keep()  # the run was stopped during this evaluation
         while step < run.steps:
             if step == first_step or step == run.unfreeze_step:
-                set_encoder_frozen(model, step < run.unfreeze_step)
+                set_encoder_frozen(model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
             set_learning_rates(optimizer, functools.partial(run.schedule.at, step))
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(subdivisions)]
