@@ -7,7 +7,8 @@ python export.py --weights my.weights --cfg my.cfg --names my.names --output DIR
 
 onnx: one file for any batch size. Input `images`: uint8 RGB (B, 3, size, size), letterboxed; the pixel scaling is
 inside. Outputs `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes): objectness times
-class probability, both before non-maximum suppression. Names, size, fill and thresholds are in its metadata. The file
+class probability, both before non-maximum suppression. Names, size, pixel scaling (in it already), fill, strides and
+thresholds are in its metadata. The file
 is run by ONNX Runtime and compared with PyTorch; a difference beyond the tolerance removes it (exit 1). Needs
 `pip install onnx onnxscript onnxruntime`.
 darknet: files that the Darknet program loads, bit for bit our weights.
@@ -75,7 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_weights()
     parser.add_settings()
     parser.add_argument("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="default: onnx")
-    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -89,9 +92,12 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
     weights, cfg, names = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".weights", ".cfg", ".names"))
     for path in (weights, cfg, names):
         refuse_overwriting(path)
-    description = format_cfg(describe_network(opened.detector.model, opened.settings))
+    settings = opened.settings
+    sections = describe_network(
+        opened.detector.model, settings.yolo.anchors, settings.evaluation.image_size, settings.yolo.ignore_threshold
+    )
     write_darknet_weights(opened.detector.model, weights, Header(seen=opened.seen))
-    cfg.write_text(description, encoding="utf-8")
+    cfg.write_text(format_cfg(sections), encoding="utf-8")
     names.write_text("\n".join(opened.class_names()) + "\n", encoding="utf-8")
     print(f"written: {weights} ({weights.stat().st_size} bytes), {cfg}, {names}")
 
@@ -138,6 +144,8 @@ def export_onnx(opened: OpenedDetector, stem: Path) -> None:
         "names": json.dumps(opened.class_names()),
         "image_size": str(size),
         "letterbox": json.dumps({"keep_aspect": settings.data.keep_aspect, "fill": settings.data.fill}),
+        "pixel_mean": json.dumps(opened.detector.model.get_buffer("pixel_mean").flatten().tolist()),
+        "pixel_std": json.dumps(opened.detector.model.get_buffer("pixel_std").flatten().tolist()),
         "strides": json.dumps(opened.detector.model.strides),
         "thresholds": json.dumps(
             {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detection.checkpoints import is_checkpoint, read_file, verified
 from detection.errors import CheckpointError, SettingsError
+from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import load_darknet_weights
 from detection.models.mobilenet import STANDARD_WEIGHTS, MobileNetV3
 from detection.models.timm_encoder import TimmEncoder, classifier_state, download_weights, load_classifier
@@ -18,8 +19,7 @@ from detection.models.yolov3 import YOLOv3
 from detection.settings import YoloSettings
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parent.parent / "models" / "weights"
-# `pretrained: true`. The Darknet program's author published no classifier for the small one, only the detector.
-DARKNET_FILES = {"darknet": "darknet53.conv.74", "darknet_tiny": "yolov3-tiny.weights"}
+DARKNET_FILE = "darknet53.conv.74"  # `pretrained: true`; for the small Darknet no such file was published
 NAMES_SHOWN = 3  # of the tensors that do not fit
 
 
@@ -37,6 +37,7 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
     """
     if yolo.pretrained is False:
         return []
+    assert isinstance(model, YOLOv3 | DarknetNetwork)
     if yolo.pretrained is True:
         return load_standard_weights(model, yolo.encoder)
     path = Path(yolo.pretrained)
@@ -59,10 +60,10 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
     )
 
 
-def load_standard_weights(model: nn.Module, name: str) -> list[str]:
+def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str]:
     """The weights that an encoder is commonly started from."""
-    if name in DARKNET_FILES:
-        return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILES[name]).lines
+    if name == "darknet":
+        return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
     if name in STANDARD_WEIGHTS:
         weights = STANDARD_WEIGHTS[name]
         try:
@@ -103,7 +104,9 @@ def load_timm_file(encoder: TimmEncoder, state: Mapping[str, Tensor], path: Path
     return [f"encoder from {path}, a classifier timm/{encoder.name}"]
 
 
-def load_checkpoint_weights(model: nn.Module, yolo: YoloSettings, checkpoint: dict[str, Any], path: Path) -> list[str]:
+def load_checkpoint_weights(
+    model: YOLOv3 | DarknetNetwork, yolo: YoloSettings, checkpoint: dict[str, Any], path: Path
+) -> list[str]:
     """A whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
     try:
         encoder = checkpoint["settings"]["yolo"]["encoder"]
@@ -118,16 +121,16 @@ def load_checkpoint_weights(model: nn.Module, yolo: YoloSettings, checkpoint: di
     kind = "moving average" if checkpoint["average"] else "weights"
     lines = [f"encoder, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
     expected = model.state_dict()
-    if isinstance(model, YOLOv3):
-        own_anchors = [len(level) for level in yolo.anchors]
-        if len(names) != model.num_classes or anchors != own_anchors:
-            outputs = tuple(f"heads.{level}.1." for level in range(len(model.heads)))
-            state = {name: value for name, value in state.items() if not name.startswith(outputs)}
-            expected = {name: value for name, value in expected.items() if not name.startswith(outputs)}
-            lines.append(
-                f"the output convolutions start anew: the file has {len(names)} classes and {anchors} "
-                f"anchors per level, this run {model.num_classes} and {own_anchors}"
-            )
+    own_anchors = [len(level) for level in yolo.anchors]
+    if len(names) != model.num_classes or anchors != own_anchors:
+        output_ids = {id(value) for convolution in model.output_convolutions() for value in convolution.parameters()}
+        outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}
+        state = {name: value for name, value in state.items() if name not in outputs}
+        expected = {name: value for name, value in expected.items() if name not in outputs}
+        lines.append(
+            f"the output convolutions start anew: the file has {len(names)} classes and {anchors} anchors per level, "
+            f"this run {model.num_classes} and {own_anchors}"
+        )
     check_fit(state, expected, str(path))
     model.load_state_dict(state, strict=False)
     return lines

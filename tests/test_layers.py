@@ -19,7 +19,7 @@ LAYERS = [
     },
     {"anchors", "box_coder", "target_assignment", "losses", "postprocessing"},
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "reports"},
+    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports"},
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

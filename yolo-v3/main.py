@@ -44,7 +44,9 @@ from detection.errors import (
     exit_with_message,
 )
 from detection.evaluation import choose_backend, evaluate
+from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size
+from detection.models.darknet_cfg import parse_cfg, unused_keys
 from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
@@ -238,7 +240,7 @@ class Run:
         if train.resize_frequency:
             smallest, largest = train.multiscale_sizes
             sizes = f"{smallest} to {largest} px, changed every {train.resize_frequency} steps"
-        steps_shown = sorted({0, self.schedule.warmup, self.steps // 2, self.steps - 1})
+        steps_shown = sorted({0, self.schedule.warmup, *self.schedule.changes(self.steps), self.steps - 1})
         rates = ", ".join(f"{self.schedule.at(step):.3g} at {step}" for step in steps_shown if step < self.steps)
         training, validation = self.training_set.annotations, self.validation_set.annotations
         lines = [
@@ -254,15 +256,13 @@ class Run:
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
         ]
-        encoder = [
-            f"frozen for {self.unfreeze_step} steps" if self.unfreeze_step else "",
-            f"learning rate x {train.encoder_learning_rate_factor:g}"
-            if train.encoder_learning_rate_factor != 1
-            else "",
-            "statistics of its normalisations fixed" if train.encoder_batch_norm == "frozen" else "",
-        ]
-        if any(encoder):
-            lines.append(f"encoder     {', '.join(filter(None, encoder))}")
+        if settings.yolo.cfg is not None and (unused := unused_keys(parse_cfg(settings.yolo.cfg))):
+            lines.append(f"cfg         not used, the settings decide: {', '.join(unused)}")
+        if train.encoder_learning_rate_factor != 1 or train.encoder_batch_norm == "frozen" or self.unfreeze_step:
+            lines.append(
+                f"encoder     frozen for {self.unfreeze_step} steps, then learning rate x "
+                f"{train.encoder_learning_rate_factor:g}, normalisation {train.encoder_batch_norm}"
+            )
         lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
@@ -275,6 +275,10 @@ class Run:
         """Forward, backward and update on the largest size, to see that memory and data hold."""
         train = self.settings.train
         size = train.multiscale_sizes[1] if train.resize_frequency else train.image_size
+        estimate = estimate_memory(self.detector.model, self.criterion, train, size, self.autocast, self.device)
+        print(estimate.line(), flush=True)
+        if estimate.available is not None and estimate.total > estimate.available:
+            raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
         positions = next(iter(self.sampler(0, 1)))
         batch = collate_samples([self.training_set[(index, epoch, size)] for index, epoch, _ in positions])
         model = self.detector.model.train()
