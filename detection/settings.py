@@ -273,6 +273,12 @@ class YoloSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def check_spp(self) -> "YoloSettings":
+        if self.spp and self.encoder in ("darknet_tiny", DARKNET_CFG):
+            raise ValueError(f"spp: encoder {self.encoder} has no neck that could pool; must be false")
+        return self
+
+    @model_validator(mode="after")
     def check_cfg(self) -> "YoloSettings":
         if (self.encoder == DARKNET_CFG) != (self.cfg is not None):
             raise ValueError(f"cfg: a file exactly where encoder is {DARKNET_CFG}")

@@ -22,7 +22,7 @@ LAYERS = [
         "postprocessing",
     },
     {"models", "data"},
-    {"checkpoints", "weights", "evaluation", "training", "memory", "reports"},
+    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports"},
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

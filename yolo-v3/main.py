@@ -47,6 +47,7 @@ from detection.evaluation import choose_backend, evaluate
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size
 from detection.models.darknet_cfg import parse_cfg, unused_keys
+from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
 from detection.run_loggers import RunLogger, new_run_directory
@@ -121,7 +122,7 @@ def start() -> None:
     else:
         checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
 
-    run = Run(settings)
+    run = Run(settings, fresh=checkpoint is None)
     if checkpoint is not None and list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
@@ -163,9 +164,13 @@ def start() -> None:
 
 
 class Run:
-    """Everything that is fixed before the first step: device, data, detector and all durations in steps."""
+    """Everything that is fixed before the first step: device, data, detector and all durations in steps.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        fresh: false for a continued run, whose weights all come from its checkpoint.
+    """
+
+    def __init__(self, settings: Settings, fresh: bool) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings = settings
         self.device = choose_device(settings.run.device)
@@ -197,6 +202,7 @@ class Run:
 
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
         self.detector = detector.to(self.device, settings.run.channels_last)
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
@@ -252,6 +258,12 @@ class Run:
         ]
         if settings.yolo.cfg is not None and (unused := unused_keys(parse_cfg(settings.yolo.cfg))):
             lines.append(f"cfg         not used, the settings decide: {', '.join(unused)}")
+        if train.encoder_learning_rate_factor != 1 or train.encoder_batch_norm == "frozen" or self.unfreeze_step:
+            lines.append(
+                f"encoder     frozen for {self.unfreeze_step} steps, then learning rate x "
+                f"{train.encoder_learning_rate_factor:g}, normalisation {train.encoder_batch_norm}"
+            )
+        lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
         present = set(training.labels[~training.crowd].tolist())
@@ -270,6 +282,7 @@ class Run:
         positions = next(iter(self.sampler(0, 1)))
         batch = collate_samples([self.training_set[(index, epoch, size)] for index, epoch, _ in positions])
         model = self.detector.model.train()
+        set_encoder_frozen(model, False, train.encoder_batch_norm)
         optimizer = build_optimizer(model, train)
         started = time.perf_counter()
         losses = train_step(
@@ -329,7 +342,7 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             evaluate_and_keep()  # the run was stopped during this evaluation
         while step < run.steps:
             if step == first_step or step == run.unfreeze_step:
-                set_encoder_frozen(model, step < run.unfreeze_step)
+                set_encoder_frozen(model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
             set_learning_rates(optimizer, functools.partial(run.schedule.at, step))
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(subdivisions)]

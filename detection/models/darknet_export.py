@@ -27,7 +27,7 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
         return list(model.sections)
     if not isinstance(model, YOLOv3) or not isinstance(model.encoder, Darknet53 | DarknetTiny):
         raise CheckpointError(
-            "the Darknet program has no such network: only yolo.encoder darknet, darknet_tiny and darknet_cfg export to it"
+            "the Darknet program has no such network: only yolo.encoder darknet, darknet_tiny and darknet_cfg export"
         )
     writer = _Writer()
     size = str(image_size)
@@ -45,8 +45,8 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
             assert upsampled == writer.last - 1
         writer.sequence(stage)
         carried = writer.last
-        writer.convolution(head[0])  # type: ignore[index]
-        writer.convolution(head[1])  # type: ignore[index]
+        writer.convolution(head[0])
+        writer.convolution(head[1])
         first = sum(num_anchors[:number])
         writer.add(
             "yolo",
