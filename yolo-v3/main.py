@@ -284,20 +284,26 @@ class Run:
         model = self.detector.model.train()
         set_encoder_frozen(model, False, train.encoder_batch_norm)
         optimizer = build_optimizer(model, train)
+        micro_batches = min(
+            train.subdivisions, 2
+        )  # a second one adds to gradients that are there; more show nothing new
         started = time.perf_counter()
         losses = train_step(
             model,
             self.criterion,
             optimizer,
             self.build_scaler(),
-            [batch] * train.subdivisions,
+            [batch] * micro_batches,
             self.autocast,
             self.device,
             train.clip_norm,
         )
         values = ", ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
         seconds = time.perf_counter() - started
-        print(f"dry run     one step at {size} px: {seconds:.1f} s, {peak_memory_gib(self.device):.1f} GiB, {values}")
+        step = (
+            "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
+        )
+        print(f"dry run     {step} at {size} px: {seconds:.1f} s, {peak_memory_gib(self.device):.1f} GiB, {values}")
 
 
 def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, checkpoint: dict[str, Any] | None) -> None:
