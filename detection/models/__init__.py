@@ -107,6 +107,6 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
     Raises:
         SettingsError: names the setting.
     """
-    coarsest = cast(tuple[int, ...], model.strides)[-1]
+    coarsest = getattr(model, "size_multiple", None) or cast(tuple[int, ...], model.strides)[-1]
     if size % coarsest:
         raise SettingsError(f"{name} = {size}: must be a multiple of {coarsest}, the coarsest stride of this network")

@@ -3,11 +3,13 @@
 Source: the parsers of https://github.com/pjreddie/darknet and https://github.com/AlexeyAB/darknet.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from detection.errors import SettingsError
 
+LARGEST = 2**20  # of any whole number in a description; keeps a slip from allocating the machine's memory
 LAYER_NAMES = {  # as written -> what it is called here
     "net": "net",
     "network": "net",
@@ -46,7 +48,7 @@ REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
         "share_index": (),
     },
     "maxpool": {"maxpool_depth": ("0",), "antialiasing": ("0",), "maxpool_zero_nonmax": ("0",)},
-    "shortcut": {"weights_type": ("none",), "weights_normalization": ("none",)},
+    "shortcut": {"weights_type": ("none",), "weights_normalization": ("none",), "alpha": ("1",), "beta": ("1",)},
     "yolo": {"map": (), "nms_kind": ("default", "greedynms")},
 }
 
@@ -70,10 +72,10 @@ class CfgSection:
 
     def integer(self, key: str, default: int | None = None, least: int | None = None) -> int:
         value = self._number(key, None if default is None else float(default))
-        if value != int(value) or (least is not None and value < least):
+        if value != int(value) or value > LARGEST or (least is not None and value < least):
             at_least = "" if least is None else f" of at least {least}"
             raise SettingsError(
-                f"cfg: {self.where()}: {key} = {self.options.get(key)} must be a whole number{at_least}"
+                f"cfg: {self.where()}: {key} = {self.shown(key)} must be a whole number{at_least} and at most {LARGEST}"
             )
         return int(value)
 
@@ -83,17 +85,24 @@ class CfgSection:
     def numbers(self, key: str) -> list[float]:
         """Comma-separated numbers; a comma at the end is usual."""
         try:
-            return [float(part) for part in self.text(key).split(",") if part]
+            values = [float(part) for part in self.text(key).split(",") if part]
         except ValueError:
-            raise SettingsError(f"cfg: {self.where()}: {key} = {self.options[key]} must be a list of numbers") from None
+            values = [math.nan]
+        if not all(math.isfinite(value) for value in values):
+            raise SettingsError(f"cfg: {self.where()}: {key} = {self.shown(key)} must be a list of finite numbers")
+        return values
+
+    def shown(self, key: str) -> str:
+        """The value for a message."""
+        return self.options[key][:60]
 
     def _number(self, key: str, default: float | None) -> float:
         try:
             value = float(self.text(key, None if default is None else str(default)))
         except ValueError:
-            raise SettingsError(f"cfg: {self.where()}: {key} = {self.options[key]} must be a number") from None
-        if value != value or value in (float("inf"), float("-inf")):
-            raise SettingsError(f"cfg: {self.where()}: {key} = {self.options[key]} must be a finite number")
+            value = math.nan
+        if not math.isfinite(value):
+            raise SettingsError(f"cfg: {self.where()}: {key} = {self.shown(key)} must be a finite number")
         return value
 
 
@@ -104,7 +113,7 @@ def parse_cfg(text: str) -> list[CfgSection]:
         SettingsError: not a description, an unknown layer, or a key that changes inference in a way we do not build.
     """
     sections: list[CfgSection] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         line = "".join(line.split("#")[0].split())
         if not line or line[0] == ";":
             continue
@@ -112,7 +121,7 @@ def parse_cfg(text: str) -> list[CfgSection]:
             name = line.strip("[]")
             if name not in LAYER_NAMES:
                 known = ", ".join(sorted(set(LAYER_NAMES.values()) - {"net"}))
-                raise SettingsError(f"cfg: line {number}: layer [{name}] is not supported; known layers: {known}")
+                raise SettingsError(f"cfg: line {number}: layer [{name[:60]}] is not supported; known layers: {known}")
             sections.append(CfgSection(LAYER_NAMES[name], number))
             continue
         key, separator, value = line.partition("=")
@@ -128,16 +137,21 @@ def parse_cfg(text: str) -> list[CfgSection]:
             if key not in section.options:
                 continue
             value = section.options[key]
-            if value not in neutral and not _is_zero_like(value, neutral):
+            if value not in neutral and not _equals_number(value, neutral):
                 allowed = f"; allowed: {' or '.join(neutral)}" if neutral else ""
                 raise SettingsError(
-                    f"cfg: {section.where()}: {key} = {value} changes inference and is not supported{allowed}"
+                    f"cfg: {section.where()}: {key} = {section.shown(key)} changes inference and is not supported"
+                    f"{allowed}"
                 )
     return sections
 
 
-def _is_zero_like(value: str, neutral: Sequence[str]) -> bool:
-    return "0" in neutral and not value.strip("0.")
+def _equals_number(value: str, neutral: Sequence[str]) -> bool:
+    """Whether another spelling of a neutral number, 0.0 or 1., is meant."""
+    try:
+        return any(number.isdigit() and float(value) == float(number) for number in neutral)
+    except ValueError:
+        return False
 
 
 def unused_keys(sections: Sequence[CfgSection]) -> list[str]:

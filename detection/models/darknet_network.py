@@ -1,5 +1,6 @@
 """Any detector that a Darknet description (.cfg) of the YOLOv3 and YOLOv4 families describes, as one module."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from detection.models.mobilenet import use_depthwise_class
 from detection.models.yolov3 import initialise_output, raw_predictions
 
 Shape = tuple[int, int, int]  # channels, rows, columns
+LARGEST_KERNEL = 2**28  # values of one convolution
+LARGEST_MAP = 2**30  # values of one layer's input or output with its padding
 
 
 class HardMish(nn.Module):
@@ -153,6 +156,9 @@ class DarknetNetwork(nn.Module):
         self.anchors = tuple(level.anchors for level in levels)
         self.scales_xy = tuple(level.scale_xy for level in levels)
         self.new_coords = any(level.new_coords for level in levels)
+        height = self.sections[0].integer("height", 416)
+        # A map inside may be coarser than every level and must still divide the image.
+        self.size_multiple = math.lcm(*(height // rows for _, rows, _ in shapes if height % rows == 0))
         end = encoder_end(self.sections[1:], shapes)
         self.encoder = nn.ModuleList(layers[:end])
         self.decoder = nn.ModuleList(layers[end:])
@@ -172,16 +178,16 @@ class DarknetNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Args:
-            images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of the coarsest stride.
+            images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of `size_multiple`.
 
         Returns:
             Raw logits per level, stride ascending, (B, A, H/stride, W/stride, 5 + C).
 
         Raises:
-            ValueError: if H or W is not a multiple of the coarsest stride.
+            ValueError: if H or W is not a multiple of `size_multiple`.
         """
-        if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
-            raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
+        if images.shape[2] % self.size_multiple or images.shape[3] % self.size_multiple:
+            raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.size_multiple}")
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         kept: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
@@ -257,6 +263,7 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
             sources: tuple[int, ...] = layer.sources if isinstance(layer, Route | Shortcut) else ()
             if used := [source for source in sources if isinstance(layers[source], YoloOutput)]:
                 raise SettingsError(f"cfg: {section.where()}: takes layer {used[0]}, which is a [yolo] layer")
+        check_map(section, shape)
         if min(shape[1:]) < 1:
             raise SettingsError(f"cfg: {section.where()}: nothing is left of the image at this layer")
         layers.append(layer)
@@ -271,10 +278,12 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
 def read_level(section: CfgSection, number: int, before_section: CfgSection, before: Shape, image: Shape) -> CfgLevel:
     values = section.numbers("anchors")
     total = section.integer("num", 1, least=1)
-    mask = [int(value) for value in section.numbers("mask")] if "mask" in section.options else list(range(total))
-    if len(values) != 2 * total or not all(0 <= index < total for index in mask) or not mask or min(values) <= 0:
+    chosen = section.numbers("mask") if "mask" in section.options else range(len(values) // 2)
+    mask = [int(index) for index in chosen if index == int(index) and 0 <= index < total]
+    if len(values) != 2 * total or not mask or len(mask) != len(chosen) or min(values) <= 0:
         raise SettingsError(
-            f"cfg: {section.where()}: num = {total} anchors, {len(values)} anchor values and mask {mask} do not fit"
+            f"cfg: {section.where()}: num = {total} anchors, {len(values)} anchor values (above 0) and mask = "
+            f"{','.join(f'{index:g}' for index in chosen)} do not fit"
         )
     classes = section.integer("classes", 20, least=1)
     if before_section.name != "convolutional" or before[0] != len(mask) * (5 + classes):
@@ -290,13 +299,17 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
         )
     new_coords = bool(section.integer("new_coords", 0))
     activation = before_section.text("activation", "logistic")
-    if before_section.integer("batch_normalize", 0) or activation != ("logistic" if new_coords else "linear"):
+    normalised = before_section.integer("batch_normalize", 0) or before_section.integer("cbn", 0)
+    if normalised or activation != ("logistic" if new_coords else "linear"):
         raise SettingsError(
             f"cfg: {section.where()}: the [convolutional] before it must have no batch_normalize and activation="
             f"{'logistic (new_coords=1)' if new_coords else 'linear'}, has activation={activation}"
         )
     anchors = tuple((values[2 * index], values[2 * index + 1]) for index in mask)
-    return CfgLevel(number, stride, anchors, section.number("scale_x_y", 1.0), new_coords)
+    scale_xy = section.number("scale_x_y", 1.0)
+    if scale_xy <= 0:
+        raise SettingsError(f"cfg: {section.where()}: scale_x_y = {scale_xy:g} must be greater than 0")
+    return CfgLevel(number, stride, anchors, scale_xy, new_coords)
 
 
 def read_activation(section: CfgSection, default: str) -> nn.Module | None:
@@ -334,6 +347,13 @@ def read_sources(section: CfgSection, key: str, number: int) -> list[int]:
     return sources
 
 
+def check_map(section: CfgSection, shape: Shape) -> None:
+    if math.prod(shape) > LARGEST_MAP:
+        raise SettingsError(
+            f"cfg: {section.where()}: a map of {shape[2]} x {shape[1]} pixels and {shape[0]} channels is too large"
+        )
+
+
 def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
     channels, rows, columns = before
     filters, size = section.integer("filters", 1, least=1), section.integer("size", 1, least=1)
@@ -344,6 +364,9 @@ def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[S
         raise SettingsError(
             f"cfg: {section.where()}: groups = {groups} must divide {channels} channels and {filters} filters"
         )
+    check_map(section, (channels, rows + 2 * padding * dilation, columns + 2 * padding * dilation))
+    if channels // groups * filters * size**2 > LARGEST_KERNEL:
+        raise SettingsError(f"cfg: {section.where()}: {filters} filters of {size} x {size} on {channels} is too large")
     normalised = bool(section.integer("batch_normalize", 0) or section.integer("cbn", 0))
     convolution = nn.Conv2d(channels, filters, size, stride, padding * dilation, dilation, groups, bias=not normalised)
     activation = read_activation(section, "logistic")
@@ -362,6 +385,9 @@ def build_maxpool(section: CfgSection, _: int, before: Shape, __: Sequence[Shape
     size = section.integer("size", stride, least=1)
     padding = section.integer("padding", size - 1, least=0)
     channels, rows, columns = before
+    check_map(section, (channels, rows + padding, columns + padding))
+    if padding - padding // 2 >= size:
+        raise SettingsError(f"cfg: {section.where()}: padding = {padding} is too much for size = {size}")
     shape = (channels, (rows + padding - size) // stride + 1, (columns + padding - size) // stride + 1)
     return MaxPool(size, stride, padding), shape
 

@@ -7,6 +7,7 @@ variance, kernel; without it bias, kernel. All little-endian.
 Source: load_weights and save_weights of https://github.com/pjreddie/darknet, src/parser.c.
 """
 
+import contextlib
 import os
 import struct
 from collections.abc import Sequence
@@ -239,7 +240,8 @@ def write_darknet_weights(network: nn.Module, path: Path, header: Header, count:
         temporary.write_bytes(darknet_bytes(network, header, count))
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OutputError(f"weights file {path} cannot be written: {error.strerror}") from None
 
 

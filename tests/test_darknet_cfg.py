@@ -1,0 +1,441 @@
+"""Darknet descriptions: what is read from them, and that everything wrong in one is said in one line with its place."""
+
+import time
+
+import pytest
+import torch
+from darknet_descriptions import Section, conv, net, output, pool, route, shortcut, upsample, write_cfg, yolo, yolov4
+
+from detection.errors import SettingsError
+from detection.models.darknet_cfg import (
+    CfgSection,
+    format_cfg,
+    input_size,
+    parse_cfg,
+    unused_keys,
+    with_classes,
+)
+from detection.models.darknet_network import DarknetNetwork, cfg_classes
+
+ANCHORS = "4,6, 8,12, 10,14"
+# 2 anchors, 1 class: 2 * (5 + 1) = 12 filters
+GOOD: list[Section] = [net(32), conv(4, 3, 2), conv(4, 3, 2), output(12), yolo("0,2", ANCHORS, 1)]
+
+
+def changed(layer: int, **options: object) -> str:
+    """GOOD with other options in one layer; None removes a key."""
+    sections = [(name, dict(values)) for name, values in GOOD]
+    for key, value in options.items():
+        sections[layer + 1][1][key] = value
+    return write_cfg(
+        [(name, {key: value for key, value in values.items() if value is not None}) for name, values in sections]
+    )
+
+
+def with_layers(*layers: Section) -> str:
+    """GOOD with more layers behind its second convolution."""
+    return write_cfg([*GOOD[:3], *layers, *GOOD[3:]])
+
+
+def refusal(text: str) -> str:
+    """The message of the error, reached before anything large is allocated."""
+    started = time.perf_counter()
+    with pytest.raises(SettingsError) as caught:
+        sections = parse_cfg(text)
+        DarknetNetwork(sections, cfg_classes(sections))
+    assert time.perf_counter() - started < 2
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 and message.startswith("cfg: "), message
+    return message
+
+
+def line_of(text: str, layer: int) -> int:
+    """Where section number `layer` (-1: [net]) begins, lines counted from 1."""
+    return [number for number, line in enumerate(text.split("\n"), 1) if line.startswith("[")][layer + 1]
+
+
+def assert_refused(text: str, layer: int, *words: str) -> None:
+    message = refusal(text)
+    place = f"in line {line_of(text, layer)}"
+    assert place in message or f"line {line_of(text, layer)}:" in message, message
+    for word in words:
+        assert word in message, message
+
+
+# Reading
+
+
+def test_sections_keys_and_lines() -> None:
+    text = "# about\n[net]\nwidth=32 # pixels\n\n; old way\n[conv]\nfilters = 8\n  size=\t3\n[max]\nsize=2"
+    assert parse_cfg(text) == [
+        CfgSection("net", 2, {"width": "32"}),
+        CfgSection("convolutional", 6, {"filters": "8", "size": "3"}),
+        CfgSection("maxpool", 9, {"size": "2"}),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_line_ends(ending: str) -> None:
+    """Of Windows, old Macs, and no end of the last line, as editors leave it."""
+    text = write_cfg(GOOD)
+    assert parse_cfg(text.replace("\n", ending)) == parse_cfg(text)
+    assert parse_cfg(text.replace("\n", ending).rstrip()) == parse_cfg(text)
+
+
+def test_byte_order_mark_of_windows_editors() -> None:
+    assert parse_cfg("\ufeff" + write_cfg(GOOD)) == parse_cfg(write_cfg(GOOD))
+
+
+def test_the_first_of_two_equal_keys_counts() -> None:
+    """As in the program, which searches its list from the front."""
+    text = write_cfg(GOOD).replace("filters=4\n", "filters=4\nfilters=7\n", 1)
+    network = DarknetNetwork(parse_cfg(text), 1)
+    assert network.encoder[0][0].out_channels == 4
+
+
+def test_comma_at_the_end_of_a_list() -> None:
+    text = write_cfg(GOOD).replace("anchors=4,6, 8,12, 10,14", "anchors = 4,6,  8,12,  10,14,")
+    assert DarknetNetwork(parse_cfg(text), 1).anchors == (((4.0, 6.0), (10.0, 14.0)),)
+
+
+def test_format_is_the_inverse_of_parse() -> None:
+    for text in (write_cfg(GOOD), yolov4(), "[network]\n[conv]\nfilters=3\nfilters=4\n#x\n[shortcut]\nfrom=-1,-2"):
+        sections = parse_cfg(text)
+        again = parse_cfg(format_cfg(sections))
+        assert [(s.name, s.options) for s in again] == [(s.name, s.options) for s in sections]
+        assert format_cfg(again) == format_cfg(sections)
+
+
+def test_input_size() -> None:
+    assert input_size(parse_cfg("[net]\nwidth=608\nheight=352")) == 608
+    assert input_size(parse_cfg("[net]\nwidth=320\nheight=640")) == 640
+    assert input_size(parse_cfg("[net]")) == 416
+
+
+def test_unused_keys_are_listed_once() -> None:
+    """What belongs to training is another file's business here, but nobody should believe that it has an effect."""
+    sections: list[Section] = [
+        ("net", {"width": 32, "height": 32, "batch": 64, "angle": 0}),
+        conv(4, 3, 2, stopbackward=1),
+        ("dropout", {"probability": 0.2, "dropblock": 1}),
+        conv(4, 3, 2, stopbackward=1),
+        output(12),
+        yolo("0,2", ANCHORS, 1, jitter=0.3, ignore_thresh=0.7),
+    ]
+    assert unused_keys(parse_cfg(write_cfg(sections))) == [
+        "[net] batch",
+        "[net] angle",
+        "[convolutional] stopbackward",
+        "[dropout] dropblock",
+        "[yolo] jitter",
+        "[yolo] ignore_thresh",
+    ]
+    assert unused_keys(parse_cfg(write_cfg(GOOD))) == []
+
+
+# Other numbers of classes
+
+
+def test_with_classes() -> None:
+    sections = parse_cfg(write_cfg([*GOOD, route(-4), output(18), yolo("0,1,2", ANCHORS, 1)]))
+    more = with_classes(sections, 7)
+    assert cfg_classes(sections) == 1 and cfg_classes(more) == 7
+    # 2 and 3 anchors of 5 + 7 values
+    assert [section.options.get("filters") for section in more[1:]] == ["4", "4", "24", None, None, "36", None]
+    assert [section.line for section in more] == [section.line for section in sections]
+    assert sections == parse_cfg(write_cfg([*GOOD, route(-4), output(18), yolo("0,1,2", ANCHORS, 1)]))
+    assert with_classes(more, 1) == sections
+
+
+def test_with_classes_without_mask() -> None:
+    """Without a mask all `num` anchors belong to the level."""
+    text = changed(3, mask=None).replace("filters=12", "filters=18")
+    assert DarknetNetwork(parse_cfg(text), 1).anchors == (((4.0, 6.0), (8.0, 12.0), (10.0, 14.0)),)
+    assert with_classes(parse_cfg(text), 2)[3].options["filters"] == "21"
+
+
+# Not a description
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n; nothing\n"])
+def test_empty(text: str) -> None:
+    assert "must begin with one [net] section" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("The quick brown fox", 1),
+        ("\n\n{'net': 3}", 3),
+        ("width=3\n[net]", 1),
+        ("[net]\nwidth=32\nfilters", 3),
+        ("\x00\x01\x02\x7fELF\x00", 1),
+        ("[net]\n" + 5000 * "x", 2),
+    ],
+)
+def test_text_that_is_no_description(text: str, line: int) -> None:
+    message = refusal(text)
+    assert f"line {line}:" in message and "is this a .cfg file?" in message
+
+
+def test_net_section_is_missing_double_or_late() -> None:
+    for sections in (GOOD[1:], [GOOD[0], *GOOD], [*GOOD[1:], GOOD[0]]):
+        assert "must begin with one [net] section" in refusal(write_cfg(sections))
+
+
+def test_not_a_detector() -> None:
+    assert "no [yolo] layer" in refusal(write_cfg(GOOD[:-1]))
+    assert "no [yolo] layer" in refusal("[net]\n")
+
+
+def test_different_numbers_of_classes() -> None:
+    text = write_cfg([*GOOD, route(-4), output(14), yolo("0,1", ANCHORS, 2)])
+    assert "[1, 2]" in refusal(text)
+
+
+@pytest.mark.parametrize("name", ["connected", "region", "Gaussian_yolo", "sam", "scale_channels", "reorg3d", "Yolo"])
+def test_unknown_layer(name: str) -> None:
+    text = with_layers((name, {"filters": 3}))
+    assert_refused(text, 2, f"[{name}]", "known layers: avgpool, convolutional")
+
+
+# Keys that change inference
+
+
+@pytest.mark.parametrize(
+    ("layer", "key", "value", "neutral"),
+    [
+        *[
+            (conv(4, 3), key, 1, 0)
+            for key in (
+                *("antialiasing", "binary", "xnor", "bin_output", "flipped", "coordconv", "reverse"),
+                *("sway", "rotate", "stretch", "stretch_sway", "dot"),
+            )
+        ],
+        (conv(4, 3), "share_index", -1, None),
+        (pool(2, 1), "maxpool_depth", 1, 0),
+        (pool(2, 1), "antialiasing", 1, 0),
+        (pool(2, 1), "maxpool_zero_nonmax", 1, 0),
+        (shortcut(-1), "weights_type", "per_feature", "none"),
+        (shortcut(-1), "weights_normalization", "softmax", "none"),
+        (shortcut(-1), "alpha", 0.5, 1),  # Redmon's program: alpha * one + beta * other
+        (shortcut(-1), "beta", 2, "1.0"),
+    ],
+)
+def test_keys_that_change_inference(layer: Section, key: str, value: object, neutral: object) -> None:
+    name, options = layer
+    text = with_layers((name, {**options, key: value}))
+    assert_refused(text, 2, f"[{name}]", f"{key} = {value}", "changes inference")
+    if neutral is not None:
+        sections = parse_cfg(with_layers((name, {**options, key: neutral})))
+        DarknetNetwork(sections, 1)
+
+
+def test_refused_keys_of_net_and_yolo() -> None:
+    assert_refused(write_cfg([("net", {"width": 32, "height": 32, "time_steps": 4}), *GOOD[1:]]), -1, "time_steps = 4")
+    assert_refused(changed(3, map="9k.map"), 3, "map = 9k.map")
+    assert_refused(changed(3, nms_kind="diounms"), 3, "nms_kind = diounms", "default or greedynms")
+    DarknetNetwork(parse_cfg(changed(3, nms_kind="greedynms")), 1)
+
+
+def test_unknown_activation() -> None:
+    assert_refused(changed(0, activation="selu"), 0, "'selu'", "leaky", "mish")
+    assert_refused(with_layers(shortcut(-1, activation="norm_chan")), 2, "'norm_chan'")
+
+
+# Impossible numbers
+
+HUGE = (10**9, "1e9", 10**12, "1e400", 10**400)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "nan", "inf", "-inf", "", "many", *HUGE])
+@pytest.mark.parametrize("key", ["filters", "size", "groups", "dilation"])
+def test_numbers_of_a_convolution(key: str, value: object) -> None:
+    assert_refused(changed(0, **{key: value}), 0, key if value not in HUGE else "[convolutional]")
+
+
+@pytest.mark.parametrize("key", ["stride", "stride_x"])
+@pytest.mark.parametrize("value", [0, -2, 0.5, "nan", "x"])
+def test_strides(key: str, value: object) -> None:
+    assert_refused(changed(0, **{key: value}), 0, "stride")
+
+
+def test_unequal_strides() -> None:
+    assert_refused(changed(0, stride_x=2, stride_y=1), 0, "stride_x and stride_y must be equal")
+    network = DarknetNetwork(parse_cfg(changed(0, stride=1, stride_x=2, stride_y=2)), 1)
+    assert network.strides == (4,)
+
+
+@pytest.mark.parametrize("value", [-1, "nan", *HUGE])
+def test_padding(value: object) -> None:
+    assert_refused(changed(0, pad=0, padding=value), 0)
+    assert_refused(with_layers(("maxpool", {"size": 2, "stride": 1, "padding": value})), 2)
+
+
+@pytest.mark.parametrize("value", [0, -1, "nan", *HUGE])
+def test_sizes_of_pooling_and_upsampling(value: object) -> None:
+    assert_refused(with_layers(("maxpool", {"size": value, "stride": 1})), 2)
+    assert_refused(with_layers(("upsample", {"stride": value})), 2)
+    assert_refused(write_cfg([("net", {"width": 32, "height": value}), *GOOD[1:]]), -1, "[net]")
+    assert_refused(write_cfg([("net", {"width": value, "height": 32}), *GOOD[1:]]), -1, "[net]")
+
+
+@pytest.mark.parametrize("many", [(2**20, 2**9, 1), (4096, 4096, 9), (2**18, 3, 31)])
+def test_kernels_beyond_memory(many: tuple[int, int, int]) -> None:
+    """Each number may be possible, their product is not."""
+    filters, before, size = many
+    text = write_cfg([net(32), conv(before, 1), conv(filters, size), output(12), yolo("0,2", ANCHORS, 1)])
+    assert_refused(text, 1, str(filters))
+
+
+def test_maps_beyond_memory() -> None:
+    text = write_cfg([net(32), *[upsample(32)] * 4, output(12), yolo("0,2", ANCHORS, 1)])
+    assert_refused(text, 1, "upsample")
+
+
+def test_pooling_windows_outside_the_map() -> None:
+    """A window that lies in the padding alone has no largest value."""
+    assert_refused(with_layers(("maxpool", {"size": 2, "stride": 1, "padding": 4})), 2, "padding")
+
+
+def test_nothing_left() -> None:
+    assert_refused(changed(1, size=17, pad=0, stride=1), 1, "nothing is left")
+    assert_refused(with_layers(("maxpool", {"size": 9, "stride": 2, "padding": 0})), 2, "nothing is left")
+
+
+@pytest.mark.parametrize(("key", "value"), [("groups", 3), ("groups", 8)])
+def test_groups_must_divide(key: str, value: int) -> None:
+    assert_refused(changed(1, **{key: value}), 1, f"groups = {value} must divide 4 channels and 4 filters")
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "nan", "often"])
+def test_dropout_probability(value: object) -> None:
+    assert_refused(with_layers(("dropout", {"probability": value})), 2, "probability")
+
+
+def test_only_rgb() -> None:
+    assert_refused(write_cfg([("net", {"channels": 1}), *GOOD[1:]]), -1, "channels = 1")
+
+
+# References to other layers
+
+
+@pytest.mark.parametrize(
+    "value", ["2", "3", "-3", "-9", "99", "0.5", "nan", "inf", "1e400", "", "x", "-1,7", ",", "1e30"]
+)
+@pytest.mark.parametrize(("name", "key"), [("route", "layers"), ("shortcut", "from")])
+def test_sources_that_do_not_exist(name: str, key: str, value: str) -> None:
+    """Layer 2: itself, a later one, and before the first."""
+    assert_refused(with_layers((name, {key: value})), 2, f"[{name}]", key)
+
+
+@pytest.mark.parametrize(("name", "key"), [("route", "layers"), ("shortcut", "from")])
+def test_sources_are_missing(name: str, key: str) -> None:
+    assert_refused(with_layers((name, {"groups": 1})), 2, f"has no '{key}'")
+
+
+def test_maps_of_different_sizes() -> None:
+    assert_refused(with_layers(route(0, 1)), 2, "16 x 16", "8 x 8")
+    assert_refused(with_layers(shortcut(0)), 2, "16 x 16", "8 x 8")
+
+
+@pytest.mark.parametrize(
+    ("groups", "group"), [(2, 2), (3, 0), (8, 0), (0, 0), (-1, 0), (2, -1), ("nan", 0), (2, "inf"), (2, 0.5)]
+)
+def test_groups_of_a_route(groups: object, group: object) -> None:
+    assert_refused(with_layers(route(-1, groups=groups, group_id=group)), 2, "[route]", "group")
+
+
+def test_route_to_an_output() -> None:
+    text = write_cfg([*GOOD, route(-1), output(12), yolo("0,1", ANCHORS, 1)])
+    assert_refused(text, 4, "takes layer 3, which is a [yolo] layer")
+    text = write_cfg([*GOOD, route(-3), conv(12, 1), shortcut(3), output(12), yolo("0,1", ANCHORS, 1)])
+    assert_refused(text, 6, "takes layer 3, which is a [yolo] layer")
+
+
+def test_layers_after_an_output() -> None:
+    """The program would convolve the activated predictions; nobody means that."""
+    for layer in (conv(4, 1), pool(2, 2), upsample(), yolo("0,2", ANCHORS, 1), shortcut(-3), ("dropout", {})):
+        assert_refused(write_cfg([*GOOD, layer]), 4, f"[{layer[0]}]", "[yolo] ")
+
+
+# Outputs
+
+
+@pytest.mark.parametrize(
+    "mask", ["3", "0,3", "-1,0", "0.5,1", "nan,0", "inf,0", "1e400,0", "", "a,b", "0,1,2,3", "1e30,0"]
+)
+def test_masks(mask: str) -> None:
+    assert_refused(changed(3, mask=mask), 3, "mask")
+
+
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        *("", "4,6", "4,6,8,12,10", "4,6,8,12,10,14,16,18", "0,6,8,12,10,14", "4,-6,8,12,10,14"),
+        *("nan,6,8,12,10,14", "4,6,8,12,10,inf", "4,6,8,12,10,1e400", "4,6,8,12,10,x"),
+    ],
+)
+def test_anchors(anchors: str) -> None:
+    assert_refused(changed(3, anchors=anchors), 3, "anchor")
+
+
+def test_anchors_are_missing() -> None:
+    assert_refused(changed(3, anchors=None), 3, "has no 'anchors'")
+
+
+@pytest.mark.parametrize("num", [0, -3, 2, 4, "nan", "x", *HUGE])
+@pytest.mark.parametrize("mask", ["0,2", None])
+def test_number_of_anchors(num: object, mask: str | None) -> None:
+    assert_refused(changed(3, num=num, mask=mask), 3, "num")
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2, 1.5, "nan", "x", *HUGE])
+def test_number_of_classes(classes: object) -> None:
+    assert_refused(changed(3, classes=classes), 3)
+
+
+def test_wrong_filters_before_an_output() -> None:
+    text = write_cfg(GOOD).replace("filters=12", "filters=13")
+    assert_refused(text, 3, "filters = 2 * (5 + 1) = 12", "13")
+    text = write_cfg([*GOOD[:3], conv(12, 1), pool(2, 2), GOOD[-1]])
+    assert_refused(text, 4, "finds [maxpool] with 12")
+    assert_refused(write_cfg([net(32), yolo("0,2", ANCHORS, 1)]), 0, "finds [net] with 3")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"activation": "leaky"}, {"activation": "logistic"}, {"activation": None}, {"batch_normalize": 1}, {"cbn": 1}],
+)
+def test_wrong_convolution_before_an_output(options: dict[str, object]) -> None:
+    assert_refused(changed(2, **options), 3, "no batch_normalize and activation=linear")
+
+
+@pytest.mark.parametrize("value", [0, -1.2, "nan", "inf", "x"])
+def test_scale_x_y(value: object) -> None:
+    assert_refused(changed(3, scale_x_y=value), 3, "scale_x_y")
+
+
+def test_new_coords_need_the_logistic_activation() -> None:
+    assert_refused(changed(3, new_coords=1), 3, "activation=logistic (new_coords=1)")
+    text = changed(3, new_coords=1).replace("activation=linear", "activation=logistic")
+    assert DarknetNetwork(parse_cfg(text), 1).new_coords
+
+
+def test_new_coords_feed_nothing_else() -> None:
+    """The sigmoid is taken out of that convolution, which another layer would miss."""
+    text = changed(3, new_coords=1).replace("activation=linear", "activation=logistic")
+    text += "\n" + write_cfg([route(2), output(12), yolo("0,2", ANCHORS, 1)])
+    assert "layer 2" in refusal(text)
+
+
+def test_cells_must_divide_the_input() -> None:
+    assert_refused(write_cfg([net(30), *GOOD[1:]]), 3, "8 x 8 cells", "30 x 30")
+    assert_refused(write_cfg([net(32, 30), *GOOD[1:]]), 3, "32 x 30")
+
+
+def test_good_is_good() -> None:
+    """The description that all the wrong ones derive from."""
+    with torch.device("meta"):
+        network = DarknetNetwork(parse_cfg(write_cfg(GOOD)), 1)
+    assert network.strides == (4,) and network.anchors == (((4.0, 6.0), (10.0, 14.0)),)
