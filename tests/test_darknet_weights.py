@@ -239,15 +239,16 @@ def test_short_and_long_files(change: int, tmp_path: Path) -> None:
     assert f"has {HAND_BYTES + change} bytes, this network needs {HAND_BYTES} ({change:+d})" in message
 
 
-@pytest.mark.parametrize("size", [*range(16, 340)])
-def test_every_shorter_file(size: int, tmp_path: Path) -> None:
+def test_every_shorter_file(tmp_path: Path) -> None:
     """Only the end of the first convolution, 20 + 4 * 62 bytes, is accepted."""
     network = build(HAND, 1)
-    content = hand_made()[:size]
-    if size == 268:
-        assert load_bytes(network, content, tmp_path).convolutions == 1
-    else:
-        refused(network, content, tmp_path)
+    accepted = []
+    for size in range(HAND_BYTES):
+        try:
+            accepted.append((size, load_bytes(network, hand_made()[:size], tmp_path).convolutions))
+        except CheckpointError as error:
+            assert f"{size} bytes" in str(error)
+    assert accepted == [(268, 1)]
 
 
 def test_old_header_counts_16_bytes(tmp_path: Path) -> None:
