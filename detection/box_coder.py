@@ -10,12 +10,14 @@ from detection.boxes import cxcywh_to_xyxy
 def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:
     """Turn the raw output of one level into boxes. Inverse of `encode_boxes` at the cell and anchor of the box.
 
-    centre = (sigmoid(t) + cell) * stride,  size = anchor * exp(t), in float32 whatever the input's type
+    The formula is that of `decode_cxcywh`, in float32 whatever the input's type.
 
     Args:
         raw: network output before any activation, (B, A, H, W, 4 or more); only the first four values are read.
         anchors: (width, height) in pixels of the network input, (A, 2).
         stride: pixels per cell.
+        scale_xy: see `decode_cxcywh`; one number for the level.
+        new_coords: see `decode_cxcywh`.
 
     Returns:
         Boxes (x1, y1, x2, y2) in pixels of the network input, (B, A, H, W, 4) float32; may exceed the image.
@@ -27,15 +29,50 @@ def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.
     """
     if raw.shape[1] != len(anchors):
         raise ValueError(f"raw output has {raw.shape[1]} anchors per cell, expected {len(anchors)}")
-    raw = raw[..., :4].float()
-    share = raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2
-    centre = (share + cell_grid(raw.shape[2], raw.shape[3], raw.device)) * stride
-    factor = (2 * raw[..., 2:].sigmoid()).square() if new_coords else raw[..., 2:].exp()
-    size = factor * anchors[:, None, None, :]
-    return cxcywh_to_xyxy(torch.cat([centre, size], dim=-1))
+    cells = cell_grid(raw.shape[2], raw.shape[3], raw.device)
+    return cxcywh_to_xyxy(
+        decode_cxcywh(raw[..., :4].float(), anchors[:, None, None, :], cells, stride, scale_xy, new_coords)
+    )
 
 
-def encode_boxes(boxes_cxcywh: Tensor, anchors: Tensor, cells: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
+def decode_cxcywh(
+    raw: Tensor,
+    anchors: Tensor,
+    cells: Tensor,
+    stride: Tensor | float,
+    scale_xy: Tensor | float = 1.0,
+    new_coords: bool = False,
+) -> Tensor:
+    """Raw values to boxes, each at its own cell and anchor; differentiable. All arguments broadcast.
+
+    centre = (s * sigmoid(t) - (s - 1) / 2 + cell) * stride
+    size = anchor * exp(t), with `new_coords` anchor * (2 * sigmoid(t))^2
+
+    Args:
+        raw: (..., 4) float32.
+        anchors: (width, height) in pixels, (..., 2).
+        cells: (column, row), (..., 2).
+        stride: pixels per cell, (..., 1) or one number.
+        scale_xy: s, (..., 1) or one number. 1 is YOLOv3; above 1 a centre on the border of its cell is reached by a
+            finite raw value.
+        new_coords: the size of Scaled-YOLOv4, at most four anchors. It has no encoding here: for detection only.
+
+    Returns:
+        (centre x, centre y, width, height) in pixels of the network input, (..., 4).
+
+    Source: YOLOv3, section 2.1, https://arxiv.org/abs/1804.02767; scale_xy: YOLOv4, section 3.4, "eliminate grid
+        sensitivity", https://arxiv.org/abs/2004.10934; new_coords: Scaled-YOLOv4, https://arxiv.org/abs/2011.08036,
+        and the setting of that name in AlexeyAB's Darknet.
+    """
+    # with s = 1 exactly (sigmoid + cell) * stride: the product and the offset change no digit
+    centre = (raw[..., :2].sigmoid() * scale_xy + (cells - (scale_xy - 1) / 2)) * stride
+    size = (2 * raw[..., 2:].sigmoid()).square() if new_coords else raw[..., 2:].exp()
+    return torch.cat([centre, size * anchors], dim=-1)
+
+
+def encode_boxes(
+    boxes_cxcywh: Tensor, anchors: Tensor, cells: Tensor, strides: Tensor, scale_xy: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The values a prediction should have at the given cell and anchor so that decoding gives the box.
 
     Args:
@@ -43,11 +80,14 @@ def encode_boxes(boxes_cxcywh: Tensor, anchors: Tensor, cells: Tensor, strides: 
         anchors: (width, height) of the anchor of each box in pixels, (..., 2).
         cells: (column, row) of each box, (..., 2).
         strides: pixels per cell of each box's level, (...).
+        scale_xy: s of each box's level, (..., 1) or one number.
 
     Returns:
-        The centre as a share of the cell, 0..1, what sigmoid(t_xy) should be, (..., 2); and the raw t_wh, (..., 2).
+        What sigmoid(t_xy) should be, (share of the cell + (s - 1) / 2) / s, 0..1 for a centre within the cell,
+        (..., 2); and the raw t_wh, (..., 2).
 
-    Source: YOLOv3, section 2.1, https://arxiv.org/abs/1804.02767
+    Source: as `decode_cxcywh`.
     """
     share_of_cell = boxes_cxcywh[..., :2] / strides[..., None] - cells
-    return share_of_cell, (boxes_cxcywh[..., 2:] / anchors).log()
+    share = (share_of_cell + (scale_xy - 1) / 2) / scale_xy
+    return share, (boxes_cxcywh[..., 2:] / anchors).log()

@@ -3,6 +3,8 @@
 Boxes are (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2 unless a name says `_cxcywh` (centre, width, height).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,61 @@ def pairwise_wh_iou(wh_1: Tensor, wh_2: Tensor) -> Tensor:
     intersection = smaller[..., 0] * smaller[..., 1]
     union = wh_1.prod(-1)[..., :, None] + wh_2.prod(-1) - intersection
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def generalized_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """GIoU of boxes one by one; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
+
+    GIoU = IoU - (hull - union) / hull, hull the area of the smallest box around both
+
+    Not torchvision's: its boolean index makes the host wait for the device in every step.
+
+    Source: https://arxiv.org/abs/1902.09630, algorithm 1.
+    """
+    intersection, union, hull_width, hull_height = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    hull = hull_width * hull_height
+    return intersection / _not_zero(union) - (hull - union) / _not_zero(hull)
+
+
+def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """CIoU of boxes one by one; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes with a size.
+
+    CIoU = IoU - d^2 / c^2 - alpha * v,  v = 4 / pi^2 * (atan(w_2 / h_2) - atan(w_1 / h_1))^2,
+    alpha = v / (1 - IoU + v) without gradient; d: distance of the centres, c: diagonal of the smallest box around both
+
+    Differs from the paper: it replaces 1 / (w^2 + h^2) in the gradient of v by 1. That is against large gradients in
+    width and height; with respect to their logarithms, which a network predicts, the true gradient is bounded.
+
+    Source: https://arxiv.org/abs/1911.08287, equations 7 to 12.
+    """
+    intersection, union, hull_width, hull_height = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    iou = intersection / _not_zero(union)
+    distance = (boxes_1_cxcywh[..., :2] - boxes_2_cxcywh[..., :2]).square().sum(-1)
+    diagonal = hull_width.square() + hull_height.square()
+    angle_1 = (boxes_1_cxcywh[..., 2] / boxes_1_cxcywh[..., 3]).atan()
+    angle_2 = (boxes_2_cxcywh[..., 2] / boxes_2_cxcywh[..., 3]).atan()
+    v = (angle_2 - angle_1).square() * (4 / math.pi**2)
+    # Rounding can put the IoU of equal boxes a little above 1.
+    alpha = (v / _not_zero((1 - iou).clamp(min=0) + v)).detach()
+    return iou - distance / _not_zero(diagonal) - alpha * v
+
+
+def _overlap_and_hull(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Area of intersection and of union; width and height of the smallest box around both; each (...)."""
+    # Corners are seen from the centre of the second box: small boxes far from the origin keep their digits. Width and
+    # height are multiplied by hand because the gradient of `prod` makes the host look for zeros.
+    offset = boxes_1_cxcywh[..., :2] - boxes_2_cxcywh[..., :2]
+    half_1, half_2 = boxes_1_cxcywh[..., 2:] / 2, boxes_2_cxcywh[..., 2:] / 2
+    upper_1, lower_1 = offset + half_1, offset - half_1
+    shared = (torch.minimum(upper_1, half_2) - torch.maximum(lower_1, -half_2)).clamp(min=0)
+    hull = torch.maximum(upper_1, half_2) - torch.minimum(lower_1, -half_2)
+    intersection = shared[..., 0] * shared[..., 1]
+    area_1, area_2 = (boxes[..., 2] * boxes[..., 3] for boxes in (boxes_1_cxcywh, boxes_2_cxcywh))
+    return intersection, area_1 + area_2 - intersection, hull[..., 0], hull[..., 1]
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
 
 
 def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:

@@ -50,10 +50,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, foreign, or of a format version this program does not know.
     """
+    return verified(read_file(path), path)
+
+
+def read_file(path: Path) -> Any:
+    """Whatever tensors and plain values a `torch.save` file holds, on the CPU; CheckpointError if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on the format of foreign files before it refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -64,7 +69,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
         reason = f"{type(error).__name__} {str(error)[:100]}".splitlines()[0]
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
-    if not isinstance(content, dict) or DIGEST_KEY not in content or "format" not in content:
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what a file holds was written by `save_checkpoint`."""
+    return isinstance(content, dict) and DIGEST_KEY in content and "format" in content
+
+
+def verified(content: Any, path: Path) -> dict[str, Any]:
+    """What `read_file` returned without its digest, if that is right; CheckpointError otherwise."""
+    if not is_checkpoint(content):
         raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest and format version")
     expected = content.pop(DIGEST_KEY)
     try:

@@ -97,16 +97,21 @@ class YOLOPostprocess(nn.Module):
         Returns:
             Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
         """
+        boxes, scores = self.decode(outputs)
+        return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+
+    def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Every prediction of all levels: boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C)."""
         anchors = [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
         levels = zip(outputs, anchors, self.strides, self.scales_xy, strict=True)
         boxes = flatten_levels([decode_boxes(*level, self.new_coords) for level in levels])
         raw = flatten_levels(outputs).float()
         classes = raw[..., 5:].softmax(-1) if self.softmax else raw[..., 5:].sigmoid()
         objectness = raw[..., 4:5].sigmoid()
-        scores = objectness * classes  # (B, P, C)
+        scores = objectness * classes
         if self.objectness_threshold:
             scores = torch.where(objectness > self.objectness_threshold, scores, 0.0)
-        return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+        return boxes, scores
 
     def _detections_of_image(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
         # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.

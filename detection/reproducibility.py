@@ -5,6 +5,8 @@ import platform
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def sample_stream(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
+    """Random numbers for one image in one epoch, of their own for each stream (1, 2, ...); 0 would equal no stream."""
+    return np.random.default_rng([seed, epoch, index, stream])
+
+
+@contextmanager
+def torch_stream(generator: np.random.Generator) -> Iterator[None]:
+    """Torch's global generator continues from the given one; afterwards it is as it was.
+
+    Only the CPU's: `torch.manual_seed` would change the accelerator's too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(generator.integers(2**63)))
+        yield
 
 
 def random_state() -> dict[str, Any]:

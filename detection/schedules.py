@@ -47,6 +47,21 @@ class Schedule:
             return self.learning_rate * rise if step < self.warmup else self._cosine(step - self.warmup)
         return self.learning_rate * rise
 
+    def changes(self, total_steps: int, most: int = 8) -> list[int]:
+        """Steps below `total_steps` at which a new scale, milestone or cosine cycle begins; at most `most` of them."""
+        if self.strategy == "LambdaLR":
+            steps = list(self.index)
+        elif self.strategy == "WarmupMultiStepLR":
+            steps = list(self.milestones)
+        elif self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
+            steps, start, length = [], self.warmup, self.first_cycle
+            while start < total_steps and len(steps) <= most:
+                steps.append(start)
+                start, length = start + length, length * self.cycle_growth
+        else:
+            steps = []
+        return [step for step in steps if step < total_steps][:most]
+
     def _cosine(self, step: int) -> float:
         length = self.first_cycle
         if self.cycle_growth == 1:

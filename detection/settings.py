@@ -69,6 +69,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Range = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(check_range)]
 NotNegativeRange = Annotated[tuple[NotNegative, NotNegative], AfterValidator(check_range)]
+HueRange = Annotated[
+    tuple[Annotated[float, Field(ge=-0.5)], Annotated[float, Field(le=0.5)]], AfterValidator(check_range)
+]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 GreyLevel = Annotated[int, Field(ge=0, le=255)]
 
@@ -131,9 +135,7 @@ class ColorJitter(Section):
     brightness: NotNegativeRange
     contrast: NotNegativeRange
     saturation: NotNegativeRange
-    hue: Annotated[
-        tuple[Annotated[float, Field(ge=-0.5)], Annotated[float, Field(le=0.5)]], AfterValidator(check_range)
-    ]
+    hue: HueRange
 
 
 class GaussNoise(Section):
@@ -160,6 +162,37 @@ class Affine(Section):
     rotate_method: Literal["largest_box", "ellipse"]
 
 
+class DarknetJitter(Section):
+    p: Probability
+    jitter: Annotated[float, Field(ge=0, lt=1)]
+
+
+class DarknetHSV(Section):
+    p: Probability
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    saturation: Factor
+    exposure: Factor
+
+
+class Expand(Section):
+    p: Probability
+    ratio: Annotated[tuple[Factor, Factor], AfterValidator(check_range)]
+
+
+class IoUCrop(Section):
+    p: Probability
+    min_ious: tuple[Probability, ...]
+    min_crop_size: Annotated[float, Field(gt=0, le=1)]
+
+
+class PhotometricDistortion(Section):
+    p: Probability
+    brightness: NotNegativeRange
+    contrast: NotNegativeRange
+    saturation: NotNegativeRange
+    hue: HueRange
+
+
 class AugmentationSettings(Section):
     multiplicative_noise: MultiplicativeNoise
     clahe: CLAHE
@@ -173,6 +206,11 @@ class AugmentationSettings(Section):
     horizontal_flip: Flip
     vertical_flip: Flip
     affine: Affine
+    expand: Expand
+    iou_crop: IoUCrop
+    darknet_jitter: DarknetJitter
+    darknet_hsv: DarknetHSV
+    photometric_distortion: PhotometricDistortion
     min_visibility: Probability
 
 
@@ -232,6 +270,12 @@ class YoloSettings(Section):
                 f"neck_channels: has {len(self.neck_channels)} values, anchors has {len(self.anchors)} levels; "
                 "one value per level is needed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_spp(self) -> "YoloSettings":
+        if self.spp and self.encoder in ("darknet_tiny", DARKNET_CFG):
+            raise ValueError(f"spp: encoder {self.encoder} has no neck that could pool; must be false")
         return self
 
     @model_validator(mode="after")

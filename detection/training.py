@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,33 @@ from detection.errors import NumericsError
 from detection.schedules import BIAS_GROUP
 from detection.settings import TrainSettings
 
+FACTOR = "learning_rate_factor"  # key of an optimizer group
+
 
 def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
     """Adam, AdamW or SGD over three named groups; weight decay acts on convolution weights only.
 
-    Groups: "weights" (kernels), "norms" (scale of the normalisations), "biases" (all biases).
+    Groups: "weights" (kernels), "norms" (scale of the normalisations and other factors per channel), "biases" (all
+    biases). With its own learning-rate factor the encoder has three more of the same names; they carry the factor.
     """
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms": [], BIAS_GROUP: []}
+    factor = train.encoder_learning_rate_factor
+    encoder = [] if factor == 1 else cast(nn.Module, model.encoder).parameters()
+    of_encoder = {id(parameter) for parameter in encoder}
+    parts = (False, True) if of_encoder else (False,)
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {
+        (part, kind): [] for part in parts for kind in ("weights", "norms", BIAS_GROUP)
+    }
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind = (
-                BIAS_GROUP
-                if name == "bias"
-                else "norms"
-                if isinstance(module, nn.modules.batchnorm._NormBase)
-                else "weights"
-            )
-            groups[kind].append(parameter)
-    arguments = [
-        {"params": parameters, "name": name, "weight_decay": train.weight_decay if name == "weights" else 0.0}
-        for name, parameters in groups.items()
-    ]
+            kind = BIAS_GROUP if name == "bias" else "norms" if parameter.ndim == 1 else "weights"
+            groups[id(parameter) in of_encoder, kind].append(parameter)
+    arguments = []
+    for (part, kind), parameters in groups.items():
+        decay = train.weight_decay if kind == "weights" else 0.0
+        group: dict[str, Any] = {"params": parameters, "name": kind, "weight_decay": decay}
+        if part:  # only then, so that other checkpoints stay as they are
+            group[FACTOR] = factor
+        arguments.append(group)
     if train.optimizer == "sgd":
         # Not fused: that kernel fails when an encoder without momentum yet is unfrozen beside a neck that has it.
         return torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum)
@@ -45,18 +51,28 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rate_of_group: Callable[[str], float]) -> None:
+    """Give each group the schedule's rate for its name, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate_of_group(group["name"])
+        group["lr"] = rate_of_group(group["name"]) * group.get(FACTOR, 1.0)
 
 
-def set_encoder_frozen(model: nn.Module, frozen: bool) -> None:
-    """Freeze or unfreeze the encoder: its weights get no gradient and its normalisations keep their statistics."""
+def set_encoder_frozen(model: nn.Module, frozen: bool, batch_norm: str = "train") -> None:
+    """Freeze or unfreeze the encoder of a model in training mode.
+
+    Args:
+        frozen: its weights get no gradient and its normalisations keep their statistics.
+        batch_norm: "frozen": those statistics stay, and normalise, while the weights train too.
+    """
     encoder = cast(nn.Module, model.encoder)
     for parameter in encoder.parameters():
         parameter.requires_grad_(not frozen)
         if frozen:
             parameter.grad = None
     encoder.train(not frozen)
+    if batch_norm == "frozen":
+        for module in encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 def train_step(

@@ -59,7 +59,12 @@ def open_weights(
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; the checkpoint {weights} carries its own")
         return _open_checkpoint(weights, defaults, overlays, words, flags)
-    return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
+    try:
+        return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
+    except SettingsError as error:
+        if cfg is None or not str(error).startswith("cfg: "):
+            raise
+        raise SettingsError(f"{cfg}: {str(error).removeprefix('cfg: ')}") from None
 
 
 def _open_checkpoint(
@@ -104,6 +109,9 @@ def _open_darknet(
     if settings.yolo.cfg is not None:
         sections = parse_cfg(settings.yolo.cfg)
         num_classes = cfg_classes(sections)
+        net = sections[0]
+        if (width := net.integer("width", 416)) != (height := net.integer("height", 416)):
+            lines.append(f"cfg: its input of {width} x {height} px becomes {settings.evaluation.image_size} px square")
         if unused := unused_keys(sections):
             lines.append(f"cfg: not used, training and thresholds are set in the settings: {', '.join(unused)}")
     else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.box_coder import decode_boxes, encode_boxes
+from detection.box_coder import decode_boxes, decode_cxcywh, encode_boxes
 from detection.boxes import cxcywh_to_xyxy
 
 ANCHORS = torch.tensor([[10.0, 13.0], [33.0, 23.0], [59.0, 119.0]])
@@ -103,3 +103,55 @@ def test_decode_reads_only_the_first_four_values() -> None:
 def test_decode_refuses_another_number_of_anchors() -> None:
     with pytest.raises(ValueError, match="2 anchors per cell, expected 3"):
         decode_boxes(torch.zeros(1, 2, 4, 4, 6), ANCHORS, 8)
+
+
+# scale_xy and new_coords
+
+
+def test_decode_with_scale_by_hand() -> None:
+    """s = 1.2: sigmoid 3/4 and 1/4 become 1.2 * 3/4 - 0.1 = 0.8 and 1.2 * 1/4 - 0.1 = 0.2 of the cell."""
+    raw = torch.zeros(1, 3, 4, 7, 4)
+    raw[0, 1, 2, 5, :4] = torch.tensor([math.log(3), -math.log(3), math.log(2), math.log(0.5)])
+    boxes = decode_boxes(raw, ANCHORS, stride=16, scale_xy=1.2)
+    x, y = (5 + 0.8) * 16, (2 + 0.2) * 16
+    torch.testing.assert_close(boxes[0, 1, 2, 5], torch.tensor([x - 33, y - 5.75, x + 33, y + 5.75]))
+    # raw 0 stays the anchor in the middle of the cell
+    torch.testing.assert_close(boxes[0, 2, 3, 0], torch.tensor([8 - 29.5, 56 - 59.5, 8 + 29.5, 56 + 59.5]))
+
+
+def test_decode_with_new_coords_by_hand() -> None:
+    """Size = anchor * (2 * sigmoid)^2: sigmoid 3/4 gives 9/4 anchors, 1/4 gives 1/4, 1/2 gives 1; s = 2."""
+    raw = torch.zeros(1, 3, 1, 1, 4)
+    raw[0, 0, 0, 0] = torch.tensor([math.log(3), -math.log(3), math.log(3), -math.log(3)])
+    boxes = decode_boxes(raw, ANCHORS, stride=8, scale_xy=2.0, new_coords=True)
+    # centre 2 * 3/4 - 1/2 = 1 and 2 * 1/4 - 1/2 = 0 of the cell; size 10 * 9/4 and 13 / 4
+    expected = torch.tensor([8 - 11.25, 0 - 1.625, 8 + 11.25, 0 + 1.625])
+    torch.testing.assert_close(boxes[0, 0, 0, 0], expected)
+    torch.testing.assert_close(boxes[0, 1, 0, 0], torch.tensor([4 - 16.5, 4 - 11.5, 4 + 16.5, 4 + 11.5]))
+    huge = decode_boxes(torch.full((1, 3, 1, 1, 4), 1e4), ANCHORS, stride=8, new_coords=True)
+    torch.testing.assert_close(huge[0, :, 0, 0, 2] - huge[0, :, 0, 0, 0], ANCHORS[:, 0] * 4)  # at most four anchors
+
+
+@pytest.mark.parametrize("scale_xy", [1.0, 1.05, 1.1, 1.2, 2.0])
+def test_decode_inverts_encode_with_scale(scale_xy: float) -> None:
+    """Any centre of the cell, its borders too (finite raw values where the scale exceeds 1)."""
+    generator = torch.Generator().manual_seed(3)
+    cells = torch.tensor([5.0, 2.0]).expand(40, 2)
+    share = torch.rand(40, 2, generator=generator) if scale_xy > 1 else torch.rand(40, 2, generator=generator) / 2 + 0.2
+    if scale_xy > 1:
+        share[0], share[1] = 0.0, 1.0
+    boxes_cxcywh = torch.cat([(cells + share) * 16, torch.exp(torch.randn(40, 2, generator=generator) + 3)], dim=-1)
+    anchors = ANCHORS[1].expand(40, 2)
+    target, raw_wh = encode_boxes(boxes_cxcywh, anchors, cells, torch.full((40,), 16.0), scale_xy)
+    assert (target > 0).all() and (target < 1).all()
+    raw = torch.cat([logit(target), raw_wh], dim=-1)
+    torch.testing.assert_close(decode_cxcywh(raw, anchors, cells, 16, scale_xy), boxes_cxcywh, atol=1e-3, rtol=1e-5)
+
+
+def test_encode_with_a_scale_per_box_by_hand() -> None:
+    boxes_cxcywh = torch.tensor([[20.0, 16, 16, 16], [20, 16, 16, 16]])
+    share, _ = encode_boxes(
+        boxes_cxcywh, torch.ones(2, 2), torch.ones(2, 2), torch.full((2,), 16.0), torch.tensor([[1.0], [1.2]])
+    )
+    # a quarter of the cell in x, its border in y
+    torch.testing.assert_close(share, torch.tensor([[0.25, 0], [0.35 / 1.2, 0.1 / 1.2]]))

@@ -1,14 +1,18 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from detection.boxes import (
     box_area,
     clip_boxes,
+    complete_iou,
     cxcywh_to_xyxy,
+    generalized_iou,
     pairwise_intersection,
     pairwise_iou,
     pairwise_wh_iou,
@@ -196,3 +200,126 @@ def test_box_functions_keep_the_float_type(dtype: torch.dtype) -> None:
     iou = pairwise_iou(boxes, boxes)
     assert iou.dtype == dtype
     assert math.isclose(iou[0, 1].item(), 16 / 48, rel_tol=torch.finfo(dtype).eps)
+
+
+# IoU of boxes one by one, for losses
+
+
+def random_boxes_cxcywh(count: int, seed: int) -> Tensor:
+    """Near the origin and in one another's neighbourhood; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 12
+    size = torch.exp(torch.randn(count, 2, generator=generator, dtype=torch.float64) + 1.5)
+    return torch.cat([centre, size], dim=-1)
+
+
+def slow_generalized_iou(box_1: list[float], box_2: list[float]) -> float:
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    hull = hull_width * hull_height
+    return intersection / union - (hull - union) / hull
+
+
+def slow_complete_iou(box_1: list[float], box_2: list[float], alpha: float | None = None) -> float:
+    """`alpha` given: held fixed, as in the gradient."""
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    distance_squared = (box_1[0] - box_2[0]) ** 2 + (box_1[1] - box_2[1]) ** 2
+    v = slow_v(box_1, box_2)
+    alpha = v / (1 - intersection / union + v) if alpha is None else alpha
+    return intersection / union - distance_squared / (hull_width**2 + hull_height**2) - alpha * v
+
+
+def slow_v(box_1: list[float], box_2: list[float]) -> float:
+    return 4 / math.pi**2 * (math.atan(box_2[2] / box_2[3]) - math.atan(box_1[2] / box_1[3])) ** 2
+
+
+def slow_overlap_and_hull(box_1: list[float], box_2: list[float]) -> tuple[float, float, float, float]:
+    left, right, top, bottom = [], [], [], []
+    for x, y, width, height in (box_1, box_2):
+        left.append(x - width / 2)
+        right.append(x + width / 2)
+        top.append(y - height / 2)
+        bottom.append(y + height / 2)
+    width, height = min(right) - max(left), min(bottom) - max(top)
+    intersection = width * height if width > 0 and height > 0 else 0.0
+    union = box_1[2] * box_1[3] + box_2[2] * box_2[3] - intersection
+    return intersection, union, max(right) - min(left), max(bottom) - min(top)
+
+
+def test_generalized_iou_by_hand() -> None:
+    boxes = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4], [1, 1, 2, 2], [2, 2, 4, 4]])
+    others = torch.tensor([[4.0, 2, 4, 4], [2, 2, 4, 4], [5, 1, 2, 2], [2, 2, 2, 2]])
+    # half over: 8 / 24, hull 6 x 4 full; equal: 1; apart: IoU 0, union 8, hull 6 x 2 = 12; inside: 4 / 16
+    assert generalized_iou(boxes, others).tolist() == pytest.approx([1 / 3, 1, -4 / 12, 1 / 4])
+
+
+def test_complete_iou_by_hand() -> None:
+    boxes = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4], [1, 1, 2, 2], [2, 2, 4, 4], [2, 2, 4, 4]])
+    others = torch.tensor([[4.0, 2, 4, 4], [2, 2, 4, 4], [5, 1, 2, 2], [2, 2, 2, 2], [2, 2, 4, 1e-9]])
+    # half over: 1/3, distance 2, diagonal^2 = 36 + 16; equal; apart: distance 4, diagonal^2 = 36 + 4; inside: 1/4;
+    # a line: IoU 0, v = 4 / pi^2 * (pi / 2 - pi / 4)^2 = 1/4, alpha = 1/4 / (1 + 1/4)
+    expected = [1 / 3 - 4 / 52, 1, -16 / 40, 1 / 4, -1 / 5 * 1 / 4]
+    assert complete_iou(boxes, others).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_generalized_and_complete_iou_against_loop_and_torchvision(seed: int) -> None:
+    boxes, others = random_boxes_cxcywh(60, seed), random_boxes_cxcywh(60, seed + 10)
+    pairs = list(zip(boxes.tolist(), others.tolist(), strict=True))
+    overlapping = sum(slow_overlap_and_hull(*pair)[0] > 0 for pair in pairs)
+    assert 10 < overlapping < 55
+    for ours, slow, theirs in [
+        (generalized_iou, slow_generalized_iou, torchvision.ops.generalized_box_iou_loss),
+        (complete_iou, slow_complete_iou, torchvision.ops.complete_box_iou_loss),
+    ]:
+        values = ours(boxes, others)
+        assert values.tolist() == pytest.approx([slow(*pair) for pair in pairs], abs=1e-12)
+        torch.testing.assert_close(1 - values, theirs(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(others)), atol=1e-6, rtol=0)
+
+
+def test_gradients_of_generalized_and_complete_iou_against_central_differences() -> None:
+    boxes, others = random_boxes_cxcywh(60, 2), random_boxes_cxcywh(60, 12)
+    for name, ours in [("giou", generalized_iou), ("ciou", complete_iou)]:
+        leaf = boxes.clone().requires_grad_()
+        ours(leaf, others).sum().backward()
+        assert leaf.grad is not None
+        for gradient, box, other in zip(leaf.grad.tolist(), boxes.tolist(), others.tolist(), strict=True):
+            v, (intersection, union, _, _) = slow_v(box, other), slow_overlap_and_hull(box, other)
+            alpha = v / (1 - intersection / union + v)
+            for number in range(4):
+                values = []
+                for step in (1e-6, -1e-6):
+                    moved = [value + step * (i == number) for i, value in enumerate(box)]
+                    values.append(
+                        slow_generalized_iou(moved, other) if name == "giou" else slow_complete_iou(moved, other, alpha)
+                    )
+                assert gradient[number] == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("function", [generalized_iou, complete_iou])
+def test_iou_of_extreme_boxes_is_finite_with_finite_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Equal, touching, huge, tiny and line-shaped boxes, far from the origin too; float32."""
+    others = torch.tensor([[5000.0, 5000, 10, 20]]).expand(8, 4)
+    boxes = torch.tensor(
+        [
+            [5000.0, 5000, 10, 20],
+            [5010, 5000, 10, 20],
+            [5000, 5000, 1e7, 1e7],
+            [5000, 5000, 1e-6, 1e-6],
+            [5000, 5000, 1e7, 1e-6],
+            [0, 0, 1e-6, 1e7],
+            [-1e6, 1e6, 1e-3, 1e-3],
+            [5000, 5000, 10, 20.000001],
+        ],
+        requires_grad=True,
+    )
+    values = function(boxes, others)
+    values.sum().backward()
+    assert values.isfinite().all() and boxes.grad is not None and boxes.grad.isfinite().all()
+    assert (values <= 1 + 1e-6).all() and values[0] == 1
+
+
+def test_small_boxes_far_from_the_origin_keep_their_digits() -> None:
+    """Half over one another, 0.01 pixels wide at x = 600: the corners themselves are 6e-5 apart in float32."""
+    boxes = torch.tensor([[600.0, 600, 0.01, 0.01]])
+    others = torch.tensor([[600.0, 600, 0.02, 0.01]])
+    assert generalized_iou(boxes, others).item() == pytest.approx(0.5, rel=1e-5)

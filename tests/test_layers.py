@@ -17,9 +17,12 @@ LAYERS = [
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
         *("drawing", "stopping", "command_line"),
     },
-    {"anchors", "box_coder", "target_assignment", "losses", "postprocessing"},
+    {
+        *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
+        "postprocessing",
+    },
     {"models", "data"},
-    {"checkpoints", "weights", "evaluation", "training", "reports"},
+    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports"},
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

@@ -243,7 +243,9 @@ def digest(batch: Batch) -> str:
 
 @pytest.fixture
 def training_set(drawn_dataset: Path, default_settings: Load) -> CocoDataset:
-    data = default_settings("data.augmentation.gauss_noise.p=0.5", "data.augmentation.multiplicative_noise.p=0.5").data
+    named = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
+    names = ("gauss_noise", "multiplicative_noise", *named)
+    data = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names)).data
     transform = Transform(data, 64, 11, training=True)
     return CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
 

@@ -1,11 +1,4 @@
-"""`DarknetLoss` against a slow loop over Darknet's per-logit gradients, written from their published definitions:
-
-per image, delta = minus the gradient of the loss with respect to a raw value,
-    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any truth exceeds the threshold
-    class:      one-hot - sigmoid on positives; where a truth came before, only the true class of the next one is set
-    xy:         s * (t - sigmoid),  wh: s * (t - raw),  s = 2 - w * h relative to the network input
-A crowd region (ours, Darknet has none) is never assigned; predictions inside it by more than the threshold carry none.
-"""
+"""`DarknetLoss` against the slow loop of `loss_cases.py`; what holds for every criterion."""
 
 import math
 from collections import Counter
@@ -14,206 +7,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.losses import CRITERIA, DarknetLoss
-
-WIDTH, HEIGHT = 96, 64  # pixels of the network input
-LEVELS = {
-    "three levels": (
-        [8, 16, 32],
-        [[(4, 5), (6, 12), (13, 9)], [(12, 24), (25, 18), (22, 45)], [(46, 36), (62, 40), (80, 60)]],
-    ),
-    "two levels": ([16, 32], [[(8, 7), (14, 20), (30, 18)], [(30, 44), (52, 36), (80, 60)]]),
-    "unequal levels": ([8, 16, 32], [[(6, 7)], [(12, 24), (25, 18), (22, 45), (40, 20)], [(46, 36), (80, 60)]]),
-}
-Anchors = list[list[tuple[float, float]]]
-
-
-class Case:
-    """Random raw outputs and targets, with everything in them that the loss has a rule for."""
-
-    def __init__(
-        self, layout: str, num_classes: int, counts: list[int], seed: int, threshold: float = 0.7, planted: float = 0.6
-    ) -> None:
-        self.strides, anchors = LEVELS[layout]
-        self.anchors: Anchors = anchors
-        self.threshold = threshold
-        self.num_classes = num_classes
-        self.generator = torch.Generator().manual_seed(seed)
-        rows_of_targets = max([*counts, 1]) + 2
-        self.boxes = torch.zeros(len(counts), rows_of_targets, 4)
-        self.labels = torch.full((len(counts), rows_of_targets), -1)
-        self.outputs = [
-            torch.randn(
-                len(counts), len(level), HEIGHT // stride, WIDTH // stride, 5 + num_classes, generator=self.generator
-            )
-            for stride, level in zip(self.strides, self.anchors, strict=True)
-        ]
-        for image, count in enumerate(counts):
-            for number in range(count):
-                self._add_truth(image, number)
-            for number in range(count):
-                if self._uniform() < planted:
-                    self._plant(image, number)
-
-    def _uniform(self) -> float:
-        return torch.rand(1, generator=self.generator).item()
-
-    def _add_truth(self, image: int, number: int) -> None:
-        """A random box; one in five nearly repeats an earlier box, one in ten is a crowd region."""
-        if number and self._uniform() < 0.2:
-            earlier = int(self._uniform() * number)
-            box = self.boxes[image, earlier] + torch.rand(4, generator=self.generator) * 0.01
-        else:
-            size = torch.tensor([4 * math.exp(3 * self._uniform()), 4 * math.exp(2.6 * self._uniform())])
-            corner = torch.tensor([self._uniform(), self._uniform()]) * (torch.tensor([WIDTH, HEIGHT]) - size)
-            box = torch.cat([corner, corner + size])
-        self.boxes[image, number] = box
-        self.labels[image, number] = -2 if self._uniform() < 0.1 else int(self._uniform() * self.num_classes)
-
-    def _plant(self, image: int, number: int) -> None:
-        """Make the prediction of a random anchor decode to almost this box, so that the ignore rule has work to do."""
-        x1, y1, x2, y2 = self.boxes[image, number].tolist()
-        level = int(self._uniform() * len(self.strides))
-        stride = self.strides[level]
-        anchor = int(self._uniform() * len(self.anchors[level]))
-        x, y = (x1 + x2) / 2 / stride, (y1 + y2) / 2 / stride
-        column, row = min(int(x), WIDTH // stride - 1), min(int(y), HEIGHT // stride - 1)
-        share_x, share_y = (min(max(share, 0.02), 0.98) for share in (x - column, y - row))
-        anchor_width, anchor_height = self.anchors[level][anchor]
-        raw = [
-            math.log(share_x / (1 - share_x)),
-            math.log(share_y / (1 - share_y)),
-            math.log((x2 - x1) / anchor_width),
-            math.log((y2 - y1) / anchor_height),
-        ]
-        noise = torch.randn(4, generator=self.generator) * 0.05
-        self.outputs[level][image, anchor, row, column, :4] = torch.tensor(raw) + noise
-
-    def criterion(self, **arguments: Any) -> DarknetLoss:
-        return DarknetLoss(self.anchors, self.strides, self.threshold, **arguments)
-
-    def targets(self) -> dict[str, Tensor]:
-        return {"boxes": self.boxes, "labels": self.labels}
-
-    def gradients(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The losses, and the gradients of their sum times the batch size, which is Darknet's sum over images."""
-        outputs = [output.clone().requires_grad_() for output in self.outputs]
-        losses = self.criterion()(outputs, self.targets())
-        (torch.stack(list(losses.values())).sum() * len(self.boxes)).backward()
-        gradients = [output.grad for output in outputs]
-        assert all(gradient is not None for gradient in gradients)
-        return losses, [gradient for gradient in gradients if gradient is not None]
-
-
-# The oracle: plain Python numbers, one prediction and one truth at a time
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
-def cross_entropy_of_bit(logit: float, target: float) -> float:
-    return -target * math.log(sigmoid(logit)) - (1 - target) * math.log(1 - sigmoid(logit))
-
-
-def decode(raw: list[float], anchor: tuple[float, float], row: int, column: int, stride: int) -> list[float]:
-    x, y = (column + sigmoid(raw[0])) * stride, (row + sigmoid(raw[1])) * stride
-    width, height = anchor[0] * math.exp(raw[2]), anchor[1] * math.exp(raw[3])
-    return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-
-
-def overlap(predicted: list[float], truth: list[float], crowd: bool) -> float:
-    """IoU; with a crowd region the share of the prediction inside it."""
-    width = min(predicted[2], truth[2]) - max(predicted[0], truth[0])
-    height = min(predicted[3], truth[3]) - max(predicted[1], truth[1])
-    shared = width * height if width > 0 and height > 0 else 0.0
-    predicted_area = (predicted[2] - predicted[0]) * (predicted[3] - predicted[1])
-    truth_area = (truth[2] - truth[0]) * (truth[3] - truth[1])
-    return shared / predicted_area if crowd else shared / (predicted_area + truth_area - shared)
-
-
-def truths_of(case: Case, image: int) -> list[tuple[list[float], int]]:
-    pairs = zip(case.boxes[image].tolist(), case.labels[image].tolist(), strict=True)
-    return [(box, label) for box, label in pairs if label != -1]
-
-
-def is_ignored(case: Case, image: int, predicted: list[float]) -> bool:
-    return any(overlap(predicted, box, label == -2) > case.threshold for box, label in truths_of(case, image))
-
-
-def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
-    """(level, anchor, row, column): the anchor of all levels with the best IoU of shapes, in the cell of the centre."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    best_iou, best = 0.0, (-1, -1)
-    for level, anchors in enumerate(case.anchors):
-        for number, (anchor_width, anchor_height) in enumerate(anchors):
-            shared = min(width, anchor_width) * min(height, anchor_height)
-            iou = shared / (width * height + anchor_width * anchor_height - shared)
-            if iou > best_iou:
-                best_iou, best = iou, (level, number)
-    level, number = best
-    stride = case.strides[level]
-    column = min(int((box[0] + box[2]) / 2 / stride), WIDTH // stride - 1)
-    row = min(int((box[1] + box[3]) / 2 / stride), HEIGHT // stride - 1)
-    return level, number, row, column
-
-
-def box_targets(case: Case, box: list[float]) -> tuple[list[float], float]:
-    """(t_x, t_y, t_w, t_h) at the responsible prediction and s; t_x and t_y are shares of the cell."""
-    level, number, row, column = responsible(case, box)
-    stride, (anchor_width, anchor_height) = case.strides[level], case.anchors[level][number]
-    width, height = box[2] - box[0], box[3] - box[1]
-    t = [
-        (box[0] + box[2]) / 2 / stride - column,
-        (box[1] + box[3]) / 2 / stride - row,
-        math.log(width / anchor_width),
-        math.log(height / anchor_height),
-    ]
-    return t, 2 - (width / WIDTH) * (height / HEIGHT)
-
-
-def all_predictions(case: Case) -> list[tuple[int, int, int, int]]:
-    return [
-        (level, anchor, row, column)
-        for level, output in enumerate(case.outputs)
-        for anchor in range(output.shape[1])
-        for row in range(output.shape[2])
-        for column in range(output.shape[3])
-    ]
-
-
-def darknet_deltas(case: Case) -> list[Tensor]:
-    """What Darknet's yolo layer writes into its delta, per level in the shape of the outputs, float64."""
-    deltas = [torch.zeros(output.shape, dtype=torch.float64) for output in case.outputs]
-    for image in range(len(case.boxes)):
-        for level, anchor, row, column in all_predictions(case):
-            raw = case.outputs[level][image, anchor, row, column].tolist()
-            predicted = decode(raw, case.anchors[level][anchor], row, column, case.strides[level])
-            if not is_ignored(case, image, predicted):
-                deltas[level][image, anchor, row, column, 4] = 0 - sigmoid(raw[4])
-        seen = set()
-        for box, label in truths_of(case, image):
-            if label == -2:
-                continue
-            place = level, anchor, row, column = responsible(case, box)
-            raw = case.outputs[level][image, anchor, row, column].tolist()
-            delta = deltas[level][image, anchor, row, column]
-            t, s = box_targets(case, box)
-            delta[0] = s * (t[0] - sigmoid(raw[0]))
-            delta[1] = s * (t[1] - sigmoid(raw[1]))
-            delta[2] = s * (t[2] - raw[2])
-            delta[3] = s * (t[3] - raw[3])
-            delta[4] = 1 - sigmoid(raw[4])
-            for number in range(case.num_classes):
-                if place not in seen:
-                    delta[5 + number] = (number == label) - sigmoid(raw[5 + number])
-                elif number == label:
-                    delta[5 + number] = 1 - sigmoid(raw[5 + number])
-            seen.add(place)
-    return deltas
+from tests.loss_cases import (
+    HEIGHT,
+    LEVELS,
+    WIDTH,
+    Case,
+    all_predictions,
+    box_targets,
+    cross_entropy_of_bit,
+    darknet_deltas,
+    decode,
+    is_ignored,
+    overlap,
+    responsible,
+    truths_of,
+)
 
 
 def slow_losses(case: Case) -> dict[str, float]:
@@ -235,9 +46,7 @@ def slow_losses(case: Case) -> dict[str, float]:
                 totals["loss_objectness"] += cross_entropy_of_bit(raw[4], 1)
                 for number in range(case.num_classes):
                     totals["loss_class"] += cross_entropy_of_bit(raw[5 + number], number in classes[place])
-            elif not is_ignored(
-                case, image, decode(raw, case.anchors[level][anchor], row, column, case.strides[level])
-            ):
+            elif not is_ignored(case, image, decode(case, raw, level, anchor, row, column)):
                 totals["loss_objectness"] += cross_entropy_of_bit(raw[4], 0)
     return {name: total / len(case.boxes) for name, total in totals.items()}
 
@@ -250,61 +59,100 @@ def assert_matches_darknet(case: Case) -> None:
         assert losses[name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-CASES = [
+SMALL, LARGE = (WIDTH, HEIGHT), (224, 160)  # pixels of the network input
+CASES: list[tuple[Any, ...]] = [  # arguments of `Case`
     ("three levels", 4, [6, 0, 17], 0, 0.7),
     ("three levels", 80, [9, 12], 1, 0.7),
     ("three levels", 1, [14, 5], 2, 0.5),
     ("two levels", 3, [11, 1, 0, 8], 3, 0.7),
     ("two levels", 1, [20], 4, 0.5),
     ("unequal levels", 2, [13, 20], 5, 0.6),
+    ("equal strides", 3, [13, 0, 9], 6, 0.7),
+    ("three levels", 3, [13, 0, 9], 7, 0.7, 0.6, SMALL, 1.2),
+]
+PUBLISHED: list[tuple[Any, ...]] = [
+    ("full", 5, [19, 0, 14], 18, 0.7, 0.9, LARGE),
+    ("tiny", 5, [21, 0, 16], 19, 0.7, 0.9, LARGE),
 ]
 
 
-@pytest.mark.parametrize(("layout", "num_classes", "counts", "seed", "threshold"), CASES)
-def test_gradients_and_values_are_darknets(
-    layout: str, num_classes: int, counts: list[int], seed: int, threshold: float
-) -> None:
-    assert_matches_darknet(Case(layout, num_classes, counts, seed, threshold))
+@pytest.mark.parametrize("arguments", CASES + PUBLISHED)
+def test_gradients_and_values_are_darknets(arguments: tuple[Any, ...]) -> None:
+    assert_matches_darknet(Case(*arguments))
+
+
+def met_rules(case: Case) -> Counter[str]:
+    """How often each rule of the loss decided something in the case."""
+    met: Counter[str] = Counter()
+    deltas = darknet_deltas(case)
+    for image in range(len(case.boxes)):
+        truths = truths_of(case, image)
+        met["empty image"] += not truths
+        met["crowd"] += sum(label == -2 for _, label in truths)
+        met["first class"] += sum(label == 0 for _, label in truths)
+        met["last class"] += sum(label == case.num_classes - 1 for _, label in truths)
+        places: dict[tuple[int, int, int, int], list[int]] = {}
+        for box, label in truths:
+            if label >= 0:
+                places.setdefault(responsible(case, box), []).append(label)
+        for labels in places.values():
+            met["shared, same class"] += len(labels) > len(set(labels))
+            met["shared, two classes"] += len(set(labels)) > 1
+        for place in all_predictions(case):
+            level, *position = place
+            raw = case.outputs[level][(image, *position)].tolist()
+            predicted = decode(case, raw, *place)
+            if is_ignored(case, image, predicted):
+                met["ignored and positive" if place in places else "ignored"] += 1
+                met["ignored for a crowd region only"] += not any(
+                    overlap(predicted, box, False) > case.threshold for box, _ in truths
+                )
+    met["levels with a positive"] += sum(int((delta[..., 2] != 0).any()) for delta in deltas)
+    return met
 
 
 def test_cases_contain_every_rule() -> None:
     """The random cases above would prove little without shared cells, ignored predictions and crowd regions."""
     met: Counter[str] = Counter()
     for arguments in CASES:
-        case = Case(*arguments)
-        deltas = darknet_deltas(case)
-        for image in range(len(case.boxes)):
-            truths = truths_of(case, image)
-            met["empty image"] += not truths
-            met["crowd"] += sum(label == -2 for _, label in truths)
-            places: dict[tuple[int, int, int, int], list[int]] = {}
-            for box, label in truths:
-                if label >= 0:
-                    places.setdefault(responsible(case, box), []).append(label)
-            for labels in places.values():
-                met["shared, same class"] += len(labels) > len(set(labels))
-                met["shared, two classes"] += len(set(labels)) > 1
-            for place in all_predictions(case):
-                level, *position = place
-                raw = case.outputs[level][(image, *position)].tolist()
-                predicted = decode(raw, case.anchors[level][place[1]], place[2], place[3], case.strides[level])
-                if is_ignored(case, image, predicted):
-                    met["ignored and positive" if place in places else "ignored"] += 1
-                    met["ignored for a crowd region only"] += not any(
-                        overlap(predicted, box, False) > case.threshold for box, _ in truths
-                    )
-        met["levels with a positive"] += sum(int((delta[..., 2] != 0).any()) for delta in deltas)
+        met += met_rules(Case(*arguments))
     for rule, least in {
         "empty image": 2,
         "crowd": 5,
+        "first class": 5,
+        "last class": 5,
         "shared, same class": 3,
         "shared, two classes": 3,
         "ignored": 20,
         "ignored and positive": 5,
         "ignored for a crowd region only": 3,
-        "levels with a positive": 14,
+        "levels with a positive": 18,
     }.items():
         assert met[rule] >= least, f"{rule}: {met[rule]}"
+
+
+@pytest.mark.parametrize(("arguments", "levels"), [(PUBLISHED[0], 3), (PUBLISHED[1], 2)])
+def test_published_anchors_meet_every_rule(arguments: tuple[Any, ...], levels: int) -> None:
+    met = met_rules(Case(*arguments))
+    for rule in ("empty image", "crowd", "first class", "last class", "shared, two classes", "ignored"):
+        assert met[rule] >= 1, rule
+    assert met["levels with a positive"] == levels
+
+
+@pytest.mark.parametrize("layout", ["full", "tiny"])
+def test_three_truths_of_three_classes_in_one_prediction(layout: str) -> None:
+    """The last gives the box, all three classes unite; a fourth shares the cell but not the anchor."""
+    case = Case(layout, 5, [2, 0], seed=20, size=LARGE)
+    centre = torch.tensor([103.0, 71.0])
+    for row, (size, label) in enumerate([((31, 60), 4), ((30, 62), 0), ((33, 59), 2), ((100, 80), 1)]):
+        half = torch.tensor(size) / 2
+        case.boxes[0, row], case.labels[0, row] = torch.cat([centre - half, centre + half]), label
+    places = [responsible(case, box) for box in case.boxes[0, :4].tolist()]
+    assert places[0] == places[1] == places[2] != places[3]
+    assert_matches_darknet(case)
+    _, gradients = case.gradients()
+    level, *position = places[0]
+    assert (gradients[level][(0, *position)][5:] < 0).tolist() == [True, False, True, False, True]
 
 
 # By hand
@@ -385,9 +233,10 @@ def test_crowd_region_excuses_background_only() -> None:
 # Special targets
 
 
-def test_whole_batch_empty() -> None:
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_whole_batch_empty(loss: str) -> None:
     """Only background is learned, every output takes part, so no process of a distributed run waits for another."""
-    case = Case("three levels", 4, [0, 0], seed=6)
+    case = Case("three levels", 4, [0, 0], seed=6, loss=loss)
     losses, gradients = case.gradients()
     assert losses["loss_box"] == 0 and losses["loss_class"] == 0
     for output, gradient in zip(case.outputs, gradients, strict=True):
@@ -395,9 +244,10 @@ def test_whole_batch_empty() -> None:
         assert not gradient[..., :4].any() and not gradient[..., 5:].any()
 
 
+@pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("rows_of_targets", [0, 1])
-def test_batch_without_target_rows(rows_of_targets: int) -> None:
-    case = Case("two levels", 3, [0], seed=7)
+def test_batch_without_target_rows(rows_of_targets: int, loss: str) -> None:
+    case = Case("two levels", 3, [0], seed=7, loss=loss)
     expected = case.criterion()(case.outputs, case.targets())
     targets = {"boxes": case.boxes[:, :rows_of_targets], "labels": case.labels[:, :rows_of_targets]}
     assert case.criterion()(case.outputs, targets) == expected
@@ -421,9 +271,10 @@ def test_very_many_truths(layout: str, counts: list[int]) -> None:
     assert_matches_darknet(Case(layout, 5, counts, seed=9))
 
 
-def test_padding_changes_nothing() -> None:
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_padding_changes_nothing(loss: str) -> None:
     """More padding rows, and rows that are not zero."""
-    case = Case("three levels", 4, [6, 9], seed=10)
+    case = Case("three levels", 4, [6, 9], seed=10, loss=loss)
     expected = case.criterion()(case.outputs, case.targets())
     garbage = torch.rand(2, 40, 4, generator=case.generator) * 60
     garbage[:, 20:] = case.boxes[:, :1]  # copies of a truth
@@ -451,9 +302,10 @@ def test_order_of_truths_that_share_nothing_does_not_matter() -> None:
 # Batches and sizes
 
 
-def test_batch_is_the_mean_of_its_images() -> None:
-    """So that micro-batches of one size add up to a large batch."""
-    case = Case("unequal levels", 3, [4, 0, 12], seed=12)
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_batch_is_the_mean_of_its_images(loss: str) -> None:
+    """So that micro-batches of one size add up to a large batch. mmdetection's is their sum."""
+    case = Case("unequal levels", 3, [4, 0, 12], seed=12, loss=loss)
     criterion = case.criterion()
     singles = [
         criterion(
@@ -462,51 +314,72 @@ def test_batch_is_the_mean_of_its_images() -> None:
         )
         for image in range(3)
     ]
-    for name, loss in criterion(case.outputs, case.targets()).items():
-        assert loss.dtype == torch.float32 and loss.shape == ()
-        torch.testing.assert_close(loss, torch.stack([single[name] for single in singles]).mean())
+    for name, value in criterion(case.outputs, case.targets()).items():
+        assert value.dtype == torch.float32 and value.shape == ()
+        single = torch.stack([single[name] for single in singles])
+        torch.testing.assert_close(value, single.sum() if loss == "mmdetection" else single.mean())
 
 
-def test_input_size_may_change_between_calls() -> None:
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_input_size_may_change_between_calls(loss: str) -> None:
     """Multi-scale training: the criterion remembers something per size, never of another size."""
     generator = torch.Generator().manual_seed(13)
     strides, anchors = LEVELS["three levels"]
-    remembering = DarknetLoss(anchors, strides, 0.7)
+    remembering = CRITERIA[loss](anchors, strides, 0.7)
     targets = {"boxes": torch.tensor([[[3.0, 4, 8, 9], [20, 20, 44, 40]]]), "labels": torch.tensor([[0, 1]])}
     for height, width in [(64, 96), (96, 64), (64, 64), (64, 96)]:
         outputs = [torch.randn(1, 3, height // stride, width // stride, 7, generator=generator) for stride in strides]
-        assert remembering(outputs, targets) == DarknetLoss(anchors, strides, 0.7)(outputs, targets)
+        assert remembering(outputs, targets) == CRITERIA[loss](anchors, strides, 0.7)(outputs, targets)
 
 
 # Precision
 
 
+@pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_under_autocast(dtype: torch.dtype) -> None:
+def test_half_precision_under_autocast(dtype: torch.dtype, loss: str) -> None:
     """All arithmetic is float32: exactly the losses of the rounded outputs, close to those of the unrounded."""
-    case = Case("three levels", 4, [6, 11], seed=14, planted=0)  # nothing so near the threshold that rounding decides
+    case = Case(
+        "three levels", 4, [6, 11], seed=14, planted=0, loss=loss
+    )  # nothing so near the threshold that rounding decides
     half = [output.to(dtype).requires_grad_() for output in case.outputs]
     with torch.autocast("cpu", dtype=dtype):
         losses = case.criterion()(half, case.targets())
     exact = case.criterion()([output.to(dtype).float() for output in case.outputs], case.targets())
     full = case.criterion()(case.outputs, case.targets())
-    for name, loss in losses.items():
-        assert loss.dtype == torch.float32
-        assert loss.item() == exact[name].item()
-        assert loss.item() == pytest.approx(full[name].item(), rel=1e-2)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        assert value.item() == exact[name].item()
+        assert value.item() == pytest.approx(full[name].item(), rel=1e-2)
     torch.stack(list(losses.values())).sum().backward()
     assert all(output.grad is not None and output.grad.isfinite().all() for output in half)
 
 
-@pytest.mark.parametrize("logit", [1e4, -1e4])
-def test_extreme_logits_give_finite_losses_and_gradients(logit: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arguments", [CASES[0], CASES[3]])
+def test_gradients_of_half_precision_outputs(dtype: torch.dtype, arguments: tuple[Any, ...]) -> None:
+    """Darknet's gradients at the rounded outputs, themselves rounded once."""
+    case = Case(*arguments)
+    case.outputs = [output.to(dtype).float() for output in case.outputs]
+    half = [output.to(dtype).requires_grad_() for output in case.outputs]
+    torch.stack(list(case.criterion()(half, case.targets()).values())).sum().mul(len(case.boxes)).backward()
+    for output, delta in zip(half, darknet_deltas(case), strict=True):
+        assert output.grad is not None and output.grad.dtype == dtype
+        torch.testing.assert_close(output.grad.double(), -delta, atol=1e-4, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("loss", CRITERIA)
+@pytest.mark.parametrize("logit", [1e4, -1e4, 100, -100, 40, -40])
+def test_extreme_logits_give_finite_losses_and_gradients(logit: float, loss: str) -> None:
     """Infinite decoded boxes, sigmoids of exactly 0 and 1."""
-    case = Case("three levels", 3, [5, 0, 9], seed=15)
+    case = Case("three levels", 3, [5, 0, 9], seed=15, loss=loss)
     case.outputs = [torch.full_like(output, logit) for output in case.outputs]
     losses, gradients = case.gradients()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(gradient.isfinite().all() for gradient in gradients)
-    if logit > 0:  # every background prediction costs log(1 + e^1e4) = 1e4, as none is ignored
+    if (
+        logit == 1e4 and loss != "mmdetection"
+    ):  # every background prediction costs log(1 + e^1e4) = 1e4, as none is ignored
         positives = {(i, responsible(case, box)) for i in range(3) for box, label in truths_of(case, i) if label >= 0}
         background = 3 * len(all_predictions(case)) - len(positives)
         assert losses["loss_objectness"].item() == pytest.approx(background * 1e4 / 3, rel=1e-5)
@@ -557,11 +430,12 @@ def test_trace_sees_what_waits() -> None:
     assert not traced(lambda: values[values.long()] * 2).waiting
 
 
+@pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
 @pytest.mark.parametrize("rows_of_targets", [32, 160])
-def test_no_host_synchronisation(class_loss: str, rows_of_targets: int) -> None:
+def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: str) -> None:
     """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 truths per image."""
-    case = Case("three levels", 4, [30, 30], seed=16)
+    case = Case("three levels", 4, [30, 30], seed=16, loss=loss)
     criterion = case.criterion(class_loss=class_loss)
     criterion(case.outputs, case.targets())  # the first call at a size makes its table
     traces = []
@@ -610,5 +484,57 @@ def test_cross_entropy_by_hand() -> None:
     assert loss.item() == pytest.approx(math.log(sum(math.exp(value) for value in (1, 2, 3, 4))) - 1)
 
 
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_weights_scale_the_parts_and_their_gradients(loss: str) -> None:
+    case = Case("three levels", 3, [6, 9], seed=21, loss=loss)
+    plain, weighted = case.criterion(), case.criterion(weights=(0.25, 2.0, 5.0))
+    for name, factor in [("loss_box", 0.25), ("loss_objectness", 2.0), ("loss_class", 5.0)]:
+        gradients = []
+        for criterion in (plain, weighted):
+            outputs = [output.clone().requires_grad_() for output in case.outputs]
+            criterion(outputs, case.targets())[name].backward()
+            gradients.append(torch.cat([output.grad.flatten() for output in outputs if output.grad is not None]))
+        assert gradients[0].any()
+        torch.testing.assert_close(gradients[1], factor * gradients[0])
+    assert case.criterion(weights=(1.0, 1.0, 1.0))(case.outputs, case.targets()) == plain(case.outputs, case.targets())
+
+
+def test_scale_xy_changes_the_target_of_the_centre_by_hand() -> None:
+    """Centre a quarter into the cell in x, on its border in y; s = 1.2: (0.25 + 0.1) / 1.2 and (0 + 0.1) / 1.2."""
+    output = torch.zeros(1, 1, 2, 2, 6, requires_grad=True)
+    targets = {
+        "boxes": torch.tensor([[[0.0, 8, 16, 24]]]),
+        "labels": torch.tensor([[0]]),
+    }  # centre (8, 16), cells of 16
+    targets["boxes"][..., 0::2] += 12  # (20, 16): column 1, row 1
+    losses = DarknetLoss([[(16, 16)]], [16], 0.7, scales_xy=[1.2])([output], targets)
+    losses["loss_box"].backward()
+    assert output.grad is not None
+    s = 2 - 16 * 16 / (32 * 32)
+    expected = [s * (0.5 - 0.35 / 1.2), s * (0.5 - 0.1 / 1.2), 0, 0]
+    assert output.grad[0, 0, 1, 1, :4].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_level_has_its_own_scale() -> None:
+    """Each truth's gradient is that of a criterion with its level's scale everywhere."""
+    case = Case("three levels", 2, [20, 20], seed=22)
+    scales = [1.05, 1.1, 1.2]
+    outputs = [output.clone().requires_grad_() for output in case.outputs]
+    case.criterion(scales_xy=scales)(outputs, case.targets())["loss_box"].backward()
+    for level, scale in enumerate(scales):
+        same = [output.clone().requires_grad_() for output in case.outputs]
+        case.criterion(scales_xy=[scale] * 3)(same, case.targets())["loss_box"].backward()
+        assert outputs[level].grad is not None and outputs[level].grad.any()
+        assert torch.equal(outputs[level].grad, same[level].grad)
+
+
+def test_numbers_of_levels_must_agree() -> None:
+    with pytest.raises(ValueError, match="1 levels of anchors, 2 strides and 2 scales_xy"):
+        DarknetLoss([[(8, 8)]], [8, 16], 0.7)
+    with pytest.raises(ValueError, match="2 levels of anchors, 2 strides and 1 scales_xy"):
+        DarknetLoss([[(8, 8)], [(16, 16)]], [8, 16], 0.7, scales_xy=[1.1])
+
+
 def test_criterion_by_name() -> None:
+    assert list(CRITERIA) == ["darknet", "giou", "ciou", "mmdetection"]
     assert CRITERIA["darknet"] is DarknetLoss

@@ -24,9 +24,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torchvision.models import mobilenet_v3_small
 
 from detection.devices import choose_precision
-from detection.errors import exit_with_message
+from detection.errors import CheckpointError, exit_with_message
 from detection.evaluation import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +160,7 @@ class Scenarios:
         # Other features than in the first pair: SGD's momentum, cosine restarts, an encoder frozen for some steps.
         self.bf16: list[str | Path] = [
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
+            "train.encoder_learning_rate_factor=0.5", "train.encoder_batch_norm=frozen",
             "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
         ]  # fmt: skip
         # (rows in metrics.jsonl, seconds more): the first after the evaluation of step 5, whose row is the sixth, has
@@ -534,6 +536,26 @@ def test_resume_on_data_of_other_classes(
         file.write_text(file.read_text().replace("green", "yellow"))
     arguments = ["--resume", scenarios.base / "whole", f"data.root={tmp_path / 'data'}"]
     refused_here(arguments, 7, "blue, green", "blue, yellow")
+
+
+# Pretrained weights
+
+
+def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = load_main()
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
+    words = ["data.fake=true", "yolo.num_classes=3", "yolo.pretrained=gone.pth"]
+    settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
+    with pytest.raises(CheckpointError, match=r"gone\.pth does not exist"):
+        module.Run(settings, fresh=True)
+    assert module.Run(settings, fresh=False).pretrained == []  # all weights come from the checkpoint
+
+    state = mobilenet_v3_small(weights=None).state_dict()
+    torch.save(state, "gone.pth")
+    run = module.Run(settings, fresh=True)
+    assert torch.equal(run.detector.model.encoder.stages[0][0][0].weight, state["features.0.0.weight"])
+    assert any(line.startswith("pretrained  encoder") and "gone.pth" in line for line in run.plan())
 
 
 # Small ways to run

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
+from detection.losses import CRITERIA
 from detection.models import ENCODERS, Detector, build_detector
 from detection.models.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
@@ -14,6 +15,10 @@ from detection.models.yolov3 import YOLOv3
 from detection.settings import load_settings
 
 ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+TINY_ANCHORS = [
+    [[10, 14], [23, 27], [37, 58]],
+    [[81, 82], [135, 169], [344, 319]],
+]  # yolov3-tiny.cfg, strides 16 and 32
 TORCHVISION = {"mobilenet_v3_large": mobilenet_v3_large, "mobilenet_v3_small": mobilenet_v3_small}
 
 
@@ -60,9 +65,17 @@ def one_truth_per_level(height: int, width: int) -> dict[str, Tensor]:
 # Sizes
 
 
-def test_parameters_of_yolov3() -> None:
-    """The count everybody reports for YOLOv3 with 80 classes, e.g. the summary line of ultralytics/yolov3."""
-    assert count_parameters(build(80).model) == 61_949_149
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ([], 61_949_149),
+        (["yolo.spp=true"], 62_998_749),
+        (["yolo.encoder=darknet_tiny", "yolo.neck_channels=[256, 128]", f"yolo.anchors={TINY_ANCHORS}"], 8_852_366),
+    ],
+)
+def test_parameters_of_the_family(words: list[str], count: int) -> None:
+    """The counts everybody reports with 80 classes, e.g. the summary lines of ultralytics/yolov3."""
+    assert count_parameters(build(80, *words).model) == count
 
 
 def expected_darknet53() -> tuple[int, int]:
@@ -139,19 +152,6 @@ def test_residual_block_adds_its_input() -> None:
         assert torch.equal(block(x), x + block.expand(block.reduce(x)))
         block.expand[1].weight.zero_()
         assert torch.equal(block(x), x)
-
-
-@pytest.mark.parametrize("name", list(ENCODERS))
-def test_encoder_keeps_its_declaration(name: str) -> None:
-    encoder = ENCODERS[name]().eval()
-    assert len(encoder.out_channels) == len(encoder.strides) == 3
-    assert list(encoder.strides) == sorted(encoder.strides)
-    assert len(encoder.pixel_mean) == len(encoder.pixel_std) == 3
-    height, width = 64, 96
-    with torch.no_grad():
-        maps = encoder(torch.rand(2, 3, height, width))
-    expected = [(2, c, height // s, width // s) for c, s in zip(encoder.out_channels, encoder.strides, strict=True)]
-    assert [tuple(feature.shape) for feature in maps] == expected
 
 
 @pytest.mark.parametrize("name", list(TORCHVISION))
@@ -387,6 +387,15 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
         # any of 3 classes alike: probability 1 / 3; boxes are the anchors in the middle of the cells
         assert output[..., 5:].sigmoid().mean().item() == pytest.approx(1 / 3, rel=0.1)
         assert output[..., :4].abs().max() < 0.5
+
+
+@pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
+def test_criterion_is_built_from_the_settings(loss: str) -> None:
+    words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4"]
+    words += ["yolo.box_weight=2.0", "yolo.objectness_weight=3.0", "yolo.class_weight=4.0"]
+    criterion = build(3, "yolo.encoder=mobilenet_v3_small", *words).criterion
+    assert type(criterion) is CRITERIA[loss]
+    assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])

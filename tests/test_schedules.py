@@ -251,3 +251,15 @@ def test_rate_depends_on_the_step_alone(strategy: str) -> None:
     assert {step: schedule.at(step) for step in shuffled} == dict(enumerate(in_order))
     assert [build(strategy, **values).at(step) for step in (150, 3)] == [in_order[150], in_order[3]]
     assert len(set(in_order)) > 15
+
+
+def test_changes_are_where_the_rate_turns() -> None:
+    assert build("LambdaLR", warmup=2, index=[6, 9], scale=[1.0, 0.5, 0.1]).changes(12) == [6, 9]
+    assert build("LambdaLR", warmup=2, index=[6, 19], scale=[1.0, 0.5, 0.1]).changes(12) == [6]
+    assert build("WarmupMultiStepLR", milestones=[5, 8]).changes(12) == [5, 8]
+    # cycles of 10, 20 and 40 steps after 2 steps of warm-up
+    growing = build("CosineAnnealingWarmRestartsWithWarmup", warmup=2, T_0=10, T_mult=2)
+    assert growing.changes(70) == [2, 12, 32]
+    equal = build("CosineAnnealingWarmRestartsWithWarmup", warmup=0, T_0=1, T_mult=1)
+    assert equal.changes(10**9) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert build("constant").changes(12) == []

@@ -12,7 +12,8 @@ ANCHORS = [
     torch.tensor([[12.0, 24.0], [25.0, 18.0]]),
     torch.tensor([[46.0, 36.0], [62.0, 40.0], [80.0, 60.0]]),
 ]
-TABLE = anchor_table(ANCHORS, STRIDES, SIZES)
+SCALES_XY = [1.0, 1.0, 1.0]
+TABLE = anchor_table(ANCHORS, STRIDES, SIZES, SCALES_XY)
 
 
 def random_targets(images: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -65,10 +66,14 @@ def slow_assignment(box: list[float]) -> dict[str, object]:
 
 def test_anchor_table_by_hand() -> None:
     table = anchor_table(
-        [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)]
+        [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)], [1, 1.5]
     )
-    # width, height, stride, rows, columns, first index of the level, anchors per cell, number within the level
-    assert table.tolist() == [[1, 2, 8, 2, 3, 0, 1, 0], [3, 4, 16, 1, 2, 6, 2, 0], [5, 6, 16, 1, 2, 6, 2, 1]]
+    # width, height, stride, rows, columns, first index of the level, anchors per cell, number in the level, scale_xy
+    assert table.tolist() == [
+        [1, 2, 8, 2, 3, 0, 1, 0, 1],
+        [3, 4, 16, 1, 2, 6, 2, 0, 1.5],
+        [5, 6, 16, 1, 2, 6, 2, 1, 1.5],
+    ]
 
 
 # Assignment
@@ -120,7 +125,7 @@ def test_centre_on_a_cell_boundary_belongs_to_the_next_cell() -> None:
 def test_equal_overlaps_take_the_first_anchor() -> None:
     """Darknet keeps the first of equals: its comparison is `>`."""
     anchors = [torch.tensor([[20.0, 10.0], [10.0, 20.0]]), torch.tensor([[10.0, 20.0], [20.0, 10.0]])]
-    table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)])
+    table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)], [1, 1])
     # square: 15 * 10 shared with each; wide and tall: equal to one anchor of each level
     boxes = torch.tensor([[[0.0, 0, 15, 15], [0, 0, 20, 10], [0, 0, 10, 20]]])
     truth = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
@@ -155,7 +160,7 @@ def test_padding_does_not_change_the_truths() -> None:
     garbage, padding = random_targets(2, 7, seed=3)
     alone = assign_targets(boxes, labels, TABLE)
     padded = assign_targets(torch.cat([boxes, garbage], 1), torch.cat([labels, torch.full_like(padding, -1)], 1), TABLE)
-    for name in ("valid", "index", "anchor", "cell", "stride", "last"):
+    for name in ("valid", "index", "anchor", "cell", "stride", "scale_xy", "last"):
         assert torch.equal(getattr(padded, name)[:, :5], getattr(alone, name)), name
     assert torch.equal(padded.same[:, :5, :5], alone.same)
     assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any() and not padded.same[:, 5:].any()
@@ -213,6 +218,7 @@ def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
         "anchor": (2, 6, 2),
         "cell": (2, 6, 2),
         "stride": (2, 6),
+        "scale_xy": (2, 6),
         "last": (2, 6),
         "same": (2, 6, 6),
     }

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from detection import training
+from detection.data import build_datasets
+from detection.data.loaders import build_evaluation_loader
 from detection.devices import autocast, build_scaler
+from detection.evaluation import evaluate
 from detection.models import Detector, build_detector
 from detection.settings import Settings, TrainSettings, load_settings
 from detection.training import (
@@ -211,6 +214,95 @@ def test_learning_rate_of_each_group() -> None:
     }  # fmt: skip
 
 
+def test_only_one_axis_and_no_bias_is_a_norm() -> None:
+    """timm's encoders have other normalisations, factors per channel and fully connected layers."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.linear = nn.Linear(4, 4)
+            self.gamma = nn.Parameter(torch.ones(4))
+
+    block = Block()
+    groups = {group["name"]: group["params"] for group in build_optimizer(block, train_settings()).param_groups}
+    assert [id(value) for value in groups["weights"]] == [id(block.linear.weight)]
+    assert {id(value) for value in groups["norms"]} == {id(block.gamma), id(block.norm.weight)}
+    assert {id(value) for value in groups["biases"]} == {id(block.norm.bias), id(block.linear.bias)}
+
+
+# The encoder's learning rate
+
+
+def test_encoder_has_groups_of_its_own_with_a_factor_only() -> None:
+    model = small_detector().model
+    plain = build_optimizer(model, train_settings(encoder_learning_rate_factor=1.0))
+    assert [set(group) & {"name", "learning_rate_factor"} for group in plain.param_groups] == [{"name"}] * 3
+
+    optimizer = build_optimizer(model, train_settings(encoder_learning_rate_factor=0.1, weight_decay=0.01))
+    assert [group["name"] for group in optimizer.param_groups] == ["weights", "norms", "biases"] * 2
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0, 0.0] * 2
+    encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    found = [id(parameter) for group in optimizer.param_groups[3:] for parameter in group["params"]]
+    rest = [id(parameter) for group in optimizer.param_groups[:3] for parameter in group["params"]]
+    assert set(found) == encoder and len(found) == len(encoder)
+    assert sorted(found + rest) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_factor_multiplies_every_rate_of_the_schedule() -> None:
+    optimizer = build_optimizer(small_detector().model, train_settings(encoder_learning_rate_factor=0.25))
+    set_learning_rates(optimizer, {"weights": 0.4, "norms": 0.2, "biases": 8.0}.__getitem__)  # biases: their warm-up
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.2, 8.0, 0.1, 0.05, 2.0])
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 3.0])
+def test_encoder_moves_by_its_share(factor: float) -> None:
+    # SGD's first step is lr * gradient (no decay), so the same gradient moves the encoder by factor times as much.
+    moved = {}
+    for name, value in {"plain": 1.0, "own": factor}.items():
+        detector = small_detector()
+        model = detector.model.train()
+        settings = train_settings(
+            optimizer="sgd", learning_rate=1e-3, weight_decay=0.0, encoder_learning_rate_factor=value
+        )
+        optimizer = build_optimizer(model, settings)
+        set_learning_rates(optimizer, lambda _: 1e-3)
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        step(model, detector.criterion, optimizer, [make_batch(4)])
+        moved[name] = {key: parameter.detach() - before[key] for key, parameter in model.named_parameters()}
+    for key, change in moved["own"].items():
+        expected = moved["plain"][key] * (factor if key.startswith("encoder.") else 1.0)
+        torch.testing.assert_close(change, expected, rtol=1e-2, atol=1e-6)
+        assert moved["plain"][key].any(), key
+        if factor == 0 and key.startswith("encoder."):
+            assert not change.any()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_optimizer_with_a_factor_continues_exactly(name: str) -> None:
+    def continued(interrupt: bool) -> dict[str, Tensor]:
+        detector = small_detector()
+        model = detector.model.train()
+        settings = train_settings(optimizer=name, learning_rate=1e-3, encoder_learning_rate_factor=0.3)
+        optimizer = build_optimizer(model, settings)
+        for number in range(4):
+            if interrupt and number == 2:
+                state, weights = optimizer.state_dict(), bits(model)
+                detector = small_detector()
+                model = detector.model.train()
+                model.load_state_dict(weights)
+                optimizer = build_optimizer(model, settings)
+                optimizer.load_state_dict(state)
+            set_learning_rates(optimizer, lambda _, number=number: 1e-3 / (number + 1))
+            step(model, detector.criterion, optimizer, [make_batch(4, seed=number)])
+        return bits(model)
+
+    assert not changed(continued(False), continued(True))
+
+
+# Training on a fixed batch
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize(("name", "rate"), [("adam", 2e-3), ("adamw", 2e-3), ("sgd", 1e-2)])
 def test_loss_of_a_fixed_batch_falls(name: str, rate: float, dtype: torch.dtype | None) -> None:
@@ -331,6 +423,55 @@ def test_encoder_frozen_from_the_start_trains_once_unfrozen(name: str) -> None:
     step(model, detector.criterion, optimizer, [make_batch(4)])
     assert changed(before, bits(model)) == set(before)
     assert all(module.training for module in model.modules())
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_frozen_normalisation_keeps_its_statistics_while_all_weights_train(frozen_before: bool) -> None:
+    detector = small_detector()
+    model = detector.model.train()
+    for _ in range(3):
+        model(make_batch(4)["images"])  # statistics that are not those of a fresh module
+    optimizer = build_optimizer(model, train_settings(learning_rate=1e-3))
+    if frozen_before:  # train.unfreeze_step
+        set_encoder_frozen(model, True, "frozen")
+        step(model, detector.criterion, optimizer, [make_batch(4)])
+    set_encoder_frozen(model, False, "frozen")
+    before = bits(model)
+    step(model, detector.criterion, optimizer, [make_batch(4)])
+    kept = {name for name in before if name.startswith("encoder.") and name.endswith(STATISTICS)}
+    assert len(kept) > 90 and changed(before, bits(model)) == set(before) - kept
+    # they normalise: a second image in the batch changes nothing of the first one's maps
+    images = make_batch(2)["images"].float() / 255
+    for found, alone in zip(model.encoder(images), model.encoder(images[:1]), strict=True):
+        torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-4)
+    # only normalisations of the encoder are in evaluation mode
+    for module_name, module in model.named_modules():
+        is_norm = isinstance(module, nn.BatchNorm2d) and module_name.startswith("encoder.")
+        assert module.training != is_norm, module_name
+
+
+def test_frozen_normalisation_survives_an_evaluation(drawn_dataset: Path) -> None:
+    settings = read_settings(f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.image_size=64")
+    _, validation_set = build_datasets(settings.data, 64, 64, 0, None)
+    detector = small_detector(2)
+    model = detector.model.train()
+    set_encoder_frozen(model, False, "frozen")
+    modes, before = [module.training for module in model.modules()], bits(model)
+    loader = build_evaluation_loader(validation_set, 4, 0, CPU)
+    evaluate(
+        model,
+        detector.criterion,
+        detector.postprocess,
+        loader,
+        validation_set.annotations,
+        CPU,
+        lambda: autocast(CPU, None),
+    )
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+    assert not changed(before, bits(model))
 
 
 # Exponential average

@@ -13,12 +13,11 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from detection.data.letterbox import letterbox_geometry, letterbox_image
 from detection.data.transforms import (
     Sample,
     Transform,
     build_augmentation,
-    letterbox_geometry,
-    letterbox_image,
 )
 from detection.postprocessing import Letterbox
 from detection.settings import Settings
@@ -42,12 +41,14 @@ CLASSES = {
     "vertical_flip": "VerticalFlip",
     "affine": "Affine",
 }
+# of other systems; test_placements.py and test_color.py
+NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
 NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 def probabilities(**chosen: float) -> list[str]:
     """Words that give the named transforms their probability and all others 0."""
-    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in CLASSES]
+    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in (*CLASSES, *NAMED)]
 
 
 def picture(width: int = 64, height: int = 64, seed: int = 0) -> np.ndarray:
@@ -309,7 +310,7 @@ def test_each_transform_is_built_when_its_probability_says_so(default_settings: 
 
 
 def test_the_file_names_these_transforms_and_no_others(default_settings: Load) -> None:
-    assert set(type(default_settings().data.augmentation).model_fields) == {*CLASSES, "min_visibility"}
+    assert set(type(default_settings().data.augmentation).model_fields) == {*CLASSES, *NAMED, "min_visibility"}
 
 
 def test_no_argument_is_ignored_or_warned_about(default_settings: Load) -> None:

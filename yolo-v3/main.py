@@ -44,7 +44,10 @@ from detection.errors import (
     exit_with_message,
 )
 from detection.evaluation import choose_backend, evaluate
+from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size
+from detection.models.darknet_cfg import parse_cfg, unused_keys
+from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
 from detection.run_loggers import RunLogger, new_run_directory
@@ -119,7 +122,7 @@ def start() -> None:
     else:
         checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
 
-    run = Run(settings)
+    run = Run(settings, fresh=checkpoint is None)
     if checkpoint is not None and list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
@@ -161,9 +164,13 @@ def start() -> None:
 
 
 class Run:
-    """Everything that is fixed before the first step: device, data, detector and all durations in steps."""
+    """Everything that is fixed before the first step: device, data, detector and all durations in steps.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        fresh: false for a continued run, whose weights all come from its checkpoint.
+    """
+
+    def __init__(self, settings: Settings, fresh: bool) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings = settings
         self.device = choose_device(settings.run.device)
@@ -195,6 +202,7 @@ class Run:
 
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
         self.detector = detector.to(self.device, settings.run.channels_last)
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
@@ -232,7 +240,7 @@ class Run:
         if train.resize_frequency:
             smallest, largest = train.multiscale_sizes
             sizes = f"{smallest} to {largest} px, changed every {train.resize_frequency} steps"
-        steps_shown = sorted({0, self.schedule.warmup, self.steps // 2, self.steps - 1})
+        steps_shown = sorted({0, self.schedule.warmup, *self.schedule.changes(self.steps), self.steps - 1})
         rates = ", ".join(f"{self.schedule.at(step):.3g} at {step}" for step in steps_shown if step < self.steps)
         training, validation = self.training_set.annotations, self.validation_set.annotations
         lines = [
@@ -248,6 +256,14 @@ class Run:
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
         ]
+        if settings.yolo.cfg is not None and (unused := unused_keys(parse_cfg(settings.yolo.cfg))):
+            lines.append(f"cfg         not used, the settings decide: {', '.join(unused)}")
+        if train.encoder_learning_rate_factor != 1 or train.encoder_batch_norm == "frozen" or self.unfreeze_step:
+            lines.append(
+                f"encoder     frozen for {self.unfreeze_step} steps, then learning rate x "
+                f"{train.encoder_learning_rate_factor:g}, normalisation {train.encoder_batch_norm}"
+            )
+        lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
         present = set(training.labels[~training.crowd].tolist())
@@ -259,24 +275,35 @@ class Run:
         """Forward, backward and update on the largest size, to see that memory and data hold."""
         train = self.settings.train
         size = train.multiscale_sizes[1] if train.resize_frequency else train.image_size
+        estimate = estimate_memory(self.detector.model, self.criterion, train, size, self.autocast, self.device)
+        print(estimate.line(), flush=True)
+        if estimate.available is not None and estimate.total > estimate.available:
+            raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
         positions = next(iter(self.sampler(0, 1)))
         batch = collate_samples([self.training_set[(index, epoch, size)] for index, epoch, _ in positions])
         model = self.detector.model.train()
+        set_encoder_frozen(model, False, train.encoder_batch_norm)
         optimizer = build_optimizer(model, train)
+        micro_batches = min(
+            train.subdivisions, 2
+        )  # a second one adds to gradients that are there; more show nothing new
         started = time.perf_counter()
         losses = train_step(
             model,
             self.criterion,
             optimizer,
             self.build_scaler(),
-            [batch] * train.subdivisions,
+            [batch] * micro_batches,
             self.autocast,
             self.device,
             train.clip_norm,
         )
         values = ", ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
         seconds = time.perf_counter() - started
-        print(f"dry run     one step at {size} px: {seconds:.1f} s, {peak_memory_gib(self.device):.1f} GiB, {values}")
+        step = (
+            "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
+        )
+        print(f"dry run     {step} at {size} px: {seconds:.1f} s, {peak_memory_gib(self.device):.1f} GiB, {values}")
 
 
 def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, checkpoint: dict[str, Any] | None) -> None:
@@ -321,7 +348,7 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             evaluate_and_keep()  # the run was stopped during this evaluation
         while step < run.steps:
             if step == first_step or step == run.unfreeze_step:
-                set_encoder_frozen(model, step < run.unfreeze_step)
+                set_encoder_frozen(model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
             set_learning_rates(optimizer, functools.partial(run.schedule.at, step))
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(subdivisions)]

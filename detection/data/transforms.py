@@ -1,4 +1,4 @@
-"""From an image and its boxes to the network input: letterbox, and for training the albumentations."""
+"""From an image and its boxes to the network input: letterbox, and for training the augmentation."""
 
 import os
 import random
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from detection.data.color import ColorDistortion, has_color
+from detection.data.letterbox import INTERPOLATIONS, letterbox_geometry, letterbox_image
+from detection.data.placements import RandomPlacement, has_placement
 from detection.postprocessing import Letterbox
 from detection.settings import AugmentationSettings, DataSettings
 
 # albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-INTERPOLATIONS = {"linear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}
 MINIMUM_SIDE = 1.0  # pixels of the network input; a box that augmentation leaves smaller is removed
 
 
@@ -25,34 +27,12 @@ class Sample:
     boxes: np.ndarray  # (G, 4) float32 xyxy, pixels of the network input
     labels: np.ndarray  # (G,) int64: class, or -2 crowd
     index: int  # of the image in its dataset
-    letterbox: Letterbox
-
-
-def letterbox_geometry(width: int, height: int, size: int, keep_aspect: bool) -> tuple[Letterbox, int, int]:
-    """Where an image of (width, height) lies in a square of `size`: the letterbox, and its new width and height."""
-    scale = size / max(width, height)
-    new_width, new_height = (
-        (max(round(width * scale), 1), max(round(height * scale), 1)) if keep_aspect else (size, size)
-    )
-    left, top = (size - new_width) // 2, (size - new_height) // 2
-    return Letterbox(new_width / width, new_height / height, left, top, width, height), new_width, new_height
-
-
-def letterbox_image(
-    image: np.ndarray, size: int, keep_aspect: bool, fill: tuple[int, int, int], interpolation: int
-) -> tuple[np.ndarray, Letterbox]:
-    """Resize (H, W, 3) uint8 into the centre of a (size, size, 3) square; aspect kept, or squashed."""
-    letterbox, new_width, new_height = letterbox_geometry(image.shape[1], image.shape[0], size, keep_aspect)
-    if (new_width, new_height) != (image.shape[1], image.shape[0]):
-        image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
-    if (new_width, new_height) != (size, size):
-        right, bottom = size - new_width - letterbox.left, size - new_height - letterbox.top
-        image = cv2.copyMakeBorder(image, letterbox.top, bottom, letterbox.left, right, cv2.BORDER_CONSTANT, value=fill)
-    return image, letterbox
+    letterbox: Letterbox  # of the image; augmentation then moves it further
 
 
 class Transform:
-    """Validation: the letterbox alone. Training: the letterbox, then augmentation at the size of the network input.
+    """Validation: the letterbox alone. Training: the letterbox or a random placement, then augmentation at the size of
+    the network input: albumentations, then the named colour distortions. What has no probability is not built.
 
     Every random choice is a pure function of (seed, epoch, index), whatever the worker, rank or order.
 
@@ -66,10 +46,11 @@ class Transform:
     def __init__(self, data: DataSettings, size: int, seed: int, training: bool) -> None:
         self.size = size
         self.seed = seed
-        self.keep_aspect = data.keep_aspect
-        self.fill = data.fill
-        self.interpolation = INTERPOLATIONS[data.interpolation]
-        self.compose = build_augmentation(data.augmentation, data.fill) if training else None
+        self.data = data
+        augmentation = data.augmentation
+        self.placement = RandomPlacement(data, seed) if training and has_placement(augmentation) else None
+        self.compose = build_augmentation(augmentation, data.fill) if training else None
+        self.color = ColorDistortion(augmentation, seed) if training and has_color(augmentation) else None
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, index: int, epoch: int, size: int
@@ -81,10 +62,17 @@ class Transform:
         index, epoch: choose the random stream.
         size: side of the network input, 0 for the default.
         """
-        image, letterbox = letterbox_image(image, size or self.size, self.keep_aspect, self.fill, self.interpolation)
-        scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
-        offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
-        boxes = boxes * scale + offset
+        data, size = self.data, size or self.size
+        layout = data.keep_aspect, data.letterbox_rounding
+        if self.placement is not None:
+            letterbox, *_ = letterbox_geometry(image.shape[1], image.shape[0], size, *layout)
+            image, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
+        else:
+            interpolation = INTERPOLATIONS[data.interpolation]
+            image, letterbox = letterbox_image(image, size, layout[0], data.fill, interpolation, layout[1])
+            scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
+            offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
+            boxes = boxes * scale + offset
         if self.compose is not None:
             # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
             # applied with equal probability would be applied to the same images.
@@ -95,6 +83,8 @@ class Transform:
             image = augmented["image"]
             boxes = np.asarray(augmented["bboxes"], dtype=np.float32).reshape(-1, 4)
             labels = np.asarray(augmented["labels"], dtype=np.int64).reshape(-1)
+        if self.color is not None:
+            image = self.color(image, epoch, index)
         return Sample(image, boxes, labels, index, letterbox)
 
 

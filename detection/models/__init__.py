@@ -8,16 +8,18 @@ from torch import nn
 
 from detection.errors import SettingsError
 from detection.losses import CRITERIA
-from detection.models.darknet import Darknet53, use_darknet_normalisation
+from detection.models.darknet import Darknet53, DarknetTiny, use_darknet_normalisation
 from detection.models.darknet_cfg import parse_cfg
 from detection.models.darknet_network import DarknetNetwork
 from detection.models.mobilenet import mobilenet_v3_large_encoder, mobilenet_v3_small_encoder
-from detection.models.yolov3 import YOLOv3
+from detection.models.timm_encoder import TIMM_PREFIX, timm_encoder
+from detection.models.yolov3 import Encoder, YOLOv3, spp_stage, tiny_stage, yolov3_stage
 from detection.postprocessing import YOLOPostprocess
 from detection.settings import DARKNET_CFG, EvaluationSettings, YoloSettings
 
-ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Encoder`
+ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Encoder`; beside these: timm/NAME
     "darknet": Darknet53,
+    "darknet_tiny": DarknetTiny,
     "mobilenet_v3_large": mobilenet_v3_large_encoder,
     "mobilenet_v3_small": mobilenet_v3_small_encoder,
 }
@@ -48,7 +50,10 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
     criterion = None
     if not new_coords:
-        criterion = CRITERIA[yolo.loss](anchors, model.strides, yolo.ignore_threshold, yolo.class_loss)
+        weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
+        criterion = CRITERIA[yolo.loss](
+            anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
+        )
     postprocess = YOLOPostprocess(
         anchors,
         model.strides,
@@ -67,14 +72,33 @@ def build_model(yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork
     if yolo.encoder == DARKNET_CFG:
         assert yolo.cfg is not None, "checked by the settings"
         return DarknetNetwork(parse_cfg(yolo.cfg), num_classes, yolo.objectness_prior, yolo.batch_norm_momentum)
+    tiny = yolo.encoder == "darknet_tiny"
     return YOLOv3(
-        ENCODERS[yolo.encoder](),
+        build_encoder(yolo),
         yolo.neck_channels,
         [len(level) for level in yolo.anchors],
         num_classes,
         yolo.objectness_prior,
         yolo.batch_norm_momentum,
+        tiny_stage if tiny else spp_stage if yolo.spp else yolov3_stage,
     )
+
+
+def build_encoder(yolo: YoloSettings) -> Encoder:
+    """The encoder that the settings name, with random weights.
+
+    Raises:
+        SettingsError: it does not have one map per level of anchors.
+    """
+    if yolo.encoder.startswith(TIMM_PREFIX):
+        return timm_encoder(yolo.encoder.removeprefix(TIMM_PREFIX), len(yolo.anchors))
+    encoder = ENCODERS[yolo.encoder]()
+    if len(encoder.strides) != len(yolo.anchors):
+        raise SettingsError(
+            f"yolo.anchors: has {len(yolo.anchors)} levels, but yolo.encoder={yolo.encoder} has {len(encoder.strides)}"
+            f" (strides {', '.join(map(str, encoder.strides))}); yolo.anchors and yolo.neck_channels need one each"
+        )
+    return encoder
 
 
 def check_image_size(model: nn.Module, name: str, size: int) -> None:

@@ -1,4 +1,6 @@
-"""Darknet-53, the encoder of YOLOv3, written by hand."""
+"""Darknet-53 and the small Darknet, the encoders of YOLOv3 and YOLOv3-tiny, written by hand."""
+
+import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,19 @@ def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: in
         nn.BatchNorm2d(out_channels),
         nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
     )
+
+
+def list_convolutions(module: nn.Module) -> list[nn.Sequential | nn.Conv2d]:
+    """Every `conv_block` and every plain convolution in `module`, in the order in which they were made."""
+    found: list[nn.Sequential | nn.Conv2d] = []
+    for child in module.children():
+        if isinstance(child, nn.Conv2d) or (
+            isinstance(child, nn.Sequential) and isinstance(next(child.children(), None), nn.Conv2d)
+        ):
+            found.append(child)
+        else:
+            found += list_convolutions(child)
+    return found
 
 
 class ResidualBlock(nn.Module):
@@ -60,6 +75,48 @@ class Darknet53(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps[2:]
+
+    def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
+        """In the order of the Darknet program's yolov3.cfg, in which its files store them."""
+        return list_convolutions(self)
+
+
+class DarknetTiny(nn.Module):
+    """(B, 3, H, W) to maps of 256 and 1024 channels at strides 16 and 32; 7 convolutions with pooling between them.
+
+    Source: yolov3-tiny.cfg of the Darknet program, layers 0 to 12.
+    """
+
+    out_channels = (256, 1024)
+    strides = (16, 32)
+    pixel_mean = Darknet53.pixel_mean
+    pixel_std = Darknet53.pixel_std
+
+    def __init__(self) -> None:
+        super().__init__()
+        first: list[nn.Module] = [conv_block(3, 16, 3)]
+        for channels in (32, 64, 128, 256):
+            first += [nn.MaxPool2d(2), conv_block(channels // 2, channels, 3)]
+        second = [
+            nn.MaxPool2d(2),
+            conv_block(256, 512, 3),
+            # Size 2, stride 1: Darknet pads one row below and one column on the right, which never win.
+            nn.ConstantPad2d((0, 1, 0, 1), -math.inf),
+            nn.MaxPool2d(2, stride=1),
+            conv_block(512, 1024, 3),
+        ]
+        self.stages = nn.ModuleList([nn.Sequential(*first), nn.Sequential(*second)])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        fine = self.stages[0](images)
+        return [fine, self.stages[1](fine)]
+
+    def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
+        """In the order of the Darknet program's yolov3-tiny.cfg, in which its files store them."""
+        return list_convolutions(self)
 
 
 class DarknetBatchNorm2d(nn.BatchNorm2d):

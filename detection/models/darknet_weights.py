@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from detection.errors import CheckpointError, OutputError
 
 # what models/weights/download_darknet_weights.sh knows
-FETCHED = ("darknet53.conv.74", "yolov3.weights", "yolov3-tiny.weights", "yolov3-spp.weights")
+FETCHED = (
+    *("darknet53.conv.74", "yolov3.weights", "yolov3-tiny.weights", "yolov3-spp.weights"),
+    *("yolov4.weights", "yolov4-tiny.weights"),
+)
 
 
 @runtime_checkable

@@ -2,10 +2,21 @@
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
+from torchvision.models import (
+    MobileNet_V3_Large_Weights,
+    MobileNet_V3_Small_Weights,
+    WeightsEnum,
+    mobilenet_v3_large,
+    mobilenet_v3_small,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# `pretrained: true`: what torchvision's own detectors with this encoder start from.
+STANDARD_WEIGHTS: dict[str, WeightsEnum] = {
+    "mobilenet_v3_large": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+    "mobilenet_v3_small": MobileNet_V3_Small_Weights.IMAGENET1K_V1,
+}
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -54,6 +65,10 @@ class MobileNetV3(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+    def torchvision_names(self) -> dict[str, str]:
+        """Our state's names by torchvision's within `features`: stages.1.7.block.0.weight by 7.block.0.weight."""
+        return {name.split(".", 2)[2]: name for name in self.state_dict()}
 
 
 def mobilenet_v3_large_encoder() -> MobileNetV3:

@@ -1,18 +1,18 @@
-"""YOLOv3: an encoder, a top-down neck and one head per level."""
+"""The YOLOv3 family: an encoder, a top-down neck and one head per level, however many levels the encoder has."""
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.darknet import LEAKY_SLOPE, conv_block
+from detection.models.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
 
 
 class Encoder(Protocol):
-    """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending."""
+    """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending by 2."""
 
     out_channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -22,17 +22,54 @@ class Encoder(Protocol):
     def __call__(self, images: Tensor) -> list[Tensor]: ...
 
 
-class NeckStage(nn.Sequential):
-    """Five convolutions, 1x1 and 3x3 in turn; (B, in, H, W) to (B, width, H, W)."""
+class PyramidPooling(nn.Module):
+    """The map beside its maxima over 13, 9 and 5 cells; (B, C, H, W) to (B, 4 C, H, W), the widest window first.
 
-    def __init__(self, in_channels: int, width: int) -> None:
-        super().__init__(
-            conv_block(in_channels, width, 1),
-            conv_block(width, 2 * width, 3),
-            conv_block(2 * width, width, 1),
-            conv_block(width, 2 * width, 3),
-            conv_block(2 * width, width, 1),
-        )
+    Source: yolov3-spp.cfg of the Darknet program, whose weights depend on this order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(nn.MaxPool2d(size, stride=1, padding=size // 2) for size in (13, 9, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([*(pool(x) for pool in self.pools), x], dim=1)
+
+
+# What a level does with the joined maps before its head; (B, in, H, W) to (B, width, H, W).
+# Arguments: in_channels, width, whether this is the coarsest level.
+NeckStage = Callable[[int, int, bool], nn.Sequential]
+
+
+def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
+    """Five convolutions, 1x1 and 3x3 in turn."""
+    return nn.Sequential(
+        conv_block(in_channels, width, 1),
+        conv_block(width, 2 * width, 3),
+        conv_block(2 * width, width, 1),
+        conv_block(width, 2 * width, 3),
+        conv_block(2 * width, width, 1),
+    )
+
+
+def spp_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
+    """YOLOv3-SPP: the coarsest level pools after its third convolution, and one more narrows the result."""
+    if not coarsest:
+        return yolov3_stage(in_channels, width, coarsest)
+    return nn.Sequential(
+        conv_block(in_channels, width, 1),
+        conv_block(width, 2 * width, 3),
+        conv_block(2 * width, width, 1),
+        PyramidPooling(),
+        conv_block(4 * width, width, 1),
+        conv_block(width, 2 * width, 3),
+        conv_block(2 * width, width, 1),
+    )
+
+
+def tiny_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
+    """YOLOv3-tiny: one convolution at the coarsest level; elsewhere none, and the joined maps keep their channels."""
+    return nn.Sequential(conv_block(in_channels, width, 1)) if coarsest else nn.Sequential()
 
 
 def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
@@ -55,9 +92,11 @@ def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
 class Head(nn.Sequential):
     """3x3 to twice the width, then 1x1 to anchors * (5 + classes) raw values per cell."""
 
-    def __init__(self, width: int, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
+    def __init__(
+        self, in_channels: int, width: int, num_anchors: int, num_classes: int, objectness_prior: float
+    ) -> None:
         output = nn.Conv2d(2 * width, num_anchors * (5 + num_classes), 1)
-        super().__init__(conv_block(width, 2 * width, 3), output)
+        super().__init__(conv_block(in_channels, 2 * width, 3), output)
         self.num_anchors = num_anchors
         initialise_output(output, num_anchors, num_classes, objectness_prior)
 
@@ -70,11 +109,14 @@ class YOLOv3(nn.Module):
 
     Args:
         encoder: returns maps, stride ascending, and declares out_channels, strides, pixel_mean and pixel_std.
-        neck_channels: width of the neck per level, from the coarsest stride to the finest (512, 256, 128 in the paper).
+        neck_channels: width of the neck per level, from the coarsest stride to the finest (512, 256, 128 in the paper;
+            256, 128 in YOLOv3-tiny): of the lateral convolution into the level, of its neck stage, and half that of
+            its head.
         anchors_per_level: stride ascending.
         num_classes: C.
         objectness_prior: objectness the untrained network predicts.
         batch_norm_momentum: of every batch normalisation, the encoder's too.
+        neck_stage: what makes the family's member: `yolov3_stage`, `spp_stage` or `tiny_stage`.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -87,9 +129,11 @@ class YOLOv3(nn.Module):
         num_classes: int,
         objectness_prior: float = 0.01,
         batch_norm_momentum: float = 0.1,
+        neck_stage: NeckStage = yolov3_stage,
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.num_classes = num_classes
         self.strides = tuple(encoder.strides)
         self.neck = nn.ModuleList()
         self.laterals = nn.ModuleList()
@@ -98,11 +142,13 @@ class YOLOv3(nn.Module):
         for width, channels, num_anchors in zip(
             neck_channels, reversed(encoder.out_channels), reversed(anchors_per_level), strict=True
         ):
-            self.neck.append(NeckStage(carried + channels, width))
-            self.heads.append(Head(width, num_anchors, num_classes, objectness_prior))
+            stage = neck_stage(carried + channels, width, not self.neck)
+            stage_channels = width if len(stage) else carried + channels
+            self.neck.append(stage)
+            self.heads.append(Head(stage_channels, width, num_anchors, num_classes, objectness_prior))
             if len(self.neck) < len(neck_channels):
                 carried = neck_channels[len(self.neck)]
-                self.laterals.append(conv_block(width, carried, 1))
+                self.laterals.append(conv_block(stage_channels, carried, 1))
         for module in [*self.neck.modules(), *self.laterals.modules(), *self.heads.modules()]:
             if isinstance(module, nn.Conv2d) and module.bias is None:  # the output convolutions have their own
                 nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
@@ -139,3 +185,22 @@ class YOLOv3(nn.Module):
             carried = self.neck[level](features)
             outputs.append(self.heads[level](carried))
         return outputs[::-1]
+
+    def darknet_convolutions(self) -> list[nn.Module]:
+        """Convolutions in the order of the Darknet program's .cfg, in which its files store them.
+
+        The encoder; then from the coarsest level to the finest its neck, its head and the lateral to the next level.
+        Empty where the program has no such encoder.
+        """
+        if not isinstance(self.encoder, Darknet53 | DarknetTiny):
+            return []
+        found: list[nn.Module] = [*self.encoder.darknet_convolutions()]
+        for level, (stage, head) in enumerate(zip(self.neck, self.heads, strict=True)):
+            found += list_convolutions(stage) + list_convolutions(head)
+            if level < len(self.laterals):
+                found.append(self.laterals[level])
+        return found
+
+    def output_convolutions(self) -> list[nn.Conv2d]:
+        """The convolutions that make the predictions, stride ascending."""
+        return [cast(nn.Conv2d, cast(Head, head)[-1]) for head in reversed(self.heads)]

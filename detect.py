@@ -1,0 +1,121 @@
+"""Boxes on images: draws what trained weights find.
+
+python detect.py --weights logs/240224-211713_LambdaLR/best.pt photo.jpg folder/
+python detect.py --weights my.weights --cfg my.cfg --names my.names photo.jpg evaluation.visualization_threshold=0.3
+
+Takes image files and folders (all images in them, not below). Writes each picture with its boxes and detections.json
+(boxes x1, y1, x2, y2 in pixels of the image) into a new directory below logs/. A damaged image is named and left out.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.data.coco import read_image
+from detection.data.loaders import collate_samples
+from detection.data.transforms import Transform
+from detection.devices import autocast, choose_device, choose_precision
+from detection.drawing import draw_boxes, save_png
+from detection.errors import DataError, DataReadError, exit_with_message
+from detection.postprocessing import boxes_to_original
+from detection.run_loggers import new_run_directory
+from detection.weights import open_weights
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
+
+
+def main() -> None:
+    parser = Parser("detect.py", __doc__)
+    parser.add_weights()
+    parser.add_settings()
+    parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
+    arguments = parser.parse_intermixed_args()
+    words = [word for word in arguments.settings if SETTING.match(word) and not Path(word).exists()]
+    files = find_images([Path(word) for word in arguments.settings if word not in words])
+    opened = open_weights(
+        arguments.weights,
+        arguments.cfg,
+        arguments.names,
+        DEFAULTS,
+        arguments.config,
+        words,
+        device_flags(arguments),
+    )
+    settings = opened.settings
+    for line in opened.lines:
+        print(line)
+    device = choose_device(settings.run.device)
+    dtype = choose_precision(device, settings.run.precision)
+    detector = opened.detector.to(device, settings.run.channels_last)
+    transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
+    threshold = settings.evaluation.visualization_threshold
+    names = opened.class_names()
+    directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
+
+    rows = []
+    damaged = 0
+    for number, file in enumerate(tqdm(files, unit="image", disable=None)):
+        try:
+            image = read_image(file)
+        except DataReadError as error:
+            tqdm.write(f"left out: {error.line}", file=sys.stderr)
+            damaged += 1
+            continue
+        sample = transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), number, 0, 0)
+        with torch.no_grad(), autocast(device, dtype):
+            outputs = detector.model(collate_samples([sample])["images"].to(device))
+        found = detector.postprocess(outputs)[0]
+        shown = found["scores"] >= threshold
+        boxes = boxes_to_original(found["boxes"][shown], sample.letterbox).cpu().numpy()
+        labels, scores = found["labels"][shown].cpu().numpy(), found["scores"][shown].cpu().numpy()
+        save_png(directory / f"{number:05d}_{file.stem}.png", draw_boxes(image, boxes, labels, names, scores))
+        rows.append(
+            {
+                "file": str(file),
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "detections": [
+                    {"class": names[label], "label": label, "score": round(score, 6), "box": [round(v, 3) for v in box]}
+                    for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
+                ],
+            }
+        )
+    (directory / "detections.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    total = sum(len(row["detections"]) for row in rows)
+    print(
+        f"{total} boxes with a score of at least {threshold:g} on {len(rows)} images, {damaged} left out: {directory}"
+    )
+    if not rows:
+        raise DataReadError("no image could be read")
+
+
+def find_images(sources: list[Path]) -> list[Path]:
+    """The files themselves and the images inside the folders, in order.
+
+    Raises:
+        DataError: nothing named, a source does not exist, or a folder without images.
+    """
+    if not sources:
+        raise DataError("no images named: give files or folders, e.g. detect.py --weights best.pt photo.jpg folder/")
+    files: list[Path] = []
+    for source in sources:
+        inside = (
+            sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            if source.is_dir()
+            else [source]
+        )
+        if not source.exists() or not inside:
+            raise DataError(f"{source}: {'no image in this folder' if source.exists() else 'does not exist'}")
+        files.extend(inside)
+    return files
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,112 @@
+"""What all YOLO criteria share: anchors, tables per input size, float32, weights. The criteria: losses.py."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.anchors import Anchors
+from detection.target_assignment import anchor_table
+
+
+class Criterion(nn.Module):
+    """Raw outputs and padded targets -> weighted losses; a subclass says what in `compute_losses`.
+
+    Args:
+        anchors: per level (width, height) in pixels of the network input, stride ascending.
+        strides: pixels per cell, per level; two levels may have the same.
+        ignore_threshold: overlap above which a prediction that is no positive carries no objectness loss; the
+            subclass says of what.
+        class_loss: "bce" (multi-label) or "cross_entropy" (softmax over the classes).
+        weights: factors of the box, objectness and class loss.
+        scales_xy: per level, see `box_coder.decode_cxcywh`; None: 1 everywhere.
+    """
+
+    def __init__(
+        self,
+        anchors: Anchors,
+        strides: Sequence[int],
+        ignore_threshold: float,
+        class_loss: Literal["bce", "cross_entropy"] = "bce",
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        scales_xy: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.strides = list(strides)
+        self.ignore_threshold = ignore_threshold
+        self.class_loss = class_loss
+        self.weights = weights
+        self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
+        if not len(anchors) == len(self.strides) == len(self.scales_xy):
+            raise ValueError(
+                f"{len(anchors)} levels of anchors, {len(self.strides)} strides and {len(self.scales_xy)} scales_xy; "
+                "their numbers must be equal"
+            )
+        self._tables: dict[tuple, Tensor] = {}
+        for level, level_anchors in enumerate(anchors):
+            self.register_buffer(f"anchors_{level}", torch.tensor(level_anchors, dtype=torch.float32), persistent=False)
+
+    @property
+    def anchors(self) -> list[Tensor]:
+        return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
+
+    def anchor_table(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Kept per input size: building it anew would make the host wait for the device in every step."""
+        sizes = [(output.shape[2], output.shape[3]) for output in outputs]
+        key = (self.anchors[0].device, tuple(sizes))
+        if key not in self._tables:
+            self._tables[key] = anchor_table(self.anchors, self.strides, sizes, self.scales_xy)
+        return self._tables[key]
+
+    def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Args:
+            outputs: raw logits per level, (B, A, H, W, 5 + C), any float type.
+            targets: "boxes" (B, G, 4) xyxy in pixels of the network input, "labels" (B, G): class, -1 padding,
+                -2 crowd.
+
+        Returns:
+            "loss_box", "loss_objectness", "loss_class": float32 scalars.
+        """
+        with torch.autocast(device_type=outputs[0].device.type, enabled=False):
+            losses = self.compute_losses(
+                [output.float() for output in outputs], targets["boxes"].float(), targets["labels"]
+            )
+        names = ("loss_box", "loss_objectness", "loss_class")
+        return {name: loss * weight for name, loss, weight in zip(names, losses, self.weights, strict=True)}
+
+    def compute_losses(self, outputs: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Box, objectness and class loss before their weights; arguments as `forward`, all float32."""
+        raise NotImplementedError
+
+    def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
+        """The class loss of each prediction, (B, N).
+
+        Args:
+            logits: (B, N, C).
+            one_hot: the target of "bce", (B, N, C).
+            labels: the target of "cross_entropy", (B, N) int64, 0 or more.
+        """
+        if self.class_loss == "bce":
+            return F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(-1)
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def mark_positives(index: Tensor, positive: Tensor, predictions: int) -> Tensor:
+    """1 where a positive points, 0 elsewhere, (B, P) float32.
+
+    Args:
+        index: flat index of each prediction, (B, N).
+        positive: which of them count, (B, N) bool.
+        predictions: P.
+    """
+    # All others write into one extra slot behind the predictions.
+    slot = torch.where(positive, index, predictions)
+    return torch.zeros(len(index), predictions + 1, device=index.device).scatter_(1, slot, 1.0)[:, :-1]
+
+
+def compare_objectness(logits: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
+    """BCE against 1 on positives and 0 on the others that are not ignored, summed; all (B, P)."""
+    counted = torch.maximum(positive, (~ignored).float())
+    return (F.binary_cross_entropy_with_logits(logits, positive, reduction="none") * counted).sum()

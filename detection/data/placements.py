@@ -1,0 +1,184 @@
+"""Training's named ways to lay an image into the network input: which part of it, and where.
+
+`expand` and `iou_crop` choose a rectangle of the image, in its own pixels, which may reach beyond it; the letterbox or
+`darknet_jitter` says where that rectangle lies in the square. Only then pixels are touched: whatever was chosen, an
+image is resampled once, and no canvas larger than the network input is ever made.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
+
+from detection.data.letterbox import INTERPOLATIONS, letterbox_geometry, pad_image, resize_image
+from detection.reproducibility import sample_stream, torch_stream
+from detection.settings import AugmentationSettings, DataSettings, IoUCrop
+from detection.target_assignment import CROWD_LABEL
+
+# Streams of the one seed; the numbers only have to differ, here and in color.py, and not be 0.
+EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM = 1, 2, 3
+
+
+class Rectangle(NamedTuple):
+    """Whole pixels, of the image or of the network input."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def has_placement(augmentation: AugmentationSettings) -> bool:
+    return max(augmentation.expand.p, augmentation.iou_crop.p, augmentation.darknet_jitter.p) > 0
+
+
+class RandomPlacement:
+    """From an image and its boxes to the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
+
+    Args:
+        data: the three sections of its augmentation, min_visibility, and how images are resized and filled.
+        seed: of the run.
+    """
+
+    def __init__(self, data: DataSettings, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+        augmentation = data.augmentation
+        self.expand = v2.RandomZoomOut(side_range=augmentation.expand.ratio)
+        self.iou_crop = build_iou_crop(augmentation.iou_crop)
+
+    def __call__(
+        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `Transform`, for a square of `size`: the image, and the boxes and labels of what is left to see."""
+        view, inside = self.draw_view(image.shape[1], image.shape[0], boxes, labels, epoch, index)
+        target = self.draw_target(view, size, epoch, index)
+        image, visible, boxes = place_view(image, boxes, view, target, size, self.data.fill, self.data.interpolation)
+        kept = inside & (visible > 0) & (visible >= self.data.augmentation.min_visibility)
+        return image, boxes[kept], labels[kept]
+
+    def draw_view(
+        self, width: int, height: int, boxes: np.ndarray, labels: np.ndarray, epoch: int, index: int
+    ) -> tuple[Rectangle, np.ndarray]:
+        """The rectangle to look at in pixels of the image, and which boxes count there, (G,) bool.
+
+        A crowd region is no object: no crop is chosen for its sake, and its centre may lie outside.
+        """
+        view, counts = Rectangle(0, 0, width, height), np.ones(len(boxes), bool)
+        generator = sample_stream(self.seed, epoch, index, EXPAND_STREAM)
+        if generator.random() < self.data.augmentation.expand.p:
+            with torch_stream(generator):
+                view = expanded(view, self.expand)
+        inside = boxes.clip(0, np.array([width, height] * 2, np.float32))  # the file may not say the image's size
+        objects = (labels != CROWD_LABEL) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
+        generator = sample_stream(self.seed, epoch, index, IOU_CROP_STREAM)
+        if generator.random() < self.data.augmentation.iou_crop.p:
+            with torch_stream(generator):
+                view, counts[objects] = cropped(view, inside[objects], self.iou_crop)
+        return view, counts
+
+    def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> Rectangle:
+        """Where the view lies in the square."""
+        settings = self.data.augmentation.darknet_jitter
+        generator = sample_stream(self.seed, epoch, index, JITTER_STREAM)
+        if generator.random() < settings.p:
+            return jittered(view.width, view.height, size, settings.jitter, generator)
+        letterbox, width, height = letterbox_geometry(
+            view.width, view.height, size, self.data.keep_aspect, self.data.letterbox_rounding
+        )
+        return Rectangle(letterbox.left, letterbox.top, width, height)
+
+
+def build_iou_crop(settings: IoUCrop) -> v2.RandomIoUCrop:
+    """torchvision's crop, with the choices of mmdetection: 1 keeps the image, 0 asks for no overlap."""
+    return v2.RandomIoUCrop(min_scale=settings.min_crop_size, sampler_options=[1.0, *settings.min_ious, 0.0])
+
+
+def expanded(view: Rectangle, zoom_out: v2.RandomZoomOut) -> Rectangle:
+    """A larger canvas around the view, the view at a random place on it."""
+    canvas = BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(view.height, view.width))
+    left, top, right, bottom = zoom_out.make_params([canvas])["padding"]
+    return Rectangle(view.left - left, view.top - top, view.width + left + right, view.height + top + bottom)
+
+
+def cropped(view: Rectangle, boxes: np.ndarray, iou_crop: v2.RandomIoUCrop) -> tuple[Rectangle, np.ndarray]:
+    """A part of the view that overlaps an object as far as drawn, and which boxes have their centre in it.
+
+    Args:
+        view: in pixels of the image.
+        boxes: of the objects, xyxy in pixels of the image, inside it, (G, 4) float32.
+        iou_crop: draws from torch's global generator.
+    """
+    everything = np.ones(len(boxes), bool)
+    # torchvision divides by the height of its crop, which is 0 where a few pixels are scaled down.
+    if len(boxes) == 0 or min(view.width, view.height) * iou_crop.min_scale < 2:
+        return view, everything
+    on_canvas = torch.from_numpy(boxes - np.array([view.left, view.top] * 2, np.float32))
+    parameters = iou_crop.make_params([BoundingBoxes(on_canvas, format="XYXY", canvas_size=(view.height, view.width))])
+    if not parameters:
+        return view, everything
+    crop = Rectangle(
+        view.left + parameters["left"], view.top + parameters["top"], parameters["width"], parameters["height"]
+    )
+    return crop, parameters["is_within_crop_area"].numpy()
+
+
+def jittered(width: int, height: int, size: int, jitter: float, generator: np.random.Generator) -> Rectangle:
+    """The place in the square of an image whose aspect ratio is changed at random; it touches two opposite sides.
+
+    aspect = (width + U(-1, 1) * jitter * width) / (height + U(-1, 1) * jitter * height)
+
+    Source: load_data_detection in src/data.c of https://github.com/pjreddie/darknet (scale = 1). Differs: there
+    the boxes keep the fractions of a pixel that the image loses.
+    """
+    aspect = (width + generator.uniform(-jitter * width, jitter * width)) / (
+        height + generator.uniform(-jitter * height, jitter * height)
+    )
+    new_width, new_height = (size * aspect, size) if aspect < 1 else (size, size / aspect)
+    left = int(generator.uniform(0, size - new_width))
+    top = int(generator.uniform(0, size - new_height))
+    return Rectangle(left, top, max(int(new_width), 1), max(int(new_height), 1))
+
+
+def place_view(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    view: Rectangle,
+    target: Rectangle,
+    size: int,
+    fill: tuple[int, int, int],
+    interpolation: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay the view of an image onto the target rectangle of a square, resampled once.
+
+    Args:
+        image: (H, W, 3) uint8.
+        boxes: xyxy in pixels of the image, (G, 4) float32.
+        view: in pixels of the image; must overlap it.
+        target: in pixels of the square; inside it.
+
+    Returns:
+        The square (size, size, 3); the share of each box's area that the view shows, (G,) float64; and that part of
+        each box in pixels of the square, (G, 4) float32. Where nothing is shown the box has no meaning.
+    """
+    x1, x2, left, right = _span(view.left, view.width, target.left, target.width, image.shape[1], size)
+    y1, y2, top, bottom = _span(view.top, view.height, target.top, target.height, image.shape[0], size)
+    part = resize_image(image[y1:y2, x1:x2], right - left, bottom - top, INTERPOLATIONS[interpolation])
+    shown = boxes.astype(np.float64).clip((x1, y1, x1, y1), (x2, y2, x2, y2))
+    area, shown_area = ((sides[:, 2:] - sides[:, :2]).prod(axis=1) for sides in (boxes.astype(np.float64), shown))
+    scale = np.array([(right - left) / (x2 - x1), (bottom - top) / (y2 - y1)] * 2)
+    placed = (shown - (x1, y1, x1, y1)) * scale + (left, top, left, top)
+    return pad_image(part, left, top, size, fill), shown_area / area, placed.astype(np.float32)
+
+
+def _span(
+    view: int, view_length: int, target: int, target_length: int, length: int, size: int
+) -> tuple[int, int, int, int]:
+    """Along one axis: what the view shows of the image's pixels (first, end), and its place in the square."""
+    first, end = max(view, 0), min(view + view_length, length)
+    scale = target_length / view_length
+    start = min(round(target + (first - view) * scale), size - 1)
+    stop = min(max(round(target + (end - view) * scale), start + 1), size)
+    return first, end, start, stop

@@ -1,0 +1,113 @@
+"""How much memory training will take, before it is tried."""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from detection.settings import TrainSettings
+
+PROBE_SIDES = (128, 256)  # pixels; what the backward pass keeps grows linearly with the area of the input
+OPTIMIZER_TENSORS = {"adam": 2, "adamw": 2, "sgd": 1}  # of the size of the weights
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one training process needs on its device at the largest input size."""
+
+    state: int  # weights, gradients, optimizer, moving average
+    activations: int  # kept for the backward pass of one micro-batch
+    available: int | None  # on the device, before anything of it is there; None: unknown
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations
+
+    def line(self) -> str:
+        available = "" if self.available is None else f" of {self.available / 2**30:.1f} GiB available"
+        return (
+            f"memory      about {self.total / 2**30:.1f} GiB{available}: weights, gradients and optimizer "
+            f"{self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
+        )
+
+
+def estimate_memory(
+    model: nn.Module,
+    criterion: nn.Module,
+    train: TrainSettings,
+    size: int,
+    autocast: Callable[[], AbstractContextManager],
+    device: torch.device,
+) -> MemoryEstimate:
+    """Count what autograd keeps for one image of two small sizes and scale it to the batch and size.
+
+    Workspaces of the convolutions, the loader's batches and the process itself come on top.
+
+    Args:
+        model: on the device; neither its weights nor its statistics change.
+        size: side of the network input in pixels.
+    """
+    parameters = list(model.parameters())
+    copies = 2 + OPTIMIZER_TENSORS[train.optimizer] + (train.ema_decay is not None)
+    state = FLOAT32 * copies * sum(parameter.numel() for parameter in parameters)
+    coarsest = cast(tuple[int, ...], model.strides)[-1]
+    sides = [coarsest * math.ceil(side / coarsest) for side in PROBE_SIDES]
+    was_training = [(module, module.training) for module in model.modules()]
+    model.eval()  # normalisations keep their statistics; the same tensors are kept for the backward pass
+    try:
+        small, large = (_kept_bytes(model, criterion, side, autocast, device) for side in sides)
+    finally:
+        for module, training in was_training:
+            module.training = training
+    # What does not grow with the area (weights cast to bfloat16) is there once.
+    per_pixel = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
+    fixed = max(large - per_pixel * sides[1] ** 2, 0)
+    return MemoryEstimate(state, round(fixed + per_pixel * size**2 * train.batch_size), available_memory(device))
+
+
+def _kept_bytes(
+    model: nn.Module,
+    criterion: nn.Module,
+    side: int,
+    autocast: Callable[[], AbstractContextManager],
+    device: torch.device,
+) -> int:
+    """Bytes that autograd keeps for one image, without the weights themselves."""
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    targets = {
+        "boxes": torch.zeros(1, 1, 4, device=device),
+        "labels": torch.full((1, 1), -1, dtype=torch.int64, device=device),
+    }
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast():
+        losses = criterion(model(images), targets)
+    del losses  # held the graph, and with it what was counted
+    return sum(kept.values())
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on the device (for CPU and MPS, of the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "hpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None

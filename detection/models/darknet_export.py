@@ -1,0 +1,122 @@
+"""A network as a Darknet description (.cfg) that the Darknet program loads together with our .weights file."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from detection.anchors import Anchors
+from detection.errors import CheckpointError
+from detection.models.darknet import Darknet53, DarknetTiny, ResidualBlock
+from detection.models.darknet_cfg import CfgSection
+from detection.models.darknet_network import DarknetNetwork
+from detection.models.yolov3 import PyramidPooling, YOLOv3
+
+
+def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore_threshold: float) -> list[CfgSection]:
+    """Sections of a hand-written YOLOv3, or those that a described network was built from.
+
+    Args:
+        anchors: per level (width, height) in pixels of the network input, stride ascending.
+        image_size: side of the network input in pixels.
+        ignore_threshold: written for a training by that program.
+
+    Raises:
+        CheckpointError: the Darknet program has no such encoder.
+    """
+    if isinstance(model, DarknetNetwork):
+        return list(model.sections)
+    if not isinstance(model, YOLOv3) or not isinstance(model.encoder, Darknet53 | DarknetTiny):
+        raise CheckpointError(
+            "the Darknet program has no such network: only yolo.encoder darknet, darknet_tiny and darknet_cfg export"
+        )
+    writer = _Writer()
+    size = str(image_size)
+    writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")
+    maps = writer.encoder(model.encoder)  # layer of each of the encoder's maps, stride ascending
+    num_anchors = [len(level) for level in anchors]
+    carried = maps[-1]
+    for level, (stage, head) in enumerate(zip(model.neck, model.heads, strict=True)):
+        number = len(anchors) - 1 - level  # of the level, stride ascending
+        if level:
+            writer.add("route", layers=str(carried))
+            writer.convolution(model.laterals[level - 1])
+            upsampled = writer.add("upsample", stride="2")
+            writer.add("route", layers=f"-1,{maps[number]}")
+            assert upsampled == writer.last - 1
+        writer.sequence(stage)
+        carried = writer.last
+        writer.convolution(head[0])
+        writer.convolution(head[1])
+        first = sum(num_anchors[:number])
+        writer.add(
+            "yolo",
+            mask=",".join(str(first + index) for index in range(num_anchors[number])),
+            anchors=", ".join(f"{width:g},{height:g}" for level_anchors in anchors for width, height in level_anchors),
+            classes=str(model.num_classes),
+            num=str(sum(num_anchors)),
+            jitter=".3",
+            ignore_thresh=f"{ignore_threshold:g}",
+            truth_thresh="1",
+            random="1",
+        )
+    return writer.sections
+
+
+class _Writer:
+    """Collects sections; layers are numbered from 0 behind [net]."""
+
+    def __init__(self) -> None:
+        self.sections: list[CfgSection] = []
+
+    @property
+    def last(self) -> int:
+        return len(self.sections) - 2
+
+    def add(self, name: str, **options: str) -> int:
+        """Returns the number of the new layer."""
+        self.sections.append(CfgSection(name, 0, options))
+        return self.last
+
+    def convolution(self, block: nn.Module) -> int:
+        """A `conv_block`, or a plain convolution with bias."""
+        parts = list(block) if isinstance(block, nn.Sequential) else [block]
+        convolution = parts[0]
+        assert isinstance(convolution, nn.Conv2d)
+        normalised = {"batch_normalize": "1"} if len(parts) == 3 else {}
+        return self.add(
+            "convolutional",
+            **normalised,
+            filters=str(convolution.out_channels),
+            size=str(convolution.kernel_size[0]),
+            stride=str(convolution.stride[0]),
+            pad="1",
+            activation="leaky" if normalised else "linear",
+        )
+
+    def encoder(self, encoder: Darknet53 | DarknetTiny) -> Sequence[int]:
+        """Layers of the maps that the encoder returns."""
+        if isinstance(encoder, Darknet53):
+            self.convolution(encoder.stem)
+        ends = []
+        for stage in encoder.stages:
+            self.sequence(stage)
+            ends.append(self.last)
+        return ends[-len(encoder.out_channels) :]
+
+    def sequence(self, modules: nn.Module) -> None:
+        for module in modules.children():
+            if isinstance(module, ResidualBlock):
+                self.convolution(module.reduce)
+                self.convolution(module.expand)
+                self.add("shortcut", **{"from": "-3"}, activation="linear")
+            elif isinstance(module, nn.MaxPool2d):
+                self.add("maxpool", size=str(module.kernel_size), stride=str(module.stride))
+            elif isinstance(module, PyramidPooling):
+                self.add("maxpool", size="5", stride="1")
+                self.add("route", layers="-2")
+                self.add("maxpool", size="9", stride="1")
+                self.add("route", layers="-4")
+                self.add("maxpool", size="13", stride="1")
+                self.add("route", layers="-1,-3,-5,-6")
+            elif not isinstance(module, nn.ConstantPad2d):  # that padding is Darknet's own for its pooling
+                self.convolution(module)

@@ -1,0 +1,153 @@
+"""Any feature extractor of the optional package timm as an encoder, checked against what it declares."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detection.errors import CheckpointError, SettingsError
+from detection.settings import SIZE_MULTIPLE
+
+TIMM_PREFIX = "timm/"  # of the encoder's name in the settings
+PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed
+
+
+class TimmEncoder(nn.Module):
+    """(B, 3, H, W) to one map per level, stride ascending up to 32.
+
+    Source: https://github.com/huggingface/pytorch-image-models (`features_only`)
+    """
+
+    def __init__(self, name: str, out_indices: Sequence[int]) -> None:
+        super().__init__()
+        import timm
+
+        self.name = name
+        self.out_indices = tuple(out_indices)
+        self.features: Any = create_features(name, out_indices=self.out_indices)
+        self.out_channels = tuple(self.features.feature_info.channels())
+        self.strides = tuple(self.features.feature_info.reduction())
+        data = timm.data.resolve_data_config({}, pretrained_cfg=self.features.pretrained_cfg)
+        self.pixel_mean = tuple(data["mean"])
+        self.pixel_std = tuple(data["std"])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return list(self.features(images))
+
+
+def timm_encoder(name: str, levels: int) -> TimmEncoder:
+    """The model's features at the `levels` coarsest strides (8, 16 and 32 for three), with random weights.
+
+    Raises:
+        SettingsError: timm is not installed or knows no such model; the model gives no such maps, or not those that it
+            declares.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise SettingsError(f"yolo.encoder=timm/{name} needs the package timm: pip install timm") from None
+    known = timm.list_models()
+    names = (
+        known
+        if name.partition(".")[0] not in known
+        else timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+    )
+    if name not in [*known, *names]:
+        nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        raise SettingsError(f"yolo.encoder=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
+    reductions = [feature["reduction"] for feature in create_features(name).feature_info.info]
+    last_of_stride = {stride: index for index, stride in enumerate(reductions)}
+    strides = [SIZE_MULTIPLE >> halvings for halvings in reversed(range(levels))]
+    if not set(strides) <= set(reductions):
+        raise SettingsError(
+            f"yolo.encoder=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
+            f"{levels} levels of yolo.anchors need {', '.join(map(str, strides))}"
+        )
+    encoder = TimmEncoder(name, [last_of_stride[stride] for stride in strides])
+    check_declaration(encoder)
+    return encoder
+
+
+def create_features(name: str, **arguments: Any) -> Any:
+    """timm's feature extractor; the many ways in which a model has none are one line."""
+    import timm
+
+    try:
+        return timm.create_model(name, features_only=True, **arguments)
+    except Exception as error:  # noqa: BLE001  (each family of models refuses in its own way)
+        raise SettingsError(f"yolo.encoder=timm/{name} gives no features: {one_line(error)}") from None
+
+
+@torch.no_grad()
+def check_declaration(encoder: TimmEncoder) -> None:
+    """Run a small black image through; in evaluation mode, so that statistics stay.
+
+    Raises:
+        SettingsError: the maps are not those declared, or the model does not take any image size.
+    """
+    height, width = PROBE_SIZE
+    try:
+        maps = encoder.eval()(torch.zeros(1, 3, height, width))
+    except Exception as error:  # noqa: BLE001  (models of fixed size assert, raise or fail in a product)
+        raise SettingsError(
+            f"yolo.encoder=timm/{encoder.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
+        ) from None
+    encoder.train()
+    found = [tuple(feature.shape[1:]) for feature in maps]
+    expected = [(c, height // s, width // s) for c, s in zip(encoder.out_channels, encoder.strides, strict=True)]
+    if found != expected:
+        raise SettingsError(
+            f"yolo.encoder=timm/{encoder.name}: maps of (channels, rows, columns) {expected} are declared, "
+            f"{found} come out of {width} x {height} pixels"
+        )
+
+
+def download_weights(encoder: TimmEncoder) -> str:
+    """Fill the encoder with the weights that timm names for it; returns where they are from.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be fetched.
+    """
+    import timm
+
+    hub = encoder.features.pretrained_cfg.get("hf_hub_id")
+    where = f"https://huggingface.co/{hub}" if hub else "the model's page"
+    try:
+        features = timm.create_model(encoder.name, features_only=True, out_indices=encoder.out_indices, pretrained=True)
+    except Exception as error:  # noqa: BLE001  (hub, HTTP, socket and file errors share no base)
+        raise CheckpointError(
+            f"yolo.pretrained=true: weights of timm/{encoder.name} could not be fetched ({one_line(error)}); without "
+            f"a network, fetch model.safetensors from {where} elsewhere and use yolo.pretrained=FILE"
+        ) from None
+    encoder.features.load_state_dict(features.state_dict())
+    return where
+
+
+def classifier_state(encoder: TimmEncoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """State of the whole classifier, as files hold it, and the prefixes of its last layers, which a file may lack."""
+    import timm
+
+    model: Any = timm.create_model(encoder.name)
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return model.state_dict(), tuple(f"{name}." for name in names)
+
+
+def load_classifier(encoder: TimmEncoder, state: Mapping[str, Tensor]) -> None:
+    """Fill the encoder from a classifier's state, which `classifier_state` was compared with.
+
+    timm itself finds what of it belongs to the features: the names differ.
+    """
+    features = create_features(
+        encoder.name,
+        out_indices=encoder.out_indices,
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": dict(state)},
+    )
+    encoder.features.load_state_dict(features.state_dict())
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

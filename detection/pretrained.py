@@ -1,0 +1,174 @@
+"""`yolo.pretrained`: weights that a fresh run starts from, of the encoder or of a whole detector."""
+
+import http.client
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from detection.checkpoints import is_checkpoint, read_file, verified
+from detection.errors import CheckpointError, SettingsError
+from detection.models.darknet_network import DarknetNetwork
+from detection.models.darknet_weights import load_darknet_weights
+from detection.models.mobilenet import STANDARD_WEIGHTS, MobileNetV3
+from detection.models.timm_encoder import TimmEncoder, classifier_state, download_weights, load_classifier
+from detection.models.yolov3 import YOLOv3
+from detection.settings import YoloSettings
+
+WEIGHTS_DIRECTORY = Path(__file__).resolve().parent.parent / "models" / "weights"
+DARKNET_FILE = "darknet53.conv.74"  # `pretrained: true`; for the small Darknet no such file was published
+NAMES_SHOWN = 3  # of the tensors that do not fit
+
+
+def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
+    """Fill the model, or its encoder, with what the settings name.
+
+    Only for a run that begins: a continued one has all weights in its checkpoint and needs none of these files.
+
+    Returns:
+        What was loaded, for the plan.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign or not fitting weights; no network to fetch them.
+        SettingsError: the encoder has no standard weights.
+    """
+    if yolo.pretrained is False:
+        return []
+    assert isinstance(model, YOLOv3 | DarknetNetwork)
+    if yolo.pretrained is True:
+        return load_standard_weights(model, yolo.encoder)
+    path = Path(yolo.pretrained)
+    if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
+        return load_darknet_weights(model, path).lines
+    encoder = model.encoder
+    if isinstance(encoder, TimmEncoder) and path.suffix == ".safetensors":
+        return load_timm_file(encoder, read_safetensors(path), path)
+    content = read_file(path)
+    if is_checkpoint(content):
+        return load_checkpoint_weights(model, yolo, verified(content, path), path)
+    state = find_state(content, path)
+    if isinstance(encoder, MobileNetV3):
+        return [load_torchvision(encoder, state, str(path))]
+    if isinstance(encoder, TimmEncoder):
+        return load_timm_file(encoder, state, path)
+    raise CheckpointError(
+        f"yolo.pretrained={path} holds plain tensors; yolo.encoder={yolo.encoder} starts from Darknet files (.weights, "
+        ".conv.N) or checkpoints of this program"
+    )
+
+
+def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str]:
+    """The weights that an encoder is commonly started from."""
+    if name == "darknet":
+        return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
+    if name in STANDARD_WEIGHTS:
+        weights = STANDARD_WEIGHTS[name]
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        # OSError: no network, no room; RuntimeError: wrong hash or damaged file
+        except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"yolo.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
+                "elsewhere and use yolo.pretrained=FILE"
+            ) from None
+        assert isinstance(model.encoder, MobileNetV3)
+        return [load_torchvision(model.encoder, state, f"torchvision's {weights} ({Path(weights.url).name})")]
+    if isinstance(model.encoder, TimmEncoder):
+        where = download_weights(model.encoder)
+        return [f"encoder from timm's weights, {where}"]
+    raise SettingsError(f"yolo.pretrained = true: encoder {name} has no standard weights; name a FILE")
+
+
+def load_torchvision(encoder: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
+    """Fill the encoder from the state of torchvision's classifier, or of its `features` alone."""
+    if any(name.startswith("features.") for name in state):
+        state = {
+            name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
+        }
+    ours = encoder.torchvision_names()
+    own_state = encoder.state_dict()
+    check_fit(state, {name: own_state[own] for name, own in ours.items()}, source)
+    encoder.load_state_dict({ours[name]: value for name, value in state.items()})
+    return f"encoder, {len(ours)} tensors from {source}"
+
+
+def load_timm_file(encoder: TimmEncoder, state: Mapping[str, Tensor], path: Path) -> list[str]:
+    expected, classifier = classifier_state(encoder)
+    kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
+    check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, str(path))
+    load_classifier(encoder, state)
+    return [f"encoder from {path}, a classifier timm/{encoder.name}"]
+
+
+def load_checkpoint_weights(
+    model: YOLOv3 | DarknetNetwork, yolo: YoloSettings, checkpoint: dict[str, Any], path: Path
+) -> list[str]:
+    """A whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
+    try:
+        encoder = checkpoint["settings"]["yolo"]["encoder"]
+        names = checkpoint["categories"]["names"]
+        anchors = [len(level) for level in checkpoint["settings"]["yolo"]["anchors"]]
+        state = dict(checkpoint["average"] or checkpoint["model"])
+        step = checkpoint["step"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"yolo.pretrained={path} is not the checkpoint of a run: no {error}") from None
+    if encoder != yolo.encoder:
+        raise CheckpointError(f"yolo.pretrained={path} has the encoder {encoder}, this run {yolo.encoder}")
+    kind = "moving average" if checkpoint["average"] else "weights"
+    lines = [f"encoder, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
+    expected = model.state_dict()
+    own_anchors = [len(level) for level in yolo.anchors]
+    if len(names) != model.num_classes or anchors != own_anchors:
+        output_ids = {id(value) for convolution in model.output_convolutions() for value in convolution.parameters()}
+        outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}
+        state = {name: value for name, value in state.items() if name not in outputs}
+        expected = {name: value for name, value in expected.items() if name not in outputs}
+        lines.append(
+            f"the output convolutions start anew: the file has {len(names)} classes and {anchors} anchors per level, "
+            f"this run {model.num_classes} and {own_anchors}"
+        )
+    check_fit(state, expected, str(path))
+    model.load_state_dict(state, strict=False)
+    return lines
+
+
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a state that is not tensor by tensor what is expected; one line names the first of each kind."""
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    parts = [
+        f"{len(found)} {kind}: {', '.join(found[:NAMES_SHOWN])}{', ...' if len(found) > NAMES_SHOWN else ''}"
+        for kind, found in (("missing", missing), ("unknown", foreign), ("of another shape", shapes))
+        if found
+    ]
+    if parts:
+        raise CheckpointError(f"{source} does not fit this network; tensors {'; '.join(parts)}")
+
+
+def find_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, which training programs put under "state_dict" or "model"."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"yolo.pretrained={path} holds no state dict (names and tensors)")
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError  # timm needs it, so it is there
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"yolo.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,322 @@
+"""Every encoder keeps one contract; the YOLOv3 family is that of the Darknet program's descriptions."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detection.errors import SettingsError
+from detection.models import ENCODERS, Detector, build_detector, build_encoder
+from detection.models.darknet import DarknetTiny
+from detection.models.darknet_cfg import parse_cfg
+from detection.models.darknet_network import DarknetNetwork
+from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
+from detection.models.timm_encoder import TimmEncoder, check_declaration
+from detection.models.yolov3 import PyramidPooling, YOLOv3
+from detection.settings import load_settings
+
+ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
+WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first
+TINY = [
+    "yolo.encoder=darknet_tiny",
+    "yolo.neck_channels=[256, 128]",
+    "yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]",
+]
+
+
+def words(encoder: str, levels: int) -> list[str]:
+    anchors = [[[10 * 2**level, 12 * 2**level], [14 * 2**level, 9 * 2**level]] for level in range(levels)]
+    return [f"yolo.encoder={encoder}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
+
+
+def build(*settings: str, num_classes: int = 2) -> Detector:
+    loaded, _ = load_settings(ARGS, words=settings)
+    return build_detector(loaded.yolo, loaded.evaluation, num_classes)
+
+
+@pytest.fixture(scope="module", params=[*ENCODERS, *TIMM])
+def encoder(request: pytest.FixtureRequest) -> nn.Module:
+    """One of each, with the statistics of a few batches, as after some training."""
+    torch.manual_seed(0)
+    levels = 2 if request.param == "darknet_tiny" else 3
+    module = build_encoder(load_settings(ARGS, words=words(request.param, levels))[0].yolo)
+    assert isinstance(module, nn.Module)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.ones_(norm.weight)  # timm's ResNets begin with zeros, which let no gradient through
+    with torch.no_grad():
+        for _ in range(3):
+            module.train()(torch.rand(4, 3, 64, 64))
+    return module
+
+
+# The contract
+
+
+def test_maps_are_as_declared(encoder: nn.Module) -> None:
+    height, width = 64, 96
+    with torch.no_grad():
+        maps = encoder.eval()(torch.rand(2, 3, height, width))
+    assert [tuple(feature.shape) for feature in maps] == [
+        (2, channels, height // stride, width // stride)
+        for channels, stride in zip(encoder.out_channels, encoder.strides, strict=True)
+    ]
+    # the neck doubles the size from level to level, and image sizes are multiples of 32
+    assert list(encoder.strides) == [32 >> step for step in reversed(range(len(encoder.strides)))]
+
+
+def test_pixel_statistics(encoder: nn.Module) -> None:
+    assert len(encoder.pixel_mean) == len(encoder.pixel_std) == 3
+    assert all(0 <= value <= 1 for value in encoder.pixel_mean)
+    assert all(0 < value <= 1 for value in encoder.pixel_std)
+
+
+def test_batch_equals_singles(encoder: nn.Module) -> None:
+    images = torch.rand(3, 3, 64, 96)
+    with torch.no_grad():
+        together = encoder.eval()(images)
+        for index in range(3):
+            for feature, alone in zip(together, encoder(images[index : index + 1]), strict=True):
+                tolerance = 1e-4 * alone.abs().max().item()
+                torch.testing.assert_close(feature[index : index + 1], alone, atol=tolerance, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient(encoder: nn.Module) -> None:
+    """No unused classifier, which a distributed run would wait for."""
+    torch.manual_seed(1)
+    encoder.train().zero_grad()
+    # random factors: the sum of a normalised map would not depend on what was normalised
+    sum((feature * torch.randn_like(feature)).sum() for feature in encoder(torch.rand(2, 3, 64, 96))).backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+    assert not any(len(value.shape) == 2 for value in encoder.state_dict().values())  # no fully connected layer
+
+
+def test_bfloat16_is_near_float32(encoder: nn.Module) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = encoder.eval()(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = encoder(images)
+    for feature, other in zip(found, expected, strict=True):
+        assert (feature.float() - other).norm() < 0.1 * other.norm()
+
+
+# Levels
+
+
+@pytest.mark.parametrize(
+    ("settings", "strides"),
+    [
+        (TINY, (16, 32)),
+        (words("mobilenet_v3_small", 3), (8, 16, 32)),
+        pytest.param(words("timm/test_resnet", 1), (32,), marks=needs_timm),
+        pytest.param(words("timm/test_resnet", 4), (4, 8, 16, 32), marks=needs_timm),
+    ],
+)
+def test_any_number_of_levels_works_from_images_to_boxes(settings: list[str], strides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    detector = build(*settings, "evaluation.confidence_threshold=0.0")
+    assert detector.criterion is not None
+    outputs = detector.model(torch.rand(2, 3, 64, 96))
+    assert detector.model.strides == strides
+    assert [tuple(output.shape[2:]) for output in outputs] == [(64 // s, 96 // s, 5 + 2) for s in strides]
+    boxes = torch.tensor([[[4.0, 4, 60, 50]], [[0, 0, 0, 0]]])
+    losses = detector.criterion(outputs, {"boxes": boxes, "labels": torch.tensor([[1], [-1]])})
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in detector.model.parameters())
+    assert all(len(found["boxes"]) for found in detector.postprocess(outputs))
+
+
+def refuse(*settings: str) -> str:
+    with pytest.raises(SettingsError) as raised:
+        build(*settings)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "own", "levels"), [("darknet_tiny", 2, 3), ("darknet", 3, 2), ("darknet", 3, 4)])
+def test_levels_must_be_the_encoders(name: str, own: int, levels: int) -> None:
+    message = refuse(*words(name, levels))
+    assert f"yolo.anchors: has {levels} levels" in message and f"yolo.encoder={name} has {own}" in message
+
+
+def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
+    (tmp_path / "a.cfg").write_text("[net]")
+    described = ["yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    for settings, name in ((TINY, "darknet_tiny"), (described, "darknet_cfg")):
+        assert f"yolo.spp: encoder {name}" in refuse(*settings, "yolo.spp=true")
+
+
+# timm
+
+
+@needs_timm
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mobilenetv3_smal_050", "no such model; the nearest are mobilenetv3_small_050"),
+        ("resnet18.a1_in2k", "no such model; the nearest are resnet18.a1_in1k"),
+        ("vit_tiny_patch16_224", "has maps at the strides 16; 3 levels of yolo.anchors need 8, 16, 32"),
+        ("swin_tiny_patch4_window7_224", "cannot be run on 96 x 64 pixels"),
+    ],
+)
+def test_timm_models_that_do_not_serve(name: str, expected: str) -> None:
+    assert f"timm/{name}" in refuse(*words(f"timm/{name}", 3)) and expected in refuse(*words(f"timm/{name}", 3))
+
+
+@needs_timm
+def test_a_false_declaration_is_found() -> None:
+    encoder = build_encoder(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    assert isinstance(encoder, TimmEncoder)
+    for name, value in (("out_channels", (48, 192, 97)), ("strides", (4, 8, 16))):
+        right = getattr(encoder, name)
+        setattr(encoder, name, value)
+        with pytest.raises(SettingsError, match=r"timm/test_resnet.*are declared.*\(96, 2, 3\)"):
+            check_declaration(encoder)
+        setattr(encoder, name, right)
+
+
+@needs_timm
+def test_the_check_of_the_declaration_leaves_no_trace() -> None:
+    encoder = build_encoder(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    assert isinstance(encoder, TimmEncoder)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert all(value == 0 for name, value in before.items() if name.endswith("num_batches_tracked"))
+    random = torch.get_rng_state()
+    check_declaration(encoder)
+    assert torch.equal(torch.get_rng_state(), random) and all(module.training for module in encoder.modules())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # importing it raises ImportError
+    assert "pip install timm" in refuse(*words("timm/resnet18", 3))
+
+
+# The family, as the Darknet program describes it
+
+
+def conv(filters: int, size: int, stride: int = 1) -> str:
+    return (
+        f"[convolutional]\nbatch_normalize=1\nfilters={filters}\nsize={size}\nstride={stride}\npad=1\nactivation=leaky"
+    )
+
+
+def output(classes: int) -> list[str]:
+    linear = f"[convolutional]\nfilters={3 * (5 + classes)}\nsize=1\nstride=1\npad=1\nactivation=linear"
+    return [linear, f"[yolo]\nmask=0,1,2\nanchors=10,13, 16,30, 33,23\nclasses={classes}\nnum=3"]
+
+
+def pool(size: int, stride: int) -> str:
+    return f"[maxpool]\nsize={size}\nstride={stride}"
+
+
+def route(*layers: int) -> str:
+    return f"[route]\nlayers={','.join(map(str, layers))}"
+
+
+NET = "[net]\nwidth=64\nheight=64\nchannels=3"
+UPSAMPLE = "[upsample]\nstride=2"
+
+
+def yolov3_cfg(widths: list[int], classes: int, spp: bool) -> str:
+    """yolov3.cfg and yolov3-spp.cfg, whose neck is 512, 256, 128 wide."""
+    layers = [conv(32, 3)]
+    for filters, count in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
+        layers.append(conv(filters, 3, stride=2))
+        for _ in range(count):
+            layers += [conv(filters // 2, 1), conv(filters, 3), "[shortcut]\nfrom=-3\nactivation=linear"]
+    assert len(layers) == 75
+    for level, (width, source) in enumerate(zip(widths, [None, 61, 36], strict=True)):
+        if source is not None:
+            layers += [route(-4), conv(width, 1), UPSAMPLE, route(-1, source)]
+        layers += [conv(width, 1), conv(2 * width, 3), conv(width, 1)]
+        if spp and level == 0:
+            layers += [pool(5, 1), route(-2), pool(9, 1), route(-4), pool(13, 1), route(-1, -3, -5, -6), conv(width, 1)]
+        layers += [conv(2 * width, 3), conv(width, 1), conv(2 * width, 3), *output(classes)]
+    return "\n\n".join([NET, *layers])
+
+
+def tiny_cfg(classes: int) -> str:
+    """yolov3-tiny.cfg."""
+    layers = [conv(16, 3)]
+    for filters in (32, 64, 128, 256, 512):
+        layers += [pool(2, 2), conv(filters, 3)]
+    layers += [pool(2, 1), conv(1024, 3), conv(256, 1), conv(512, 3), *output(classes)]
+    layers += [route(-4), conv(128, 1), UPSAMPLE, route(-1, 8), conv(256, 3), *output(classes)]
+    return "\n\n".join([NET, *layers])
+
+
+THREE = "yolo.anchors=[[[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]]]"
+
+
+@pytest.mark.parametrize(
+    ("cfg", "settings", "convolutions"),
+    [
+        (yolov3_cfg([16, 12, 8], 2, False), ["yolo.neck_channels=[16, 12, 8]", THREE], 75),
+        (yolov3_cfg([16, 12, 8], 2, True), ["yolo.neck_channels=[16, 12, 8]", THREE, "yolo.spp=true"], 76),
+        (tiny_cfg(2), [*TINY, "yolo.anchors=[[[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]]]"], 13),
+    ],
+    ids=["yolov3", "yolov3-spp", "yolov3-tiny"],
+)
+def test_family_is_the_described_network(cfg: str, settings: list[str], convolutions: int, tmp_path: Path) -> None:
+    """The same file of weights makes both networks compute the same: order of layers, of channels and padding."""
+    torch.manual_seed(0)
+    model = build(*settings).model
+    assert isinstance(model, YOLOv3) and len(model.darknet_convolutions()) == convolutions
+    with torch.no_grad():
+        for _ in range(2):
+            model.train()(torch.rand(2, 3, 64, 64))
+        for convolution in model.output_convolutions():
+            nn.init.normal_(convolution.weight)  # small values would hide differences
+    write_darknet_weights(model, tmp_path / "file.weights", Header())
+    described = DarknetNetwork(parse_cfg(cfg), 2)
+    assert load_darknet_weights(described, tmp_path / "file.weights").convolutions == convolutions
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        pairs = list(zip(model.eval()(images), described.eval()(images), strict=True))
+    for found, expected in pairs:
+        assert expected.std() > 0.01
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_output_convolutions_ascend_in_stride() -> None:
+    model = build(*TINY).model
+    # one anchor at stride 16, two at stride 32; 5 + 2 values each
+    assert [convolution.out_channels for convolution in model.output_convolutions()] == [7, 14]
+    assert build(*words("mobilenet_v3_small", 3)).model.darknet_convolutions() == []
+
+
+def test_pyramid_pooling_by_a_slow_loop() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 9, 15) - 3  # below 0, where zeros at the border would win
+    result = PyramidPooling()(x)
+    assert result.shape == (1, 8, 9, 15)
+    for position, size in enumerate((13, 9, 5, 1)):
+        for row in range(9):
+            for column in range(15):
+                reach = size // 2
+                rows = slice(max(row - reach, 0), row + reach + 1)
+                columns = slice(max(column - reach, 0), column + reach + 1)
+                window = x[0, :, rows, columns].amax(dim=(1, 2))
+                assert torch.equal(result[0, 2 * position : 2 * position + 2, row, column], window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiny_pools_over_its_neighbours_below_and_right(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-9.0, -8, -1], [-2, -7, -6]], dtype=dtype).view(1, 1, 2, 3)
+
+    def layers_from_two_to_four(value: Tensor) -> Tensor:
+        for layer in DarknetTiny().stages[1][2:4]:
+            value = layer(value)
+        return value
+
+    # [-9 -8 | -2 -7] -> -2, [-8 -1 | -7 -6] -> -1, [-1 | -6] -> -1; last row: [-2 -7], [-7 -6], [-6]
+    assert layers_from_two_to_four(x)[0, 0].tolist() == [[-2, -1, -1], [-2, -6, -6]]

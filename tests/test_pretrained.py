@@ -1,0 +1,366 @@
+"""What a fresh run starts from: the right tensors in the right places, or one line."""
+
+import importlib.util
+import shutil
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
+
+from detection import pretrained
+from detection.checkpoints import save_checkpoint
+from detection.errors import CheckpointError, SettingsError, UserError
+from detection.models import build_detector
+from detection.models.darknet_weights import Header, write_darknet_weights
+from detection.pretrained import load_pretrained
+from detection.settings import YoloSettings, load_settings
+
+ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+SMALL = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
+LARGE = ["yolo.encoder=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
+TIMM = ["yolo.encoder=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
+TINY = ["yolo.encoder=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
+# Names by which torch's hub caches the weights in pytorch.org's list of torchvision models
+HUB_NAMES = {"small": "mobilenet_v3_small-047dcff4.pth", "large": "mobilenet_v3_large-8738ca79.pth"}
+
+
+def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int = 0) -> tuple[nn.Module, YoloSettings]:
+    settings, _ = load_settings(
+        ARGS, words=[*words, f"yolo.pretrained={str(value).lower() if value is True else value}"]
+    )
+    torch.manual_seed(seed)
+    return build_detector(settings.yolo, settings.evaluation, num_classes).model, settings.yolo
+
+
+def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:
+    """Message with which the run ends before its first step; the model is as it was."""
+    model, yolo = build(words, value, num_classes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error) as raised:
+        load_pretrained(model, yolo)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def with_noise(module: nn.Module, seed: int = 1) -> nn.Module:
+    """Statistics and scales are not those of a fresh module, so that none can be forgotten unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) / 10 + 0.1)
+            else:
+                tensor.fill_(17)
+    return module
+
+
+def changed(model: nn.Module, words: list[str], num_classes: int = 3) -> set[str]:
+    """First part of the names of the tensors that are not those of a model that was only built."""
+    fresh = build(words, num_classes=num_classes)[0].state_dict()
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, fresh[name])}
+
+
+def parts(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def last_of_each_stride(features: nn.Sequential, images: Tensor) -> list[Tensor]:
+    found = {}
+    with torch.no_grad():
+        for layer in features.eval():
+            images = layer(images)
+            found[64 // images.shape[2]] = images
+    return [found[stride] for stride in (8, 16, 32)]
+
+
+def test_false_loads_nothing() -> None:
+    model, yolo = build(SMALL)
+    assert load_pretrained(model, yolo) == [] and not changed(model, SMALL)
+
+
+# torchvision
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory of torch's hub on a machine without a network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(urllib.error.URLError("no way")))
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "network"), [(SMALL, "small", mobilenet_v3_small), (LARGE, "large", mobilenet_v3_large)]
+)
+def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any, hub: Path) -> None:
+    classifier = with_noise(network(weights=None))
+    torch.save(classifier.state_dict(), hub / HUB_NAMES[size])
+    model, yolo = build(words, True)
+    (line,) = load_pretrained(model, yolo)
+    assert HUB_NAMES[size] in line and "IMAGENET1K_V1" in line
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = model.eval().encoder(images)
+    for found, expected in zip(maps, last_of_each_stride(classifier.features, images), strict=True):
+        assert torch.equal(found, expected)
+    assert parts(changed(model, words)) == {"encoder"}
+    assert changed(model, words) == {name for name in model.state_dict() if name.startswith("encoder.")}
+
+
+def test_without_a_network(hub: Path) -> None:
+    message = refuse(SMALL, True)
+    for word in ("https://download.pytorch.org/models/", HUB_NAMES["small"], "no way", "yolo.pretrained=FILE"):
+        assert word in message
+
+
+def test_damaged_download(hub: Path) -> None:
+    (hub / HUB_NAMES["small"]).write_bytes(b"not a zip file")
+    assert HUB_NAMES["small"] in refuse(SMALL, True)
+
+
+def test_files_of_a_classifier(tmp_path: Path) -> None:
+    state = with_noise(mobilenet_v3_small(weights=None)).state_dict()
+    features = {name[len("features.") :]: value for name, value in state.items() if name.startswith("features.")}
+    for content in (state, features, {"model": state, "epoch": 3}, {"state_dict": state}):
+        torch.save(content, tmp_path / "file.pth")
+        model, yolo = build(SMALL, tmp_path / "file.pth")
+        (line,) = load_pretrained(model, yolo)
+        assert str(tmp_path / "file.pth") in line and f"{len(features)} tensors" in line
+        # the second stage begins with torchvision's layer 4
+        assert torch.equal(model.encoder.stages[1][0].block[0][0].weight, state["features.4.block.0.0.weight"])
+        assert torch.equal(model.encoder.stages[2][-1][1].running_var, state["features.12.1.running_var"])
+        assert parts(changed(model, SMALL)) == {"encoder"}
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    state = mobilenet_v3_small(weights=None).state_dict()
+    first = "features.0.0.weight"
+    for content, *expected in (
+        ({name: value for name, value in state.items() if name != first}, "1 missing: 0.0.weight"),
+        (state | {"features.99.weight": torch.zeros(1)}, "1 unknown: 99.weight"),
+        (state | {"extra": torch.zeros(1)}, "1 unknown: extra"),
+        (state | {first: torch.zeros(16, 3, 5, 5)}, "0.0.weight (16, 3, 5, 5) instead of (16, 3, 3, 3)"),
+        (mobilenet_v3_large(weights=None).state_dict(), "missing: ", "unknown: ", "of another shape: "),
+        ({"a": 1}, "holds no state dict"),
+        ([1, 2], "holds no state dict"),
+        ({}, "holds no state dict"),
+        ({"a": Path("x")}, "objects other than tensors"),
+    ):
+        torch.save(content, path)
+        message = refuse(SMALL, path)
+        for word in (str(path), *expected):
+            assert word in message
+    assert "does not exist" in refuse(SMALL, tmp_path / "nothing.pth")
+    path.write_bytes(b"abc")
+    assert str(path) in refuse(SMALL, path)
+
+
+# Darknet
+
+
+def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["yolo.neck_channels=[16, 12, 8]"]
+    monkeypatch.setattr(pretrained, "WEIGHTS_DIRECTORY", tmp_path)
+    assert "download_darknet_weights.sh darknet53.conv.74" in refuse(words, True)
+
+    source = with_noise(build(words)[0])
+    write_darknet_weights(source, tmp_path / "darknet53.conv.74", Header(), count=52)
+    model, yolo = build(words, True)
+    lines = load_pretrained(model, yolo)
+    assert any("first 52 of 75 convolutions" in line for line in lines)
+    assert parts(changed(model, words)) == {"encoder"}
+    for name, tensor in model.encoder.state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, source.encoder.state_dict()[name]), name
+
+
+def test_darknet_file_of_other_classes(tmp_path: Path) -> None:
+    source = with_noise(build(TINY, num_classes=7)[0])
+    write_darknet_weights(source, tmp_path / "tiny.weights", Header())
+    model, yolo = build(TINY, tmp_path / "tiny.weights", num_classes=3)
+    lines = " ".join(load_pretrained(model, yolo))
+    assert "7 classes" in lines and "network 3" in lines
+    counters = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
+    outputs = {f"heads.{level}.1.{kind}" for level in (0, 1) for kind in ("weight", "bias")}
+    assert changed(model, TINY) == set(model.state_dict()) - counters - outputs
+
+
+def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
+    write_darknet_weights(build(TINY)[0], tmp_path / "tiny.weights", Header())
+    assert "darknet_tiny" in refuse(SMALL, tmp_path / "tiny.weights")
+    torch.save(mobilenet_v3_small(weights=None).state_dict(), tmp_path / "small.pth")
+    assert "yolo.encoder=darknet_tiny starts from" in refuse(TINY, tmp_path / "small.pth")
+    assert "darknet_tiny has no standard weights" in refuse(TINY, True, SettingsError)
+
+
+# Our own checkpoints
+
+
+def save_run(path: Path, words: list[str], num_classes: int, average: bool, **changes: Any) -> nn.Module:
+    """What a run leaves; returns the network whose weights are to be used."""
+    model, yolo = build(words, num_classes=num_classes, seed=5)
+    best, other = (
+        with_noise(model, 1).state_dict(),
+        with_noise(build(words, num_classes=num_classes)[0], 2).state_dict(),
+    )
+    content = {
+        "step": 40,
+        "settings": {"yolo": yolo.model_dump(mode="json")},
+        "categories": {"names": [f"class {label}" for label in range(num_classes)], "ids": list(range(num_classes))},
+        "model": other if average else best,
+        "average": best if average else None,
+    }
+    save_checkpoint(path, content | changes)
+    return model
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_whole_detector(average: bool, tmp_path: Path) -> None:
+    source = save_run(tmp_path / "best.pt", SMALL, 3, average)
+    model, yolo = build(SMALL, tmp_path / "best.pt")
+    (line,) = load_pretrained(model, yolo)
+    kind = "moving average" if average else "weights"
+    assert f"{kind} after 40 steps, 3 classes" in line and str(tmp_path / "best.pt") in line
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+OTHER_ANCHORS = "yolo.anchors=[[[9, 9]], [[20, 20], [30, 30]], [[80, 80]]]"
+
+
+# 3 anchors * (5 + 1) values are as many as 2 anchors * (5 + 4), so shapes alone would not tell
+@pytest.mark.parametrize(("classes", "words"), [(5, SMALL), (1, SMALL), (3, [*SMALL, OTHER_ANCHORS])])
+def test_other_classes_or_anchors(classes: int, words: list[str], tmp_path: Path) -> None:
+    source = save_run(tmp_path / "best.pt", words, classes, average=True)
+    model, yolo = build(SMALL, tmp_path / "best.pt")
+    lines = load_pretrained(model, yolo)
+    assert len(lines) == 2 and "output convolutions start anew" in lines[1]
+    assert f"{classes} classes" in lines[1] and "this run 3" in lines[1]
+    outputs = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
+    assert changed(model, SMALL) == set(model.state_dict()) - outputs
+    for name in set(model.state_dict()) - outputs:
+        assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+def test_equal_shapes_of_other_classes_are_not_taken(tmp_path: Path) -> None:
+    two = "yolo.anchors=[[[9, 9], [10, 10]], [[20, 20], [30, 30]], [[80, 80], [90, 90]]]"
+    save_run(tmp_path / "best.pt", [*SMALL, two], 4, average=False)  # 2 * (5 + 4) filters
+    model, yolo = build(SMALL, tmp_path / "best.pt", num_classes=1)  # 3 * (5 + 1) filters
+    assert "start anew" in load_pretrained(model, yolo)[1]
+    assert not any(name.startswith("heads.0.1.") for name in changed(model, SMALL, num_classes=1))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save_run(path, LARGE, 3, average=False)
+    message = refuse(SMALL, path)
+    assert "mobilenet_v3_large" in message and "mobilenet_v3_small" in message
+    save_run(path, [SMALL[0], "yolo.neck_channels=[24, 12, 8]"], 3, average=False)
+    assert "of another shape: neck.0.0.0.weight (24, 576, 1, 1) instead of (16, 576, 1, 1), " in refuse(SMALL, path)
+    save_run(path, SMALL, 3, average=False, settings={})
+    assert "no 'yolo'" in refuse(SMALL, path)
+    save_run(path, SMALL, 3, average=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "damaged" in refuse(SMALL, path)
+
+
+# timm
+
+
+def timm_classifier(**arguments: Any) -> nn.Module:
+    import timm
+
+    return with_noise(timm.create_model("test_resnet", **arguments))
+
+
+@needs_timm
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_timm_classifier_file(num_classes: int, suffix: str, tmp_path: Path) -> None:
+    classifier = timm_classifier(num_classes=num_classes)
+    path = tmp_path / f"file{suffix}"
+    if suffix == ".pth":
+        torch.save(classifier.state_dict(), path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(classifier.state_dict(), path)
+    model, yolo = build(TIMM, path)
+    (line,) = load_pretrained(model, yolo)
+    assert str(path) in line and "timm/test_resnet" in line
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        # the classifier's own last map, in front of its pooling
+        expected = classifier.eval().forward_features(images)
+        torch.testing.assert_close(model.eval().encoder(images)[-1], expected)
+    assert parts(changed(model, TIMM)) == {"encoder"}
+
+
+@needs_timm
+def test_timm_files_that_do_not_fit(tmp_path: Path) -> None:
+    state = timm_classifier().state_dict()
+    name = next(iter(state))
+    for content, expected in (
+        ({key: value for key, value in state.items() if key != name}, f"1 missing: {name}"),
+        (state | {"extra.weight": torch.zeros(1)}, "1 unknown: extra.weight"),
+        (state | {name: torch.zeros(1)}, f"1 of another shape: {name} (1,) instead of"),
+    ):
+        torch.save(content, tmp_path / "file.pth")
+        assert expected in refuse(TIMM, tmp_path / "file.pth")
+    (tmp_path / "file.safetensors").write_bytes(b"abc")
+    assert "file.safetensors cannot be read" in refuse(TIMM, tmp_path / "file.safetensors")
+    assert "nothing.safetensors cannot be read" in refuse(TIMM, tmp_path / "nothing.safetensors")
+
+
+@needs_timm
+def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.models import _builder
+
+    state = timm_classifier().state_dict()
+    monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *_, **__: dict(state))  # what the hub would send
+    model, yolo = build(TIMM, True)
+    (line,) = load_pretrained(model, yolo)
+    assert "https://huggingface.co/timm/test_resnet" in line
+    images = torch.rand(1, 3, 64, 96)
+    classifier = timm_classifier().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encoder(images)[-1], classifier.forward_features(images))
+
+    class HubIsAway(Exception):
+        """Such errors share no base."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise HubIsAway("name resolution\nfailed")
+
+    monkeypatch.setattr(_builder, "load_state_dict_from_hf", fail)
+    message = refuse(TIMM, True)
+    for word in ("timm/test_resnet", "HubIsAway: name resolution failed", "model.safetensors", "yolo.pretrained=FILE"):
+        assert word in message
+
+
+def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
+    cfg = (
+        "[net]\nwidth=64\nheight=64\n[conv]\nfilters=4\nstride=2\nsize=3\npad=1\nactivation=leaky\n[conv]\nfilters=18\n"
+    )
+    (tmp_path / "a.cfg").write_text(
+        f"{cfg}[yolo]\nanchors=8,8, 9,9, 20,20\nmask=0,1,2\nnum=3\nclasses=1\n".replace(
+            "filters=18", "filters=18\nactivation=linear"
+        )
+    )
+    words = ["yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    assert "darknet_cfg has no standard weights" in refuse(words, True, SettingsError)
+    # a checkpoint of the same description for other classes
+    source = save_run(tmp_path / "best.pt", words, 4, average=False)
+    shutil.copy(tmp_path / "best.pt", tmp_path / "copy.pt")
+    model, yolo = build(words, tmp_path / "copy.pt", num_classes=1)
+    assert "4 classes" in load_pretrained(model, yolo)[1]
+    assert changed(model, words, num_classes=1) == {"encoder.0.0.weight", "encoder.0.0.bias"}
+    assert torch.equal(model.state_dict()["encoder.0.0.weight"], source.state_dict()["encoder.0.0.weight"])

@@ -1,0 +1,117 @@
+"""Every recipe loads, names its source, and holds the numbers it is published with."""
+
+from pathlib import Path
+
+import pytest
+
+from detection.schedules import build_schedule
+from detection.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+COCO_IMAGES = 118_287  # train2017
+
+
+def load(name: str) -> Settings:
+    return load_settings(ROOT / "yolo-v3" / "args.yaml", [ROOT / "recipes" / f"{name}.yaml"])[0]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_shows_how_to_run_it(path: Path) -> None:
+    load(path.stem)
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"recipes/{path.name}" in header
+    assert (
+        "Source:" in header or "research repository" in header or path.stem in ("quickstart", "bccd", "bccd_finetune")
+    )
+
+
+def test_every_recipe_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [path.stem for path in RECIPES if f"`{path.stem}`" not in readme]
+
+
+def rates(settings: Settings, *steps: int) -> list[float]:
+    train = settings.train
+    steps_per_epoch = COCO_IMAGES / (train.batch_size * train.subdivisions)
+    total = int(train.steps) if isinstance(train.steps, int) else round(float(train.steps[:-2]) * steps_per_epoch)
+    schedule = build_schedule(settings.scheduler, train.learning_rate, total, steps_per_epoch)
+    return [schedule.at(step) for step in steps]
+
+
+@pytest.mark.parametrize("size", [416, 608])
+def test_darknet_numbers(size: int) -> None:
+    settings = load(f"darknet_{size}")
+    train = settings.train
+    assert train.batch_size * train.subdivisions == 64 and train.steps == 500_200 and train.optimizer == "sgd"
+    assert (train.momentum, train.weight_decay, train.clip_norm) == (0.9, 5e-4, None)
+    assert (train.resize_frequency, train.multiscale_sizes) == (10, (320, 608))
+    # burn-in ((step + 1) / 1000)^4, then drops at 400,000 and 450,000
+    assert rates(settings, 499, 999, 399_999, 400_000, 450_000) == pytest.approx([1e-3 / 16, 1e-3, 1e-3, 1e-4, 1e-5])
+    assert settings.evaluation.image_size == size and settings.yolo.ignore_threshold == 0.7
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate", "warmup", "milestones"),
+    [
+        ("d53_320_273e", 64, 1e-3, 2000, (218, 246)),
+        ("d53_mstrain-608_273e", 64, 1e-3, 2000, (218, 246)),
+        ("d53_320_273e_8x16", 128, 1.5e-3, 1000, (228, 256)),
+        ("d53_320_273e_8x32_bf16", 256, 2e-3, 400, (228, 256)),
+    ],
+)
+def test_mmdetection_numbers(name: str, batch: int, rate: float, warmup: int, milestones: tuple[int, int]) -> None:
+    settings = load(name)
+    train = settings.train
+    assert train.batch_size * train.subdivisions == batch and train.steps == "273ep"
+    assert (train.optimizer, train.clip_norm, train.encoder_batch_norm) == ("sgd", 35.0, "frozen")
+    epoch = COCO_IMAGES / batch
+    drops = [round(milestone * epoch) for milestone in milestones]
+    found = rates(settings, 0, warmup, drops[0] - 1, drops[0], drops[1])
+    assert found == pytest.approx([0.1 * rate, rate, rate, rate / 10, rate / 100])
+    assert settings.yolo.loss == "mmdetection" and settings.yolo.ignore_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "precision"),
+    [("d53_320_273e_1x32", 32, "off"), ("d53_320_273e_1x32_bf16", 32, "bf16"), ("d53_320_273e_1x16", 16, "off")],
+)
+def test_single_device_examples(name: str, batch: int, precision: str) -> None:
+    settings = load(name)
+    assert (settings.train.batch_size, settings.train.subdivisions, settings.train.steps) == (batch, 1, "2ep")
+    assert settings.run.precision == precision and settings.train.image_size == 320
+
+
+def test_runs_of_the_research_repository() -> None:
+    lambda_run = load("240224_LambdaLR")
+    found = rates(lambda_run, 999, 74_999, 75_000, 100_000, 125_000, 149_999)
+    assert found == pytest.approx([1e-4, 1e-4, 5e-5, 1e-5, 5e-6, 5e-6])
+    for name, growth in (("240308_CosineAnnealing_T1", 1), ("240312_CosineAnnealing_T2", 2)):
+        settings = load(name)
+        assert settings.scheduler.T_mult == growth
+        second, third = 1000 + 10_000, 1000 + 10_000 + 10_000 * growth
+        assert rates(settings, 1000, second - 1, second, third) == pytest.approx([1e-4, 1e-6, 1e-4, 1e-4], rel=1e-4)
+    for name in ("240224_LambdaLR", "240308_CosineAnnealing_T1", "240312_CosineAnnealing_T2"):
+        settings = load(name)
+        assert (settings.train.optimizer, settings.train.batch_size, settings.train.steps) == ("adam", 64, 150_000)
+        assert settings.yolo.pretrained is True and settings.train.image_size == 416
+
+
+def test_the_pedl_variant() -> None:
+    settings = load("pedl_spp_adam")
+    assert settings.yolo.spp and settings.train.optimizer == "adam" and settings.train.learning_rate == 5.79e-4
+    epoch = COCO_IMAGES / 64
+    found = rates(settings, 0, round(3 * epoch) + 1, round(0.8 * 273 * epoch) + 1, round(0.9 * 273 * epoch) + 1)
+    assert found == pytest.approx([5.79e-4, 5.79e-4, 5.79e-5, 5.79e-6])
+    train = settings.train
+    schedule = build_schedule(settings.scheduler, train.learning_rate, round(273 * epoch), epoch)
+    assert schedule.at(0, "biases") == 0.1 and schedule.at(round(3 * epoch) + 1, "biases") == 5.79e-4
+
+
+def test_the_darknet_protocol() -> None:
+    settings = load("darknet_protocol")
+    evaluation = settings.evaluation
+    assert (evaluation.objectness_threshold, evaluation.confidence_threshold) == (0.005, 0.005)
+    assert (evaluation.iou_threshold, evaluation.max_detections) == (0.45, None)
+    assert (settings.data.interpolation, settings.data.letterbox_rounding) == ("darknet", "down")
+    assert settings.data.fill == (127, 127, 127) and settings.yolo.batch_norm == "darknet"
