@@ -19,7 +19,7 @@ from detection.data import build_validation_dataset
 from detection.data.loaders import build_evaluation_loader
 from detection.devices import autocast, choose_device, choose_precision, describe_device
 from detection.drawing import save_png
-from detection.errors import SettingsError, exit_with_message
+from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.evaluation import evaluate
 from detection.reports import draw_detections, metric_table, protocol_line, write_evaluation
 from detection.run_loggers import new_run_directory
@@ -85,12 +85,15 @@ def main() -> None:
 
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
-    write_evaluation(directory, evaluation, dataset, opened.step, settings.evaluation.model_dump(mode="json"))
     picture = draw_detections(
         dataset, evaluation, settings.evaluation.visualization_threshold, settings.evaluation.visualize_images
     )
-    if picture is not None:
-        save_png(directory / "validation.png", picture)
+    try:
+        write_evaluation(directory, evaluation, dataset, opened.step, settings.evaluation.model_dump(mode="json"))
+        if picture is not None:
+            save_png(directory / "validation.png", picture)
+    except OSError as error:
+        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     print(f"results in {directory}")
 
 

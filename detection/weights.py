@@ -148,7 +148,7 @@ def read_names(path: Path) -> tuple[str, ...]:
         SettingsError: unreadable, empty, or a name occurs twice.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--names {path}: cannot be read: {error}") from None
     if not names or not all(names):

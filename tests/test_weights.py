@@ -1,0 +1,457 @@
+"""From files of weights to a detector in use: `open_weights`, and validation.py as its user sees it.
+
+The network of these tests is made by hand: whatever the image, its one cell says "class 1, a box of 16 x 16 pixels in
+the middle of the 32 x 32 input", so every number of an evaluation is known.
+"""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from darknet_descriptions import conv, net, output, write_cfg, yolo
+
+import validation
+from detection.checkpoints import save_checkpoint
+from detection.errors import CheckpointError, SettingsError, exit_with_message
+from detection.models import build_detector
+from detection.models.darknet import DarknetBatchNorm2d
+from detection.settings import load_settings
+from detection.weights import open_weights, read_names
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGS = ROOT / "yolo-v3" / "args.yaml"
+CFG = write_cfg([net(32), conv(2, 3, 32, jitter=1), output(8), yolo("0", "16,16", 3, ignore_thresh=0.7)])
+NAMES = "aeroplane\nmotorbike\nsofa\n"  # Darknet's spelling, in another order than the category ids
+CATEGORIES = [(4, "motorcycle"), (5, "airplane"), (63, "couch")]
+SEEN = 64_000
+# sigmoid(5) * sigmoid(6)
+SCORE = 1 / (1 + np.exp(-5)) / (1 + np.exp(-6))
+
+
+def known_weights(num_classes: int = 3, label: int = 1) -> bytes:
+    """Kernels of zeros; the output's bias alone decides: centre of the cell, size of the anchor, one class."""
+    classes = [6.0 if number == label else -9.0 for number in range(num_classes)]
+    normalised = [0.0] * 2 + [1.0] * 2 + [0.0] * 2 + [1.0] * 2 + [0.0] * 54
+    bias = [0.0, 0.0, 0.0, 0.0, 5.0, *classes]
+    values = [*normalised, *bias, *[0.0] * (2 * len(bias))]
+    return struct.pack("<3iQ", 0, 2, 5, SEEN) + struct.pack(f"<{len(values)}f", *values)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A directory with everything that validation.py needs."""
+
+    root: Path
+
+    def __call__(self, name: str, content: str | bytes) -> Path:
+        path = self.root / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    @property
+    def arguments(self) -> list[str]:
+        words = [f"data.root={self.root}", "data.num_workers=0", "run.device=cpu", "run.precision=off"]
+        return [*words, f"run.logs_path={self.root / 'logs'}"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """COCO layout: two grey images with a motorcycle where the network sees one, one without anything."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val").mkdir()
+    images, rows = [], []
+    for number, side in ((1, 32), (2, 64), (3, 32)):
+        cv2.imwrite(str(tmp_path / "val" / f"{number}.png"), np.full((side, side, 3), 90, np.uint8))
+        images.append({"id": number, "file_name": f"{number}.png", "width": side, "height": side})
+        if number < 3:
+            box = [side / 4, side / 4, side / 2, side / 2]
+            row = {"id": number, "image_id": number, "category_id": 4, "bbox": box, "area": side**2 / 4, "iscrowd": 0}
+            rows.append(row)
+    categories = [{"id": number, "name": name} for number, name in CATEGORIES]
+    content = {"images": images, "annotations": rows, "categories": categories}
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    found = Files(tmp_path)
+    found("net.cfg", CFG)
+    found("net.names", NAMES)
+    found("net.weights", known_weights())
+    return found
+
+
+def open_here(
+    files: Files, weights: str = "net.weights", cfg: str | None = "net.cfg", names: str | None = None, *words: str
+) -> Any:
+    return open_weights(
+        files.root / weights,
+        None if cfg is None else files.root / cfg,
+        None if names is None else files.root / names,
+        ARGS,
+        words=words,
+    )
+
+
+# open_weights
+
+
+def test_open_darknet(files: Files) -> None:
+    opened = open_here(files, "net.weights", "net.cfg", "net.names")
+    assert opened.names == opened.class_names() == ("aeroplane", "motorbike", "sofa")
+    assert (opened.num_classes, opened.step, opened.seen) == (3, 0, SEEN)
+    assert (opened.settings.yolo.encoder, opened.settings.yolo.cfg) == ("darknet_cfg", CFG.rstrip() + "\n")
+    assert opened.settings.evaluation.image_size == 32
+    assert not any(module.training for module in opened.detector.model.modules())
+    assert opened.lines == [
+        "cfg: not used, training and thresholds are set in the settings: [convolutional] jitter, [yolo] ignore_thresh",
+        "net.weights: Darknet weights of the whole network, version 0.2.5, 64,000 images seen",
+        "loaded all 2 convolutions",
+    ]
+    with torch.no_grad():
+        (found,) = opened.detector.postprocess(opened.detector.model(torch.rand(1, 3, 32, 32)))
+    assert found["labels"].tolist() == [1]
+    assert found["scores"].item() == pytest.approx(SCORE, abs=1e-6)
+    assert found["boxes"][0].tolist() == pytest.approx([8, 8, 24, 24], abs=1e-4)
+
+
+def test_names_may_be_missing(files: Files) -> None:
+    opened = open_here(files)
+    assert opened.names is None
+    assert opened.class_names() == ("class_0", "class_1", "class_2")
+
+
+def test_settings_of_the_command_line_win(files: Files) -> None:
+    words = ("evaluation.image_size=96", "yolo.batch_norm=darknet", "evaluation.confidence_threshold=0.9")
+    opened = open_here(files, "net.weights", "net.cfg", None, *words)
+    assert opened.settings.evaluation.image_size == 96
+    assert opened.detector.postprocess.confidence_threshold == 0.9
+    assert isinstance(opened.detector.model.encoder[0][1], DarknetBatchNorm2d)
+
+
+def test_input_of_a_rectangular_description(files: Files) -> None:
+    files("wide.cfg", CFG.replace("height=32", "height=96"))
+    assert open_here(files, "net.weights", "wide.cfg").settings.evaluation.image_size == 96
+
+
+def test_image_size_must_fit(files: Files) -> None:
+    with pytest.raises(SettingsError, match=r"evaluation.image_size = 48: must be a multiple of 32"):
+        open_here(files, "net.weights", "net.cfg", None, "evaluation.image_size=48")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 80])
+def test_wrong_number_of_names(files: Files, count: int) -> None:
+    files("other.names", "".join(f"name {number}\n" for number in range(count)))
+    with pytest.raises(SettingsError, match=f"other.names: has {count} names, the network 3 classes"):
+        open_here(files, "net.weights", "net.cfg", "other.names")
+
+
+def test_weights_of_another_number_of_classes(files: Files) -> None:
+    """They could start a training; they cannot be evaluated."""
+    files("five.weights", known_weights(5))
+    with pytest.raises(CheckpointError, match=r"five.weights has 5 classes, the network 3"):
+        open_here(files, "five.weights")
+
+
+def test_backbone_weights_detect_nothing(files: Files) -> None:
+    files("back.conv.1", known_weights()[: 20 + 4 * 62])
+    with pytest.raises(CheckpointError, match=r"backbone weights only \(1 convolutions\).*yolo.pretrained=") as caught:
+        open_here(files, "back.conv.1")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit(files: Files) -> None:
+    files("short.weights", known_weights()[:-1])
+    with pytest.raises(CheckpointError, match=r"has 363 bytes, this network needs 364 \(-1\)"):
+        open_here(files, "short.weights")  # 20 + 4 * (62 + 8 + 16)
+    with pytest.raises(CheckpointError, match="No such file"):
+        open_here(files, "gone.weights")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (CFG.replace("[convolutional]", "[local]"), "layer [local] is not supported"),
+        (CFG.replace("filters=8", "filters=9"), "filters = 1 * (5 + 3) = 8"),
+        ("", "[net]"),
+        ("just text", "is this a .cfg file?"),
+        (b"\xff\xfe\x00\x01", "cannot be read as text"),
+        (b"[net]\nwidth=\xe9", "cannot be read as text"),
+        (None, "cannot be read as text"),
+    ],
+)
+def test_bad_descriptions(files: Files, content: str | bytes | None, word: str) -> None:
+    if content is not None:
+        files("bad.cfg", content)
+    with pytest.raises(SettingsError) as caught:
+        open_here(files, "net.weights", "bad.cfg")
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["a\nb", "a\nb\n", "a\r\nb\r\n\r\n", " a \n\tb\n\n\n", "\ufeffa\nb\n"])
+def test_names_of_many_editors(files: Files, content: str) -> None:
+    assert read_names(files("some.names", content)) == ("a", "b")
+
+
+def test_names_keep_spaces_and_any_script(files: Files) -> None:
+    assert read_names(files("some.names", "traffic light\nчайка\n鷗\n")) == ("traffic light", "чайка", "鷗")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "one class name per line"),
+        ("\n\n", "one class name per line"),
+        ("a\n\nb\n", "one class name per line"),
+        ("a\nb\na\n", "'a' occurs twice"),
+        (b"\xff\xfea\x00", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_names(files: Files, content: str | bytes | None, word: str) -> None:
+    path = files.root / "bad.names" if content is None else files("bad.names", content)
+    with pytest.raises(SettingsError, match="--names") as caught:
+        read_names(path)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Our own checkpoints
+
+
+def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
+    """Of the hand-made network after 5 steps of 4 x 2 images; average and model differ in the class they see."""
+    words = ["yolo.encoder=darknet_cfg", f"yolo.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
+    words += ["train.batch_size=4", "train.subdivisions=2"]
+    settings, _ = load_settings(ARGS, words=words)
+    states = []
+    for label in (0, 1):
+        model = build_detector(settings.yolo, settings.evaluation, 3).model
+        (last,) = model.output_convolutions()
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, *[6.0 if number == label else -9 for number in range(3)]]))
+        states.append(model.state_dict())
+    content: dict[str, Any] = {
+        "step": 5,
+        "settings": settings.model_dump(mode="json"),
+        "categories": {"names": ["airplane", "motorcycle", "couch"], "ids": [5, 4, 63]},
+        "model": states[0],
+        "average": states[1] if average else None,
+    }
+    path = files.root / "best.pt"
+    save_checkpoint(path, {**content, **changes})
+    return path
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_open_checkpoint(files: Files, average: bool) -> None:
+    """The moving average where there is one; the file carries its settings, description and names."""
+    opened = open_here(files, checkpoint(files, average).name, None)
+    assert opened.names == ("airplane", "motorcycle", "couch")
+    assert (opened.num_classes, opened.step, opened.seen) == (3, 5, 5 * 8)
+    assert opened.settings.evaluation.image_size == 32
+    kind = "moving average" if average else "weights"
+    assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")
+    with torch.no_grad():
+        (found,) = opened.detector.postprocess(opened.detector.model(torch.rand(1, 3, 32, 32)))
+    assert found["labels"].tolist() == [1 if average else 0]
+
+
+def test_checkpoints_carry_their_own_description_and_names(files: Files) -> None:
+    name = checkpoint(files, False).name
+    with pytest.raises(SettingsError, match="--cfg belongs to Darknet weights"):
+        open_here(files, name, "net.cfg")
+    with pytest.raises(SettingsError, match="--names belongs to Darknet weights"):
+        open_here(files, name, None, "net.names")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": {}}, {"categories": {"names": ["a"]}}, {"categories": None}, {"settings": None}]
+)
+def test_checkpoints_that_do_not_fit_themselves(files: Files, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_here(files, checkpoint(files, False, **changes).name, None)
+    assert "best.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# validation.py
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(files: Files, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`code, out, err = run("--weights", ...)`: validation.py in this process, in the directory of the files."""
+
+    def started(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(files.root)
+        monkeypatch.setattr(sys, "argv", ["validation.py", *map(str, arguments), *files.arguments])
+        with pytest.raises(SystemExit) as left:
+            exit_with_message(validation.main)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return int(left.value.code or 0), out, err
+
+    return started
+
+
+def results_of(files: Files) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """metrics.json and detections.json of the only run directory."""
+    (directory,) = (files.root / "logs").iterdir()
+    assert re.fullmatch(r"\d{6}-\d{6}_validation_\w+", directory.name)
+    assert (directory / "validation.png").is_file()
+    return json.loads((directory / "metrics.json").read_text()), json.loads((directory / "detections.json").read_text())
+
+
+def assert_everything_found(files: Files) -> None:
+    """Both motorcycles exactly, by hand: AP 1; the third image has a false one of equal score, after them in order."""
+    metrics, detections = results_of(files)
+    found = {row["image_id"]: row for row in detections}
+    assert len(detections) == 3 and set(found) == {1, 2, 3}
+    assert all(row["category_id"] == 4 for row in detections)
+    assert found[1]["bbox"] == pytest.approx([8, 8, 16, 16], abs=1e-3)
+    assert found[2]["bbox"] == pytest.approx([16, 16, 32, 32], abs=1e-3)
+    assert all(row["score"] == pytest.approx(SCORE, abs=1e-5) for row in detections)
+    assert metrics["AP"] == pytest.approx(1) and metrics["AR1"] == pytest.approx(1)
+    assert metrics["boxes"] == 3 and metrics["dropped_not_finite"] == 0 and metrics["backend"] == "pycocotools"
+    assert metrics["settings"]["image_size"] == 32
+
+
+def test_validation_as_a_user_starts_it(files: Files) -> None:
+    """In its own process, names as Darknet spells them, from another directory."""
+    elsewhere = files.root / "elsewhere"
+    elsewhere.mkdir()
+    names = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
+    arguments = [argument if argument.startswith("--") else files.root / argument for argument in names]
+    result = subprocess.run(
+        [sys.executable, ROOT / "validation.py", *arguments, *files.arguments],
+        cwd=elsewhere,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    out = result.stdout.decode()
+    assert (result.returncode, result.stderr.decode()) == (0, ""), result
+    assert_everything_found(files)
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000" in out
+    assert re.search(r"^ motorcycle +1\.000 +1\.000 +2$", out, re.MULTILINE)
+    assert re.search(r"^ airplane +not defined +not defined +0$", out, re.MULTILINE)
+    for line in ("loaded all 2 convolutions", "[yolo] ignore_thresh", "32 px letterbox", "3 boxes on 3 images"):
+        assert line in out
+    assert not list(elsewhere.iterdir())
+
+
+def test_validation_with_the_spelling_of_coco(files: Files, run: Run) -> None:
+    files("coco.names", "airplane\nmotorcycle\ncouch\n")
+    code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "coco.names")
+    assert (code, err) == (0, "")
+    assert_everything_found(files)
+
+
+def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
+    code, out, err = run("--weights", checkpoint(files, average=True))
+    assert (code, err) == (0, "") and "moving average after 5 steps" in out
+    assert_everything_found(files)
+    assert results_of(files)[0]["step"] == 5
+
+
+def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
+    """The recipe and the description are laid over one another: the size stays the description's."""
+    protocol = ROOT / "recipes" / "darknet_protocol.yaml"
+    weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
+    code, out, err = run("--config", protocol, *weights)
+    assert (code, err) == (0, "") and "32 px letterbox (darknet)" in out and "of objectness above 0.005" in out
+    assert_everything_found(files)
+
+
+def test_validation_without_names_takes_ascending_ids(files: Files, run: Run) -> None:
+    """Label 1 is then the airplane, of which there is none."""
+    code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg")
+    assert (code, err) == (0, "")
+    metrics, detections = results_of(files)
+    assert {row["category_id"] for row in detections} == {5}
+    assert metrics["AP"] == pytest.approx(0)
+
+
+def test_validation_without_detections(files: Files, run: Run) -> None:
+    weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
+    code, out, err = run(*weights, "evaluation.confidence_threshold=0.999")
+    assert (code, err) == (0, "") and "0 boxes on 3 images" in out
+    metrics, detections = results_of(files)
+    assert detections == [] and metrics["AP"] == pytest.approx(0)
+
+
+def test_validation_of_fewer_classes_than_the_data(files: Files, run: Run) -> None:
+    files("two.cfg", CFG.replace("filters=8", "filters=7").replace("classes=3", "classes=2"))
+    files("two.weights", known_weights(2))
+    code, _, err = run("--weights", "two.weights", "--cfg", "two.cfg")
+    assert code == 2 and err.count("\n") == 1
+    assert "the network has 2 classes, the data 3" in err and "--names" in err
+    files("two.names", "airplane\nmotorcycle\n")
+    code, _, err = run("--weights", "two.weights", "--cfg", "two.cfg", "--names", "two.names")
+    assert code == 2 and err.count("\n") == 1 and "couch" in err
+    code, _, err = run(
+        *("--weights", "two.weights", "--cfg", "two.cfg", "--names", "two.names"),
+        "data.class_names=[airplane, motorcycle]",
+    )
+    assert (code, err) == (0, "")
+    assert_everything_found(files)
+
+
+def test_validation_of_more_classes_than_the_data(files: Files, run: Run) -> None:
+    """A COCO detector on a file that lists only some of its categories."""
+    files("four.cfg", CFG.replace("filters=8", "filters=9").replace("classes=3", "classes=4"))
+    files("four.weights", known_weights(4))
+    files("four.names", NAMES + "giraffe\n")
+    code, _, err = run("--weights", "four.weights", "--cfg", "four.cfg", "--names", "four.names")
+    assert (code, err) == (0, "")
+    assert_everything_found(files)
+
+
+def test_validation_with_new_coords(files: Files, run: Run) -> None:
+    """No criterion, so no losses; sigmoid(0) = 1/2: centre in the middle, 4 * 1/4 times the anchor, as before."""
+    text = CFG.replace("activation=linear", "activation=logistic") + "new_coords=1\n"
+    files("new.cfg", text)
+    code, _, err = run("--weights", "net.weights", "--cfg", "new.cfg", "--names", "net.names")
+    assert (code, err) == (0, "")
+    assert_everything_found(files)
+    assert results_of(files)[0]["losses"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--weights", "gone.weights", "--cfg", "net.cfg"], 7, "gone.weights cannot be read: No such file"),
+        (["--weights", "yolov3.weights", "--cfg", "net.cfg"], 7, "download_darknet_weights.sh yolov3.weights"),
+        (["--weights", "gone.pt"], 7, "gone.pt does not exist"),
+        (["--weights", "net.weights", "--cfg", "gone.cfg"], 2, "gone.cfg"),
+        (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
+        (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is not a Darknet weights file"),
+        (["--weights", "net.weights", "--cfg", "net.cfg", "--names", "gone.names"], 2, "gone.names"),
+        (["--weights", "val", "--cfg", "net.cfg"], 7, "Is a directory"),
+        (["--cfg", "net.cfg"], 2, "--weights"),
+    ],
+)
+def test_validation_refuses_in_one_line(files: Files, run: Run, arguments: list[str], code: int, word: str) -> None:
+    found, _, err = run(*arguments)
+    assert found == code and err.count("\n") == 1 and word in err, err
+    assert not (files.root / "logs").exists()
+
+
+def test_validation_on_a_full_disk(
+    files: Files, run: Run, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with full_disk(50):
+        code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
+    assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
