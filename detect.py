@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.command_line import Parser
 from detection.data.coco import read_image
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
@@ -25,7 +25,7 @@ from detection.drawing import draw_boxes, save_png
 from detection.errors import DataError, DataReadError, exit_with_message
 from detection.postprocessing import boxes_to_original
 from detection.run_loggers import new_run_directory
-from detection.weights import open_weights
+from detection.weights import open_command_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -39,18 +39,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     words = [word for word in arguments.settings if SETTING.match(word) and not Path(word).exists()]
     files = find_images([Path(word) for word in arguments.settings if word not in words])
-    opened = open_weights(
-        arguments.weights,
-        arguments.cfg,
-        arguments.names,
-        DEFAULTS,
-        arguments.config,
-        words,
-        device_flags(arguments),
-    )
+    opened = open_command_line(arguments, words)
     settings = opened.settings
-    for line in opened.lines:
-        print(line)
     device = choose_device(settings.run.device)
     dtype = choose_precision(device, settings.run.precision)
     detector = opened.detector.to(device, settings.run.channels_last)

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.command_line import Parser
 from detection.errors import OutputError, SettingsError, UserError, exit_with_message
 from detection.models.darknet_cfg import format_cfg
 from detection.models.darknet_export import describe_network
 from detection.models.darknet_weights import Header, as_darknet, write_darknet_weights
-from detection.weights import OpenedDetector, open_weights
+from detection.weights import OpenedDetector, open_command_line
 
 OPSET = 18
 BATCHES = (1, 3)  # compared sizes; the second is not the one that was traced
@@ -51,17 +51,7 @@ class ExportedDetector(nn.Module):
 
 def main() -> None:
     arguments = parse_arguments()
-    opened = open_weights(
-        arguments.weights,
-        arguments.cfg,
-        arguments.names,
-        DEFAULTS,
-        arguments.config,
-        arguments.settings,
-        device_flags(arguments),
-    )
-    for line in opened.lines:
-        print(line)
+    opened = open_command_line(arguments, arguments.settings)
     directory = arguments.output or arguments.weights.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.command_line import Parser
 from detection.data import build_validation_dataset
 from detection.data.loaders import build_evaluation_loader
 from detection.devices import autocast, choose_device, choose_precision, describe_device
@@ -23,7 +23,7 @@ from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.evaluation import evaluate
 from detection.reports import draw_detections, metric_table, protocol_line, write_evaluation
 from detection.run_loggers import new_run_directory
-from detection.weights import open_weights
+from detection.weights import open_command_line
 
 
 def main() -> None:
@@ -32,15 +32,7 @@ def main() -> None:
     parser.add_settings()
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
     arguments = parser.parse_intermixed_args()
-    opened = open_weights(
-        arguments.weights,
-        arguments.cfg,
-        arguments.names,
-        DEFAULTS,
-        arguments.config,
-        arguments.settings,
-        device_flags(arguments),
-    )
+    opened = open_command_line(arguments, arguments.settings)
     settings = opened.settings
     device = choose_device(settings.run.device)
     dtype = choose_precision(device, settings.run.precision)
@@ -51,8 +43,6 @@ def main() -> None:
             f"the network has {opened.num_classes} classes, the data {len(dataset.annotations.categories.names)}; "
             "say with --names which class is which"
         )
-    for line in opened.lines:
-        print(line)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     print(f"{describe_device(device)}, {precision}; {protocol_line(settings)}")
 

@@ -73,17 +73,28 @@ class StoppedBySignal(UserError):
         self.exit_code = 128 + signal_number
 
 
-def exit_with_message(main: Callable[[], None]) -> NoReturn:
+MEMORY_HINT = "out of memory: lower evaluation.batch_size or take a smaller evaluation.image_size"
+
+
+def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) -> NoReturn:
     """Run `main` and leave the process with the exit code of what happened.
 
-    A `UserError` prints its one line; anything else is a bug and keeps its traceback.
+    A `UserError` prints its one line, so do the failures that torch reports as others; anything else is a bug and keeps
+    its traceback.
+
+    Args:
+        memory_hint: what to do when memory runs out.
     """
     exit_code = 0
     try:
         main()
     except UserError as error:
-        print(error.line, file=sys.stderr)
-        exit_code = error.exit_code
+        exit_code = report(error)
+    except (RuntimeError, MemoryError) as error:
+        known = known_failure(error, memory_hint)
+        if known is None:
+            raise
+        exit_code = report(known)
     except KeyboardInterrupt:  # before a `StopRequest` takes care of it: nothing is there to save
         print("stopped by SIGINT", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
@@ -91,3 +102,18 @@ def exit_with_message(main: Callable[[], None]) -> NoReturn:
         # The reader of our output (`... | head`) has gone; Python would print a traceback while flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(exit_code)
+
+
+def report(error: UserError) -> int:
+    print(error.line, file=sys.stderr)
+    return error.exit_code
+
+
+def known_failure(error: RuntimeError | MemoryError, memory_hint: str) -> UserError | None:
+    """The user error behind an exception of torch that is no bug of ours; None: it may be one."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return DeviceMemoryError(f"{memory_hint} ({text[-100:]})")
+    if "DataLoader worker" in text:
+        return DataReadError(f"a loader worker died: {text}")
+    return None

@@ -1,11 +1,13 @@
 """From a file of weights to a detector that can be used: our checkpoints and Darknet's .weights."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detection.checkpoints import load_checkpoint
+from detection.command_line import DEFAULTS, device_flags
 from detection.errors import CheckpointError, SettingsError
 from detection.models import Detector, build_detector, check_image_size
 from detection.models.darknet_cfg import input_size, parse_cfg, unused_keys
@@ -30,6 +32,28 @@ class OpenedDetector:
 
     def class_names(self) -> tuple[str, ...]:
         return self.names or tuple(f"class_{label}" for label in range(self.num_classes))
+
+
+def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
+    """What the options of `command_line.Parser.add_weights` and `add_settings` name; prints what was loaded.
+
+    Args:
+        words: those of the command line that are settings.
+
+    Raises:
+        See `open_weights`.
+    """
+    opened = open_weights(
+        arguments.weights,
+        arguments.cfg,
+        arguments.names,
+        DEFAULTS,
+        arguments.config,
+        words,
+        device_flags(arguments),
+    )
+    print("\n".join(opened.lines), flush=True)
+    return opened
 
 
 def open_weights(

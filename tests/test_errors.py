@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch._utils import ExceptionWrapper
 
 from detection import errors
@@ -72,6 +73,38 @@ def test_every_error_class_is_promised() -> None:
 def test_done_is_0_and_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave(None) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def too_much_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+def dead_worker() -> None:
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
+def bug() -> None:
+    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "part"),
+    [(too_much_memory, 5, "lower it"), (no_memory, 5, "lower it"), (dead_worker, 3, "killed by signal")],
+)
+def test_failures_that_torch_reports(main, code: int, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        exit_with_message(main, "lower it")
+    out, err = capsys.readouterr()
+    assert exit_info.value.code == code and out == "" and part in err and len(err.splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="mat1"):
+        exit_with_message(bug)
 
 
 def test_message_of_a_loader_worker_is_reduced_to_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,20 +100,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run, and name the two failures that torch reports as RuntimeError."""
-    try:
-        start()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise DeviceMemoryError(f"{OUT_OF_MEMORY} ({str(error)[:100]})") from None
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            raise DeviceMemoryError(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0][-80:]})") from None
-        if "DataLoader worker" in str(error):
-            raise DataReadError(f"a loader worker died: {str(error).splitlines()[0]}") from None
-        raise
-
-
-def start() -> None:
     arguments = parse_arguments()
     flags = device_flags(arguments)
     checkpoint, directory = None, arguments.output
@@ -536,4 +522,4 @@ def open_resumed_run(
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    exit_with_message(main, OUT_OF_MEMORY)
