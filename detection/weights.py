@@ -11,7 +11,7 @@ from detection.command_line import DEFAULTS, device_flags
 from detection.errors import CheckpointError, SettingsError
 from detection.models import Detector, build_detector, check_image_size
 from detection.models.darknet_cfg import input_size, parse_cfg, unused_keys
-from detection.models.darknet_network import cfg_classes
+from detection.models.darknet_layers import cfg_classes
 from detection.models.darknet_weights import as_darknet, load_darknet_weights
 from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
 

@@ -15,7 +15,8 @@ from detection.models.darknet_cfg import (
     unused_keys,
     with_classes,
 )
-from detection.models.darknet_network import DarknetNetwork, cfg_classes
+from detection.models.darknet_layers import cfg_classes
+from detection.models.darknet_network import DarknetNetwork
 
 ANCHORS = "4,6, 8,12, 10,14"
 # 2 anchors, 1 class: 2 * (5 + 1) = 12 filters

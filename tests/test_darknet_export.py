@@ -10,7 +10,8 @@ from detection.errors import CheckpointError
 from detection.models import build_detector
 from detection.models.darknet_cfg import format_cfg, parse_cfg
 from detection.models.darknet_export import describe_network
-from detection.models.darknet_network import DarknetNetwork, cfg_classes
+from detection.models.darknet_layers import cfg_classes
+from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import Header, darknet_bytes, load_darknet_weights
 
 TINY = ("yolo.encoder=darknet_tiny", "yolo.neck_channels=[256, 128]",

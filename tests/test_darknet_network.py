@@ -36,7 +36,8 @@ from detection.errors import SettingsError
 from detection.models import Detector, build_detector, check_image_size
 from detection.models.darknet import DarknetBatchNorm2d
 from detection.models.darknet_cfg import parse_cfg, unused_keys
-from detection.models.darknet_network import DarknetNetwork, cfg_classes
+from detection.models.darknet_layers import cfg_classes
+from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import convolution_tensors, load_darknet_weights
 from detection.settings import load_settings
 from detection.training import set_encoder_frozen

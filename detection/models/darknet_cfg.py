@@ -1,4 +1,4 @@
-"""Darknet network descriptions (.cfg): text <-> sections, and which keys mean what. The network: `darknet_network.py`.
+"""Darknet network descriptions (.cfg): text <-> sections, and which keys mean what. From sections to modules: `darknet_layers.py`.
 
 Source: the parsers of https://github.com/pjreddie/darknet and https://github.com/AlexeyAB/darknet.
 """

@@ -1,0 +1,343 @@
+"""The layers of a Darknet description as modules, with the shapes and levels that follow from it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.errors import SettingsError
+from detection.models.darknet import LEAKY_SLOPE
+from detection.models.darknet_cfg import CfgSection
+from detection.models.yolov3 import raw_predictions
+
+Shape = tuple[int, int, int]  # channels, rows, columns
+LARGEST_KERNEL = 2**28  # values of one convolution
+LARGEST_MAP = 2**30  # values of one layer's input or output with its padding
+
+
+class HardMish(nn.Module):
+    """x above 0, x * (x + 2) / 2 between -2 and 0, else 0, as AlexeyAB's program defines it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x + 2).clamp(0, 2) / 2
+
+
+ACTIVATIONS: dict[str, type[nn.Module] | None] = {
+    "linear": None,
+    "leaky": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "mish": nn.Mish,
+    "hard_mish": HardMish,
+    "swish": nn.SiLU,
+    "hard_swish": nn.Hardswish,  # spelt in several ways by the programs that have it
+    "hard-swish": nn.Hardswish,
+    "hardswish": nn.Hardswish,
+    "logistic": nn.Sigmoid,
+}
+
+
+class MaxPool(nn.Module):
+    """Pooling with Darknet's padding: `padding` rows and columns in all, half of them (rounded down) above and left."""
+
+    def __init__(self, size: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+        self.before, self.after = padding // 2, padding - padding // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (self.before, self.after, self.before, self.after), value=-torch.inf)
+        return F.max_pool2d(x, self.size, self.stride)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, times a constant."""
+
+    def __init__(self, stride: int, scale: float) -> None:
+        super().__init__()
+        self.stride, self.scale = stride, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=float(self.stride), mode="nearest")
+        return x if self.scale == 1 else x * self.scale
+
+
+class Route(nn.Module):
+    """Concatenation of earlier maps, or of one group of channels of each."""
+
+    def __init__(self, sources: Sequence[int], groups: int, group: int) -> None:
+        super().__init__()
+        self.sources, self.groups, self.group = tuple(sources), groups, group
+
+    def forward(self, _: Tensor, kept: dict[int, Tensor]) -> Tensor:
+        maps = [kept[source].chunk(self.groups, dim=1)[self.group] for source in self.sources]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+
+class Shortcut(nn.Module):
+    """Sum with earlier maps, then an activation; of maps with unequal channels the first common ones are added."""
+
+    def __init__(self, sources: Sequence[int], activation: nn.Module | None) -> None:
+        super().__init__()
+        self.sources, self.activation = tuple(sources), activation
+
+    def forward(self, x: Tensor, kept: dict[int, Tensor]) -> Tensor:
+        for source in self.sources:
+            other = kept[source]
+            missing = x.shape[1] - other.shape[1]
+            if missing > 0:
+                other = F.pad(other, (0, 0, 0, 0, 0, missing))
+            x = x + other[:, : x.shape[1]]
+        return x if self.activation is None else self.activation(x)
+
+
+class YoloOutput(nn.Module):
+    """One level: (B, A * (5 + C), H, W) to (B, A, H, W, 5 + C), raw."""
+
+    def __init__(self, num_anchors: int) -> None:
+        super().__init__()
+        self.num_anchors = num_anchors
+
+    def forward(self, x: Tensor) -> Tensor:
+        return raw_predictions(x, self.num_anchors)
+
+
+@dataclass(frozen=True)
+class CfgLevel:
+    """What a [yolo] section says about one level."""
+
+    layer: int  # number of the [yolo] layer
+    stride: int  # pixels per cell
+    anchors: tuple[tuple[float, float], ...]  # (width, height), pixels of the network input
+    scale_xy: float
+    new_coords: bool
+
+
+def cfg_classes(sections: Sequence[CfgSection]) -> int:
+    """Number of classes of a description.
+
+    Raises:
+        SettingsError: there is no [yolo] layer, or they disagree.
+    """
+    counts = {section.integer("classes", 20, least=1) for section in sections if section.name == "yolo"}
+    if len(counts) != 1:
+        raise SettingsError(
+            "cfg: has no [yolo] layer, so it is not a detector"
+            if not counts
+            else f"cfg: the [yolo] layers have different numbers of classes: {sorted(counts)}"
+        )
+    return counts.pop()
+
+
+def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[Shape], list[CfgLevel]]:
+    """Modules, output shapes (at the description's input size) and levels of all sections behind [net]."""
+    net = sections[0]
+    input_shape = (net.integer("channels", 3), net.integer("height", 416, least=1), net.integer("width", 416, least=1))
+    if input_shape[0] != 3:
+        raise SettingsError(f"cfg: {net.where()}: channels = {input_shape[0]}: only RGB images (3) are supported")
+    layers: list[nn.Module] = []
+    shapes: list[Shape] = []
+    levels: list[CfgLevel] = []
+    for number, section in enumerate(sections[1:]):
+        before = shapes[-1] if shapes else input_shape
+        if section.name == "yolo":
+            level = read_level(section, number, sections[number], before, input_shape)
+            if level.new_coords:
+                # The program leaves the sigmoid to this convolution; here outputs are logits, whatever the version.
+                layers[-1] = nn.Sequential(
+                    *[part for part in layers[-1].children() if not isinstance(part, nn.Sigmoid)]
+                )
+            levels.append(level)
+            layer: nn.Module = YoloOutput(len(level.anchors))
+            shape = before
+        else:
+            if layers and isinstance(layers[-1], YoloOutput) and section.name != "route":
+                raise SettingsError(f"cfg: {section.where()} follows a [yolo] layer; only [route] can")
+            layer, shape = LAYER_BUILDERS[section.name](section, number, before, shapes)
+            sources: tuple[int, ...] = layer.sources if isinstance(layer, Route | Shortcut) else ()
+            if used := [source for source in sources if isinstance(layers[source], YoloOutput)]:
+                raise SettingsError(f"cfg: {section.where()}: takes layer {used[0]}, which is a [yolo] layer")
+        check_map(section, shape)
+        if min(shape[1:]) < 1:
+            raise SettingsError(f"cfg: {section.where()}: nothing is left of the image at this layer")
+        layers.append(layer)
+        shapes.append(shape)
+    cfg_classes(sections)
+    taken = {source for layer in layers if isinstance(layer, Route | Shortcut) for source in layer.sources}
+    if both := [level.layer - 1 for level in levels if level.new_coords and level.layer - 1 in taken]:
+        raise SettingsError(f"cfg: layer {both[0]} feeds a [yolo] with new_coords and another layer; not supported")
+    return layers, shapes, levels
+
+
+def read_level(section: CfgSection, number: int, before_section: CfgSection, before: Shape, image: Shape) -> CfgLevel:
+    values = section.numbers("anchors")
+    total = section.integer("num", 1, least=1)
+    chosen = section.numbers("mask") if "mask" in section.options else range(len(values) // 2)
+    mask = [int(index) for index in chosen if index == int(index) and 0 <= index < total]
+    if len(values) != 2 * total or not mask or len(mask) != len(chosen) or min(values) <= 0:
+        raise SettingsError(
+            f"cfg: {section.where()}: num = {total} anchors, {len(values)} anchor values (above 0) and mask = "
+            f"{','.join(f'{index:g}' for index in chosen)} do not fit"
+        )
+    classes = section.integer("classes", 20, least=1)
+    if before_section.name != "convolutional" or before[0] != len(mask) * (5 + classes):
+        raise SettingsError(
+            f"cfg: {section.where()}: needs a [convolutional] layer with filters = {len(mask)} * (5 + {classes}) = "
+            f"{len(mask) * (5 + classes)} before it, finds [{before_section.name}] with {before[0]}"
+        )
+    stride = image[1] // before[1]
+    if (before[1] * stride, before[2] * stride) != image[1:]:
+        raise SettingsError(
+            f"cfg: {section.where()}: its {before[2]} x {before[1]} cells do not divide the input of "
+            f"{image[2]} x {image[1]} pixels evenly"
+        )
+    new_coords = bool(section.integer("new_coords", 0))
+    activation = before_section.text("activation", "logistic")
+    normalised = before_section.integer("batch_normalize", 0) or before_section.integer("cbn", 0)
+    if normalised or activation != ("logistic" if new_coords else "linear"):
+        raise SettingsError(
+            f"cfg: {section.where()}: the [convolutional] before it must have no batch_normalize and activation="
+            f"{'logistic (new_coords=1)' if new_coords else 'linear'}, has activation={activation}"
+        )
+    anchors = tuple((values[2 * index], values[2 * index + 1]) for index in mask)
+    scale_xy = section.number("scale_x_y", 1.0)
+    if scale_xy <= 0:
+        raise SettingsError(f"cfg: {section.where()}: scale_x_y = {scale_xy:g} must be greater than 0")
+    return CfgLevel(number, stride, anchors, scale_xy, new_coords)
+
+
+def read_activation(section: CfgSection, default: str) -> nn.Module | None:
+    name = section.text("activation", default)
+    if name not in ACTIVATIONS:
+        raise SettingsError(
+            f"cfg: {section.where()}: activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+        )
+    activation = ACTIVATIONS[name]
+    if activation is nn.LeakyReLU:
+        return nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+    return None if activation is None else activation()
+
+
+def read_stride(section: CfgSection) -> int:
+    stride = section.integer("stride", 1, least=1)
+    strides = {section.integer("stride_x", stride), section.integer("stride_y", stride)}
+    if len(strides) != 1 or min(strides) < 1:
+        raise SettingsError(f"cfg: {section.where()}: stride_x and stride_y must be equal")
+    return strides.pop()
+
+
+def read_sources(section: CfgSection, key: str, number: int) -> list[int]:
+    """Numbers of earlier layers; negative ones count back from this layer."""
+    sources = []
+    for value in section.numbers(key):
+        source = int(value) + number if value < 0 else int(value)
+        if not 0 <= source < number or value != int(value):
+            raise SettingsError(
+                f"cfg: {section.where()}: {key} names layer {value:g}; there are layers 0 to {number - 1}"
+            )
+        sources.append(source)
+    if not sources:
+        raise SettingsError(f"cfg: {section.where()}: {key} is empty")
+    return sources
+
+
+def check_map(section: CfgSection, shape: Shape) -> None:
+    if math.prod(shape) > LARGEST_MAP:
+        raise SettingsError(
+            f"cfg: {section.where()}: a map of {shape[2]} x {shape[1]} pixels and {shape[0]} channels is too large"
+        )
+
+
+def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    channels, rows, columns = before
+    filters, size = section.integer("filters", 1, least=1), section.integer("size", 1, least=1)
+    stride, groups = read_stride(section), section.integer("groups", 1, least=1)
+    dilation = section.integer("dilation", 1, least=1) if size > 1 else 1
+    padding = size // 2 if section.integer("pad", 0) else section.integer("padding", 0, least=0)
+    if channels % groups or filters % groups:
+        raise SettingsError(
+            f"cfg: {section.where()}: groups = {groups} must divide {channels} channels and {filters} filters"
+        )
+    check_map(section, (channels, rows + 2 * padding * dilation, columns + 2 * padding * dilation))
+    if channels // groups * filters * size**2 > LARGEST_KERNEL:
+        raise SettingsError(f"cfg: {section.where()}: {filters} filters of {size} x {size} on {channels} is too large")
+    normalised = bool(section.integer("batch_normalize", 0) or section.integer("cbn", 0))
+    convolution = nn.Conv2d(channels, filters, size, stride, padding * dilation, dilation, groups, bias=not normalised)
+    activation = read_activation(section, "logistic")
+    parts = [convolution, nn.BatchNorm2d(filters) if normalised else None, activation]
+    extent = dilation * (size - 1) + 1
+    shape = (
+        filters,
+        (rows + 2 * padding * dilation - extent) // stride + 1,
+        (columns + 2 * padding * dilation - extent) // stride + 1,
+    )
+    return nn.Sequential(*[part for part in parts if part is not None]), shape
+
+
+def build_maxpool(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    stride = read_stride(section)
+    size = section.integer("size", stride, least=1)
+    padding = section.integer("padding", size - 1, least=0)
+    channels, rows, columns = before
+    check_map(section, (channels, rows + padding, columns + padding))
+    if padding - padding // 2 >= size:
+        raise SettingsError(f"cfg: {section.where()}: padding = {padding} is too much for size = {size}")
+    shape = (channels, (rows + padding - size) // stride + 1, (columns + padding - size) // stride + 1)
+    return MaxPool(size, stride, padding), shape
+
+
+def build_avgpool(_: CfgSection, __: int, before: Shape, ___: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    return nn.AdaptiveAvgPool2d(1), (before[0], 1, 1)
+
+
+def build_dropout(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    probability = section.number("probability", 0.2)
+    if not 0 <= probability <= 1:
+        raise SettingsError(f"cfg: {section.where()}: probability = {probability:g} must lie between 0 and 1")
+    return nn.Dropout(probability), before
+
+
+def build_upsample(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    stride = section.integer("stride", 2, least=1)
+    return Upsample(stride, section.number("scale", 1.0)), (before[0], before[1] * stride, before[2] * stride)
+
+
+def build_route(section: CfgSection, number: int, _: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    sources = read_sources(section, "layers", number)
+    groups, group = section.integer("groups", 1, least=1), section.integer("group_id", 0, least=0)
+    rows_columns = {shapes[source][1:] for source in sources}
+    if len(rows_columns) != 1:
+        raise SettingsError(
+            f"cfg: {section.where()}: layers {sources} have maps of different sizes: "
+            + ", ".join(f"{shapes[source][2]} x {shapes[source][1]}" for source in sources)
+        )
+    if group >= groups or any(shapes[source][0] % groups for source in sources):
+        raise SettingsError(
+            f"cfg: {section.where()}: group_id = {group} of groups = {groups} does not fit the channels"
+        )
+    return Route(sources, groups, group), (sum(shapes[source][0] // groups for source in sources), *rows_columns.pop())
+
+
+def build_shortcut(section: CfgSection, number: int, before: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    sources = read_sources(section, "from", number)
+    for source in sources:
+        if shapes[source][1:] != before[1:]:
+            raise SettingsError(
+                f"cfg: {section.where()}: layer {source} has a map of {shapes[source][2]} x {shapes[source][1]}, "
+                f"this one {before[2]} x {before[1]}"
+            )
+    return Shortcut(sources, read_activation(section, "linear")), before
+
+
+LAYER_BUILDERS = {
+    "convolutional": build_convolution,
+    "maxpool": build_maxpool,
+    "avgpool": build_avgpool,
+    "dropout": build_dropout,
+    "upsample": build_upsample,
+    "route": build_route,
+    "shortcut": build_shortcut,
+}
