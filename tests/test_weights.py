@@ -27,6 +27,7 @@ from detection.checkpoints import save_checkpoint
 from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.models.darknet import DarknetBatchNorm2d
+from detection.models.darknet_weights import Header, write_darknet_weights
 from detection.settings import load_settings
 from detection.weights import open_weights, read_names
 
@@ -174,6 +175,23 @@ def test_weights_that_do_not_fit(files: Files) -> None:
         open_here(files, "short.weights")  # 20 + 4 * (62 + 8 + 16)
     with pytest.raises(CheckpointError, match="No such file"):
         open_here(files, "gone.weights")
+
+
+def test_without_a_description_the_file_tells_the_number_of_classes(files: Files) -> None:
+    """A network of the settings; 3 anchors a level, so 3 * 3 filters more than for 2 classes at both outputs."""
+    anchors = "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]"
+    words = ("yolo.encoder=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
+    settings, _ = load_settings(ARGS, words=words)
+    torch.manual_seed(0)
+    model = build_detector(settings.yolo, settings.evaluation, 5).model
+    write_darknet_weights(model, files.root / "tiny.weights", Header(seen=7))
+    opened = open_here(files, "tiny.weights", None, None, *words)
+    assert (opened.num_classes, opened.names, opened.seen) == (5, None, 7)
+    for name, value in opened.detector.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert open_here(files, "tiny.weights", None, files("5.names", "a\nb\nc\nd\ne").name, *words).num_classes == 5
+    with pytest.raises(CheckpointError, match=r"tiny\.weights has 5 classes, the network 3"):
+        open_here(files, "tiny.weights", None, "net.names", *words)
 
 
 @pytest.mark.parametrize(
@@ -452,6 +470,6 @@ def test_validation_refuses_in_one_line(files: Files, run: Run, arguments: list[
 def test_validation_on_a_full_disk(
     files: Files, run: Run, full_disk: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    with full_disk(50):
+    with full_disk(4000):  # the output is shorter, which pytest captures in a file; the picture is longer
         code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
     assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
