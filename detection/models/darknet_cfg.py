@@ -1,4 +1,6 @@
-"""Darknet network descriptions (.cfg): text <-> sections, and which keys mean what. From sections to modules: `darknet_layers.py`.
+"""Darknet network descriptions (.cfg): text <-> sections, and which keys mean what.
+
+From sections to modules: `darknet_layers.py`, `darknet_network.py`.
 
 Source: the parsers of https://github.com/pjreddie/darknet and https://github.com/AlexeyAB/darknet.
 """
