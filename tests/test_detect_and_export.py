@@ -1,9 +1,10 @@
 """detect.py and export.py as their users see them, with a network made in a moment from a small description."""
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import detect
+import export
+from detection.errors import exit_with_message
 from detection.models.darknet_cfg import format_cfg, parse_cfg
 from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
@@ -77,25 +81,43 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(script: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    return result
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`run("export.py", "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
+
+    def started(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Result:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            exit_with_message({"detect.py": detect, "export.py": export}[script].main)
+        out, err = capfd.readouterr()
+        return Result(int(left.value.code or 0), out, err)
+
+    return started
+
+
+def test_scripts_run_from_anywhere_without_installation(files: Path, tmp_path: Path) -> None:
+    for script in ("detect.py", "export.py", "validation.py"):
+        command = [sys.executable, ROOT / script, "--help"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        assert result.returncode == 0 and f"python {script} --weights" in result.stdout, result.stderr
 
 
 def weights_of(files: Path) -> list[str | Path]:
     return ["--weights", files / "net.weights", "--cfg", files / "net.cfg", "--names", files / "net.names"]
 
 
-def test_detect_draws_and_lists(files: Path, tmp_path: Path) -> None:
+def test_detect_draws_and_lists(run: Run, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
         "detect.py", *weights_of(files), files / "photos", files / "photos" / "wide.png",
@@ -127,12 +149,14 @@ def test_detect_draws_and_lists(files: Path, tmp_path: Path) -> None:
         (["photos/broken.jpg"], 3, "no image could be read"),
     ],
 )
-def test_detect_refuses_in_one_line(files: Path, tmp_path: Path, words: list[str], code: int, part: str) -> None:
+def test_detect_refuses_in_one_line(
+    run: Run, files: Path, tmp_path: Path, words: list[str], code: int, part: str
+) -> None:
     result = run("detect.py", *weights_of(files), *words, "--output", tmp_path / "out", cwd=files)
     assert result.returncode == code and part in result.stderr.strip().splitlines()[-1]
 
 
-def test_darknet_export_is_the_same_file(files: Path, tmp_path: Path) -> None:
+def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) -> None:
     result = run("export.py", *weights_of(files), "--format", "darknet", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "net.weights").read_bytes() == (files / "net.weights").read_bytes()
@@ -142,7 +166,7 @@ def test_darknet_export_is_the_same_file(files: Path, tmp_path: Path) -> None:
     assert again.returncode == 6 and "exists" in again.stderr
 
 
-def test_backbone_export_ends_after_the_encoder(files: Path, tmp_path: Path) -> None:
+def test_backbone_export_ends_after_the_encoder(run: Run, files: Path, tmp_path: Path) -> None:
     result = run("export.py", *weights_of(files), "--format", "backbone", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     # 2 convolutions: 4 * 8 + 3 * 3 * 3 * 8 and 4 * 16 + 3 * 3 * 8 * 16 values behind a header of 20 bytes
@@ -153,7 +177,7 @@ def test_backbone_export_ends_after_the_encoder(files: Path, tmp_path: Path) -> 
     assert refused.returncode == 7 and "backbone" in refused.stderr
 
 
-def test_onnx_export_computes_the_same(files: Path, tmp_path: Path) -> None:
+def test_onnx_export_computes_the_same(run: Run, files: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     result = run("export.py", *weights_of(files), "--output", tmp_path)
@@ -196,6 +220,6 @@ def test_onnx_export_computes_the_same(files: Path, tmp_path: Path) -> None:
         (["--weights", "net.weights", "--format", "tflite"], 2, "tflite"),
     ],
 )
-def test_export_refuses_in_one_line(files: Path, arguments: list[str], code: int, part: str) -> None:
+def test_export_refuses_in_one_line(run: Run, files: Path, arguments: list[str], code: int, part: str) -> None:
     result = run("export.py", *arguments, cwd=files)
     assert result.returncode == code and part in result.stderr and len(result.stderr.strip().splitlines()) == 1
