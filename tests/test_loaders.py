@@ -354,3 +354,11 @@ def test_a_damaged_image_in_a_worker_is_the_same_error(
         with pytest.raises(DataReadError) as caught:
             list(build_training_loader(dataset, sampler(9, 3, steps=(0, 3)), num_workers, CPU))
         assert "5.png" in str(caught.value).strip().splitlines()[-1]
+
+
+def test_sizes_begin_at_the_smallest_and_keep_their_step() -> None:
+    """A network of stride 8 may have 56 px as its smallest size: 56, 88 and 120 px, never 64."""
+    sampler = TrainingBatchSampler(8, 2, 1, (0, 200), 0, 56, 1, (56, 120))
+    assert {sampler.size_of_step(step) for step in range(200)} == {56, 88, 120}
+    coarse = TrainingBatchSampler(8, 2, 1, (0, 200), 0, 64, 1, (64, 256), size_step=64)
+    assert {coarse.size_of_step(step) for step in range(200)} == {64, 128, 192, 256}

@@ -13,6 +13,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import shutil
 import sys
 import time
@@ -45,14 +46,21 @@ from detection.errors import (
 )
 from detection.evaluation import choose_backend, evaluate
 from detection.memory import estimate_memory
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector, check_image_size, size_multiple
 from detection.models.darknet_cfg import parse_cfg, unused_keys
 from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
 from detection.run_loggers import RunLogger, new_run_directory
 from detection.schedules import build_schedule, resolve_steps
-from detection.settings import Settings, changed_settings, complete_settings, dump_settings, load_settings
+from detection.settings import (
+    SIZE_MULTIPLE,
+    Settings,
+    changed_settings,
+    complete_settings,
+    dump_settings,
+    load_settings,
+)
 from detection.stopping import StopRequest
 from detection.training import (
     ExponentialAverage,
@@ -174,6 +182,7 @@ class Run:
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
+        self.size_step = SIZE_MULTIPLE
         self.images_per_step = train.batch_size * train.subdivisions
         self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
@@ -193,6 +202,7 @@ class Run:
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
         self.criterion = detector.criterion.to(self.device)
+        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
         for name, sizes in (
             ("train.image_size", [train.image_size]),
             ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
@@ -216,6 +226,7 @@ class Run:
             train.resize_frequency,
             train.multiscale_sizes,
             self.repeat_factors,
+            self.size_step,
         )
 
     def plan(self) -> list[str]:

@@ -40,6 +40,7 @@ class TrainingBatchSampler:
         resize_frequency: optimizer steps between changes of the size; 0: always `size`.
         multiscale_sizes: smallest and largest size of the changes.
         repeat_factors: how often each image is seen per epoch, (num_images,); None: once.
+        size_step: pixels between the sizes; what the network's sizes must be a multiple of divides it.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class TrainingBatchSampler:
         resize_frequency: int = 0,
         multiscale_sizes: tuple[int, int] = (320, 608),
         repeat_factors: np.ndarray | None = None,
+        size_step: int = SIZE_MULTIPLE,
     ) -> None:
         self.num_images = num_images
+        self.size_step = size_step
         self.batch_size = batch_size
         self.subdivisions = subdivisions
         self.first_step, self.end_step = steps
@@ -100,9 +103,11 @@ class TrainingBatchSampler:
         """Side of the network input in optimizer step `step`, pixels."""
         if not self.resize_frequency:
             return self.size
-        smallest, largest = (size // SIZE_MULTIPLE for size in self.multiscale_sizes)
+        smallest, largest = self.multiscale_sizes
         generator = np.random.default_rng([self.seed, SIZE_STREAM, step // self.resize_frequency])
-        return int(generator.integers(smallest, largest, endpoint=True)) * SIZE_MULTIPLE
+        return smallest + self.size_step * int(
+            generator.integers((largest - smallest) // self.size_step, endpoint=True)
+        )
 
 
 def collate_samples(samples: Sequence[Sample]) -> Batch:

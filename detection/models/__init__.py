@@ -101,12 +101,17 @@ def build_encoder(yolo: YoloSettings) -> Encoder:
     return encoder
 
 
+def size_multiple(model: nn.Module) -> int:
+    """What the sides of the network input must be a multiple of, pixels."""
+    return int(getattr(model, "size_multiple", None) or cast(tuple[int, ...], model.strides)[-1])
+
+
 def check_image_size(model: nn.Module, name: str, size: int) -> None:
     """Refuse a size that the network's coarsest grid does not divide.
 
     Raises:
         SettingsError: names the setting.
     """
-    coarsest = getattr(model, "size_multiple", None) or cast(tuple[int, ...], model.strides)[-1]
-    if size % coarsest:
-        raise SettingsError(f"{name} = {size}: must be a multiple of {coarsest}, the coarsest stride of this network")
+    multiple = size_multiple(model)
+    if size % multiple:
+        raise SettingsError(f"{name} = {size}: must be a multiple of {multiple}, the coarsest grid of this network")
