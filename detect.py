@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,13 +51,11 @@ def main() -> None:
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
 
     rows = []
-    damaged = 0
     for number, file in enumerate(tqdm(files, unit="image", disable=None)):
         try:
             image = read_image(file)
         except DataReadError as error:
             tqdm.write(f"left out: {error.line}", file=sys.stderr)
-            damaged += 1
             continue
         sample = transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), number, 0, 0)
         with torch.no_grad(), autocast(device, dtype):
@@ -66,24 +65,27 @@ def main() -> None:
         boxes = boxes_to_original(found["boxes"][shown], sample.letterbox).cpu().numpy()
         labels, scores = found["labels"][shown].cpu().numpy(), found["scores"][shown].cpu().numpy()
         save_png(directory / f"{number:05d}_{file.stem}.png", draw_boxes(image, boxes, labels, names, scores))
-        rows.append(
-            {
-                "file": str(file),
-                "width": image.shape[1],
-                "height": image.shape[0],
-                "detections": [
-                    {"class": names[label], "label": label, "score": round(score, 6), "box": [round(v, 3) for v in box]}
-                    for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
-                ],
-            }
-        )
+        rows.append(describe_image(file, image, boxes, labels, scores, names))
     (directory / "detections.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     total = sum(len(row["detections"]) for row in rows)
+    left_out = len(files) - len(rows)
     print(
-        f"{total} boxes with a score of at least {threshold:g} on {len(rows)} images, {damaged} left out: {directory}"
+        f"{total} boxes with a score of at least {threshold:g} on {len(rows)} images, {left_out} left out: {directory}"
     )
     if not rows:
         raise DataReadError("no image could be read")
+
+
+def describe_image(
+    file: Path, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, names: tuple[str, ...]
+) -> dict[str, Any]:
+    """One entry of detections.json; boxes (K, 4) xyxy in pixels of the image, labels and scores (K,)."""
+    columns = zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
+    detections = [
+        {"class": names[label], "label": label, "score": round(score, 6), "box": [round(value, 3) for value in box]}
+        for label, score, box in columns
+    ]
+    return {"file": str(file), "width": image.shape[1], "height": image.shape[0], "detections": detections}
 
 
 def find_images(sources: list[Path]) -> list[Path]:

@@ -7,10 +7,9 @@ python export.py --weights my.weights --cfg my.cfg --names my.names --output DIR
 
 onnx: one file for any batch size. Input `images`: uint8 RGB (B, 3, size, size), letterboxed; the pixel scaling is
 inside. Outputs `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes): objectness times
-class probability, both before non-maximum suppression. Names, size, pixel scaling (in it already), fill, strides and
-thresholds are in its metadata. The file
-is run by ONNX Runtime and compared with PyTorch; a difference beyond the tolerance removes it (exit 1). Needs
-`pip install onnx onnxscript onnxruntime`.
+class probability, both before non-maximum suppression. Names, size, letterbox, strides and thresholds are in its
+metadata. ONNX Runtime runs the file beside PyTorch; a difference beyond the tolerance removes it (exit 1). Needs
+`pip install onnx onnxscript onnxruntime`. Always computed on the CPU.
 darknet: files that the Darknet program loads, bit for bit our weights.
 """
 
@@ -64,7 +63,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("export.py", __doc__)
     parser.add_weights()
-    parser.add_settings()
+    parser.add_settings(device=False)
     parser.add_argument("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="default: onnx")
     parser.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)"
@@ -133,7 +132,14 @@ def export_onnx(opened: OpenedDetector, stem: Path) -> None:
     metadata = {
         "names": json.dumps(opened.class_names()),
         "image_size": str(size),
-        "letterbox": json.dumps({"keep_aspect": settings.data.keep_aspect, "fill": settings.data.fill}),
+        "letterbox": json.dumps(
+            {
+                "keep_aspect": settings.data.keep_aspect,
+                "fill": settings.data.fill,
+                "interpolation": settings.data.interpolation,
+                "rounding": settings.data.letterbox_rounding,
+            }
+        ),
         "pixel_mean": json.dumps(opened.detector.model.get_buffer("pixel_mean").flatten().tolist()),
         "pixel_std": json.dumps(opened.detector.model.get_buffer("pixel_std").flatten().tolist()),
         "strides": json.dumps(opened.detector.model.strides),

@@ -18,6 +18,7 @@ program=download_coco.sh
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$here/fetching.sh"
 directory=${1:-"$here/coco"}
+case $directory in -*) say "$program: usage: data/download_coco.sh [DIRECTORY]"; exit 2 ;; esac
 
 # Source: https://github.com/mlcommons/inference/pull/2572 (same bytes as below; the certificate fits this host only)
 bucket=https://s3.amazonaws.com/images.cocodataset.org

@@ -17,8 +17,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
-    def add_settings(self) -> None:
-        """key.path=value words, --config, --device and --gpu."""
+    def add_settings(self, device: bool = True) -> None:
+        """key.path=value words and --config; --device and --gpu where a device is used."""
         add = self.add_argument
         add(
             "settings",
@@ -27,9 +27,10 @@ class Parser(argparse.ArgumentParser):
             help="single settings; yolo-v3/args.yaml explains all of them",
         )
         add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
-        device = self.add_mutually_exclusive_group()
-        device.add_argument("--gpu", type=int, metavar="N", help="CUDA device N")
-        device.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
+        if device:
+            group = self.add_mutually_exclusive_group()
+            group.add_argument("--gpu", type=int, metavar="N", help="CUDA device N")
+            group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
 
     def add_weights(self) -> None:
         """--weights with --cfg and --names."""
@@ -45,7 +46,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def device_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """--device and --gpu as a setting."""
-    if arguments.gpu is not None:
-        return {"run.device": f"cuda:{arguments.gpu}"}
-    return {} if arguments.device is None else {"run.device": arguments.device}
+    """--device and --gpu as a setting; nothing for a script without them."""
+    gpu, device = getattr(arguments, "gpu", None), getattr(arguments, "device", None)
+    if gpu is not None:
+        return {"run.device": f"cuda:{gpu}"}
+    return {} if device is None else {"run.device": device}

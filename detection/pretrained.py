@@ -43,6 +43,8 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
     path = Path(yolo.pretrained)
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return load_darknet_weights(model, path).lines
+    if not path.is_file():
+        raise CheckpointError(f"yolo.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
     encoder = model.encoder
     if isinstance(encoder, TimmEncoder) and path.suffix == ".safetensors":
         return load_timm_file(encoder, read_safetensors(path), path)

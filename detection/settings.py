@@ -47,6 +47,12 @@ def check_duration(value: int | str) -> int | str:
     raise ValueError('must be a number of steps (5000) or of epochs ("12ep")')
 
 
+def check_pretrained(value: Any) -> Any:
+    if not isinstance(value, bool | str) or value == "":
+        raise ValueError("must be false, true or a FILE")
+    return value
+
+
 def check_encoder(value: str) -> str:
     if value not in ENCODER_NAMES and not re.fullmatch(r"timm/[\w.]+", value):
         raise ValueError(f"must be {', '.join(ENCODER_NAMES)} or timm/NAME")
@@ -246,7 +252,7 @@ class DataSettings(Section):
 class YoloSettings(Section):
     encoder: Annotated[str, AfterValidator(check_encoder)]
     cfg: str | None
-    pretrained: bool | str
+    pretrained: Annotated[bool | str, BeforeValidator(check_pretrained)]
     spp: bool
     neck_channels: tuple[Count, ...]
     num_classes: Count | None

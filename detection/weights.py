@@ -10,7 +10,7 @@ from detection.checkpoints import load_checkpoint
 from detection.command_line import DEFAULTS, device_flags
 from detection.errors import CheckpointError, SettingsError
 from detection.models import Detector, build_detector, check_image_size
-from detection.models.darknet_cfg import input_size, parse_cfg, unused_keys
+from detection.models.darknet_cfg import cfg_notices, input_size, parse_cfg
 from detection.models.darknet_layers import cfg_classes
 from detection.models.darknet_weights import as_darknet, load_darknet_weights
 from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
@@ -83,6 +83,8 @@ def open_weights(
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; the checkpoint {weights} carries its own")
         return _open_checkpoint(weights, defaults, overlays, words, flags)
+    if weights.suffix == ".onnx":
+        raise CheckpointError(f"{weights}: ONNX files are written but not read here; give the weights it was made from")
     try:
         return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
     except SettingsError as error:
@@ -97,7 +99,7 @@ def _open_checkpoint(
     checkpoint = load_checkpoint(weights)
     try:
         own = complete_settings(checkpoint["settings"], defaults)
-        settings, notices = load_settings(own, overlays, words, flags)
+        settings, translated = load_settings(own, overlays, words, flags)
         names = tuple(checkpoint["categories"]["names"])
         detector = build_detector(settings.yolo, settings.evaluation, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
@@ -106,7 +108,7 @@ def _open_checkpoint(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "moving average" if checkpoint["average"] else "weights"
-    lines = [*notices, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
+    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
     seen = step * own.train.batch_size * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines)
 
@@ -128,16 +130,12 @@ def _open_darknet(
         size = input_size(sections)
         base = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
         base |= {"evaluation.image_size": size, "train.image_size": size}
-    settings, notices = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
-    lines = list(notices)
+    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
     if settings.yolo.cfg is not None:
         sections = parse_cfg(settings.yolo.cfg)
         num_classes = cfg_classes(sections)
-        net = sections[0]
-        if (width := net.integer("width", 416)) != (height := net.integer("height", 416)):
-            lines.append(f"cfg: its input of {width} x {height} px becomes {settings.evaluation.image_size} px square")
-        if unused := unused_keys(sections):
-            lines.append(f"cfg: not used, training and thresholds are set in the settings: {', '.join(unused)}")
+        sizes = {"evaluation.image_size": settings.evaluation.image_size}
+        lines += [f"cfg: {line}" for line in cfg_notices(sections, sizes)]
     else:
         num_classes = len(class_names or ()) or settings.yolo.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:

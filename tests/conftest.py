@@ -41,6 +41,19 @@ def shared_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def shared_weights() -> Callable[[str], Path]:
+    """`shared_weights("coco.names")`: files trained by the Darknet program; the test is skipped where there are none."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA.parent / "weights" / name
+        if not path.is_file():
+            pytest.skip(f"trained weights {path} are not on this machine")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """COCO layout with 9 training and 4 validation images; every box is a filled rectangle in its category's colour.
 

@@ -5,10 +5,12 @@ import time
 import pytest
 import torch
 from darknet_descriptions import Section, conv, net, output, pool, route, shortcut, upsample, write_cfg, yolo, yolov4
+from torch import nn
 
 from detection.errors import SettingsError
 from detection.models.darknet_cfg import (
     CfgSection,
+    cfg_notices,
     format_cfg,
     input_size,
     parse_cfg,
@@ -121,17 +123,44 @@ def test_unused_keys_are_listed_once() -> None:
         ("dropout", {"probability": 0.2, "dropblock": 1}),
         conv(4, 3, 2, stopbackward=1),
         output(12),
-        yolo("0,2", ANCHORS, 1, jitter=0.3, ignore_thresh=0.7),
+        yolo("0,2", ANCHORS, 1, jitter=0.3, ignore_thresh=0.7, nms_kind="diounms", colour="red"),
     ]
-    assert unused_keys(parse_cfg(write_cfg(sections))) == [
+    known, unknown = unused_keys(parse_cfg(write_cfg(sections)))
+    assert known == [
         "[net] batch",
         "[net] angle",
         "[convolutional] stopbackward",
         "[dropout] dropblock",
         "[yolo] jitter",
         "[yolo] ignore_thresh",
+        "[yolo] nms_kind",
     ]
-    assert unused_keys(parse_cfg(write_cfg(GOOD))) == []
+    assert unknown == ["[yolo] colour"]
+    assert unused_keys(parse_cfg(write_cfg(GOOD))) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("layer", "slip", "meant"),
+    [
+        (0, {"batch_normalise": 1}, "batch_normalize"),
+        (0, {"filtres": 8}, "filters"),
+        (0, {"actvation": "mish"}, "activation"),
+        (3, {"scale_xy": 1.1}, "scale_x_y"),
+        (3, {"new_coord": 1}, "new_coords"),
+    ],
+)
+def test_a_slip_in_a_key_that_matters_is_refused(layer: int, slip: dict, meant: str) -> None:
+    assert_refused(changed(layer, **slip), layer, repr(next(iter(slip))), repr(meant))
+
+
+def test_notices_say_size_and_unused_keys() -> None:
+    sections = parse_cfg(write_cfg([net(32, 64), *GOOD[1:3], yolo("0,2", ANCHORS, 1, jitter=0.3, colour="red")]))
+    assert cfg_notices(sections, {"train.image_size": 64, "evaluation.image_size": 96}) == [
+        "made for 32 x 64 px, used with train.image_size = 64, evaluation.image_size = 96 (square)",
+        "not used, the settings decide: [yolo] jitter",
+        "unknown keys, ignored: [yolo] colour",
+    ]
+    assert cfg_notices(parse_cfg(write_cfg([net(32), *GOOD[1:]])), {"train.image_size": 32}) == []
 
 
 # Other numbers of classes
@@ -235,8 +264,9 @@ def test_keys_that_change_inference(layer: Section, key: str, value: object, neu
 def test_refused_keys_of_net_and_yolo() -> None:
     assert_refused(write_cfg([("net", {"width": 32, "height": 32, "time_steps": 4}), *GOOD[1:]]), -1, "time_steps = 4")
     assert_refused(changed(3, map="9k.map"), 3, "map = 9k.map")
-    assert_refused(changed(3, nms_kind="diounms"), 3, "nms_kind = diounms", "default or greedynms")
-    DarknetNetwork(parse_cfg(changed(3, nms_kind="greedynms")), 1)
+    assert_refused(changed(0, dontload=1), 0, "dontload = 1")
+    for kind in ("greedynms", "diounms"):  # suppression is the evaluation's
+        DarknetNetwork(parse_cfg(changed(3, nms_kind=kind)), 1)
 
 
 def test_unknown_activation() -> None:
@@ -417,10 +447,13 @@ def test_scale_x_y(value: object) -> None:
     assert_refused(changed(3, scale_x_y=value), 3, "scale_x_y")
 
 
-def test_new_coords_need_the_logistic_activation() -> None:
-    assert_refused(changed(3, new_coords=1), 3, "activation=logistic (new_coords=1)")
-    text = changed(3, new_coords=1).replace("activation=linear", "activation=logistic")
-    assert DarknetNetwork(parse_cfg(text), 1).new_coords
+def test_new_coords_take_the_sigmoid_from_either_layer() -> None:
+    """The convolution's in newer descriptions (yolov4-csp of 2021), the [yolo] layer's own in older ones."""
+    linear = changed(3, new_coords=1)
+    for text in (linear, linear.replace("activation=linear", "activation=logistic")):
+        network = DarknetNetwork(parse_cfg(text), 1)
+        assert network.new_coords and not any(isinstance(module, nn.Sigmoid) for module in network.modules())
+    assert_refused(linear.replace("activation=linear", "activation=mish"), 3, "logistic or linear", "activation=mish")
 
 
 def test_new_coords_feed_nothing_else() -> None:

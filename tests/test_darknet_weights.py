@@ -291,6 +291,7 @@ def test_other_number_of_classes(own: int, of_file: int, tmp_path: Path) -> None
     """Everything but the outputs is the file's; the outputs keep their own random values."""
     network, before = build(TWO_LEVELS, own, seed=1), build(TWO_LEVELS, own, seed=1)
     source = build(TWO_LEVELS, of_file, seed=2)
+    network.described_classes = of_file  # as if the description were that of the file
     loaded = load_bytes(network, darknet_bytes(source, Header(seen=640)), tmp_path, "other.weights")
     assert (loaded.convolutions, loaded.num_classes) == (6, of_file)
     outputs = {id(part) for part in network.output_convolutions()}
@@ -303,9 +304,18 @@ def test_other_number_of_classes(own: int, of_file: int, tmp_path: Path) -> None
     assert kinds == [False, False, True, False, False, True]
     assert loaded.lines == [
         "other.weights: Darknet weights of the whole network, version 0.2.5, 640 images seen",
-        f"loaded 4 of 6 convolutions; the 2 output convolutions start anew: the file has {of_file} classes, this "
-        f"network {own}",
+        f"loaded 4 of 6 convolutions; the 2 output convolutions start anew: the file has {of_file} classes by "
+        f"its size, this network {own}",
     ]
+
+
+def test_a_description_tells_the_classes_of_its_file(tmp_path: Path) -> None:
+    """A file cut by a whole number of classes is no file for fewer classes."""
+    network = build(TWO_LEVELS, 5)
+    for of_file in (1, 3, 80):
+        assert of_file != network.described_classes
+        message = refused(network, darknet_bytes(build(TWO_LEVELS, of_file), Header()), tmp_path)
+        assert "bytes" in message
 
 
 def test_no_number_of_classes_is_below_one(tmp_path: Path) -> None:

@@ -161,9 +161,24 @@ def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "net.weights").read_bytes() == (files / "net.weights").read_bytes()
     assert (tmp_path / "net.names").read_text() == "red\ngreen\n"
-    assert (tmp_path / "net.cfg").read_text() == format_cfg(parse_cfg(CFG))
+    assert (tmp_path / "net.cfg").read_text() == format_cfg(parse_cfg(CFG + "ignore_thresh=0.7\n"))
     again = run("export.py", *weights_of(files), "--format", "darknet", "--output", tmp_path)
     assert again.returncode == 6 and "exists" in again.stderr
+
+
+def test_darknet_export_describes_the_size_it_was_asked_for(run: Run, files: Path, tmp_path: Path) -> None:
+    """Read back without any setting, the exported pair finds the same boxes."""
+    for directory, arguments in (("a", ["evaluation.image_size=96"]), ("b", [])):
+        out = tmp_path / directory
+        source = weights_of(files) if arguments else weights_of(tmp_path)
+        result = run("detect.py", *source, files / "photos", *arguments, "run.precision=off", "--output", out)
+        assert result.returncode == 0, result.stderr
+        if arguments:
+            exported = run("export.py", *source, *arguments, "--format", "darknet", "--output", tmp_path)
+            assert exported.returncode == 0, exported.stderr
+    assert "width=96\nheight=96" in (tmp_path / "net.cfg").read_text()
+    first, second = (json.loads((tmp_path / name / "detections.json").read_text()) for name in "ab")
+    assert first == second and any(row["detections"] for row in first)
 
 
 def test_backbone_export_ends_after_the_encoder(run: Run, files: Path, tmp_path: Path) -> None:
@@ -218,6 +233,8 @@ def test_onnx_export_computes_the_same(run: Run, files: Path, tmp_path: Path) ->
         (["--weights", "net.weights"], 7, "bytes"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "evaluation.image_size=72"], 2, "16"),
         (["--weights", "net.weights", "--format", "tflite"], 2, "tflite"),
+        (["--weights", "net.onnx"], 7, "ONNX"),
+        (["--weights", "net.weights", "--cfg", "net.cfg", "--device", "cuda"], 2, "--device"),
     ],
 )
 def test_export_refuses_in_one_line(run: Run, files: Path, arguments: list[str], code: int, part: str) -> None:

@@ -317,7 +317,7 @@ def test_timm_files_that_do_not_fit(tmp_path: Path) -> None:
         assert expected in refuse(TIMM, tmp_path / "file.pth")
     (tmp_path / "file.safetensors").write_bytes(b"abc")
     assert "file.safetensors cannot be read" in refuse(TIMM, tmp_path / "file.safetensors")
-    assert "nothing.safetensors cannot be read" in refuse(TIMM, tmp_path / "nothing.safetensors")
+    assert "nothing.safetensors: does not exist" in refuse(TIMM, tmp_path / "nothing.safetensors")
 
 
 @needs_timm

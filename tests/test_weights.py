@@ -113,7 +113,8 @@ def test_open_darknet(files: Files) -> None:
     assert opened.settings.evaluation.image_size == 32
     assert not any(module.training for module in opened.detector.model.modules())
     assert opened.lines == [
-        "cfg: not used, training and thresholds are set in the settings: [convolutional] jitter, [yolo] ignore_thresh",
+        "cfg: not used, the settings decide: [yolo] ignore_thresh",
+        "cfg: unknown keys, ignored: [convolutional] jitter",
         "net.weights: Darknet weights of the whole network, version 0.2.5, 64,000 images seen",
         "loaded all 2 convolutions",
     ]
@@ -156,9 +157,9 @@ def test_wrong_number_of_names(files: Files, count: int) -> None:
 
 
 def test_weights_of_another_number_of_classes(files: Files) -> None:
-    """They could start a training; they cannot be evaluated."""
+    """The description says 3: 6 values of 4 bytes too many."""
     files("five.weights", known_weights(5))
-    with pytest.raises(CheckpointError, match=r"five.weights has 5 classes, the network 3"):
+    with pytest.raises(CheckpointError, match=r"five.weights has 388 bytes, this network needs 364 \(\+24\)"):
         open_here(files, "five.weights")
 
 
@@ -473,3 +474,30 @@ def test_validation_on_a_full_disk(
     with full_disk(4000):  # the output is shorter, which pytest captures in a file; the picture is longer
         code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
     assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
+
+
+# The Darknet program's own numbers
+
+PROTOCOL = Path(__file__).resolve().parent.parent / "recipes" / "darknet_protocol.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "ap50"),
+    [
+        ("yolo-fastest-1.1", 0.315),
+        pytest.param("yolo-fastest-1.1-xl", 0.401, marks=pytest.mark.slow),
+        pytest.param("MobileNetV2-YOLOv3-Nano-coco", 0.378, marks=pytest.mark.slow),
+    ],
+)
+def test_ap50_is_that_of_the_darknet_program(
+    name: str, ap50: float, shared_weights, shared_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pjreddie's program gives on the 79 validation images of coco_mini, measured by others; 0.01 is allowed."""
+    arguments = [
+        "validation.py", "--config", PROTOCOL, "--weights", shared_weights(f"{name}.weights"),
+        "--cfg", shared_weights(f"{name}.cfg"), "--names", shared_weights("coco.names"), "--output", tmp_path / "out",
+        f"data.root={shared_data('coco_mini')}", "data.num_workers=0", "evaluation.batch_size=8", "run.device=cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    validation.main()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP50"] == pytest.approx(ap50, abs=0.01)

@@ -47,7 +47,7 @@ from detection.errors import (
 from detection.evaluation import choose_backend, evaluate
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size, size_multiple
-from detection.models.darknet_cfg import parse_cfg, unused_keys
+from detection.models.darknet_cfg import cfg_notices, parse_cfg
 from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
@@ -253,8 +253,9 @@ class Run:
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
         ]
-        if settings.yolo.cfg is not None and (unused := unused_keys(parse_cfg(settings.yolo.cfg))):
-            lines.append(f"cfg         not used, the settings decide: {', '.join(unused)}")
+        if settings.yolo.cfg is not None:
+            used = {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
+            lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.yolo.cfg), used)]
         if train.encoder_learning_rate_factor != 1 or train.encoder_batch_norm == "frozen" or self.unfreeze_step:
             lines.append(
                 f"encoder     frozen for {self.unfreeze_step} steps, then learning rate x "
@@ -281,9 +282,8 @@ class Run:
         model = self.detector.model.train()
         set_encoder_frozen(model, False, train.encoder_batch_norm)
         optimizer = build_optimizer(model, train)
-        micro_batches = min(
-            train.subdivisions, 2
-        )  # a second one adds to gradients that are there; more show nothing new
+        # A second one adds to gradients that are there; more show nothing new.
+        micro_batches = min(train.subdivisions, 2)
         started = time.perf_counter()
         losses = train_step(
             model,

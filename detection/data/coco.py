@@ -455,8 +455,8 @@ def choose_categories(
         followed = follow_spelling(training.names, names)
         if class_names is None and (extra := [name for name in names if name not in followed]):
             raise DataError(
-                f"{where}: categories that the training annotations do not have: {', '.join(extra)} "
-                f"(data.class_names leaves categories out)"
+                f"{where}: categories that the detector was not trained on: {', '.join(extra[:10])}"
+                f"{' ...' if len(extra) > 10 else ''} (data.class_names leaves categories out)"
             )
         return followed
     if class_names is not None:

@@ -96,7 +96,8 @@ def build_encoder(yolo: YoloSettings) -> Encoder:
     if len(encoder.strides) != len(yolo.anchors):
         raise SettingsError(
             f"yolo.anchors: has {len(yolo.anchors)} levels, but yolo.encoder={yolo.encoder} has {len(encoder.strides)}"
-            f" (strides {', '.join(map(str, encoder.strides))}); yolo.anchors and yolo.neck_channels need one each"
+            f" (strides {', '.join(map(str, encoder.strides))}); yolo.anchors and yolo.neck_channels need one each; "
+            "for YOLOv3-tiny: --config recipes/yolov3_tiny.yaml"
         )
     return encoder
 

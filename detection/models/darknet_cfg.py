@@ -5,6 +5,7 @@ From sections to modules: `darknet_layers.py`, `darknet_network.py`.
 Source: the parsers of https://github.com/pjreddie/darknet and https://github.com/AlexeyAB/darknet.
 """
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,8 +52,29 @@ REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "maxpool": {"maxpool_depth": ("0",), "antialiasing": ("0",), "maxpool_zero_nonmax": ("0",)},
     "shortcut": {"weights_type": ("none",), "weights_normalization": ("none",), "alpha": ("1",), "beta": ("1",)},
-    "yolo": {"map": (), "nms_kind": ("default", "greedynms")},
+    "yolo": {"map": ()},
 }
+REFUSED_EVERYWHERE = {"dontload": ("0",), "dontloadscales": ("0",)}  # such layers are not in the weights file
+# Keys of the two programs that decide about training, the picture's way into the network or non-maximum suppression.
+TRAINING_KEYS = {
+    "net": """batch subdivisions momentum decay angle aspect saturation exposure hue learning_rate learning_rate_min
+        burn_in max_batches policy steps scales seq_scales sgdr_cycle sgdr_mult step scale gamma power cutmix mosaic
+        mosaic_bound mixup blur gaussian_noise letter_box label_smooth_eps adam B1 B2 eps max_crop min_crop flip hflip
+        use_cuda_graph track augment_speed sequential_subdivisions try_fix_nan loss_scale dynamic_minibatch
+        optimized_memory workspace_size_limit_MB equidistant_point badlabels_rejection_percentage
+        num_sigmas_reject_badlabels ema_alpha weights_reject_freq contrastive contrastive_jit_flip contrastive_color
+        unsupervised inputs max_chart_loss adversarial_lr attention color center noadjust""",
+    "convolutional": "stream wait_stream angle grad_centr assisted_excitation",
+    "maxpool": "out_channels",
+    "dropout": "dropblock dropblock_size_rel dropblock_size_abs",
+    "route": "stream wait_stream",
+    "yolo": """jitter resize ignore_thresh truth_thresh random iou_thresh iou_thresh_kind iou_loss iou_normalizer
+        cls_normalizer obj_normalizer delta_normalizer uc_normalizer nms_kind beta_nms max max_delta counters_per_class
+        label_smooth_eps objectness_smooth focal_loss show_details track_history_size sim_thresh dets_for_track
+        dets_for_show track_ciou_norm embedding_layer""",
+}
+TRAINING_EVERYWHERE = "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip truth"
+ALIKE = 0.8  # difflib's ratio from which an unknown key is taken for a slip
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,8 @@ def parse_cfg(text: str) -> list[CfgSection]:
     if not sections or sections[0].name != "net" or sum(section.name == "net" for section in sections) != 1:
         raise SettingsError("cfg: must begin with one [net] section; is this a Darknet description?")
     for section in sections:
-        for key, neutral in REFUSED_KEYS.get(section.name, {}).items():
+        check_spelling(section)
+        for key, neutral in (REFUSED_KEYS.get(section.name, {}) | REFUSED_EVERYWHERE).items():
             if key not in section.options:
                 continue
             value = section.options[key]
@@ -156,14 +179,54 @@ def _equals_number(value: str, neutral: Sequence[str]) -> bool:
         return False
 
 
-def unused_keys(sections: Sequence[CfgSection]) -> list[str]:
-    """Keys that play no part in inference (training is decided by our settings), each once, as "[layer] key"."""
-    found: dict[str, None] = {}
+def check_spelling(section: CfgSection) -> None:
+    """Refuse an unknown key that looks like one that matters: `filtres=8` would build a single filter."""
+    matters = USED_KEYS[section.name] | REFUSED_KEYS.get(section.name, {}).keys()
+    for key in section.options.keys() - matters - training_keys(section.name) - REFUSED_EVERYWHERE.keys():
+        if nearest := difflib.get_close_matches(key, sorted(matters), n=1, cutoff=ALIKE):
+            raise SettingsError(f"cfg: {section.where()}: unknown key {key[:60]!r}; is {nearest[0]!r} meant?")
+
+
+def training_keys(name: str) -> set[str]:
+    return {*TRAINING_KEYS.get(name, "").split(), *TRAINING_EVERYWHERE.split()}
+
+
+def unused_keys(sections: Sequence[CfgSection]) -> tuple[list[str], list[str]]:
+    """Keys that play no part in inference, each once, as "[layer] key".
+
+    Returns:
+        Those that the Darknet programs use in training and detection, where our settings decide; and those that
+        neither they nor we know.
+    """
+    known: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for section in sections:
+        refused = REFUSED_KEYS.get(section.name, {}).keys() | REFUSED_EVERYWHERE.keys()
         for key in section.options:
-            if key not in USED_KEYS[section.name]:
-                found[f"[{section.name}] {key}"] = None
-    return list(found)
+            if key not in USED_KEYS[section.name] and key not in refused:
+                found = known if key in training_keys(section.name) else unknown
+                found[f"[{section.name}] {key[:60]}"] = None
+    return list(known), list(unknown)
+
+
+def cfg_notices(sections: Sequence[CfgSection], sizes: dict[str, int]) -> list[str]:
+    """What a user should know about a description whose network is used with our settings.
+
+    Args:
+        sizes: name of a setting -> side of the square input in pixels.
+    """
+    lines = []
+    net = sections[0]
+    width, height = net.integer("width", 416), net.integer("height", 416)
+    others = [f"{name} = {size}" for name, size in sizes.items() if (size, size) != (width, height)]
+    if others:
+        lines.append(f"made for {width} x {height} px, used with {', '.join(others)} (square)")
+    known, unknown = unused_keys(sections)
+    if known:
+        lines.append(f"not used, the settings decide: {', '.join(known)}")
+    if unknown:
+        lines.append(f"unknown keys, ignored: {', '.join(unknown)}")
+    return lines
 
 
 def format_cfg(sections: Sequence[CfgSection]) -> str:

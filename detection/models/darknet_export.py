@@ -13,7 +13,7 @@ from detection.models.yolov3 import PyramidPooling, YOLOv3
 
 
 def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore_threshold: float) -> list[CfgSection]:
-    """Sections of a hand-written YOLOv3, or those that a described network was built from.
+    """Sections of a hand-written YOLOv3, or those that a described network was built from, for another input size.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
@@ -24,7 +24,14 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
         CheckpointError: the Darknet program has no such encoder.
     """
     if isinstance(model, DarknetNetwork):
-        return list(model.sections)
+        changed = {
+            "net": {"width": str(image_size), "height": str(image_size)},
+            "yolo": {"ignore_thresh": f"{ignore_threshold:g}"},
+        }
+        return [
+            CfgSection(section.name, section.line, {**section.options, **changed.get(section.name, {})})
+            for section in model.sections
+        ]
     if not isinstance(model, YOLOv3) or not isinstance(model.encoder, Darknet53 | DarknetTiny):
         raise CheckpointError(
             "the Darknet program has no such network: only yolo.encoder darknet, darknet_tiny and darknet_cfg export"

@@ -195,12 +195,14 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
             f"{image[2]} x {image[1]} pixels evenly"
         )
     new_coords = bool(section.integer("new_coords", 0))
+    # With new_coords the sigmoid is this convolution's, in older descriptions the [yolo] layer's own.
+    allowed = ("logistic", "linear") if new_coords else ("linear",)
     activation = before_section.text("activation", "logistic")
     normalised = before_section.integer("batch_normalize", 0) or before_section.integer("cbn", 0)
-    if normalised or activation != ("logistic" if new_coords else "linear"):
+    if normalised or activation not in allowed:
         raise SettingsError(
             f"cfg: {section.where()}: the [convolutional] before it must have no batch_normalize and activation="
-            f"{'logistic (new_coords=1)' if new_coords else 'linear'}, has activation={activation}"
+            f"{' or '.join(allowed)}, has activation={activation}"
         )
     anchors = tuple((values[2 * index], values[2 * index + 1]) for index in mask)
     scale_xy = section.number("scale_x_y", 1.0)

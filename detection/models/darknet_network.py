@@ -43,6 +43,7 @@ class DarknetNetwork(nn.Module):
         super().__init__()
         self.sections = with_classes(sections, num_classes) if cfg_classes(sections) != num_classes else list(sections)
         self.num_classes = num_classes
+        self.described_classes = cfg_classes(sections)  # those of the weights file that belongs to the description
         layers, shapes, levels = build_layers(self.sections)
         referred = {source for layer in layers if isinstance(layer, Route | Shortcut) for source in layer.sources}
         self._kept = frozenset(referred)

@@ -101,43 +101,45 @@ def load_darknet_weights(network: nn.Module, path: Path) -> Loaded:
         raise CheckpointError(f"weights file {path} cannot be read: {error.strerror}{fetch_hint(path)}") from None
     header, start = read_header(content, path)
     blocks = [convolution_tensors(module) for module in model.darknet_convolutions()]
-    sizes = [sum(tensor.numel() for tensor in block) for block in blocks]
-    outputs = {id(convolution.weight) for convolution in model.output_convolutions()}
-    is_output = [id(block[-1]) in outputs for block in blocks]
-    expected = start + 4 * sum(sizes)
-    ends = (start + 4 * np.cumsum(sizes)).tolist()
-    found = len(content)
-
-    num_classes: int | None = None
-    count = len(blocks)
-    if found != expected:
-        if found in ends[:-1]:
-            count = ends.index(found) + 1
-        else:
-            num_classes = classes_of_file(model, (found - start) / 4 - sum(sizes))
-    if found != expected and count == len(blocks) and num_classes is None:
-        near = ends[int(np.searchsorted(ends, found)) - 1] if found > ends[0] else start
-        raise CheckpointError(
-            f"{path} has {found} bytes, this network needs {expected} ({found - expected:+d}); nor does it end after a "
-            f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download or another network?"
-        )
+    count, num_classes = identify(model, blocks, len(content), start, path)
     values = np.frombuffer(content, dtype="<f4", offset=start)
-    positions = []
-    position = 0
-    for index in range(count):
-        size = sizes[index]
-        if is_output[index] and num_classes is not None:
-            filters, inputs = blocks[index][-1].shape[0], blocks[index][-1][0].numel()
-            size = filters // (5 + model.num_classes) * (5 + num_classes) * (inputs + 1)
-        positions.append((position, size))
-        position += size
-    check_variances(path, blocks[:count], positions, values)
+    sizes = [_values_in_file(model, block, num_classes) for block in blocks[:count]]
+    first_values = [0, *np.cumsum(sizes).tolist()]
+    check_variances(path, blocks[:count], first_values, values)
     with torch.no_grad():
-        for index, (first, size) in enumerate(positions):
-            if num_classes is not None and is_output[index]:
-                continue
-            fill(blocks[index], values[first : first + size])
+        for block, first, size in zip(blocks, first_values, sizes, strict=False):
+            if size == _values_in_file(model, block, None):  # not an output for another number of classes
+                fill(block, values[first : first + size])
     return Loaded(header, count, num_classes, describe(path, header, count, len(blocks), num_classes, model))
+
+
+def identify(
+    model: DarknetModel, blocks: Sequence[Sequence[Tensor]], found: int, start: int, path: Path
+) -> tuple[int, int | None]:
+    """What a file of `found` bytes is: the number of its convolutions, and its classes where they differ from ours.
+
+    Raises:
+        CheckpointError: neither the whole network nor its beginning, for any number of classes.
+    """
+    ends = (start + 4 * np.cumsum([_values_in_file(model, block, None) for block in blocks])).tolist()
+    if found in ends:
+        return ends.index(found) + 1, None
+    num_classes = classes_of_file(model, (found - ends[-1]) / 4)
+    if num_classes is not None:
+        return len(blocks), num_classes
+    near = ends[int(np.searchsorted(ends, found)) - 1] if found > ends[0] else start
+    raise CheckpointError(
+        f"{path} has {found} bytes, this network needs {ends[-1]} ({found - ends[-1]:+d}); nor does it end after a "
+        f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download or another network?"
+    )
+
+
+def _values_in_file(model: DarknetModel, block: Sequence[Tensor], num_classes: int | None) -> int:
+    """Float32 values of one convolution in a file with that many classes; None: as many as the network has."""
+    own = sum(tensor.numel() for tensor in block)
+    if num_classes is None or all(block[-1] is not output.weight for output in model.output_convolutions()):
+        return own
+    return own // (5 + model.num_classes) * (5 + num_classes)
 
 
 def as_darknet(model: nn.Module) -> DarknetModel:
@@ -171,7 +173,7 @@ def describe(
     return [
         *lines,
         f"loaded {total - outputs} of {total} convolutions; the {outputs} output convolutions start anew: the file has "
-        f"{num_classes} classes, this network {model.num_classes}",
+        f"{num_classes} classes by its size, this network {model.num_classes}",
     ]
 
 
@@ -183,7 +185,11 @@ def classes_of_file(model: DarknetModel, surplus: float) -> int | None:
         num_anchors = convolution.out_channels // (5 + own)
         per_class += num_anchors * (convolution.weight[0].numel() + 1)
     difference = surplus / per_class
-    return own + int(difference) if difference == int(difference) and own + difference >= 1 else None
+    if difference != int(difference) or own + difference < 1:
+        return None
+    classes = own + int(difference)
+    described = getattr(model, "described_classes", classes)  # a description says what its file has
+    return classes if classes == described else None
 
 
 def convolution_tensors(module: nn.Module) -> list[Tensor]:
@@ -198,10 +204,10 @@ def convolution_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def check_variances(
-    path: Path, blocks: Sequence[list[Tensor]], positions: Sequence[tuple[int, int]], values: np.ndarray
+    path: Path, blocks: Sequence[list[Tensor]], first_values: Sequence[int], values: np.ndarray
 ) -> None:
     """Running variances cannot be negative: a cheap proof that file and network are the same, layer by layer."""
-    for number, (block, (first, _)) in enumerate(zip(blocks, positions, strict=True)):
+    for number, (block, first) in enumerate(zip(blocks, first_values, strict=False)):
         if len(block) == 5:
             filters = len(block[0])
             variances = values[first + 3 * filters : first + 4 * filters]
