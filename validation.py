@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from detection.command_line import Parser
 from detection.data import build_validation_dataset
+from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.devices import autocast, choose_device, choose_precision, describe_device
 from detection.drawing import save_png
 from detection.errors import OutputError, SettingsError, exit_with_message
-from detection.evaluation import evaluate
+from detection.evaluation import Evaluation, evaluate
 from detection.reports import draw_detections, metric_table, protocol_line, write_evaluation
 from detection.run_loggers import new_run_directory
-from detection.weights import open_command_line
+from detection.weights import OpenedDetector, open_command_line
 
 
 def main() -> None:
@@ -35,36 +36,14 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     opened = open_command_line(arguments, arguments.settings)
     settings = opened.settings
-    device = choose_device(settings.run.device)
-    dtype = choose_precision(device, settings.run.precision)
-    detector = opened.detector.to(device, settings.run.channels_last)
     dataset = build_validation_dataset(settings.data, settings.evaluation.image_size, opened.names)
     if len(dataset.annotations.categories.names) != opened.num_classes:
         raise SettingsError(
             f"the network has {opened.num_classes} classes, the data {len(dataset.annotations.categories.names)}; "
             "say with --names which class is which"
         )
-    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    print(f"{describe_device(device)}, {precision}; {protocol_line(settings)}")
 
-    batch_size = settings.evaluation.batch_size or settings.train.batch_size
-    loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
-    with tqdm(total=len(loader), unit="batch", disable=None) as bar:
-
-        def advance() -> None:
-            bar.update()
-
-        evaluation = evaluate(
-            detector.model,
-            detector.criterion,
-            detector.postprocess,
-            loader,
-            dataset.annotations,
-            device,
-            functools.partial(autocast, device, dtype),
-            "pycocotools" if settings.evaluation.backend == "auto" else settings.evaluation.backend,
-            on_batch=advance,
-        )
+    evaluation = evaluate_with_bar(opened, dataset)
     print("\n".join(metric_table(evaluation)))
     network, metric = evaluation.seconds["network"], evaluation.seconds["metric"]
     print(
@@ -86,6 +65,34 @@ def main() -> None:
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     print(f"results in {directory}")
+
+
+def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluation:
+    """Every image of the dataset through the detector, on the device of the settings; a bar on a terminal."""
+    settings = opened.settings
+    device = choose_device(settings.run.device)
+    dtype = choose_precision(device, settings.run.precision)
+    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    print(f"{describe_device(device)}, {precision}; {protocol_line(settings)}", flush=True)
+    detector = opened.detector.to(device, settings.run.channels_last)
+    batch_size = settings.evaluation.batch_size or settings.train.batch_size
+    loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
+    with tqdm(total=len(loader), unit="batch", disable=None) as bar:
+
+        def advance() -> None:
+            bar.update()
+
+        return evaluate(
+            detector.model,
+            detector.criterion,
+            detector.postprocess,
+            loader,
+            dataset.annotations,
+            device,
+            functools.partial(autocast, device, dtype),
+            "pycocotools" if settings.evaluation.backend == "auto" else settings.evaluation.backend,
+            on_batch=advance,
+        )
 
 
 if __name__ == "__main__":
