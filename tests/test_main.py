@@ -547,7 +547,7 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
     words = ["data.fake=true", "yolo.num_classes=3", "yolo.pretrained=gone.pth"]
     settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
-    with pytest.raises(CheckpointError, match=r"gone\.pth does not exist"):
+    with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
         module.Run(settings, fresh=True)
     assert module.Run(settings, fresh=False).pretrained == []  # all weights come from the checkpoint
 
