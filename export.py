@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from detection.errors import OutputError, SettingsError, UserError, exit_with_me
 from detection.models.darknet_cfg import format_cfg
 from detection.models.darknet_export import describe_network
 from detection.models.darknet_weights import Header, as_darknet, write_darknet_weights
+from detection.postprocessing import YOLOPostprocess
 from detection.weights import OpenedDetector, open_command_line
 
 OPSET = 18
@@ -41,7 +43,7 @@ class ExportedDetector(nn.Module):
     def __init__(self, opened: OpenedDetector) -> None:
         super().__init__()
         self.model = opened.detector.model
-        self.postprocess = opened.detector.postprocess
+        self.postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, 3, S, S) to boxes (B, P, 4) and scores (B, P, C)."""
@@ -94,7 +96,7 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
 def export_backbone(opened: OpenedDetector, stem: Path) -> None:
     """The convolutions of the encoder alone, as darknet53.conv.74 holds them."""
     model = opened.detector.model
-    own = {id(parameter) for parameter in model.encoder.parameters()}  # type: ignore[union-attr, operator]
+    own = {id(parameter) for parameter in cast(nn.Module, model.encoder).parameters()}
     modules = as_darknet(model).darknet_convolutions()
     count = sum(id(next(module.parameters())) in own for module in modules)
     path = stem.with_name(f"{stem.name}.conv.{count}")

@@ -170,6 +170,7 @@ def plot_curves(
     x_label: str,
     y_label: str,
     logarithmic: bool = False,
+    second_x: tuple[float, str] | None = None,
 ) -> None:
     """Plot named curves into one figure.
 
@@ -180,6 +181,7 @@ def plot_curves(
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
         logarithmic: y axis in powers of ten; points at or below zero are left out.
+        second_x: (factor, label) of a second x axis above, whose values are x times the factor.
 
     Raises:
         OSError: if the file cannot be written.
@@ -200,6 +202,16 @@ def plot_curves(
         axes.set_yscale("log", nonpositive="mask")
     axes.set_title(title, wrap=True)
     axes.set_xlabel(x_label)
+    if second_x is not None:
+        factor, label = second_x
+
+        def there(x: np.ndarray) -> np.ndarray:
+            return x * factor
+
+        def back(x: np.ndarray) -> np.ndarray:
+            return x / factor
+
+        axes.secondary_xaxis("top", functions=(there, back)).set_xlabel(label)  # type: ignore[arg-type]
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     if curves:

@@ -1,0 +1,158 @@
+"""Draw a learning-rate schedule before it costs days: every turn of it, from settings alone.
+
+python lr_scheduler_creator.py --config recipes/darknet_416.yaml
+python lr_scheduler_creator.py scheduler.strategy=WarmupMultiStepLR scheduler.warmup=2000 train.steps=273ep
+python lr_scheduler_creator.py --compare recipes/240224_LambdaLR.yaml --compare recipes/240312_CosineAnnealing_T2.yaml
+python lr_scheduler_creator.py --config recipes/bccd.yaml --images 205
+
+Writes schedule.png, one CSV per curve (step, epoch, learning rate) and TensorBoard events into a new directory below
+logs/, in a few seconds. No network is built and no dataset read: --images says how long an epoch is.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detection.command_line import DEFAULTS, Parser
+from detection.drawing import plot_curves
+from detection.errors import OutputError, SettingsError, exit_with_message
+from detection.run_loggers import new_run_directory
+from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
+from detection.settings import Settings, load_settings
+
+COCO_IMAGES = 118_287  # train2017
+POINTS = 2000  # of a curve, besides its turns
+WARMUP_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One schedule, resolved to steps."""
+
+    name: str
+    schedule: Schedule
+    total_steps: int
+    steps_per_epoch: float
+
+    def steps(self) -> list[int]:
+        """Where the curve is drawn: evenly, closer during the warm-up, and on both sides of every turn."""
+        last = self.total_steps - 1
+        turns = self.schedule.changes(self.total_steps, most=self.total_steps)
+        steps = {*range(0, self.total_steps, max(self.total_steps // POINTS, 1)), last}
+        steps |= {*range(0, min(self.schedule.warmup + 1, last), max(self.schedule.warmup // WARMUP_POINTS, 1))}
+        steps |= {step for turn in turns for step in (turn - 1, turn) if 0 <= step <= last}
+        return sorted(steps)
+
+    def groups(self) -> list[str]:
+        """Parameter groups with a rate of their own."""
+        return ["weights"] if self.schedule.warmup_bias_lr is None else ["weights", BIAS_GROUP]
+
+
+def main() -> None:
+    parser = Parser("lr_scheduler_creator.py", __doc__)
+    parser.add_settings(device=False)
+    add = parser.add_argument
+    add(
+        "--compare",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="one curve per overlay; repeatable",
+    )
+    add("--images", type=int, default=COCO_IMAGES, metavar="N", help=f"training images (default: COCO's {COCO_IMAGES})")
+    add("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
+    arguments = parser.parse_intermixed_args()
+    if arguments.images < 1:
+        raise SettingsError(f"--images {arguments.images}: must be at least 1")
+
+    overlays = [[*arguments.config, file] for file in arguments.compare] or [arguments.config]
+    curves: list[Curve] = []
+    for number, files in enumerate(overlays, start=1):
+        settings, notices = load_settings(DEFAULTS, files, arguments.settings)
+        name = files[-1].stem if files else settings.scheduler.strategy
+        taken = any(curve.name == name for curve in curves)
+        curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))
+        print("\n".join([*notices, *describe(curves[-1])]))
+    directory = new_run_directory(Path(settings.run.logs_path), "schedule", arguments.output)
+    try:
+        draw(directory / "schedule.png", curves)
+        for curve in curves:
+            write_csv(directory / f"{curve.name}.csv", curve)
+            write_tensorboard(directory / curve.name, curve)
+    except OSError as error:
+        raise OutputError(f"results cannot be written to {directory}: {error}") from None
+    print(f"figure, CSV and TensorBoard events in {directory}")
+
+
+def build_curve(name: str, settings: Settings, images: int) -> Curve:
+    train = settings.train
+    steps_per_epoch = images / (train.batch_size * train.subdivisions)
+    total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)
+    try:
+        schedule = build_schedule(settings.scheduler, train.learning_rate, total_steps, steps_per_epoch)
+    except ValueError as error:
+        raise SettingsError(f"{name}: {error}") from None
+    return Curve(name, schedule, total_steps, steps_per_epoch)
+
+
+def describe(curve: Curve) -> list[str]:
+    """Length and turns, for the terminal."""
+    schedule, last = curve.schedule, curve.total_steps - 1
+    steps = sorted({0, *([schedule.warmup] if schedule.warmup <= last else []), *schedule.changes(last + 1), last})
+    rates = ", ".join(f"{schedule.at(step):.3g} at {step}" for step in steps)
+    epochs = curve.total_steps / curve.steps_per_epoch
+    return [
+        f"{curve.name}: {schedule.strategy}, {curve.total_steps} steps = {epochs:.1f} epochs of "
+        f"{curve.steps_per_epoch:.1f} steps",
+        f"    learning rate {rates}",
+    ]
+
+
+def draw(path: Path, curves: Sequence[Curve]) -> None:
+    lines = {}
+    for curve in curves:
+        for group in curve.groups():
+            name = curve.name if group == "weights" else f"{curve.name}, {group}"
+            lines[name] = [(float(step), curve.schedule.at(step, group)) for step in curve.steps()]
+    lengths = {curve.steps_per_epoch for curve in curves}
+    plot_curves(
+        path,
+        lines,
+        "learning rate",
+        "optimizer step",
+        "learning rate",
+        # with epochs of different lengths there is no common second axis
+        second_x=(1 / lengths.pop(), "epoch") if len(lengths) == 1 else None,
+    )
+
+
+def write_csv(path: Path, curve: Curve) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        names = ["learning_rate" if group == "weights" else f"learning_rate_{group}" for group in curve.groups()]
+        writer.writerow(["step", "epoch", *names])
+        for step in curve.steps():
+            rates = [curve.schedule.at(step, group) for group in curve.groups()]
+            writer.writerow([step, round(step / curve.steps_per_epoch, 6), *rates])
+
+
+def write_tensorboard(directory: Path, curve: Curve) -> None:
+    """One run per curve, so that TensorBoard lays them over one another."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(directory))
+    for step in curve.steps():
+        for group in curve.groups():
+            tag = "learning_rate" if group == "weights" else f"learning_rate/{group}"
+            value = Summary.Value(tag=tag, simple_value=curve.schedule.at(step, group))
+            # The time is the step: it keeps the file the same for the same settings.
+            writer.add_event(Event(wall_time=float(step), step=step, summary=Summary(value=[value])))
+    writer.close()
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
