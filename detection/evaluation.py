@@ -5,7 +5,7 @@ import importlib.util
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from detection.data.coco import Annotations
-from detection.data.loaders import targets_to
+from detection.data.loaders import Batch, targets_to
 from detection.postprocessing import boxes_to_original
 
 # in the order of COCOeval.stats
@@ -59,7 +58,7 @@ def evaluate(
     model: nn.Module,
     criterion: nn.Module | None,
     postprocess: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[Batch],
     annotations: Annotations,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],

@@ -26,6 +26,7 @@ from detection.data.coco import (
     load_annotations,
     read_image,
     repeat_factors,
+    select_images,
 )
 from detection.data.transforms import Transform
 from detection.errors import DataError, DataReadError
@@ -1002,3 +1003,15 @@ def test_blood_cells(shared_data, default_settings: Load) -> None:
     for dataset in (training, validation):
         assert (dataset.annotations.image_sizes == (640, 480)).all() and dataset.annotations.counts.dropped == {}
         assert dataset.load_image(3).shape == (480, 640, 3)
+
+
+def test_selected_images_keep_their_boxes(drawn_dataset: Path) -> None:
+    annotations = load_annotations(drawn_dataset / "annotations" / "instances_train.json")
+    selected = select_images(annotations, np.array([6, 4, 3]))  # 2, 0 and 3 boxes
+    assert selected.image_ids.tolist() == [106, 104, 103] and selected.first_box.tolist() == [0, 2, 2, 5]
+    assert [selected.file_name(index) for index in range(3)] == ["6.png", "4.png", "3.png"]
+    assert selected.image_sizes.tolist() == annotations.image_sizes[[6, 4, 3]].tolist()
+    rows = [*range(*annotations.first_box[6:8]), *range(*annotations.first_box[3:5])]
+    for name in ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids"):
+        assert np.array_equal(getattr(selected, name), getattr(annotations, name)[rows])
+    assert selected.categories == annotations.categories

@@ -5,6 +5,7 @@ memory instead of copying it by reference counting.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -614,6 +615,27 @@ def load_annotations(path: Path) -> Annotations:
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a COCO annotation file")
     return flatten_annotations(content, str(path))
+
+
+def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
+    """The annotations of some images alone, in the given order.
+
+    Args:
+        indices: positions of the images, (K,) int64.
+    """
+    names = [annotations.file_name(index).encode() for index in indices.tolist()]
+    counts = np.diff(annotations.first_box)[indices]
+    rows = np.concatenate([np.arange(*annotations.first_box[index : index + 2]) for index in indices.tolist()])
+    per_box = ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids")
+    return dataclasses.replace(
+        annotations,
+        image_ids=annotations.image_ids[indices],
+        image_sizes=annotations.image_sizes[indices],
+        file_names=np.frombuffer(b"".join(names), dtype=np.uint8),
+        file_name_ends=np.cumsum([len(name) for name in names]),
+        first_box=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        **{name: getattr(annotations, name)[rows] for name in per_box},
+    )
 
 
 def annotations_digest(annotations: Annotations) -> str:

@@ -1,0 +1,180 @@
+"""Learn one batch by heart: is it my data or my code? A network that cannot do this will learn nothing from more.
+
+python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
+python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
+python batch_overfit.py yolo.encoder=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
+
+Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
+average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
+the loss, writes before.png and after.png (truth beside detections) and metrics.json into a new directory below logs/.
+"""
+
+import argparse
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.data import DetectionDataset, build_datasets
+from detection.data.coco import select_images
+from detection.data.loaders import Batch, collate_samples
+from detection.data.transforms import Transform
+from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device
+from detection.drawing import save_png
+from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
+from detection.evaluation import Evaluation, evaluate
+from detection.models import Detector, build_detector, check_image_size
+from detection.pretrained import load_pretrained
+from detection.reports import draw_detections, write_evaluation
+from detection.reproducibility import seed_everything
+from detection.run_loggers import new_run_directory
+from detection.settings import Settings, load_settings
+from detection.training import NonFiniteLoss, build_optimizer, set_encoder_frozen, set_learning_rates, train_step
+
+BUILTIN = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
+WARMUP = 10  # steps of a linear rise: the outputs start far from where they will be
+EVALUATE_EVERY = 10  # steps
+MEMORY_HINT = "out of memory: take fewer --images or a smaller train.image_size"
+
+
+class NotLearned(UserError):
+    """The network did not learn the batch."""
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """One batch, its truth and the detector that should learn it."""
+
+    settings: Settings
+    device: torch.device
+    precision: Any  # makes the autocast context
+    dataset: DetectionDataset  # only the images of the batch
+    batch: Batch
+    detector: Detector
+
+    def evaluate(self) -> Evaluation:
+        return evaluate(
+            *self.detector, [self.batch], self.dataset.annotations, self.device, self.precision, "pycocotools"
+        )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
+    overlays = arguments.config if own_data else [BUILTIN]
+    settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
+    device = choose_device(settings.run.device)
+    dtype = choose_precision(device, settings.run.precision)
+    seed_everything(settings.run.seed)
+    dataset, batch = take_batch(settings, arguments.images)
+    names = dataset.annotations.categories.names
+    detector = build_detector(settings.yolo, settings.evaluation, len(names))
+    check_image_size(detector.model, "train.image_size", settings.train.image_size)
+    if detector.criterion is None:
+        raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+    print("\n".join([*notices, *load_pretrained(detector.model, settings.yolo)]))
+    detector = detector.to(device, settings.run.channels_last)
+    overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
+    boxes = len(dataset.annotations.labels)
+    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.yolo.encoder}")
+
+    directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
+    before = overfit.evaluate()
+    evaluation, step = train(overfit, arguments.steps, arguments.threshold, build_scaler(device, dtype))
+    try:
+        for name, shown in (("before", before), ("after", evaluation)):
+            picture = draw_detections(
+                dataset, shown, settings.evaluation.visualization_threshold, settings.evaluation.visualize_images
+            )
+            if picture is not None:
+                save_png(directory / f"{name}.png", picture)
+        write_evaluation(directory, evaluation, dataset, step, settings.evaluation.model_dump(mode="json"))
+    except OSError as error:
+        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
+    ap50 = evaluation.metrics["AP50"] or 0.0
+    print(f"before.png, after.png and metrics.json in {directory}")
+    if ap50 < arguments.threshold:
+        raise NotLearned(
+            f"not learned: AP50 {ap50:.3f} after {step} steps, {arguments.threshold:g} was asked for; look at "
+            "after.png for wrong truth or objects of a few pixels, try another train.learning_rate or more --steps"
+        )
+    print(f"learned: AP50 {ap50:.3f} after {step} steps")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("batch_overfit.py", __doc__)
+    parser.add_settings()
+    add = parser.add_argument
+    add("--images", type=int, default=8, metavar="N", help="images of the batch (default: 8)")
+    add("--steps", type=int, default=200, metavar="N", help="at most so many optimizer steps (default: 200)")
+    add("--threshold", type=float, default=0.95, metavar="AP50", help="AP50 that counts as learned (default: 0.95)")
+    add("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
+    arguments = parser.parse_intermixed_args()
+    for name in ("images", "steps"):
+        if getattr(arguments, name) < 1:
+            raise SettingsError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    if not 0 < arguments.threshold <= 1:
+        raise SettingsError(f"--threshold {arguments.threshold:g}: must lie above 0 and not above 1")
+    return arguments
+
+
+def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
+    """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
+    size = settings.train.image_size
+    dataset, _ = build_datasets(settings.data, size, size, settings.run.seed, settings.yolo.num_classes)
+    annotations = dataset.annotations
+    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    with_boxes = np.unique(image_of_box[~annotations.crowd])
+    if len(with_boxes) < count:
+        raise DataError(f"--images {count}: only {len(with_boxes)} training images have boxes")
+    dataset.annotations = select_images(annotations, with_boxes[:count])
+    dataset.sample_transform = Transform(settings.data, size, settings.run.seed, training=False)
+    return dataset, collate_samples([dataset[index] for index in range(count)])
+
+
+def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.GradScaler) -> tuple[Evaluation, int]:
+    """Steps on the one batch until AP50 is there; the last evaluation and the number of steps."""
+    settings, model = overfit.settings.train, overfit.detector.model.train()
+    criterion = cast(nn.Module, overfit.detector.criterion)
+    set_encoder_frozen(model, False, settings.encoder_batch_norm)
+    optimizer = build_optimizer(model, settings)
+    evaluation = None
+    with tqdm(total=steps, unit="step", disable=None) as bar:
+        for step in range(1, steps + 1):
+            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate, step))
+            batches = [overfit.batch]
+            try:
+                losses = train_step(
+                    model, criterion, optimizer, scaler, batches, overfit.precision, overfit.device, settings.clip_norm
+                )
+            except NonFiniteLoss as error:
+                raise NumericsError(
+                    f"not finite at step {step}: {error.parts}; try a lower train.learning_rate"
+                ) from None
+            bar.update()
+            if step % EVALUATE_EVERY and step != steps:
+                continue
+            evaluation = overfit.evaluate()
+            ap50 = evaluation.metrics["AP50"] or 0.0
+            parts = "  ".join(f"{name.removeprefix('loss_')} {value.item():.3f}" for name, value in losses.items())
+            total = sum(value.item() for value in losses.values())
+            tqdm.write(f"step {step}  loss {total:.3f}  {parts}  AP50 {ap50:.3f}")
+            if ap50 >= threshold:
+                return evaluation, step
+    assert evaluation is not None, "the last step is always evaluated"
+    return evaluation, steps
+
+
+def warmup_rate(learning_rate: float, step: int, _: str) -> float:
+    """The same for every parameter group."""
+    return learning_rate * min(step / WARMUP, 1.0)
+
+
+if __name__ == "__main__":
+    exit_with_message(main, MEMORY_HINT)

@@ -1,0 +1,78 @@
+"""batch_overfit.py as its user sees it: a gate that opens for a batch that can be learned and for no other."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import batch_overfit
+from detection.errors import exit_with_message
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = (
+    "run.device=cpu", "run.precision=off", "data.num_workers=0", "yolo.encoder=mobilenet_v3_small",
+    "yolo.neck_channels=[32, 32, 32]", "train.image_size=96", "train.learning_rate=3e-3",
+    "yolo.anchors=[[[16, 14], [22, 20]], [[40, 40]], [[90, 90]]]",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    def started(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["batch_overfit.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            exit_with_message(batch_overfit.main)
+        out, err = capfd.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return started
+
+
+def test_coloured_rectangles_are_learned(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, err = run(f"data.root={drawn_dataset}", *SMALL, "--images", 4, "--steps", 150, "--output", out)
+    assert code == 0, text + err
+    assert "learned: AP50" in text and "objectness" in text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["AP50"] >= 0.95 and metrics["step"] <= 150 and metrics["step"] % 10 == 0
+    before, after = ((out / f"{name}.png").read_bytes() for name in ("before", "after"))
+    assert before != after
+    # 4 of the images with boxes (k % 4 boxes on image k: 1, 2, 3 and, after the empty one, 1 again)
+    assert sum(row["truths"] for row in metrics["class_AP"].values()) == 1 + 2 + 3 + 1
+
+
+def test_too_few_steps_do_not_open_the_gate(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:
+    code, _, err = run(f"data.root={drawn_dataset}", *SMALL, "--images", 2, "--steps", 1, "--output", tmp_path / "out")
+    assert code == 1 and err.startswith("not learned: AP50 0.0") and "after 1 steps, 0.95 was asked for" in err
+    assert len(err.strip().splitlines()) == 1 and (tmp_path / "out" / "after.png").exists()
+
+
+def test_augmentation_is_off_and_every_step_sees_the_same_pixels(run: Run, drawn_dataset: Path) -> None:
+    words = [f"data.root={drawn_dataset}", *SMALL, "data.augmentation.vertical_flip.p=1.0"]
+    settings, _ = batch_overfit.load_settings(batch_overfit.DEFAULTS, words=words)
+    dataset, batch = batch_overfit.take_batch(settings, 3)
+    first = dataset.load_image(0)
+    letterbox = batch["letterboxes"][0]
+    pixels = batch["images"][0].permute(1, 2, 0).numpy()
+    middle = (pixels.shape[0] // 2, pixels.shape[1] // 2)
+    assert letterbox.width == first.shape[1] and pixels[middle].tolist() == first[first.shape[0] // 2, 0].tolist()
+    assert batch["indices"].tolist() == [0, 1, 2] and len(dataset.annotations) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--images", "0"], 2, "--images 0"),
+        (["--steps", "0"], 2, "--steps 0"),
+        (["--threshold", "1.5"], 2, "--threshold 1.5"),
+        (["--images", "9"], 2, "only 6 training images have boxes"),
+        (["yolo.nonsense=1"], 2, "yolo.nonsense"),
+        (["yolo.pretrained=gone.pth", "--images", "2"], 7, "gone.pth"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, drawn_dataset: Path, arguments: list[str], code: int, part: str) -> None:
+    found, _, err = run(f"data.root={drawn_dataset}", *SMALL, *arguments)
+    assert found == code and part in err and len(err.strip().splitlines()) == 1
