@@ -94,7 +94,8 @@ def main() -> None:
             )
             if picture is not None:
                 save_png(directory / f"{name}.png", picture)
-        write_evaluation(directory, evaluation, dataset, step, settings.evaluation.model_dump(mode="json"))
+        used = settings.evaluation.model_dump(mode="json") | {"image_size": settings.train.image_size}
+        write_evaluation(directory, evaluation, dataset, step, used)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     ap50 = evaluation.metrics["AP50"] or 0.0

@@ -23,10 +23,10 @@ from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
 from detection.devices import autocast, choose_device, choose_precision
 from detection.drawing import draw_boxes, save_png
-from detection.errors import DataError, DataReadError, exit_with_message
+from detection.errors import DataError, DataReadError, OutputError, exit_with_message
 from detection.postprocessing import boxes_to_original
 from detection.run_loggers import new_run_directory
-from detection.weights import open_command_line
+from detection.weights import OpenedDetector, open_command_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -42,14 +42,27 @@ def main() -> None:
     files = find_images([Path(word) for word in arguments.settings if word not in words])
     opened = open_command_line(arguments, words)
     settings = opened.settings
+    directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
+    try:
+        rows = detect_and_draw(opened, files, directory)
+        (directory / "detections.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    except OSError as error:  # reading an image has its own error
+        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
+    total = sum(len(row["detections"]) for row in rows)
+    images = f"{len(rows)} images, {len(files) - len(rows)} left out"
+    threshold = settings.evaluation.visualization_threshold
+    print(f"{total} boxes with a score of at least {threshold:g} on {images}: {directory}")
+    if not rows:
+        raise DataReadError("no image could be read")
+
+
+def detect_and_draw(opened: OpenedDetector, files: list[Path], directory: Path) -> list[dict[str, Any]]:
+    """One picture per image that can be read, and its entry of detections.json; the others are named on stderr."""
+    settings, names = opened.settings, opened.class_names()
     device = choose_device(settings.run.device)
     dtype = choose_precision(device, settings.run.precision)
     detector = opened.detector.to(device, settings.run.channels_last)
     transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
-    threshold = settings.evaluation.visualization_threshold
-    names = opened.class_names()
-    directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
-
     rows = []
     for number, file in enumerate(tqdm(files, unit="image", disable=None)):
         try:
@@ -61,19 +74,12 @@ def main() -> None:
         with torch.no_grad(), autocast(device, dtype):
             outputs = detector.model(collate_samples([sample])["images"].to(device))
         found = detector.postprocess(outputs)[0]
-        shown = found["scores"] >= threshold
+        shown = found["scores"] >= settings.evaluation.visualization_threshold
         boxes = boxes_to_original(found["boxes"][shown], sample.letterbox).cpu().numpy()
         labels, scores = found["labels"][shown].cpu().numpy(), found["scores"][shown].cpu().numpy()
         save_png(directory / f"{number:05d}_{file.stem}.png", draw_boxes(image, boxes, labels, names, scores))
         rows.append(describe_image(file, image, boxes, labels, scores, names))
-    (directory / "detections.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    total = sum(len(row["detections"]) for row in rows)
-    left_out = len(files) - len(rows)
-    print(
-        f"{total} boxes with a score of at least {threshold:g} on {len(rows)} images, {left_out} left out: {directory}"
-    )
-    if not rows:
-        raise DataReadError("no image could be read")
+    return rows
 
 
 def describe_image(

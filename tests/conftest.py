@@ -2,8 +2,10 @@
 
 import json
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from detection.errors import exit_with_message
 from detection.settings import Settings, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,6 +28,30 @@ def default_settings() -> Callable[..., Settings]:
         return load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)[0]
 
     return load
+
+
+@dataclass(frozen=True)
+class ScriptResult:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., ScriptResult]:
+    """`run_script(detect.main, "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
+
+    def started(main: Callable[[], None], *arguments: str | Path, cwd: Path = tmp_path) -> ScriptResult:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            exit_with_message(main)
+        out, err = capfd.readouterr()
+        return ScriptResult(int(left.value.code or 0), out, err)
+
+    return started
 
 
 @pytest.fixture(scope="session")

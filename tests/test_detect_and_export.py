@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 
 import detect
 import export
-from detection.errors import exit_with_message
 from detection.models.darknet_cfg import format_cfg, parse_cfg
 from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
@@ -81,27 +80,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Result]
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`run("export.py", "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
-
-    def started(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Result:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            exit_with_message({"detect.py": detect, "export.py": export}[script].main)
-        out, err = capfd.readouterr()
-        return Result(int(left.value.code or 0), out, err)
+def run(run_script) -> Run:
+    def started(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Any:
+        return run_script({"detect.py": detect, "export.py": export}[script].main, *arguments, cwd=cwd)
 
     return started
 
@@ -154,6 +139,13 @@ def test_detect_refuses_in_one_line(
 ) -> None:
     result = run("detect.py", *weights_of(files), *words, "--output", tmp_path / "out", cwd=files)
     assert result.returncode == code and part in result.stderr.strip().splitlines()[-1]
+
+
+def test_detect_on_a_full_disk_is_one_line(run: Run, files: Path, tmp_path: Path, full_disk) -> None:
+    (tmp_path / "out").mkdir()
+    with full_disk(1000):
+        result = run("detect.py", *weights_of(files), files / "photos" / "tall.jpg", "--output", tmp_path / "out")
+    assert result.returncode == 6 and "out" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
 def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) -> None:

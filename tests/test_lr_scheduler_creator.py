@@ -11,21 +11,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lr_scheduler_creator
-from detection.errors import exit_with_message
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run_script) -> Run:
     def started(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["lr_scheduler_creator.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            exit_with_message(lr_scheduler_creator.main)
-        out, err = capfd.readouterr()
-        return int(left.value.code or 0), out, err
+        result = run_script(lr_scheduler_creator.main, *arguments)
+        return result.returncode, result.stdout, result.stderr
 
     return started
 
