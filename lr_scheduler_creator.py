@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detection.command_line import DEFAULTS, Parser
-from detection.drawing import plot_curves
 from detection.errors import OutputError, SettingsError, exit_with_message
+from detection.figures import plot_curves
 from detection.run_loggers import new_run_directory
 from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 from detection.settings import Settings, load_settings

@@ -44,6 +44,13 @@ class Parser(argparse.ArgumentParser):
         )
         add("--names", type=Path, metavar="FILE", help="class names of Darknet weights, one per line")
 
+    def add_output(self) -> None:
+        """--output and --show."""
+        self.add_argument(
+            "--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)"
+        )
+        self.add_argument("--show", action="store_true", help="show the pictures in a window too")
+
 
 def device_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """--device and --gpu as a setting; nothing for a script without them."""

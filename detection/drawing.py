@@ -1,13 +1,12 @@
-"""Boxes on images, grids of images, curves.
+"""Boxes on images, grids of images.
 
 Images are RGB uint8 (H, W, 3) on the host; boxes are xyxy in pixels of the image they are drawn on.
 """
 
 import colorsys
-import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -160,65 +159,7 @@ def save_png(path: Path, image: np.ndarray) -> None:
     encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's order is BGR
     if not encoded:
         raise OSError(f"{path}: OpenCV cannot encode an image of shape {image.shape} as PNG")
-    _replace_file(path, content.tobytes())
-
-
-def plot_curves(
-    path: Path,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    title: str,
-    x_label: str,
-    y_label: str,
-    logarithmic: bool = False,
-    second_x: tuple[float, str] | None = None,
-) -> None:
-    """Plot named curves into one figure.
-
-    Args:
-        path: file to write; its suffix chooses the format (.png, .svg, .pdf).
-        curves: (x, y) points of each name; a NaN leaves a gap.
-        title: text above the figure.
-        x_label: what x is, with its unit.
-        y_label: what y is, with its unit.
-        logarithmic: y axis in powers of ten; points at or below zero are left out.
-        second_x: (factor, label) of a second x axis above, whose values are x times the factor.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    # Figure and canvas directly: pyplot would choose a backend for the whole process and keep every figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (name, points) in enumerate(curves.items()):
-        x, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
-        line_style = ("-", "--", ":", "-.")[index // 10 % 4]  # matplotlib has ten colours
-        # A line through one point is invisible, and a few points are easier to read as such.
-        axes.plot(x, y, line_style, label=name, marker="o" if len(points) < 20 else "", markersize=4, linewidth=1.5)
-    if logarithmic:
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_title(title, wrap=True)
-    axes.set_xlabel(x_label)
-    if second_x is not None:
-        factor, label = second_x
-
-        def there(x: np.ndarray) -> np.ndarray:
-            return x * factor
-
-        def back(x: np.ndarray) -> np.ndarray:
-            return x / factor
-
-        axes.secondary_xaxis("top", functions=(there, back)).set_xlabel(label)  # type: ignore[arg-type]
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:] or "png")
-    _replace_file(path, content.getvalue())
+    replace_file(path, content.tobytes())
 
 
 def _check_image(image: np.ndarray) -> None:
@@ -346,7 +287,7 @@ def _add_title(image: np.ndarray, title: str) -> np.ndarray:
     return np.vstack((strip, image))
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file beside its final name first: a reader, or a full disk, never leaves half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -15,14 +15,14 @@ PACKAGE = "detection"
 LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "stopping", "command_line"),
+        *("drawing", "figures", "display", "stopping", "command_line"),
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
         "postprocessing",
     },
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports"},
+    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"},
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

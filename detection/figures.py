@@ -1,0 +1,101 @@
+"""Figures: curves, bars and whatever else a script plots, drawn without a window and written whole or not at all."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from detection.drawing import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_figure(
+    size_inches: tuple[float, float] = (8, 5), rows: int = 1, columns: int = 1
+) -> "tuple[Figure, list[Axes]]":
+    """An empty figure of 120 dots per inch and its axes, row by row."""
+    # Figure and canvas directly: pyplot would choose a backend for the whole process and keep every figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size_inches, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure, whole or not at all; its suffix chooses the format (.png, .svg, .pdf).
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:] or "png")
+    replace_file(path, content.getvalue())
+
+
+def figure_pixels(figure: "Figure") -> np.ndarray:
+    """The drawn figure as RGB uint8, (H, W, 3)."""
+    figure.canvas.draw()
+    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+
+
+def plot_curves(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    logarithmic: bool = False,
+    second_x: tuple[float, str] | None = None,
+) -> None:
+    """Plot named curves into one figure.
+
+    Args:
+        path: file to write; its suffix chooses the format (.png, .svg, .pdf).
+        curves: (x, y) points of each name; a NaN leaves a gap.
+        title: text above the figure.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        logarithmic: y axis in powers of ten; points at or below zero are left out.
+        second_x: (factor, label) of a second x axis above, whose values are x times the factor.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    figure, (axes,) = new_figure()
+    draw_curves(axes, curves, title, x_label, y_label)
+    if logarithmic:
+        axes.set_yscale("log", nonpositive="mask")
+    if second_x is not None:
+        factor, label = second_x
+
+        def there(x: np.ndarray) -> np.ndarray:
+            return x * factor
+
+        def back(x: np.ndarray) -> np.ndarray:
+            return x / factor
+
+        axes.secondary_xaxis("top", functions=(there, back)).set_xlabel(label)  # type: ignore[arg-type]
+    save_figure(path, figure)
+
+
+def draw_curves(
+    axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str
+) -> None:
+    """Named curves, a grid and a legend on axes; the arguments are those of `plot_curves`."""
+    for index, (name, points) in enumerate(curves.items()):
+        x, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
+        line_style = ("-", "--", ":", "-.")[index // 10 % 4]  # matplotlib has ten colours
+        # A line through one point is invisible, and a few points are easier to read as such.
+        axes.plot(x, y, line_style, label=name, marker="o" if len(points) < 20 else "", markersize=4, linewidth=1.5)
+    axes.set_title(title, wrap=True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
