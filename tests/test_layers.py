@@ -19,7 +19,7 @@ LAYERS = [
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
-        "postprocessing",
+        *("postprocessing", "anchor_figure"),
     },
     {"models", "data"},
     {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"},

@@ -560,6 +560,16 @@ def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
     return _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
 
 
+def find_training_annotations(data: DataSettings) -> Path:
+    """The annotation file of training alone: no images are needed.
+
+    Raises:
+        DataError: as in `find_dataset`.
+    """
+    root = existing_root(data, data.train_annotations)
+    return _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images or ".", "train")[0]
+
+
 def existing_root(data: DataSettings, annotations: str | None) -> Path:
     root = Path(data.root)
     if not root.is_dir() and annotations is None:
@@ -606,15 +616,21 @@ def _locate(
     raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
 
 
-def load_annotations(path: Path) -> Annotations:
-    """Annotations of a file alone, without images: for statistics and for scoring stored detections."""
+def load_annotations(
+    path: Path, class_names: Sequence[str] | None = None, fraction: tuple[float, bool] | None = None
+) -> Annotations:
+    """Annotations of a file alone, without images: for statistics and for scoring stored detections.
+
+    Args:
+        class_names, fraction: as in `CocoDataset`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a COCO annotation file")
-    return flatten_annotations(content, str(path))
+    return flatten_annotations(content, str(path), class_names, fraction=fraction)
 
 
 def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
