@@ -48,10 +48,10 @@ from detection.settings import DARKNET_CFG, SIZE_MULTIPLE, Settings, load_settin
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
     9: (
-        "those of YOLOv3 for COCO",
+        "YOLOv3 for COCO",
         [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)],
     ),
-    6: ("those of YOLOv3-tiny for COCO", [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]),
+    6: ("YOLOv3-tiny for COCO", [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]),
 }
 # Anchors fitted to COCO itself at 416 px gain 0.015 on the published ones, and new anchors have not raised the AP there
 # (https://github.com/ultralytics/yolov3/pull/754).
@@ -107,7 +107,7 @@ def main() -> None:
 
     directory = new_run_directory(Path(settings.run.logs_path), "anchors", arguments.output)
     sets = [
-        (name, f"{name} anchors, mean IoU {fit.mean_iou:.3f}", anchors)
+        (name, f"{fit.name}, mean IoU {fit.mean_iou:.3f}", anchors)
         for name, fit, anchors in (("new", fits[0], levels), ("current", fits[1], network.anchors))
     ]
     title = f"{path.name}: {len(annotations)} images at {at}"
@@ -247,7 +247,7 @@ def judge(fits: Sequence[Fit]) -> str:
         return f"recommendation: keep the current anchors, the new ones gain {gain:.3f} mean IoU (below {SMALL_GAIN:g})"
     text = f"recommendation: use the new anchors, they gain {gain:.3f} mean IoU on the current ones"
     if published and (left := new.mean_iou - published[0].mean_iou) < SMALL_GAIN:
-        text += f"; {published[0].name} are good enough too ({left:.3f} below the new ones)"
+        text += f"; the anchors of {published[0].name} are good enough too ({left:.3f} below the new ones)"
     return text
 
 
