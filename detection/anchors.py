@@ -69,7 +69,7 @@ def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations
         centres = np.array(
             [np.median(sizes[members == k], axis=0) if (members == k).any() else centres[k] for k in range(count)]
         )
-    return centres[np.argsort(centres.prod(axis=1))]
+    return _by_area(centres)
 
 
 def fit_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int = 10) -> np.ndarray:
@@ -124,7 +124,7 @@ def refine_anchors(
         best = np.where(gains.any(axis=1), sums.argmax(axis=1), 0)
         steps = np.where(best == 0, steps / 2, steps)
         anchors = candidates[np.arange(len(anchors)), best]
-    return anchors[np.argsort(anchors.prod(axis=1))]
+    return _by_area(anchors)
 
 
 def best_ious(box_sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
@@ -149,6 +149,11 @@ def best_side_ratios(box_sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 def mean_best_iou(box_sizes: np.ndarray, anchors: np.ndarray) -> float:
     """Mean over boxes of the shape IoU with the best anchor; (N, 2), (K, 2), one unit."""
     return float(best_ious(box_sizes, anchors).mean())
+
+
+def _by_area(anchors: np.ndarray) -> np.ndarray:
+    """Sorted; the narrower first of equal areas."""
+    return anchors[np.lexsort((anchors[:, 0], anchors.prod(axis=1)))]
 
 
 def _chunks(sizes: np.ndarray) -> list[np.ndarray]:
