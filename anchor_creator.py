@@ -18,7 +18,8 @@ levels, finest stride first, as many each as now or as --per-level says: where a
 at the fine levels. Says whether they are worth it: the anchors published for COCO are fine for many datasets.
 
 Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet
-description also that description with the new anchors, anchors.cfg. Seconds; about 15 for COCO's 860,001 boxes.
+description also that description with the new anchors, anchors.cfg. Seconds; about 20 for COCO's 860,001 boxes.
+docs/anchors.png is that of all boxes of COCO val2017 (data.train_annotations=instances_val2017.json).
 """
 
 import argparse
@@ -96,8 +97,9 @@ def main() -> None:
     print("\n".join([*notices, f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]))
     print("\n".join(f"    left out: {line}" for line in left_out + annotations.counts.lines()) or "    none left out")
 
+    known = np.array([anchor for level in network.anchors for anchor in level])
     try:
-        anchors = fit_anchors(shapes, sum(counts), settings.run.seed, arguments.restarts)
+        anchors = fit_anchors(shapes, sum(counts), settings.run.seed, arguments.restarts, known)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     levels = deal(anchors.round(1), counts)

@@ -5,8 +5,9 @@ python lr_scheduler_creator.py scheduler.strategy=WarmupMultiStepLR scheduler.wa
 python lr_scheduler_creator.py --compare recipes/240224_LambdaLR.yaml --compare recipes/240312_CosineAnnealing_T2.yaml
 python lr_scheduler_creator.py --config recipes/bccd.yaml --images 205
 
-Writes schedule.png, one CSV per curve (step, epoch, learning rate) and TensorBoard events into a new directory below
-logs/, in a few seconds. No network is built and no dataset read: --images says how long an epoch is.
+Writes schedule.png (with the end of the warm-up, milestones and restarts marked, and epochs on a second axis), one CSV
+per curve (step, epoch, learning rate) and TensorBoard events into a new directory below logs/, in a second.
+docs/learning_rate.png is --compare of the recipes 240224, 240308 and 240312. No network is built and no dataset read: --images says how long an epoch is.
 """
 
 import csv

@@ -72,7 +72,9 @@ def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations
     return _by_area(centres)
 
 
-def fit_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int = 10) -> np.ndarray:
+def fit_anchors(
+    box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int = 10, known: np.ndarray | None = None
+) -> np.ndarray:
     """The anchors with the highest mean best IoU that several clusterings and a refinement of each find.
 
     The clusterings work on at most `SAMPLE` boxes; the best result is refined on all of them.
@@ -81,6 +83,7 @@ def fit_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int 
         box_sizes, count: as in `cluster_anchors`, with the same result and errors.
         seed: of the sample and of the first clustering; the others count up from it.
         restarts: number of clusterings.
+        known: anchors in use, refined and compared too if they are as many: the result is hardly ever below them.
     """
     sizes = np.asarray(box_sizes, dtype=np.float64)
     sample = sizes
@@ -90,6 +93,8 @@ def fit_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int 
     for number in tqdm(range(restarts), desc="clustering", leave=False, disable=None):
         # Few iterations suffice: the refinement goes on from where they end.
         found.append(refine_anchors(sample, cluster_anchors(sample, count, seed + number, iterations=30)))
+    if known is not None and len(known) == count:
+        found.append(refine_anchors(sample, known))
     best = max(found, key=lambda anchors: mean_best_iou(sample, anchors))
     return best if sample is sizes else refine_anchors(sizes, best)
 

@@ -190,6 +190,10 @@ def test_refined_anchor_is_the_best_of_a_grid() -> None:
     assert mean_best_iou(sizes, refined) > mean_best_iou(sizes, sizes.mean(axis=0)[None]) + 0.03
 
 
+def spread_of(count: int) -> np.ndarray:
+    return np.linspace(0.98, 1.02, count)[:, None]
+
+
 def test_refining_never_loses() -> None:
     sizes = random_sizes(400)
     for seed in range(5):
@@ -198,6 +202,17 @@ def test_refining_never_loses() -> None:
         assert mean_best_iou(sizes, refined) >= mean_best_iou(sizes, start)
         assert (np.diff(refined.prod(axis=1)) >= 0).all()
     np.testing.assert_array_equal(refine_anchors(sizes, sizes), sizes[np.argsort(sizes.prod(axis=1))])  # all have IoU 1
+
+
+def test_fit_is_not_below_the_anchors_in_use() -> None:
+    """Five shapes, one of them in nearly all boxes: a single clustering can miss some of the others."""
+    shapes = np.array([(10.0, 10.0), (10.0, 90.0), (90.0, 10.0), (90.0, 90.0), (900.0, 900.0)])
+    sizes = np.concatenate([np.repeat(shapes[:4], 3, axis=0), np.repeat(shapes[4:], 300, axis=0) * spread_of(300)])
+    alone = [mean_best_iou(sizes, fit_anchors(sizes, 5, seed, restarts=1)) for seed in range(20)]
+    assert min(alone) < mean_best_iou(sizes, shapes)  # else this test says nothing
+    worst = int(np.argmin(alone))
+    helped = fit_anchors(sizes, 5, worst, restarts=1, known=shapes)
+    assert mean_best_iou(sizes, helped) >= mean_best_iou(sizes, shapes)
 
 
 def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
