@@ -7,7 +7,8 @@ python lr_scheduler_creator.py --config recipes/bccd.yaml --images 205
 
 Writes schedule.png (with the end of the warm-up, milestones and restarts marked, and epochs on a second axis), one CSV
 per curve (step, epoch, learning rate) and TensorBoard events into a new directory below logs/, in a second.
-docs/learning_rate.png is --compare of the recipes 240224, 240308 and 240312. No network is built and no dataset read: --images says how long an epoch is.
+No network is built and no dataset read: --images says how long an epoch is. docs/learning_rate.png is the --compare
+of the recipes 240224_LambdaLR, 240308_CosineAnnealing_T1 and 240312_CosineAnnealing_T2.
 """
 
 import csv
