@@ -110,15 +110,14 @@ def draw_level(
         place = np.s_[entry.row * cell : (entry.row + 1) * cell, entry.column * cell : (entry.column + 1) * cell]
         picture[place] = _blend(picture[place], class_color(int(labels[entry.truth])), CELL_SHARE)
     truths = sorted({entry.truth for entry in assigned})
-    notes = [
-        "anchor "
-        + ", ".join(
+    notes = []
+    for truth in truths:
+        sizes = [
             f"{entry.anchor_size[0]:g} x {entry.anchor_size[1]:g}{' overruled' if entry.overruled else ''}"
             for entry in assigned
             if entry.truth == truth
-        )
-        for truth in truths
-    ]
+        ]
+        notes.append(f"({', '.join(sizes)})")
     for entry in assigned:
         centre = (np.array([entry.column, entry.row]) + 0.5) * cell
         half = np.array(entry.anchor_size) * factor / 2
@@ -164,7 +163,7 @@ def count_targets(criterion: Criterion, assigned: Sequence[AssignedPrediction]) 
             counts[entry.anchor] += entry.level == level
         sizes = [f"{width:g} x {height:g}" for width, height in anchors.tolist()]
         shown = ", ".join(f"{size}: {count}" for size, count in zip(sizes, counts, strict=True))
-        lines.append(f"level {level}, stride {stride}: {sum(counts)} truths learned; anchors {shown}")
+        lines.append(f"level {level}, stride {stride}: {sum(counts)} assignments; anchors {shown}")
     if overruled := sum(entry.overruled for entry in assigned):
         lines.append(f"{overruled} truths share a prediction with another, which gives the box")
     return lines
