@@ -32,7 +32,7 @@ from detection.dataset_pages import Pages
 from detection.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
 from detection.display import browse
 from detection.drawing import save_png
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
 from detection.html_report import HtmlReport
 from detection.image_ranking import RULE, Findings, find_mistakes, write_mistakes
 from detection.run_loggers import new_run_directory
@@ -76,10 +76,13 @@ def main() -> None:
             findings = None if opened is None else find_mistakes(opened, dataset, unreadable)
             if findings is not None:
                 readable = chosen[~np.isin(chosen, list(unreadable))]
+                if not len(readable):
+                    raise DataReadError("none of these images can be read")
                 order = report_mistakes(directory, report, annotations, findings, unreadable)
                 # the rule's order, unless a random one was asked for
                 chosen = readable if arguments.random else order[np.isin(order, readable)]
             pages = Pages(dataset, chosen, arguments.per_page, findings, unreadable)
+            numbers = range(min(numbers.start, len(pages) - 1), min(numbers.stop, len(pages)))  # fewer can be read
             write_pages(directory, report, pages, numbers)
         report.write(directory / "report.html")
     except OSError as error:

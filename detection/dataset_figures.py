@@ -37,7 +37,8 @@ def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     width = min(max(7.0, 2 + 0.18 * len(counts)), 20.0)
     figure, (axes,) = new_figure((width, 5.5))
     bars = axes.bar(np.arange(len(counts)), counts, color=BAR_COLOR)
-    axes.set_yscale("log", nonpositive="clip")
+    if counts.any():
+        axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(0.5, max(int(counts.max()), 1) * 3)
     axes.set_xlim(-0.7, len(counts) - 0.3)
     axes.set_ylabel("boxes (logarithmic)")
