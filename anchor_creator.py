@@ -37,7 +37,7 @@ from detection.anchors import Anchors, best_ious, best_side_ratios, fit_anchors,
 from detection.command_line import DEFAULTS, Parser
 from detection.data import make_builtin
 from detection.data.box_shapes import shapes_at
-from detection.data.coco import find_training_annotations, load_annotations
+from detection.data.coco import find_split, load_annotations
 from detection.display import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.figures import figure_pixels, save_figure
@@ -88,7 +88,7 @@ def main() -> None:
     if settings.data.fake:
         raise SettingsError("data.fake: anchors for random boxes serve nobody; name a dataset with data.root=DIRECTORY")
     make_builtin(settings.data)
-    path = find_training_annotations(settings.data)
+    path = find_split(settings.data, "train")[0]
     share = settings.data.validation_fraction
     annotations = load_annotations(path, settings.data.class_names, None if share is None else (share, False))
     sizes = input_sizes(settings, network)

@@ -15,14 +15,17 @@ PACKAGE = "detection"
 LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "figures", "display", "stopping", "command_line"),
+        *("drawing", "figures", "display", "stopping", "command_line", "html_report"),
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
         *("postprocessing", "anchor_figure"),
     },
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"},
+    {
+        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
+    },
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}

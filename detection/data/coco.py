@@ -560,14 +560,23 @@ def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
     return _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
 
 
-def find_training_annotations(data: DataSettings) -> Path:
-    """The annotation file of training alone: no images are needed.
+def find_split(data: DataSettings, split: str) -> tuple[Path, Path | None]:
+    """(annotation file, image directory) of one split alone; no directory where there are annotations only.
+
+    Args:
+        split: "train" or "val".
 
     Raises:
-        DataError: as in `find_dataset`.
+        DataError: no annotation file found; names what was looked for and how to get data.
     """
-    root = existing_root(data, data.train_annotations)
-    return _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images or ".", "train")[0]
+    if split == "train" or data.validation_fraction is not None:
+        root = existing_root(data, data.train_annotations)
+        file, images, _ = _look_for(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
+    else:
+        root = existing_root(data, data.validation_annotations)
+        explicit = data.validation_annotations, data.validation_images
+        file, images, _ = _look_for(root, VALIDATION_LAYOUTS, *explicit, "validation")
+    return file, images
 
 
 def existing_root(data: DataSettings, annotations: str | None) -> Path:
@@ -583,7 +592,20 @@ def existing_root(data: DataSettings, annotations: str | None) -> Path:
 def _locate(
     root: Path, layouts: list[tuple[str, tuple[str, ...]]], annotations: str | None, images: str | None, split: str
 ) -> tuple[Path, Path]:
-    """Explicit paths are absolute, relative to the working directory, or below root."""
+    """As `_look_for`, for those who need images."""
+    file, found, looked = _look_for(root, layouts, annotations, images, split)
+    if found is None:
+        raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+    return file, found
+
+
+def _look_for(
+    root: Path, layouts: list[tuple[str, tuple[str, ...]]], annotations: str | None, images: str | None, split: str
+) -> tuple[Path, Path | None, str]:
+    """Annotation file, image directory or None, and where images were looked for.
+
+    Explicit paths are absolute, relative to the working directory, or below root.
+    """
 
     def resolve(path: str) -> Path:
         return Path(path) if Path(path).exists() else root / path
@@ -605,24 +627,24 @@ def _locate(
             f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
         )
     file, directories = found[0]
+    looked = ", ".join(str(root / directory) for directory in directories)
     if images is not None:
-        return file, resolve(images)
+        return file, resolve(images), looked
     for directory in directories:
         if (root / directory).is_dir():
-            return file, root / directory
-    if annotations is not None:
-        return file, file.parent
-    looked = ", ".join(str(root / directory) for directory in directories)
-    raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+            return file, root / directory, looked
+    return file, None if annotations is None else file.parent, looked
 
 
 def load_annotations(
-    path: Path, class_names: Sequence[str] | None = None, fraction: tuple[float, bool] | None = None
+    path: Path,
+    class_names: Sequence[str] | None = None,
+    fraction: tuple[float, bool] | None = None,
+    strict: bool = False,
 ) -> Annotations:
     """Annotations of a file alone, without images: for statistics and for scoring stored detections.
 
-    Args:
-        class_names, fraction: as in `CocoDataset`.
+    The arguments are those of `CocoDataset`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -630,7 +652,7 @@ def load_annotations(
         raise DataError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: is not a COCO annotation file")
-    return flatten_annotations(content, str(path), class_names, fraction=fraction)
+    return flatten_annotations(content, str(path), class_names, None, fraction, strict)
 
 
 def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
