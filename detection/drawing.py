@@ -157,11 +157,20 @@ def save_png(path: Path, image: np.ndarray) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
+    _save(path, image, ".png", [])
+
+
+def save_jpeg(path: Path, image: np.ndarray) -> None:
+    """As `save_png`, a tenth of the size for a photograph, with losses that the eye does not see."""
+    _save(path, image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def _save(path: Path, image: np.ndarray, kind: str, options: list[int]) -> None:
     _check_image(image)
     # Encoded in memory, because `cv2.imwrite` only returns False when it fails, with no word about the cause.
-    encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))  # OpenCV's order is BGR
+    encoded, content = cv2.imencode(kind, np.ascontiguousarray(image[:, :, ::-1]), options)  # OpenCV's order is BGR
     if not encoded:
-        raise OSError(f"{path}: OpenCV cannot encode an image of shape {image.shape} as PNG")
+        raise OSError(f"{path}: OpenCV cannot encode an image of shape {image.shape} as {kind[1:].upper()}")
     replace_file(path, content.tobytes())
 
 

@@ -102,52 +102,6 @@ def weights_of(files: Path) -> list[str | Path]:
     return ["--weights", files / "net.weights", "--cfg", files / "net.cfg", "--names", files / "net.names"]
 
 
-def test_detect_draws_and_lists(run: Run, files: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = run(
-        "detect.py", *weights_of(files), files / "photos", files / "photos" / "wide.png",
-        "evaluation.visualization_threshold=0.3", "run.precision=off", "--output", out, cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0 and "broken.jpg" in result.stderr and "1 left out" in result.stdout
-    rows = json.loads((out / "detections.json").read_text())
-    assert [Path(row["file"]).name for row in rows] == ["tall.jpg", "wide.png", "wide.png"]
-    assert (rows[0]["width"], rows[0]["height"]) == (50, 80)
-    found = [detection for row in rows for detection in row["detections"]]
-    assert found, "the random network should find something at this threshold"
-    for row in rows:
-        for detection in row["detections"]:
-            x1, y1, x2, y2 = detection["box"]
-            assert 0 <= x1 <= x2 <= row["width"] and 0 <= y1 <= y2 <= row["height"]
-            assert detection["class"] == ["red", "green"][detection["label"]] and detection["score"] >= 0.3
-    assert rows[1]["detections"] == rows[2]["detections"]
-    pictures = sorted(path.name for path in out.glob("*.png"))
-    assert pictures == ["00001_tall.png", "00002_wide.png", "00003_wide.png"]
-    assert cv2.imread(str(out / "00001_tall.png")).shape == (80, 50, 3)
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "part"),
-    [
-        ([], 2, "no images named"),
-        (["nowhere.jpg"], 2, "nowhere.jpg"),
-        (["photos", "evaluation.nonsense=1"], 2, "evaluation.nonsense"),
-        (["photos/broken.jpg"], 3, "no image could be read"),
-    ],
-)
-def test_detect_refuses_in_one_line(
-    run: Run, files: Path, tmp_path: Path, words: list[str], code: int, part: str
-) -> None:
-    result = run("detect.py", *weights_of(files), *words, "--output", tmp_path / "out", cwd=files)
-    assert result.returncode == code and part in result.stderr.strip().splitlines()[-1]
-
-
-def test_detect_on_a_full_disk_is_one_line(run: Run, files: Path, tmp_path: Path, full_disk) -> None:
-    (tmp_path / "out").mkdir()
-    with full_disk(1000):
-        result = run("detect.py", *weights_of(files), files / "photos" / "tall.jpg", "--output", tmp_path / "out")
-    assert result.returncode == 6 and "out" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
-
-
 def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) -> None:
     result = run("export.py", *weights_of(files), "--format", "darknet", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
