@@ -22,7 +22,20 @@ LAYERS = [
         "postprocessing",
     },
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"},
+    {
+        "checkpoints",
+        "weights",
+        "pretrained",
+        "evaluation",
+        "training",
+        "memory",
+        "reports",
+        "matching",
+        "coco_metric",
+        "comparison",
+        "error_analysis",
+        "evaluation_figures",
+    },
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}
