@@ -29,11 +29,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from detection.coco_metric import choose_backend, count_truths, score
+from detection.coco_metric import choose_backend, score
 from detection.command_line import Parser
 from detection.comparison import (
     Compared,
@@ -53,13 +52,7 @@ from detection.drawing import save_png
 from detection.error_analysis import Analysis, analyse, group_table, write_analysis
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.evaluation import Evaluation, evaluate
-from detection.evaluation_figures import (
-    draw_comparison,
-    draw_confidence_curves,
-    draw_confusion,
-    draw_groups,
-    draw_precision_recall,
-)
+from detection.evaluation_figures import draw_comparison, draw_evaluation
 from detection.reports import class_lines, deviations, draw_detections, metric_lines, protocol_line, write_evaluation
 from detection.run_loggers import new_run_directory
 from detection.weights import OpenedDetector, open_command_line
@@ -159,12 +152,16 @@ def validate(arguments: argparse.Namespace) -> None:
         "images_per_second": images_per_second(evaluation, len(dataset)),
         "peak_memory_gib": peak_memory_gib(torch.device("cpu")),
     }
-    pictures = draw(opened, dataset, evaluation, analysis)
+    shown_from = settings.evaluation.visualization_threshold
+    picture = draw_detections(dataset, evaluation, shown_from, settings.evaluation.visualize_images)
+    pictures = {} if picture is None else {"validation": picture}
+    pictures |= draw_evaluation(evaluation, analysis, dataset.annotations, shown_from)
     try:
         used = settings.evaluation.model_dump(mode="json")
         write_evaluation(directory, evaluation, dataset, opened.step, used, more)
         write_analysis(directory, analysis, evaluation, dataset.annotations)
-        save_pictures(directory, pictures)
+        for file_name, picture in pictures.items():
+            save_png(directory / f"{file_name}.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     print(f"results in {directory}")
@@ -318,27 +315,6 @@ def time_lines(opened: OpenedDetector, evaluation: Evaluation, images: int) -> l
 
 def count_parameters(opened: OpenedDetector) -> int | None:
     return sum(parameter.numel() for parameter in opened.detector.model.parameters()) or None
-
-
-def draw(
-    opened: OpenedDetector, dataset: CocoDataset, evaluation: Evaluation, analysis: Analysis
-) -> dict[str, np.ndarray]:
-    """Every picture by the name of its file."""
-    settings, names = opened.settings.evaluation, dataset.annotations.categories.names
-    threshold, truths = settings.visualization_threshold, count_truths(dataset.annotations)
-    pictures = {
-        "precision_recall": draw_precision_recall(evaluation.precision[0], names, truths),
-        "confidence_curves": draw_confidence_curves(analysis.curves, names, truths),
-        "confusion_matrix": draw_confusion(analysis.confusion, names, threshold),
-        "size_and_aspect": draw_groups({"box size (pixels)": analysis.sizes, "box width : height": analysis.aspects}),
-    }
-    picture = draw_detections(dataset, evaluation, threshold, settings.visualize_images)
-    return pictures if picture is None else {"validation": picture, **pictures}
-
-
-def save_pictures(directory: Path, pictures: dict[str, np.ndarray]) -> None:
-    for name, picture in pictures.items():
-        save_png(directory / f"{name}.png", picture)
 
 
 if __name__ == "__main__":

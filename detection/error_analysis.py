@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metric import Detections, GroupScore, box_areas, count_truths, score_groups
+from detection.coco_metric import GroupScore, count_truths, score_groups
 from detection.data.coco import Annotations
+from detection.detections import Detections, box_areas
 from detection.evaluation import Evaluation
 from detection.matching import IN_CROWD, match_detections
 

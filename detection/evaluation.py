@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from detection.coco_metric import ClassAP, Detections, choose_backend, score
+from detection.coco_metric import ClassAP, choose_backend, score
 from detection.data.coco import Annotations
 from detection.data.loaders import Batch, targets_to
+from detection.detections import Detections
 from detection.devices import synchronize
 from detection.postprocessing import boxes_to_original
 

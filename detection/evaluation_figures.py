@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detection.coco_metric import GroupScore
+from detection.coco_metric import GroupScore, count_truths
+from detection.data.coco import Annotations
 from detection.drawing import class_color
-from detection.error_analysis import ConfidenceCurves, mean_defined
+from detection.error_analysis import Analysis, ConfidenceCurves, mean_defined
+from detection.evaluation import Evaluation
 from detection.figures import figure_pixels, new_figure
 
 if TYPE_CHECKING:
@@ -17,6 +19,19 @@ FEW_CLASSES = 12  # so many curves have names; of more classes, those with most 
 NAMED_OF_MANY = 8
 MOST_DIFFERENCES = 30  # classes compared in one figure
 RECALLS = np.arange(101) / 100
+
+
+def draw_evaluation(
+    evaluation: Evaluation, analysis: Analysis, annotations: Annotations, confidence: float
+) -> dict[str, np.ndarray]:
+    """Every figure of one evaluation by its name; `confidence` is that of the confusion matrix."""
+    names, truths = annotations.categories.names, count_truths(annotations)
+    return {
+        "precision_recall": draw_precision_recall(evaluation.precision[0], names, truths),
+        "confidence_curves": draw_confidence_curves(analysis.curves, names, truths),
+        "confusion_matrix": draw_confusion(analysis.confusion, names, confidence),
+        "size_and_aspect": draw_groups({"box size (pixels)": analysis.sizes, "box width : height": analysis.aspects}),
+    }
 
 
 def draw_precision_recall(precision: np.ndarray, names: Sequence[str], truths: np.ndarray) -> np.ndarray:
@@ -168,13 +183,14 @@ def draw_comparison(
         ranked = ranked[: MOST_DIFFERENCES // 2] + ranked[-MOST_DIFFERENCES // 2 :]
     figure, (left, right) = new_figure((16, max(6.0, 1.5 + 0.28 * len(ranked))), 1, 2)
     names = list(metrics[first])
-    places, width = np.arange(len(names)), 0.8 / len(detectors)
+    places, width, highest = np.arange(len(names)), 0.8 / len(detectors), 0.1
     for number, (detector, values) in enumerate(metrics.items()):
-        heights = [values[name] or 0.0 for name in names]
+        heights = np.array([values[name] for name in names], dtype=np.float64)  # None becomes NaN: no bar
+        highest = max(highest, float(np.nanmax(heights)))
         bars = left.bar(places + width * (number - (len(detectors) - 1) / 2), heights, width, label=detector)
         left.bar_label(bars, fmt="%.3f", fontsize=7, rotation=90, padding=2)
     left.set_xticks(places, names)
-    left.set_ylim(0, 1.1)
+    left.set_ylim(0, 1.25 * highest)  # room for the numbers and the legend
     left.set_title("Metrics")
     left.grid(axis="y", alpha=0.3)
     left.legend(fontsize=9)
@@ -186,7 +202,7 @@ def draw_comparison(
         right.plot(difference, rows, "o", color=f"C{number + 1}", label=other)
     right.axvline(0, color="black", linewidth=1)
     right.set_yticks(rows, ranked, fontsize=9)
-    some = f"; the {MOST_DIFFERENCES} largest of {len(differences)}" if len(ranked) < len(differences) else ""
+    some = f"; highest and lowest of {len(differences)}" if len(ranked) < len(differences) else ""
     right.set_title(f"AP of each class, difference to {first}{some}")
     right.set_xlabel(f"lower  <-  AP compared with {first}  ->  higher")
     right.grid(alpha=0.3)

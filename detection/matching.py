@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from detection.boxes import pairwise_iou
-from detection.coco_metric import Detections
 from detection.data.coco import Annotations
+from detection.detections import Detections
 
 NO_TRUTH = -1  # a false detection
 IN_CROWD = -2  # inside a crowd region, neither right nor wrong

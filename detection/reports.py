@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metric import ClassAP, write_detections
+from detection.coco_metric import ClassAP
 from detection.data import DetectionDataset
 from detection.data.loaders import Batch
+from detection.detections import write_detections
 from detection.drawing import draw_boxes, make_grid, truth_beside_detections
 from detection.evaluation import Evaluation
 from detection.settings import Settings

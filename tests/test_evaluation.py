@@ -12,16 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.coco_metric import (
-    METRIC_NAMES,
-    Detections,
-    choose_backend,
-    score_detections,
-    write_detections,
-)
+from detection.coco_metric import METRIC_NAMES, choose_backend, score_detections
 from detection.data.coco import Annotations, CocoDataset, flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
+from detection.detections import Detections, write_detections
 from detection.devices import autocast
 from detection.evaluation import Evaluation, drop_not_finite, evaluate
 from detection.settings import load_settings

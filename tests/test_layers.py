@@ -23,18 +23,8 @@ LAYERS = [
     },
     {"models", "data"},
     {
-        "checkpoints",
-        "weights",
-        "pretrained",
-        "evaluation",
-        "training",
-        "memory",
-        "reports",
-        "matching",
-        "coco_metric",
-        "comparison",
-        "error_analysis",
-        "evaluation_figures",
+        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers
