@@ -338,6 +338,8 @@ class EvaluationSettings(Section):
     evaluate_frequency: Duration
     image_size: int
     batch_size: Count | None
+    max_images: Count | None
+    score: Literal["product", "objectness"]
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability

@@ -25,6 +25,7 @@ LAYERS = [
     {
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
+        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers

@@ -174,7 +174,12 @@ class Run:
         self.build_scaler = functools.partial(build_scaler, self.device, dtype)
 
         self.training_set, self.validation_set = build_datasets(
-            settings.data, train.image_size, evaluation.image_size, settings.run.seed, settings.yolo.num_classes
+            settings.data,
+            train.image_size,
+            evaluation.image_size,
+            settings.run.seed,
+            settings.yolo.num_classes,
+            evaluation.max_images,
         )
         self.categories = self.training_set.annotations.categories
         self.data_digest = annotations_digest(self.training_set.annotations)

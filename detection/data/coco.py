@@ -188,7 +188,7 @@ class FakeDataset(torch.utils.data.Dataset):
     """Random images with random boxes of the right shapes: measures speed and checks a set-up without a dataset."""
 
     def __init__(self, num_images: int, class_names: Sequence[str], transform: Transform, seed: int) -> None:
-        self.num_images, self.sample_transform, self.seed = num_images, transform, seed
+        self.sample_transform, self.seed = transform, seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
         first_box = np.concatenate([[0], np.cumsum(boxes_per_image)])
@@ -219,7 +219,7 @@ class FakeDataset(torch.utils.data.Dataset):
         )
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self.annotations)
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position

@@ -64,6 +64,7 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         evaluation.objectness_threshold,
         scales_xy,
         new_coords,
+        evaluation.score,
     )
     return Detector(model, criterion, postprocess)
 
