@@ -24,13 +24,14 @@ from detection.errors import DataError, DataReadError
 from detection.settings import DataSettings
 from detection.target_assignment import CROWD_LABEL
 
+Layouts = list[tuple[str, tuple[str, ...]]]
 # (annotation file, image directories) below data.root: COCO's own layout, then Roboflow's
-TRAIN_LAYOUTS = [
+TRAIN_LAYOUTS: Layouts = [
     ("annotations/instances_train2017.json", ("train2017", "images/train2017", "train", "images/train", "images")),
     ("annotations/instances_train.json", ("train", "images/train", "train2017", "images/train2017", "images")),
     ("train/_annotations.coco.json", ("train",)),
 ]
-VALIDATION_LAYOUTS = [
+VALIDATION_LAYOUTS: Layouts = [
     ("annotations/instances_val2017.json", ("val2017", "images/val2017", "val", "images/val", "images")),
     ("annotations/instances_val.json", ("val", "images/val", "val2017", "images/val2017", "images")),
     ("valid/_annotations.coco.json", ("valid",)),
@@ -120,6 +121,7 @@ class CocoDataset(CocoDetection):
         categories: labels of the training set that this (validation) set must follow, by name.
         fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
         strict: refuse degenerate and outside boxes instead of dropping them.
+        follow_links: whether image files may be links that lead out of the image directory.
 
     Raises:
         DataError: the file is not a COCO annotation file, or holds nothing to use; one line with file and place.
@@ -134,6 +136,7 @@ class CocoDataset(CocoDetection):
         categories: Categories | None = None,
         fraction: tuple[float, bool] | None = None,
         strict: bool = False,
+        follow_links: bool = False,
     ) -> None:
         # Without the index that CocoDetection would build: everything is in the arrays.
         super(CocoDetection, self).__init__(str(images))
@@ -145,6 +148,7 @@ class CocoDataset(CocoDetection):
             raise DataError(f"{annotations}: {faults[0].message}")
         self.sample_transform = transform
         self.image_root = images.resolve()
+        self.follow_links = follow_links
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -157,7 +161,7 @@ class CocoDataset(CocoDetection):
                 index; size is the side of the network input, 0 the transform's own.
 
         Raises:
-            DataReadError: the image is missing, damaged or not of the size that the annotations state.
+            DataReadError: the image is missing, damaged, elsewhere or not of the size that the annotations state.
         """
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
@@ -167,6 +171,8 @@ class CocoDataset(CocoDetection):
     def load_image(self, index: int) -> np.ndarray:
         """RGB uint8, (height, width, 3)."""
         path = self.image_root / self.annotations.file_name(index)
+        if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
+            raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")
         image = read_image(path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):
@@ -319,7 +325,7 @@ def choose_categories(
     names = [file_categories[number] for number in sorted(file_categories)]
     if training is not None:
         followed = follow_spelling(training.names, names)
-        if class_names is None and (extra := [name for name in names if name not in followed]):
+        if class_names is None and (extra := untrained_names(training.names, names)):
             raise DataError(
                 f"{where}: categories that the detector was not trained on: {', '.join(extra[:10])}"
                 f"{' ...' if len(extra) > 10 else ''} (data.class_names leaves categories out)"
@@ -330,6 +336,12 @@ def choose_categories(
             raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
         return tuple(class_names)
     return tuple(names)
+
+
+def untrained_names(trained: Sequence[str], file_names: Sequence[str]) -> list[str]:
+    """Names of a file that a detector with these names does not know."""
+    followed = follow_spelling(trained, file_names)
+    return [name for name in file_names if name not in followed]
 
 
 def follow_spelling(names: Sequence[str], file_names: Sequence[str]) -> tuple[str, ...]:
@@ -391,40 +403,51 @@ def existing_root(data: DataSettings, annotations: str | None) -> Path:
     return root
 
 
-def _locate(
-    root: Path, layouts: list[tuple[str, tuple[str, ...]]], annotations: str | None, images: str | None, split: str
-) -> tuple[Path, Path]:
-    """Explicit paths are absolute, relative to the working directory, or below root."""
+def _locate(root: Path, layouts: Layouts, annotations: str | None, images: str | None, split: str) -> tuple[Path, Path]:
+    file, directories = locate_annotations(root, layouts, annotations, split)
+    if (found := locate_images(root, file, directories, annotations, images)) is None:
+        looked = ", ".join(str(root / directory) for directory in directories)
+        raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+    return file, found
 
-    def resolve(path: str) -> Path:
-        return Path(path) if Path(path).exists() else root / path
 
+def locate_annotations(
+    root: Path, layouts: Layouts, annotations: str | None, split: str
+) -> tuple[Path, tuple[str, ...]]:
+    """Annotation file of a split, and where its images usually lie below root.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
     if annotations is not None:
-        found = [
-            (
-                resolve(annotations),
-                next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1]),
-            )
-        ]
-    else:
-        found = [(root / file, names) for file, names in layouts if (root / file).is_file()]
-    if not found:
-        looked = ", ".join(file for file, _ in layouts)
-        hint = " (with one annotation file only, set data.validation_fraction=0.1)" if split == "validation" else ""
-        raise DataError(
-            f"no {split} annotations in {root}: looked for {looked}; fetch COCO with data/download_coco.sh, or set "
-            f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
-        )
-    file, directories = found[0]
+        names = next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1])
+        return _below(root, annotations), names
+    for file, names in layouts:
+        if (root / file).is_file():
+            return root / file, names
+    looked = ", ".join(file for file, _ in layouts)
+    hint = " (with one annotation file only, set data.validation_fraction=0.1)" if split == "validation" else ""
+    raise DataError(
+        f"no {split} annotations in {root}: looked for {looked}; fetch COCO with data/download_coco.sh, or set "
+        f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
+    )
+
+
+def locate_images(
+    root: Path, file: Path, directories: Sequence[str], annotations: str | None, images: str | None
+) -> Path | None:
+    """Image directory of an annotation file; None where there is none."""
     if images is not None:
-        return file, resolve(images)
+        return _below(root, images)
     for directory in directories:
         if (root / directory).is_dir():
-            return file, root / directory
-    if annotations is not None:
-        return file, file.parent
-    looked = ", ".join(str(root / directory) for directory in directories)
-    raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+            return root / directory
+    return None if annotations is None else file.parent
+
+
+def _below(root: Path, path: str) -> Path:
+    """Explicit paths are absolute, relative to the working directory, or below root."""
+    return Path(path) if Path(path).exists() else root / path
 
 
 def load_annotations(path: Path) -> Annotations:

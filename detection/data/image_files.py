@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
         DataReadError: the image would have more than MOST_PIXELS pixels.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as file:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded.tobytes())) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is our own
             # Pillow would decode a whole PNG in search of EXIF data behind the pixels.
             exif = {} if file.format == "PNG" and "exif" not in file.info else file.getexif()
@@ -135,7 +135,7 @@ def read_alpha(encoded: np.ndarray) -> np.ndarray | None:
     By Pillow: OpenCV does not turn the alpha channel by the EXIF orientation and knows no transparent grey.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as file:
+        with Image.open(io.BytesIO(encoded.tobytes())) as file:
             return np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)[..., 3:] / 255
     except (*DAMAGED_HEADER, Image.DecompressionBombError):
         return None  # a format that only OpenCV reads
@@ -145,10 +145,11 @@ def read_alpha(encoded: np.ndarray) -> np.ndarray | None:
 class Listing:
     """The files of a dataset against the image directory; positions are those of the names asked for."""
 
-    missing: list[int]
-    not_regular: list[int]  # directory, pipe, socket, device
-    outside: list[int]  # links that lead out of the image directory
-    present: dict[Path, set[str]]  # every file name of each directory that was looked at
+    missing: list[int] = field(default_factory=list)
+    not_regular: list[int] = field(default_factory=list)  # directory, pipe, socket, device
+    outside: list[int] = field(default_factory=list)  # behind links that lead out of the image directory
+    present: dict[Path, set[str]] = field(default_factory=dict)  # regular files of each directory that was looked at
+    listed: dict[Path, set[str]] = field(default_factory=dict)  # of these, what was asked for
 
 
 def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing:
@@ -158,37 +159,34 @@ def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing
         root: image directory.
         follow_links: whether links may lead out of it.
     """
-    in_directory: dict[Path, list[tuple[int, str]]] = defaultdict(list)
+    in_directory: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for position, name in enumerate(names):
         head, _, tail = name.rpartition("/")
-        in_directory[root / head].append((position, tail))
-    listing = Listing([], [], [], {})
+        in_directory[head].append((position, tail))
+    listing = Listing()
     real_root = root.resolve()
-    for directory, wanted in in_directory.items():
-        regular, others = _scan(directory)
-        listing.present[directory] = regular | others
-        # A directory on the way may be a link too.
-        directory_outside = not directory.resolve().is_relative_to(real_root)
+    for head, wanted in in_directory.items():
+        directory = root / head
+        regular = listing.present.setdefault(directory, regular_files(directory))
+        listing.listed.setdefault(directory, set()).update(name for _, name in wanted)
+        inside = follow_links or directory.resolve().is_relative_to(real_root)  # a directory may be a link too
         for position, name in wanted:
+            if name in regular and inside:
+                continue
             path = directory / name
-            if name not in regular and not path.exists():  # asked again: file systems spell names in several ways
+            if not path.exists():  # asked again: file systems spell some names in several ways
                 listing.missing.append(position)
-            elif not follow_links and (
-                directory_outside or (name not in regular and not path.resolve().is_relative_to(real_root))
-            ):
+            elif not follow_links and not path.resolve().is_relative_to(real_root):
                 listing.outside.append(position)
-            elif name not in regular and not path.is_file():
+            elif not path.is_file():
                 listing.not_regular.append(position)
     return listing
 
 
-def _scan(directory: Path) -> tuple[set[str], set[str]]:
-    """Names of the regular files and of everything else; nothing of a directory that cannot be listed."""
-    regular, others = set(), set()
+def regular_files(directory: Path) -> set[str]:
+    """Names in a directory, without links; none where it cannot be listed."""
     try:
         with os.scandir(directory) as entries:
-            for entry in entries:
-                (regular if entry.is_file(follow_symlinks=False) else others).add(entry.name)
+            return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
     except OSError:
-        pass
-    return regular, others
+        return set()
