@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.annotation_files import Fault, build_columns, read_json, sound_columns
+from detection.data.annotation_files import Fault, read_json, sound_columns
 from detection.data.coco import (
     DEGENERATE,
     ORPHAN,
@@ -39,10 +39,6 @@ def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any
     content, faults = read_json(file)
     content = sound_columns(content, str(file), faults.append)
     add_faults(faults, split, findings)
-    ids = build_columns(content).annotation_ids
-    values, counts = np.unique(ids, return_counts=True)
-    findings.add("annotation_id_twice", split, values[counts > 1].tolist())
-    findings.add("annotation_id_zero", split, ids[ids == 0].tolist())
     return content
 
 
@@ -112,6 +108,10 @@ def check_boxes(annotations: Annotations, split: str, findings: Findings) -> Non
     for reason, kind in DROPPED.items():
         findings.add(kind, split, annotations.counts.ids.get(reason, []))
 
+    values, counts = np.unique(ids, return_counts=True)
+    findings.add("annotation_id_twice", split, values[counts > 1].tolist())
+    findings.add("annotation_id_zero", split, ids[ids == 0].tolist())
+
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     sizes = annotations.image_sizes[image_of_box].astype(np.float64)
     known = (sizes > 0).all(axis=1)
@@ -136,12 +136,13 @@ def check_boxes(annotations: Annotations, split: str, findings: Findings) -> Non
 
 def check_categories(annotations: Annotations, split: str, findings: Findings) -> None:
     names = annotations.categories.names
-    plain = [" ".join(name.casefold().split()) for name in names]
-    findings.add("similar_category_names", split, [n for n, p in zip(names, plain, strict=True) if plain.count(p) > 1])
     counts = boxes_per_class(annotations)
     if not sum(counts.values()):
         findings.add("no_boxes" if split == "training" else "no_truth", split, ["annotations"])
-    elif split == "training":
+    elif split == "training":  # validation follows its names
+        plain = [" ".join(name.casefold().split()) for name in names]
+        similar = [name for name, text in zip(names, plain, strict=True) if plain.count(text) > 1]
+        findings.add("similar_category_names", split, similar)
         findings.add("unused_category", split, [name for name, count in counts.items() if count == 0])
         most = max(counts.values())
         rare = {name: count for name, count in counts.items() if 0 < count < RARE * most}

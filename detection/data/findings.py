@@ -85,8 +85,8 @@ KINDS = {
     "leakage": Kind("warning", "validation images with the content of a training image", "remove them: AP is too good"),
     "leakage_by_look": Kind("warning", "validation images that look like a training image", "look at the pairs"),
     # fit to the network
-    "tiny_box": Kind("warning", "boxes under 2 pixels wide or high for the network", "take a larger train.image_size"),
-    "shared_prediction": Kind("info", "boxes that lose anchor and cell to another one", "a larger train.image_size parts them"),
+    "tiny_box": Kind("warning", "boxes under 2 pixels wide or high for the network", "try a larger image_size"),
+    "shared_prediction": Kind("info", "boxes that lose anchor and cell to another one", "try a larger image_size"),
     "poor_anchors": Kind("warning", "anchors that fit the boxes badly", "anchor_creator.py makes better ones"),
 }  # fmt: skip
 
@@ -134,12 +134,18 @@ class Findings:
     found: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, split: str, items: Iterable[int | str], details: Sequence[str] = ()) -> None:
-        """Nothing where there are no items."""
-        if items := list(items):
-            severity = KINDS[kind].severity
-            if self.strict and kind in ("degenerate_box", "box_outside"):
-                severity = "error"
-            self.found.append(Finding(kind, severity, split, items, list(details)))
+        """Nothing where there are no items; joined to what is there of the same kind and split."""
+        if not (items := list(items)):
+            return
+        for finding in self.found:
+            if (finding.kind, finding.split) == (kind, split):
+                finding.items.extend(items)
+                finding.details.extend(details)
+                return
+        severity = KINDS[kind].severity
+        if self.strict and kind in ("degenerate_box", "box_outside"):
+            severity = "error"
+        self.found.append(Finding(kind, severity, split, items, list(details)))
 
     def of(self, severity: str) -> list[Finding]:
         return [finding for finding in self.found if finding.severity == severity]

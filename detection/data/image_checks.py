@@ -102,6 +102,7 @@ def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
         workers: threads.
     """
     cv2.setNumThreads(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is damaged is named once, by us
     tasks = [(split, index) for split in splits for index in range(len(split.names)) if index not in split.unreadable]
     remaining: Iterator[tuple[Split, int]] = iter(tasks)
     with (
