@@ -238,6 +238,7 @@ class DataSettings(Section):
     letterbox_rounding: Literal["nearest", "down"]
     fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
+    follow_links: bool
     augmentation: AugmentationSettings
 
     @model_validator(mode="after")

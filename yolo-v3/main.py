@@ -28,7 +28,9 @@ from tqdm import tqdm
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import build_datasets
+from detection.data.checks import check_before_training
 from detection.data.coco import annotations_digest, repeat_factors
+from detection.data.fit_checks import describe_network
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
 from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device, peak_memory_gib
 from detection.drawing import save_png
@@ -215,6 +217,8 @@ class Run:
         ):
             for size in sizes:
                 check_image_size(detector.model, name, size)
+        network = describe_network(detector.model, settings.yolo, train)
+        self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
 
     def in_steps(self, duration: int | str) -> int:
         return resolve_steps(duration, self.steps_per_epoch)
@@ -269,10 +273,7 @@ class Run:
         lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
-        present = set(training.labels[~training.crowd].tolist())
-        if absent := [name for label, name in enumerate(names) if label not in present]:
-            lines.append(f"warning     classes without any training box: {', '.join(absent)}")
-        return lines
+        return lines + self.data_warnings
 
     def discarded_step(self) -> None:
         """Forward, backward and update on the largest size, to see that memory and data hold."""

@@ -54,6 +54,7 @@ def build_datasets(
         data.class_names,
         fraction=None if share is None else (share, False),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
     validation_set = CocoDataset(
         validation_images,
@@ -63,6 +64,7 @@ def build_datasets(
         categories=training_set.annotations.categories,
         fraction=None if share is None else (share, True),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
     names = training_set.annotations.categories.names
     if num_classes not in (None, len(names)):
@@ -98,6 +100,7 @@ def build_validation_dataset(
         categories=None if names is None else Categories(tuple(names), tuple(range(len(names)))),
         fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
     keep_evenly(dataset, max_images)
     return dataset

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from detection.data.coco import CONTROL
+from detection.data.annotation_files import CONTROL
 from detection.data.sources import IMAGE_SUFFIXES, UniqueNames
 from detection.errors import DataError
 
