@@ -14,9 +14,10 @@ from tqdm import tqdm
 from detection.data.coco import Annotations, CocoDataset
 from detection.data.loaders import Batch, build_evaluation_loader, collate_samples
 from detection.data.transforms import Sample
+from detection.detections import Detections
 from detection.devices import autocast, choose_device, choose_precision, describe_device
 from detection.errors import DataReadError
-from detection.evaluation import Detections, evaluate
+from detection.evaluation import evaluate
 from detection.matching import IN_CROWD, NO_TRUTH, match_detections
 from detection.reports import protocol_line
 from detection.weights import OpenedDetector

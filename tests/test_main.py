@@ -26,9 +26,9 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
+from detection.coco_metric import METRIC_NAMES
 from detection.devices import choose_precision
 from detection.errors import CheckpointError, exit_with_message
-from detection.evaluation import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"

@@ -20,8 +20,8 @@ import visualization
 from detection.data.coco import flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
 from detection.dataset_statistics import measure_dataset
+from detection.detections import Detections
 from detection.drawing import class_color, draw_boxes
-from detection.evaluation import Detections
 from detection.image_ranking import count_mistakes
 from detection.matching import IN_CROWD, NO_TRUTH
 from detection.models import Detector

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.coco_metric import choose_backend
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import build_datasets
 from detection.data.checks import check_before_training
@@ -46,7 +47,7 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
-from detection.evaluation import choose_backend, evaluate
+from detection.evaluation import evaluate
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size, size_multiple
 from detection.models.darknet_cfg import cfg_notices, parse_cfg
