@@ -89,8 +89,10 @@ def _logarithmic_bins(values: np.ndarray, count: int) -> np.ndarray:
 
 def _pixel_bins(lengths: np.ndarray) -> np.ndarray:
     """As `_logarithmic_bins`, on whole pixels: small boxes of whole pixels would leave bins between them empty."""
-    edges = np.unique(np.floor(_logarithmic_bins(lengths, 40)))
-    return np.append(edges, np.floor(lengths.max()) + 1)
+    edges = _logarithmic_bins(lengths, 40)
+    edges = np.unique(np.where(edges < 1, edges, np.floor(edges)))  # below a pixel there is no whole one but 0
+    last = np.floor(lengths.max()) + 1
+    return np.append(edges[edges < last], last)
 
 
 def _plain_logarithmic(axis: "Axis") -> None:

@@ -19,6 +19,7 @@ from torch import nn
 import visualization
 from detection.data.coco import flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
+from detection.dataset_figures import draw_box_statistics
 from detection.dataset_statistics import measure_dataset
 from detection.detections import Detections
 from detection.drawing import class_color, draw_boxes
@@ -102,6 +103,16 @@ def test_no_box_at_all_is_no_error(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0 and "classes without any box: cat, dog, eel" in result.stdout
     assert "no images: statistics only" in result.stdout
     assert json.loads((tmp_path / "out" / "statistics.json").read_text())["percentiles"]["width"] is None
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [[[0, 0, 0.3, 0.2], [0, 0, 0.3, 0.2]], [[0, 0, 0.01, 9], [0, 0, 9, 0.01]], [[0, 0, 10, 10]], [[0, 0, 1, 1]]],
+)
+def test_odd_boxes_can_be_drawn(boxes: list[list[float]], tmp_path: Path) -> None:
+    content = content_of([(10, 10)], [(0, 1, box, {}) for box in boxes])
+    draw_box_statistics(tmp_path / "figure.png", measure_dataset(flatten_annotations(content, "made up")))
+    assert (tmp_path / "figure.png").exists()
 
 
 def test_val2017_has_its_published_counts(run: Run, shared_data, tmp_path: Path) -> None:
