@@ -27,9 +27,7 @@ class Scores:
 
     metrics: dict[str, float | None]  # the twelve official numbers
     class_ap: ClassAP
-    precision: (
-        np.ndarray
-    )  # (10, 101, C) at IoU 0.50, 0.55, ... 0.95 and recall 0, 0.01, ... 1; all areas, 100 per image
+    precision: np.ndarray  # (10, 101, C) at IoU 0.50, 0.55, ... 0.95 and recall 0, 0.01, ... 1; boxes of all sizes
 
 
 @dataclass(frozen=True)

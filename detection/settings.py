@@ -427,7 +427,7 @@ REPLACED_NAMES = {
     "output_path": "use run.logs_path",
     "train_ratio": "use data.validation_fraction",
     "val_ratio": "the whole validation set is evaluated",
-    "metric_ratio": "the whole validation set is evaluated",
+    "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
 }
 
