@@ -147,15 +147,12 @@ def rows_per_image(file: Path, columns: Any, findings: Findings) -> list[list[in
     """Annotations of each image, as rows of the columns."""
     index_of_id = {number: index for index, number in enumerate(columns.image_ids.tolist())}
     rows_of: list[list[int]] = [[] for _ in columns.file_names]
-    owners = zip(columns.image_of_box.tolist(), columns.category_of_box.tolist(), strict=True)
-    for row, (image, category) in enumerate(owners):
-        if image in index_of_id and category in columns.categories:
+    for row, image in enumerate(columns.image_of_box.tolist()):
+        if image in index_of_id:
             rows_of[index_of_id[image]].append(row)
         else:
-            what = "images" if image not in index_of_id else "categories"
-            findings.skip(
-                f"annotations of {what} that are not listed", f"{file}: annotation {columns.annotation_ids[row]}"
-            )
+            place = f"{file}: annotation {columns.annotation_ids[row]}"
+            findings.skip("annotations of images that are not listed", place)
     return rows_of
 
 
