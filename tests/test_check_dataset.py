@@ -1,5 +1,6 @@
 """check_dataset.py finds every fault made on purpose, with exactly its ids, and nothing in a sound dataset."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -17,13 +18,14 @@ from broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
 import check_dataset
 from detection.command_line import DEFAULTS
 from detection.data import build_datasets
-from detection.data.annotation_checks import check_categories
+from detection.data.annotation_checks import check_annotations, check_categories, flatten_tolerantly
+from detection.data.annotation_files import sound_columns
 from detection.data.checks import check_before_training
 from detection.data.coco import flatten_annotations
 from detection.data.findings import KINDS, Findings
 from detection.data.fit_checks import Network, check_fit
 from detection.data.image_files import list_images, read_image
-from detection.errors import DataReadError, UserError
+from detection.errors import DataError, DataReadError, UserError
 from detection.models import build_model
 from detection.settings import load_settings
 
@@ -85,7 +87,7 @@ def test_a_sound_dataset_is_called_sound(check: Check, tmp_path: Path) -> None:
     }
     # every box is 20 x 20 and so is an anchor
     assert report["fit"] == {"image_size": 64, "boxes": 4, "mean_best_iou": 1.0, "recall_at_iou_0.5": 1.0}
-    assert "nothing is wrong" in text and len(text.strip().splitlines()) == 5
+    assert "no error, no warning" in text and len(text.strip().splitlines()) == 5
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
@@ -192,6 +194,43 @@ def test_degenerate_and_outside_boxes_are_errors_under_strict(check: Check, tmp_
         assert code == 1 and found_in(report) == expected and report["errors"] == 1
         with pytest.raises(UserError):
             train_as_far_as_data_goes(dataset.words)
+
+
+ODD_VALUES: list[Any] = [
+    *(None, "", "3", "x", [], {}, True, False, 0, -1, 1, 3, 7, 99, 2.5, 64.0, 1e300, 2**31, 2**70),
+    *(float("nan"), float("inf"), [1, 2, 3, 4], [1, 2, -3, 4], [1, 2, 3], [1e300, 1, 1e300, 1e300], "../a.png"),
+]
+
+
+def test_doctor_and_loader_agree_on_any_value_anywhere(tmp_path: Path) -> None:
+    """One to three values at random places: there is an error exactly where the loader refuses, and never a crash."""
+    dataset = Dataset(tmp_path / "data")
+    settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
+    generator = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(1500):
+        content = copy.deepcopy(dataset.content["training"])
+        for _ in range(generator.integers(1, 4)):
+            row = content[str(generator.choice(list(content)))]
+            keys = ["id", "file_name", "width", "image_id", "category_id", "bbox", "area", "iscrowd", "name"]
+            row[generator.integers(len(row))][str(generator.choice(keys))] = ODD_VALUES[
+                generator.integers(len(ODD_VALUES))
+            ]
+        findings = Findings()
+        file = tmp_path / "file.json"
+        sound = sound_columns(content, "file.json", lambda fault, to=findings: to.add(fault.kind, "training", ["x"]))
+        found = flatten_tolerantly(sound, file, "training", settings.data, None, findings)
+        if found is not None:
+            check_annotations(found, "training", findings)
+        try:
+            flatten_annotations(content, "file.json")
+            refused = False
+        except DataError:
+            refused = True
+        errors = [finding.kind for finding in findings.of("error") if finding.kind != "no_boxes"]
+        assert bool(errors) == refused, (content, errors)
+        outcomes.append(refused)
+    assert 300 < sum(outcomes) < 1400
 
 
 def test_links_may_be_allowed(check: Check, tmp_path: Path) -> None:
@@ -499,7 +538,7 @@ def test_training_names_missing_images_before_the_first_step(tmp_path: Path) -> 
     dataset.write()
     with pytest.raises(UserError) as caught:
         train_as_far_as_data_goes(dataset.words)
-    assert caught.value.exit_code == 2 and "7 image files that do not exist" in caught.value.line
+    assert caught.value.exit_code == 2 and "image files that do not exist: 7 (" in caught.value.line
     assert all(name in caught.value.line for name in names[:5]) and names[6] not in caught.value.line
 
 

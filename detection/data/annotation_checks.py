@@ -43,10 +43,11 @@ def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any
 
 
 def add_faults(faults: list[Fault], split: str, findings: Findings) -> None:
-    """One finding per kind; the message says what the item alone does not."""
+    """One finding per kind, with the message where the item alone does not say what is wrong."""
     for kind in dict.fromkeys(fault.kind for fault in faults):
         same = [fault for fault in faults if fault.kind == kind]
-        details = [fault.message for fault in same] if kind.startswith(("bad_", "missing_")) else []
+        told = kind.startswith(("bad_", "missing_"))
+        details = [fault.message.partition(": ")[2] for fault in same] if told else []  # without the entry's name
         findings.add(kind, split, [fault.item for fault in same], details)
 
 

@@ -3,6 +3,7 @@
 The loader raises the first fault (`read_columns`); check_dataset.py collects all of them (`sound_columns`).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -197,7 +198,7 @@ def _entry_fault(key: str, entry: Any) -> tuple[str, str] | None:
             return "bad_value", f"file_name is {entry['file_name']!r}, must be text"
         for name in ("width", "height"):
             side = entry.get(name) or 0
-            if not (isinstance(side, int | float) and 0 <= side < LARGEST["side"] and side == int(side)):
+            if not (_is_number(side) and 0 <= side < LARGEST["side"] and side == int(side)):
                 return "bad_image_size", f"{name} is {side!r}, must be a whole number of pixels"
     if key == "annotations":
         box = entry["bbox"]
@@ -260,7 +261,7 @@ def _id_of(entry: Any, key: str = "id") -> int | None:
 
 def _id_array(values: list[Any]) -> np.ndarray:
     array = np.array(values) if values else np.zeros(0, np.int64)
-    if array.dtype.kind != "i" or array.ndim != 1:
+    if array.dtype.kind != "i" or array.ndim != 1 or bool in set(map(type, values)):
         raise TypeError("an id is not a whole number")
     return array.astype(np.int64)
 
@@ -271,4 +272,6 @@ def _number_array(values: list[Any], shape: tuple[int, ...] | None = None) -> np
     array = np.array(values) if values else np.zeros(shape)
     if array.dtype.kind not in "iuf" or array.shape != shape:
         raise TypeError("not a number")
+    if bool in set(map(type, values if array.ndim == 1 else itertools.chain.from_iterable(values))):
+        raise TypeError("true or false is not a number")
     return array.astype(np.float64)

@@ -20,7 +20,7 @@ KINDS = {
     # the annotation file
     "unreadable_file": Kind("error", "annotation file is no COCO JSON", "export it again"),
     "no_annotation_file": Kind("error", "split without an annotation file", "--split checks the other alone"),
-    "byte_order_mark": Kind("error", "byte order mark at the begin of the JSON", "save it as UTF-8 without one"),
+    "byte_order_mark": Kind("error", "byte order mark at the beginning of the JSON", "save it as UTF-8 without one"),
     "json_key_twice": Kind("error", "keys that occur twice in one JSON object", "remove one: only the last is read"),
     "json_constant": Kind("error", "NaN or Infinity, which is no JSON", "write finite numbers"),
     "not_an_object": Kind("error", "entries that are no JSON objects", "remove them"),
@@ -111,13 +111,14 @@ class Finding:
     def line(self) -> str:
         """For the log: count, the first items, what to do."""
         kind = KINDS[self.kind]
-        return f"{len(self.items)} {kind.what} ({self.listed()})" + (f": {kind.advice}" if kind.advice else "")
+        return f"{kind.what}: {len(self.items)} ({self.listed()})" + (f"; {kind.advice}" if kind.advice else "")
 
     def listed(self) -> str:
         """The first items with their details, safe for a terminal."""
         shown = [str(item) for item in self.items[:MOST_LISTED]]
         if self.details:
-            shown = [f"{item}: {detail}" for item, detail in zip(shown, self.details, strict=False)]
+            pairs = zip(shown, self.details, strict=False)
+            shown = [f"{item}: {detail}" if detail else item for item, detail in pairs]
         text = ("; " if self.details else ", ").join(shown) + (" ..." if len(self.items) > MOST_LISTED else "")
         return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 

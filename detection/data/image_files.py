@@ -6,6 +6,7 @@ Everything that could hang or fill the memory is refused before it is opened or 
 import io
 import os
 import stat
+import struct
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -81,16 +82,13 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded.tobytes())) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is our own
-            # Pillow would decode a whole PNG in search of EXIF data behind the pixels.
-            exif = {} if file.format == "PNG" and "exif" not in file.info else file.getexif()
-            orientation = exif.get(ORIENTATION_TAG, 1)
             header = Header(
                 format=str(file.format),
                 width=file.width,
                 height=file.height,
                 mode=file.mode,
                 bits=_bits_per_channel(encoded, file),
-                orientation=orientation if orientation in range(1, 9) else 1,
+                orientation=_orientation(file),
                 transparent=file.has_transparency_data,
             )
     except Image.DecompressionBombError:
@@ -102,6 +100,17 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
             f"image {path} has {header.width} x {header.height} pixels, more than {MOST_PIXELS}; it is not decoded"
         )
     return header
+
+
+def _orientation(file: Image.Image) -> int:
+    """1..8; 1 where the EXIF data is absent or damaged."""
+    if file.format == "PNG" and "exif" not in file.info:
+        return 1  # Pillow would decode the whole image in search of EXIF data behind the pixels
+    try:
+        orientation = file.getexif().get(ORIENTATION_TAG, 1)
+    except (*DAMAGED_HEADER, struct.error, TypeError, IndexError):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
