@@ -37,7 +37,8 @@ from detection.command_line import Parser
 from detection.data.conversion import ConvertedDataset, Findings, assign_names, drop_bad_names, place_image
 from detection.data.convert_coco import ROBOFLOW, coco_json, read_coco
 from detection.data.convert_voc import read_voc
-from detection.data.convert_yolo import DESCRIPTIONS, data_yaml, read_yolo, yolo_label
+from detection.data.convert_yolo import data_yaml, read_yolo, yolo_label
+from detection.data.yolo_layout import DESCRIPTIONS
 from detection.drawing import replace_file
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.weights import read_names
@@ -108,10 +109,10 @@ def detect_format(source: Path) -> str:
     if not source.exists():
         raise DataError(f"{source} does not exist")
     if source.is_file():
-        found = {".json": "coco", **dict.fromkeys(DESCRIPTIONS, "yolo")}.get(source.suffix)
-        if found is None:
+        by_suffix = {".json": "coco", **dict.fromkeys(DESCRIPTIONS, "yolo")}
+        if source.suffix not in by_suffix:
             raise DataError(f"{source}: a file must be .json, .yaml or .data; or give the folder of the dataset")
-        return found
+        return by_suffix[source.suffix]
     try:
         coco = [*source.glob("annotations/instances_*.json"), *source.glob(f"*/{ROBOFLOW}")]
         yolo = [file for file in source.iterdir() if file.suffix in DESCRIPTIONS] + [*source.glob("**/labels")]
@@ -122,9 +123,8 @@ def detect_format(source: Path) -> str:
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from None
     if len(formats) != 1:
-        what = (
-            f"has {' and '.join(FORMATS[name] for name in formats)} in it" if formats else "no annotations recognised"
-        )
+        found = " and ".join(FORMATS[name] for name in formats)
+        what = f"has {found} in it" if found else "no annotations recognised"
         raise DataError(f"{source}: {what}; say which with --from")
     return formats[0]
 
@@ -194,7 +194,7 @@ def write_dataset(
     try:
         temporary.mkdir(parents=True)
         if images != "none":
-            write_images(dataset, temporary, origin["to"], images == "link", findings)
+            write_images(dataset, temporary, origin["to"], images == "link")
         (write_coco if origin["to"] == "coco" else write_yolo)(dataset, temporary, origin)
         report = {**origin, "images": images, "left_out": findings.skipped, "notes": findings.notes}
         write_json(temporary / "conversion.json", report)
@@ -205,7 +205,7 @@ def write_dataset(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_images(dataset: ConvertedDataset, root: Path, target_format: str, link: bool, findings: Findings) -> None:
+def write_images(dataset: ConvertedDataset, root: Path, target_format: str, link: bool) -> None:
     entries = [(split, entry) for split, entries in dataset.splits.items() for entry in entries]
     copied = 0
     for split, entry in tqdm(entries, unit="image", disable=None, leave=False):
@@ -253,7 +253,8 @@ def summary(dataset: ConvertedDataset, output: Path, target_format: str, images:
         words += "".join(f" {keys[split]}={root}" for split, root in dataset.roots.items() if split in keys)
     if "val" not in dataset.splits:
         words += " data.validation_fraction=0.1"
-    lines.append(f"written to {output}" + (f"; train with {words}" if target_format == "coco" else ""))
+    trains = target_format == "coco" and "train" in dataset.splits
+    lines.append(f"written to {output}" + (f"; train with {words}" if trains else ""))
     return lines
 
 

@@ -538,6 +538,28 @@ def test_what_coco_loses_on_the_way_to_yolo_is_counted(run: Run, tmp_path: Path)
     ]  # fmt: skip
 
 
+def test_file_names_that_are_no_text_and_numbers_that_are_no_box(run: Run, tmp_path: Path) -> None:
+    lay_out(tmp_path / "set", {"a.jpg": "", "a.txt": "0 0.5 0.5 1 1", "b\n.jpg": "", "classes.txt": "cat"})
+    os.rename(save(tmp_path / "set" / "c.jpg"), os.fsencode(tmp_path / "set") + b"/\xff.jpg")
+    result = run("set")
+    assert result.returncode == 0, result
+    assert "2 images whose file name holds control characters (train/b\\n.jpg, train/\\udcff.jpg)" in result.stdout
+    assert [image["file_name"] for image in coco_of(tmp_path / "out")["images"]] == ["a.jpg"]
+    coco_set(tmp_path / "coco", [(3, [0, 0, 1e300, 1]), (3, [0, 0, 10, 20])])
+    result = run("coco", out="yolo")
+    assert result.returncode == 0 and "1 boxes far away from any image" in result.stdout, result
+    assert (tmp_path / "yolo" / "labels" / "train" / "a.txt").read_text() == "0 0.5 0.5 1 1\n"
+
+
+def test_images_that_a_list_names_twice_are_taken_once(run: Run, tmp_path: Path) -> None:
+    lay_out(
+        tmp_path / "set", {"a.jpg": "", "a.txt": "0 .5 .5 1 1", "t.txt": "a.jpg\na.jpg\n", "d.yaml": "train: t.txt\n"}
+    )
+    result = run("set", "--strict")
+    assert result.returncode == 0 and "note: 1 images that a split names more than once" in result.stdout
+    assert len(boxes_of(tmp_path / "out")) == 1
+
+
 def test_strict_writes_nothing(run: Run, tmp_path: Path) -> None:
     lay_out(tmp_path / "set", {"a.jpg": "", "a.txt": "0 0.5 0.5 1 1\n0 0.5 0.5 1\n", "classes.txt": "cat"})
     result = run("set", "--strict")

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -17,6 +18,7 @@ from detection.errors import DataError
 
 PIXEL_DIGITS = 9  # decimals of a pixel that are kept; YOLO's usual six decimals of a share need seven
 LARGEST_NUMBER = 10**6  # pixels or shares beyond are no box
+LARGEST_PIXEL = 10**12
 ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8 swap the sides
 SPLITS = ("train", "val", "test")
 
@@ -68,10 +70,10 @@ class Findings:
         self.notes: dict[str, list[str]] = {}
 
     def skip(self, reason: str, place: str) -> None:
-        self.skipped.setdefault(reason, []).append(place)
+        self.skipped.setdefault(reason, []).append(printable(place))
 
     def note(self, reason: str, place: str) -> None:
-        self.notes.setdefault(reason, []).append(place)
+        self.notes.setdefault(reason, []).append(printable(place))
 
     def lines(self, source: Path, examples: int = 3) -> list[str]:
         """For the terminal: counts, and the first few places, below the source where they are."""
@@ -82,6 +84,11 @@ class Findings:
                 more = ", ..." if len(places) > examples else ""
                 lines.append(f"{title}: {len(places)} {reason} ({', '.join(first)}{more})")
         return lines
+
+
+def printable(text: str) -> str:
+    """Control characters and bytes that are no text, as Python writes them."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,11 @@ def finish_box(
     The rounding undoes that of the last digit in shares of an image: 1/3 of 3 pixels is 1.
 
     Returns:
-        None: the box has no width or height, which the findings say.
+        None: the box has no width or height or is no box at all, which the findings say.
     """
+    if max(map(abs, corners)) > LARGEST_PIXEL:
+        findings.skip("boxes far away from any image", place)
+        return None
     x, y, width, height = (
         float(round(value, PIXEL_DIGITS)) + 0.0
         for value in (corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1])
@@ -201,11 +211,16 @@ def note_duplicates(boxes: Sequence[Box], place: str, findings: Findings) -> Non
 
 def images_below(directory: Path) -> list[Path]:
     """Image files in a folder and everything below, sorted; hidden files are none of them."""
-    return sorted(
-        file
-        for file in directory.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+    return sorted(filter(is_image, directory.rglob("*")))
+
+
+def images_inside(directory: Path) -> list[Path]:
+    """The same of the folder alone; none where there is no such folder."""
+    return sorted(filter(is_image, directory.glob("*")))
+
+
+def is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def common_root(files: Sequence[Path]) -> Path:
@@ -242,7 +257,7 @@ def drop_bad_names(dataset: ConvertedDataset, findings: Findings) -> None:
     for split, entries in dataset.splits.items():
         for entry in entries:
             if CONTROL.search(entry.name):
-                findings.skip("images whose file name holds control characters", repr(f"{split}/{entry.name}"))
+                findings.skip("images whose file name holds control characters", f"{split}/{entry.name}")
         dataset.splits[split] = [entry for entry in entries if not CONTROL.search(entry.name)]
 
 
@@ -276,8 +291,9 @@ def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: no class names")
     if "" in found:
         raise DataError(f"{where}: class {found.index('')} has no name")
-    if twice := [name for name in found if found.count(name) > 1]:
-        raise DataError(f"{where}: the class name {twice[0]!r} occurs twice")
+    name, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{where}: the class name {name!r} occurs twice")
     return found
 
 

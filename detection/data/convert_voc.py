@@ -16,6 +16,7 @@ from detection.data.conversion import (
     common_root,
     finish_box,
     image_in_pixels,
+    images_inside,
     note_duplicates,
     parse_number,
     relative_name,
@@ -88,8 +89,8 @@ def find_unannotated(used: Sequence[Path], annotations: Path, findings: Findings
     """Images beside the used ones that have no XML file."""
     stems = {file.stem for file in annotations.rglob("*.xml")}
     for folder in sorted({image.parent for image in used}):
-        for image in sorted(folder.iterdir()):
-            if image.suffix.lower() in IMAGE_SUFFIXES and image.stem not in stems:
+        for image in images_inside(folder):
+            if image.stem not in stems:
                 findings.skip("images without an XML file", str(image))
 
 
