@@ -22,10 +22,13 @@ LAYERS = [
         "postprocessing",
     },
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"},
+    {
+        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *("onnx_files", "onnx_export", "onnx_comparison"),
+    },
 ]
 SCRIPTS = "scripts"  # above all layers
-OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}
+OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "onnxscript", "timm"}
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 
 
