@@ -106,9 +106,9 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
     for key, value in description.to_metadata().items():
         model.metadata_props.add(key=key, value=value)
     model.producer_name, model.producer_version = description.program.split()
-    onnx.checker.check_model(model)
-    opset = next(entry.version for entry in model.opset_import if not entry.domain)
-    assert opset == options.opset, "the exporter would warn, not fail"
+    onnx.checker.check_model(model, full_check=True)
+    if (opset := read_opset(model)) != options.opset:  # the exporter warns only
+        raise SettingsError(f"--opset {options.opset}: torch could not convert this network from opset {opset}")
     return model, lines
 
 
@@ -124,17 +124,26 @@ def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> An
         sizes |= {2: multiple * torch.export.Dim("rows"), 3: multiple * torch.export.Dim("columns")}
     dtype = torch.uint8 if options.input == "uint8" else torch.float32
     decode = options.outputs != "raw"
-    return torch.onnx.export(
-        ExportedDetector(opened, decode).eval(),
-        (torch.zeros(2, 3, rows, columns, dtype=dtype),),
-        dynamo=True,
-        opset_version=options.opset,
-        input_names=["images"],
-        output_names=levels + OUTPUT_NAMES[options.outputs],
-        dynamic_shapes={"images": sizes},
-        verbose=False,
-        optimize=False,
-    )
+    try:
+        return torch.onnx.export(
+            ExportedDetector(opened, decode).eval(),
+            (torch.zeros(2, 3, rows, columns, dtype=dtype),),
+            dynamo=True,
+            opset_version=options.opset,
+            input_names=["images"],
+            output_names=levels + OUTPUT_NAMES[options.outputs],
+            dynamic_shapes={"images": sizes},
+            verbose=False,
+            optimize=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        hint = " with --dynamic-size" if options.dynamic_size else ""
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise SettingsError(f"torch cannot export this network{hint}: {reason}") from None
+
+
+def read_opset(model: Any) -> int:
+    return next(entry.version for entry in model.opset_import if not entry.domain)
 
 
 def without_traces(model: Any) -> Any:
@@ -161,6 +170,7 @@ def nodes_before(model: Any, values: list[str]) -> set[str]:
 
 def halve(model: Any, network: set[str]) -> Any:
     """The nodes of the network in float16; inputs, outputs and what comes behind the network stay float32."""
+    import onnx
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxscript.optimizer import remove_unused_nodes
@@ -180,7 +190,9 @@ def halve(model: Any, network: set[str]) -> Any:
             if is_output:
                 up.outputs[0].name, source.name = f"{name}_cast", name
     remove_unused_nodes(halved)
-    return onnx_ir.to_proto(halved)
+    result = onnx_ir.to_proto(halved)
+    result.graph.ClearField("value_info")  # types of before
+    return onnx.shape_inference.infer_shapes(result)
 
 
 def add_suppression(model: Any, opened: OpenedDetector) -> Any:
@@ -190,7 +202,7 @@ def add_suppression(model: Any, opened: OpenedDetector) -> Any:
     evaluation = opened.settings.evaluation
     text = SUPPRESSION.format(
         ir_version=model.ir_version,
-        opset=next(entry.version for entry in model.opset_import if not entry.domain),
+        opset=read_opset(model),
         confidence=evaluation.confidence_threshold,
         iou=evaluation.iou_threshold,
         most=evaluation.max_detections or 2**31 - 1,

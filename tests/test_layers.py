@@ -28,7 +28,16 @@ LAYERS = [
     },
 ]
 SCRIPTS = "scripts"  # above all layers
-OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "onnxscript", "timm"}
+OPTIONAL_PACKAGES = {
+    "mlflow",
+    "determined",
+    "habana_frameworks",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "timm",
+}
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 
 
