@@ -1,63 +1,56 @@
 """Trained weights in the form that other programs read.
 
 python export.py --weights logs/240224-211713_LambdaLR/best.pt                     best.onnx beside the weights
-python export.py --weights logs/240224-211713_LambdaLR/best.pt --format darknet    best.weights, best.cfg, best.names
+python export.py --weights logs/240224-211713_LambdaLR/best.pt --nms --half        with suppression, network in float16
+python export.py --weights best.pt --dynamic-size --input float --output DIRECTORY
+python export.py --weights best.pt --format darknet                                best.weights, best.cfg, best.names
 python export.py --weights yolov3.weights --format backbone                        yolov3.conv.52: the encoder alone
-python export.py --weights my.weights --cfg my.cfg --names my.names --output DIRECTORY
+python export.py --weights my.weights --cfg my.cfg --names my.names evaluation.image_size=416
 
-onnx: one file for any batch size. Input `images`: uint8 RGB (B, 3, size, size), letterboxed; the pixel scaling is
-inside. Outputs `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes): objectness times
-class probability, both before non-maximum suppression. Names, size, letterbox, strides and thresholds are in its
-metadata. ONNX Runtime runs the file beside PyTorch; a difference beyond the tolerance removes it (exit 1). Needs
-`pip install onnx onnxscript onnxruntime`. Always computed on the CPU.
+onnx: one file for any batch size; docs/deploy_onnx.md shows how to use it. Input `images`: RGB (B, 3, size, size),
+letterboxed; the pixel scaling is inside. Outputs:
+  --outputs raw      one per level, `stride_8`, ...: logits (B, anchors, H, W, 5 + classes)
+  --outputs decoded  (default) `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes):
+                     objectness times class probability; both before non-maximum suppression
+  --nms              final detections of the whole batch, best score first: `boxes` (K, 4), `scores`, `labels` and
+                     `image_index` (K); thresholds: evaluation.confidence_threshold, .iou_threshold, .max_detections
+Names, size, letterbox, anchors and thresholds are in its metadata; validation.py and detect.py take it as --weights.
+ONNX Runtime runs it beside PyTorch on pictures of data.root (or photographs of installed packages) and on noise; a
+difference beyond the tolerance removes it (exit 1). Needs `pip install onnx onnxscript onnxruntime`. Half a minute.
 darknet: files that the Darknet program loads, bit for bit our weights.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from detection.command_line import Parser
-from detection.errors import OutputError, SettingsError, UserError, exit_with_message
+from detection.errors import CheckpointError, OutputError, SettingsError, exit_with_message
 from detection.models.darknet_cfg import format_cfg
 from detection.models.darknet_export import describe_network
 from detection.models.darknet_weights import Header, as_darknet, write_darknet_weights
-from detection.postprocessing import YOLOPostprocess
+from detection.onnx_comparison import compare_with_pytorch
+from detection.onnx_export import OPSETS, OnnxOptions, build_onnx, require_packages
 from detection.weights import OpenedDetector, open_command_line
-
-OPSET = 18
-BATCHES = (1, 3)  # compared sizes; the second is not the one that was traced
-BOX_TOLERANCE = 0.05  # pixels, for boxes that lie within a few image sizes
-SCORE_TOLERANCE = 1e-4
-
-
-class ExportedDetector(nn.Module):
-    """What the ONNX file computes."""
-
-    def __init__(self, opened: OpenedDetector) -> None:
-        super().__init__()
-        self.model = opened.detector.model
-        self.postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, S, S) to boxes (B, P, 4) and scores (B, P, C)."""
-        return self.postprocess.decode(self.model(images))
 
 
 def main() -> None:
     arguments = parse_arguments()
+    options = onnx_options(arguments)
+    if arguments.weights.suffix == ".onnx":
+        raise CheckpointError(f"{arguments.weights}: is an ONNX file already; give the weights it was made from")
     opened = open_command_line(arguments, arguments.settings)
     directory = arguments.output or arguments.weights.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
         stem = directory / arguments.weights.stem
-        {"onnx": export_onnx, "darknet": export_darknet, "backbone": export_backbone}[arguments.format](opened, stem)
+        if arguments.format == "onnx":
+            export_onnx(opened, stem, options)
+        else:
+            {"darknet": export_darknet, "backbone": export_backbone}[arguments.format](opened, stem)
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error}") from None
 
@@ -66,11 +59,42 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("export.py", __doc__)
     parser.add_weights()
     parser.add_settings(device=False)
-    parser.add_argument("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="default: onnx")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)"
+    add = parser.add_argument
+    add("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="default: onnx")
+    add("--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)")
+    onnx = parser.add_argument_group("onnx")
+    add = onnx.add_argument
+    add("--outputs", choices=("raw", "decoded"), help="default: decoded")
+    add("--nms", action="store_const", const=True, help="final detections, by the operator NonMaxSuppression")
+    add("--input", choices=("uint8", "float"), help="RGB of 0..255 (default), or float32 of 0..1")
+    add("--dynamic-size", action="store_const", const=True, help="any height and width, multiples of the stride")
+    add("--half", action="store_const", const=True, help="network in float16; inputs, outputs, boxes stay float32")
+    add("--opset", type=int, metavar="N", help=f"{OPSETS[0]} (default) to {OPSETS[-1]}")
+    add(
+        "--simplify",
+        action=argparse.BooleanOptionalAction,
+        help="fold constants and normalisation with onnxscript's optimizer (default); --no-simplify: as traced",
     )
     return parser.parse_intermixed_args()
+
+
+def onnx_options(arguments: argparse.Namespace) -> OnnxOptions:
+    """Raises SettingsError: flags that contradict each other."""
+    names = ("outputs", "nms", "input", "dynamic_size", "half", "opset", "simplify")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if given and arguments.format != "onnx":
+        flag = next(iter(given)).replace("_", "-")
+        raise SettingsError(f"--{flag} belongs to --format onnx, not to --format {arguments.format}")
+    if given.pop("nms", False):
+        if "outputs" in given:
+            raise SettingsError(f"--nms and --outputs {given['outputs']} are two kinds of outputs; choose one")
+        given["outputs"] = "nms"
+    options = OnnxOptions(**given)
+    if options.opset not in OPSETS:
+        raise SettingsError(f"--opset {options.opset}: must lie between {OPSETS[0]} and {OPSETS[-1]}")
+    if options.half and not options.simplify:
+        raise SettingsError("--half needs --simplify: normalisation in float16 would lose too many digits")
+    return options
 
 
 def refuse_overwriting(path: Path) -> None:
@@ -105,89 +129,24 @@ def export_backbone(opened: OpenedDetector, stem: Path) -> None:
     print(f"written: {path} ({path.stat().st_size} bytes), {count} convolutions")
 
 
-def export_onnx(opened: OpenedDetector, stem: Path) -> None:
-    """Trace, write, run and compare."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise SettingsError(f"{error}: ONNX export needs: pip install onnx onnxscript onnxruntime") from None
+def export_onnx(opened: OpenedDetector, stem: Path, options: OnnxOptions) -> None:
+    """Trace, write, run and compare; the file gets its name only when the comparison passed."""
+    require_packages()
+    import onnx
+
     path = stem.with_name(f"{stem.name}.onnx")
     refuse_overwriting(path)
-    size = opened.settings.evaluation.image_size
-    network = ExportedDetector(opened).eval()
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    program = torch.onnx.export(
-        network,
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["boxes", "scores"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
-    assert program is not None
-    model = program.model_proto
-    settings = opened.settings
-    metadata = {
-        "names": json.dumps(opened.class_names()),
-        "image_size": str(size),
-        "letterbox": json.dumps(
-            {
-                "keep_aspect": settings.data.keep_aspect,
-                "fill": settings.data.fill,
-                "interpolation": settings.data.interpolation,
-                "rounding": settings.data.letterbox_rounding,
-            }
-        ),
-        "pixel_mean": json.dumps(opened.detector.model.get_buffer("pixel_mean").flatten().tolist()),
-        "pixel_std": json.dumps(opened.detector.model.get_buffer("pixel_std").flatten().tolist()),
-        "strides": json.dumps(opened.detector.model.strides),
-        "thresholds": json.dumps(
-            {
-                "confidence": settings.evaluation.confidence_threshold,
-                "iou": settings.evaluation.iou_threshold,
-                "max_detections": settings.evaluation.max_detections,
-            }
-        ),
-    }
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    onnx.save(model, str(temporary))
+    model, lines = build_onnx(opened, options)
+    print("\n".join(lines), flush=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.onnx")
     try:
-        box_difference, score_difference = compare(network, onnxruntime.InferenceSession(str(temporary)), size)
-        print(
-            f"ONNX Runtime against PyTorch, batches of {' and '.join(map(str, BATCHES))}: boxes differ by at most "
-            f"{box_difference:.2g} px, scores by {score_difference:.2g}"
-        )
-        if not (box_difference <= BOX_TOLERANCE and score_difference <= SCORE_TOLERANCE):
-            raise ComparisonFailed(f"more than {BOX_TOLERANCE:g} px or {SCORE_TOLERANCE:g}: {path} is not written")
+        onnx.save(model, str(temporary))
+        print("\n".join(compare_with_pytorch(opened, temporary)))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"written: {path} ({path.stat().st_size} bytes), opset {OPSET}, {size} px")
-
-
-class ComparisonFailed(UserError):
-    """The exported file does not compute what PyTorch does."""
-
-
-def compare(network: nn.Module, session, size: int) -> tuple[float, float]:
-    """Largest differences in box coordinates (relative to boxes larger than the image) and scores."""
-    generator = np.random.default_rng(0)
-    box_difference = score_difference = 0.0
-    for batch in BATCHES:
-        images = generator.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
-        with torch.no_grad():
-            boxes, scores = (tensor.numpy() for tensor in network(torch.from_numpy(images)))
-        found_boxes, found_scores = session.run(None, {"images": images})
-        scale = np.maximum(np.abs(boxes) / size, 1)  # an untrained network may predict boxes of any size
-        box_difference = max(box_difference, float(np.abs((found_boxes - boxes) / scale).max()))
-        score_difference = max(score_difference, float(np.abs(found_scores - scores).max()))
-    return box_difference, score_difference
+    size = "any size" if options.dynamic_size else f"{opened.settings.evaluation.image_size} px"
+    print(f"written: {path} ({path.stat().st_size} bytes), opset {options.opset}, {size}, outputs {options.outputs}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,10 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
     if yolo.pretrained is True:
         return load_standard_weights(model, yolo.encoder)
     path = Path(yolo.pretrained)
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"yolo.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
+        )
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return load_darknet_weights(model, path).lines
     if not path.is_file():

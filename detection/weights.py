@@ -1,4 +1,4 @@
-"""From a file of weights to a detector that can be used: our checkpoints and Darknet's .weights."""
+"""From a file of weights to a detector that can be used: our checkpoints, Darknet's .weights and exported .onnx."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from detection.models import Detector, build_detector, check_image_size
 from detection.models.darknet_cfg import cfg_notices, input_size, parse_cfg
 from detection.models.darknet_layers import cfg_classes
 from detection.models.darknet_weights import as_darknet, load_darknet_weights
+from detection.onnx_files import OnnxModel, build_postprocess, refuse_changes
 from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
 
 COCO_CLASSES = 80
@@ -29,9 +30,21 @@ class OpenedDetector:
     step: int  # optimizer steps behind the weights; 0: the file does not say
     seen: int  # training images behind them
     lines: list[str]  # what was loaded, for the user
+    category_ids: tuple[int, ...] | None = None  # of each label in the training annotations; None: the file is silent
 
     def class_names(self) -> tuple[str, ...]:
-        return self.names or tuple(f"class_{label}" for label in range(self.num_classes))
+        return self.names or placeholder_names(self.num_classes)
+
+    def num_parameters(self) -> int:
+        """Numbers in the network's weights; those of an ONNX file are no parameters of torch."""
+        model = self.detector.model
+        if isinstance(model, OnnxModel):
+            return model.num_parameters
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def placeholder_names(num_classes: int) -> tuple[str, ...]:
+    return tuple(f"class_{label}" for label in range(num_classes))
 
 
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
@@ -68,7 +81,7 @@ def open_weights(
     """Build the detector a file belongs to and fill it.
 
     Args:
-        weights: our checkpoint (.pt; its moving average where it has one) or a Darknet file.
+        weights: our checkpoint (.pt; its moving average where it has one), an .onnx of export.py, or a Darknet file.
         cfg: description of a Darknet network; None: the YOLOv3 of the settings.
         names: class names of a Darknet file, one per line.
         defaults: args.yaml.
@@ -78,13 +91,12 @@ def open_weights(
         CheckpointError: the file is missing, damaged or does not fit.
         SettingsError: contradicting arguments.
     """
-    if weights.suffix == ".pt":
+    own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
+    if weights.suffix in own_kinds:
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
-                raise SettingsError(f"{flag} belongs to Darknet weights; the checkpoint {weights} carries its own")
-        return _open_checkpoint(weights, defaults, overlays, words, flags)
-    if weights.suffix == ".onnx":
-        raise CheckpointError(f"{weights}: ONNX files are written but not read here; give the weights it was made from")
+                raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
+        return own_kinds[weights.suffix](weights, defaults, overlays, words, flags)
     try:
         return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
     except SettingsError as error:
@@ -100,7 +112,7 @@ def _open_checkpoint(
     try:
         own = complete_settings(checkpoint["settings"], defaults)
         settings, translated = load_settings(own, overlays, words, flags)
-        names = tuple(checkpoint["categories"]["names"])
+        names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings.yolo, settings.evaluation, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
@@ -110,7 +122,31 @@ def _open_checkpoint(
     kind = "moving average" if checkpoint["average"] else "weights"
     lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
     seen = step * own.train.batch_size * own.train.subdivisions
-    return _finish(detector, settings, names, len(names), step, seen, lines)
+    return _finish(detector, settings, names, len(names), step, seen, lines, ids)
+
+
+def _open_onnx(
+    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: dict[str, Any] | None
+) -> OpenedDetector:
+    model = OnnxModel(weights)
+    description = model.description
+    try:
+        own = complete_settings(description.settings_tree(), defaults)
+    except (SettingsError, KeyError) as error:
+        raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
+    settings, lines = load_settings(own, overlays, words, flags)
+    refuse_changes(model, own, settings)
+    used = {"run.device": model.use_device(settings.run.device), "run.precision": "off"}
+    settings, _ = load_settings(settings, flags=used)
+    detector = Detector(model, None, build_postprocess(description, settings))
+    count = len(description.names)
+    names = None if description.names == placeholder_names(count) else description.names
+    size = "any size" if description.dynamic_size else f"{description.image_size} px"
+    half = ", network in float16" if description.half else ""
+    lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
+    lines.append(f"{settings.yolo.encoder}, {count} classes, written by {description.program}")
+    ids = description.category_ids
+    return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
 
 def _open_darknet(

@@ -26,10 +26,20 @@ LAYERS = [
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
         *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
+        *("onnx_files", "onnx_export", "onnx_comparison"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers
-OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}
+OPTIONAL_PACKAGES = {
+    "mlflow",
+    "determined",
+    "habana_frameworks",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "timm",
+}
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 
 

@@ -276,6 +276,7 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
     opened = open_here(files, checkpoint(files, average).name, None)
     assert opened.names == ("airplane", "motorcycle", "couch")
     assert (opened.num_classes, opened.step, opened.seen) == (3, 5, 5 * 8)
+    assert opened.category_ids == (5, 4, 63)
     assert opened.settings.evaluation.image_size == 32
     kind = "moving average" if average else "weights"
     assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")

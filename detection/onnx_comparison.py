@@ -1,0 +1,183 @@
+"""Whether an exported file computes what PyTorch does: both run on pictures and noise, in several batches and sizes."""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection.data.coco import find_validation_set, read_image
+from detection.data.digits import VALIDATION_PHOTOGRAPHS, load_photograph
+from detection.data.letterbox import INTERPOLATIONS, resize_image
+from detection.errors import DataError, DataReadError, UserError
+from detection.onnx_files import Description, FinalDetections, OnnxModel
+from detection.postprocessing import YOLOPostprocess
+from detection.settings import DataSettings
+from detection.weights import OpenedDetector
+
+BATCHES = (1, 3)  # neither is the one that was traced
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What may differ."""
+
+    logits: float  # absolute below 1, else relative
+    boxes: float  # pixels; for coordinates beyond the image, relative to how far out they lie
+    scores: float
+    unmatched: float  # share of final detections: suppression at a threshold turns on the last digit
+
+
+FLOAT32 = Tolerance(logits=1e-3, boxes=0.05, scores=1e-4, unmatched=0.01)
+FLOAT16 = Tolerance(logits=0.1, boxes=2.0, scores=0.03, unmatched=0.1)
+
+
+class ComparisonFailed(UserError):
+    """The exported file does not compute what PyTorch does."""
+
+
+def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
+    """Run the file beside the network it was made from.
+
+    Returns:
+        What was compared and the largest differences, for the user.
+
+    Raises:
+        ComparisonFailed: a difference is beyond the tolerance.
+    """
+    file = OnnxModel(path)
+    tolerance = FLOAT16 if file.description.half else FLOAT32
+    compare = {"raw": compare_logits, "decoded": compare_decoded, "nms": compare_final}[file.description.output_kind]
+    pictures, source = find_pictures(opened.settings.data)
+    sizes = compared_sizes(file.description)
+    largest: dict[str, float] = {}
+    counts = np.zeros(2, np.int64)  # final detections with a partner, without
+    for size, batch in itertools.product(sizes, BATCHES):
+        images = make_batch(pictures, batch, size)
+        with torch.no_grad():
+            levels = opened.detector.model(images)
+        found = compare(opened, levels, file(images), max(size), tolerance)
+        counts += found.counts
+        for name, value in found.largest.items():
+            largest[name] = float(np.maximum(largest.get(name, 0.0), value))  # stays NaN
+
+    pixels = ", ".join(f"{columns} x {rows}" for rows, columns in sizes)
+    batches = " and ".join(map(str, BATCHES))
+    parts = [f"{name} {value:.2g} (allowed {getattr(tolerance, name):g})" for name, value in largest.items()]
+    if counts.any():
+        largest["unmatched"] = counts[1] / counts.sum()
+        parts.append(
+            f"{counts[1]} of {counts.sum()} final detections without a partner (allowed {tolerance.unmatched:.0%})"
+        )
+    differences = f"largest differences: {', '.join(parts) or 'none, nothing was found'}"
+    # not <=: a difference that is not a number is beyond every tolerance
+    if any(not value <= getattr(tolerance, name) for name, value in largest.items()):
+        raise ComparisonFailed(f"the file does not compute what PyTorch does and is not kept; {differences}")
+    return [f"ONNX Runtime beside PyTorch on {source} and noise, batches of {batches}, {pixels} px", differences]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Of one batch."""
+
+    largest: dict[str, float]  # by the name of the tolerance
+    counts: tuple[int, int] = (0, 0)  # final detections with a partner, without
+
+
+def compare_logits(
+    _: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], __: int, ___: Tolerance
+) -> Differences:
+    pairs = zip(levels, outputs, strict=True)
+    return Differences({"logits": max(_largest(raw, found, raw.abs().clamp(min=1)) for raw, found in pairs)})
+
+
+def compare_decoded(
+    opened: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], side: int, _: Tolerance
+) -> Differences:
+    boxes, scores = cast(YOLOPostprocess, opened.detector.postprocess).decode(levels)
+    return Differences(
+        {"boxes": _largest(boxes, outputs[0], _scale(boxes, side)), "scores": _largest(scores, outputs[1], 1)}
+    )
+
+
+def compare_final(
+    opened: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], side: int, tolerance: Tolerance
+) -> Differences:
+    """Detections as sets, image by image and class by class.
+
+    Both sides count. A detection whose score is within the tolerance of the confidence threshold needs no partner.
+    """
+    least = opened.settings.evaluation.confidence_threshold + tolerance.scores
+    largest, counts = {"boxes": 0.0, "scores": 0.0}, [0, 0]
+    for expected, found in zip(opened.detector.postprocess(levels), FinalDetections()(outputs), strict=True):
+        for label in torch.cat([expected["labels"], found["labels"]]).unique():
+            one, other = (_of_label(detections, label) for detections in (expected, found))
+            score_gap = (one["scores"][:, None] - other["scores"][None]).abs()  # (K, K')
+            boxes = one["boxes"][:, None]
+            box_gap = ((boxes - other["boxes"][None]).abs() / _scale(boxes, side)).amax(-1)
+            partners = (score_gap <= tolerance.scores) & (box_gap <= tolerance.boxes)
+            for name, gap in (("boxes", box_gap), ("scores", score_gap)):
+                nearest = gap.where(partners, torch.inf).amin(1) if partners.numel() else gap.new_zeros(0)
+                largest[name] = max([largest[name], *nearest[nearest.isfinite()].tolist()])
+            for has_partner, detections in ((partners.any(1), one), (partners.any(0), other)):
+                needed = has_partner | (detections["scores"] > least)
+                counts[0] += int(has_partner.sum())
+                counts[1] += int((needed & ~has_partner).sum())
+    return Differences(largest, (counts[0], counts[1]))
+
+
+def _of_label(detections: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:
+    rows = detections["labels"] == label
+    return {name: values[rows] for name, values in detections.items()}
+
+
+def _scale(boxes: Tensor, side: int) -> Tensor:
+    """1 in and near the image; an untrained network may predict boxes of any size."""
+    return (boxes.abs() / side).clamp(min=1)
+
+
+def _largest(expected: Tensor, found: Tensor, scale: Tensor | int) -> float:
+    difference = ((expected - found).abs() / scale).where(expected != found, 0.0)  # equal infinities too
+    return float(difference.max())
+
+
+def compared_sizes(description: Description) -> list[tuple[int, int]]:
+    """(height, width) in pixels: the size of validation, and where all are allowed two that are not square."""
+    size, multiple = description.image_size, description.size_multiple
+    smaller = max(size // 2 // multiple, 1) * multiple
+    return [(size, size), (size + multiple, size), (smaller, size + multiple)][
+        : None if description.dynamic_size else 1
+    ]
+
+
+def make_batch(pictures: list[np.ndarray], count: int, size: tuple[int, int]) -> Tensor:
+    """uint8 (count, 3, height, width): one picture, or other ones and noise at the end."""
+    height, width = size
+    shown = pictures[:1] if count == 1 else pictures[1:count]
+    images = [resize_image(picture, width, height, INTERPOLATIONS["linear"]) for picture in shown]
+    generator = np.random.default_rng(0)
+    while len(images) < count:
+        images.append(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+
+
+def find_pictures(data: DataSettings) -> tuple[list[np.ndarray], str]:
+    """As many pictures as the largest batch and where they are from: the validation images of the settings where they
+    are there, else photographs of the installed packages."""
+    pictures: list[np.ndarray] = []
+    with contextlib.suppress(DataError):
+        _, directory = find_validation_set(data)
+        files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
+        for file in files[: 2 * max(BATCHES)]:
+            with contextlib.suppress(DataReadError):
+                pictures.append(read_image(file))
+        if len(pictures) >= max(BATCHES):
+            return pictures[: max(BATCHES)], f"images of {directory}"
+    photographs = list(VALIDATION_PHOTOGRAPHS.items())[: max(BATCHES)]
+    source = f"photographs of installed packages ({', '.join(name for name, _ in photographs)})"
+    return [load_photograph(*place) for _, place in photographs], source

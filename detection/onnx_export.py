@@ -1,0 +1,252 @@
+"""From a detector to an ONNX model: traced by torch, then half precision, suppression and metadata put in place."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from detection.errors import SettingsError
+from detection.models import size_multiple
+from detection.onnx_files import NEEDED, Description, OutputKind
+from detection.postprocessing import YOLOPostprocess
+from detection.weights import OpenedDetector
+
+OPSETS = range(18, 25)  # torch's exporter writes 18 and converts upwards
+PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+OUTPUT_NAMES: dict[OutputKind, list[str]] = {
+    "raw": [],
+    "decoded": ["boxes", "scores"],
+    "nms": ["all_boxes", "all_scores"],  # inside the graph
+}
+# Boxes need no change of order: swapping x and y in both changes no IoU. Best score first over all images.
+SUPPRESSION = """
+<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+suppression (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
+    => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image_index)
+    <float[1] confidence = {{{confidence}}}, float[1] iou = {{{iou}}}, int64[1] most = {{{most}}},
+     int64 column_image = {{0}}, int64 column_class = {{1}}, int64[2] columns_box = {{0, 2}}>
+{{
+    class_scores = Transpose <perm = [0, 2, 1]> (all_scores)
+    kept = NonMaxSuppression (all_boxes, class_scores, most, iou, confidence)
+    kept_scores = GatherND (class_scores, kept)
+    count = Shape (kept_scores)
+    scores, order = TopK (kept_scores, count)
+    image_class_box = Gather (kept, order)
+    image_index = Gather <axis = 1> (image_class_box, column_image)
+    labels = Gather <axis = 1> (image_class_box, column_class)
+    image_box = Gather <axis = 1> (image_class_box, columns_box)
+    boxes = GatherND (all_boxes, image_box)
+}}
+"""
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What the flags of export.py say."""
+
+    outputs: OutputKind = "decoded"
+    input: str = "uint8"
+    dynamic_size: bool = False
+    half: bool = False
+    opset: int = OPSETS[0]
+    simplify: bool = True
+
+
+class ExportedDetector(nn.Module):
+    """What the graph computes before half precision and suppression."""
+
+    def __init__(self, opened: OpenedDetector, decode: bool) -> None:
+        super().__init__()
+        self.model = opened.detector.model
+        self.postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
+        self.decode = decode
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) to the raw levels, and with `decode` also boxes (B, P, 4) and scores (B, P, C)."""
+        levels = self.model(images)
+        return (*levels, *self.postprocess.decode(levels)) if self.decode else tuple(levels)
+
+
+def require_packages() -> None:
+    """Raises SettingsError: a package that the export needs is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise SettingsError(f"{error}: ONNX export needs: {NEEDED}") from None
+
+
+def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[str]]:
+    """The `onnx.ModelProto` with its metadata, and what was done, for the user."""
+    import onnx
+    from onnxscript.optimizer import remove_unused_nodes
+
+    levels = [f"stride_{stride}" for stride in cast(list[int], opened.detector.model.strides)]
+    program = trace(opened, options, levels)
+    model = without_traces(program.model_proto)
+    lines = [f"graph as traced: {len(model.graph.node)} nodes, {model.ByteSize()} bytes"]
+    if options.simplify:
+        program.optimize()  # constants are folded, normalisation goes into the convolutions (onnxscript's optimizer)
+        model = without_traces(program.model_proto)
+        lines.append(f"simplified: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
+    network = nodes_before(model, levels)
+    if options.outputs != "raw":
+        del model.graph.output[: len(levels)]
+        remove_unused_nodes(model)
+    if options.half:
+        model = halve(model, network)
+        lines.append(f"network in float16: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
+    if options.outputs == "nms":
+        model = add_suppression(model, opened)
+    description = describe(opened, options)
+    for key, value in description.to_metadata().items():
+        model.metadata_props.add(key=key, value=value)
+    model.producer_name, model.producer_version = description.program.split()
+    onnx.checker.check_model(model, full_check=True)
+    if (opset := read_opset(model)) != options.opset:  # the exporter warns only
+        raise SettingsError(f"--opset {options.opset}: torch could not convert this network from opset {opset}")
+    return model, lines
+
+
+def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> Any:
+    """torch's `ONNXProgram`, unsimplified. Grids and anchors follow from the shape of the input."""
+    model = opened.detector.model
+    multiple, size = size_multiple(model), opened.settings.evaluation.image_size
+    rows = columns = size
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if options.dynamic_size:
+        # Traced at sides that differ and are no single cell, which the exporter would take for constants.
+        rows, columns = max(size, 2 * multiple), max(size, 2 * multiple) + multiple
+        sizes |= {2: multiple * torch.export.Dim("rows"), 3: multiple * torch.export.Dim("columns")}
+    dtype = torch.uint8 if options.input == "uint8" else torch.float32
+    decode = options.outputs != "raw"
+    try:
+        return torch.onnx.export(
+            ExportedDetector(opened, decode).eval(),
+            (torch.zeros(2, 3, rows, columns, dtype=dtype),),
+            dynamo=True,
+            opset_version=options.opset,
+            input_names=["images"],
+            output_names=levels + OUTPUT_NAMES[options.outputs],
+            dynamic_shapes={"images": sizes},
+            verbose=False,
+            optimize=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        hint = " with --dynamic-size" if options.dynamic_size else ""
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise SettingsError(f"torch cannot export this network{hint}: {reason}") from None
+
+
+def read_opset(model: Any) -> int:
+    return next(entry.version for entry in model.opset_import if not entry.domain)
+
+
+def without_traces(model: Any) -> Any:
+    """torch notes at each node where in the source it comes from: half the file, and the paths of this machine."""
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
+
+
+def nodes_before(model: Any, values: list[str]) -> set[str]:
+    """Names of the nodes that the values are computed by."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    names: set[str] = set()
+    waiting = [*values]
+    while waiting:
+        node = producers.get(waiting.pop())
+        if node is not None and node.name not in names:
+            names.add(node.name)
+            waiting.extend(node.input)
+    return names
+
+
+def halve(model: Any, network: set[str]) -> Any:
+    """The nodes of the network in float16; inputs, outputs and what comes behind the network stay float32."""
+    import onnx
+    import onnx_ir
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxscript.optimizer import remove_unused_nodes
+
+    behind = {node.name for node in model.graph.node if node.name not in network}
+    halved = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=True, node_block_list=list(behind)))
+    halved.graph.sort()  # the converter appends its casts at the end
+    # Between two nodes that stay float32 it casts down and up again, which would round boxes to float16.
+    for up in [node for node in halved.graph if node.op_type == "Cast"]:
+        down = up.inputs[0].producer()
+        if down is None or down.op_type != "Cast":
+            continue
+        source = down.inputs[0]
+        if source.producer() is not None and source.producer().name in behind:
+            name, is_output = up.outputs[0].name, up.outputs[0].is_graph_output()
+            up.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+            if is_output:
+                up.outputs[0].name, source.name = f"{name}_cast", name
+    remove_unused_nodes(halved)
+    result = onnx_ir.to_proto(halved)
+    result.graph.ClearField("value_info")  # types of before
+    return onnx.shape_inference.infer_shapes(result)
+
+
+def add_suppression(model: Any, opened: OpenedDetector) -> Any:
+    """`all_boxes`, `all_scores` to final detections by the standard operator NonMaxSuppression."""
+    import onnx
+
+    evaluation = opened.settings.evaluation
+    text = SUPPRESSION.format(
+        ir_version=model.ir_version,
+        opset=read_opset(model),
+        confidence=evaluation.confidence_threshold,
+        iou=evaluation.iou_threshold,
+        most=evaluation.max_detections or 2**31 - 1,
+    )
+    names = [(name, name) for name in OUTPUT_NAMES["nms"]]
+    return onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=names)
+
+
+def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
+    """The metadata of the file."""
+    settings, model = opened.settings, opened.detector.model
+    evaluation, data = settings.evaluation, settings.data
+    postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
+    levels = range(len(postprocess.strides))
+    return Description(
+        program=f"yolo-v3 {tomllib.loads(PROJECT.read_text(encoding='utf-8'))['project']['version']}",
+        output_kind=options.outputs,
+        names=opened.class_names(),
+        category_ids=opened.category_ids,
+        input=cast(Any, options.input),
+        image_size=evaluation.image_size,
+        dynamic_size=options.dynamic_size,
+        size_multiple=size_multiple(model),
+        half=options.half,
+        letterbox={
+            "keep_aspect": data.keep_aspect,
+            "fill": data.fill,
+            "interpolation": data.interpolation,
+            "rounding": data.letterbox_rounding,
+        },
+        pixel_mean=tuple(model.get_buffer("pixel_mean").flatten().tolist()),
+        pixel_std=tuple(model.get_buffer("pixel_std").flatten().tolist()),
+        strides=tuple(postprocess.strides),
+        anchors=cast(Any, [postprocess.get_buffer(f"anchors_{level}").tolist() for level in levels]),
+        scale_xy=tuple(postprocess.scales_xy),
+        new_coords=postprocess.new_coords,
+        thresholds={
+            "confidence": evaluation.confidence_threshold,
+            "objectness": evaluation.objectness_threshold,
+            "iou": evaluation.iou_threshold,
+            "max_detections": evaluation.max_detections,
+        },
+        yolo=settings.yolo.model_dump(mode="json") | {"pretrained": False},  # a path of this machine
+        parameters=opened.num_parameters(),
+        step=opened.step,
+        seen=opened.seen,
+    )

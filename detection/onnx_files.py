@@ -1,0 +1,214 @@
+"""ONNX files of export.py in the place of a PyTorch network: what they say about themselves, and how they run."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from detection.errors import CheckpointError, SettingsError
+from detection.postprocessing import YOLOPostprocess
+from detection.settings import Settings, changed_settings
+
+OutputKind = Literal["raw", "decoded", "nms"]
+NEEDED = "pip install onnx onnxscript onnxruntime"
+# Settings that the graph holds; all others still apply to a file.
+NETWORK_SETTINGS = [
+    f"yolo.{name}" for name in ("encoder", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
+]
+NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
+
+
+class Description(BaseModel):
+    """The metadata of a file: each field is one entry of `metadata_props`, its value as JSON."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    program: str  # name and version of what wrote the file
+    output_kind: OutputKind
+    names: tuple[str, ...]  # class of each label; class_0, class_1, ... where the weights did not say
+    category_ids: tuple[int, ...] | None  # of the training annotations; None: not known
+    input: Literal["uint8", "float"]  # RGB 0..255, or 0..1
+    image_size: int  # pixels; side of the square input, with dynamic_size the one that validation uses
+    dynamic_size: bool  # any height and width that are multiples of size_multiple
+    size_multiple: int
+    half: bool  # the network computes in float16; inputs, outputs, decoding and suppression do not
+    letterbox: dict[str, Any]  # keep_aspect, fill, interpolation, rounding: how an image is laid into the input
+    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1; for information, as the next five
+    pixel_std: tuple[float, ...]
+    strides: tuple[int, ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...]  # per level (width, height) in pixels of the input
+    scale_xy: tuple[float, ...]
+    new_coords: bool
+    thresholds: dict[str, Any]  # confidence, objectness, iou, max_detections (per image and class)
+    yolo: dict[str, Any]  # the section `yolo` of the settings
+    parameters: int  # numbers in the network's weights
+    step: int
+    seen: int
+
+    def to_metadata(self) -> dict[str, str]:
+        return {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
+
+    def settings_tree(self) -> dict[str, Any]:
+        """The part of the settings that the file knows."""
+        letterbox, thresholds = self.letterbox, self.thresholds
+        return {
+            "yolo": self.yolo,
+            "data": {
+                "keep_aspect": letterbox["keep_aspect"],
+                "fill": letterbox["fill"],
+                "interpolation": letterbox["interpolation"],
+                "letterbox_rounding": letterbox["rounding"],
+            },
+            "evaluation": {
+                "image_size": self.image_size,
+                "confidence_threshold": thresholds["confidence"],
+                "objectness_threshold": thresholds["objectness"],
+                "iou_threshold": thresholds["iou"],
+                "max_detections": thresholds["max_detections"],
+            },
+        }
+
+
+class OnnxModel(nn.Module):
+    """A file that ONNX Runtime runs, called like a detector's model. It has no parameters of torch.
+
+    Args:
+        path: file that export.py wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or without our metadata.
+        SettingsError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise SettingsError(f"{path}: {error}: ONNX files need: {NEEDED}") from None
+        if not path.is_file():
+            raise CheckpointError(f"ONNX file {path} {'is no file' if path.exists() else 'does not exist'}")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it would print is in the exception
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  (a class of its own for each of its status codes)
+            raise CheckpointError(f"{path} is not a usable ONNX file: {' '.join(str(error).split())[:200]}") from None
+        self.path = path
+        self.description = read_description(self.session.get_modelmeta().custom_metadata_map, path)
+        self.strides = self.description.strides
+        self.size_multiple = self.description.size_multiple
+        self.num_parameters = self.description.parameters
+
+    def use_device(self, name: str) -> str:
+        """Run on the device of a setting; returns the one that is used: `auto` is the CPU.
+
+        Raises:
+            SettingsError: ONNX Runtime has no such device here.
+        """
+        if name in ("auto", "cpu"):
+            return "cpu"
+        provider = "CUDAExecutionProvider"
+        if name.startswith("cuda"):
+            import onnxruntime
+
+            if provider in onnxruntime.get_available_providers():
+                self.session.set_providers([(provider, {"device_id": int(name.partition(":")[2] or 0)})])
+            if provider in self.session.get_providers():  # without its libraries it is left out silently
+                return name
+        raise SettingsError(
+            f"device {name!r}: ONNX Runtime runs {self.path} on cpu, and on cuda where the package onnxruntime-gpu and "
+            "its CUDA libraries are installed"
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Args:
+            images: uint8 RGB (B, 3, H, W), of the size that the file takes.
+
+        Returns:
+            By the kind of the file: raw logits per level; all boxes (B, P, 4) and scores (B, P, C); or final boxes
+            (K, 4), scores, labels and image_index (K,), and the numbers of the images (B,).
+        """
+        values = images.contiguous().cpu().numpy()
+        if self.description.input == "float":
+            values = values.astype(np.float32) / 255
+        outputs = [torch.from_numpy(output).to(images.device) for output in self.session.run(None, {"images": values})]
+        if self.description.output_kind == "nms":
+            outputs.append(torch.arange(len(images), device=images.device))
+        return outputs
+
+
+class DecodedPostprocess(YOLOPostprocess):
+    """For files with decoded outputs: the suppression alone."""
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        boxes, scores = outputs
+        return boxes, scores
+
+
+class FinalDetections(nn.Module):
+    """For files with final detections: sorts them into their images."""
+
+    def forward(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        boxes, scores, labels, image_index, images = outputs
+        rows = [image_index == image for image in images]
+        return [{"boxes": boxes[row], "scores": scores[row], "labels": labels[row]} for row in rows]
+
+
+def build_postprocess(description: Description, settings: Settings) -> nn.Module:
+    """What turns the outputs of `OnnxModel` into detections per image."""
+    if description.output_kind == "nms":
+        return FinalDetections()
+    evaluation = settings.evaluation
+    return {"raw": YOLOPostprocess, "decoded": DecodedPostprocess}[description.output_kind](
+        description.anchors,
+        description.strides,
+        evaluation.confidence_threshold,
+        evaluation.iou_threshold,
+        evaluation.max_detections,
+        settings.yolo.class_loss,
+        evaluation.objectness_threshold,
+        description.scale_xy,
+        description.new_coords,
+    )
+
+
+def read_description(metadata: dict[str, str], path: Path) -> Description:
+    """Raises CheckpointError: not the metadata of a file that export.py wrote."""
+    if "program" not in metadata or "output_kind" not in metadata:
+        raise CheckpointError(f"{path} has no metadata of export.py: only ONNX files that it wrote can be read here")
+    try:
+        return Description.model_validate(
+            {key: json.loads(value) for key, value in metadata.items() if key in Description.model_fields}
+        )
+    except (ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: its metadata is damaged or of another version: {reason}") from None
+
+
+def refuse_changes(model: OnnxModel, own: Settings, settings: Settings) -> None:
+    """Settings that the graph holds cannot be changed by overlays and words.
+
+    Raises:
+        SettingsError: names the setting and how to get what was asked for.
+    """
+    description = model.description
+    if settings.run.precision not in ("auto", "off"):
+        raise SettingsError(
+            f"run.precision = {settings.run.precision!r}: {model.path} computes as exported; see export.py --half"
+        )
+    held = [*NETWORK_SETTINGS]
+    held += [] if description.dynamic_size else ["evaluation.image_size"]
+    held += [] if description.output_kind == "raw" else ["evaluation.objectness_threshold"]
+    held += NMS_SETTINGS if description.output_kind == "nms" else []
+    for key, (old, new) in changed_settings(own, settings).items():
+        if key in held:
+            hint = " with --dynamic-size" if key == "evaluation.image_size" else ""
+            raise SettingsError(
+                f"{key} = {new!r}: {model.path} was exported with {old!r} inside; export the weights again{hint}"
+            )

@@ -1,0 +1,546 @@
+"""export.py as its users see it, and its files as weights, with a network made in a moment from a small description."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
+
+import detect
+import export
+import validation
+from detection import onnx_comparison
+from detection.command_line import DEFAULTS
+from detection.errors import CheckpointError, SettingsError, exit_with_message
+from detection.models.darknet_cfg import parse_cfg
+from detection.models.darknet_network import DarknetNetwork
+from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
+from detection.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
+from detection.onnx_export import SUPPRESSION, OnnxOptions, describe
+from detection.onnx_files import read_description
+from detection.settings import changed_settings
+from detection.weights import OpenedDetector, open_weights
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+ANCHORS = "10,12, 30,28, 60,50"
+CFG = write_cfg(  # strides 16 and 32
+    [
+        *(net(64), conv(8, 3, 4), conv(12, 3, 4), conv(12, 3, 2), output(7), yolo("2", ANCHORS, 2)),
+        *(route(-3), upsample(), route(-1, 1), output(14), yolo("0,1", ANCHORS, 2, scale_x_y=1.1)),
+    ]
+)
+Run = Callable[..., Any]
+
+
+def make_weights(directory: Path) -> DarknetNetwork:
+    """net.cfg, net.weights (random) and net.names; the outputs vary enough from cell to cell to find something."""
+    torch.manual_seed(0)
+    network = DarknetNetwork(parse_cfg(CFG), num_classes=2, objectness_prior=0.5).eval()
+    with torch.no_grad():
+        for convolution in network.output_convolutions():
+            convolution.weight.mul_(50)
+    write_darknet_weights(network, directory / "net.weights", Header(seen=77))
+    (directory / "net.cfg").write_text(CFG)
+    (directory / "net.names").write_text("red\ngreen\n")
+    return network
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("files")
+    make_weights(directory)
+    return directory
+
+
+def weights_of(directory: Path) -> list[str | Path]:
+    return ["--weights", directory / "net.weights", "--cfg", directory / "net.cfg", "--names", directory / "net.names"]
+
+
+KINDS = {
+    "decoded": ["evaluation.objectness_threshold=0.45"],
+    "raw": ["--outputs", "raw", "--input", "float", "--dynamic-size", "--opset", "24", "--no-simplify"],
+    "nms": [
+        *("--nms", "--dynamic-size", "yolo.class_loss=cross_entropy", "evaluation.confidence_threshold=0.1"),
+        *("evaluation.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
+    ],
+    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1"],
+}
+
+
+@pytest.fixture(scope="module")
+def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """`exported("nms")`: the file that export.py makes with the flags of that kind, made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp(kind)
+            arguments = ["export.py", *weights_of(files), *KINDS[kind], "--output", directory]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [str(argument) for argument in arguments])
+                patch.chdir(files)
+                with pytest.raises(SystemExit) as left:
+                    exit_with_message(export.main)
+            assert not left.value.code
+            assert [path.name for path in directory.iterdir()] == ["net.onnx"]  # one file, nothing left beside it
+            made[kind] = directory / "net.onnx"
+        return made[kind]
+
+    yield make
+
+
+@pytest.fixture
+def run(run_script: Run) -> Run:
+    scripts = {"detect.py": detect, "export.py": export, "validation.py": validation}
+
+    def started(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Any:
+        return run_script(scripts[script].main, *arguments, cwd=cwd)
+
+    return started
+
+
+def open_file(path: Path, *words: str) -> OpenedDetector:
+    return open_weights(path, None, None, DEFAULTS, words=words)
+
+
+def some_images(count: int, height: int, width: int) -> np.ndarray:
+    """Coarse random patches, (count, 3, height, width) uint8."""
+    patches = np.random.default_rng(1).integers(0, 256, (count, 3, height // 16, width // 16), dtype=np.uint8)
+    return patches.repeat(16, axis=2).repeat(16, axis=3)
+
+
+# Darknet
+
+
+def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) -> None:
+    result = run("export.py", *weights_of(files), "--format", "darknet", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "net.weights").read_bytes() == (files / "net.weights").read_bytes()
+    assert (tmp_path / "net.names").read_text() == "red\ngreen\n"
+    described = CFG.replace("[yolo]\n", "[yolo]\nignore_thresh=0.7\n")
+    options = [section.options for section in parse_cfg(described)]
+    assert [section.options for section in parse_cfg((tmp_path / "net.cfg").read_text())] == options
+    again = run("export.py", *weights_of(files), "--format", "darknet", "--output", tmp_path)
+    assert again.returncode == 6 and "exists" in again.stderr
+
+
+def test_darknet_export_describes_the_size_it_was_asked_for(
+    run: Run, files: Path, drawn_dataset: Path, tmp_path: Path
+) -> None:
+    """Read back without any setting, the exported pair finds the same boxes."""
+    size = "evaluation.image_size=96"
+    exported = run("export.py", *weights_of(files), size, "--format", "darknet", "--output", tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "net.cfg").read_text().startswith("[net]\nwidth=96\nheight=96\n")
+    for name, words in (("a", [*weights_of(files), size]), ("b", weights_of(tmp_path))):
+        common = [drawn_dataset / "val", "run.precision=off", "evaluation.visualization_threshold=0.2"]
+        result = run("detect.py", *words, *common, "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / name / "detections.json").read_text()) for name in "ab")
+    assert first == second and any(row["detections"] for row in first)
+
+
+def test_backbone_export_ends_after_the_encoder(run: Run, files: Path, tmp_path: Path) -> None:
+    result = run("export.py", *weights_of(files), "--format", "backbone", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    # 3 convolutions of 3 x 3: biases, scales, means, variances and kernels behind a header of 20 bytes
+    values = [4 * 8 + 9 * 3 * 8, 4 * 12 + 9 * 8 * 12, 4 * 12 + 9 * 12 * 12]
+    assert (tmp_path / "net.conv.3").stat().st_size == 20 + 4 * sum(values)
+    assert load_darknet_weights(DarknetNetwork(parse_cfg(CFG), 2), tmp_path / "net.conv.3").convolutions == 3
+    with pytest.raises(CheckpointError, match="backbone"):
+        open_weights(tmp_path / "net.conv.3", files / "net.cfg", None, DEFAULTS)
+
+
+# What the files compute
+
+
+def test_decoded_outputs_by_hand(files: Path, exported: Callable[[str], Path]) -> None:
+    session = onnxruntime.InferenceSession(str(exported("decoded")))
+    (image_input,) = session.get_inputs()
+    assert image_input.name == "images" and image_input.type == "tensor(uint8)" and image_input.shape[1:] == [3, 64, 64]
+    network = DarknetNetwork(parse_cfg(CFG), 2).eval()
+    load_darknet_weights(network, files / "net.weights")
+    images = some_images(5, 64, 64)
+    with torch.no_grad():
+        raw = network(torch.from_numpy(images))[0].numpy()  # stride 16: (5, 2, 4, 4, 7)
+    boxes, scores = session.run(["boxes", "scores"], {"images": images})
+    assert boxes.shape == (5, 2 * 16 + 4, 4) and scores.shape == (5, 36, 2)
+    sigmoid = 1 / (1 + np.exp(-raw))
+    row, column, anchor = 2, 1, 1  # cells of 16 px, anchor 30 x 28, centres stretched by 1.1 around the cell's middle
+    flat = (row * 4 + column) * 2 + anchor
+    for image in range(5):
+        cell, logits = sigmoid[image, anchor, row, column], raw[image, anchor, row, column]
+        x, y = (cell[0] * 1.1 - 0.05 + column) * 16, (cell[1] * 1.1 - 0.05 + row) * 16
+        width, height = 30 * np.exp(logits[2]), 28 * np.exp(logits[3])
+        expected = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        np.testing.assert_allclose(boxes[image, flat], expected, rtol=1e-4, atol=1e-3)
+        expected = cell[4] * cell[5:] if cell[4] > 0.45 else [0, 0]  # the objectness threshold is inside
+        np.testing.assert_allclose(scores[image, flat], expected, atol=1e-5)
+    assert (scores == 0).any() and (scores > 0).any()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 128)])
+def test_any_size_gives_the_networks_logits(
+    files: Path, exported: Callable[[str], Path], size: tuple[int, int]
+) -> None:
+    session = onnxruntime.InferenceSession(str(exported("raw")))
+    assert session.get_inputs()[0].type == "tensor(float)"
+    assert [output.name for output in session.get_outputs()] == ["stride_16", "stride_32"]
+    images = some_images(2, *size)
+    network = DarknetNetwork(parse_cfg(CFG), 2).eval()
+    load_darknet_weights(network, files / "net.weights")
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images))
+    found = session.run(None, {"images": images.astype(np.float32) / 255})
+    for stride, levels in zip((16, 32), zip(expected, found, strict=True), strict=True):
+        assert levels[1].shape[2:4] == (size[0] // stride, size[1] // stride)
+        np.testing.assert_allclose(levels[1], levels[0].numpy(), atol=2e-4, rtol=1e-4)
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    left, top = np.maximum(one[:2], other[:2])
+    right, bottom = np.minimum(one[2:], other[2:])
+    shared = max(right - left, 0) * max(bottom - top, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return shared / (sum(areas) - shared)
+
+
+def slow_suppression(
+    boxes: np.ndarray, scores: np.ndarray, confidence: float, iou_threshold: float, most: int
+) -> set[tuple[int, int]]:
+    """(prediction, class) that are left of one image's boxes (P, 4) and scores (P, C)."""
+    kept = set()
+    for label in range(scores.shape[1]):
+        order = [index for index in np.argsort(-scores[:, label]) if scores[index, label] > confidence]
+        of_class: list[int] = []
+        for index in order:
+            if all(iou(boxes[index], boxes[earlier]) <= iou_threshold for earlier in of_class):
+                of_class.append(index)
+        kept |= {(int(index), label) for index in of_class[:most]}
+    return kept
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 128)])
+def test_final_detections_are_those_of_a_slow_loop(
+    files: Path, exported: Callable[[str], Path], size: tuple[int, int]
+) -> None:
+    """With every setting that matters: softmax, three thresholds, a limit; on sizes that the file was not traced at."""
+    images = some_images(3, *size)
+    opened = open_weights(
+        files / "net.weights", files / "net.cfg", None, DEFAULTS, words=["yolo.class_loss=cross_entropy"]
+    )
+    with torch.no_grad():
+        raw = opened.detector.model(torch.from_numpy(images))
+    boxes = opened.detector.postprocess.decode(raw)[0].numpy()  # held to hand calculations elsewhere
+    logits = np.concatenate([level.permute(0, 2, 3, 1, 4).reshape(3, -1, 7).numpy() for level in raw], axis=1)
+    exponentials = np.exp(logits[..., 5:])
+    objectness = 1 / (1 + np.exp(-logits[..., 4:5]))
+    scores = exponentials / exponentials.sum(-1, keepdims=True) * objectness * (objectness > 0.2)
+
+    session = onnxruntime.InferenceSession(str(exported("nms")))
+    names = ["boxes", "scores", "labels", "image_index"]
+    found_boxes, found_scores, labels, image_index = session.run(names, {"images": images})
+    assert (np.diff(found_scores) <= 0).all() and labels.dtype == image_index.dtype == np.int64
+    limited = 0
+    for image in range(3):
+        kept = slow_suppression(boxes[image], scores[image], 0.1, 0.3, 6)
+        limited += len(slow_suppression(boxes[image], scores[image], 0.1, 0.3, 10_000)) > len(kept)
+        rows = image_index == image
+        assert rows.sum() == len(kept) > 0
+        for box, score, label in zip(found_boxes[rows], found_scores[rows], labels[rows], strict=True):
+            gaps = np.abs(boxes[image] - box).max(1) / np.abs(box).max() + np.abs(scores[image, :, label] - score)
+            assert gaps.min() < 1e-4
+            kept.remove((int(gaps.argmin()), int(label)))  # each once
+        assert not kept
+    assert limited, "the limit per class should matter in these images"
+
+
+def test_suppression_alone_by_hand() -> None:
+    """Two images, two classes; IoU of the first two boxes 0.8, of the third with both 0."""
+    text = SUPPRESSION.format(ir_version=10, opset=18, confidence=0.25, iou=0.5, most=1)
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    boxes = np.float32([[[0, 0, 10, 10], [0, 0, 8, 10], [20, 0, 30, 10]]] * 2)
+    scores = np.zeros((2, 3, 2), np.float32)
+    scores[0, :, 0] = 0.5, 0.75, 0.25  # the second wins; the third is at the threshold, not above it
+    scores[1, :, 1] = 0.5, 0.4, 0.9  # one box per class and image: the third
+    found = session.run(None, {"all_boxes": boxes, "all_scores": scores})
+    expected = [[[20, 0, 30, 10], [0, 0, 8, 10]], [0.9, 0.75], [1, 0], [1, 0]]
+    for values, hand in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(values, np.float32(hand))
+    nothing = session.run(None, {"all_boxes": boxes, "all_scores": scores * 0})
+    assert [values.shape for values in nothing] == [(0, 4), (0,), (0,), (0,)]
+
+
+def test_half_keeps_the_network_alone_in_float16(exported: Callable[[str], Path]) -> None:
+    model = onnx.load(exported("half"))
+    numbers = {tensor.name: tensor for tensor in model.graph.initializer}
+    kernels = [numbers[node.input[1]].data_type for node in model.graph.node if node.op_type == "Conv"]
+    assert kernels == [onnx.TensorProto.FLOAT16] * 5
+    exponentials = [node for node in model.graph.node if node.op_type == "Exp"]  # of the sizes
+    assert len(exponentials) == 2
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
+    assert {types[node.input[0]] for node in exponentials} == {onnx.TensorProto.FLOAT}
+    assert model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    # boxes come from float32 arithmetic: on a grid of float16 they would all be multiples of 1/32 px beyond 32 px
+    boxes = open_file(exported("half")).detector.model(torch.from_numpy(some_images(3, 64, 64)))[0]
+    large = boxes[boxes.abs() > 32]
+    assert len(large) > 3 and bool((large * 32 % 1 != 0).any())
+
+
+def test_files_hold_no_path_of_this_machine(exported: Callable[[str], Path]) -> None:
+    for kind in KINDS:
+        assert str(ROOT).encode() not in exported(kind).read_bytes()
+
+
+# As weights
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_settings_names_and_counts_come_back(files: Path, exported: Callable[[str], Path], kind: str) -> None:
+    words = [word for word in KINDS[kind] if "=" in word]
+    source = open_weights(
+        files / "net.weights", files / "net.cfg", files / "net.names", DEFAULTS,
+        words=[*words, "run.precision=off", "run.device=cpu"],
+    )  # fmt: skip
+    opened = open_file(exported(kind))
+    changed = changed_settings(source.settings, opened.settings)
+    assert set(changed) <= {"train.image_size"}  # of a training only
+    assert opened.names == ("red", "green") and opened.seen == 77 and opened.category_ids is None
+    assert opened.num_parameters() == source.num_parameters() > 1000
+    assert opened.detector.criterion is None
+
+
+def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> None:
+    source = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
+        description = describe(opened, OnnxOptions(outputs="raw", half=True))
+        assert read_description(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
+        assert description.anchors == (((10, 12), (30, 28)), ((60, 50),)) and description.scale_xy == (1.1, 1.0)
+        assert description.strides == (16, 32) and description.size_multiple == 32
+    assert description.category_ids == (3, 7) and source.names is None
+
+
+def read_detections(directory: Path) -> list[tuple[int, int, list[float], float]]:
+    rows = json.loads((directory / "detections.json").read_text())
+    return sorted((row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["decoded", "raw", "nms"])
+def test_validation_gives_the_numbers_of_the_weights(
+    run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path, kind: str
+) -> None:
+    words = [word for word in KINDS[kind] if "=" in word]
+    common = [f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.batch_size=3", "run.precision=off"]
+    one = run("validation.py", *weights_of(files), *words, *common, "--output", tmp_path / "one")
+    other = run("validation.py", "--weights", exported(kind), *common, "--output", tmp_path / "other")
+    assert (one.returncode, other.returncode) == (0, 0), one.stderr + other.stderr
+    expected, found = read_detections(tmp_path / "one"), read_detections(tmp_path / "other")
+    assert len(expected) == len(found) > 10
+    for row, partner in zip(expected, found, strict=True):
+        assert row[:2] == partner[:2]
+        np.testing.assert_allclose([*row[2], row[3]], [*partner[2], partner[3]], rtol=1e-3, atol=2e-3)
+
+
+def test_detect_draws_the_same_boxes_with_another_size(
+    run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
+) -> None:
+    """Thresholds and, with --dynamic-size, the size are still the command line's."""
+    common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
+    common += ["evaluation.visualization_threshold=0.2", "run.precision=off"]
+    for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
+        result = run("detect.py", *source, *common, "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    one, other = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "other"))
+    assert sum(len(row["detections"]) for row in one) > 3
+    for row, partner in zip(one, other, strict=True):
+        assert [box["class"] for box in row["detections"]] == [box["class"] for box in partner["detections"]]
+        for box, twin in zip(row["detections"], partner["detections"], strict=True):
+            np.testing.assert_allclose(box["box"], twin["box"], atol=0.01)
+
+
+def test_consumer_example_finds_what_detect_finds(
+    run: Run, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
+) -> None:
+    photo = drawn_dataset / "val" / "3.png"
+    command = [sys.executable, ROOT / "docs" / "onnx_example.py", exported("half"), photo, "0.2"]
+    example = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert example.returncode == 0, example.stderr
+    words = [photo, "evaluation.visualization_threshold=0.2", "--output", tmp_path / "out"]
+    assert run("detect.py", "--weights", exported("half"), *words).returncode == 0
+    (row,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    printed = [line.split() for line in example.stdout.splitlines()]
+    assert len(printed) == len(row["detections"]) > 2
+    # Pillow and OpenCV round their interpolation to whole grey levels each in its own way
+    for box in row["detections"]:
+        partners = [line for line in printed if line[0] == box["class"] and abs(float(line[1]) - box["score"]) < 0.02]
+        gaps = [np.abs(np.float64(line[2:]) - box["box"]).max() for line in partners]
+        assert min(gaps) < 0.5
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "part"),
+    [
+        ("nms", ["evaluation.confidence_threshold=0.5"], "evaluation.confidence_threshold"),
+        ("nms", ["evaluation.max_detections=null"], "evaluation.max_detections"),
+        ("decoded", ["evaluation.objectness_threshold=0.1"], "evaluation.objectness_threshold"),
+        ("decoded", ["evaluation.image_size=96"], "--dynamic-size"),
+        ("raw", ["evaluation.image_size=72"], "multiple of 32"),
+        ("raw", ["yolo.class_loss=cross_entropy"], "yolo.class_loss"),
+        ("raw", ["run.precision=bf16"], "--half"),
+        ("raw", ["run.device=mps"], "'mps'"),
+        ("raw", ["run.device=cuda:1"], "onnxruntime-gpu"),
+    ],
+)
+def test_what_the_file_holds_cannot_be_changed(
+    exported: Callable[[str], Path], kind: str, words: list[str], part: str
+) -> None:
+    if "cuda" in words[0] and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime has CUDA here")
+    with pytest.raises(SettingsError, match=part):
+        open_file(exported(kind), *words)
+
+
+def test_foreign_and_damaged_files_are_one_line(
+    run: Run, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
+) -> None:
+    whole = exported("decoded").read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.onnx").write_text("no model")
+    model = onnx.load_from_string(whole)
+    entry = next(entry for entry in model.metadata_props if entry.key == "strides")
+    entry.value = '"wide"'
+    onnx.save(model, tmp_path / "meta.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    for name, part in (
+        *(("missing", "does not exist"), ("cut", "not a usable"), ("text", "not a usable")),
+        *(("meta", "strides"), ("foreign", "no metadata")),
+    ):
+        words = [drawn_dataset / "val" / "0.png", "--output", tmp_path / "out"]
+        result = run("detect.py", "--weights", tmp_path / f"{name}.onnx", *words)
+        assert result.returncode == 7 and part in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("raw")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SettingsError, match="pip install"):
+        open_file(path)
+    with pytest.raises(SettingsError, match="--cfg"):
+        open_weights(path, Path("net.cfg"), None, DEFAULTS)
+
+
+def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
+    from detection.models import build_model
+    from detection.pretrained import load_pretrained
+
+    yolo_settings = default_settings("yolo.encoder=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
+    with pytest.raises(CheckpointError, match="cannot be trained"):
+        load_pretrained(build_model(yolo_settings, 2), yolo_settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--weights", "missing.pt"], 7, "missing.pt"),
+        (["--weights", "yolov3.weights"], 7, "download_darknet_weights.sh"),
+        (["--weights", "net.weights", "--cfg", "net.names"], 2, "net.names"),
+        (["--weights", "net.weights"], 7, "bytes"),
+        (["--weights", "net.weights", "--cfg", "net.cfg", "evaluation.image_size=72"], 2, "32"),
+        (["--weights", "net.weights", "--format", "tflite"], 2, "tflite"),
+        (["--weights", "net.onnx"], 7, "ONNX"),
+        (["--weights", "net.weights", "--cfg", "net.cfg", "--device", "cuda"], 2, "--device"),
+        (["--weights", "net.weights", "--nms", "--outputs", "raw"], 2, "--nms and --outputs raw"),
+        (["--weights", "net.weights", "--format", "darknet", "--dynamic-size"], 2, "--dynamic-size belongs"),
+        (["--weights", "net.weights", "--opset", "11"], 2, "between 18 and 24"),
+        (["--weights", "net.weights", "--half", "--no-simplify"], 2, "--half needs --simplify"),
+    ],
+)
+def test_export_refuses_in_one_line(run: Run, files: Path, arguments: list[str], code: int, part: str) -> None:
+    result = run("export.py", *arguments, cwd=files)
+    assert result.returncode == code and part in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+# The comparison
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    run: Run, files: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = onnx.load(exported("decoded"))
+    kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel) * np.float32(1.01), kernel.name))
+    monkeypatch.setattr(export, "build_onnx", lambda *_: (model, []))
+    words = ["evaluation.objectness_threshold=0.45", "--output", tmp_path]
+    result = run("export.py", *weights_of(files), *words)
+    assert result.returncode == 1 and "does not compute what PyTorch does" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Run, files: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk
+) -> None:
+    model = onnx.load(exported("decoded"))
+    monkeypatch.setattr(export, "build_onnx", lambda *_: (model, []))
+    with full_disk(1000):
+        result = run("export.py", *weights_of(files), "--output", tmp_path)
+    assert result.returncode == 6 and len(result.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_final_detections_without_a_partner_are_counted(files: Path) -> None:
+    opened = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    levels = opened.detector.model(torch.from_numpy(some_images(2, 64, 64)))
+    found = opened.detector.postprocess(levels)
+    outputs = [torch.cat([image[name] for image in found]) for name in ("boxes", "scores", "labels")]
+    image_index = torch.cat([torch.full((len(image["scores"]),), row) for row, image in enumerate(found)])
+    tensors = [*outputs, image_index, torch.arange(2)]
+    same = compare_final(opened, levels, tensors, 64, FLOAT32)
+    total = len(image_index)
+    assert same.counts == (2 * total, 0) and same.largest == {"boxes": 0.0, "scores": 0.0}
+
+    best = int(tensors[1].argmax())
+    moved = [tensor.clone() for tensor in tensors]
+    moved[0][best] += 1.0  # beyond the tolerance: no partner on either side
+    assert compare_final(opened, levels, moved, 64, FLOAT32).counts == (2 * total - 2, 2)
+    moved[0][best] += torch.nan
+    assert compare_final(opened, levels, moved, 64, FLOAT32).counts == (2 * total - 2, 2)
+    kept = torch.arange(total) != best
+    missing = [tensor[kept] for tensor in tensors[:4]] + tensors[4:]
+    assert compare_final(opened, levels, missing, 64, FLOAT32).counts == (2 * total - 2, 1)
+
+
+def test_pictures_are_the_datasets_or_photographs(
+    default_settings: Callable[..., Any], tmp_path: Path, drawn_dataset: Path
+) -> None:
+    pictures, source = find_pictures(default_settings(f"data.root={drawn_dataset}").data)
+    first = cv2.imread(str(drawn_dataset / "val" / "0.png"))[..., ::-1]
+    assert len(pictures) == 3 and "val" in source and np.array_equal(pictures[0], first)
+    pictures, source = find_pictures(default_settings(f"data.root={tmp_path / 'nothing'}").data)
+    assert len(pictures) == 3 and "photographs" in source and all(picture.std() > 20 for picture in pictures)
+    batch = make_batch(pictures, 3, (32, 64))
+    assert batch.shape == (3, 3, 32, 64) and batch[2].float().std() > 60  # the last is noise
+
+
+def test_compared_sizes_are_several_and_not_all_square(files: Path) -> None:
+    opened = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    assert compared_sizes(describe(opened, OnnxOptions())) == [(64, 64)]
+    assert compared_sizes(describe(opened, OnnxOptions(dynamic_size=True))) == [(64, 64), (96, 64), (32, 96)]
+    assert onnx_comparison.BATCHES == (1, 3)
