@@ -7,7 +7,9 @@ size there, of the class of that name, with a score near 1.
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import pytest
 import torch
 
 import detect
-from detection.data.sources import UniqueNames, find_sources
+from detection.data.sources import UniqueNames, find_sources, read_ahead
+from detection.data.video import VideoWriter
 from detection.drawing import class_color
-from detection.errors import DataError, SettingsError
+from detection.errors import DataError, OutputError, SettingsError
 from detection.models.darknet_cfg import parse_cfg
 from detection.models.darknet_network import DarknetNetwork
 from detection.models.darknet_weights import Header, write_darknet_weights
@@ -293,6 +296,29 @@ def test_a_full_disk_is_one_line(run: Run, tmp_path: Path, full_disk, name: str)
     assert result.returncode == 6 and "out" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
+def test_a_video_with_missing_frames_is_an_error(tmp_path: Path, full_disk) -> None:
+    """OpenCV itself reports nothing."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), np.uint8)
+    writer = VideoWriter(tmp_path / "x.mp4", 5)
+    with full_disk(1000), pytest.raises(OutputError, match="0 of 20 frames"), writer:
+        for image in noise:
+            writer.write(image)
+
+
+def test_reading_ahead_is_bounded_and_in_order() -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        time.sleep(0.02 if item == 0 else 0)  # the first is ready last
+        return item * item
+
+    with ThreadPoolExecutor(4) as pool:
+        results = read_ahead(pool, work, range(20), 3)
+        assert next(results) == (0, 0) and len(started) <= 4
+        assert list(results) == [(number, number**2) for number in range(1, 20)]
+
+
 def test_names_are_numbered_until_they_are_free() -> None:
     names = UniqueNames()
     assert [names.take(name) for name in ("a", "a_2", "A", "a", "b")] == ["a", "a_2", "A_3", "a_4", "b"]
@@ -326,7 +352,7 @@ def test_every_frame_of_a_video_has_its_boxes(run: Run, tmp_path: Path, stride: 
         assert row["seconds"] == pytest.approx(number / 12.5, abs=1e-6) and row["width"] == side
         (line,) = (tmp_path / "out" / "labels" / "clip" / f"frame_{number:06d}.txt").read_text().splitlines()
         assert line.split()[0] == ("0" if number % 2 else "1")
-    assert f"0 images and {len(rows)} video frames" in result.stdout
+    assert f" on {len(rows)} video frames," in result.stdout
     count, rate, size = video_facts(tmp_path / "out" / "clip.mp4")
     assert (count, size) == (len(rows), (side, side))
     assert rate == pytest.approx(12.5 / stride, abs=0.001)  # OpenCV writes three digits

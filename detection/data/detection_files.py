@@ -100,11 +100,11 @@ class Results:
         tqdm.write(f"left out: {reason}", file=sys.stderr)
 
     def summary(self, threshold: float, seconds: float) -> str:
-        frames = f" and {self.frames} video frames" if self.frames else ""
+        counts = [(self.images, "images"), (self.frames, "video frames")]
+        looked_at = " and ".join(f"{count} {what}" for count, what in counts if count) or "0 images"
         return (
-            f"{self.boxes} boxes with a score of at least {threshold:g} on {self.images} images{frames}, "
-            f"{self.left_out} left out, {(self.images + self.frames) / seconds:.1f} images/s all in all: "
-            f"{self.directory}"
+            f"{self.boxes} boxes with a score of at least {threshold:g} on {looked_at}, {self.left_out} left out, "
+            f"{(self.images + self.frames) / seconds:.1f} images/s all in all: {self.directory}"
         )
 
 
