@@ -22,8 +22,10 @@ LAYERS = [
         "postprocessing",
     },
     {"models", "data"},
-    {"checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"}
-    | {"skipped_steps", "checkpoint_writer", "diagnosis"},
+    {
+        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *("skipped_steps", "run_state", "checkpoint_writer", "preflight", "diagnosis"),
+    },
 ]
 SCRIPTS = "scripts"  # above all layers
 OPTIONAL_PACKAGES = {"mlflow", "determined", "habana_frameworks", "onnx", "onnxruntime", "timm"}
