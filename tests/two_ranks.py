@@ -23,7 +23,6 @@ def load_main():
 
 
 def main() -> None:
-    sys.path.insert(0, str(MAIN.parent.parent))
     fault = sys.argv.pop(1)
     torch.set_num_threads(1)
     module = load_main()
