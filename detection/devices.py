@@ -117,3 +117,8 @@ def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: i
         if repeat:
             rates.append(2 * size**3 / (time.perf_counter() - started))
     return rates
+
+
+def prepare_distributed(device_type: str) -> str:
+    """The backend that carries gradients between devices of this type: nccl, hccl or gloo."""
+    return {"cuda": "nccl", "hpu": "hccl"}.get(device_type, "gloo")

@@ -54,7 +54,8 @@ def test_it_is_the_batch_of_the_run(
     assert result.returncode == 0, result.stderr
     content = content_of(tmp_path)
     settings = default_settings(*SMALL, f"data.root={drawn_dataset}", *words)
-    training = load_main().Run(settings, fresh=True)
+    module = load_main()
+    training = module.Run(settings, module.join_ranks(settings), fresh=True)
     sampler = training.sampler(5, 6)
     positions = [position for batch in sampler for position in batch]
     assert [(row["index"], row["epoch"], row["size"]) for row in content["images"]] == positions
