@@ -37,7 +37,7 @@ class Description(BaseModel):
     size_multiple: int
     half: bool  # the network computes in float16; inputs, outputs, decoding and suppression do not
     letterbox: dict[str, Any]  # keep_aspect, fill, interpolation, rounding: how an image is laid into the input
-    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1; for information, as the next five
+    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1
     pixel_std: tuple[float, ...]
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]  # per level (width, height) in pixels of the input
