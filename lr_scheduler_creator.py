@@ -5,25 +5,34 @@ python lr_scheduler_creator.py scheduler.strategy=WarmupMultiStepLR scheduler.wa
 python lr_scheduler_creator.py --compare recipes/240224_LambdaLR.yaml --compare recipes/240312_CosineAnnealing_T2.yaml
 python lr_scheduler_creator.py --config recipes/bccd.yaml --images 205
 
-Writes schedule.png, one CSV per curve (step, epoch, learning rate) and TensorBoard events into a new directory below
-logs/, in a few seconds. No network is built and no dataset read: --images says how long an epoch is.
+Writes schedule.png (with the end of the warm-up, milestones and restarts marked, and epochs on a second axis), one CSV
+per curve (step, epoch, learning rate) and TensorBoard events into a new directory below logs/, in a second.
+No network is built and no dataset read: --images says how long an epoch is. docs/learning_rate.png is the --compare
+of the recipes 240224_LambdaLR, 240308_CosineAnnealing_T1 and 240312_CosineAnnealing_T2.
 """
 
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detection.command_line import DEFAULTS, Parser
+from detection.display import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
-from detection.figures import plot_curves
+from detection.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
 from detection.run_loggers import new_run_directory
 from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 from detection.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COCO_IMAGES = 118_287  # train2017
 POINTS = 2000  # of a curve, besides its turns
 WARMUP_POINTS = 200
+MOST_MARKS = 60
+COSINE = "CosineAnnealingWarmRestartsWithWarmup"
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,23 @@ class Curve:
     def steps(self) -> list[int]:
         """Where the curve is drawn: evenly, closer during the warm-up, and on both sides of every turn."""
         last = self.total_steps - 1
-        turns = self.schedule.changes(self.total_steps, most=self.total_steps)
+        turns = self.turns() if len(self.turns()) <= POINTS else []
         steps = {*range(0, self.total_steps, max(self.total_steps // POINTS, 1)), last}
         steps |= {*range(0, min(self.schedule.warmup + 1, last), max(self.schedule.warmup // WARMUP_POINTS, 1))}
         steps |= {step for turn in turns for step in (turn - 1, turn) if 0 <= step <= last}
         return sorted(steps)
+
+    def turns(self) -> list[int]:
+        """Steps at which the rate drops or a cosine cycle begins."""
+        return self.schedule.changes(self.total_steps, most=self.total_steps)
+
+    def marks(self) -> dict[str, tuple[str, list[int]]]:
+        """Marker -> its meaning and the steps it marks; none of so many that they would hide the curve."""
+        warmup = [self.schedule.warmup] if 0 < self.schedule.warmup < self.total_steps else []
+        turns = [step for step in self.turns() if step not in warmup]
+        turn = ("o", "restart") if self.schedule.strategy == COSINE else ("s", "milestone")
+        found = {"^": ("end of the warm-up", warmup), turn[0]: (turn[1], turns)}
+        return {marker: (name, steps) for marker, (name, steps) in found.items() if 0 < len(steps) <= MOST_MARKS}
 
     def groups(self) -> list[str]:
         """Parameter groups with a rate of their own."""
@@ -62,7 +83,7 @@ def main() -> None:
         help="one curve per overlay; repeatable",
     )
     add("--images", type=int, default=COCO_IMAGES, metavar="N", help=f"training images (default: COCO's {COCO_IMAGES})")
-    add("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
+    parser.add_output()
     arguments = parser.parse_intermixed_args()
     if arguments.images < 1:
         raise SettingsError(f"--images {arguments.images}: must be at least 1")
@@ -76,14 +97,17 @@ def main() -> None:
         curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))
         print("\n".join([*notices, *describe(curves[-1])]))
     directory = new_run_directory(Path(settings.run.logs_path), "schedule", arguments.output)
+    figure = draw(curves)
     try:
-        draw(directory / "schedule.png", curves)
+        save_figure(directory / "schedule.png", figure)
         for curve in curves:
             write_csv(directory / f"{curve.name}.csv", curve)
             write_tensorboard(directory / curve.name, curve)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error}") from None
     print(f"figure, CSV and TensorBoard events in {directory}")
+    if arguments.show:
+        browse("learning rate", 1, lambda page: figure_pixels(figure))
 
 
 def build_curve(name: str, settings: Settings, images: int) -> Curve:
@@ -99,33 +123,45 @@ def build_curve(name: str, settings: Settings, images: int) -> Curve:
 
 def describe(curve: Curve) -> list[str]:
     """Length and turns, for the terminal."""
-    schedule, last = curve.schedule, curve.total_steps - 1
-    steps = sorted({0, *([schedule.warmup] if schedule.warmup <= last else []), *schedule.changes(last + 1), last})
-    rates = ", ".join(f"{schedule.at(step):.3g} at {step}" for step in steps)
+    schedule, last, turns = curve.schedule, curve.total_steps - 1, curve.turns()
+    warmup = [schedule.warmup] if schedule.warmup <= last else []
+    rates = [f"{schedule.at(step):.3g} at {step}" for step in sorted({0, *warmup, *turns[:8]})]
+    if len(turns) > 8:
+        rates.append(f"... ({len(turns) - 8} more{', closer than they can be drawn' if len(turns) > POINTS else ''})")
     epochs = curve.total_steps / curve.steps_per_epoch
     return [
         f"{curve.name}: {schedule.strategy}, {curve.total_steps} steps = {epochs:.1f} epochs of "
         f"{curve.steps_per_epoch:.1f} steps",
-        f"    learning rate {rates}",
+        f"    learning rate {', '.join([*rates, f'{schedule.at(last):.3g} at {last}'])}",
     ]
 
 
-def draw(path: Path, curves: Sequence[Curve]) -> None:
+def draw(curves: Sequence[Curve]) -> "Figure":
+    """All curves over the steps, the end of the warm-up and every turn marked, epochs above."""
+    figure, (axes,) = new_figure((10, 5.5))
     lines = {}
     for curve in curves:
         for group in curve.groups():
             name = curve.name if group == "weights" else f"{curve.name}, {group}"
             lines[name] = [(float(step), curve.schedule.at(step, group)) for step in curve.steps()]
+    draw_curves(axes, lines, "learning rate", "optimizer step", "learning rate")
+    color_of = dict(zip(lines, [line.get_color() for line in axes.get_lines()], strict=True))
+    named = {}
+    for curve in curves:
+        for marker, (meaning, steps) in curve.marks().items():
+            rates = [curve.schedule.at(step) for step in steps]
+            axes.plot(steps, rates, marker, color=color_of[curve.name], markersize=7, markeredgecolor="black", zorder=3)
+            named[marker] = meaning
+    for marker, meaning in named.items():
+        axes.plot([], [], marker, color="white", markersize=7, markeredgecolor="black", label=meaning)
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()  # one below the figure hides no curve
+    figure.legend(loc="outside lower center", ncols=3)
+    axes.set_ylim(bottom=0)
     lengths = {curve.steps_per_epoch for curve in curves}
-    plot_curves(
-        path,
-        lines,
-        "learning rate",
-        "optimizer step",
-        "learning rate",
-        # with epochs of different lengths there is no common second axis
-        second_x=(1 / lengths.pop(), "epoch") if len(lengths) == 1 else None,
-    )
+    if len(lengths) == 1:  # else there is no common second axis
+        add_second_x(axes, 1 / lengths.pop(), "epoch")
+    return figure
 
 
 def write_csv(path: Path, curve: Curve) -> None:

@@ -32,13 +32,13 @@ class Parser(argparse.ArgumentParser):
             group.add_argument("--gpu", type=int, metavar="N", help="CUDA device N")
             group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
 
-    def add_weights(self) -> None:
+    def add_weights(self, required: bool = True) -> None:
         """--weights with --cfg and --names."""
         add = self.add_argument
         add(
             "--weights",
             type=Path,
-            required=True,
+            required=required,
             metavar="FILE",
             help="checkpoint .pt, Darknet .weights, or exported .onnx",
         )

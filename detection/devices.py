@@ -73,6 +73,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told; nothing to wait for on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "hpu":
+        getattr(torch, "hpu").synchronize()  # noqa: B009  (the device's package adds it)
+
+
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for fp16, a disabled scaler otherwise: bfloat16 has the range of float32."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

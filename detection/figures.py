@@ -72,16 +72,20 @@ def plot_curves(
     if logarithmic:
         axes.set_yscale("log", nonpositive="mask")
     if second_x is not None:
-        factor, label = second_x
-
-        def there(x: np.ndarray) -> np.ndarray:
-            return x * factor
-
-        def back(x: np.ndarray) -> np.ndarray:
-            return x / factor
-
-        axes.secondary_xaxis("top", functions=(there, back)).set_xlabel(label)  # type: ignore[arg-type]
+        add_second_x(axes, *second_x)
     save_figure(path, figure)
+
+
+def add_second_x(axes: "Axes", factor: float, label: str) -> None:
+    """A second x axis above, whose values are x times the factor."""
+
+    def there(x: np.ndarray) -> np.ndarray:
+        return x * factor
+
+    def back(x: np.ndarray) -> np.ndarray:
+        return x / factor
+
+    axes.secondary_xaxis("top", functions=(there, back)).set_xlabel(label)  # type: ignore[arg-type]
 
 
 def draw_curves(

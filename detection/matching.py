@@ -5,7 +5,7 @@ import torch
 
 from detection.boxes import pairwise_iou
 from detection.data.coco import Annotations
-from detection.evaluation import Detections
+from detection.detections import Detections
 
 NO_TRUTH = -1  # a false detection
 IN_CROWD = -2  # inside a crowd region, neither right nor wrong

@@ -12,6 +12,8 @@ from detection.anchors import Anchors, flatten_levels
 from detection.box_coder import decode_boxes
 from detection.boxes import clip_boxes
 
+SCORES_AT_A_TIME = 2**24  # of predictions times classes: 64 MiB for each of the few arrays that decoding makes
+
 
 @dataclass(frozen=True)
 class Letterbox:
@@ -60,6 +62,7 @@ class YOLOPostprocess(nn.Module):
         max_detections: per image and class; None: all.
         class_loss: "cross_entropy" makes the class probability a softmax.
         objectness_threshold: predictions with no more objectness than this are no candidates.
+        score: "objectness" leaves the class probability out and gives a prediction its likeliest class alone.
         scales_xy, new_coords: of the levels, see `box_coder.decode_boxes`.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767
@@ -76,8 +79,10 @@ class YOLOPostprocess(nn.Module):
         objectness_threshold: float = 0.0,
         scales_xy: Sequence[float] | None = None,
         new_coords: bool = False,
+        score: Literal["product", "objectness"] = "product",
     ) -> None:
         super().__init__()
+        self.score = score
         self.strides = list(strides)
         self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
         self.new_coords = new_coords
@@ -97,8 +102,13 @@ class YOLOPostprocess(nn.Module):
         Returns:
             Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
         """
-        boxes, scores = self.decode(outputs)
-        return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+        scores_per_image = sum(level[0, ..., 5:].numel() for level in outputs)
+        images_at_a_time = max(SCORES_AT_A_TIME // max(scores_per_image, 1), 1)
+        found = []
+        for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
+            boxes, scores = self.decode(images)
+            found += [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+        return found
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Every prediction of all levels: boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C)."""
@@ -108,7 +118,10 @@ class YOLOPostprocess(nn.Module):
         raw = flatten_levels(outputs).float()
         classes = raw[..., 5:].softmax(-1) if self.softmax else raw[..., 5:].sigmoid()
         objectness = raw[..., 4:5].sigmoid()
-        scores = objectness * classes
+        if self.score == "objectness":
+            scores = torch.zeros_like(classes).scatter(-1, classes.argmax(-1, keepdim=True), objectness)
+        else:
+            scores = objectness * classes
         if self.objectness_threshold:
             scores = torch.where(objectness > self.objectness_threshold, scores, 0.0)
         return boxes, scores

@@ -1,15 +1,18 @@
 """What a run shows and keeps: pictures of batches and detections, the metric table, the files of an evaluation."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from detection.coco_metric import ClassAP
 from detection.data import DetectionDataset
 from detection.data.loaders import Batch
+from detection.detections import write_detections
 from detection.drawing import draw_boxes, make_grid, truth_beside_detections
-from detection.evaluation import Evaluation, write_detections
+from detection.evaluation import Evaluation
 from detection.settings import Settings
 from detection.target_assignment import CROWD_LABEL, PADDING_LABEL
 
@@ -33,44 +36,82 @@ METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, a
 
 
 def protocol_line(settings: Settings) -> str:
-    """What an evaluation's numbers rest on, in one line."""
+    """What an evaluation's numbers rest on, in one line, with everything in which it is not the one protocol."""
     evaluation, data = settings.evaluation, settings.data
+    product = "objectness x class probability"
     objectness = f" of objectness above {evaluation.objectness_threshold:g}" if evaluation.objectness_threshold else ""
     most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
     geometry = "letterbox" if data.keep_aspect else "squashed"
-    return (
-        f"score = objectness x class probability, confidence above {evaluation.confidence_threshold:g}{objectness}, "
+    line = (
+        f"score = {product if evaluation.score == 'product' else 'objectness of the likeliest class'}, "
+        f"confidence above {evaluation.confidence_threshold:g}{objectness}, "
         f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, {evaluation.image_size} px {geometry} "
         f"({data.interpolation})"
     )
+    found = ", ".join(deviations(settings))
+    return f"{line}; deviates from the protocol: {found}" if found else line
+
+
+def deviations(settings: Settings) -> list[str]:
+    """In what an evaluation is not the one protocol (docs/contract.md), so that its numbers are not comparable."""
+    evaluation, data = settings.evaluation, settings.data
+    most = evaluation.max_detections
+    parts = {
+        "scored by objectness alone": evaluation.score != "product",
+        f"confidence {evaluation.confidence_threshold:g} instead of 0.001": evaluation.confidence_threshold != 0.001,
+        "an objectness threshold": evaluation.objectness_threshold > 0,
+        f"NMS {evaluation.iou_threshold:g} instead of 0.45": evaluation.iou_threshold != 0.45,
+        f"{most or 'all'} boxes per class and image instead of 100": most != 100,
+        "squashed instead of letterboxed": not data.keep_aspect,
+        f"at most {evaluation.max_images} images": evaluation.max_images is not None,
+        f"a fraction of {data.validation_fraction} of the images": data.validation_fraction is not None,
+        "chosen classes only": data.class_names is not None,
+    }
+    return [name for name, deviates in parts.items() if deviates]
 
 
 def metric_table(evaluation: Evaluation) -> list[str]:
     """The official twelve numbers, then AP per class, as lines."""
+    return [*metric_lines(evaluation.metrics), *class_lines(evaluation.class_ap)]
 
-    def show(value: float | None) -> str:
-        return "not defined" if value is None else f"{value:.3f}"
 
+def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
+    """The twelve numbers as the official program prints them."""
     lines = []
     for name, (iou, area, count) in METRIC_CONDITIONS.items():
         title = "Average Precision  (AP)" if name.startswith("AP") else "Average Recall     (AR)"
         conditions = f"IoU={iou:<9} | area={area:>6} | maxDets={count:>3}"
-        lines.append(f" {title} @[ {conditions} ] = {show(evaluation.metrics[name])}")
-    width = max(len("class"), *(len(name) for name in evaluation.class_ap))
-    lines.append(f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'truths':>7}")
-    for name, (ap, ap50, truths) in evaluation.class_ap.items():
-        lines.append(f" {name:<{width}}  {show(ap):>11}  {show(ap50):>11}  {truths:>7}")
+        lines.append(f" {title} @[ {conditions} ] = {_show(metrics[name])}")
     return lines
 
 
+def class_lines(class_ap: ClassAP) -> list[str]:
+    """AP, AP50 and number of truths per class."""
+    width = max(len("class"), *(len(name) for name in class_ap))
+    lines = [f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'truths':>7}"]
+    for name, (ap, ap50, truths) in class_ap.items():
+        lines.append(f" {name:<{width}}  {_show(ap):>11}  {_show(ap50):>11}  {truths:>7}")
+    return lines
+
+
+def _show(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.3f}"
+
+
 def write_evaluation(
-    directory: Path, evaluation: Evaluation, dataset: DetectionDataset, step: int, settings: dict[str, Any]
+    directory: Path,
+    evaluation: Evaluation,
+    dataset: DetectionDataset,
+    step: int,
+    settings: dict[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """`metrics.json` and `detections.json` (COCO result format).
 
     Args:
         step: optimizer steps behind the weights.
         settings: of the evaluation: thresholds decide what the numbers mean.
+        more: other entries of `metrics.json`.
     """
     write_detections(directory / "detections.json", dataset.annotations, evaluation.detections)
     class_ap = {
@@ -85,6 +126,7 @@ def write_evaluation(
         "class_AP": class_ap,
         "backend": evaluation.backend,
         "settings": settings,
+        **(more or {}),
     }
     (directory / "metrics.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 

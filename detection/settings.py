@@ -238,6 +238,7 @@ class DataSettings(Section):
     letterbox_rounding: Literal["nearest", "down"]
     fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
+    follow_links: bool
     augmentation: AugmentationSettings
 
     @model_validator(mode="after")
@@ -338,6 +339,8 @@ class EvaluationSettings(Section):
     evaluate_frequency: Duration
     image_size: int
     batch_size: Count | None
+    max_images: Count | None
+    score: Literal["product", "objectness"]
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability
@@ -424,7 +427,7 @@ REPLACED_NAMES = {
     "output_path": "use run.logs_path",
     "train_ratio": "use data.validation_fraction",
     "val_ratio": "the whole validation set is evaluated",
-    "metric_ratio": "the whole validation set is evaluated",
+    "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
 }
 

@@ -13,7 +13,11 @@ class StopRequest:
     A signal that is ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "step") -> None:
+        """Args:
+        unit: what the loop finishes first, for the message.
+        """
+        self.unit = unit
         self.signal_number: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -23,7 +27,11 @@ class StopRequest:
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
         name = signal.Signals(number).name
-        print(f"{name} received: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
+        print(
+            f"{name} received: finishing the {self.unit} and saving; once more ends at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def check(self) -> None:
         """Raises:

@@ -1,11 +1,28 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from detection.anchors import cell_grid, cluster_anchors, flatten_levels, mean_best_iou
+from detection import anchors as anchors_module
+from detection.anchors import (
+    best_ious,
+    best_side_ratios,
+    cell_grid,
+    cluster_anchors,
+    fit_anchors,
+    flatten_levels,
+    mean_best_iou,
+    nearest_anchors,
+    refine_anchors,
+)
+from detection.data.coco import load_annotations
 
 CPU = torch.device("cpu")
+# yolov3.cfg of the Darknet program
+COCO_ANCHORS = [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)]
 
 # Grid and order
 
@@ -126,3 +143,99 @@ def test_mean_best_iou_by_hand() -> None:
         ]
     )
     assert mean_best_iou(sizes, anchors) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
+# Fits
+
+
+def random_sizes(count: int) -> np.ndarray:
+    return np.exp(np.random.default_rng(4).normal(size=(count, 2)) * 0.8 + 4)
+
+
+def mean_best_iou_by_loop(sizes: np.ndarray, anchors: np.ndarray) -> float:
+    best = []
+    for width, height in sizes.tolist():
+        ious = []
+        for anchor_width, anchor_height in anchors.tolist():
+            shared = min(width, anchor_width) * min(height, anchor_height)
+            ious.append(shared / (width * height + anchor_width * anchor_height - shared))
+        best.append(max(ious))
+    return sum(best) / len(best)
+
+
+def test_tables_of_many_boxes_against_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes and anchors in chunks that do not divide the count."""
+    monkeypatch.setattr(anchors_module, "CHUNK", 7)
+    sizes, anchors = random_sizes(50), np.array([(20.0, 60.0), (60.0, 20.0), (150.0, 150.0)])
+    assert mean_best_iou(sizes, anchors) == pytest.approx(mean_best_iou_by_loop(sizes, anchors))
+    each = [[mean_best_iou_by_loop(size[None], anchor[None]) for anchor in anchors] for size in sizes]
+    assert nearest_anchors(sizes, anchors).tolist() == np.argmax(each, axis=1).tolist()
+    assert best_ious(sizes, anchors) == pytest.approx(np.max(each, axis=1))
+
+
+def test_best_side_ratios_by_hand() -> None:
+    anchors = np.array([(10.0, 10.0), (40.0, 20.0)])
+    sizes = np.array([(10.0, 10.0), (20.0, 50.0), (5.0, 10.0), (80.0, 10.0)])
+    # (20, 50): 5 times as high as the first; half as wide and 2.5 times as high as the second
+    assert best_side_ratios(sizes, anchors) == pytest.approx([1, 2.5, 2, 2])
+
+
+def test_refined_anchor_is_the_best_of_a_grid() -> None:
+    """One anchor: no width and height of a fine grid has a higher mean IoU; the mean of the boxes is far worse."""
+    sizes = random_sizes(300)
+    refined = refine_anchors(sizes, np.median(sizes, axis=0)[None])
+    steps = np.geomspace(0.7, 1.4, 40)
+    grid = [mean_best_iou(sizes, refined * (x, y)) for x in steps for y in steps]
+    assert max(grid) <= mean_best_iou(sizes, refined) + 1e-4
+    assert mean_best_iou(sizes, refined) > mean_best_iou(sizes, sizes.mean(axis=0)[None]) + 0.03
+
+
+def spread_of(count: int) -> np.ndarray:
+    return np.linspace(0.98, 1.02, count)[:, None]
+
+
+def test_refining_never_loses() -> None:
+    sizes = random_sizes(400)
+    for seed in range(5):
+        start = sizes[np.random.default_rng(seed).choice(400, 4, replace=False)]
+        refined = refine_anchors(sizes, start)
+        assert mean_best_iou(sizes, refined) >= mean_best_iou(sizes, start)
+        assert (np.diff(refined.prod(axis=1)) >= 0).all()
+    np.testing.assert_array_equal(refine_anchors(sizes, sizes), sizes[np.argsort(sizes.prod(axis=1))])  # all have IoU 1
+
+
+def test_fit_is_not_below_the_anchors_in_use() -> None:
+    """Five shapes, one of them in nearly all boxes: a single clustering can miss some of the others."""
+    shapes = np.array([(10.0, 10.0), (10.0, 90.0), (90.0, 10.0), (90.0, 90.0), (900.0, 900.0)])
+    sizes = np.concatenate([np.repeat(shapes[:4], 3, axis=0), np.repeat(shapes[4:], 300, axis=0) * spread_of(300)])
+    alone = [mean_best_iou(sizes, fit_anchors(sizes, 5, seed, restarts=1)) for seed in range(20)]
+    assert min(alone) < mean_best_iou(sizes, shapes)  # else this test says nothing
+    worst = int(np.argmin(alone))
+    helped = fit_anchors(sizes, 5, worst, restarts=1, known=shapes)
+    assert mean_best_iou(sizes, helped) >= mean_best_iou(sizes, shapes)
+
+
+def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six shapes, each many times: a sample that holds all of them is enough to find them exactly."""
+    shapes = np.array([(10.0, 12.0), (40.0, 25.0), (30.0, 120.0), (150.0, 40.0), (150.0, 160.0), (300.0, 320.0)])
+    monkeypatch.setattr(anchors_module, "SAMPLE", 100)
+    sizes = np.repeat(shapes, 200, axis=0)
+    np.testing.assert_allclose(fit_anchors(sizes, 6), shapes)
+    with pytest.raises(ValueError, match="7 anchors need at least 7 distinct box shapes, found 6"):
+        fit_anchors(sizes, 7)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_anchors_of_half_of_val2017_are_not_below_the_published_on_the_other(
+    shared_data: Callable[[str], Path], seed: int
+) -> None:
+    annotations = load_annotations(shared_data("coco_val2017_boxes") / "annotations" / "instances_val.json")
+    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    scale = 416 / annotations.image_sizes.max(axis=1)[image_of_box]
+    sizes = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]) * scale[:, None]
+    usable = (sizes >= 1).all(axis=1)
+    half = np.random.default_rng(seed).permutation(len(annotations))[: len(annotations) // 2]
+    inside = np.isin(image_of_box, half)
+    fitted = fit_anchors(sizes[inside & usable], 9, seed, restarts=3)
+    other = sizes[~inside & usable]
+    assert mean_best_iou(other, fitted) > mean_best_iou(other, np.array(COCO_ANCHORS)) + 0.005

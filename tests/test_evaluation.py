@@ -12,20 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detection.coco_metric import METRIC_NAMES, choose_backend, score_detections
 from detection.data.coco import Annotations, CocoDataset, flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
+from detection.detections import Detections, write_detections
 from detection.devices import autocast
-from detection.evaluation import (
-    METRIC_NAMES,
-    Detections,
-    Evaluation,
-    choose_backend,
-    drop_not_finite,
-    evaluate,
-    score_detections,
-    write_detections,
-)
+from detection.evaluation import Evaluation, drop_not_finite, evaluate
 from detection.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,10 +345,10 @@ def test_faster_evaluator_equals_the_reference(seed: int) -> None:
 
 
 def test_auto_takes_the_faster_evaluator_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detection import evaluation
+    from detection import coco_metric
 
     for spec, expected in ((object(), "faster_coco_eval"), (None, "pycocotools")):
-        monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(coco_metric.importlib.util, "find_spec", lambda name, spec=spec: spec)
         assert choose_backend("auto") == expected
         assert choose_backend("pycocotools") == "pycocotools"
 

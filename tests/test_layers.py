@@ -15,15 +15,17 @@ PACKAGE = "detection"
 LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "figures", "display", "stopping", "command_line"),
+        *("drawing", "figures", "display", "stopping", "command_line", "html_report"),
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
-        "postprocessing",
+        *("postprocessing", "anchor_figure"),
     },
     {"models", "data"},
     {
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
+        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
         *("onnx_files", "onnx_export", "onnx_comparison"),
     },
 ]

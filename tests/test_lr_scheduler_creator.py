@@ -100,3 +100,23 @@ def test_no_network_and_no_dataset(tmp_path: Path) -> None:
 def test_bad_input_is_one_line(run: Run, arguments: list[str], code: int, part: str) -> None:
     found, _, err = run(*arguments)
     assert found == code and part in err and len(err.strip().splitlines()) == 1
+
+
+def test_warm_up_and_turns_are_marked(default_settings) -> None:
+    words = ("scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup", "scheduler.T_0=100", "train.steps=500")
+    cosine = lr_scheduler_creator.build_curve("cosine", default_settings(*words, "scheduler.warmup=20"), 640)
+    steps = default_settings("train.steps=500", "scheduler.warmup=0", "scheduler.index=[200, 300, 400]")
+    figure = lr_scheduler_creator.draw([cosine, lr_scheduler_creator.build_curve("steps", steps, 640)])
+    marks = {line.get_marker(): list(line.get_xdata()) for line in figure.axes[0].get_lines() if len(line.get_xdata())}
+    assert marks["^"] == [20] and marks["o"] == [120, 220, 320, 420] and marks["s"] == [200, 300, 400]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["cosine", "steps", "end of the warm-up", "restart", "milestone"]
+
+
+def test_restarts_too_close_to_be_drawn_are_said_so(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(
+        "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup", "scheduler.T_0=2", "scheduler.warmup=0",
+        "train.steps=500000", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0 and "(249992 more, closer than they can be drawn)" in out
+    assert len(rows_of(tmp_path / "out" / "CosineAnnealingWarmRestartsWithWarmup.csv")) < 2100

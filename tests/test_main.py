@@ -26,9 +26,9 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
+from detection.coco_metric import METRIC_NAMES
 from detection.devices import choose_precision
 from detection.errors import CheckpointError, exit_with_message
-from detection.evaluation import METRIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
@@ -171,7 +171,7 @@ class Scenarios:
             "whole": self.whole,
             "stopped": self.stopped,
             **({"whole_bf16": self.whole_bf16, "stopped_bf16": self.stopped_bf16} if HAS_BF16 else {}),
-            "missing_image": self.missing_image,
+            "damaged_image": self.damaged_image,
             "fake": self.fake,
             "dry_run": lambda: run(base, *self.common, f"run.logs_path={base / 'dry'}", "--dry-run"),
             "no_data": lambda: run(base),
@@ -242,10 +242,10 @@ class Scenarios:
         )
         return {"first": first, "resumed": run(self.base, "--resume", output)}
 
-    def missing_image(self) -> Result:
+    def damaged_image(self) -> Result:
         data = self.base / "data_with_hole"
         shutil.copytree(self.data, data)
-        (data / "train" / "6.png").unlink()
+        (data / "train" / "6.png").write_bytes(b"no picture")
         return run(self.base, *self.common, f"data.root={data}", "--output", self.base / "hole")
 
     def fake(self) -> Result:
@@ -474,9 +474,9 @@ def test_unwritable_output(scenarios: Scenarios) -> None:
     assert_refused(scenarios["unwritable"], 6, str(scenarios.overlay / "logs"))
 
 
-def test_missing_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
-    result = scenarios["missing_image"]
-    assert_refused(result, 3, str(scenarios.base / "data_with_hole" / "train" / "6.png"), "No such file")
+def test_damaged_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
+    result = scenarios["damaged_image"]
+    assert_refused(result, 3, str(scenarios.base / "data_with_hole" / "train" / "6.png"), "is damaged")
     assert "from step 0" in result.out  # it was running
 
 

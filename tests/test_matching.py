@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from detection.data.coco import Annotations, flatten_annotations
-from detection.evaluation import Detections
+from detection.detections import Detections
 from detection.matching import IN_CROWD, NO_TRUTH, covered_share, match_detections
 
 

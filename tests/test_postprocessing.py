@@ -254,3 +254,58 @@ def test_boxes_to_original_are_clipped_to_the_image() -> None:
     expected = [[20, 20, 60, 60], [0, 0, 200, 80], [0, 0, 40, 0]]
     assert boxes_to_original(boxes, letterbox).tolist() == expected
     assert boxes_to_original(torch.zeros(0, 4), letterbox).shape == (0, 4)
+
+
+# One pass for several thresholds, and decoding in pieces
+
+
+@pytest.mark.parametrize("most", [3, 100, None])
+@pytest.mark.parametrize("step", [0, 0.05])
+def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(most: int | None, step: float) -> None:
+    """With step the logits are rounded, so that many scores are equal."""
+    outputs = random_outputs(images=3, classes=2, seed=4)
+    if step:
+        outputs = [(level / step).round() * step for level in outputs]
+    lowest = build(confidence_threshold=0.0001, max_detections=most)(outputs)
+    for threshold in (0.001, 0.01, 0.1, 0.3):
+        for wide, narrow in zip(
+            lowest, build(confidence_threshold=threshold, max_detections=most)(outputs), strict=True
+        ):
+            kept = wide["scores"] > threshold
+            assert len(narrow["scores"]) > 0
+            for name in ("boxes", "scores", "labels"):
+                assert torch.equal(wide[name][kept], narrow[name])
+
+
+def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detection import postprocessing
+
+    outputs = random_outputs(images=5, classes=3, seed=5)
+    whole = build()(outputs)
+    postprocess, decoded = build(), []
+    decode = postprocess.decode
+    monkeypatch.setattr(postprocess, "decode", lambda levels: decoded.append(len(levels[0])) or decode(levels))
+    # 2 anchors on 4 x 6 and 2 x 3 cells: 60 predictions of 3 classes
+    for limit, sizes in ((1, [1] * 5), (360, [2, 2, 1]), (899, [4, 1])):
+        monkeypatch.setattr(postprocessing, "SCORES_AT_A_TIME", limit)
+        decoded.clear()
+        for expected, found in zip(whole, postprocess(outputs), strict=True):
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert decoded == sizes
+
+
+def test_score_by_objectness_has_one_class_per_prediction() -> None:
+    """As seed 002 scored: objectness alone, for the likeliest class."""
+    outputs = random_outputs(images=1, classes=4, seed=6)
+    (found,) = build(score="objectness", iou_threshold=1.0, max_detections=None, confidence_threshold=0.4)(outputs)
+    expected = sorted(
+        (
+            (sigmoid(raw[4]), max(range(4), key=lambda label: raw[5 + label]))
+            for level in outputs
+            for raw in level[0].reshape(-1, 9).tolist()
+            if sigmoid(raw[4]) > 0.4
+        ),
+        reverse=True,
+    )
+    assert found["scores"].tolist() == pytest.approx([confidence for confidence, _ in expected])
+    assert found["labels"].tolist() == [label for _, label in expected]

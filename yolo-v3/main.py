@@ -26,9 +26,12 @@ import torch
 from tqdm import tqdm
 
 from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.coco_metric import choose_backend
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import build_datasets
+from detection.data.checks import check_before_training
 from detection.data.coco import annotations_digest, repeat_factors
+from detection.data.fit_checks import describe_network
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
 from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device, peak_memory_gib
 from detection.drawing import save_png
@@ -44,7 +47,7 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
-from detection.evaluation import choose_backend, evaluate
+from detection.evaluation import evaluate
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size, size_multiple
 from detection.models.darknet_cfg import cfg_notices, parse_cfg
@@ -174,7 +177,12 @@ class Run:
         self.build_scaler = functools.partial(build_scaler, self.device, dtype)
 
         self.training_set, self.validation_set = build_datasets(
-            settings.data, train.image_size, evaluation.image_size, settings.run.seed, settings.yolo.num_classes
+            settings.data,
+            train.image_size,
+            evaluation.image_size,
+            settings.run.seed,
+            settings.yolo.num_classes,
+            evaluation.max_images,
         )
         self.categories = self.training_set.annotations.categories
         self.data_digest = annotations_digest(self.training_set.annotations)
@@ -210,6 +218,8 @@ class Run:
         ):
             for size in sizes:
                 check_image_size(detector.model, name, size)
+        network = describe_network(detector.model, settings.yolo, train)
+        self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
 
     def in_steps(self, duration: int | str) -> int:
         return resolve_steps(duration, self.steps_per_epoch)
@@ -264,10 +274,7 @@ class Run:
         lines += [f"pretrained  {line}" for line in self.pretrained]
         for name, annotations in (("training", training), ("validation", validation)):
             lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
-        present = set(training.labels[~training.crowd].tolist())
-        if absent := [name for label, name in enumerate(names) if label not in present]:
-            lines.append(f"warning     classes without any training box: {', '.join(absent)}")
-        return lines
+        return lines + self.data_warnings
 
     def discarded_step(self) -> None:
         """Forward, backward and update on the largest size, to see that memory and data hold."""

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.data.coco import Categories, CocoDataset, FakeDataset, find_dataset, find_validation_set
+import numpy as np
+
+from detection.data.coco import Categories, CocoDataset, FakeDataset, find_dataset, find_validation_set, select_images
 from detection.data.digits import ensure_digits
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
@@ -15,7 +17,12 @@ DetectionDataset = CocoDataset | FakeDataset
 
 
 def build_datasets(
-    data: DataSettings, training_size: int, validation_size: int, seed: int, num_classes: int | None
+    data: DataSettings,
+    training_size: int,
+    validation_size: int,
+    seed: int,
+    num_classes: int | None,
+    max_validation_images: int | None = None,
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """Training and validation set of the settings.
 
@@ -23,6 +30,7 @@ def build_datasets(
         training_size, validation_size: side of the network input in pixels.
         seed: of the run.
         num_classes: what the settings demand; None: whatever the annotations have.
+        max_validation_images: see `keep_evenly`.
 
     Raises:
         DataError: nothing found, unusable annotations, or another number of classes.
@@ -34,6 +42,7 @@ def build_datasets(
             FakeDataset(count, names, transform, seed + number)
             for number, (count, transform) in enumerate(zip(FAKE_IMAGES, transforms, strict=True))
         )
+        keep_evenly(validation_fake, max_validation_images)
         return training_fake, validation_fake
     make_builtin(data)
     (train_file, train_images), (validation_file, validation_images) = find_dataset(data)
@@ -45,6 +54,7 @@ def build_datasets(
         data.class_names,
         fraction=None if share is None else (share, False),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
     validation_set = CocoDataset(
         validation_images,
@@ -54,6 +64,7 @@ def build_datasets(
         categories=training_set.annotations.categories,
         fraction=None if share is None else (share, True),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
     names = training_set.annotations.categories.names
     if num_classes not in (None, len(names)):
@@ -62,22 +73,26 @@ def build_datasets(
         )
     if not len(training_set.annotations.labels):
         raise DataError(f"{train_file}: no usable box in any training image")
+    keep_evenly(validation_set, max_validation_images)
     return training_set, validation_set
 
 
-def build_validation_dataset(data: DataSettings, size: int, names: Sequence[str] | None) -> CocoDataset:
+def build_validation_dataset(
+    data: DataSettings, size: int, names: Sequence[str] | None, max_images: int | None = None
+) -> CocoDataset:
     """The validation images alone, with the labels of a trained detector.
 
     Args:
         size: side of the network input in pixels.
         names: classes of the detector, label by label; None: all categories of the file, by ascending id.
+        max_images: see `keep_evenly`.
 
     Raises:
         DataError: nothing found, unusable annotations, or categories that the detector does not know.
     """
     make_builtin(data)
     file, images = find_validation_set(data)
-    return CocoDataset(
+    dataset = CocoDataset(
         images,
         file,
         Transform(data, size, seed=0, training=False),
@@ -85,7 +100,20 @@ def build_validation_dataset(data: DataSettings, size: int, names: Sequence[str]
         categories=None if names is None else Categories(tuple(names), tuple(range(len(names)))),
         fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
         strict=data.strict,
+        follow_links=data.follow_links,
     )
+    keep_evenly(dataset, max_images)
+    return dataset
+
+
+def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
+    """Reduce a dataset to `count` images spread evenly over its order: the other ones are never read. None: all stay.
+
+    Not the first ones: a file's beginning may be one source, one camera, one day.
+    """
+    total = len(dataset.annotations)
+    if count is not None and count < total:
+        dataset.annotations = select_images(dataset.annotations, np.arange(count) * total // count)
 
 
 def make_builtin(data: DataSettings) -> None:

@@ -4,36 +4,34 @@ The annotation file is read once into flat arrays; no Python object per annotati
 memory instead of copying it by reference counting.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
-import json
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision.datasets import CocoDetection
 
+from detection.data.annotation_files import read_columns, read_json
+from detection.data.image_files import read_image
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
 from detection.settings import DataSettings
 from detection.target_assignment import CROWD_LABEL
 
+Layouts = list[tuple[str, tuple[str, ...]]]
 # (annotation file, image directories) below data.root: COCO's own layout, then Roboflow's
-TRAIN_LAYOUTS = [
+TRAIN_LAYOUTS: Layouts = [
     ("annotations/instances_train2017.json", ("train2017", "images/train2017", "train", "images/train", "images")),
     ("annotations/instances_train.json", ("train", "images/train", "train2017", "images/train2017", "images")),
     ("train/_annotations.coco.json", ("train",)),
 ]
-VALIDATION_LAYOUTS = [
+VALIDATION_LAYOUTS: Layouts = [
     ("annotations/instances_val2017.json", ("val2017", "images/val2017", "val", "images/val", "images")),
     ("annotations/instances_val.json", ("val", "images/val", "val2017", "images/val2017", "images")),
     ("valid/_annotations.coco.json", ("valid",)),
@@ -47,8 +45,11 @@ DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -
     "tvmonitor": "tv",
 }
 HASH_BUCKETS = 1_000_000
-CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # characters that no file name should have
-SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+# Why boxes are left out.
+ORPHAN = "annotations of images that are not listed"
+NOT_CHOSEN = "boxes of categories that are not chosen"
+DEGENERATE = "boxes without width or height"
+OUTSIDE = "boxes outside their image"
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,19 @@ class Categories:
 
 @dataclass
 class AnnotationCounts:
-    """What was left out of a dataset, for the log; lists hold the first few annotation ids."""
+    """What was left out of a dataset: how many boxes for which reason, and the annotation ids of these."""
 
     dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[int]] = field(default_factory=dict)
+    ids: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, ids: np.ndarray) -> None:
         if len(ids):
-            self.dropped[reason] = self.dropped.get(reason, 0) + len(ids)
-            self.examples[reason] = [int(number) for number in ids[:5]]
+            self.dropped[reason] = len(ids)
+            self.ids[reason] = ids.tolist()
 
     def lines(self) -> list[str]:
         return [
-            f"{count} {reason} (annotation ids {self.examples[reason]}{' ...' if count > 5 else ''})"
+            f"{count} {reason} (annotation ids {self.ids[reason][:5]}{' ...' if count > 5 else ''})"
             for reason, count in self.dropped.items()
         ]
 
@@ -120,6 +121,7 @@ class CocoDataset(CocoDetection):
         categories: labels of the training set that this (validation) set must follow, by name.
         fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
         strict: refuse degenerate and outside boxes instead of dropping them.
+        follow_links: whether image files may be links that lead out of the image directory.
 
     Raises:
         DataError: the file is not a COCO annotation file, or holds nothing to use; one line with file and place.
@@ -134,23 +136,19 @@ class CocoDataset(CocoDetection):
         categories: Categories | None = None,
         fraction: tuple[float, bool] | None = None,
         strict: bool = False,
+        follow_links: bool = False,
     ) -> None:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its timing
-                super().__init__(str(images), str(annotations))
-            content = self.coco.dataset
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{annotations}: not a JSON file: {error}") from None
-        except (KeyError, TypeError, AssertionError, AttributeError) as error:
-            raise DataError(f"{annotations}: {diagnose_annotations(annotations, error)}") from None
-        except OSError as error:
-            raise DataError(f"annotation file {annotations} cannot be read: {error.strerror}") from None
+        # Without the index that CocoDetection would build: everything is in the arrays.
+        super(CocoDetection, self).__init__(str(images))
+        content, faults = read_json(annotations)
         if not images.is_dir():
             raise DataError(f"image directory {images} does not exist")
         self.annotations = flatten_annotations(content, str(annotations), class_names, categories, fraction, strict)
+        if faults:
+            raise DataError(f"{annotations}: {faults[0].message}")
         self.sample_transform = transform
         self.image_root = images.resolve()
-        del self.coco, self.ids  # the Python objects; everything needed is in the arrays now
+        self.follow_links = follow_links
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -163,7 +161,7 @@ class CocoDataset(CocoDetection):
                 index; size is the side of the network input, 0 the transform's own.
 
         Raises:
-            DataReadError: the image is missing, damaged or not of the size that the annotations state.
+            DataReadError: the image is missing, damaged, elsewhere or not of the size that the annotations state.
         """
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
@@ -173,6 +171,8 @@ class CocoDataset(CocoDetection):
     def load_image(self, index: int) -> np.ndarray:
         """RGB uint8, (height, width, 3)."""
         path = self.image_root / self.annotations.file_name(index)
+        if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
+            raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")
         image = read_image(path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):
@@ -188,7 +188,7 @@ class FakeDataset(torch.utils.data.Dataset):
     """Random images with random boxes of the right shapes: measures speed and checks a set-up without a dataset."""
 
     def __init__(self, num_images: int, class_names: Sequence[str], transform: Transform, seed: int) -> None:
-        self.num_images, self.sample_transform, self.seed = num_images, transform, seed
+        self.sample_transform, self.seed = transform, seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
         first_box = np.concatenate([[0], np.cumsum(boxes_per_image)])
@@ -219,7 +219,7 @@ class FakeDataset(torch.utils.data.Dataset):
         )
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self.annotations)
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
@@ -232,108 +232,6 @@ class FakeDataset(torch.utils.data.Dataset):
         """Smooth noise, RGB uint8, (480, 640, 3)."""
         coarse = np.random.default_rng([self.seed, index]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         return cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_LINEAR)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to RGB uint8, (height, width, 3).
-
-    EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits are scaled to 8; transparent pixels are
-    laid over mid grey. A truncated file is an error, never a half-grey picture.
-
-    Raises:
-        DataReadError: the file is missing, not an image, or damaged.
-    """
-    try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
-    is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"
-    # OpenCV fills the missing rest of some truncated files with grey; a complete JPEG holds its end marker.
-    if is_jpeg and encoded.tobytes().rfind(b"\xff\xd9") < 0:
-        raise DataReadError(f"image {path} is damaged: the JPEG data ends early")
-    try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
-    except cv2.error:
-        image = None
-    if image is None:
-        raise DataReadError(f"image {path} is damaged or in a format that OpenCV does not read")
-    alpha = None if is_jpeg else read_alpha(path)
-    if alpha is not None and alpha.shape[:2] == image.shape[:2]:
-        image = np.round(image * alpha + 128 * (1 - alpha)).astype(np.uint8)
-    return image
-
-
-def read_alpha(path: Path) -> np.ndarray | None:
-    """Opacity 0..1 of a picture with transparency, (height, width, 1) float32; None where there is none.
-
-    By Pillow: OpenCV does not turn the alpha channel by the EXIF orientation and knows no transparent grey.
-    """
-    try:
-        with Image.open(path) as file:
-            if not file.has_transparency_data:
-                return None
-            return np.asarray(ImageOps.exif_transpose(file).convert("RGBA"), dtype=np.float32)[..., 3:] / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None  # a format that only OpenCV reads
-
-
-class _Columns(NamedTuple):
-    """The file's entries, one array per key, as they are in the file."""
-
-    image_ids: np.ndarray  # (M,)
-    file_names: list[str]
-    image_sizes: np.ndarray  # (M, 2)
-    image_of_box: np.ndarray  # (N,) image id
-    category_of_box: np.ndarray  # (N,) category id
-    coco_boxes: np.ndarray  # (N, 4) x, y, width, height
-    annotation_ids: np.ndarray  # (N,)
-    crowd: np.ndarray  # (N,)
-    areas: np.ndarray  # (N,)
-    categories: dict[int, str]
-
-
-def read_columns(content: dict[str, Any], where: str) -> _Columns:
-    """Arrays of the parsed JSON; types, finite numbers, unique images and file names are checked."""
-    for key in SINGULAR:
-        if not isinstance(content.get(key), list):
-            raise DataError(f"{where}: has no list {key!r}; is this a COCO annotation file?")
-    try:
-        images, rows = content["images"], content["annotations"]
-        category_ids = _id_array([entry["id"] for entry in content["categories"]]).tolist()
-        columns = _Columns(
-            image_ids=_id_array([image["id"] for image in images]),
-            file_names=[str(image["file_name"]) for image in images],
-            image_sizes=np.array(
-                [(image.get("width") or 0, image.get("height") or 0) for image in images], dtype=np.int32
-            ).reshape(-1, 2),
-            image_of_box=_id_array([row["image_id"] for row in rows]),
-            category_of_box=_id_array([row["category_id"] for row in rows]),
-            coco_boxes=_number_array([row["bbox"] for row in rows], (len(rows), 4)),
-            annotation_ids=_id_array([row.get("id", number) for number, row in enumerate(rows)]),
-            crowd=np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
-            areas=_number_array(
-                [row["bbox"][2] * row["bbox"][3] if row.get("area") is None else row["area"] for row in rows],
-                (len(rows),),
-            ),
-            categories=dict(zip(category_ids, [str(entry["name"]) for entry in content["categories"]], strict=True)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"{where}: {diagnose_content(content, error)}") from None
-
-    if not images:
-        raise DataError(f"{where}: no images")
-    for key, values in (("bbox", columns.coco_boxes), ("area", columns.areas[:, None])):
-        if not (finite := np.isfinite(values).all(axis=1)).all():
-            raise DataError(f"{where}: annotation {columns.annotation_ids[~finite][0]}: {key} is not a finite number")
-    _, first = np.unique(columns.image_ids, return_index=True)
-    if len(first) != len(images):
-        raise DataError(f"{where}: image id {np.delete(columns.image_ids, first)[0]} occurs twice")
-    if len(columns.categories) != len(category_ids):
-        raise DataError(f"{where}: a category id occurs twice: {', '.join(map(str, sorted(category_ids)))}")
-    for name in columns.file_names:
-        if name.startswith(("/", "\\")) or ".." in Path(name).parts or "://" in name or CONTROL.search(name):
-            raise DataError(f"{where}: file_name {name!r} is not a plain path inside the image directory")
-    return columns
 
 
 def flatten_annotations(
@@ -359,21 +257,15 @@ def flatten_annotations(
     place = np.searchsorted(columns.image_ids[order], columns.image_of_box)
     image_index = order[place.clip(max=len(order) - 1)]  # (N,) position of each box's image
     orphan = np.asarray(columns.image_ids[image_index] != columns.image_of_box, dtype=bool)
-    drop(orphan, "annotations of images that are not listed")
-    if not (known := np.isin(columns.category_of_box, list(columns.categories))).all():
-        row = int(np.flatnonzero(~known)[0])
-        raise DataError(
-            f"{where}: annotation {columns.annotation_ids[row]}: category_id {columns.category_of_box[row]} "
-            "is not in the categories"
-        )
-    drop(~np.isin(columns.category_of_box, chosen_ids), "boxes of categories that are not chosen")
+    drop(orphan, ORPHAN)
+    drop(~np.isin(columns.category_of_box, chosen_ids), NOT_CHOSEN)
     label_of_id = {number: label for label, number in enumerate(chosen_ids)}
     labels = np.array([label_of_id.get(number, 0) for number in columns.category_of_box.tolist()], dtype=np.int64)
 
     boxes = clip_to_images(columns.coco_boxes, columns.image_sizes[image_index])
     degenerate = np.any(columns.coco_boxes[:, 2:] <= 0, axis=1)
     outside = np.any(boxes[:, 2:] <= boxes[:, :2], axis=1) & ~degenerate
-    for mask, reason in ((degenerate, "boxes without width or height"), (outside, "boxes outside their image")):
+    for mask, reason in ((degenerate, DEGENERATE), (outside, OUTSIDE)):
         if strict and (mask & keep).any():
             number = columns.annotation_ids[mask & keep][0]
             raise DataError(f"{where}: annotation {number} is one of {(mask & keep).sum()} {reason} (data.strict)")
@@ -409,21 +301,6 @@ def flatten_annotations(
     )
 
 
-def _id_array(values: list[Any]) -> np.ndarray:
-    array = np.array(values) if values else np.zeros(0, np.int64)
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise TypeError("an id is not a whole number")
-    return array.astype(np.int64)
-
-
-def _number_array(values: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """float64 of real numbers only: asked for that type at once, NumPy would also convert text and null."""
-    array = np.array(values) if values else np.zeros(shape)
-    if array.dtype.kind not in "iuf" or array.shape != shape:
-        raise TypeError("not a number")
-    return array.astype(np.float64)
-
-
 def clip_to_images(coco_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """[x, y, width, height] to corners cut to the image, (N, 4) float32; a size of 0 is unknown and does not cut."""
     boxes = coco_boxes.copy()
@@ -446,15 +323,9 @@ def choose_categories(
 ) -> tuple[str, ...]:
     """Names of the dense labels, in order. A validation file must know no name that training does not have."""
     names = [file_categories[number] for number in sorted(file_categories)]
-    if len(set(names)) != len(names):
-        raise DataError(
-            f"{where}: category name {next(name for name in names if names.count(name) > 1)!r} occurs twice"
-        )
-    if not names:
-        raise DataError(f"{where}: no categories")
     if training is not None:
         followed = follow_spelling(training.names, names)
-        if class_names is None and (extra := [name for name in names if name not in followed]):
+        if class_names is None and (extra := untrained_names(training.names, names)):
             raise DataError(
                 f"{where}: categories that the detector was not trained on: {', '.join(extra[:10])}"
                 f"{' ...' if len(extra) > 10 else ''} (data.class_names leaves categories out)"
@@ -465,6 +336,12 @@ def choose_categories(
             raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
         return tuple(class_names)
     return tuple(names)
+
+
+def untrained_names(trained: Sequence[str], file_names: Sequence[str]) -> list[str]:
+    """Names of a file that a detector with these names does not know."""
+    followed = follow_spelling(trained, file_names)
+    return [name for name in file_names if name not in followed]
 
 
 def follow_spelling(names: Sequence[str], file_names: Sequence[str]) -> tuple[str, ...]:
@@ -487,50 +364,6 @@ def id_of_name(file_categories: dict[int, str], names: Sequence[str]) -> list[in
         free += name not in ids
         result.append(ids.get(name, free))
     return result
-
-
-def diagnose_content(content: dict[str, Any], error: Exception) -> str:
-    """Find the entry that made reading fail; the fast path reads whole columns and does not know which."""
-    for kind, keys in (
-        ("images", ("id", "file_name")),
-        ("annotations", ("image_id", "category_id", "bbox")),
-        ("categories", ("id", "name")),
-    ):
-        for number, entry in enumerate(content[kind]):
-            known = isinstance(entry, dict) and "id" in entry
-            name = f"{SINGULAR[kind]} {entry['id'] if known else f'number {number}'}"
-            if not isinstance(entry, dict):
-                return f"{name}: is not an object"
-            for key in keys:
-                if key not in entry:
-                    return f"{name}: has no {key!r}"
-                if key.endswith("id") and not (isinstance(entry[key], int) and not isinstance(entry[key], bool)):
-                    return f"{name}: {key} is {entry[key]!r}, must be a whole number"
-            box = entry.get("bbox", [0, 0, 0, 0])
-            if kind == "annotations" and not (
-                isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)
-            ):
-                return f"{name}: bbox is {box!r}, must be four numbers [x, y, width, height]"
-            if kind == "annotations" and not isinstance(entry.get("area", 0) or 0, int | float):
-                return f"{name}: area is {entry['area']!r}, must be a number"
-            if kind == "annotations" and "id" in entry and not isinstance(entry["id"], int):
-                return f"{name}: id is {entry['id']!r}, must be a whole number"
-            if kind == "images" and not all(isinstance(entry.get(key) or 0, int) for key in ("width", "height")):
-                return f"{name}: width or height is not a whole number"
-    return f"cannot be read: {type(error).__name__}: {error}"
-
-
-def diagnose_annotations(path: Path, error: Exception) -> str:
-    """Why pycocotools could not index the file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        return "has not the lists 'images', 'annotations' and 'categories'; is this a COCO annotation file?"
-    for number, row in enumerate(content["annotations"]):
-        if isinstance(row, dict) and "id" not in row:
-            return f"annotation number {number}: has no 'id'"
-    return diagnose_content(content, error)
 
 
 def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
@@ -560,6 +393,25 @@ def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
     return _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
 
 
+def find_split(data: DataSettings, split: str) -> tuple[Path, Path | None]:
+    """(annotation file, image directory) of one split alone; no directory where there are annotations only.
+
+    Args:
+        split: "train" or "val".
+
+    Raises:
+        DataError: no annotation file found; names what was looked for and how to get data.
+    """
+    if split == "train" or data.validation_fraction is not None:
+        layouts, name, annotations, images = TRAIN_LAYOUTS, "train", data.train_annotations, data.train_images
+    else:
+        layouts, name = VALIDATION_LAYOUTS, "validation"
+        annotations, images = data.validation_annotations, data.validation_images
+    root = existing_root(data, annotations)
+    file, directories = locate_annotations(root, layouts, annotations, name)
+    return file, locate_images(root, file, directories, annotations, images)
+
+
 def existing_root(data: DataSettings, annotations: str | None) -> Path:
     root = Path(data.root)
     if not root.is_dir() and annotations is None:
@@ -570,51 +422,68 @@ def existing_root(data: DataSettings, annotations: str | None) -> Path:
     return root
 
 
-def _locate(
-    root: Path, layouts: list[tuple[str, tuple[str, ...]]], annotations: str | None, images: str | None, split: str
-) -> tuple[Path, Path]:
-    """Explicit paths are absolute, relative to the working directory, or below root."""
+def _locate(root: Path, layouts: Layouts, annotations: str | None, images: str | None, split: str) -> tuple[Path, Path]:
+    file, directories = locate_annotations(root, layouts, annotations, split)
+    if (found := locate_images(root, file, directories, annotations, images)) is None:
+        looked = ", ".join(str(root / directory) for directory in directories)
+        raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+    return file, found
 
-    def resolve(path: str) -> Path:
-        return Path(path) if Path(path).exists() else root / path
 
+def locate_annotations(
+    root: Path, layouts: Layouts, annotations: str | None, split: str
+) -> tuple[Path, tuple[str, ...]]:
+    """Annotation file of a split, and where its images usually lie below root.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
     if annotations is not None:
-        found = [
-            (
-                resolve(annotations),
-                next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1]),
-            )
-        ]
-    else:
-        found = [(root / file, names) for file, names in layouts if (root / file).is_file()]
-    if not found:
-        looked = ", ".join(file for file, _ in layouts)
-        hint = " (with one annotation file only, set data.validation_fraction=0.1)" if split == "validation" else ""
-        raise DataError(
-            f"no {split} annotations in {root}: looked for {looked}; fetch COCO with data/download_coco.sh, or set "
-            f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
-        )
-    file, directories = found[0]
+        names = next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1])
+        return _below(root, annotations), names
+    for file, names in layouts:
+        if (root / file).is_file():
+            return root / file, names
+    looked = ", ".join(file for file, _ in layouts)
+    hint = " (with one annotation file only, set data.validation_fraction=0.1)" if split == "validation" else ""
+    raise DataError(
+        f"no {split} annotations in {root}: looked for {looked}; fetch COCO with data/download_coco.sh, or set "
+        f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
+    )
+
+
+def locate_images(
+    root: Path, file: Path, directories: Sequence[str], annotations: str | None, images: str | None
+) -> Path | None:
+    """Image directory of an annotation file; None where there is none."""
     if images is not None:
-        return file, resolve(images)
+        return _below(root, images)
     for directory in directories:
         if (root / directory).is_dir():
-            return file, root / directory
-    if annotations is not None:
-        return file, file.parent
-    looked = ", ".join(str(root / directory) for directory in directories)
-    raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+            return root / directory
+    return None if annotations is None else file.parent
 
 
-def load_annotations(path: Path) -> Annotations:
-    """Annotations of a file alone, without images: for statistics and for scoring stored detections."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: is not a COCO annotation file")
-    return flatten_annotations(content, str(path))
+def _below(root: Path, path: str) -> Path:
+    """Explicit paths are absolute, relative to the working directory, or below root."""
+    return Path(path) if Path(path).exists() else root / path
+
+
+def load_annotations(
+    path: Path,
+    class_names: Sequence[str] | None = None,
+    fraction: tuple[float, bool] | None = None,
+    strict: bool = False,
+) -> Annotations:
+    """Annotations of a file alone, without images: for statistics and for scoring stored detections.
+
+    The arguments are those of `CocoDataset`.
+    """
+    content, faults = read_json(path)
+    annotations = flatten_annotations(content, str(path), class_names, None, fraction, strict)
+    if faults:
+        raise DataError(f"{path}: {faults[0].message}")
+    return annotations
 
 
 def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:

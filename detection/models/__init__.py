@@ -1,11 +1,12 @@
 """Detectors by name: each is a triple of model, criterion and postprocess with the signatures of docs/contract.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from detection.anchors import Anchors
 from detection.errors import SettingsError
 from detection.losses import CRITERIA
 from detection.models.darknet import Darknet53, DarknetTiny, use_darknet_normalisation
@@ -45,9 +46,8 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
     model = build_model(yolo, num_classes)
     if yolo.batch_norm == "darknet":
         use_darknet_normalisation(model)
-    anchors, scales_xy, new_coords = yolo.anchors, None, False
-    if isinstance(model, DarknetNetwork):  # its description says more than the settings do
-        anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
+    anchors, scales_xy = anchors_of(model, yolo)
+    new_coords = isinstance(model, DarknetNetwork) and model.new_coords
     criterion = None
     if not new_coords:
         weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
@@ -64,8 +64,14 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
         evaluation.objectness_threshold,
         scales_xy,
         new_coords,
+        evaluation.score,
     )
     return Detector(model, criterion, postprocess)
+
+
+def anchors_of(model: nn.Module, yolo: YoloSettings) -> tuple[Anchors, Sequence[float] | None]:
+    """Anchors and scale_xy (None: 1) per level; a Darknet description says more than the settings."""
+    return (model.anchors, model.scales_xy) if isinstance(model, DarknetNetwork) else (yolo.anchors, None)
 
 
 def build_model(yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork:

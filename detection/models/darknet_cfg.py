@@ -7,7 +7,7 @@ Source: the parsers of https://github.com/pjreddie/darknet and https://github.co
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from detection.errors import SettingsError
@@ -254,4 +254,23 @@ def with_classes(sections: Sequence[CfgSection], num_classes: int) -> list[CfgSe
             before = result[index - 1]
             filters = {"filters": str(num_anchors * (5 + num_classes))}
             result[index - 1] = CfgSection(before.name, before.line, {**before.options, **filters})
+    return result
+
+
+def with_anchors(
+    sections: Sequence[CfgSection], anchors_of_layer: Mapping[int, Sequence[tuple[float, float]]]
+) -> list[CfgSection]:
+    """The same description with other anchors.
+
+    Args:
+        anchors_of_layer: number of each [yolo] layer -> its anchors, as many as it has, (width, height) in pixels.
+    """
+    levels = sorted(anchors_of_layer.values(), key=lambda level: level[0][0] * level[0][1])
+    anchors = [anchor for level in levels for anchor in level]
+    shared = {"anchors": ", ".join(f"{w:g},{h:g}" for w, h in anchors), "num": str(len(anchors))}
+    result = list(sections)
+    for number, level in anchors_of_layer.items():
+        section = result[number + 1]  # behind [net]
+        mask = ",".join(str(anchors.index(anchor)) for anchor in level)
+        result[number + 1] = CfgSection("yolo", section.line, {**section.options, "mask": mask, **shared})
     return result

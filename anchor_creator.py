@@ -1,0 +1,299 @@
+"""Anchors for a dataset: k-means of its box shapes, compared with the current anchors, as an overlay to train with.
+
+python anchor_creator.py --config recipes/quickstart.yaml                      built-in digits, about 5 seconds
+python anchor_creator.py data.root=my_dataset train.image_size=320
+python anchor_creator.py data.train_annotations=boxes.json --per-level 4       no images are needed
+python yolo-v3/main.py --config my_overlay.yaml --config logs/<run>/anchors.yaml
+
+Takes the boxes of the training images at the size of the network input (train.image_size, with the letterbox of
+training), without crowd regions and without what is below 1 pixel there. With train.resize_frequency on, the network
+meets every box at all of train.multiscale_sizes equally often while anchors stay at their pixels: they are fitted to
+the boxes at all these sizes. Augmentation and data.balance are not modelled: a random scale widens the spread around
+the same shapes.
+
+Distance is 1 - shape IoU (boxes and anchors laid over one another, same centre). Prints the mean best shape IoU, and
+two kinds of best possible recall: the share of boxes whose best anchor has a shape IoU of at least --threshold, and the
+share of which both sides are within --ratio times the sides of an anchor. Anchors are sorted by area and dealt to the
+levels, finest stride first, as many each as now or as --per-level says: where all objects are small, more of them serve
+at the fine levels. Says whether they are worth it: the anchors published for COCO are fine for many datasets.
+
+Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet
+description also that description with the new anchors, anchors.cfg. Seconds; about 20 for COCO's 860,001 boxes.
+docs/anchors.png is that of all boxes of COCO val2017 (data.train_annotations=instances_val2017.json).
+"""
+
+import argparse
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from detection.anchor_figure import draw_anchors
+from detection.anchors import Anchors, best_ious, best_side_ratios, fit_anchors, mean_best_iou, nearest_anchors
+from detection.command_line import DEFAULTS, Parser
+from detection.data import make_builtin
+from detection.data.box_shapes import shapes_at
+from detection.data.coco import find_split, load_annotations
+from detection.display import browse
+from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.figures import figure_pixels, save_figure
+from detection.models.darknet_cfg import CfgSection, format_cfg, parse_cfg, with_anchors
+from detection.models.darknet_layers import build_layers
+from detection.models.darknet_network import DarknetNetwork
+from detection.run_loggers import new_run_directory
+from detection.settings import DARKNET_CFG, SIZE_MULTIPLE, Settings, load_settings
+
+PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
+    9: (
+        "YOLOv3 for COCO",
+        [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)],
+    ),
+    6: ("YOLOv3-tiny for COCO", [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]),
+}
+# Anchors fitted to COCO itself at 416 px gain 0.015 on the published ones, and new anchors have not raised the AP there
+# (https://github.com/ultralytics/yolov3/pull/754).
+SMALL_GAIN = 0.02
+
+
+@dataclass(frozen=True)
+class Network:
+    """What anchors are made for."""
+
+    anchors: Anchors  # the current ones
+    strides: tuple[int, ...]
+    size_step: int  # pixels between the sizes of multiscale training
+    sections: list[CfgSection] | None  # of its Darknet description, if it has one
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a set of anchors covers the boxes."""
+
+    name: str
+    anchors: np.ndarray  # (K, 2)
+    mean_iou: float
+    recall_iou: float
+    recall_ratio: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    network = describe_network(settings)
+    counts = counts_per_level(arguments.per_level, network)
+    if settings.data.fake:
+        raise SettingsError("data.fake: anchors for random boxes serve nobody; name a dataset with data.root=DIRECTORY")
+    make_builtin(settings.data)
+    path = find_split(settings.data, "train")[0]
+    share = settings.data.validation_fraction
+    annotations = load_annotations(path, settings.data.class_names, None if share is None else (share, False))
+    sizes = input_sizes(settings, network)
+    shapes, left_out = shapes_at(annotations, settings.data, sizes, settings.run.seed)
+    at = f"{sizes[0]} px" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
+    print("\n".join([*notices, f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]))
+    print("\n".join(f"    left out: {line}" for line in left_out + annotations.counts.lines()) or "    none left out")
+
+    known = np.array([anchor for level in network.anchors for anchor in level])
+    try:
+        anchors = fit_anchors(shapes, sum(counts), settings.run.seed, arguments.restarts, known)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    levels = deal(anchors.round(1), counts)
+    fits = compare(shapes, levels, network.anchors, arguments)
+    verdict = judge(fits)
+    print("\n".join([*table(fits, arguments), *level_lines(levels, network.strides, shapes), verdict]))
+
+    directory = new_run_directory(Path(settings.run.logs_path), "anchors", arguments.output)
+    sets = [
+        (name, f"{fit.name}, mean IoU {fit.mean_iou:.3f}", anchors)
+        for name, fit, anchors in (("new", fits[0], levels), ("current", fits[1], network.anchors))
+    ]
+    title = f"{path.name}: {len(annotations)} images at {at}"
+    figure = draw_anchors(shapes, sets, network.strides, max(sizes), title)
+    try:
+        save_figure(directory / "anchors.png", figure)
+        write_overlay(directory, levels, network, [f"{path}, {at}", verdict])
+        write_report(directory / "anchors.json", levels, network, fits, verdict, path, sizes, arguments)
+    except OSError as error:
+        raise OutputError(f"results cannot be written to {directory}: {error}") from None
+    print(f"overlay, figure and numbers in {directory}; train with --config {directory / 'anchors.yaml'}")
+    if arguments.show:
+        browse("anchors", 1, lambda page: figure_pixels(figure))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("anchor_creator.py", __doc__)
+    parser.add_settings(device=False)
+    add = parser.add_argument
+    add(
+        "--per-level",
+        metavar="N[,N...]",
+        help="anchors of every level, or of each, finest stride first (default: as yolo.anchors)",
+    )
+    add("--restarts", type=int, default=10, metavar="N", help="clusterings, the best of which counts (default: 10)")
+    add("--threshold", type=float, default=0.5, metavar="IOU", help="shape IoU of the recall (default: 0.5)")
+    add("--ratio", type=float, default=4.0, metavar="R", help="ratio of sides of the recall (default: 4)")
+    parser.add_output()
+    arguments = parser.parse_intermixed_args()
+    if arguments.restarts < 1:
+        raise SettingsError(f"--restarts {arguments.restarts}: must be at least 1")
+    if not 0 < arguments.threshold < 1:
+        raise SettingsError(f"--threshold {arguments.threshold:g}: must lie between 0 and 1")
+    if not 1 < arguments.ratio < math.inf:
+        raise SettingsError(f"--ratio {arguments.ratio:g}: must be greater than 1")
+    return arguments
+
+
+def describe_network(settings: Settings) -> Network:
+    """Anchors and strides without building the network, but for a Darknet description, which alone knows its own."""
+    yolo = settings.yolo
+    if yolo.encoder != DARKNET_CFG:
+        strides = tuple(SIZE_MULTIPLE >> level for level in reversed(range(len(yolo.anchors))))
+        return Network(yolo.anchors, strides, SIZE_MULTIPLE, None)
+    assert yolo.cfg is not None, "checked by the settings"
+    sections = parse_cfg(yolo.cfg)
+    levels = sorted(build_layers(sections)[2], key=lambda level: level.stride)
+    classes = sections[levels[0].layer + 1].integer("classes", 20)
+    multiple = DarknetNetwork(sections, classes).size_multiple
+    return Network(
+        tuple(level.anchors for level in levels),
+        tuple(level.stride for level in levels),
+        math.lcm(SIZE_MULTIPLE, multiple),
+        sections,
+    )
+
+
+def counts_per_level(text: str | None, network: Network) -> list[int]:
+    """Anchors per level, stride ascending."""
+    current = [len(level) for level in network.anchors]
+    if text is None:
+        return current
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    counts = counts * len(current) if len(counts) == 1 else counts
+    if len(counts) != len(current) or min(counts) < 1:
+        raise SettingsError(
+            f"--per-level {text}: one whole number above 0 for all {len(current)} levels of the network, or one each: "
+            f"{','.join(map(str, current))}"
+        )
+    if network.sections is not None and counts != current:
+        raise SettingsError(
+            f"--per-level {text}: the Darknet description has {','.join(map(str, current))}; change its filters first"
+        )
+    return counts
+
+
+def input_sizes(settings: Settings, network: Network) -> list[int]:
+    """Sides in pixels at which training meets the boxes, all equally often."""
+    train = settings.train
+    if not train.resize_frequency:
+        return [train.image_size]
+    smallest, largest = train.multiscale_sizes
+    return list(range(smallest, largest + 1, network.size_step))
+
+
+def deal(anchors: np.ndarray, counts: Sequence[int]) -> list[list[tuple[float, float]]]:
+    """Anchors sorted by area to levels, stride ascending."""
+    pieces = np.split(anchors, np.cumsum(counts)[:-1])
+    return [[(float(width), float(height)) for width, height in piece] for piece in pieces]
+
+
+def compare(shapes: np.ndarray, new: Anchors, current: Anchors, arguments: argparse.Namespace) -> list[Fit]:
+    """The new anchors, the current ones, and those published for COCO unless these are the current ones."""
+    flat_new, flat = ([anchor for level in levels for anchor in level] for levels in (new, current))
+    published_name, published = PUBLISHED.get(len(flat), PUBLISHED[9])
+    sets = [("new", flat_new), ("current", flat), (published_name, published)]
+    if sorted(flat) == sorted(published):
+        sets[1:] = [(f"current = {published_name}", flat)]
+    fits = []
+    for name, values in sets:
+        anchors = np.array(values, dtype=np.float64)
+        recall = float((best_ious(shapes, anchors) >= arguments.threshold).mean())
+        within = float((best_side_ratios(shapes, anchors) <= arguments.ratio).mean())
+        fits.append(Fit(name, anchors, mean_best_iou(shapes, anchors), recall, within))
+    return fits
+
+
+def table(fits: Sequence[Fit], arguments: argparse.Namespace) -> list[str]:
+    width = max(len(fit.name) for fit in fits)
+    columns = f"IoU >= {arguments.threshold:g}", f"sides within {arguments.ratio:g}x"
+    return [f"{'anchors':<{width}}  count  mean IoU  {columns[0]:>10}  {columns[1]:>15}"] + [
+        f"{fit.name:<{width}}  {len(fit.anchors):>5}  {fit.mean_iou:>8.3f}  {fit.recall_iou:>10.1%}"
+        f"  {fit.recall_ratio:>{max(15, len(columns[1]))}.1%}"
+        for fit in fits
+    ]
+
+
+def level_lines(levels: Anchors, strides: Sequence[int], shapes: np.ndarray) -> list[str]:
+    """New anchors of each level, and the share of the boxes that are nearest to them."""
+    anchors = np.array([anchor for level in levels for anchor in level])
+    level_of_anchor = np.repeat(np.arange(len(levels)), [len(level) for level in levels])
+    shares = np.bincount(level_of_anchor[nearest_anchors(shapes, anchors)], minlength=len(levels)) / len(shapes)
+    texts = ["  ".join(f"{width:g} x {height:g}" for width, height in level) for level in levels]
+    return [
+        f"stride {stride:>2}: {text:<{max(map(len, texts))}}  ({share:.0%} of the boxes)"
+        for stride, text, share in zip(strides, texts, shares, strict=True)
+    ]
+
+
+def judge(fits: Sequence[Fit]) -> str:
+    new, current, *published = fits
+    gain = new.mean_iou - current.mean_iou
+    if gain < SMALL_GAIN:
+        return f"recommendation: keep the current anchors, the new ones gain {gain:.3f} mean IoU (below {SMALL_GAIN:g})"
+    text = f"recommendation: use the new anchors, they gain {gain:.3f} mean IoU on the current ones"
+    if published and (left := new.mean_iou - published[0].mean_iou) < SMALL_GAIN:
+        text += f"; the anchors of {published[0].name} are good enough too ({left:.3f} below the new ones)"
+    return text
+
+
+def write_overlay(directory: Path, levels: Anchors, network: Network, comments: Sequence[str]) -> None:
+    lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
+    if network.sections is None:
+        rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
+        lines += ["yolo:", "  anchors:", *rows]
+    else:
+        layers = [level.layer for level in sorted(build_layers(network.sections)[2], key=lambda level: level.stride)]
+        text = format_cfg(with_anchors(network.sections, dict(zip(layers, levels, strict=True))))
+        (directory / "anchors.cfg").write_text(text, encoding="utf-8")
+        lines += ["yolo:", f"  encoder: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
+    (directory / "anchors.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_report(
+    path: Path,
+    levels: Anchors,
+    network: Network,
+    fits: Sequence[Fit],
+    verdict: str,
+    annotations: Path,
+    sizes: Sequence[int],
+    arguments: argparse.Namespace,
+) -> None:
+    content = {
+        "annotations": str(annotations),
+        "sizes": list(sizes),
+        "strides": network.strides,
+        "anchors": levels,
+        "fits": {
+            fit.name: {
+                "anchors": fit.anchors.tolist(),
+                "mean_iou": fit.mean_iou,
+                f"share_iou_{arguments.threshold:g}": fit.recall_iou,
+                f"share_ratio_{arguments.ratio:g}": fit.recall_ratio,
+            }
+            for fit in fits
+        },
+        "recommendation": verdict,
+    }
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,277 @@
+"""Look through a dataset before it costs days: everything that would stop training or make it wrong, with ids.
+
+python check_dataset.py data.root=my_dataset                     both splits; about 4 ms per image and core
+python check_dataset.py data.root=my_dataset --quick             no image is opened: what training does before step 0
+python check_dataset.py data.root=my_dataset --headers           sizes, EXIF and formats, but nothing is decoded
+python check_dataset.py data.train_annotations=boxes.json data.train_images=photos --split training
+python check_dataset.py --config my.yaml && python3 yolo-v3/main.py --config my.yaml       as a gate
+
+Checks the annotation files, the image files (decoded as training does), leakage between the splits, and whether the
+boxes fit the network's input size, cells and anchors. Errors stop training; warnings make it worse. Prints both and
+writes check.json with all ids into a new directory below logs/. Never changes the dataset. Exit code: 0 no error, 1 an
+error (with --strict: or a warning), 2 nothing that could be checked.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from detection.command_line import DEFAULTS, Parser
+from detection.data import make_builtin
+from detection.data.annotation_checks import (
+    boxes_per_class,
+    check_annotations,
+    check_image_sizes,
+    compare_categories,
+    flatten_tolerantly,
+    read_tolerantly,
+)
+from detection.data.coco import (
+    TRAIN_LAYOUTS,
+    VALIDATION_LAYOUTS,
+    Annotations,
+    existing_root,
+    locate_annotations,
+    locate_images,
+)
+from detection.data.findings import KINDS, Finding, Findings
+from detection.data.fit_checks import check_fit, describe_network
+from detection.data.image_checks import (
+    Split,
+    check_images,
+    check_listing,
+    check_same_images,
+    check_shared_names,
+    inspect_images,
+)
+from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
+from detection.models import build_model, check_image_size
+from detection.run_loggers import new_run_directory
+from detection.settings import DataSettings, Settings, load_settings
+
+SPLITS = ("training", "validation")
+
+
+class DatasetFault(UserError):
+    """The dataset was read, and has errors."""
+
+
+class Source(NamedTuple):
+    """Where a split lies."""
+
+    split: str
+    file: Path
+    images: Path | None
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    if settings.data.fake:
+        raise SettingsError("data.fake: made-up data needs no check")
+    print("\n".join(notices), end="\n" if notices else "")
+    make_builtin(settings.data)
+    findings = Findings(settings.data.strict)
+    wanted = SPLITS if arguments.split == "both" else (arguments.split,)
+    sources = find_sources(settings.data, wanted, findings)
+    annotations = check_files(sources, settings, findings)
+    splits = [
+        Split(source.split, source.images, annotations[source.split])
+        for source in sources
+        if source.images is not None and source.split in annotations
+    ]
+    check_listing(splits, settings.data.follow_links, findings)
+    if arguments.quick:
+        check_shared_names(splits, findings)
+    else:
+        inspect_images(splits, decode=not arguments.headers, workers=settings.data.num_workers)
+        for split in splits:
+            check_images(split, findings)
+            check_unstated_sizes(split, findings)
+        check_same_images(splits, findings)
+    fit = fit_to_network(annotations, settings, findings)
+
+    directory = new_run_directory(Path(settings.run.logs_path), "check_dataset", arguments.output)
+    depth = "quick" if arguments.quick else "headers" if arguments.headers else "full"
+    report = describe(sources, annotations, splits, findings, fit) | {"depth": depth}
+    try:
+        (directory / "check.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
+    print("\n".join(text_lines(report, findings)))
+    print(f"all ids in {directory / 'check.json'}")
+    errors, warnings = len(findings.of("error")), len(findings.of("warning"))
+    if errors or (arguments.strict and warnings):
+        raise DatasetFault(f"the dataset has {count(errors, 'error')} and {count(warnings, 'warning')}, listed above")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("check_dataset.py", __doc__)
+    parser.add_settings(device=False)
+    add = parser.add_argument
+    add("--split", choices=["both", *SPLITS], default="both", help="check one split alone (default: both)")
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="open no image")
+    depth.add_argument("--headers", action="store_true", help="read the header of every image, decode none")
+    add("--strict", action="store_true", help="exit 1 for warnings too")
+    add("--output", type=Path, metavar="DIRECTORY", help="where check.json goes (default: new, below logs/)")
+    return parser.parse_intermixed_args()
+
+
+def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings) -> list[Source]:
+    """Annotation file and image directory of each split, as training finds them; what is not there is a finding.
+
+    Raises:
+        DataError: no annotation file at all.
+    """
+    share = data.validation_fraction
+    if share is not None and data.validation_annotations is not None:
+        raise DataError("data.validation_fraction and data.validation_annotations are both set; choose one")
+    of_training = (TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
+    of_validation = (VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+    sources, refusals = [], []
+    for split in wanted:
+        layouts, annotations, images, name = of_training if split == "training" or share is not None else of_validation
+        root = existing_root(data, annotations)
+        try:
+            file, directories = locate_annotations(root, layouts, annotations, name)
+        except DataError as error:
+            refusals.append(error)
+            findings.add("no_annotation_file", split, [split], [error.line])
+            continue
+        directory = locate_images(root, file, directories, annotations, images)
+        if directory is None or not directory.is_dir():
+            looked = str(directory or f"{root}: looked for {', '.join(directories)}")
+            findings.add("no_image_directory", split, [split], [looked])
+            directory = None
+        sources.append(Source(split, file, directory))
+    if not sources:
+        raise refusals[0]
+    return sources
+
+
+def check_files(sources: list[Source], settings: Settings, findings: Findings) -> dict[str, Annotations]:
+    """Split -> what training would use of its annotation file.
+
+    Raises:
+        DataError: none of the files can be read.
+    """
+    data = settings.data
+    found: dict[str, Annotations] = {}
+    refusals: list[DataError] = []
+    one_file = len(sources) > 1 and sources[0].file == sources[1].file
+    content: dict[str, Any] = {}
+    for number, (split, file, _) in enumerate(sources):
+        if not (one_file and number):
+            try:
+                content = read_tolerantly(file, "both" if one_file else split, findings)
+            except DataError as error:
+                refusals.append(error)
+                findings.add("unreadable_file", split, [file.name], [error.line])
+                if one_file:
+                    break
+                continue
+        for key in ("images", "categories"):
+            if not content[key] and not findings[f"no_{key}"]:  # all of them were faulty
+                findings.add(f"no_{key}", split, [key])
+        trained = found["training"].categories if "training" in found else None
+        annotations = flatten_tolerantly(content, file, split, data, trained, findings)
+        if annotations is not None:
+            found[split] = annotations
+            check_annotations(annotations, split, findings)
+    if len(refusals) and not content:
+        raise refusals[0]
+    if len(found) == len(SPLITS):
+        compare_categories(found["training"], found["validation"], findings)
+    if "training" in found:
+        names = found["training"].categories.names
+        if settings.yolo.num_classes not in (None, len(names)):
+            findings.add("wrong_class_count", "training", [f"{len(names)}, not {settings.yolo.num_classes}"])
+    return found
+
+
+def check_unstated_sizes(split: Split, findings: Findings) -> None:
+    """Tiny and extreme images among those whose size the annotation file does not state."""
+    stated = set(np.flatnonzero(np.all(split.annotations.image_sizes > 0, axis=1)).tolist())
+    sizes = np.zeros((len(split.names), 2), dtype=np.int64)
+    for index, image in split.images.items():
+        if index not in stated:
+            sizes[index] = image.size
+    check_image_sizes(split.names, sizes, split.name, findings)
+
+
+def fit_to_network(annotations: dict[str, Annotations], settings: Settings, findings: Findings) -> dict[str, float]:
+    """Numbers of the training set (or of what there is) against the network of the settings."""
+    if not annotations:
+        return {}
+    split = next(iter(annotations))
+    train = settings.train
+    with torch.device("meta"):  # the strides and the anchors, but no weights
+        model = build_model(settings.yolo, 1)
+    check_image_size(model, "train.image_size", train.image_size)
+    network = describe_network(model, settings.yolo, train)
+    return check_fit(annotations[split], network, settings.data, split, findings)
+
+
+def describe(
+    sources: list[Source],
+    annotations: dict[str, Annotations],
+    splits: list[Split],
+    findings: Findings,
+    fit: dict[str, float],
+) -> dict[str, Any]:
+    """check.json."""
+    report: dict[str, Any] = {}
+    for source in sources:
+        found = annotations.get(source.split)
+        report[source.split] = {
+            "annotations": str(source.file),
+            "images_directory": None if source.images is None else str(source.images),
+            "images": 0 if found is None else len(found),
+            "boxes": 0 if found is None else len(found.labels),
+            "images_opened": sum(len(split.images) for split in splits if split.name == source.split),
+            "boxes_per_class": {} if found is None else boxes_per_class(found),
+        }
+    severities = {f"{severity}s": len(findings.of(severity)) for severity in ("error", "warning")}
+    return {"splits": report, "fit": fit, **severities, "findings": [finding.row() for finding in findings.ordered()]}
+
+
+def text_lines(report: dict[str, Any], findings: Findings) -> list[str]:
+    """What the terminal shows: the dataset, then errors, warnings and notes, each with what to do."""
+    lines = [
+        f"{split:<12}{values['images']} images, {values['boxes']} boxes, {len(values['boxes_per_class'])} classes, "
+        f"{values['images_opened']} images opened: {values['annotations']}"
+        for split, values in report["splits"].items()
+    ]
+    if fit := report["fit"]:
+        lines.append(
+            f"{'anchors':<12}mean best IoU {fit['mean_best_iou']:.3f}, {fit['recall_at_iou_0.5']:.1%} of the boxes at "
+            f"0.5 or more, at {fit['image_size']} px"
+        )
+    for finding in findings.ordered():
+        lines += finding_lines(finding)
+    if not findings.of("error") and not findings.of("warning"):
+        lines.append("no error, no warning")
+    return lines
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """Kind and count; the first items; what to do."""
+    kind = KINDS[finding.kind]
+    lines = [
+        f"{finding.severity:<9}{finding.kind:<23}{finding.split:<11}{len(finding.items):>6} {kind.what}",
+        f"{'':9}{finding.listed()}",
+    ]
+    return [*lines, f"{'':9}-> {kind.advice}"] if kind.advice else lines
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

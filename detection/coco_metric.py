@@ -1,0 +1,263 @@
+"""Detections in original pixels -> the official COCO numbers, in bounded memory."""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval
+
+from detection.data.coco import Annotations
+from detection.detections import Detections, box_areas, result_rows
+
+# in the order of COCOeval.stats
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+ROWS_AT_A_TIME = 100_000  # boxes handed to an evaluator at once, about 1.5 KiB each; a class is never divided
+
+ClassAP = dict[str, tuple[float | None, float | None, int]]  # name -> (AP, AP50, number of truths without crowd)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the official metric says of detections. Undefined (no truth) is None, in arrays -1."""
+
+    metrics: dict[str, float | None]  # the twelve official numbers
+    class_ap: ClassAP
+    precision: np.ndarray  # (10, 101, C) at IoU 0.50, 0.55, ... 0.95 and recall 0, 0.01, ... 1; boxes of all sizes
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Detections of one group of truths, e.g. one range of sizes; means over the classes that have a truth in it."""
+
+    truths: int
+    ap: float | None
+    ap50: float | None
+    recall: float | None  # AR100: mean over IoU 0.50:0.95
+
+
+def choose_backend(name: str) -> str:
+    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools."""
+    if name != "auto":
+        return name
+    return "faster_coco_eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+
+
+def score_detections(
+    annotations: Annotations, detections: Detections, backend: str = "pycocotools"
+) -> tuple[dict[str, float | None], ClassAP]:
+    """`metrics` and `class_ap` of `score`."""
+    scores = score(annotations, detections, backend)
+    return scores.metrics, scores.class_ap
+
+
+def score(annotations: Annotations, detections: Detections, backend: str = "pycocotools") -> Scores:
+    """The twelve official COCO numbers and AP per class.
+
+    The evaluator gets some classes at a time, its arrays are joined, and summed up once: the numbers are those of all
+    classes at once. Numbers that no truth defines are None, never 0 or -1.
+
+    Args:
+        annotations: truth; its images are the ones that count.
+        detections: in original pixels, all finite.
+        backend: "pycocotools" (reference) or "faster_coco_eval" (proven equal).
+    """
+    precision, recall = _accumulate(annotations, detections, backend, annotations.areas, box_areas(detections.boxes))
+    summary = COCOeval(iouType="bbox")
+    summary.eval = {"precision": precision, "recall": recall}
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary.summarize()
+    metrics = {name: _defined(value) for name, value in zip(METRIC_NAMES, summary.stats, strict=True)}
+
+    # area 0 is all, the last maxDets is 100; the evaluator's classes go by ascending id
+    by_label = precision[:, :, np.argsort(np.argsort(annotations.categories.ids)), 0, -1]
+    counts = count_truths(annotations)
+    class_ap = {
+        name: (_mean(by_label[:, :, label]), _mean(by_label[0, :, label]), int(counts[label]))
+        for label, name in enumerate(annotations.categories.names)
+    }
+    return Scores(metrics, class_ap, by_label)
+
+
+def score_groups(
+    annotations: Annotations,
+    detections: Detections,
+    truth_values: np.ndarray,
+    detection_values: np.ndarray,
+    edges: Sequence[float],
+    backend: str = "pycocotools",
+) -> list[GroupScore]:
+    """The official metric within each range of any property of boxes, as it is defined for small, medium and large.
+
+    Truths outside the range count neither way, nor do detections outside it that match no truth inside.
+
+    Args:
+        truth_values, detection_values: the property, (N,) and (K,).
+        edges: of the ranges, ascending; a range holds its lower edge and not its upper one.
+    """
+    ranges = [[low, np.nextafter(high, -np.inf)] for low, high in itertools.pairwise(edges)]
+    precision, recall = _accumulate(annotations, detections, backend, truth_values, detection_values, ranges)
+    truths, _ = np.histogram(truth_values[~annotations.crowd], np.asarray(edges, dtype=np.float64))
+    return [
+        GroupScore(
+            int(count),
+            _mean(precision[..., group, -1]),
+            _mean(precision[0, ..., group, -1]),
+            _mean(recall[..., group, -1]),
+        )
+        for group, count in enumerate(truths)
+    ]
+
+
+def count_truths(annotations: Annotations) -> np.ndarray:
+    """Truths per class without crowd regions, (C,)."""
+    return np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.categories.names))
+
+
+def _accumulate(
+    annotations: Annotations,
+    detections: Detections,
+    backend: str,
+    truth_areas: np.ndarray,
+    detection_areas: np.ndarray,
+    area_ranges: list[list[float]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCOeval's arrays for all classes by ascending category id, of A area ranges and M counts of detections.
+
+    Ids are renumbered from 1: the evaluators take id 0 for "no match" and lose one of two equal ids. Only boxes are
+    handed over, so their mask code never runs.
+
+    Args:
+        truth_areas, detection_areas: what the area ranges are about, (N,) and (K,).
+        area_ranges: [smallest, largest]; None: COCO's four, with 1, 10 and 100 detections; else 100 only.
+
+    Returns:
+        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no truth.
+    """
+    if backend == "faster_coco_eval":
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as Evaluator
+    else:
+        from pycocotools.coco import COCO
+
+        Evaluator = COCOeval
+    defaults = COCOeval(iouType="bbox").params
+    num_classes, num_areas = len(annotations.categories.ids), len(area_ranges or defaults.areaRng)
+    max_detections = defaults.maxDets if area_ranges is None else [defaults.maxDets[-1]]
+    shape = (num_classes, num_areas, len(max_detections))
+    precision = np.full((len(defaults.iouThrs), len(defaults.recThrs), *shape), -1.0)
+    recall = np.full((len(defaults.iouThrs), *shape), -1.0)
+    column_of_label = np.argsort(np.argsort(annotations.categories.ids))
+    for labels, truth_rows, detection_rows in _groups_of_classes(annotations, detections):
+        truth, found = COCO(), COCO()
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.dataset = _truth_dataset(annotations, labels, truth_rows, truth_areas, detections, detection_rows)
+            truth.createIndex()
+            rows = _detection_rows(annotations, detections, detection_rows, detection_areas)
+            found.dataset = {**truth.dataset, "annotations": rows}
+            found.createIndex()
+            evaluator = Evaluator(truth, found, iouType="bbox")
+            evaluator.params.maxDets = max_detections
+            if area_ranges is not None:
+                evaluator.params.areaRng = area_ranges
+                evaluator.params.areaRngLbl = [str(number) for number in range(num_areas)]
+            evaluator.evaluate()
+            evaluator.accumulate()
+        columns = np.sort(column_of_label[labels])
+        precision[:, :, columns] = np.asarray(evaluator.eval["precision"])
+        recall[:, columns] = np.asarray(evaluator.eval["recall"])
+    return precision, recall
+
+
+def _groups_of_classes(
+    annotations: Annotations, detections: Detections
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Labels with their rows of annotations and of detections, at most ROWS_AT_A_TIME or one class at once.
+
+    Classes without truth are left out: nothing is defined for them. Rows keep their order, which decides ties.
+    """
+    truth_order = np.argsort(annotations.labels, kind="stable")
+    detection_order = np.argsort(detections.labels, kind="stable")
+    num_classes = len(annotations.categories.names)
+    truth_ends = np.bincount(annotations.labels, minlength=num_classes).cumsum()
+    detection_ends = np.bincount(detections.labels, minlength=num_classes).cumsum()
+    rows_of_label = np.diff(truth_ends + detection_ends, prepend=0)
+    group: list[int] = []
+    with_truth = np.flatnonzero(count_truths(annotations)).tolist()
+    for position, label in enumerate(with_truth):
+        group.append(label)
+        following = with_truth[position + 1 : position + 2]
+        if following and rows_of_label[[*group, *following]].sum() <= ROWS_AT_A_TIME:
+            continue
+        yield (
+            np.array(group),
+            np.sort(np.concatenate([truth_order[slice(*_span(truth_ends, label))] for label in group])),
+            np.sort(np.concatenate([detection_order[slice(*_span(detection_ends, label))] for label in group])),
+        )
+        group = []
+
+
+def _span(ends: np.ndarray, label: int) -> tuple[int, int]:
+    return int(ends[label - 1]) if label else 0, int(ends[label])
+
+
+def _truth_dataset(
+    annotations: Annotations,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    areas: np.ndarray,
+    detections: Detections,
+    detection_rows: np.ndarray,
+) -> dict[str, Any]:
+    """What an annotation file holds, of some classes and of the images where one of them is or was found."""
+    ids = np.asarray(annotations.categories.ids)
+    image_of_box = np.searchsorted(annotations.first_box, rows, side="right") - 1
+    images = np.union1d(image_of_box, detections.image_index[detection_rows])
+    columns = zip(
+        annotations.image_ids[image_of_box].tolist(),
+        ids[annotations.labels[rows]].tolist(),
+        annotations.coco_boxes[rows].tolist(),
+        areas[rows].tolist(),
+        annotations.crowd[rows].tolist(),
+        strict=True,
+    )
+    return {
+        "info": {},
+        "images": [{"id": number} for number in annotations.image_ids[images].tolist()],
+        "categories": [{"id": number} for number in ids[labels].tolist()],
+        "annotations": [
+            {
+                "id": row + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for row, (image, category, box, area, crowd) in enumerate(columns)
+        ],
+    }
+
+
+def _detection_rows(
+    annotations: Annotations, detections: Detections, rows: np.ndarray, areas: np.ndarray
+) -> list[dict[str, Any]]:
+    return [
+        {**row, "id": number + 1, "area": area, "iscrowd": 0}
+        for number, (row, area) in enumerate(
+            zip(result_rows(annotations, detections.take(rows)), areas[rows].tolist(), strict=True)
+        )
+    ]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def _defined(value: float) -> float | None:
+    return None if value < 0 else float(value)

@@ -1,0 +1,165 @@
+"""Checks of annotations alone: numbers, boxes and categories. No image is opened; seconds for COCO."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.data.annotation_files import Fault, read_json, sound_columns
+from detection.data.coco import (
+    DEGENERATE,
+    ORPHAN,
+    OUTSIDE,
+    Annotations,
+    Categories,
+    flatten_annotations,
+    untrained_names,
+)
+from detection.data.findings import Findings
+from detection.errors import DataError
+from detection.settings import DataSettings
+
+DROPPED = {ORPHAN: "orphan_annotation", DEGENERATE: "degenerate_box", OUTSIDE: "box_outside"}
+ROUNDING = 1e-9  # pixels that a sum of two decimal numbers may be wrong by
+HAIR = 1.0  # pixels
+WHOLE_IMAGE = 0.99  # of the area
+MANY_BOXES = 100  # detections that the COCO metric counts per image and class
+RARE = 0.01  # of the largest class
+LARGEST_AREA = 1.02  # of width * height; COCO's area is that of the outline and so smaller
+SMALLEST_SIDE, LARGEST_ASPECT = 10, 10
+
+
+def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any]:
+    """Report everything that makes training refuse the file; returns the entries that are sound.
+
+    Raises:
+        DataError: it is no COCO annotation file at all.
+    """
+    content, faults = read_json(file)
+    content = sound_columns(content, str(file), faults.append)
+    add_faults(faults, split, findings)
+    return content
+
+
+def add_faults(faults: list[Fault], split: str, findings: Findings) -> None:
+    """One finding per kind, with the message where the item alone does not say what is wrong."""
+    for kind in dict.fromkeys(fault.kind for fault in faults):
+        same = [fault for fault in faults if fault.kind == kind]
+        told = kind.startswith(("bad_", "missing_"))
+        details = [fault.message.partition(": ")[2] for fault in same] if told else []  # without the entry's name
+        findings.add(kind, split, [fault.item for fault in same], details)
+
+
+def flatten_tolerantly(
+    content: dict[str, Any],
+    file: Path,
+    split: str,
+    data: DataSettings,
+    trained: Categories | None,
+    findings: Findings,
+) -> Annotations | None:
+    """The arrays that training would use; None where even the sound entries are refused.
+
+    Args:
+        trained: of the training set, for a validation set.
+    """
+    class_names = data.class_names
+    names = [str(entry["name"]) for entry in content["categories"]]
+    if trained is not None and class_names is None and (extra := untrained_names(trained.names, names)):
+        findings.add("untrained_category", split, extra)
+        class_names = tuple(name for name in names if name not in extra)
+    fraction = None if data.validation_fraction is None else (data.validation_fraction, split == "validation")
+    if not content["images"] or not content["categories"]:
+        return None  # found already
+    try:
+        return flatten_annotations(content, str(file), class_names, trained, fraction)
+    except DataError as error:
+        findings.add("refused", split, [error.line])
+        return None
+
+
+def check_annotations(annotations: Annotations, split: str, findings: Findings) -> None:
+    """Everything about one split that its arrays show."""
+    check_boxes(annotations, split, findings)
+    check_categories(annotations, split, findings)
+    names = [annotations.file_name(index) for index in range(len(annotations))]
+    sizes = annotations.image_sizes
+    per_image = np.diff(annotations.first_box)
+    findings.add("file_name_twice", split, [name for name, count in Counter(names).items() if count > 1])
+    findings.add("image_without_boxes", split, [names[index] for index in np.flatnonzero(per_image == 0)])
+    findings.add("many_boxes", split, [names[index] for index in np.flatnonzero(per_image > MANY_BOXES)])
+    findings.add("size_not_stated", split, [names[index] for index in np.flatnonzero((sizes == 0).any(axis=1))])
+    check_image_sizes(names, sizes, split, findings)
+
+
+def check_image_sizes(names: list[str], sizes: np.ndarray, split: str, findings: Findings) -> None:
+    """Sizes that train badly; (M, 2) width and height, 0 where not known."""
+    shorter, longer = sizes.min(axis=1), sizes.max(axis=1)
+    known = shorter > 0
+    tiny = known & (shorter < SMALLEST_SIDE)
+    extreme = known & ~tiny & (longer > LARGEST_ASPECT * shorter)
+    for kind, mask in (("tiny_image", tiny), ("extreme_aspect", extreme)):
+        rows = np.flatnonzero(mask)
+        findings.add(kind, split, [names[row] for row in rows], [f"{sizes[row, 0]} x {sizes[row, 1]}" for row in rows])
+
+
+def check_boxes(annotations: Annotations, split: str, findings: Findings) -> None:
+    ids, crowd, given = annotations.annotation_ids, annotations.crowd, annotations.coco_boxes
+    for reason, kind in DROPPED.items():
+        findings.add(kind, split, annotations.counts.ids.get(reason, []))
+
+    values, counts = np.unique(ids, return_counts=True)
+    findings.add("annotation_id_twice", split, values[counts > 1].tolist())
+    findings.add("annotation_id_zero", split, ids[ids == 0].tolist())
+
+    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    sizes = annotations.image_sizes[image_of_box].astype(np.float64)
+    known = (sizes > 0).all(axis=1)
+    beyond = np.where(sizes > 0, given[:, :2] + given[:, 2:] - sizes, 0)
+    over = np.concatenate([-given[:, :2], beyond], axis=1).max(axis=1, initial=0)  # pixels
+    findings.add("box_cut", split, ids[over > HAIR].tolist())
+    findings.add("box_hair_over", split, ids[(over > ROUNDING) & (over <= HAIR)].tolist())
+
+    key = np.column_stack([image_of_box, annotations.labels, given])
+    order = np.lexsort(key.T[::-1])  # stable: of equal boxes the first in the order of the arrays stays
+    same = (key[order[1:]] == key[order[:-1]]).all(axis=1)
+    findings.add("duplicate_box", split, sorted(ids[order[1:][same]].tolist()))
+
+    area = given[:, 2:].prod(axis=1)
+    sides = annotations.boxes[:, 2:].astype(np.float64) - annotations.boxes[:, :2]
+    whole = known & (sides.prod(axis=1) >= WHOLE_IMAGE * sizes.prod(axis=1))
+    findings.add("box_covers_image", split, ids[whole].tolist())
+    wrong = (annotations.areas <= 0) | (annotations.areas > LARGEST_AREA * area + 1)
+    findings.add("area_disagrees", split, ids[wrong].tolist())
+    findings.add("crowd", split, ids[crowd].tolist())
+
+
+def check_categories(annotations: Annotations, split: str, findings: Findings) -> None:
+    names = annotations.categories.names
+    counts = boxes_per_class(annotations)
+    if not sum(counts.values()):
+        findings.add("no_boxes" if split == "training" else "no_truth", split, ["annotations"])
+    elif split == "training":  # validation follows its names
+        plain = [" ".join(name.casefold().split()) for name in names]
+        similar = [name for name, text in zip(names, plain, strict=True) if plain.count(text) > 1]
+        findings.add("similar_category_names", split, similar)
+        findings.add("unused_category", split, [name for name, count in counts.items() if count == 0])
+        most = max(counts.values())
+        rare = {name: count for name, count in counts.items() if 0 < count < RARE * most}
+        findings.add("rare_category", split, list(rare), [f"{count} boxes" for count in rare.values()])
+
+
+def boxes_per_class(annotations: Annotations) -> dict[str, int]:
+    """Without crowd."""
+    counts = np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.categories.names))
+    return dict(zip(annotations.categories.names, counts.tolist(), strict=True))
+
+
+def compare_categories(training: Annotations, validation: Annotations, findings: Findings) -> None:
+    """Ids of the validation file that differ from those of the training file."""
+    pairs = zip(training.categories.names, training.categories.ids, validation.categories.ids, strict=True)
+    present = {int(label) for label in np.unique(validation.labels)}  # an absent category's id is made up
+    other = [(name, f"{ours}, in validation {theirs}") for name, ours, theirs in pairs if ours != theirs]
+    other = [(name, text) for name, text in other if training.categories.names.index(name) in present]
+    findings.add("other_category_ids", "both", [name for name, _ in other], [text for _, text in other])

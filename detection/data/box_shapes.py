@@ -1,0 +1,55 @@
+"""Shapes of the boxes as the network meets them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from detection.data.coco import Annotations
+from detection.data.letterbox import letterbox_geometry
+from detection.data.transforms import MINIMUM_SIDE
+from detection.errors import DataError
+from detection.settings import DataSettings
+
+MOST_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
+
+
+def shapes_at(
+    annotations: Annotations, data: DataSettings, sizes: Sequence[int], seed: int
+) -> tuple[np.ndarray, list[str]]:
+    """Widths and heights of the boxes in pixels of the network input, over all sizes, and what was left out.
+
+    Returns:
+        (N, 2) float64, and one line per reason.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
+    known = np.all(annotations.image_sizes > 0, axis=1).reshape(-1)
+    usable = ~annotations.crowd & known[image_of_box]
+    corners = annotations.boxes[usable].astype(np.float64)
+    image_sizes, kind = np.unique(annotations.image_sizes[image_of_box[usable]], axis=0, return_inverse=True)
+    scales = np.array(
+        [[_letterbox_scale(int(width), int(height), size, data) for width, height in image_sizes] for size in sizes]
+    ).reshape(len(sizes), -1, 2)
+    box_sizes, kind = corners[:, 2:] - corners[:, :2], kind.reshape(-1)
+    if len(box_sizes) * len(sizes) <= MOST_SHAPES:
+        shapes = (box_sizes * scales[:, kind]).reshape(-1, 2)
+    else:
+        shapes = box_sizes * scales[np.random.default_rng(seed).permutation(len(kind)) % len(sizes), kind]
+    large = (shapes >= MINIMUM_SIDE).all(axis=1)
+    counts = {
+        "crowd regions": int(annotations.crowd.sum()),
+        "boxes of images without width and height in the file": int((~annotations.crowd & ~usable).sum()),
+        f"boxes narrower or lower than {MINIMUM_SIDE:g} px at the network input"
+        + (f", over {len(sizes)} sizes" if len(sizes) > 1 else ""): int((~large).sum()),
+    }
+    left_out = [f"{count} {reason}" for reason, count in counts.items() if count]
+    if not large.any():
+        raise DataError(f"no box to fit anchors to ({', '.join(left_out) or 'the annotations have none'})")
+    return shapes[large], left_out
+
+
+def _letterbox_scale(width: int, height: int, size: int, data: DataSettings) -> tuple[float, float]:
+    box, *_ = letterbox_geometry(width, height, size, data.keep_aspect, data.letterbox_rounding)
+    return box.scale_x, box.scale_y

@@ -1,0 +1,37 @@
+"""The cheap part of check_dataset.py, as training runs it before its first step: no image is opened."""
+
+from detection.data.annotation_checks import DROPPED, check_annotations, compare_categories
+from detection.data.coco import CocoDataset, FakeDataset
+from detection.data.findings import Findings
+from detection.data.fit_checks import Network, check_fit
+from detection.data.image_checks import Split, check_listing, check_shared_names
+from detection.errors import DataError
+from detection.settings import DataSettings
+
+
+def check_before_training(
+    training: CocoDataset | FakeDataset, validation: CocoDataset | FakeDataset, data: DataSettings, network: Network
+) -> list[str]:
+    """Warnings for the plan, but for the boxes left out, which it lists anyway.
+
+    Raises:
+        DataError: an image of the dataset is not there; one line with the first names.
+    """
+    if isinstance(training, FakeDataset) or isinstance(validation, FakeDataset):
+        return []
+    findings = Findings(data.strict)
+    splits = [
+        Split(name, dataset.image_root, dataset.annotations)
+        for name, dataset in (("training", training), ("validation", validation))
+    ]
+    check_listing(splits, data.follow_links, findings)
+    if errors := findings.of("error"):
+        text = "; ".join(f"{finding.split}: {finding.line()}" for finding in errors)
+        raise DataError(f"{text} (check_dataset.py lists all, {training.image_root})")
+    check_shared_names(splits, findings)
+    for split in splits:
+        check_annotations(split.annotations, split.name, findings)
+    compare_categories(training.annotations, validation.annotations, findings)
+    check_fit(training.annotations, network, data, "training", findings)
+    warnings = [finding for finding in findings.of("warning") if finding.kind not in DROPPED.values()]
+    return [f"warning     {finding.split}: {finding.line()}" for finding in warnings]

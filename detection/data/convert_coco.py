@@ -1,0 +1,190 @@
+"""COCO JSON: read as the training reads it, and written so that data.root alone finds it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.data.coco import read_columns
+from detection.data.conversion import (
+    ConvertedDataset,
+    Findings,
+    ImageEntry,
+    ImageSize,
+    as_decimal,
+    check_names,
+    finish_box,
+    image_in_pixels,
+    images_below,
+    note_duplicates,
+    split_of,
+    turn_box,
+)
+from detection.errors import DataError
+
+ROBOFLOW = "_annotations.coco.json"
+
+
+def read_coco(source: Path, split: str, with_images: bool, findings: Findings, progress: Any) -> ConvertedDataset:
+    """Read a dataset.
+
+    Args:
+        source: annotation file with the images beside it, or folder in COCO's or Roboflow's layout.
+        split: name for the images of an annotation file whose name tells none.
+        with_images: leave out images whose file is missing; False: the size in the JSON is enough.
+
+    Raises:
+        DataError: no annotations, a file that is not COCO JSON, or splits with different categories.
+    """
+    splits: dict[str, list[ImageEntry]] = {}
+    roots: dict[str, Path] = {}
+    categories: dict[int, str] | None = None
+    for name, (file, directory) in find_annotations(source, split).items():
+        content = load_json(file)
+        columns = read_columns(content, str(file))
+        if categories is not None and columns.categories != categories:
+            raise DataError(f"{file}: has other categories than the splits before; their labels would not agree")
+        categories = columns.categories
+        splits[name] = read_split(file, directory, content, columns, with_images, findings, progress)
+        roots[name] = directory
+    assert categories is not None, "find_annotations finds at least one"
+    note_unlisted(splits, roots, findings)
+    names = check_names([categories[number] for number in sorted(categories)], str(source))
+    return ConvertedDataset(names, splits, roots)
+
+
+def note_unlisted(splits: dict[str, list[ImageEntry]], roots: dict[str, Path], findings: Findings) -> None:
+    """Image files that no annotation file lists."""
+    listed = {roots[name] / entry.name for name, entries in splits.items() for entry in entries}
+    for root in sorted(set(roots.values())):
+        for file in images_below(root):
+            if file not in listed:
+                findings.note("image files that are not converted, because no annotation file lists them", str(file))
+
+
+def find_annotations(source: Path, split: str) -> dict[str, tuple[Path, Path]]:
+    """(annotation file, directory of its images) of each split."""
+    if source.is_file():
+        name = split_of(source.stem.removeprefix("instances_")) or split
+        return {name: (source, find_images(source, source.parent))}
+    found: dict[str, tuple[Path, Path]] = {}
+    files = [*sorted(source.glob("annotations/instances_*.json")), *sorted(source.glob(f"*/{ROBOFLOW}"))]
+    for file in files:
+        stem = file.parent.name if file.name == ROBOFLOW else file.stem.removeprefix("instances_")
+        name = split_of(stem) or stem
+        if name in found:
+            raise DataError(f"{found[name][0]} and {file} are both the split {name}; name one of them as SOURCE")
+        found[name] = (file, file.parent if file.name == ROBOFLOW else find_images(file, source))
+    if not found:
+        raise DataError(f"{source}: no annotations/instances_*.json and no */{ROBOFLOW}; name the file itself")
+    return found
+
+
+def find_images(file: Path, root: Path) -> Path:
+    """Directory of the images of an annotation file: that of the split's name, else beside the file."""
+    stem = file.stem.removeprefix("instances_")
+    bases = [root, root.parent] if root.name == "annotations" else [root]
+    tries = [base / name for base in bases for name in (stem, f"images/{stem}", "images")]
+    return next((path for path in tries if path.is_dir()), file.parent)
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: is not a COCO annotation file")
+    return content
+
+
+def read_split(
+    file: Path,
+    directory: Path,
+    content: dict[str, Any],
+    columns: Any,
+    with_images: bool,
+    findings: Findings,
+    progress: Any,
+) -> list[ImageEntry]:
+    """The images of one annotation file with their boxes."""
+    label_of_id = {number: label for label, number in enumerate(sorted(columns.categories))}
+    rows_of = rows_per_image(file, columns, findings)
+    entries = []
+    for index, name in enumerate(progress(columns.file_names)):
+        place = f"{file}: image {columns.image_ids[index]} ({name})"
+        width, height = columns.image_sizes[index].tolist()
+        stated = (width, height) if width and height else None
+        picture: Path | None = directory / name
+        fitted: tuple[tuple[int, int], ImageSize | None] | None
+        if stated and not with_images and not (directory / name).exists():
+            picture, fitted = None, (stated, None)
+            findings.note("images whose file is missing; the size is that of the JSON", place)
+        else:
+            fitted = image_in_pixels(directory / name, place, stated, findings)
+        if fitted is None:
+            continue
+        size, turned = fitted
+        boxes = []
+        for row in rows_of[index]:
+            x, y, wide, high = (as_decimal(value) for value in columns.coco_boxes[row].tolist())
+            corners = (x, y, x + wide, y + high)
+            corners = corners if turned is None else turn_box(corners, turned)
+            row_place = f"{file}: annotation {columns.annotation_ids[row]}"
+            label = label_of_id[int(columns.category_of_box[row])]
+            box = finish_box(label, corners, size, row_place, findings, bool(columns.crowd[row]))
+            if box is not None:
+                boxes.append(box)
+                if content["annotations"][row].get("segmentation"):
+                    findings.note("segmentations, which are not kept", row_place)
+        note_duplicates(boxes, place, findings)
+        entries.append(ImageEntry(picture, name, *size, boxes))
+    return entries
+
+
+def rows_per_image(file: Path, columns: Any, findings: Findings) -> list[list[int]]:
+    """Annotations of each image, as rows of the columns."""
+    index_of_id = {number: index for index, number in enumerate(columns.image_ids.tolist())}
+    rows_of: list[list[int]] = [[] for _ in columns.file_names]
+    for row, image in enumerate(columns.image_of_box.tolist()):
+        if image in index_of_id:
+            rows_of[index_of_id[image]].append(row)
+        else:
+            place = f"{file}: annotation {columns.annotation_ids[row]}"
+            findings.skip("annotations of images that are not listed", place)
+    return rows_of
+
+
+def coco_json(
+    dataset: ConvertedDataset, split: str, first_image: int, first_annotation: int, origin: str
+) -> dict[str, Any]:
+    """The annotation file of a split: category ids from 1 in the order of the labels.
+
+    Args:
+        first_image, first_annotation: ids go on from split to split, so that splits can be joined.
+        origin: said in "info".
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, entry in enumerate(dataset.splits[split], start=first_image):
+        images.append({"id": image_id, "file_name": entry.name, "width": entry.width, "height": entry.height})
+        for box in entry.boxes:
+            annotations.append(
+                {
+                    "id": first_annotation + len(annotations),
+                    "image_id": image_id,
+                    "category_id": box.label + 1,
+                    "bbox": list(box.xywh),
+                    "area": float(np.prod(box.xywh[2:])),
+                    "iscrowd": int(box.crowd),
+                    **box.extra,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(dataset.names, start=1)]
+    return {
+        "info": {"description": origin},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }

@@ -1,0 +1,226 @@
+"""Pascal VOC: one XML file per image with corners in pixels; lists of images in ImageSets/Main."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from detection.data.conversion import (
+    Box,
+    ConvertedDataset,
+    Corners,
+    Findings,
+    ImageEntry,
+    check_names,
+    common_root,
+    finish_box,
+    image_in_pixels,
+    images_inside,
+    note_duplicates,
+    parse_number,
+    relative_name,
+    split_of,
+    turn_box,
+)
+from detection.data.sources import IMAGE_SUFFIXES
+from detection.errors import DataError
+
+ANNOTATIONS, IMAGES = ("Annotations", "annotations"), ("JPEGImages", "images", "Images")
+FLAGS = ("difficult", "truncated", "occluded")
+
+
+def read_voc(
+    source: Path,
+    names: Sequence[str] | None,
+    split: str,
+    findings: Findings,
+    progress: Any,
+    inclusive: bool = True,
+    difficult: str = "crowd",
+) -> ConvertedDataset:
+    """Read a dataset.
+
+    Args:
+        source: folder with Annotations/ and JPEGImages/, with XML beside the images, or with such a folder per split.
+        names: of the classes; None: those that occur, in alphabetical order (which is that of VOC's own 20).
+        split: name for images where nothing tells of splits.
+        inclusive: corners as VOC's development kit defines them: the first pixel is 1, xmax and ymax belong to the
+            box; False: the first pixel is 0 and they do not.
+        difficult: objects so marked are "crowd" regions, which neither count nor are learned, as in VOC's own
+            evaluation; or "keep": objects like others.
+
+    Raises:
+        DataError: no annotations.
+
+    Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html, "Annotation", "Bounding box"
+    """
+    files = find_splits(source, split, findings)
+    if not any(files.values()):
+        raise DataError(f"{source}: no XML annotations found")
+    labels = {} if names is None else {name: label for label, name in enumerate(check_names(names, "--names"))}
+    splits: dict[str, list[ImageEntry]] = {}
+    for name, found in files.items():
+        splits[name] = []
+        for file in progress(found):
+            entry = read_entry(file, source, labels, names is None, findings, inclusive, difficult == "crowd")
+            if entry is not None:
+                splits[name].append(entry)
+    if names is None:
+        sort_labels(splits, labels)
+    used = {name: [entry.file for entry in entries if entry.file] for name, entries in splits.items()}
+    roots = {name: common_root(images) for name, images in used.items() if images}
+    for name, entries in splits.items():
+        for entry in entries:
+            entry.name = relative_name(entry.file or Path(entry.name), roots[name])
+    find_unannotated([image for images in used.values() for image in images], annotations_of(source), findings)
+    return ConvertedDataset(check_names(names or sorted(labels), str(source)), splits, roots)
+
+
+def sort_labels(splits: dict[str, list[ImageEntry]], labels: dict[str, int]) -> None:
+    """From the order in which the classes were met to the alphabetical one."""
+    new_label = {labels[name]: number for number, name in enumerate(sorted(labels))}
+    for entries in splits.values():
+        for entry in entries:
+            entry.boxes = [replace(box, label=new_label[box.label]) for box in entry.boxes]
+
+
+def find_unannotated(used: Sequence[Path], annotations: Path, findings: Findings) -> None:
+    """Images beside the used ones that have no XML file."""
+    stems = {file.stem for file in annotations.rglob("*.xml")}
+    for folder in sorted({image.parent for image in used}):
+        for image in images_inside(folder):
+            if image.stem not in stems:
+                findings.skip("images without an XML file", str(image))
+
+
+def annotations_of(source: Path) -> Path:
+    return next((source / name for name in ANNOTATIONS if (source / name).is_dir()), source)
+
+
+def find_splits(source: Path, fallback: str, findings: Findings) -> dict[str, list[Path]]:
+    """XML files of each split: by ImageSets/Main/train.txt, val.txt, test.txt; by folders; else all as one split."""
+    directory = annotations_of(source)
+    lists = source / "ImageSets" / "Main"
+    present = [name for name in ("train", "val", "test") if (lists / f"{name}.txt").is_file()]
+    if "train" not in present and "val" not in present and (lists / "trainval.txt").is_file():
+        present.append("trainval")
+    if not present:
+        folders = sorted(path for path in source.iterdir() if path.is_dir() and split_of(path.name))
+        found = {str(split_of(folder.name)): sorted(folder.rglob("*.xml")) for folder in folders}
+        if any(found.values()):
+            return found
+        return {fallback: sorted(directory.rglob("*.xml"))}
+    splits: dict[str, list[Path]] = {}
+    for name in present:
+        file = lists / f"{name}.txt"
+        splits["train" if name == "trainval" else name] = chosen = []
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            if line.strip():
+                # the lists of single classes have a second column
+                stems = (line.strip(), line.split()[0])
+                found_file = next((path for stem in stems if (path := directory / f"{stem}.xml").is_file()), None)
+                if found_file is None:
+                    findings.skip("images of a list without an XML file", f"{file}:{number}")
+                else:
+                    chosen.append(found_file)
+    listed = {file for chosen in splits.values() for file in chosen}
+    for file in sorted(directory.rglob("*.xml")):
+        if file not in listed:
+            findings.skip("XML files in no list of ImageSets/Main", str(file))
+    return splits
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Entities are defined in a DOCTYPE, and entities of entities fill any memory; no annotation needs one."""
+
+    def doctype(self, *_: Any) -> None:
+        raise ValueError("DOCTYPE")
+
+
+def parse_xml(file: Path, findings: Findings) -> ElementTree.Element | None:
+    """The <annotation>; None: left out, which the findings say."""
+    try:
+        root = ElementTree.fromstring(file.read_bytes(), parser=ElementTree.XMLParser(target=_NoDoctype()))
+    except (ElementTree.ParseError, OSError, LookupError) as error:
+        findings.skip("XML files that cannot be read", f"{file}: {error}")
+    except ValueError:
+        findings.skip("XML files with a DOCTYPE or of an unknown encoding, which are not read", str(file))
+    else:
+        if root.tag == "annotation":
+            return root
+        findings.skip("XML files that are no annotation", str(file))
+    return None
+
+
+def find_image(file: Path, root: ElementTree.Element, source: Path) -> Path | None:
+    """The image of an annotation: of its name, or else of its <filename>, in JPEGImages/ or beside the XML file."""
+    folders = [path for name in IMAGES for path in (source / name, file.parent.parent / name) if path.is_dir()]
+    folders.append(file.parent)
+    stated = Path((root.findtext("filename") or "").strip().replace("\\", "/")).name  # never a way out of the folder
+    suffixes = [Path(stated).suffix, *sorted(IMAGE_SUFFIXES), *sorted(suffix.upper() for suffix in IMAGE_SUFFIXES)]
+    tries = [f"{file.stem}{suffix}" for suffix in suffixes if suffix] + [stated]
+    paths = (folder / name for folder in folders for name in tries if name and Path(name).suffix.lower() != ".xml")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_entry(
+    file: Path,
+    source: Path,
+    labels: dict[str, int],
+    new_names: bool,
+    findings: Findings,
+    inclusive: bool,
+    difficult_is_crowd: bool,
+) -> ImageEntry | None:
+    """One image and its boxes; None: it is left out, which the findings say. New names are added to the labels."""
+    root = parse_xml(file, findings)
+    if root is None:
+        return None
+    image = find_image(file, root, source)
+    if image is None:
+        findings.skip("images whose file is missing", str(file))
+        return None
+    sides = [parse_number(text_of(root, f"size/{name}")) for name in ("width", "height")]
+    stated = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+    fitted = image_in_pixels(image, str(file), stated, findings)
+    if fitted is None:
+        return None
+    size, turned = fitted
+    boxes: list[Box] = []
+    for number, entry in enumerate(root.findall("object"), start=1):
+        place, name = f"{file}: object {number}", text_of(entry, "name")
+        if not name or (name not in labels and not new_names):
+            findings.skip("objects without a name, or of a class that is not among --names", place)
+            continue
+        corners = read_corners(entry, inclusive, place, findings)
+        if corners is None:
+            continue
+        flags = {flag: 1 for flag in FLAGS if text_of(entry, flag) == "1"}
+        crowd = difficult_is_crowd and "difficult" in flags
+        if crowd:
+            findings.note("difficult objects, made crowd regions (--difficult keep makes them objects)", place)
+        corners = corners if turned is None else turn_box(corners, turned)
+        label = labels.setdefault(name, len(labels))
+        box = finish_box(label, corners, size, place, findings, crowd, flags)
+        if box is not None:
+            boxes.append(box)
+    note_duplicates(boxes, str(file), findings)
+    return ImageEntry(image, image.name, *size, boxes)
+
+
+def read_corners(entry: ElementTree.Element, inclusive: bool, place: str, findings: Findings) -> Corners | None:
+    """Corners (x1, y1, x2, y2) of an <object> in pixels from 0, x2 and y2 outside; None: the findings say why."""
+    edges = [parse_number(text_of(entry, f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax")]
+    numbers = [edge for edge in edges if edge is not None]
+    if len(numbers) < 4:
+        findings.skip("objects whose bndbox lacks a usable number", place)
+        return None
+    if inclusive and min(numbers[:2]) < 1:
+        findings.note("boxes that begin before pixel 1, the first of VOC; --voc-corners exclusive?", place)
+    first = int(inclusive)
+    return numbers[0] - first, numbers[1] - first, numbers[2], numbers[3]
+
+
+def text_of(element: ElementTree.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()

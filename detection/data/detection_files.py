@@ -1,0 +1,128 @@
+"""Detections of images in their own pixels, and what `detect.py` writes of them: pictures, JSON, YOLO txt."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from detection.data.sources import Source
+from detection.data.video import Frame
+from detection.drawing import draw_boxes, replace_file, save_jpeg, save_png
+
+
+@dataclass(frozen=True)
+class Found:
+    """Detections of one image, best first: boxes (K, 4) xyxy in pixels of the image, labels and scores (K,)."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+class Results:
+    """The files of a run, and what it counted. A context, at whose end detections.json is complete.
+
+    Args:
+        directory: exists.
+        names: of the classes.
+        picture_format: "png" or "jpg"; None: no pictures.
+        txt: YOLO txt too, with "boxes" or with "scores" as well.
+
+    Attributes:
+        images, frames: looked at.
+        pictures: of the images, written.
+
+    Every method raises OSError if its file cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        names: Sequence[str],
+        picture_format: str | None,
+        txt: str | None,
+    ) -> None:
+        self.directory, self.names = directory, names
+        self.picture_format, self.txt = picture_format, txt
+        self.images = self.frames = self.boxes = self.left_out = 0
+        self.pictures: list[Path] = []
+        if self.txt:
+            replace_file(directory / "classes.txt", "".join(f"{name}\n" for name in names).encode())
+        # Row by row: hours of video do not have to fit into memory.
+        self._json = open(directory / "detections.json", "w", encoding="utf-8")  # noqa: SIM115
+        self._json.write("[")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._json:
+            self._json.write("\n]\n")
+
+    def draw(self, image: np.ndarray, found: Found) -> np.ndarray:
+        return draw_boxes(image, found.boxes, found.labels, self.names, found.scores)
+
+    def picture_path(self, source: Source) -> Path:
+        return self.directory / f"{source.name}.{self.picture_format}"
+
+    def save_picture(self, source: Source, image: np.ndarray, found: Found) -> None:
+        (save_png if self.picture_format == "png" else save_jpeg)(self.picture_path(source), self.draw(image, found))
+
+    def add(self, source: Source, image: np.ndarray, found: Found, frame: Frame | None = None) -> None:
+        """One entry of detections.json and one file of YOLO's lines."""
+        height, width = image.shape[:2]
+        name = source.name
+        row: dict[str, Any] = {"file": f"camera {source.file}" if source.kind == "camera" else str(source.file)}
+        if frame is None:
+            self.images += 1
+            if self.picture_format:
+                self.pictures.append(self.picture_path(source))
+                row["picture"] = self.pictures[-1].relative_to(self.directory).as_posix()
+        else:
+            self.frames += 1
+            row |= {"frame": frame.number, "seconds": round(frame.seconds, 6)}
+            name += f"/frame_{frame.number:06d}"
+        detections = describe(found, self.names)
+        row |= {"width": width, "height": height, "detections": detections}
+        self._json.write(("," if self.images + self.frames > 1 else "") + "\n" + json.dumps(row))
+        self.boxes += len(detections)
+        if self.txt:
+            lines = yolo_lines(found, width, height, self.txt == "scores")
+            replace_file(self.directory / "labels" / f"{name}.txt", "".join(lines).encode())
+
+    def leave_out(self, reason: str) -> None:
+        self.left_out += 1
+        tqdm.write(f"left out: {reason}", file=sys.stderr)
+
+    def summary(self, threshold: float, seconds: float) -> str:
+        frames = f" and {self.frames} video frames" if self.frames else ""
+        return (
+            f"{self.boxes} boxes with a score of at least {threshold:g} on {self.images} images{frames}, "
+            f"{self.left_out} left out, {(self.images + self.frames) / seconds:.1f} images/s all in all: "
+            f"{self.directory}"
+        )
+
+
+def describe(found: Found, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Detections as in detections.json."""
+    columns = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    return [
+        {"class": names[label], "label": label, "score": round(score, 6), "box": [round(value, 3) for value in box]}
+        for label, score, box in columns
+    ]
+
+
+def yolo_lines(found: Found, width: int, height: int, with_scores: bool) -> list[str]:
+    """class, centre x, centre y, width, height as shares of the image, and the score if asked for."""
+    corners = found.boxes.astype(np.float64) / [width, height, width, height]
+    centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    numbers = np.hstack([centres, sides, *([found.scores[:, None]] if with_scores else [])])
+    return [
+        f"{label} {' '.join(f'{value:.6f}' for value in row)}\n"
+        for label, row in zip(found.labels.tolist(), numbers.tolist(), strict=True)
+    ]

@@ -1,0 +1,154 @@
+"""What a user names to look at: image files, folders, patterns, lists of paths, videos, a camera."""
+
+import glob
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from detection.errors import DataError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
+BATCH_PIXELS = 50_000_000  # of all images of a batch together: 150 MB decoded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image, video or camera.
+
+    Attributes:
+        file: its path; of a camera its number.
+        name: of its results, without suffix, relative to where they are written; no two sources share one.
+    """
+
+    kind: Literal["image", "video", "camera"]
+    file: Path
+    name: str
+
+
+def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
+    """Every image, video and camera that the words name, in their order; inside a folder or pattern by name.
+
+    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path per line, or a camera's number. A
+    file or folder of that very name goes before a pattern or a number. Results keep the structure below a folder that
+    is named; where two would have one name, the later ones are numbered.
+
+    Args:
+        recursive: folders with everything below them.
+
+    Raises:
+        DataError: no word, a source does not exist, or nothing to look at in it.
+    """
+    found: list[Source] = []
+    names = UniqueNames()
+    for word in words:
+        if word.isascii() and word.isdigit() and not os.path.lexists(word):
+            found.append(Source("camera", Path(word), names.take(f"camera_{word}")))
+            continue
+        try:
+            for file, name in _files_of(word, recursive):
+                kind: Literal["image", "video"] = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "image"
+                found.append(Source(kind, file, names.take(name)))
+        except OSError as error:
+            raise DataError(f"{word}: cannot be read: {error.strerror}") from None
+    if not found:
+        raise DataError("nothing to look at: give images, folders, videos or a camera's number")
+    return found
+
+
+class UniqueNames:
+    """Hands out names for files without suffix: the wanted one, or with _2, _3, ... behind it if that is taken.
+
+    Upper and lower case do not differ, as on some file systems.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def take(self, wanted: str) -> str:
+        name, number = wanted, 1
+        while name.casefold() in self._taken:
+            number += 1
+            name = f"{wanted}_{number}"
+        self._taken.add(name.casefold())
+        return name
+
+
+def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
+    """Files behind one word, each with the wanted name of its results."""
+    path = Path(word)
+    if path.is_dir():
+        inside = media_files(path, recursive)
+        if not inside:
+            deeper = "" if recursive or not media_files(path, True) else ", but below it: --recursive"
+            raise DataError(f"{path}: no image or video in this folder{deeper}")
+        yield from ((file, file.relative_to(path).with_suffix("").as_posix()) for file in inside)
+    elif path.suffix.lower() == ".txt" and path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as a list of paths: {error}") from None
+        listed = [Path(line.strip()) for line in lines if line.strip()]
+        if not listed:
+            raise DataError(f"{path}: an empty list of paths")
+        yield from ((file, file.stem) for file in listed)
+    elif os.path.lexists(path):
+        yield path, path.stem
+    elif glob.has_magic(word):
+        matches = [Path(match) for match in sorted(glob.glob(word, recursive=True))]
+        matches = [match for match in matches if is_media(match)]
+        if not matches:
+            raise DataError(f"{word}: no image or video matches this pattern")
+        yield from ((match, match.stem) for match in matches)
+    else:
+        raise DataError(f"{word}: does not exist")
+
+
+def media_files(directory: Path, recursive: bool) -> list[Path]:
+    """Images and videos in a folder, sorted; hidden files are none of them."""
+    return sorted(file for file in (directory.rglob("*") if recursive else directory.iterdir()) if is_media(file))
+
+
+def is_media(file: Path) -> bool:
+    known = file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    return known and not file.name.startswith(".") and not file.is_dir()
+
+
+def read_ahead(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """`work` on each item in other threads, at most `ahead` items before they are asked for; the order is kept."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
+
+
+def batches(items: Iterable[Item], size: int, pixels: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Lists of at most `size` items in their order; a list ends early where its images become too large together.
+
+    Args:
+        pixels: of the decoded image that an item holds.
+    """
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += pixels(item)
+        if len(batch) == size or total >= BATCH_PIXELS:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

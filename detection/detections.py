@@ -1,0 +1,72 @@
+"""What a detector found on a dataset, as flat arrays, and its file in COCO result format."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.data.coco import Annotations
+
+WRITTEN_AT_A_TIME = 10_000  # detections turned into text at once
+
+
+@dataclass(frozen=True)
+class Detections:
+    """K detections on a dataset as flat arrays, grouped by image."""
+
+    image_index: np.ndarray  # (K,) int64, position in the dataset
+    boxes: np.ndarray  # (K, 4) float64 xyxy, original pixels
+    scores: np.ndarray  # (K,) float64
+    labels: np.ndarray  # (K,) int64, dense
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def take(self, rows: np.ndarray | slice) -> "Detections":
+        """Some rows, by number or by a mask."""
+        return Detections(self.image_index[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
+
+    def of_image(self, index: int) -> "Detections":
+        return self.take(self.image_index == index)
+
+    def above(self, confidence: float) -> "Detections":
+        """What a detector with this confidence threshold would have found.
+
+        Exact: suppression is greedy by falling score and the largest scores per class are kept, so a detection depends
+        on better ones alone. The threshold is rounded as the detector rounds it, to float32.
+        """
+        return self.take(self.scores > float(np.float32(confidence)))
+
+
+def box_areas(boxes: np.ndarray) -> np.ndarray:
+    """Square pixels of (x1, y1, x2, y2), (K, 4) to (K,)."""
+    areas: np.ndarray = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return areas
+
+
+def result_rows(annotations: Annotations, detections: Detections) -> Iterator[dict[str, Any]]:
+    """COCO result format, one detection after the other."""
+    boxes = detections.boxes.copy()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = zip(
+        annotations.image_ids[detections.image_index].tolist(),
+        np.asarray(annotations.categories.ids)[detections.labels].tolist(),
+        boxes.tolist(),
+        detections.scores.tolist(),
+        strict=True,
+    )
+    for image, category, box, confidence in columns:
+        yield {"image_id": image, "category_id": category, "bbox": box, "score": confidence}
+
+
+def write_detections(path: Path, annotations: Annotations, detections: Detections) -> None:
+    """COCO result format: image and category ids of the annotation file, [x, y, width, height] in original pixels."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[")
+        for start in range(0, len(detections), WRITTEN_AT_A_TIME):
+            rows = result_rows(annotations, detections.take(slice(start, start + WRITTEN_AT_A_TIME)))
+            file.write((",\n" if start else "") + json.dumps(list(rows))[1:-1])
+        file.write("]")

@@ -1,0 +1,150 @@
+"""Which images a detector does worst on: truths it missed and detections that are wrong, counted per image."""
+
+import csv
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from detection.data.coco import Annotations, CocoDataset
+from detection.data.loaders import Batch, build_evaluation_loader, collate_samples
+from detection.data.transforms import Sample
+from detection.detections import Detections
+from detection.devices import autocast, choose_device, choose_precision, describe_device
+from detection.errors import DataReadError
+from detection.evaluation import evaluate
+from detection.matching import IN_CROWD, NO_TRUTH, match_detections
+from detection.reports import protocol_line
+from detection.weights import OpenedDetector
+
+RULE = "worst first: most missed truths + false detections, then the surest false detection"
+
+
+@dataclass(frozen=True)
+class ImageMistakes:
+    """Counts of each image, all (M,)."""
+
+    truths: np.ndarray  # int64, without crowd regions
+    found: np.ndarray  # int64: truths with a detection
+    missed: np.ndarray  # int64: truths without
+    false: np.ndarray  # int64: detections without truth
+    in_crowd: np.ndarray  # int64: detections that count neither way
+    surest_false: np.ndarray  # float64: highest score of a false detection; 0 without
+
+    def worst_first(self) -> np.ndarray:
+        """Positions of the images by `RULE`; equals stay in the dataset's order, (M,) int64."""
+        return np.lexsort((-self.surest_false, -(self.missed + self.false)))
+
+
+def count_mistakes(annotations: Annotations, detections: Detections, matches: np.ndarray) -> ImageMistakes:
+    """Count per image.
+
+    Args:
+        detections: those that count as shown, such as all above a score.
+        matches: of `match_detections` for them, (K,).
+    """
+    images = len(annotations)
+    image_of_box = np.repeat(np.arange(images), np.diff(annotations.first_box))
+    truths = np.bincount(image_of_box[~annotations.crowd], minlength=images)
+
+    def count(of: np.ndarray) -> np.ndarray:
+        return np.bincount(detections.image_index[of], minlength=images)
+
+    surest_false = np.zeros(images)
+    wrong = matches == NO_TRUTH
+    np.maximum.at(surest_false, detections.image_index[wrong], detections.scores[wrong])
+    found = count(matches >= 0)
+    return ImageMistakes(truths, found, truths - found, count(wrong), count(matches == IN_CROWD), surest_false)
+
+
+def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
+    """One CSV row per image, in the given order."""
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["rank", "image_id", "file_name", "truths", "found", "missed", "false", "in_crowd", "surest_false"]
+        )
+        for rank, index in enumerate(order.tolist(), start=1):
+            counts = (mistakes.truths, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
+            writer.writerow(
+                [
+                    rank,
+                    int(annotations.image_ids[index]),
+                    annotations.file_name(index),
+                    *(int(values[index]) for values in counts),
+                    f"{mistakes.surest_false[index]:.4f}",
+                ]
+            )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a detector found on the dataset, where it counts as shown."""
+
+    detections: Detections  # at or above the threshold
+    matches: np.ndarray  # of `match_detections`
+    mistakes: ImageMistakes
+    threshold: float
+
+
+class Readable(torch.utils.data.Dataset):
+    """The dataset, but an image that cannot be read is its position and the reason instead of an error."""
+
+    def __init__(self, dataset: CocoDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | tuple[int, str]:
+        try:
+            return self.dataset[index]
+        except DataReadError as error:
+            return index, error.line
+
+
+def collate_readable(items: Sequence[Sample | tuple[int, str]]) -> dict[str, Any]:
+    samples = [item for item in items if isinstance(item, Sample)]
+    unreadable = [item for item in items if not isinstance(item, Sample)]
+    return {"batch": collate_samples(samples) if samples else None, "unreadable": unreadable}
+
+
+def find_mistakes(opened: OpenedDetector, dataset: CocoDataset, unreadable: dict[int, str]) -> Findings:
+    """The detector on every image that can be read; the others are added to `unreadable`."""
+    settings = opened.settings
+    device = choose_device(settings.run.device)
+    dtype = choose_precision(device, settings.run.precision)
+    print(f"{describe_device(device)}; {protocol_line(settings)}", flush=True)
+    detector = opened.detector.to(device, settings.run.channels_last)
+    batch_size = settings.evaluation.batch_size or settings.train.batch_size
+    loader = build_evaluation_loader(Readable(dataset), batch_size, settings.data.num_workers, device)
+    loader.collate_fn = collate_readable
+
+    def batches() -> Iterator[Batch]:
+        for loaded in tqdm(loader, unit="batch", disable=None):
+            for index, line in loaded["unreadable"]:
+                unreadable[index] = line
+                tqdm.write(f"left out: {line}")
+            if loaded["batch"] is not None:
+                yield loaded["batch"]
+        if len(unreadable) == len(dataset):
+            raise DataReadError(f"none of {len(dataset)} images can be read; {unreadable[0]}")
+
+    found = evaluate(
+        *detector._replace(criterion=None),
+        batches(),
+        dataset.annotations,
+        device,
+        functools.partial(autocast, device, dtype),
+        settings.evaluation.backend,
+    ).detections
+    threshold = max(settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold)
+    shown = found.scores >= threshold
+    detections = Detections(found.image_index[shown], found.boxes[shown], found.scores[shown], found.labels[shown])
+    matches = match_detections(dataset.annotations, detections)
+    return Findings(detections, matches, count_mistakes(dataset.annotations, detections, matches), threshold)

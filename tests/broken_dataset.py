@@ -1,0 +1,457 @@
+"""Datasets with faults made on purpose: a sound one, and functions that each break it in one way.
+
+Each function of FAULTS changes a `Dataset` and returns what must be found: (kind, split) -> items, nothing else.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 64, 48
+BOX = [20, 14, 20, 20]
+WORDS = (  # the anchors fit BOX, and 64 px is the images' own size: nothing is to be said of the sound dataset
+    *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "yolo.encoder=mobilenet_v3_small"),
+    *("yolo.neck_channels=[8, 8, 8]", "yolo.anchors=[[[20, 20]], [[40, 40]], [[60, 44]]]"),
+)
+FOLDERS = {"training": "train", "validation": "val"}
+Expected = dict[tuple[str, str], list[int | str]]
+EXIF_6 = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # TIFF with the one tag 0x0112 = 6
+
+
+class Dataset:
+    """Six sound images, one box on each, in COCO's layout; `write` puts it into `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.content: dict[str, dict[str, list]] = {}
+        self.raw: list[Callable[[bytes], bytes]] = []  # edits of the training file's bytes
+        self.words = [f"data.root={root}"]
+        self.number = 0
+        for split, count in (("training", 4), ("validation", 2)):
+            (root / FOLDERS[split]).mkdir(parents=True)
+            categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+            self.content[split] = {"images": [], "annotations": [], "categories": categories}
+            for _ in range(count):
+                self.image(split)
+        (root / "annotations").mkdir()
+
+    def picture(self, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+        """Smooth noise unlike any other."""
+        self.number += 1
+        coarse = np.random.default_rng(self.number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    def image(
+        self, split: str = "training", data: bytes | None = b"png", suffix: str = "png", box: Any = BOX, **entry: Any
+    ) -> dict[str, Any]:
+        """An entry with its file (data: None writes none) and one box (None: none)."""
+        picture = self.picture()
+        number = 100 + self.number
+        row = {"id": number, "file_name": f"{number}.{suffix}", "width": WIDTH, "height": HEIGHT} | entry
+        self.content[split]["images"].append(row)
+        if data is not None:
+            path = self.root / FOLDERS[split] / f"{number}.{suffix}"
+            path.write_bytes(encode(picture) if data == b"png" else data)
+        if box is not None:
+            self.box(box, row, split)
+        return row
+
+    def box(self, bbox: Any, image: dict[str, Any] | None = None, split: str = "training", **other: Any) -> int:
+        """Id of a new annotation; on a new image where none is given."""
+        if image is None:
+            image = self.image(split, box=None)
+        self.number += 1
+        number = 1000 + self.number
+        category = 3 if self.number // 2 % 2 else 7
+        row = {"id": number, "image_id": image["id"], "category_id": category, "bbox": bbox, "iscrowd": 0} | other
+        self.content[split]["annotations"].append(row)
+        return row["id"]
+
+    def path(self, entry: dict[str, Any], split: str = "training") -> Path:
+        return self.root / FOLDERS[split] / entry["file_name"]
+
+    def write(self) -> "Dataset":
+        for split, folder in FOLDERS.items():
+            data = json.dumps(self.content[split]).encode()
+            for edit in self.raw if split == "training" else []:
+                data = edit(data)
+            (self.root / "annotations" / f"instances_{folder}.json").write_bytes(data)
+        return self
+
+
+def encode(picture: np.ndarray, suffix: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).convert(mode).save(buffer, suffix, **options)
+    return buffer.getvalue()
+
+
+# --- the file ---
+
+
+def byte_order_mark(d: Dataset) -> Expected:
+    d.raw.append(lambda data: b"\xef\xbb\xbf" + data)
+    return {("byte_order_mark", "training"): ["instances_train.json"]}
+
+
+def json_key_twice(d: Dataset) -> Expected:
+    number = d.box(BOX)
+    d.raw.append(lambda data: data.replace(b'{"id": %d,' % number, b'{"id": 5, "id": %d,' % number))
+    return {("json_key_twice", "training"): [f"id (object with id {number})"]}
+
+
+def json_constant(d: Dataset) -> Expected:
+    d.content["training"]["annotations"][0]["score"] = float("inf")
+    return {("json_constant", "training"): ["Infinity"]}
+
+
+def not_an_object(d: Dataset) -> Expected:
+    d.content["training"]["annotations"].append("text")
+    return {("not_an_object", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
+
+
+def missing_key(d: Dataset) -> Expected:
+    numbers: list[int | str] = [d.box(BOX) for _ in range(3)]
+    for key, row in zip(("bbox", "category_id", "image_id"), d.content["training"]["annotations"][-3:], strict=True):
+        del row[key]
+    return {
+        ("missing_key", "training"): numbers,
+        ("image_without_boxes", "training"): [row["file_name"] for row in d.content["training"]["images"][-3:]],
+    }
+
+
+def missing_id(d: Dataset) -> Expected:
+    image = d.image()
+    d.box([1, 1, 20, 20], image)
+    del d.content["training"]["annotations"][-1]["id"]
+    return {("missing_key", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
+
+
+def bad_id(d: Dataset) -> Expected:
+    image = d.image()
+    return {("bad_id", "training"): [d.box([1, 1, 20, 20], image, category_id=value) for value in ("3", 3.0, None)]}
+
+
+def bad_value(d: Dataset) -> Expected:
+    image = d.image(data=None, file_name=None)
+    return {("bad_value", "training"): [image["id"], d.box([1, 1, 20, 20], d.image(), iscrowd="0")]}
+
+
+def bad_image_size(d: Dataset) -> Expected:
+    sizes = (12.5, "64", -1)
+    return {("bad_image_size", "training"): [d.image(width=value)["id"] for value in sizes]} | {
+        ("unlisted_image", "both"): [str(d.path(row)) for row in d.content["training"]["images"][-3:]]
+    }
+
+
+def bad_box(d: Dataset) -> Expected:
+    image = d.image()
+    boxes: list[Any] = [[1, 2, 3], [1, 2, 3, 4, 5], ["1", "2", "3", "4"], [None, 1, 2, 3], None, "1234"]
+    return {("bad_box", "training"): [d.box(bbox, image) for bbox in boxes]}
+
+
+def not_finite(d: Dataset) -> Expected:
+    image = d.image()
+    return {
+        ("bad_box", "training"): [d.box([float("nan"), 1, 2, 3], image)],
+        ("bad_area", "training"): [d.box([1, 1, 20, 20], image, area=float("inf"))],
+        ("json_constant", "training"): ["NaN", "Infinity"],
+    }
+
+
+def bad_area(d: Dataset) -> Expected:
+    return {("bad_area", "training"): [d.box([1, 1, 20, 20], d.image(), area="400")]}
+
+
+# --- categories ---
+
+
+def category_id_twice(d: Dataset) -> Expected:
+    d.content["training"]["categories"].append({"id": 3, "name": "cow"})
+    return {("category_id_twice", "training"): [3]}
+
+
+def category_name_twice(d: Dataset) -> Expected:
+    d.content["training"]["categories"].append({"id": 9, "name": "cat"})
+    return {("category_name_twice", "training"): ["cat"]}
+
+
+def similar_category_names(d: Dataset) -> Expected:
+    d.content["training"]["categories"].append({"id": 10, "name": "Dog "})
+    d.box(BOX, category_id=10)
+    return {("similar_category_names", "training"): ["dog", "Dog "]}
+
+
+def unknown_category(d: Dataset) -> Expected:
+    return {("unknown_category", "training"): [d.box([1, 1, 20, 20], d.image(), category_id=99)]}
+
+
+def unused_category(d: Dataset) -> Expected:
+    d.content["training"]["categories"].append({"id": 11, "name": "elk"})
+    return {("unused_category", "training"): ["elk"]}
+
+
+def untrained_category(d: Dataset) -> Expected:
+    d.content["validation"]["categories"].append({"id": 12, "name": "zebra"})
+    return {("untrained_category", "validation"): ["zebra"]}
+
+
+def other_category_ids(d: Dataset) -> Expected:
+    for entry in d.content["validation"]["categories"]:
+        entry["id"] += 100
+    for row in d.content["validation"]["annotations"]:
+        row["category_id"] += 100
+    return {("other_category_ids", "both"): ["cat", "dog"]}
+
+
+def wrong_class_count(d: Dataset) -> Expected:
+    d.words.append("yolo.num_classes=80")
+    return {("wrong_class_count", "training"): ["2, not 80"]}
+
+
+# --- references ---
+
+
+def image_id_twice(d: Dataset) -> Expected:
+    first, second = d.image(), d.image(box=None)
+    second["id"] = first["id"]
+    return {
+        ("image_id_twice", "training"): [first["id"]],
+        ("unlisted_image", "both"): [str(d.path(second))],
+    }
+
+
+def file_name_twice(d: Dataset) -> Expected:
+    first, second = d.image(), d.image(data=None)
+    second["file_name"] = first["file_name"]
+    return {("file_name_twice", "training"): [first["file_name"]]}
+
+
+def file_name_escapes(d: Dataset) -> Expected:
+    (d.root / "secret.png").write_bytes(encode(d.picture()))
+    names: list[int | str] = ["../secret.png", str(d.root / "secret.png"), "https://host/a.png", "a\nb.png", "a\0.png"]
+    for name in names:
+        d.image(data=None, file_name=name)
+    return {("file_name_escapes", "training"): names}
+
+
+def annotation_id_twice(d: Dataset) -> Expected:
+    first = d.box(BOX)
+    d.box(BOX, id=first)
+    return {("annotation_id_twice", "training"): [first]}
+
+
+def annotation_id_zero(d: Dataset) -> Expected:
+    return {("annotation_id_zero", "training"): [d.box(BOX, id=0)]}
+
+
+def orphan_annotation(d: Dataset) -> Expected:
+    return {("orphan_annotation", "training"): [d.box(BOX, {"id": 9999})]}
+
+
+def size_not_stated(d: Dataset) -> Expected:
+    image = d.image()
+    del image["width"], image["height"]
+    return {("size_not_stated", "training"): [image["file_name"]]}
+
+
+# --- boxes ---
+
+
+def degenerate_box(d: Dataset) -> Expected:
+    image = d.image()
+    return {("degenerate_box", "training"): [d.box([5, 5, 9, 0], image), d.box([9, 5, -3, 9], image)]}
+
+
+def box_outside(d: Dataset) -> Expected:
+    image = d.image()
+    return {("box_outside", "training"): [d.box([70, 5, 9, 9], image), d.box([5, -30, 9, 20], image)]}
+
+
+def box_cut(d: Dataset) -> Expected:
+    return {("box_cut", "training"): [d.box([-5, 5, 25, 20]), d.box([44, 5, 25, 20])]}
+
+
+def box_hair_over(d: Dataset) -> Expected:
+    return {("box_hair_over", "training"): [d.box([44, 5, 20.5, 20]), d.box([44, 5, 20 + 1e-7, 20])]}
+
+
+def duplicate_box(d: Dataset) -> Expected:
+    image = d.image(box=None)
+    first, second = (d.box(BOX, image, category_id=3) for _ in range(2))
+    return {("duplicate_box", "training"): [second], ("shared_prediction", "training"): [first]}
+
+
+def box_covers_image(d: Dataset) -> Expected:
+    return {("box_covers_image", "training"): [d.box([0, 0, WIDTH, HEIGHT])]}
+
+
+def area_disagrees(d: Dataset) -> Expected:
+    return {("area_disagrees", "training"): [d.box(BOX, area=900), d.box(BOX, area=0), d.box(BOX, area=-4)]}
+
+
+def crowd(d: Dataset) -> Expected:
+    return {("crowd", "training"): [d.box([1, 1, 30, 30], d.image(), iscrowd=1)]}
+
+
+def image_without_boxes(d: Dataset) -> Expected:
+    return {("image_without_boxes", "training"): [d.image(box=None)["file_name"]]}
+
+
+def many_boxes(d: Dataset) -> Expected:
+    image = d.image(box=None)
+    numbers = [d.box([5, 5 + k / 10, 20, 20], image, category_id=3) for k in range(101)]
+    # On stride 8 the centres (15, 15 to 25) lie in the rows 1 (until 15.9), 2 (until 23.9) and 3 of one column.
+    last_of_row = {numbers[9], numbers[89], numbers[-1]}
+    return {
+        ("many_boxes", "training"): [image["file_name"]],
+        ("shared_prediction", "training"): [number for number in numbers if number not in last_of_row],
+    }
+
+
+def tiny_box(d: Dataset) -> Expected:
+    return {("tiny_box", "training"): [d.box([5, 5, 1.5, 9]), d.box([5, 5, 9, 1])]}
+
+
+def shared_prediction(d: Dataset) -> Expected:
+    image = d.image(box=None)
+    larger, smaller = d.box([20, 14, 20, 20], image, category_id=3), d.box([20, 14, 19, 20], image, category_id=7)
+    assert larger < smaller
+    return {("shared_prediction", "training"): [larger]}  # the smaller one comes later and keeps it
+
+
+# --- image files ---
+
+
+def image_missing(d: Dataset) -> Expected:
+    return {("image_missing", "training"): [d.image(data=None)["file_name"] for _ in range(2)]}
+
+
+def image_not_regular(d: Dataset) -> Expected:
+    pipe, directory = d.image(data=None), d.image(data=None)
+    os.mkfifo(d.path(pipe))
+    d.path(directory).mkdir()
+    return {("image_not_regular", "training"): [pipe["file_name"], directory["file_name"]]}
+
+
+def image_outside(d: Dataset) -> Expected:
+    (d.root / "elsewhere").mkdir()
+    (d.root / "elsewhere" / "a.png").write_bytes(encode(d.picture()))
+    link, below = d.image(data=None), d.image(data=None, file_name="linked/a.png")
+    d.path(link).symlink_to(d.root / "elsewhere" / "a.png")
+    (d.root / "train" / "linked").symlink_to(d.root / "elsewhere")
+    return {("image_outside", "training"): [link["file_name"], below["file_name"]]}
+
+
+def image_empty(d: Dataset) -> Expected:
+    return {("image_empty", "training"): [d.image(data=b"")["file_name"]]}
+
+
+def image_damaged(d: Dataset) -> Expected:
+    whole = encode(d.picture(), "JPEG", quality=95)
+    names: list[int | str] = [
+        d.image(data=data, suffix="jpg")["file_name"]
+        for data in (b"not a picture\n", *(whole[: int(len(whole) * share)] for share in (0.1, 0.5, 0.99)))
+    ]
+    names.append(d.image(data=encode(d.picture())[:-200])["file_name"])
+    return {("image_damaged", "training"): names}
+
+
+def image_too_large(d: Dataset) -> Expected:
+    buffer = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(buffer, "PNG")
+    image = d.image(data=buffer.getvalue(), box=[2000, 1000, 8000, 8000], width=14_000, height=14_000)
+    return {("image_too_large", "training"): [image["file_name"]]}
+
+
+def size_differs(d: Dataset) -> Expected:
+    return {("size_differs", "training"): [d.image(width=65)["file_name"]]}
+
+
+def size_swapped(d: Dataset) -> Expected:
+    turned = d.image(data=encode(d.picture(), "JPEG", quality=95, exif=EXIF_6), suffix="jpg")
+    return {
+        ("size_swapped", "training"): [turned["file_name"]],
+        ("exif_orientation", "training"): [turned["file_name"]],
+    }
+
+
+def exif_orientation(d: Dataset) -> Expected:
+    data = encode(d.picture(), "JPEG", quality=95, exif=EXIF_6)
+    turned = d.image(data=data, suffix="jpg", width=HEIGHT, height=WIDTH)
+    return {("exif_orientation", "training"): [turned["file_name"]]}
+
+
+def unusual_mode(d: Dataset) -> Expected:
+    grey, palette, alpha = (d.image(data=encode(d.picture(), mode=mode)) for mode in ("L", "P", "RGBA"))
+    cmyk = d.image(data=encode(d.picture(), "JPEG", "CMYK", quality=95), suffix="jpg")
+    deep = d.image(data=cv2.imencode(".png", d.picture().astype(np.uint16) * 257)[1].tobytes())
+    return {("unusual_mode", "training"): [row["file_name"] for row in (grey, palette, alpha, cmyk, deep)]}
+
+
+def wrong_extension(d: Dataset) -> Expected:
+    return {("wrong_extension", "training"): [d.image(suffix="jpg")["file_name"]]}
+
+
+def tiny_image(d: Dataset) -> Expected:
+    stated = d.image(data=encode(d.picture(8, 40)), box=None, width=8, height=40)
+    unstated = d.image(data=encode(d.picture(40, 8)), box=None, width=0, height=0)
+    names: list[int | str] = [stated["file_name"], unstated["file_name"]]
+    return {
+        ("tiny_image", "training"): names,
+        ("image_without_boxes", "training"): names,
+        ("size_not_stated", "training"): [unstated["file_name"]],
+    }
+
+
+def extreme_aspect(d: Dataset) -> Expected:
+    name = d.image(data=encode(d.picture(220, 20)), box=None, width=220, height=20)["file_name"]
+    return {("extreme_aspect", "training"): [name], ("image_without_boxes", "training"): [name]}
+
+
+def unlisted_image(d: Dataset) -> Expected:
+    paths = [d.root / "train" / "extra.png", d.root / "val" / "extra.png"]
+    for path in paths:
+        path.write_bytes(encode(d.picture()))
+    (d.root / "train" / "notes.txt").write_text("no image")
+    return {("unlisted_image", "both"): [str(path) for path in paths]}
+
+
+def duplicate_image(d: Dataset) -> Expected:
+    first = d.image()
+    second = d.image(data=d.path(first).read_bytes())
+    return {("duplicate_image", "training"): [second["file_name"]]}
+
+
+def leakage(d: Dataset) -> Expected:
+    first, second = d.image(), d.image()
+    copy = d.image("validation", data=d.path(first).read_bytes())
+    pixels = cv2.imread(str(d.path(second)))[..., ::-1]
+    again = d.image("validation", data=encode(pixels, compress_level=0))
+    assert d.path(again, "validation").read_bytes() != d.path(second).read_bytes()
+    return {("leakage", "both"): [copy["file_name"], again["file_name"]]}
+
+
+def leakage_by_look(d: Dataset) -> Expected:
+    pixels = cv2.imread(str(d.path(d.image())))[..., ::-1]
+    again = d.image("validation", data=encode(pixels, "JPEG", quality=70), suffix="jpg")
+    return {("leakage_by_look", "both"): [again["file_name"]]}
+
+
+FAULTS: list[Callable[[Dataset], Expected]] = [
+    *(byte_order_mark, json_key_twice, json_constant, not_an_object, missing_key, missing_id, bad_id, bad_value),
+    *(bad_image_size, bad_box, not_finite, bad_area, category_id_twice, category_name_twice, similar_category_names),
+    *(unknown_category, unused_category, untrained_category, wrong_class_count, image_id_twice),
+    *(file_name_twice, file_name_escapes, annotation_id_twice, annotation_id_zero, orphan_annotation, size_not_stated),
+    *(degenerate_box, box_outside, box_cut, box_hair_over, duplicate_box, box_covers_image, area_disagrees, crowd),
+    *(image_without_boxes, many_boxes, tiny_box, shared_prediction, image_missing, image_not_regular, image_outside),
+    *(image_empty, image_damaged, image_too_large, size_differs, size_swapped, exif_orientation, unusual_mode),
+    *(wrong_extension, tiny_image, extreme_aspect, unlisted_image, duplicate_image, leakage, leakage_by_look),
+    other_category_ids,  # of all validation boxes made by then
+]

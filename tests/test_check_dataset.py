@@ -1,0 +1,562 @@
+"""check_dataset.py finds every fault made on purpose, with exactly its ids, and nothing in a sound dataset."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import resource
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
+
+import check_dataset
+from detection.command_line import DEFAULTS
+from detection.data import build_datasets
+from detection.data.annotation_checks import check_annotations, check_categories, flatten_tolerantly
+from detection.data.annotation_files import sound_columns
+from detection.data.checks import check_before_training
+from detection.data.coco import flatten_annotations
+from detection.data.findings import KINDS, Findings
+from detection.data.fit_checks import Network, check_fit
+from detection.data.image_files import list_images, read_image
+from detection.errors import DataError, DataReadError, UserError
+from detection.models import build_model
+from detection.settings import load_settings
+
+Check = Callable[..., tuple[int, dict[str, Any], str, str]]
+NAMES = [fault.__name__ for fault in FAULTS]
+
+
+built_once = functools.cache(build_model)  # the network of the settings is always the same here
+
+
+@pytest.fixture
+def check(run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """`check(dataset, "--quick")`: exit code, check.json, text and error line."""
+    monkeypatch.setattr(check_dataset, "build_model", built_once)
+
+    def started(dataset: Dataset, *arguments: str) -> tuple[int, dict[str, Any], str, str]:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        dataset.write()
+        result = run_script(check_dataset.main, *WORDS, *dataset.words, *arguments, "--output", out)
+        report = json.loads((out / "check.json").read_text()) if (out / "check.json").exists() else {}
+        return result.returncode, report, result.stdout, result.stderr
+
+    return started
+
+
+def found_in(report: dict[str, Any]) -> Expected:
+    rows = report["findings"]
+    assert all(row["count"] == len(row["items"]) for row in rows)
+    assert len({(row["kind"], row["split"]) for row in rows}) == len(rows)  # one line per kind and split
+    return {(row["kind"], row["split"]): row["items"] for row in rows}
+
+
+def as_sets(expected: Expected) -> dict[tuple[str, str], list[str]]:
+    """Comparable whatever the order; repetitions count."""
+    return {key: sorted(map(repr, items)) for key, items in expected.items()}
+
+
+def tree_digest(root: Path) -> str:
+    """Names, kinds, times and contents of everything below a directory."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        digest.update(f"{path} {status.st_mode} {status.st_mtime_ns} {status.st_size}".encode())
+        if path.is_file() and not path.is_symlink():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- what is found ---
+
+
+def test_a_sound_dataset_is_called_sound(check: Check, tmp_path: Path) -> None:
+    code, report, text, err = check(Dataset(tmp_path / "data"), "--strict")
+    assert (code, err) == (0, "")
+    assert report["findings"] == [] and (report["errors"], report["warnings"], report["depth"]) == (0, 0, "full")
+    assert report["splits"]["training"] | {"annotations": 0, "images_directory": 0} == {
+        **{"annotations": 0, "images_directory": 0, "images": 4, "boxes": 4, "images_opened": 4},
+        "boxes_per_class": {"cat": 2, "dog": 2},
+    }
+    # every box is 20 x 20 and so is an anchor
+    assert report["fit"] == {"image_size": 64, "boxes": 4, "mean_best_iou": 1.0, "recall_at_iou_0.5": 1.0}
+    assert "no error, no warning" in text and len(text.strip().splitlines()) == 5
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+def test_each_fault_alone_is_found_with_exactly_its_ids(check: Check, tmp_path: Path, fault) -> None:
+    dataset = Dataset(tmp_path / "data")
+    expected = fault(dataset)
+    code, report, text, err = check(dataset)
+    assert as_sets(found_in(report)) == as_sets(expected)
+    severities = {KINDS[kind].severity for kind, _ in expected}
+    assert code == ("error" in severities) and bool(err) == bool(code)
+    assert all(kind in text for kind, _ in expected)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)  # names from the file cannot move the cursor
+
+
+def test_all_faults_at_once(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    together: Expected = defaultdict(list)
+    for fault in FAULTS:
+        for key, items in fault(dataset).items():
+            together[key] += items
+    together[("wrong_class_count", "training")] = ["4, not 80"]  # with "Dog " and "elk" of other faults
+    together[("rare_category", "training")] = ["Dog "]  # one box, beside the 101 of many_boxes
+    code, report, _, err = check(dataset)
+    assert code == 1 and "errors" in err and len(err.splitlines()) == 1
+    assert as_sets(found_in(report)) == as_sets(together)
+    kinds = {kind for kind, _ in together}
+    assert len(kinds) >= 45
+    order = [row["severity"] for row in report["findings"]]
+    assert order == sorted(order, key=["error", "warning", "info"].index)  # errors first
+
+
+def test_depths_see_what_they_can(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    expected: Expected = {}
+    for fault in FAULTS:
+        if fault.__name__ in ("image_missing", "size_differs", "image_empty", "exif_orientation"):
+            expected |= fault(dataset)
+    cut = dataset.image(data=encode(dataset.picture())[:-200])
+    expected[("image_damaged", "training")] = [cut["file_name"]]
+    by_depth = {"--quick": ("image_missing",), "--headers": ("image_missing", "size_differs", "image_empty", "exif_")}
+    for depth, kinds in by_depth.items():
+        _, report, *_ = check(dataset, depth)
+        assert as_sets(found_in(report)) == as_sets({k: v for k, v in expected.items() if k[0].startswith(kinds)})
+        assert report["depth"] == depth[2:]
+    assert as_sets(found_in(check(dataset)[1])) == as_sets(expected)
+
+
+def test_quick_sees_equal_files_of_one_name_in_both_splits(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    for same in (True, False):  # the other pair has one name and one size too, but another content
+        entry = dataset.image(data=encode(dataset.picture(), "BMP"), suffix="bmp")
+        copy = dataset.image("validation", data=None, file_name=entry["file_name"])
+        data = dataset.path(entry).read_bytes()
+        dataset.path(copy, "validation").write_bytes(data if same else data[:-1] + bytes([data[-1] ^ 255]))
+    (leaked, _) = dataset.content["validation"]["images"][-2:]
+    _, report, *_ = check(dataset, "--quick")
+    assert found_in(report) == {("leakage", "both"): [leaked["file_name"]]}
+
+
+# --- errors stop training, warnings do not ---
+
+
+def train_as_far_as_data_goes(words: list[str]) -> list[str]:
+    """What yolo-v3/main.py does with a dataset: opens it, checks it, reads every image; the warnings of the plan."""
+    settings, _ = load_settings(DEFAULTS, words=[*WORDS, *words])
+    sets = build_datasets(settings.data, 64, 64, 0, settings.yolo.num_classes)
+    network = Network(settings.yolo.anchors, (8, 16, 32), None, 64, 64)
+    warnings = check_before_training(*sets, settings.data, network)
+    for dataset in sets:
+        for index in range(len(dataset)):
+            sample = dataset[(index, 0, 0)]
+            assert np.isfinite(sample.boxes).all()
+    return warnings
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+def test_training_refuses_errors_and_nothing_else(tmp_path: Path, fault) -> None:
+    dataset = Dataset(tmp_path / "data")
+    expected = fault(dataset)
+    dataset.write()
+    if any(KINDS[kind].severity == "error" for kind, _ in expected):
+        with pytest.raises(UserError) as caught:
+            train_as_far_as_data_goes(dataset.words)
+        assert caught.value.exit_code in (2, 3)
+        assert "\n" not in caught.value.line
+        return
+    warnings = train_as_far_as_data_goes(dataset.words)
+    settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
+    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    for kind, split in expected:
+        if kind in ("degenerate_box", "box_outside", "orphan_annotation"):
+            assert list(training.annotations.counts.ids.values()) == [expected[kind, split]]
+        elif KINDS[kind].severity == "warning" and kind not in ("duplicate_image", "leakage", "leakage_by_look"):
+            assert any(KINDS[kind].what in line and split in line for line in warnings), kind
+
+
+def test_degenerate_and_outside_boxes_are_errors_under_strict(check: Check, tmp_path: Path) -> None:
+    for number, fault in enumerate(f for f in FAULTS if f.__name__ in ("degenerate_box", "box_outside")):
+        dataset = Dataset(tmp_path / f"data{number}")
+        expected = fault(dataset)
+        assert check(dataset)[0] == 0
+        dataset.words.append("data.strict=true")
+        code, report, *_ = check(dataset)
+        assert code == 1 and found_in(report) == expected and report["errors"] == 1
+        with pytest.raises(UserError):
+            train_as_far_as_data_goes(dataset.words)
+
+
+ODD_VALUES: list[Any] = [
+    *(None, "", "3", "x", [], {}, True, False, 0, -1, 1, 3, 7, 99, 2.5, 64.0, 1e300, 2**31, 2**70),
+    *(float("nan"), float("inf"), [1, 2, 3, 4], [1, 2, -3, 4], [1, 2, 3], [1e300, 1, 1e300, 1e300], "../a.png"),
+]
+
+
+def test_doctor_and_loader_agree_on_any_value_anywhere(tmp_path: Path) -> None:
+    """One to three values at random places: there is an error exactly where the loader refuses, and never a crash."""
+    dataset = Dataset(tmp_path / "data")
+    settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
+    generator = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(1500):
+        content = copy.deepcopy(dataset.content["training"])
+        for _ in range(generator.integers(1, 4)):
+            row = content[str(generator.choice(list(content)))]
+            keys = ["id", "file_name", "width", "image_id", "category_id", "bbox", "area", "iscrowd", "name"]
+            row[generator.integers(len(row))][str(generator.choice(keys))] = ODD_VALUES[
+                generator.integers(len(ODD_VALUES))
+            ]
+        findings = Findings()
+        file = tmp_path / "file.json"
+        sound = sound_columns(content, "file.json", lambda fault, to=findings: to.add(fault.kind, "training", ["x"]))
+        found = flatten_tolerantly(sound, file, "training", settings.data, None, findings)
+        if found is not None:
+            check_annotations(found, "training", findings)
+        try:
+            flatten_annotations(content, "file.json")
+            refused = False
+        except DataError:
+            refused = True
+        errors = [finding.kind for finding in findings.of("error") if finding.kind != "no_boxes"]
+        assert bool(errors) == refused, (content, errors)
+        outcomes.append(refused)
+    assert 300 < sum(outcomes) < 1400
+
+
+def test_links_may_be_allowed(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    next(fault for fault in FAULTS if fault.__name__ == "image_outside")(dataset)
+    dataset.words.append("data.follow_links=true")
+    assert check(dataset)[0] == 0
+    train_as_far_as_data_goes(dataset.words)
+
+
+def test_a_link_is_not_followed_in_the_middle_of_a_run_either(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data").write()
+    settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
+    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    path = dataset.path(dataset.content["training"]["images"][0])
+    path.rename(tmp_path / "secret.png")
+    path.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataReadError, match="follow_links"):
+        training.load_image(0)
+
+
+def test_every_kind_has_a_case() -> None:
+    """A kind that no test makes could be dead code."""
+    here = Path(__file__).read_text(encoding="utf-8")
+    names = {fault.__name__ for fault in FAULTS}
+    assert [kind for kind in KINDS if kind not in names and f'"{kind}"' not in here] == []
+
+
+# --- what leaves nothing of a split ---
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "item"),
+    [
+        ("images", "no_images", "images"),
+        ("categories", "no_categories", "categories"),
+        ("annotations", "no_boxes", "annotations"),
+    ],
+)
+def test_empty_lists(check: Check, tmp_path: Path, key: str, kind: str, item: str) -> None:
+    dataset = Dataset(tmp_path / "data")
+    for emptied in {key, "annotations"}:
+        dataset.content["training"][emptied] = []
+    code, report, *_ = check(dataset)
+    assert code == 1 and found_in(report)[kind, "training"] == [item]
+    assert report["errors"] == 1 and report["splits"]["validation"]["images_opened"] == 2
+    with pytest.raises(UserError):
+        train_as_far_as_data_goes(dataset.words)
+
+
+def test_a_validation_set_without_boxes_is_a_warning(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    dataset.content["validation"]["annotations"] = []
+    code, report, *_ = check(dataset)
+    assert code == 0 and found_in(report)["no_truth", "validation"] == ["annotations"]
+    assert check(dataset, "--strict")[0] == 1
+
+
+def test_all_images_faulty(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    for row in dataset.content["training"]["images"]:
+        row["id"] = "1"
+    code, report, *_ = check(dataset)
+    found = found_in(report)
+    assert code == 1 and found["bad_id", "training"] == [f"number {k}" for k in range(4)]
+    assert found["no_images", "training"] == ["images"]
+
+
+BROKEN_FILES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "deep": lambda data: b"[" * 100_000,
+    "list": lambda data: b"[]",
+    "other": lambda data: b'{"shapes": []}',
+    "binary": lambda data: b"\x89PNG\xff\xfe",
+    "utf-16": lambda data: data.decode().encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("edit", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_file_that_cannot_be_read_is_an_error_and_alone_the_end(check: Check, tmp_path: Path, edit) -> None:
+    dataset = Dataset(tmp_path / "data")
+    dataset.raw.append(edit)
+    code, report, *_ = check(dataset)
+    assert code == 1 and found_in(report) == {("unreadable_file", "training"): ["instances_train.json"]}
+    code, report, _, err = check(dataset, "--split", "training")
+    assert (code, report) == (2, {}) and "instances_train.json" in err and len(err.splitlines()) == 1
+
+
+def test_one_annotation_file(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    dataset.write = lambda: (Dataset.write(dataset), (tmp_path / "data/annotations/instances_val.json").unlink())[0]
+    code, report, *_ = check(dataset)
+    assert code == 1 and found_in(report) == {("no_annotation_file", "validation"): ["validation"]}
+    code, report, *_ = check(dataset, "--split", "training")
+    assert code == 0 and list(report["splits"]) == ["training"]
+    # or a share of it validates; a fault of the file is named once, one of an image in its split
+    dataset.words.append("data.validation_fraction=0.5")
+    dataset.box(["a"], dataset.content["training"]["images"][0])
+    _, report, *_ = check(dataset)
+    assert [key for key in found_in(report) if key[0] == "bad_box"] == [("bad_box", "both")]
+    assert sum(report["splits"][split]["images"] for split in ("training", "validation")) == 4
+    # explicit paths outside any layout
+    annotations, images = tmp_path / "boxes.json", tmp_path / "data" / "train"
+    annotations.write_text(json.dumps(dataset.content["validation"]))
+    dataset.words[:] = [f"data.train_annotations={annotations}", f"data.train_images={images}"]
+    code, report, *_ = check(dataset, "--split", "training")
+    assert code == 1 and len(found_in(report)["image_missing", "training"]) == 2
+
+
+def test_no_images_directory(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    dataset.write()
+    (tmp_path / "data" / "val").rename(tmp_path / "data" / "pictures")
+    code, report, *_ = check(dataset)
+    assert code == 1 and found_in(report) == {("no_image_directory", "validation"): ["validation"]}
+    assert report["splits"]["validation"]["images"] == 2
+
+
+def test_class_names_that_the_file_lacks(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    dataset.words.append('data.class_names=["cat", "bird"]')
+    code, report, *_ = check(dataset)
+    assert code == 1 and "bird" in str(found_in(report)["refused", "training"][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.root=nowhere"], "nowhere"),
+        (["data.fake=true"], "data.fake"),
+        (["data.rot=x"], "data.rot"),
+        (["--quick", "--headers"], "--headers"),
+        (["data.validation_fraction=0.5", "data.validation_annotations=a.json"], "validation_annotations"),
+        (["data.train_annotations=absent.json", "--split", "training"], "absent.json"),
+    ],
+)
+def test_refusals_in_one_line(run_script, words: list[str], expected: str) -> None:
+    result = run_script(check_dataset.main, *words)
+    assert result.returncode == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_unwritable_output(run_script, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    dataset = Dataset(tmp_path / "data").write()
+    result = run_script(check_dataset.main, *WORDS, *dataset.words, "--quick", "--output", tmp_path / "file" / "below")
+    assert result.returncode == 6 and len(result.stderr.splitlines()) == 1
+
+
+# --- the user's data ---
+
+
+def test_nothing_is_changed_and_a_read_only_dataset_will_do(check: Check, tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    for fault in FAULTS:
+        fault(dataset)
+    dataset.write()
+    dataset.write = lambda: dataset
+    directories = [path for path in (tmp_path / "data").rglob("*") if path.is_dir() and not path.is_symlink()]
+    try:
+        for directory in directories:
+            directory.chmod(0o555)
+        before = tree_digest(tmp_path / "data")
+        assert check(dataset)[0] == 1
+        assert tree_digest(tmp_path / "data") == before
+    finally:
+        for directory in directories:
+            directory.chmod(0o755)
+
+
+def test_nothing_outside_the_image_directory_is_opened(check: Check, tmp_path: Path, monkeypatch) -> None:
+    dataset = Dataset(tmp_path / "data")
+    for fault in FAULTS:
+        if fault.__name__ in ("image_outside", "file_name_escapes", "image_not_regular"):
+            fault(dataset)
+    opened = []
+    original = np.fromfile
+    monkeypatch.setattr(
+        np, "fromfile", lambda path, *rest, **more: (opened.append(path), original(path, *rest, **more))[1]
+    )
+    check(dataset)
+    assert len(opened) == 6 and all(path.parent.name in ("train", "val") and path.is_file() for path in opened)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    next(fault for fault in FAULTS if fault.__name__ == "image_too_large")(dataset)
+    path = dataset.path(dataset.content["training"]["images"][-1])
+    assert path.stat().st_size < 200_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataReadError, match="more than 100000000"):
+        read_image(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; B06 of the fault table
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataReadError, match="regular"):
+        read_image(tmp_path / "a.png")  # would wait for ever
+
+
+# --- parts ---
+
+
+def annotations_of(boxes: list[list[float]], size: tuple[int, int] = (64, 64), labels: list[int] | None = None):
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}],
+        "annotations": [
+            {"id": k + 1, "image_id": 1, "category_id": (labels or [1] * len(boxes))[k], "bbox": box}
+            for k, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }
+    return flatten_annotations(content, "file.json")
+
+
+def test_fit_by_hand(default_settings) -> None:
+    """A 128 x 128 image in a 64 px network: everything is halved."""
+    network = Network(((((10.0, 10.0)),), (((40.0, 40.0)),)), (8, 16), None, 64, 32)
+    # 20x20 -> 10x10: IoU 1 with the first anchor; 40x40 -> 20x20: 100/400 and 400/1600, both 0.25, the first wins;
+    # 7x20 -> 3.5x10: 35/100, and at the smallest size 1.75 px wide: tiny
+    annotations = annotations_of([[0, 0, 20, 20], [50, 50, 40, 40], [100, 0, 7, 20]], (128, 128))
+    findings = Findings()
+    numbers = check_fit(annotations, network, default_settings().data, "training", findings)
+    assert numbers["mean_best_iou"] == pytest.approx((1 + 0.25 + 0.35) / 3)
+    assert numbers["recall_at_iou_0.5"] == pytest.approx(1 / 3)
+    assert findings["tiny_box"] == [3] and findings["poor_anchors"] == findings["shared_prediction"] == []
+    check_fit(annotations_of([[50, 50, 40, 40]], (128, 128)), network, default_settings().data, "training", findings)
+    assert findings["poor_anchors"] == ["yolo.anchors"]
+
+
+def test_the_letterbox_is_part_of_the_fit(default_settings) -> None:
+    """128 x 64 in 64 px: scale 0.5, 16 px of border above; two centres share a cell of 8 px only with it."""
+    network = Network(((((10.0, 10.0)),),), (8,), None, 64, 64)
+    # centres y 12 and 20 -> 6 and 10 without the border: rows 0 and 1; the border of 16 px keeps the rows apart
+    apart = annotations_of([[0, 2, 20, 20], [0, 10, 20, 20]], (128, 64))
+    # y 18 and 28 -> 9 + 16 = 25 and 14 + 16 = 30: both row 3
+    together = annotations_of([[0, 8, 20, 20], [0, 18, 20, 20]], (128, 64))
+    for annotations, expected in ((apart, []), (together, [1])):
+        findings = Findings()
+        check_fit(annotations, network, default_settings().data, "training", findings)
+        assert findings["shared_prediction"] == expected
+
+
+def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> None:
+    """The doctor's list against the rule of the loss itself."""
+    import torch
+
+    from detection.target_assignment import anchor_table, assign_targets
+
+    generator = np.random.default_rng(3)
+    corners = generator.uniform(0, 40, (60, 2))
+    annotations = annotations_of(
+        [
+            [*corner, *side]
+            for corner, side in zip(corners.tolist(), generator.uniform(4, 24, (60, 2)).tolist(), strict=True)
+        ]
+    )
+    levels = [torch.tensor([[8.0, 8.0], [16.0, 8.0]]), torch.tensor([[20.0, 20.0]])]
+    table = anchor_table(levels, (8, 16), [(8, 8), (4, 4)], (1.0, 1.0))
+    boxes = torch.from_numpy(annotations.boxes)[None]
+    assignment = assign_targets(boxes, torch.zeros(1, 60, dtype=torch.int64), table)
+    lost = annotations.annotation_ids[~assignment.last[0].numpy()].tolist()
+    assert 5 < len(lost) < 55
+    settings, _ = load_settings(DEFAULTS)
+    findings = Findings()
+    network = Network(tuple(tuple(map(tuple, level.tolist())) for level in levels), (8, 16), None, 64, 64)
+    check_fit(annotations, network, settings.data, "training", findings)
+    assert findings["shared_prediction"] == sorted(lost)
+
+
+def test_a_rare_category() -> None:
+    for count, expected in ((100, []), (101, ["b"])):
+        findings = Findings()
+        labels = [1] * count + [2]
+        boxes = [[0.1 * k, 0, 5, 5] for k in range(count + 1)]
+        check_categories(annotations_of(boxes, labels=labels), "training", findings)
+        assert findings["rare_category"] == expected
+
+
+def test_names_are_looked_up_by_listing(tmp_path: Path, monkeypatch) -> None:
+    """One listing per directory, and a question per file only where something is odd."""
+    for folder in ("", "a", "a/b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for number in range(20):
+            (tmp_path / folder / f"{number}.jpg").touch()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "0.jpg")
+    names = [f"{folder}{number}.jpg" for folder in ("", "a/", "a/b/", "./a//") for number in range(20)]
+    asked = []
+    original = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: (asked.append(path.name), original(path))[1])
+    listing = list_images(tmp_path, [*names, "link.jpg", "absent.jpg", "absent/0.jpg"], follow_links=False)
+    assert asked == ["link.jpg", "absent.jpg", "0.jpg"]
+    assert listing.missing == [len(names) + 1, len(names) + 2]
+    assert listing.outside == listing.not_regular == []
+
+
+# --- training, and real data ---
+
+
+def test_training_names_missing_images_before_the_first_step(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "data")
+    names = [dataset.image(data=None)["file_name"] for _ in range(7)]
+    dataset.write()
+    with pytest.raises(UserError) as caught:
+        train_as_far_as_data_goes(dataset.words)
+    assert caught.value.exit_code == 2 and "image files that do not exist: 7 (" in caught.value.line
+    assert all(name in caught.value.line for name in names[:5]) and names[6] not in caught.value.line
+
+
+def test_blood_cells(run_script, shared_data, tmp_path: Path) -> None:
+    """Two photographs of one field of view lie in the two splits of this dataset; seen by eye."""
+    words = ["--config", DEFAULTS.parent.parent / "recipes" / "bccd.yaml", f"data.root={shared_data('bccd')}"]
+    result = run_script(check_dataset.main, *words, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert result.returncode == 0 and report["errors"] == 0 and report["warnings"] == 1
+    assert found_in(report)["leakage_by_look", "both"] == ["BloodImage_00037.jpg"]
+    assert report["splits"]["training"]["boxes_per_class"] == {"RBC": 2381, "WBC": 214, "Platelets": 209}
+
+
+def test_coco(run_script, shared_data, tmp_path: Path) -> None:
+    """The counts of shared/data/coco_mini/README.md."""
+    result = run_script(check_dataset.main, f"data.root={shared_data('coco_mini')}", "--output", tmp_path / "out")
+    found = found_in(json.loads((tmp_path / "out" / "check.json").read_text()))
+    assert result.returncode == 0
+    assert [len(found["crowd", split]) for split in FOLDERS] == [10, 5]
+    assert len(found["image_without_boxes", "training"]) == 2 and ("image_without_boxes", "validation") not in found
+    assert "hair drier" in found["unused_category", "training"]

@@ -1,0 +1,207 @@
+"""validation.py: what it finds out about a detector, thresholds in one pass, detectors side by side.
+
+What the numbers of a single run must be is in test_weights.py; the network is the one made there.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_evaluation import annotate, coco_content
+from test_weights import CFG, NAMES, Files, Run, files, known_weights, run  # noqa: F401  (two are fixtures)
+
+import validation
+from detection.comparison import check_same_data
+from detection.data import build_datasets, keep_evenly
+from detection.data.coco import flatten_annotations
+from detection.errors import SettingsError
+
+WEIGHTS = ("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_everything_is_written(files: Files, run: Run) -> None:  # noqa: F811
+    code, out, err = run(*WEIGHTS, "--output", "out")
+    assert (code, err) == (0, "")
+    directory = files.root / "out"
+    for name in ("validation", "precision_recall", "confidence_curves", "confusion_matrix", "size_and_aspect"):
+        assert (directory / f"{name}.png").stat().st_size > 5000, name
+    metrics = json.loads((directory / "metrics.json").read_text())
+    # Two of three boxes of equal confidence are right: F1 = 2 * 2 / (3 + 2)
+    assert metrics["best_f1"] == pytest.approx(
+        {"confidence": 0.001, "f1": 0.8, "precision": 2 / 3, "recall": 1}, abs=1e-6
+    )
+    assert "highest mean F1 0.800 at confidence 0.001: precision 0.667, recall 1.000" in out
+    assert metrics["deviations"] == [] and "deviates" not in out
+    assert metrics["images"] == 3 and metrics["images_per_second"] > 0 and metrics["parameters"] > 0
+    assert set(metrics["seconds"]) == {"load", "network", "loss", "nms", "metric", "analysis"}
+    assert all(value >= 0 for value in metrics["seconds"].values()) and 0.05 < metrics["peak_memory_gib"] < 100
+    # Boxes of 16 and 32 pixels
+    assert {name: group["truths"] for name, group in metrics["sizes"].items() if group["truths"]} == {
+        "16-32": 1,
+        "32-64": 1,
+    }
+    assert metrics["aspects"]["3:4-4:3"]["truths"] == 2
+    matrix = read_csv(directory / "confusion_matrix.csv")
+    names = matrix[0][1:-1]
+    row = {line[0]: dict(zip(matrix[0][1:], map(int, line[1:]), strict=True)) for line in matrix[1:]}
+    assert row["motorcycle"]["motorcycle"] == 2 and row["no truth"]["motorcycle"] == 1
+    assert sum(map(sum, (line.values() for line in row.values()))) == 3 and len(names) == 3
+    classes = {line[0]: line[1:] for line in read_csv(directory / "classes.csv")}
+    assert classes["motorcycle"] == ["2", "3", "1", "1", "0.666667", "1", "0.8"]
+    assert classes["couch"] == ["0", "0", "", "", "", "", ""]
+    curve = read_csv(directory / "precision_recall.csv")
+    assert len(curve) == 102 and curve[0][:2] == ["recall", "mean"] and curve[-1][:2] == ["1", "1"]
+    points = read_csv(directory / "confidence_curves.csv")
+    assert len(points) == 1 + 4 * 1000 and points[1][0] == "mean"
+
+
+def test_deviations_are_named(files: Files, run: Run) -> None:  # noqa: F811
+    words = ["evaluation.score=objectness", "evaluation.max_images=2", "evaluation.iou_threshold=0.6"]
+    (files.root / "val" / "3.png").unlink()  # images 1 and 2 of 3 are chosen; the other one is not read
+    code, out, err = run(*WEIGHTS, *words, "evaluation.max_detections=7", "--output", "out")
+    assert (code, err) == (0, "") and "2 boxes on 2 images" in out
+    metrics = json.loads((files.root / "out" / "metrics.json").read_text())
+    expected = [
+        "scored by objectness alone",
+        "NMS 0.6 instead of 0.45",
+        "7 boxes per class and image instead of 100",
+        "at most 2 images",
+    ]
+    assert metrics["deviations"] == expected and f"deviates from the protocol: {', '.join(expected)}" in out
+    rows = json.loads((files.root / "out" / "detections.json").read_text())
+    assert [row["score"] for row in rows] == pytest.approx([1 / (1 + np.exp(-5))] * 2)  # objectness alone
+
+
+def test_images_are_spread_evenly(default_settings: Any) -> None:
+    settings = default_settings("data.fake=true", "yolo.num_classes=3")
+    arguments = (settings.data, 64, 64, 0, 3)
+    whole, part = build_datasets(*arguments)[1], build_datasets(*arguments, max_validation_images=5)[1]
+    assert len(whole) == 64 and len(part) == 5
+    assert part.annotations.image_ids.tolist() == [1, 13, 26, 39, 52]  # 64 / 5 = 12.8 apart
+    for place, index in enumerate((0, 12, 25, 38, 51)):
+        rows, kept = (
+            slice(*data.annotations.first_box[number : number + 2]) for data, number in ((whole, index), (part, place))
+        )
+        assert np.array_equal(whole.annotations.boxes[rows], part.annotations.boxes[kept])
+    keep_evenly(part, 100)
+    assert len(part) == 5
+
+
+def test_three_thresholds_in_one_pass_are_three_runs(
+    shared_weights: Any, shared_data: Any, run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *arguments: {})  # seconds each, for 80 classes
+    arguments = [
+        "--weights", shared_weights("yolo-fastest-1.1.weights"), "--cfg", shared_weights("yolo-fastest-1.1.cfg"),
+        "--names", shared_weights("coco.names"), f"data.root={shared_data('coco_mini')}", "data.num_workers=0",
+        "evaluation.batch_size=4", "evaluation.max_images=6", "run.device=cpu", "run.precision=off",
+        "evaluation.visualize_images=0",
+    ]  # fmt: skip
+    thresholds = ["0.01", "0.001", "0.0001"]
+    result = run_script(validation.main, *arguments, "--output", "all", "--confidence", *thresholds)
+    assert (result.returncode, result.stderr) == (0, "")
+    together = json.loads((tmp_path / "all" / "metrics.json").read_text())["thresholds"]
+    assert [row["confidence"] for row in together] == [0.01, 0.001, 0.0001]
+    assert 0 < together[0]["boxes"] < together[1]["boxes"] < together[2]["boxes"]
+    for word, row in zip(thresholds, together, strict=True):
+        alone = run_script(validation.main, *arguments, "--output", word, f"evaluation.confidence_threshold={word}")
+        assert (alone.returncode, alone.stderr) == (0, "")
+        metrics = json.loads((tmp_path / word / "metrics.json").read_text())
+        for name, value in row.items():
+            assert name == "confidence" or metrics[name] == value, name
+        table = alone.stdout[alone.stdout.index(" Average Precision") : alone.stdout.index(" class ")]
+        assert f"Confidence Threshold: {word}\nFound Boxes: {row['boxes']}\n{table}" in result.stdout
+
+
+def test_detectors_side_by_side(files: Files, run: Run) -> None:  # noqa: F811
+    files("blind.cfg", CFG)
+    files("blind.weights", known_weights(label=2))  # finds a couch where the motorcycles are
+    files("coco.names", NAMES)
+    code, out, err = run("--compare", "net.weights", "blind.weights", "--names", "coco.names", "--output", "out")
+    assert (code, err) == (0, "")
+    assert (files.root / "out" / "comparison.png").stat().st_size > 5000
+    first, second = json.loads((files.root / "out" / "comparison.json").read_text())
+    assert (first["name"], second["name"]) == ("net", "blind")
+    assert first["metrics"]["AP"] == pytest.approx(1) and second["metrics"]["AP"] == 0
+    assert first["class_ap"]["motorcycle"] == pytest.approx(1) and second["class_ap"]["couch"] is None
+    assert first["parameters"] == second["parameters"] > 0 and first["image_size"] == 32
+    assert "motorcycle   1.000  -1.000" in out and "*1.000" in out
+    rows = read_csv(files.root / "out" / "comparison.csv")
+    assert rows[0][0] == "weights" and [row[0] for row in rows[1:]] == ["net", "blind"]
+
+
+def test_detectors_on_different_data_are_not_compared() -> None:
+    boxes = [(1, 1, [0.0, 0.0, 9.0, 9.0]), (2, 90, [0.0, 0.0, 9.0, 9.0])]
+    first = annotate(boxes, images=2)
+    check_same_data(first, annotate(boxes[::-1], images=2), Path("b.pt"))
+    # a class without truth more or less, and another order, change no number
+    content = coco_content(boxes, images=2, categories=(1, 90, 91))
+    check_same_data(first, flatten_annotations(content, "test", ("name 91", "name 90", "name 1")), Path("b.pt"))
+    for other in (annotate(boxes, images=3), annotate(boxes[:1], images=2), annotate([*boxes, boxes[0]], images=2)):
+        with pytest.raises(SettingsError, match=r"b\.pt lead to other validation images or classes"):
+            check_same_data(first, other, Path("b.pt"))
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_directory(files: Files, run: Run) -> None:  # noqa: F811
+    for name in ("first", "second"):
+        (files.root / name).mkdir()
+        for suffix in ("weights", "cfg", "names"):
+            files(f"{name}/best.{suffix}", (files.root / f"net.{suffix}").read_bytes())
+    code, out, err = run("--compare", "first/best.weights", "second/best.weights", "--output", "out")
+    assert (code, err) == (0, "") and " first/best " in out and " second/best " in out
+
+
+def test_pictures_are_shown_after_they_were_written(
+    files: Files, run: Run, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    shown = []
+
+    def browse(title: str, count: int, page: Any) -> None:
+        shown.append((title, [page(number).shape for number in range(count)]))
+        assert (files.root / "out" / "size_and_aspect.png").is_file()
+
+    monkeypatch.setattr(validation, "browse", browse)
+    assert run(*WEIGHTS, "--output", "out", "--show")[0] == 0
+    ((title, shapes),) = shown
+    assert title == "validation_net" and len(shapes) == 5 and all(len(shape) == 3 for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "either --weights FILE or --compare"),
+        ([*WEIGHTS, "--compare", "net.weights", "net.cfg"], "either --weights FILE or --compare"),
+        (["--compare", "net.weights"], "at least two"),
+        (["--compare", "net.weights", "./net.weights"], "occurs twice"),
+        (["--compare", "net.weights", "net.cfg", "--cfg", "net.cfg"], "--cfg belongs to --weights"),
+        (["--compare", "net.weights", "net.cfg", "--confidence", "0.1"], "--confidence belongs to --weights"),
+        (["--compare", "a.pt", "b.pt", "--names", "net.names"], "--names belongs to Darknet weights"),
+        ([*WEIGHTS, "--confidence", "1"], "--confidence 1: must lie between 0 and 1"),
+        ([*WEIGHTS, "--confidence", "0.1", "0"], "--confidence 0: must lie between 0 and 1"),
+        ([*WEIGHTS, "--confidence", "nan"], "--confidence nan: must lie between 0 and 1"),
+        ([*WEIGHTS, "--confidence", "low"], "--confidence low: is not a number"),
+        ([*WEIGHTS, "--confidence", "0.1", "1e-1"], "--confidence 1e-1: occurs twice"),
+        ([*WEIGHTS, "--confidence", "0.1", "evaluation.confidence_threshold=0.2"], "contradict"),
+        ([*WEIGHTS, "evaluation.max_images=0"], "evaluation.max_images"),
+        ([*WEIGHTS, "evaluation.score=class"], "evaluation.score"),
+    ],
+)
+def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:  # noqa: F811
+    code, _, err = run(*arguments)
+    assert code == 2 and err.count("\n") == 1 and word in err, err
+    assert not (files.root / "logs").exists()
+
+
+def test_data_without_truth_is_refused(files: Files, run: Run) -> None:  # noqa: F811
+    path = files.root / "annotations" / "instances_val.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    code, _, err = run(*WEIGHTS)
+    assert code == 2 and err.count("\n") == 1 and "no truth: none of the 3 validation images" in err

@@ -1,0 +1,314 @@
+"""Exactly what the network sees: a batch of a training run, or of its validation, with boxes after the transforms.
+
+python visualize_batch.py --config recipes/quickstart.yaml                     first batch of such a run, 5 seconds
+python visualize_batch.py --config recipes/bccd.yaml data.root=my_dataset --step 1000
+python visualize_batch.py data.root=my_dataset --split val                     letterboxed validation images
+python visualize_batch.py --config recipes/quickstart.yaml --targets           which cells and anchors learn them
+python visualize_batch.py --config recipes/quickstart.yaml --transform affine  one augmentation at several strengths
+
+The batch of step N is the very batch that yolo-v3/main.py trains on in that step with the same settings: images, order,
+size and augmentation follow from run.seed. Printed and written for each image: file, id, epoch, position in the dataset
+and size, from which it can be made again. Writes batch.png and batch.json, with --targets targets.png (a row per image,
+a panel per level: grid, cells that learn in the class's colour, their anchors in black and white), with --transform
+transform.png and transform.json (a row per setting: below, at and beyond its limits; then random draws) into a new
+directory below logs/.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+
+from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.criterion import Criterion
+from detection.data import DetectionDataset, build_datasets, build_validation_dataset
+from detection.data.coco import repeat_factors
+from detection.data.loaders import TrainingBatchSampler, collate_samples
+from detection.data.strengths import augmentation_names, strength_rows
+from detection.dataset_figures import printable
+from detection.display import browse
+from detection.drawing import CROWD_LABEL, draw_boxes, make_grid, save_png
+from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.models import Detector, build_detector, check_image_size, size_multiple
+from detection.run_loggers import new_run_directory
+from detection.settings import SIZE_MULTIPLE, Settings, load_settings
+from detection.target_pictures import assigned_predictions, count_targets, draw_targets, truths_of
+
+IMAGES, IMAGES_WITH_TARGETS = 16, 3  # drawn without --images
+COLUMNS = 4
+DRAWS = 7  # random draws of an augmentation
+TILE_SIDE = 260  # pixels of an image in the sheet of one augmentation
+
+Position = tuple[int, int, int]  # image index, epoch, size, as the datasets take it
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+    print("\n".join(notices), end="\n" if notices else "")
+    dataset = open_dataset(settings, arguments.split)
+    names = [printable(name) for name in dataset.annotations.categories.names]
+    detector = None
+    if arguments.targets or (settings.train.resize_frequency and settings.yolo.cfg is not None):
+        detector = open_detector(settings, arguments.split, len(names))
+    positions = positions_of_step(settings, dataset, arguments.split, arguments.step, detector)
+    if arguments.transform:
+        pictures, content = show_transform(arguments, settings, dataset, names, positions)
+        name = "transform"
+    else:
+        count = arguments.images or (IMAGES_WITH_TARGETS if arguments.targets else IMAGES)
+        pictures, content = show_batch(settings, dataset, names, positions, count, detector, arguments)
+        name = "batch"
+    directory = new_run_directory(Path(settings.run.logs_path), f"visualize_{name}", arguments.output)
+    try:
+        for file, picture in pictures.items():
+            save_png(directory / f"{file}.png", picture)
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    print(f"{', '.join(f'{file}.png' for file in pictures)} and {name}.json in {directory}")
+    if arguments.show:
+        shown = list(pictures.values())
+        browse("visualize_batch.py", len(shown), lambda number: shown[number])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser("visualize_batch.py", __doc__)
+    parser.add_settings()
+    parser.add_output()
+    add = parser.add_argument
+    add("--split", choices=("train", "val"), default="train", help="training or validation batches (default: train)")
+    add(
+        "--step",
+        type=int,
+        default=0,
+        metavar="N",
+        help="optimizer step, or number of the validation batch (default: 0)",
+    )
+    add("--images", type=int, metavar="N", help="so many images of the batch (default: 16; with --targets 3)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--targets", action="store_true", help="draw what the network is to learn, level by level")
+    group.add_argument("--transform", metavar="NAME", help="show one augmentation of data.augmentation alone")
+    add("--image", type=int, metavar="ID", help="image of --transform (default: the first of the batch with boxes)")
+    arguments = parser.parse_intermixed_args()
+    allowed = augmentation_names()
+    if arguments.transform is not None and arguments.transform not in allowed:
+        raise SettingsError(f"--transform {arguments.transform}: must be one of {', '.join(allowed)}")
+    if arguments.transform and (arguments.split == "val" or arguments.images is not None):
+        raise SettingsError(f"--{'split val' if arguments.split == 'val' else 'images'} does not go with --transform")
+    if arguments.image is not None and not arguments.transform:
+        raise SettingsError("--image belongs to --transform; --images N says how many images of a batch are drawn")
+    if arguments.step < 0:
+        raise SettingsError(f"--step {arguments.step}: must be at least 0")
+    if arguments.images is not None and arguments.images < 1:
+        raise SettingsError(f"--images {arguments.images}: must be at least 1")
+    return arguments
+
+
+def open_dataset(settings: Settings, split: str) -> DetectionDataset:
+    """The training set, or the validation set, for which no training annotations are needed."""
+    sizes = settings.train.image_size, settings.evaluation.image_size
+    if split == "val" and not settings.data.fake:
+        return build_validation_dataset(settings.data, sizes[1], None)
+    sets = build_datasets(settings.data, *sizes, settings.run.seed, settings.yolo.num_classes)
+    return sets[split == "val"]
+
+
+def open_detector(settings: Settings, split: str, num_classes: int) -> Detector:
+    """The network of the settings with random weights: its levels, anchors and rule of assignment are wanted."""
+    detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+    train = settings.train
+    check_image_size(detector.model, "train.image_size", train.image_size)
+    if split == "val":
+        check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
+    if detector.criterion is None:
+        raise SettingsError("yolo.cfg: a network with new_coords = 1 learns nothing here and has no targets")
+    return detector
+
+
+def positions_of_step(
+    settings: Settings, dataset: DetectionDataset, split: str, step: int, detector: Detector | None
+) -> list[Position]:
+    """The images of a training step, micro-batch by micro-batch, or of a validation batch.
+
+    Args:
+        detector: None where its sizes are those of the settings.
+
+    Raises:
+        SettingsError: there is no such validation batch.
+    """
+    train = settings.train
+    if split == "val":
+        batch_size = settings.evaluation.batch_size or train.batch_size
+        batches = math.ceil(len(dataset) / batch_size)
+        if step >= batches:
+            raise SettingsError(f"--step {step}: the {len(dataset)} validation images make batches 0 to {batches - 1}")
+        first = step * batch_size
+        return [
+            (index, 0, settings.evaluation.image_size) for index in range(first, min(first + batch_size, len(dataset)))
+        ]
+    factors = None
+    if settings.data.balance == "repeat_factor":
+        factors = repeat_factors(dataset.annotations, settings.data.balance_threshold)
+    sampler = TrainingBatchSampler(  # as in yolo-v3/main.py
+        len(dataset),
+        train.batch_size,
+        train.subdivisions,
+        (step, step + 1),
+        settings.run.seed,
+        train.image_size,
+        train.resize_frequency,
+        train.multiscale_sizes,
+        factors,
+        SIZE_MULTIPLE if detector is None else math.lcm(SIZE_MULTIPLE, size_multiple(detector.model)),
+    )
+    return [position for micro_batch in sampler for position in micro_batch]
+
+
+def show_batch(
+    settings: Settings,
+    dataset: DetectionDataset,
+    names: Sequence[str],
+    positions: Sequence[Position],
+    count: int,
+    detector: Detector | None,
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Pictures by file name, and what they show for JSON; prints the positions."""
+    size, drawn = positions[0][2], list(positions[:count])
+    kind = "optimizer step" if arguments.split == "train" else "validation batch"
+    head = f"{kind} {arguments.step}: {len(positions)} images of {size} px, seed {settings.run.seed}"
+    print(f"{head}; {len(drawn)} drawn" if len(drawn) < len(positions) else head)
+    batch = collate_samples([dataset[position] for position in drawn])
+    annotations = dataset.annotations
+    rows: list[dict[str, Any]] = []
+    tiles = []
+    for place, (index, epoch, _) in enumerate(drawn):
+        image, boxes, labels = truths_of(batch, place)
+        number = int(annotations.image_ids[index])
+        row: dict[str, Any] = {
+            "image_id": number,
+            "file_name": annotations.file_name(index),
+            "epoch": epoch,
+            "index": index,
+            "size": size,
+        }
+        class_of = [None if label == CROWD_LABEL else annotations.categories.names[label] for label in labels.tolist()]
+        rows.append(
+            row | {"boxes": boxes.round(3).tolist(), "classes": class_of, "boxes_before": before(dataset, index)}
+        )
+        print(
+            f"  id {number:<8} epoch {epoch}  index {index:<6} {len(labels):>3} of {before(dataset, index)} boxes  "
+            f"{printable(row['file_name'])}"
+        )
+        title = f"id {number}, epoch {epoch}" if arguments.split == "train" else f"id {number}"
+        tiles.append(draw_boxes(image, boxes, labels, names, title=title))
+    pictures = {"batch": make_grid(tiles, min(COLUMNS, len(tiles)), padding=6)}
+    content: dict[str, Any] = {
+        "split": arguments.split,
+        "step": arguments.step,
+        "seed": settings.run.seed,
+        "augmentation": settings.data.augmentation.model_dump(mode="json") if arguments.split == "train" else None,
+        "images": rows,
+    }
+    if arguments.targets:
+        assert detector is not None, "opened for targets"
+        criterion = cast(Criterion, detector.criterion)
+        assigned = assigned_predictions(criterion, batch["boxes"], batch["labels"], size)
+        print("\n".join(f"  {line}" for line in count_targets(criterion, assigned)))
+        ids = [row["image_id"] for row in rows]
+        pictures = {"targets": draw_targets(batch, ids, names, criterion, assigned)} | pictures
+        for place, row in enumerate(rows):
+            row["targets"] = [
+                {key: value for key, value in asdict(entry).items() if key != "image"}
+                for entry in assigned
+                if entry.image == place
+            ]
+    return pictures, content
+
+
+def before(dataset: DetectionDataset, index: int) -> int:
+    """Boxes of an image before the transforms."""
+    first, end = dataset.annotations.first_box[index : index + 2]
+    return int(end - first)
+
+
+def show_transform(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    dataset: DetectionDataset,
+    names: Sequence[str],
+    positions: Sequence[Position],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The sheet of one augmentation and its values for JSON."""
+    annotations = dataset.annotations
+    if arguments.image is not None:
+        found = np.flatnonzero(annotations.image_ids == arguments.image)
+        if not len(found):
+            raise DataError(
+                f"--image {arguments.image}: no training image has this id; the first is {annotations.image_ids[0]}"
+            )
+        index = int(found[0])
+    else:
+        index = next((place for place, _, _ in positions if before(dataset, place)), positions[0][0])
+    start, end = annotations.first_box[index : index + 2]
+    labels = np.where(annotations.crowd[start:end], CROWD_LABEL, annotations.labels[start:end])
+    size, section = positions[0][2], getattr(settings.data.augmentation, arguments.transform)
+    print(
+        f"{arguments.transform} with {section.model_dump(exclude={'p'})} at {size} px "
+        f"on image {annotations.image_ids[index]}"
+    )
+    if section.p == 0:
+        print("  p is 0.0 in these settings: training does not use it")
+    image = dataset.load_image(index)
+    drawn, content = [], []
+    for row in strength_rows(
+        settings.data,
+        arguments.transform,
+        size,
+        settings.run.seed,
+        image,
+        annotations.boxes[start:end],
+        labels,
+        index,
+        DRAWS,
+    ):
+        drawn.append(
+            [
+                draw_tile(tile.sample.image, tile.sample.boxes, tile.sample.labels, names, tile.setting, tile.value)
+                for tile in row
+            ]
+        )
+        content += [
+            {"setting": tile.setting, "value": tile.value, "boxes": tile.sample.boxes.round(3).tolist()} for tile in row
+        ]
+        print(f"  {row[0].setting}: {', '.join(tile.value for tile in row)}")
+    columns = max(map(len, drawn))
+    blank = np.full_like(drawn[0][0], 255)
+    sheet = make_grid([tile for row in drawn for tile in [*row, *[blank] * (columns - len(row))]], columns, padding=6)
+    description = {
+        "transform": arguments.transform,
+        "seed": settings.run.seed,
+        "settings": section.model_dump(mode="json"),
+    }
+    where = {"image_id": int(annotations.image_ids[index]), "file_name": annotations.file_name(index), "size": size}
+    return {"transform": sheet}, description | where | {"tiles": content}
+
+
+def draw_tile(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], setting: str, value: str
+) -> np.ndarray:
+    factor = TILE_SIDE / image.shape[0]
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    resized = cv2.resize(image, (TILE_SIDE, TILE_SIDE), interpolation=interpolation)
+    return draw_boxes(resized, boxes * factor, labels, names, title=f"{setting} {value}")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
