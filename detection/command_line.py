@@ -35,7 +35,13 @@ class Parser(argparse.ArgumentParser):
     def add_weights(self, required: bool = True) -> None:
         """--weights with --cfg and --names."""
         add = self.add_argument
-        add("--weights", type=Path, required=required, metavar="FILE", help="checkpoint .pt, or Darknet .weights")
+        add(
+            "--weights",
+            type=Path,
+            required=required,
+            metavar="FILE",
+            help="checkpoint .pt, Darknet .weights, or exported .onnx",
+        )
         add(
             "--cfg",
             type=Path,

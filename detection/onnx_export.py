@@ -239,6 +239,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         anchors=cast(Any, [postprocess.get_buffer(f"anchors_{level}").tolist() for level in levels]),
         scale_xy=tuple(postprocess.scales_xy),
         new_coords=postprocess.new_coords,
+        score=evaluation.score,
         thresholds={
             "confidence": evaluation.confidence_threshold,
             "objectness": evaluation.objectness_threshold,

@@ -19,6 +19,7 @@ NEEDED = "pip install onnx onnxscript onnxruntime"
 NETWORK_SETTINGS = [
     f"yolo.{name}" for name in ("encoder", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
 ]
+DECODING_SETTINGS = ["evaluation.score", "evaluation.objectness_threshold"]
 NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
 
 
@@ -37,12 +38,13 @@ class Description(BaseModel):
     size_multiple: int
     half: bool  # the network computes in float16; inputs, outputs, decoding and suppression do not
     letterbox: dict[str, Any]  # keep_aspect, fill, interpolation, rounding: how an image is laid into the input
-    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1; for information, as the next five
+    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1
     pixel_std: tuple[float, ...]
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]  # per level (width, height) in pixels of the input
     scale_xy: tuple[float, ...]
     new_coords: bool
+    score: Literal["product", "objectness"]  # objectness x class probability, or objectness of the likeliest class
     thresholds: dict[str, Any]  # confidence, objectness, iou, max_detections (per image and class)
     yolo: dict[str, Any]  # the section `yolo` of the settings
     parameters: int  # numbers in the network's weights
@@ -65,6 +67,7 @@ class Description(BaseModel):
             },
             "evaluation": {
                 "image_size": self.image_size,
+                "score": self.score,
                 "confidence_threshold": thresholds["confidence"],
                 "objectness_threshold": thresholds["objectness"],
                 "iou_threshold": thresholds["iou"],
@@ -175,6 +178,7 @@ def build_postprocess(description: Description, settings: Settings) -> nn.Module
         evaluation.objectness_threshold,
         description.scale_xy,
         description.new_coords,
+        evaluation.score,
     )
 
 
@@ -204,7 +208,7 @@ def refuse_changes(model: OnnxModel, own: Settings, settings: Settings) -> None:
         )
     held = [*NETWORK_SETTINGS]
     held += [] if description.dynamic_size else ["evaluation.image_size"]
-    held += [] if description.output_kind == "raw" else ["evaluation.objectness_threshold"]
+    held += [] if description.output_kind == "raw" else DECODING_SETTINGS
     held += NMS_SETTINGS if description.output_kind == "nms" else []
     for key, (old, new) in changed_settings(own, settings).items():
         if key in held:

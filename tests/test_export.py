@@ -75,7 +75,7 @@ KINDS = {
         *("--nms", "--dynamic-size", "yolo.class_loss=cross_entropy", "evaluation.confidence_threshold=0.1"),
         *("evaluation.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
     ],
-    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1"],
+    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1", "evaluation.score=objectness"],
 }
 
 
@@ -361,7 +361,7 @@ def test_detect_draws_the_same_boxes_with_another_size(
 ) -> None:
     """Thresholds and, with --dynamic-size, the size are still the command line's."""
     common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
-    common += ["evaluation.visualization_threshold=0.2", "run.precision=off"]
+    common += ["evaluation.visualization_threshold=0.2", "evaluation.score=objectness", "run.precision=off"]
     for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
         result = run("detect.py", *source, *common, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
@@ -401,6 +401,7 @@ def test_consumer_example_finds_what_detect_finds(
         ("nms", ["evaluation.confidence_threshold=0.5"], "evaluation.confidence_threshold"),
         ("nms", ["evaluation.max_detections=null"], "evaluation.max_detections"),
         ("decoded", ["evaluation.objectness_threshold=0.1"], "evaluation.objectness_threshold"),
+        ("decoded", ["evaluation.score=objectness"], "evaluation.score"),
         ("decoded", ["evaluation.image_size=96"], "--dynamic-size"),
         ("raw", ["evaluation.image_size=72"], "multiple of 32"),
         ("raw", ["yolo.class_loss=cross_entropy"], "yolo.class_loss"),
