@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
-from detection import errors
+from detection import errors, stopping
 from detection.errors import (
     CheckpointError,
     DataError,
@@ -24,8 +25,8 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
+from detection.skipped_steps import NonFiniteLoss
 from detection.stopping import StopRequest
-from detection.training import NonFiniteLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +38,7 @@ PROMISED = [
     (DataError("text"), 2),
     (DataReadError("text"), 3),
     (NumericsError("text"), 4),
-    (NonFiniteLoss("text", [1, 2]), 4),
+    (NonFiniteLoss({1: {"loss_box": 2.0}}), 4),
     (DeviceMemoryError("text"), 5),
     (OutputError("text"), 6),
     (CheckpointError("text"), 7),
@@ -177,7 +178,7 @@ def in_child(action: Callable[[], bool]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
 def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code: int) -> None:
     def once() -> bool:
         signal.signal(number, signal.default_int_handler)
@@ -192,6 +193,8 @@ def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code
 
     def twice() -> bool:
         once()
+        os.kill(os.getpid(), number)  # an echo: a terminal and torchrun both pass one Ctrl-C on
+        time.sleep(stopping.ECHO_SECONDS + 0.1)
         os.kill(os.getpid(), number)
         return True
 
