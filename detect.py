@@ -13,6 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -21,7 +26,7 @@ from detection.command_line import Parser
 from detection.data.coco import read_image
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
-from detection.devices import autocast, choose_device, choose_precision
+from detection.devices import autocast, choose_precision, open_device
 from detection.drawing import draw_boxes, save_png
 from detection.errors import DataError, DataReadError, OutputError, exit_with_message
 from detection.postprocessing import boxes_to_original
@@ -59,7 +64,7 @@ def main() -> None:
 def detect_and_draw(opened: OpenedDetector, files: list[Path], directory: Path) -> list[dict[str, Any]]:
     """One picture per image that can be read, and its entry of detections.json; the others are named on stderr."""
     settings, names = opened.settings, opened.class_names()
-    device = choose_device(settings.run.device)
+    device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     detector = opened.detector.to(device, settings.run.channels_last)
     transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)

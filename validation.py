@@ -11,15 +11,22 @@ million parameters.
 """
 
 import functools
+import sys
 from pathlib import Path
+
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 from tqdm import tqdm
 
+from detection.aliases import add_evaluation_flags
 from detection.command_line import Parser
 from detection.data import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
-from detection.devices import autocast, choose_device, choose_precision, describe_device
+from detection.devices import autocast, choose_precision, describe_device, open_device
 from detection.drawing import save_png
 from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.evaluation import Evaluation, evaluate
@@ -32,6 +39,7 @@ def main() -> None:
     parser = Parser("validation.py", __doc__)
     parser.add_weights()
     parser.add_settings()
+    add_evaluation_flags(parser)
     parser.add_argument("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
     arguments = parser.parse_intermixed_args()
     opened = open_command_line(arguments, arguments.settings)
@@ -70,7 +78,7 @@ def main() -> None:
 def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluation:
     """Every image of the dataset through the detector, on the device of the settings; a bar on a terminal."""
     settings = opened.settings
-    device = choose_device(settings.run.device)
+    device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     print(f"{describe_device(device)}, {precision}; {protocol_line(settings)}", flush=True)

@@ -11,6 +11,7 @@ from torchvision.ops import nms
 from detection.anchors import Anchors, flatten_levels
 from detection.box_coder import decode_boxes
 from detection.boxes import clip_boxes
+from detection.devices import suppression_device
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ class YOLOPostprocess(nn.Module):
             outputs: raw logits per level, (B, A, H, W, 5 + C).
 
         Returns:
-            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
+            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first;
+            on `devices.suppression_device`.
         """
-        boxes, scores = self.decode(outputs)
+        boxes, scores = (values.to(suppression_device(values.device)) for values in self.decode(outputs))
         return [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,7 @@ def train_step(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
     clip_norm: float | None,
+    mark_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of all micro-batches, then move the weights once.
 
@@ -92,6 +93,7 @@ def train_step(
     Args:
         batches: the micro-batches of this step.
         clip_norm: largest L2 norm of the whole gradient; None: not clipped.
+        mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
 
     Returns:
         Loss parts averaged over the micro-batches, detached, on the device: reading them is the caller's choice.
@@ -109,6 +111,7 @@ def train_step(
             losses = criterion(outputs, targets)
         loss = sum(losses.values()) / len(batches)
         scaler.scale(loss).backward()
+        mark_step()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
         seen.extend(batch["indices"].tolist())
@@ -127,6 +130,7 @@ def train_step(
         raise NonFiniteLoss(f"norm of the gradient = {norm.item():g}", seen)
     scaler.step(optimizer)
     scaler.update()
+    mark_step()
     return totals
 
 

@@ -13,7 +13,7 @@ from detection.models import Detector, build_detector, check_image_size
 from detection.models.darknet_cfg import cfg_notices, input_size, parse_cfg
 from detection.models.darknet_layers import cfg_classes
 from detection.models.darknet_weights import as_darknet, load_darknet_weights
-from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
+from detection.settings import DARKNET_CFG, Flag, Settings, complete_settings, load_settings, read_description
 
 COCO_CLASSES = 80
 
@@ -63,7 +63,7 @@ def open_weights(
     defaults: Path,
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
-    flags: dict[str, Any] | None = None,
+    flags: Sequence[Flag] = (),
 ) -> OpenedDetector:
     """Build the detector a file belongs to and fill it.
 
@@ -94,11 +94,11 @@ def open_weights(
 
 
 def _open_checkpoint(
-    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: dict[str, Any] | None
+    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     checkpoint = load_checkpoint(weights)
     try:
-        own = complete_settings(checkpoint["settings"], defaults)
+        own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
         settings, translated = load_settings(own, overlays, words, flags)
         names = tuple(checkpoint["categories"]["names"])
         detector = build_detector(settings.yolo, settings.evaluation, len(names))
@@ -113,6 +113,13 @@ def _open_checkpoint(
     return _finish(detector, settings, names, len(names), step, seen, lines)
 
 
+def on_this_machine(settings: Settings, defaults: Path) -> Settings:
+    """A checkpoint's settings without the device it was trained on, which may be elsewhere."""
+    machine = load_settings(defaults)[0].run
+    here = {name: getattr(machine, name) for name in ("device", "lazy", "compile", "deterministic")}
+    return settings.model_copy(update={"run": settings.run.model_copy(update=here)})
+
+
 def _open_darknet(
     weights: Path,
     cfg: Path | None,
@@ -120,16 +127,17 @@ def _open_darknet(
     defaults: Path,
     overlays: Sequence[Path],
     words: Sequence[str],
-    flags: dict[str, Any] | None,
+    flags: Sequence[Flag],
 ) -> OpenedDetector:
     class_names = None if names is None else read_names(names)
-    base: dict[str, Any] = {}
+    base: list[Flag] = []
     if cfg is not None:
         text = read_description(str(cfg))
         sections = parse_cfg(text)
         size = input_size(sections)
-        base = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
-        base |= {"evaluation.image_size": size, "train.image_size": size}
+        described = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
+        described |= {"evaluation.image_size": size, "train.image_size": size}
+        base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
     if settings.yolo.cfg is not None:
         sections = parse_cfg(settings.yolo.cfg)

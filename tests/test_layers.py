@@ -15,7 +15,7 @@ PACKAGE = "detection"
 LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "figures", "display", "stopping", "command_line"),
+        *("drawing", "figures", "display", "stopping", "command_line", "aliases", "habana_environment"),
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),

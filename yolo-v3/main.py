@@ -3,6 +3,7 @@
 python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 4 minutes on 2 CPU cores
 python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       continue, number for number
+python3 yolo-v3/main.py --config recipes/d53_320_273e_1x16.yaml    Habana HPU, lazy mode; docs/hpu.md
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
 Writes logs/<YYMMDD-HHMMSS>_<name>/: args.yaml (resolved), environment.json, train.log, metrics.jsonl, results.csv,
@@ -22,15 +23,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import torch
 from tqdm import tqdm
 
+from detection.aliases import add_training_flags
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import build_datasets
 from detection.data.coco import annotations_digest, repeat_factors
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
-from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device, peak_memory_gib
+from detection.devices import (
+    autocast,
+    build_scaler,
+    choose_precision,
+    compile_forward,
+    describe_device,
+    mark_step_of,
+    open_device,
+    peak_memory_gib,
+)
 from detection.drawing import save_png
 from detection.errors import (
     CheckpointError,
@@ -55,6 +71,7 @@ from detection.run_loggers import RunLogger, new_run_directory
 from detection.schedules import build_schedule, resolve_steps
 from detection.settings import (
     SIZE_MULTIPLE,
+    Flag,
     Settings,
     changed_settings,
     complete_settings,
@@ -77,6 +94,9 @@ OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisi
 # May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
 RESUMABLE = (
     "run.device",
+    "run.lazy",
+    "run.compile",
+    "run.deterministic",
     "run.log_frequency",
     "run.logs_path",
     "data.root",
@@ -90,6 +110,7 @@ RESUMABLE = (
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("yolo-v3/main.py", __doc__)
     parser.add_settings()
+    add_training_flags(parser)
     add = parser.add_argument
     add(
         "--resume",
@@ -167,7 +188,8 @@ class Run:
     def __init__(self, settings: Settings, fresh: bool) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings = settings
-        self.device = choose_device(settings.run.device)
+        self.device = open_device(settings.run)
+        self.mark_step = mark_step_of(self.device, settings.run.lazy)
         dtype = choose_precision(self.device, settings.run.precision)
         self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         self.autocast = functools.partial(autocast, self.device, dtype)
@@ -294,6 +316,7 @@ class Run:
             self.autocast,
             self.device,
             train.clip_norm,
+            mark_step=self.mark_step,
         )
         values = ", ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
         seconds = time.perf_counter() - started
@@ -316,6 +339,7 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
     if checkpoint is not None:
         load_state(checkpoint, run, optimizer, scaler, average)
         step, progress = checkpoint["step"], checkpoint["progress"]
+    network = compile_forward(model, device) if settings.run.compile else model
     first_step, started = step, time.perf_counter()
 
     def save(name: str) -> None:
@@ -355,7 +379,17 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
                 save_png(directory / "images" / "train_batch.png", picture)
                 logger.image(0, "train_batch", picture)
             try:
-                losses = train_step(model, criterion, optimizer, scaler, micro_batches, run.autocast, device, clip_norm)
+                losses = train_step(
+                    network,
+                    criterion,
+                    optimizer,
+                    scaler,
+                    micro_batches,
+                    run.autocast,
+                    device,
+                    clip_norm,
+                    mark_step=run.mark_step,
+                )
             except NonFiniteLoss as error:
                 ids = run.training_set.annotations.image_ids[error.image_indices].tolist()
                 raise NumericsError(
@@ -503,7 +537,7 @@ def load_state(
 
 
 def open_resumed_run(
-    arguments: argparse.Namespace, flags: dict[str, Any]
+    arguments: argparse.Namespace, flags: list[Flag]
 ) -> tuple[dict[str, Any], Path, Settings, list[str]]:
     """Checkpoint, directory, settings and notices of a run to continue; the command line may change little of it."""
     for name in ("config", "output"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detection.data.transforms import Sample
+from detection.devices import pinning
 from detection.settings import SIZE_MULTIPLE
 from detection.target_assignment import PADDING_LABEL
 
@@ -173,8 +174,8 @@ def build_training_loader(
         num_workers=num_workers,
         collate_fn=collate_samples,
         worker_init_fn=prepare_worker,
-        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+        **pinning(device),
     )
 
 
@@ -187,8 +188,8 @@ def build_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int,
         num_workers=num_workers,
         collate_fn=collate_samples,
         worker_init_fn=prepare_worker,
-        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+        **pinning(device),
     )
 
 
