@@ -294,7 +294,6 @@ def test_hccl_is_imported_before_the_process_group_starts(
     stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distributed = pytest.importorskip("detection.distributed")
-    monkeypatch.syspath_prepend(STAND_IN)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
 
@@ -305,7 +304,7 @@ def test_hccl_is_imported_before_the_process_group_starts(
 
     monkeypatch.setattr(torch.distributed, "init_process_group", started)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
-    distributed.Ranks(functools.partial(prepare_distributed, "hpu"), "hpu", 10)
+    distributed.Ranks(HPU, functools.partial(prepare_distributed, "hpu"), 10)
     assert stand_in()[-2:] == ["import hccl", "init_process_group cpu:gloo,hpu:hccl"]
 
 
