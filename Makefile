@@ -2,13 +2,14 @@
 # make test    fresh machine: environment, all tests that need neither a GPU, nor a network, nor minutes
 # make check   lint, types and tests, before each commit
 # make slow    the tests of several minutes each
+# make faults  what happens when things break: kill -9, full disks, dead ranks, hostile files (under 20 minutes)
 # make clean   remove the environment and the built-in dataset (never runs or weights)
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: train test check slow clean
+.PHONY: train test check slow faults clean
 
 train: $(VENV)/ready
 	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
@@ -24,6 +25,9 @@ check: $(VENV)/ready-dev
 
 slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -q -m slow
+
+faults: $(VENV)/ready-dev
+	$(RUN) -m pytest -q -m faults
 
 clean:
 	rm -rf $(VENV) data/digits .pytest_cache .mypy_cache .ruff_cache

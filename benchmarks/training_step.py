@@ -101,7 +101,7 @@ def step_rates(
     try:
         for repeat in range(repeats + 3):
             started = time.perf_counter()
-            losses = train_step(
+            result = train_step(
                 model,
                 detector.criterion,
                 optimizer,
@@ -111,7 +111,7 @@ def step_rates(
                 device,
                 settings.train.clip_norm,
             )
-            losses["loss_box"].item()  # waits for the device
+            result.finite.item()  # waits for the device
             if repeat >= 3:
                 rates.append(len(batch["images"]) / (time.perf_counter() - started))
     finally:

@@ -152,6 +152,7 @@ MMDETECTION_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "lr_config.gamma": step_policy("scheduler.gamma"),
     "runner.max_epochs": epochs("train.steps"),
     "checkpoint_config.interval": epochs("train.save_frequency"),
+    "checkpoint_config.max_keep_ckpts": same("train.keep_checkpoints"),
     "evaluation.interval": epochs("evaluation.evaluate_frequency"),
     "log_config.interval": same("run.log_frequency"),
     "model.bbox_head.num_classes": same("yolo.num_classes"),

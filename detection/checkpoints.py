@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,23 @@ from torch import Tensor
 
 from detection.errors import CheckpointError, OutputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1: no skipped steps
 DIGEST_KEY = "digest"
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, content: dict[str, Any], other_names: Sequence[str] = ()) -> None:
     """Write `content` with its digest; a reader sees the old file or the complete new one, never a part.
 
+    The new file is written beside the target, brought to the disk and read back before it takes the target's place:
+    until then the old one is there.
+
+    Args:
+        other_names: names in the same directory that the same file gets as well, after `path` has it.
+
     Raises:
-        OutputError: the file cannot be written (disk full, no permission); the old file is untouched.
+        OutputError: the file cannot be written (disk full, no permission) or is not what was written; the old file is
+            untouched.
     """
     content = {"format": FORMAT_VERSION, **content}
     content[DIGEST_KEY] = content_digest(content)
@@ -32,16 +42,36 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        load_checkpoint(temporary)
         os.replace(temporary, path)
+        for name in other_names:
+            link_file(path, path.with_name(name))
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError, CheckpointError) as error:  # torch's zip writer reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OutputError(f"checkpoint {path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+def link_file(path: Path, name: Path) -> None:
+    """Give a file a second name in the same directory in one step; a copy where the file system has no hard links."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, name)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -87,9 +117,10 @@ def verified(content: Any, path: Path) -> dict[str, Any]:
         digest = None
     if digest is None or digest != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
-    if content["format"] != FORMAT_VERSION:
+    if content["format"] not in READABLE_VERSIONS:
+        versions = " and ".join(map(str, READABLE_VERSIONS))
         raise CheckpointError(
-            f"checkpoint {path} has format version {content['format']}, this program reads {FORMAT_VERSION}"
+            f"checkpoint {path} has format version {content['format']}, this program reads {versions}"
         )
     return content
 

@@ -5,11 +5,11 @@ import importlib.util
 import io
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,14 @@ class Evaluation:
     backend: str
 
 
-@torch.no_grad()
+class Found(NamedTuple):
+    """What one process found on its images, unscored."""
+
+    detections: Detections  # not finite ones too
+    losses: dict[str, float]  # summed over the images
+    seconds: float  # load, forward and NMS
+
+
 def evaluate(
     model: nn.Module,
     criterion: nn.Module | None,
@@ -75,6 +82,21 @@ def evaluate(
         backend: "auto", "pycocotools" or "faster_coco_eval".
         on_batch: called after each batch; may raise to abandon the evaluation.
     """
+    found = find_all(model, criterion, postprocess, loader, device, autocast, on_batch)
+    return score_found([found], annotations, backend)
+
+
+@torch.no_grad()
+def find_all(
+    model: nn.Module,
+    criterion: nn.Module | None,
+    postprocess: nn.Module,
+    loader: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    on_batch: Callable[[], None] = lambda: None,
+) -> Found:
+    """The first half of `evaluate`, on the images of the loader, which may be a share of the dataset."""
     were_training = [(module, module.training) for module in model.modules()]
     model.eval()
     parts: dict[str, list[np.ndarray]] = {"image_index": [], "boxes": [], "scores": [], "labels": []}
@@ -102,15 +124,37 @@ def evaluate(
     finally:
         for module, was_training in were_training:
             module.training = was_training
-    detections, dropped = drop_not_finite(
-        Detections(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
-    )
-    network_seconds = time.perf_counter() - started
+    return Found(Detections(**join_arrays(parts)), totals, time.perf_counter() - started)
+
+
+def score_found(shares: Sequence[Found], annotations: Annotations, backend: str = "auto") -> Evaluation:
+    """The second half of `evaluate`.
+
+    Args:
+        shares: of all processes, together every image once.
+    """
+    started = time.perf_counter()
+    parts = [vars(share.detections) for share in shares]
+    joined = join_arrays({name: [part[name] for part in parts] for name in parts[0]})
+    if len(shares) > 1:  # one process finds them in this order
+        order = np.argsort(joined["image_index"], kind="stable")
+        joined = {name: array[order] for name, array in joined.items()}
+    detections, dropped = drop_not_finite(Detections(**joined))
     backend = choose_backend(backend)
     metrics, class_ap = score_detections(annotations, detections, backend)
-    seconds = {"network": network_seconds, "metric": time.perf_counter() - started - network_seconds}
-    losses_per_image = {name: total / len(annotations) for name, total in totals.items()}
-    return Evaluation(metrics, class_ap, losses_per_image, detections, dropped, seconds, backend)
+    seconds = {"network": max(share.seconds for share in shares), "metric": time.perf_counter() - started}
+    names = dict.fromkeys(name for share in shares for name in share.losses)
+    losses = {name: sum(share.losses.get(name, 0.0) for share in shares) / len(annotations) for name in names}
+    return Evaluation(metrics, class_ap, losses, detections, dropped, seconds, backend)
+
+
+def join_arrays(parts: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """The fields of `Detections`, each from its parts; of no part too (a process without an image)."""
+    empty = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0)}
+    return {
+        name: np.concatenate(arrays) if arrays else empty.get(name, np.zeros(0, np.int64))
+        for name, arrays in parts.items()
+    }
 
 
 def drop_not_finite(detections: Detections) -> tuple[Detections, int]:

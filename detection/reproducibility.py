@@ -47,18 +47,12 @@ def torch_stream(generator: np.random.Generator) -> Iterator[None]:
         yield
 
 
-def random_state() -> dict[str, Any]:
-    """State of torch's generators, in types that `weights_only` loading accepts."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Torch's generators, of which dropout-like layers draw, for one optimizer step of one process.
 
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    A function of its arguments alone: a continued run needs no stored state, and ranks never share a stream.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def environment_report(device: str, precision: str) -> dict[str, Any]:

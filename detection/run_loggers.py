@@ -164,6 +164,25 @@ class RunLogger:
             self._tensorboard.flush()
 
 
+class SilentLogger(RunLogger):
+    """Of the processes that write nothing: one process of a run does."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
+        pass
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        pass
+
+    def line(self, text: str, show: bool = True) -> None:
+        pass
+
+
 def _check_tag(tag: str) -> None:
     """Refuse what MLflow refuses (`mlflow/utils/validation.py`); TensorBoard allows more."""
     if not re.fullmatch(r"[\w\-. :/]+", tag):

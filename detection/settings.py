@@ -97,6 +97,8 @@ class RunSettings(Section):
     precision: Literal["auto", "bf16", "fp16", "off"]
     channels_last: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    preflight: bool
+    timeout_minutes: Positive
     log_frequency: Count
 
     @model_validator(mode="after")
@@ -318,6 +320,10 @@ class TrainSettings(Section):
     encoder_learning_rate_factor: NotNegative
     encoder_batch_norm: Literal["train", "frozen"]
     save_frequency: Duration
+    save_minutes: Positive | None
+    keep_checkpoints: Annotated[int, Field(ge=0)]
+    most_skipped_steps: Count
+    sync_batch_norm: bool
     patience: Count | None
 
 

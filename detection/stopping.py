@@ -1,33 +1,51 @@
 """Stopping a run from outside without losing work."""
 
+import os
 import signal
 import sys
+import time
 from typing import Any
 
 from detection.errors import StoppedBySignal
 
+ECHO_SECONDS = 1.0  # a terminal and torchrun both pass one Ctrl-C on
+
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop honours between two steps; a second ends at once.
+    """Turns the first signal to stop into a request that the loop honours between two steps; a second ends at once.
 
-    A signal that is ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it.
+    Ctrl-C, SIGTERM, and SIGUSR1, with which Slurm announces that it will take the machine away. A signal that is
+    ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._received = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: Any) -> None:
-        self.signal_number = number
-        signal.signal(number, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        print(f"{name} received: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if self.signal_number is None:
+            self.signal_number, self._received = number, now
+            name = signal.Signals(number).name
+            print(
+                f"{name} received: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True
+            )
+        elif now - self._received > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raises:
         StoppedBySignal: a signal has come.
         """
         if self.signal_number is not None:
-            raise StoppedBySignal(f"stopped by {signal.Signals(self.signal_number).name}", self.signal_number)
+            raise stopped_by(self.signal_number)
+
+
+def stopped_by(number: int) -> StoppedBySignal:
+    """The error of a run that a signal has stopped; SIGUSR1 ends like SIGTERM, 143."""
+    code = signal.SIGTERM if number == signal.SIGUSR1 else number
+    return StoppedBySignal(f"stopped by {signal.Signals(number).name}", code)

@@ -1,5 +1,6 @@
 """One optimizer step and what belongs to it; knows no dataset, no logger, no schedule."""
 
+import contextlib
 import copy
 import math
 import time
@@ -9,11 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detection.data.loaders import Batch, targets_to
-from detection.errors import NumericsError
 from detection.schedules import BIAS_GROUP
 from detection.settings import TrainSettings
+from detection.skipped_steps import NormalisationStatistics, StepResult, step_if
 
 FACTOR = "learning_rate_factor"  # key of an optimizer group
 
@@ -42,10 +44,14 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
         if part:  # only then, so that other checkpoints stay as they are
             group[FACTOR] = factor
         arguments.append(group)
-    if train.optimizer == "sgd":
-        # Not fused: that kernel fails when an encoder without momentum yet is unfrozen beside a neck that has it.
-        return torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all weights where there is one
+    if train.optimizer == "sgd":
+        sgd = torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
+        if train.momentum:
+            # From the start: the kernel fails when an encoder that is unfrozen later has none beside a neck that has.
+            for parameter in model.parameters():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
     return optimizer(arguments, lr=train.learning_rate, fused=fused)
 
@@ -84,63 +90,51 @@ def train_step(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
     clip_norm: float | None,
+    statistics: NormalisationStatistics | None = None,
+    discard: bool = False,
     mark_step: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of all micro-batches, then move the weights once.
+) -> StepResult:
+    """Accumulate the gradients of all micro-batches, then move the weights once, or not at all.
 
-    Each micro-batch's loss is divided by their number, so the sum is the gradient of one large batch.
+    Each micro-batch's loss is divided by their number, so the sum is the gradient of one large batch. Where the loss or
+    the gradient is not finite, weights, optimizer state and statistics keep their values; that is decided on the
+    device, the host waits for nothing. All processes of a run decide alike: the gradient they see is the same.
 
     Args:
+        model: may be wrapped in DistributedDataParallel; gradients are then exchanged with the last micro-batch only.
         batches: the micro-batches of this step.
         clip_norm: largest L2 norm of the whole gradient; None: not clipped.
+        statistics: of the model's normalisations, to be kept in a skipped step; None: they move whatever happens.
+        discard: skip the step whatever it is: everything is computed and all memory used, nothing changes.
         mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
-
-    Returns:
-        Loss parts averaged over the micro-batches, detached, on the device: reading them is the caller's choice.
-
-    Raises:
-        NonFiniteLoss: a loss part or the gradient is not finite; names it and the images. The weights are unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
+    if statistics is not None:
+        statistics.keep()
     totals: dict[str, Tensor] = {}
-    seen: list[int] = []
-    for batch in batches:
+    for number, batch in enumerate(batches, start=1):
         images, targets = targets_to(batch, device)
-        with autocast():
-            outputs = model(images)
-            losses = criterion(outputs, targets)
-        loss = sum(losses.values()) / len(batches)
-        scaler.scale(loss).backward()
+        waits = isinstance(model, DistributedDataParallel) and number < len(batches)
+        with cast(DistributedDataParallel, model).no_sync() if waits else contextlib.nullcontext():
+            with autocast():
+                outputs = model(images)
+                losses = criterion(outputs, targets)
+            loss = sum(losses.values()) / len(batches)
+            # 1 for a finite loss. Any other may have a finite gradient; times NaN it has none.
+            poison = loss.detach() * 0 + 1
+            scaler.scale(loss * poison).backward()
         mark_step()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
-        seen.extend(batch["indices"].tolist())
-    values = torch.stack(list(totals.values()))
-    if not bool(values.isfinite().all()):
-        parts = ", ".join(
-            f"{name} = {value:g}"
-            for name, value in zip(totals, values.tolist(), strict=True)
-            if not math.isfinite(value)
-        )
-        raise NonFiniteLoss(parts, seen)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
-    # Under fp16 an infinite gradient is ordinary: the scaler leaves the step out and lowers its scale.
-    if not scaler.is_enabled() and not bool(norm.isfinite()):
-        raise NonFiniteLoss(f"norm of the gradient = {norm.item():g}", seen)
-    scaler.step(optimizer)
+    finite = norm.isfinite() & (not discard)
+    step_if(optimizer, finite)
     scaler.update()
+    if statistics is not None:
+        statistics.settle(finite)
     mark_step()
-    return totals
-
-
-class NonFiniteLoss(NumericsError):
-    """The caller knows the step and the image ids and names them."""
-
-    def __init__(self, parts: str, image_indices: list[int]) -> None:
-        super().__init__(parts)
-        self.parts = parts
-        self.image_indices = image_indices
+    return StepResult(totals, finite)
 
 
 class ExponentialAverage:
@@ -157,13 +151,27 @@ class ExponentialAverage:
         self.ramp = ramp
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after optimizer step `step` (the first is 0)."""
+    def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
+        """Take in the weights after optimizer step `step` (the first is 0).
+
+        Args:
+            finite: bool on the device; false: the step was skipped, the average keeps its values.
+        """
         decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
         averages, values = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in values.items() if value.is_floating_point()]
-        torch._foreach_lerp_([averages[name] for name in floating], [values[name] for name in floating], 1 - decay)
-        for name in values.keys() - set(floating):  # counters of the normalisations
+        own, new = [averages[name] for name in floating], [values[name] for name in floating]
+        if finite is None:
+            torch._foreach_lerp_(own, new, 1 - decay)
+        else:
+            share = torch.where(finite, 1 - decay, 0.0)
+            if share.device.type == "cpu":
+                torch._foreach_lerp_(own, new, [share] * len(own))
+            else:  # there a list of shares means one kernel per tensor
+                difference = torch._foreach_sub(new, own)
+                torch._foreach_mul_(difference, share)
+                torch._foreach_add_(own, difference)
+        for name in values.keys() - set(floating):  # counters of the normalisations, kept by a skipped step themselves
             averages[name].copy_(values[name])
 
 
@@ -176,22 +184,23 @@ class Meter:
 
     def restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps: Tensor | int = 0  # that were not skipped
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time until now (an evaluation); the losses since the last reading still count."""
         self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        self.steps += 1
+    def add(self, result: StepResult) -> None:
         self.timed_steps += 1
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps = self.steps + result.finite
+        for name, value in result.losses.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(result.finite, value, 0)
 
     def read(self) -> dict[str, float]:
         """Tags and values for the log, then start anew."""
-        parts = {f"train/{name}": value.item() / self.steps for name, value in self.sums.items()}
+        steps = max(int(self.steps), 1)
+        parts = {f"train/{name}": value.item() / steps for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started
         rates = {
             "train/images_per_second": self.timed_steps * self.images_per_step / seconds,

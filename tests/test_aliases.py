@@ -70,6 +70,7 @@ def value(settings: Settings, path: str) -> Any:
         ("--cfg-options lr_config.gamma=0.3", "scheduler.gamma", 0.3),
         ("--cfg-options runner.max_epochs=273", "train.steps", "273ep"),
         ("--cfg-options checkpoint_config.interval=30", "train.save_frequency", "30ep"),
+        ("--cfg-options checkpoint_config.max_keep_ckpts=3", "train.keep_checkpoints", 3),
         ("--cfg-options evaluation.interval=7", "evaluation.evaluate_frequency", "7ep"),
         ("--cfg-options log_config.interval=50", "run.log_frequency", 50),
         ("--cfg-options model.bbox_head.num_classes=3", "yolo.num_classes", 3),

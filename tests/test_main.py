@@ -547,13 +547,14 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
     words = ["data.fake=true", "yolo.num_classes=3", "yolo.pretrained=gone.pth"]
     settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
+    alone = module.join_ranks(settings)
     with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
-        module.Run(settings, fresh=True)
-    assert module.Run(settings, fresh=False).pretrained == []  # all weights come from the checkpoint
+        module.Run(settings, alone, fresh=True)
+    assert module.Run(settings, alone, fresh=False).pretrained == []  # all weights come from the checkpoint
 
     state = mobilenet_v3_small(weights=None).state_dict()
     torch.save(state, "gone.pth")
-    run = module.Run(settings, fresh=True)
+    run = module.Run(settings, alone, fresh=True)
     assert torch.equal(run.detector.model.encoder.stages[0][0][0].weight, state["features.0.0.weight"])
     assert any(line.startswith("pretrained  encoder") and "gone.pth" in line for line in run.plan())
 

@@ -54,7 +54,7 @@ def test_darknet53_overfits_one_batch_of_coco(tmp_path, capsys):
     for step in range(240):
         losses = train_step(
             detector.model.train(), detector.criterion, optimizer, scaler, [batch], precision, device, 35.0
-        )
+        ).losses
         if step >= 99 and step % 20 == 19:
             loader = build_evaluation_loader(dataset, 8, 0, device)
             evaluation = evaluate(*detector, loader, dataset.annotations, device, precision)

@@ -16,10 +16,10 @@ from detection.devices import autocast, build_scaler
 from detection.evaluation import evaluate
 from detection.models import Detector, build_detector
 from detection.settings import Settings, TrainSettings, load_settings
+from detection.skipped_steps import NonFiniteLoss, NormalisationStatistics, SkippedSteps, StepResult
 from detection.training import (
     ExponentialAverage,
     Meter,
-    NonFiniteLoss,
     build_optimizer,
     set_encoder_frozen,
     set_learning_rates,
@@ -70,9 +70,12 @@ def step(
     batches: list[dict[str, Any]],
     dtype: torch.dtype | None = None,
     clip_norm: float | None = None,
-) -> dict[str, Tensor]:
+    statistics: NormalisationStatistics | None = None,
+) -> StepResult:
     scaler = build_scaler(CPU, dtype)
-    return train_step(model, criterion, optimizer, scaler, batches, lambda: autocast(CPU, dtype), CPU, clip_norm)
+    return train_step(
+        model, criterion, optimizer, scaler, batches, lambda: autocast(CPU, dtype), CPU, clip_norm, statistics
+    )
 
 
 def bits(module: nn.Module) -> dict[str, Tensor]:
@@ -133,7 +136,7 @@ def test_micro_batches_have_the_gradient_of_one_large_batch(split: tuple[int, ..
     ends = torch.tensor(split).cumsum(0).tolist()
     micro_batches = [take_rows(batch, slice(end - count, end)) for count, end in zip(split, ends, strict=True)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    losses = step(model, detector.criterion, optimizer, micro_batches)
+    losses = step(model, detector.criterion, optimizer, micro_batches).losses
     for name, parameter in model.named_parameters():
         difference, size = (parameter.grad - expected[name]).norm(), expected[name].norm()
         assert size > 0, name
@@ -311,7 +314,7 @@ def test_loss_of_a_fixed_batch_falls(name: str, rate: float, dtype: torch.dtype 
     batch = make_batch(4)
     history = []
     for _ in range(12):
-        losses = step(detector.model.train(), detector.criterion, optimizer, [batch], dtype, clip_norm=35.0)
+        losses = step(detector.model.train(), detector.criterion, optimizer, [batch], dtype, clip_norm=35.0).losses
         assert set(losses) == {"loss_box", "loss_objectness", "loss_class"}
         assert all(value.dtype is torch.float32 and not value.requires_grad for value in losses.values())
         history.append(sum(losses.values()).item())
@@ -335,7 +338,7 @@ def test_clipping_by_hand(clip_norm: float | None, expected: tuple[float, float]
     model = Weights(0.0, 0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = [batch_with_gradient(6, 0), batch_with_gradient(0, 8)]
-    losses = step(model, loss_with_gradient, optimizer, batches, clip_norm=clip_norm)
+    losses = step(model, loss_with_gradient, optimizer, batches, clip_norm=clip_norm).losses
     assert model.w.tolist() == pytest.approx(expected, abs=1e-5)
     assert losses["loss_box"].item() == 0.0  # w was 0
 
@@ -358,26 +361,49 @@ def test_clipping_takes_the_norm_of_all_parameters_together() -> None:
 # Numbers that are not finite
 
 
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    **{
+        name: (lambda model, name=name: build_optimizer(model, train_settings(optimizer=name, learning_rate=0.1)))
+        for name in ("adam", "adamw", "sgd")
+    },
+    "not fused": lambda model: torch.optim.Adam(model.parameters(), lr=0.1, fused=False),
+}
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bad_micro_batch", [0, 1])
-def test_loss_that_is_not_finite_is_named_and_changes_no_weight(value: float, bad_micro_batch: int) -> None:
+def test_step_that_is_not_finite_changes_nothing(value: float, bad_micro_batch: int, optimizer_name: str) -> None:
     model = Weights(1.0, 2.0)
-    optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=0.1))
+    optimizer = OPTIMIZERS[optimizer_name](model)
 
     def criterion(outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The second part has the ordinary gradient 1 whatever it is.
         return {"loss_box": outputs[0].sum(), "loss_class": outputs[0].sum() + targets["boxes"][0]}
 
     batches = [batch_with_gradient(0, index=7), batch_with_gradient(0, index=3)]
-    step(model, criterion, optimizer, batches)  # the optimizer has a state now
+    assert step(model, criterion, optimizer, batches).finite  # the optimizer has a state now
     before, state = bits(model), [value.clone() for value in optimizer.state[model.w].values()]
     batches[bad_micro_batch]["boxes"] = torch.tensor([value])
-    with pytest.raises(NonFiniteLoss) as raised:
-        step(model, criterion, optimizer, batches)
-    assert raised.value.exit_code == 4
-    assert raised.value.parts == f"loss_class = {value:g}"
-    assert raised.value.image_indices == [7, 3]
+    result = step(model, criterion, optimizer, batches)
+    assert (
+        not result.finite and not result.losses["loss_class"].isfinite() and result.losses["loss_box"] == model.w.sum()
+    )
     assert not changed(before, bits(model))
-    assert all(map(torch.equal, state, optimizer.state[model.w].values()))
+    assert state and all(map(torch.equal, state, optimizer.state[model.w].values()))
+    batches[bad_micro_batch]["boxes"] = torch.tensor([0.0])
+    assert step(model, criterion, optimizer, batches).finite
+    assert changed(before, bits(model)) == {"w"}
+
+
+def test_finite_loss_with_an_infinite_gradient_is_skipped() -> None:
+    model = Weights(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    result = step(
+        model, lambda outputs, targets: {"loss_box": outputs[0].sqrt().sum()}, optimizer, [batch_with_gradient(1)]
+    )
+    assert result.losses["loss_box"] == 0 and not result.finite  # d sqrt(w) / dw at 0 is infinite
+    assert model.w.item() == 0.0
 
 
 def test_parts_that_cancel_are_noticed() -> None:
@@ -385,9 +411,89 @@ def test_parts_that_cancel_are_noticed() -> None:
     model = Weights(1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = [batch_with_gradient(math.inf, index=1), batch_with_gradient(-math.inf, index=2)]
-    with pytest.raises(NonFiniteLoss, match="loss_box = nan"):
-        step(model, loss_with_gradient, optimizer, batches)
+    assert not step(model, loss_with_gradient, optimizer, batches).finite
     assert model.w.item() == 1.0
+
+
+@pytest.mark.parametrize("optimizer_name", ["adam", "sgd"])
+def test_skipped_step_in_a_real_network(optimizer_name: str) -> None:
+    # weights, optimizer, statistics of the normalisations and their counters, average: each bit stays
+    detector = small_detector()
+    model = detector.model.train()
+    optimizer = build_optimizer(model, train_settings(optimizer=optimizer_name, learning_rate=1e-3))
+    statistics, average = NormalisationStatistics(model), ExponentialAverage(model, 0.9, 0)
+
+    def poisoned(outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value * math.nan for name, value in detector.criterion(outputs, targets).items()}
+
+    average.update(model, 0, step(model, detector.criterion, optimizer, [make_batch(4)], statistics=statistics).finite)
+    before, averaged = bits(model), bits(average.model)
+    state = {id(p): [v.clone() for v in optimizer.state[p].values()] for p in model.parameters()}
+    result = step(model, poisoned, optimizer, [make_batch(4, seed=1), make_batch(4, seed=2)], statistics=statistics)
+    average.update(model, 1, result.finite)
+    assert not result.finite
+    assert not changed(before, bits(model)) and not changed(averaged, bits(average.model))
+    for parameter in model.parameters():
+        assert all(map(torch.equal, state[id(parameter)], optimizer.state[parameter].values()))
+    # The same without the poison moves all of it: the assertions above can fail.
+    result = step(model, detector.criterion, optimizer, [make_batch(4, seed=1)], statistics=statistics)
+    average.update(model, 1, result.finite)
+    assert changed(before, bits(model)) == set(before) == changed(averaged, bits(average.model))
+
+
+def test_guarded_step_equals_the_plain_one() -> None:
+    # Views, remembered statistics and the factor of the loss change no bit of a finite step.
+    results = []
+    for guarded in (False, True):
+        detector = small_detector()
+        model = detector.model.train()
+        optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=1e-3))
+        statistics = NormalisationStatistics(model) if guarded else None
+        for seed in range(3):
+            step(model, detector.criterion, optimizer, [make_batch(4, seed=seed)], statistics=statistics)
+        results.append(bits(model))
+    assert not changed(*results)
+
+
+def result_of(finite: bool, **losses: float) -> StepResult:
+    return StepResult({name: torch.tensor(value) for name, value in losses.items()}, torch.tensor(finite))
+
+
+def test_skipped_steps_are_counted_when_they_are_read() -> None:
+    skipped = SkippedSteps(most_in_a_row=3)
+    for number, finite in enumerate([True, False, True, False, False]):
+        skipped.add(number, result_of(finite, loss_box=math.nan if not finite else 1.0))
+    assert skipped.total == 0
+    assert skipped.read() == [1, 3, 4] and skipped.total == 3 and skipped.in_a_row == [3, 4]
+    copied = SkippedSteps(most_in_a_row=3)
+    copied.load(skipped.state(), CPU)
+    for counter in (skipped, copied):
+        counter.add(5, result_of(False, loss_box=math.inf))
+        with pytest.raises(
+            NonFiniteLoss, match="3 steps in a row were not finite, the first is step 3: loss_box = nan"
+        ) as raised:
+            counter.read()
+        assert raised.value.exit_code == 4 and list(raised.value.losses) == [3, 4, 5]
+        assert raised.value.losses[5] == {"loss_box": math.inf}
+
+
+def test_a_checkpoint_between_two_readings_keeps_what_is_unread() -> None:
+    skipped, continued = SkippedSteps(9), SkippedSteps(9)
+    skipped.add(0, result_of(False, loss_box=math.nan))
+    continued.load(skipped.state(), CPU)
+    assert continued.total == 0 and continued.read() == [0] and continued.total == 1
+
+
+def test_infinite_gradients_are_ordinary_in_half_precision() -> None:
+    # fp16: the scaler lowers its scale; only losses that are not finite count as in a row
+    skipped = SkippedSteps(most_in_a_row=2, ordinary=True)
+    for number in range(5):
+        skipped.add(number, result_of(False, loss_box=1.0))
+    assert skipped.read() == [0, 1, 2, 3, 4] and skipped.total == 5 and not skipped.in_a_row
+    for number in (5, 6):
+        skipped.add(number, result_of(False, loss_box=math.nan))
+    with pytest.raises(NonFiniteLoss):
+        skipped.read()
 
 
 # Freezing
@@ -563,17 +669,18 @@ def test_meter_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     meter = Meter(images_per_step=8)
     for box, objectness in ((1.0, 10.0), (2.0, 20.0)):
-        meter.add({"loss_box": torch.tensor(box), "loss_objectness": torch.tensor(objectness)})
+        meter.add(result_of(True, loss_box=box, loss_objectness=objectness))
+    meter.add(result_of(False, loss_box=math.nan, loss_objectness=math.inf))  # skipped: takes time, counts for no loss
     meter.waited += 1.0
     clock[0] += 4.0
     assert meter.read() == {
         "train/loss": 16.5,  # 1.5 + 15
         "train/loss_box": 1.5,
         "train/loss_objectness": 15.0,
-        "train/images_per_second": 4.0,  # 2 steps * 8 images / 4 s
+        "train/images_per_second": 6.0,  # 3 steps * 8 images / 4 s
         "train/wait_fraction": 0.25,
     }
-    meter.add({"loss_box": torch.tensor(7.0), "loss_objectness": torch.tensor(0.0)})
+    meter.add(result_of(True, loss_box=7.0, loss_objectness=0.0))
     clock[0] += 2.0
     values = meter.read()
     assert (values["train/loss"], values["train/images_per_second"], values["train/wait_fraction"]) == (7.0, 4.0, 0.0)

@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,22 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from detection.aliases import add_training_flags
-from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.checkpoint_writer import CheckpointWriter
+from detection.checkpoints import load_checkpoint
 from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data import build_datasets
+from detection.data import build_datasets, make_builtin
 from detection.data.coco import annotations_digest, repeat_factors
-from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader, collate_samples
+from detection.data.loaders import (
+    Batch,
+    TrainingBatchSampler,
+    build_evaluation_loader,
+    build_training_loader,
+    collate_samples,
+)
 from detection.devices import (
     autocast,
     build_scaler,
@@ -46,7 +55,10 @@ from detection.devices import (
     mark_step_of,
     open_device,
     peak_memory_gib,
+    prepare_distributed,
 )
+from detection.diagnosis import diagnose_batch, read_bundle, write_bundle
+from detection.distributed import Ranks, Watchdog, device_of_rank, read_environment, synchronise_batch_norm
 from detection.drawing import save_png
 from detection.errors import (
     CheckpointError,
@@ -60,14 +72,22 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
-from detection.evaluation import choose_backend, evaluate
+from detection.evaluation import Evaluation, choose_backend, find_all, score_found
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size, size_multiple
 from detection.models.darknet_cfg import cfg_notices, parse_cfg
+from detection.preflight import (
+    check_disk,
+    check_shared_memory,
+    try_checkpoint,
+    try_checkpoint_and_remove,
+    try_evaluation,
+)
 from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
-from detection.reproducibility import environment_report, random_state, restore_random_state, seed_everything
-from detection.run_loggers import RunLogger, new_run_directory
+from detection.reproducibility import environment_report, seed_everything, seed_step
+from detection.run_loggers import RunLogger, SilentLogger, new_run_directory
+from detection.run_state import RunState
 from detection.schedules import build_schedule, resolve_steps
 from detection.settings import (
     SIZE_MULTIPLE,
@@ -78,16 +98,9 @@ from detection.settings import (
     dump_settings,
     load_settings,
 )
-from detection.stopping import StopRequest
-from detection.training import (
-    ExponentialAverage,
-    Meter,
-    NonFiniteLoss,
-    build_optimizer,
-    set_encoder_frozen,
-    set_learning_rates,
-    train_step,
-)
+from detection.skipped_steps import NonFiniteLoss, StepResult
+from detection.stopping import StopRequest, stopped_by
+from detection.training import Meter, set_encoder_frozen, set_learning_rates, train_step
 
 NARROWEST_BAR = 40  # columns
 OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
@@ -103,7 +116,12 @@ RESUMABLE = (
     "data.num_workers",
     "train.steps",
     "train.save_frequency",
+    "train.save_minutes",
+    "train.keep_checkpoints",
+    "train.most_skipped_steps",
     "train.patience",
+    "run.preflight",
+    "run.timeout_minutes",
 )
 
 
@@ -120,7 +138,8 @@ def parse_arguments() -> argparse.Namespace:
         help="continue a run (default: the newest) from its last.pt",
     )
     add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
-    add("--dry-run", action="store_true", help="print the plan, take one step that is thrown away, write nothing")
+    add("--dry-run", action="store_true", help="print the plan, check everything with a step that is thrown away")
+    add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was not finite: RUN/not_finite_<step>")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume:  # `--resume train.steps=9` names no directory
         arguments.settings.append(arguments.resume)
@@ -131,40 +150,100 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     flags = device_flags(arguments)
+    if arguments.replay is not None:
+        replay_bundle(arguments, flags)
+        return
     checkpoint, directory = None, arguments.output
     if arguments.resume is None:
         settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
     else:
         checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
 
-    run = Run(settings, fresh=checkpoint is None)
-    if checkpoint is not None and list(run.categories.names) != checkpoint["categories"]["names"]:
+    ranks = join_ranks(settings)
+    try:
+        run = Run(settings, ranks, fresh=checkpoint is None)
+        if checkpoint is not None:
+            check_continued(run, checkpoint, directory)
+        plan = [*notices, *run.plan()]
+        if arguments.dry_run:
+            if ranks.is_first:
+                print("\n".join(plan), flush=True)
+            state = run.new_state()
+            run.try_step(state, print if ranks.is_first else lambda line: None)
+            run.try_the_rest(state, directory or Path(settings.run.logs_path), print, keep_nothing=True)
+            return
+        run_and_log(run, plan, directory, checkpoint)
+    finally:
+        ranks.close()
+
+
+def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
+    """Take the first step of a bundle again and say where numbers stop being finite; exit code 4 if they do."""
+    checkpoint, report = read_bundle(arguments.replay)
+    old = complete_settings(checkpoint["settings"], DEFAULTS)
+    settings, notices = load_settings(old, [], arguments.settings, flags)
+    print("\n".join(notices), end="")
+    run = Run(settings, join_ranks(settings), fresh=False)
+    check_continued(run, checkpoint, arguments.replay)
+    state = run.new_state()
+    state.load(checkpoint)
+    step = report["steps"][0]["step"]
+    set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
+    micro_batches = [
+        collate_samples([run.training_set[position] for position in positions])
+        for positions in run.sampler(step, step + 1)
+    ]
+    seed_step(settings.run.seed, step, run.ranks.rank)
+    ids = run.training_set.annotations.image_ids
+    finite = True
+    for batch in micro_batches:
+        lines = diagnose_batch(state.model, run.criterion, batch, run.autocast, run.device, ids)
+        finite &= not lines
+        print("\n".join(lines or ["finite: loss, outputs and gradient"]), flush=True)
+    if not finite:
+        raise NumericsError(f"step {step} is not finite here either")
+
+
+def join_ranks(settings: Settings) -> Ranks:
+    """This process among those that torchrun started, or alone, on its device."""
+    _, local_rank, size = read_environment()
+    device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
+
+
+def check_continued(run: "Run", checkpoint: dict[str, Any], directory: Path) -> None:
+    """Refuse to continue on other classes or other annotations than those of the checkpoint."""
+    if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
             f"the data has {', '.join(run.categories.names)}"
         )
-    if checkpoint is not None and run.data_digest != checkpoint["data_digest"]:
+    if run.data_digest != checkpoint["data_digest"]:
         raise DataError(
             f"the training annotations are not those that {directory} was trained on: images, boxes or classes differ"
         )
-    plan = [*notices, *run.plan()]
-    if arguments.dry_run:
-        print("\n".join(plan), flush=True)
-        run.discarded_step()
-        return
 
+
+def run_and_log(run: "Run", plan: list[str], directory: Path | None, checkpoint: dict[str, Any] | None) -> None:
+    """Train, with everything that happens written into the run directory; only the first process writes."""
+    settings, ranks = run.settings, run.ranks
     stop = StopRequest()
-    if checkpoint is None:
+    if checkpoint is None and ranks.is_first:
         name = settings.run.name or settings.scheduler.strategy
-        directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
+        directory = new_run_directory(Path(settings.run.logs_path), name, directory)
+    directory = Path(ranks.broadcast(str(directory)))
     try:
-        with RunLogger(directory, resume_step=checkpoint["step"] if checkpoint else None) as logger:
-            (directory / "images").mkdir(exist_ok=True)
-            (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
-            report = environment_report(describe_device(run.device), run.precision)
-            # Each continuation has its own environment beside the first one.
-            name = f"environment_{checkpoint['step']}.json" if checkpoint else "environment.json"
-            (directory / name).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        resumed = checkpoint["step"] if checkpoint else None
+        with RunLogger(directory, resumed) if ranks.is_first else SilentLogger() as logger:
+            if ranks.is_first:
+                (directory / "images").mkdir(exist_ok=True)
+                (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
+                report = environment_report(describe_device(run.device), run.precision)
+                # Each continuation has its own environment beside the first one.
+                name = "environment.json" if resumed is None else f"environment_{resumed}.json"
+                (directory / name).write_text(json.dumps(report, indent=2), encoding="utf-8")
             for line in plan:
                 logger.line(line)
             try:
@@ -182,19 +261,23 @@ class Run:
     """Everything that is fixed before the first step: device, data, detector and all durations in steps.
 
     Args:
+        ranks: this process among those of the run, with its device.
         fresh: false for a continued run, whose weights all come from its checkpoint.
     """
 
-    def __init__(self, settings: Settings, fresh: bool) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, fresh: bool) -> None:
         train, evaluation = settings.train, settings.evaluation
-        self.settings = settings
-        self.device = open_device(settings.run)
+        self.settings, self.ranks = settings, ranks
+        self.device = ranks.device
         self.mark_step = mark_step_of(self.device, settings.run.lazy)
         dtype = choose_precision(self.device, settings.run.precision)
         self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         self.autocast = functools.partial(autocast, self.device, dtype)
         self.build_scaler = functools.partial(build_scaler, self.device, dtype)
 
+        if ranks.is_first:
+            make_builtin(settings.data)
+        ranks.broadcast(None)  # the others wait for it
         self.training_set, self.validation_set = build_datasets(
             settings.data, train.image_size, evaluation.image_size, settings.run.seed, settings.yolo.num_classes
         )
@@ -205,7 +288,7 @@ class Run:
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
         self.size_step = SIZE_MULTIPLE
-        self.images_per_step = train.batch_size * train.subdivisions
+        self.images_per_step = train.batch_size * train.subdivisions * ranks.size
         self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
@@ -220,6 +303,8 @@ class Run:
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
         self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        if train.sync_batch_norm:
+            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
         self.detector = detector.to(self.device, settings.run.channels_last)
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
@@ -249,7 +334,33 @@ class Run:
             train.multiscale_sizes,
             self.repeat_factors,
             self.size_step,
+            self.ranks.rank,
+            self.ranks.size,
         )
+
+    def image_ids_of_step(self, step: int) -> list[int]:
+        """Of all micro-batches and processes."""
+        images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
+        sampler = self.sampler(step, step + 1)
+        return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
+
+    def new_state(self) -> RunState:
+        """Before the first step."""
+        return RunState(
+            self.detector.model, self.settings.train, self.ema_ramp, self.build_scaler(), self.ranks.average_
+        )
+
+    def checkpoint(self, state: RunState) -> dict[str, Any]:
+        """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
+        model = self.detector.model
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "data_digest": self.data_digest,
+            "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
+            "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
+            "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
+            **state.content(),
+        }
 
     def plan(self) -> list[str]:
         """What is about to happen, for the user to check before it costs days."""
@@ -269,8 +380,8 @@ class Run:
             f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
             f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
             f", every {self.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
-            f"batch       {train.batch_size} x {train.subdivisions} subdivisions x 1 process"
-            f" = {self.images_per_step} images per step",
+            f"batch       {train.batch_size} x {train.subdivisions} subdivisions x {self.ranks.size} "
+            f"process{'es' if self.ranks.size > 1 else ''} = {self.images_per_step} images per step",
             f"duration    {self.steps} steps = {self.steps / self.steps_per_epoch:.1f} epochs"
             f" of {self.steps_per_epoch:.1f} steps",
             f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
@@ -291,166 +402,267 @@ class Run:
             lines.append(f"warning     classes without any training box: {', '.join(absent)}")
         return lines
 
-    def discarded_step(self) -> None:
-        """Forward, backward and update on the largest size, to see that memory and data hold."""
+    def try_step(self, state: RunState, say: Callable[[str], None]) -> None:
+        """A whole step at the largest size, with all its memory, that changes nothing."""
         train = self.settings.train
         size = train.multiscale_sizes[1] if train.resize_frequency else train.image_size
         estimate = estimate_memory(self.detector.model, self.criterion, train, size, self.autocast, self.device)
-        print(estimate.line(), flush=True)
+        say(estimate.line())
         if estimate.available is not None and estimate.total > estimate.available:
             raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
-        positions = next(iter(self.sampler(0, 1)))
+        positions = next(iter(self.sampler(state.step, state.step + 1)))
         batch = collate_samples([self.training_set[(index, epoch, size)] for index, epoch, _ in positions])
-        model = self.detector.model.train()
-        set_encoder_frozen(model, False, train.encoder_batch_norm)
-        optimizer = build_optimizer(model, train)
+        set_encoder_frozen(state.model, False, train.encoder_batch_norm)
         # A second one adds to gradients that are there; more show nothing new.
         micro_batches = min(train.subdivisions, 2)
+        scale = state.scaler.state_dict()
         started = time.perf_counter()
-        losses = train_step(
-            model,
-            self.criterion,
-            optimizer,
-            self.build_scaler(),
-            [batch] * micro_batches,
-            self.autocast,
-            self.device,
-            train.clip_norm,
-            mark_step=self.mark_step,
-        )
-        values = ", ".join(f"{name} {value.item():.2f}" for name, value in losses.items())
+        result = self.take_step(state, self.wrapped(state.model), [batch] * micro_batches, discard=True)
+        values = ", ".join(f"{name} {value.item():.2f}" for name, value in result.losses.items())
         seconds = time.perf_counter() - started
+        if scale:
+            state.scaler.load_state_dict(scale)
+        state.optimizer.zero_grad(set_to_none=True)
         step = (
             "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
         )
-        print(f"dry run     {step} at {size} px: {seconds:.1f} s, {peak_memory_gib(self.device):.1f} GiB, {values}")
+        memory = peak_memory_gib(self.device)
+        say(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; thrown away")
+        shared = check_shared_memory(
+            self.settings.data.num_workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels"))
+        )
+        if shared is not None:
+            say(shared)
+
+    def try_the_rest(self, state: RunState, directory: Path, say: Callable[[str], None], keep_nothing: bool) -> None:
+        """Disk, a checkpoint written and read back, an evaluation of two images; by the first process alone.
+
+        Args:
+            directory: of the run.
+            keep_nothing: leave no file; otherwise last.pt is there afterwards.
+        """
+        if not self.ranks.is_first:
+            return
+        content = self.checkpoint(state)
+        say(check_disk(directory, content, self.settings.train.keep_checkpoints))
+        (try_checkpoint_and_remove if keep_nothing else try_checkpoint)(directory, content)
+        evaluator = self.detector._replace(model=state.evaluated_model)
+        settings = self.settings.evaluation
+        found = try_evaluation(evaluator, self.validation_set, self.device, self.autocast, settings.backend)
+        say(f"evaluator   {found.backend} ran on two images; a checkpoint was written and read back")
+
+    def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
+        if self.settings.run.compile:
+            model = compile_forward(model, self.device)
+        if self.ranks.size == 1:
+            return model
+        # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def take_step(
+        self, state: RunState, model: torch.nn.Module, micro_batches: list[Batch], discard: bool = False
+    ) -> StepResult:
+        return train_step(
+            model,
+            self.criterion,
+            state.optimizer,
+            state.scaler,
+            micro_batches,
+            self.autocast,
+            self.device,
+            self.settings.train.clip_norm,
+            state.statistics,
+            discard,
+            self.mark_step,
+        )
 
 
 def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, checkpoint: dict[str, Any] | None) -> None:
     """The training loop: from the first step, or the checkpoint's, to the last."""
-    settings, device, criterion = run.settings, run.device, run.criterion
-    subdivisions, clip_norm = settings.train.subdivisions, settings.train.clip_norm
-    model = run.detector.model.train()
-    optimizer = build_optimizer(model, settings.train)
-    scaler = run.build_scaler()
-    average = ExponentialAverage(model, settings.train.ema_decay, run.ema_ramp) if settings.train.ema_decay else None
-    progress: dict[str, Any] = {"best_ap50": None, "best_step": 0, "evaluations_without_rise": 0, "evaluated_step": 0}
-    step = 0
+    settings, ranks = run.settings, run.ranks
+    state = run.new_state()
     if checkpoint is not None:
-        load_state(checkpoint, run, optimizer, scaler, average)
-        step, progress = checkpoint["step"], checkpoint["progress"]
-    network = compile_forward(model, device) if settings.run.compile else model
-    first_step, started = step, time.perf_counter()
+        state.load(checkpoint)
+    if settings.run.preflight:
+        run.try_step(state, logger.line)
+        run.try_the_rest(state, directory, logger.line, keep_nothing=False)
+    first_step, started = state.step, time.perf_counter()
+    logger.line(f"run directory {directory}, from step {state.step}")
 
-    def save(name: str) -> None:
-        save_checkpoint(directory / name, state_of(run, step, optimizer, scaler, average, progress))
+    saver = Saver(run, state, directory)
+    batches = iter(
+        build_training_loader(
+            run.training_set, run.sampler(state.step, run.steps), settings.data.num_workers, run.device
+        )
+    )
+    meter = Meter(run.images_per_step)
+    watchdog = Watchdog(ranks, lambda: state.step)
+    # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
+    has_bar = ranks.is_first and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= NARROWEST_BAR
+    bar = tqdm(total=run.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not has_bar)
 
     def evaluate_and_keep() -> None:
-        save("last.pt")  # whatever happens to the evaluation, the steps are kept; a continued run repeats it
-        ap50 = evaluate_run(run, average.model if average else model, step, directory, logger, stop) or 0.0
-        rises = progress["best_ap50"] is None or ap50 > progress["best_ap50"]
-        progress["evaluated_step"] = step
-        progress["evaluations_without_rise"] = 0 if rises else progress["evaluations_without_rise"] + 1
-        if rises:
-            progress["best_ap50"], progress["best_step"] = ap50, step
-            save("best.pt")
-        save("last.pt")
+        saver.save()  # whatever happens to the evaluation, the steps are kept; a continued run repeats it
+        watchdog.rest()
+        ap50 = evaluate_run(run, state.evaluated_model, state.step, directory, logger, stop) or 0.0
+        saver.save(best=state.record_evaluation(ap50))
         meter.restart_clock()
 
-    logger.line(f"run directory {directory}, from step {step}")
-    workers = settings.data.num_workers
-    batches = iter(build_training_loader(run.training_set, run.sampler(step, run.steps), workers, device))
-    meter = Meter(run.images_per_step)
-    # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
-    has_bar = sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= NARROWEST_BAR
-    bar = tqdm(total=run.steps, initial=step, unit="step", dynamic_ncols=True, disable=not has_bar)
     try:
-        if step and (step % run.evaluate_frequency == 0 or step == run.steps) and progress["evaluated_step"] != step:
+        due = state.step % run.evaluate_frequency == 0 or state.step == run.steps
+        if state.step and due and state.evaluated_step != state.step:
             evaluate_and_keep()  # the run was stopped during this evaluation
-        while step < run.steps:
-            if step == first_step or step == run.unfreeze_step:
-                set_encoder_frozen(model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
-            set_learning_rates(optimizer, functools.partial(run.schedule.at, step))
+        while state.step < run.steps:
+            step = state.step
+            watchdog.beat()
+            stopped = ranks.agree(lambda: stop.signal_number or 0)
+            if step in (first_step, run.unfreeze_step):
+                set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
+                model = run.wrapped(state.model)
+            set_learning_rates(state.optimizer, functools.partial(run.schedule.at, step - state.skipped.total))
+            seed_step(settings.run.seed, step, ranks.rank)
             waiting = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(subdivisions)]
+            micro_batches = [next(batches) for _ in range(settings.train.subdivisions)]
             meter.waited += time.perf_counter() - waiting
             if step == 0:
                 picture = draw_batch(micro_batches[0], run.categories.names)
-                save_png(directory / "images" / "train_batch.png", picture)
                 logger.image(0, "train_batch", picture)
-            try:
-                losses = train_step(
-                    network,
-                    criterion,
-                    optimizer,
-                    scaler,
-                    micro_batches,
-                    run.autocast,
-                    device,
-                    clip_norm,
-                    mark_step=run.mark_step,
-                )
-            except NonFiniteLoss as error:
-                ids = run.training_set.annotations.image_ids[error.image_indices].tolist()
-                raise NumericsError(
-                    f"not finite at step {step}: {error.parts}; image ids {ids}; last.pt is of the last "
-                    "save; try a lower train.learning_rate or a longer scheduler.warmup"
-                ) from None
-            if average:
-                average.update(model, step)
-            meter.add(losses)
-            step += 1
+                if ranks.is_first:
+                    save_png(directory / "images" / "train_batch.png", picture)
+            result = run.take_step(state, model, micro_batches)
+            if state.average:
+                state.average.update(state.model, step, result.finite)
+            state.skipped.add(step, result)
+            meter.add(result)
+            state.step += 1
             bar.update(1)
 
-            if step % settings.run.log_frequency == 0 or step == run.steps:
-                values = meter.read() | {
-                    "train/learning_rate": run.schedule.at(step - 1),
-                    "train/image_size": micro_batches[-1]["images"].shape[-1],
-                }
-                logger.scalars(step, values)
-                seconds_left = (time.perf_counter() - started) / (step - first_step) * (run.steps - step)
-                show_progress(logger, bar, run, step, values, seconds_left)
-            if (step % run.evaluate_frequency == 0 or step == run.steps) and stop.signal_number is None:
+            if state.step % settings.run.log_frequency == 0 or state.step == run.steps:
+                for skipped in state.skipped.read(ranks.average_of):
+                    logger.line(
+                        f"warning: step {skipped} was skipped, its loss or gradient was not finite; nothing changed"
+                    )
+                size = micro_batches[-1]["images"].shape[-1]
+                left = (time.perf_counter() - started) / (state.step - first_step) * (run.steps - state.step)
+                report_progress(logger, bar, run, state, ranks.average(meter.read()), size, left)
+                check_scale(state)
+            signal_number = stopped()
+            if (state.step % run.evaluate_frequency == 0 or state.step == run.steps) and not signal_number:
                 evaluate_and_keep()
                 patience = settings.train.patience
-                if patience is not None and progress["evaluations_without_rise"] >= patience and step < run.steps:
-                    logger.line(f"stopped at step {step}: AP50 has not risen in {patience} evaluations")
+                if patience is not None and state.evaluations_without_rise >= patience and state.step < run.steps:
+                    logger.line(f"stopped at step {state.step}: AP50 has not risen in {patience} evaluations")
                     break
-            elif step % run.save_frequency == 0:
-                save("last.pt")
-            stop.check()
+            elif saver.due():
+                saver.save(numbered=True)
+            saver.check()
+            if signal_number:
+                raise stopped_by(signal_number)
+    except NonFiniteLoss as error:
+        saver.wait()
+        bundle = directory / f"not_finite_{min(error.losses):06d}"
+        if ranks.is_first:
+            images = {step: run.image_ids_of_step(step) for step in error.losses}
+            write_bundle(bundle, run.checkpoint(state), settings.run.seed, error.losses, images)
+        raise NumericsError(
+            f"{error.line}; kept in {bundle}, look into it with: yolo-v3/main.py --replay {bundle}; try a lower "
+            "train.learning_rate or a longer scheduler.warmup"
+        ) from None
     except (StoppedBySignal, DataReadError) as error:
-        save("last.pt")
-        line = f"{error.line}; saved after step {step}, continue with: yolo-v3/main.py --resume {directory}"
+        saver.save()
+        saver.wait()
+        line = f"{error.line}; saved after step {state.step}, continue with: yolo-v3/main.py --resume {directory}"
         if isinstance(error, StoppedBySignal):
             raise StoppedBySignal(line, error.signal_number) from None
         raise DataReadError(line) from None
+    except RuntimeError as error:
+        failure = ranks.explain(error, state.step)
+        if failure is None:
+            raise
+        raise failure from None
     finally:
+        watchdog.rest()
         bar.close()
         del batches  # ends the workers
+    saver.wait()
     logger.line(
-        f"finished at step {step} in {(time.perf_counter() - started) / 60:.1f} minutes with evaluations; "
-        f"best AP50 {progress['best_ap50'] or 0.0:.3f} at step {progress['best_step']}: {directory / 'best.pt'}"
+        f"finished at step {state.step} in {(time.perf_counter() - started) / 60:.1f} minutes with evaluations; "
+        f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {directory / 'best.pt'}"
     )
+
+
+class Saver:
+    """Decides when this process writes checkpoints: only the first of a run does."""
+
+    def __init__(self, run: Run, state: RunState, directory: Path) -> None:
+        self.run, self.state = run, state
+        self.writer = CheckpointWriter(directory, run.settings.train.keep_checkpoints) if run.ranks.is_first else None
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        minutes = self.run.settings.train.save_minutes
+        late = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+        return late or self.state.step % self.run.save_frequency == 0
+
+    def save(self, best: bool = False, numbered: bool = False) -> None:
+        """Returns when the state is copied; a thread writes it."""
+        self.saved = time.monotonic()
+        if self.writer is not None:
+            number = self.state.step if numbered else None
+            self.writer.save(self.run.checkpoint(self.state), best=best, number=number)
+
+    def check(self) -> None:
+        """Raises:
+        OutputError: a write has failed.
+        """
+        if self.writer is not None:
+            self.writer.check()
+
+    def wait(self) -> None:
+        """Until everything is on the disk; raises like `check`."""
+        if self.writer is not None:
+            self.writer.wait()
+
+
+def check_scale(state: RunState) -> None:
+    """Raises:
+    NumericsError: fp16's scale has sunk below 1: even unscaled gradients overflow.
+    """
+    if state.scaler.is_enabled() and state.scaler.get_scale() < 1:
+        raise NumericsError(
+            f"step {state.step}: the loss scale has sunk to {state.scaler.get_scale():g}, gradients overflow in fp16; "
+            "take run.precision=bf16 or off, or a lower train.learning_rate"
+        )
 
 
 def evaluate_run(
     run: Run, model: torch.nn.Module, step: int, directory: Path, logger: RunLogger, stop: StopRequest
 ) -> float | None:
     """Score the validation set, log the numbers, draw detections beside the truth; returns AP50."""
-    settings, dataset = run.settings.evaluation, run.validation_set
+    settings, dataset, ranks = run.settings.evaluation, run.validation_set, run.ranks
     batch_size = settings.batch_size or run.settings.train.batch_size
-    evaluation = evaluate(
+    workers = run.settings.data.num_workers
+    found = find_all(
         model,
         run.criterion,
         run.detector.postprocess,
-        build_evaluation_loader(dataset, batch_size, run.settings.data.num_workers, run.device),
-        dataset.annotations,
+        build_evaluation_loader(dataset, batch_size, workers, run.device, ranks.rank, ranks.size),
         run.device,
         run.autocast,
-        settings.backend,
-        on_batch=stop.check,
+        # Where others wait for this process's share it stops afterwards; last.pt has been written.
+        on_batch=stop.check if ranks.size == 1 else lambda: None,
     )
+    shares, evaluation = ranks.gather(found), None
+    if shares is not None:  # the first process scores
+        evaluation = score_found(shares, dataset.annotations, settings.backend)
+        report_evaluation(run, evaluation, step, directory, logger)
+    return ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
+
+
+def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Path, logger: RunLogger) -> None:
+    """Numbers into the logs, pictures and files into the run directory."""
+    settings, dataset = run.settings.evaluation, run.validation_set
     loss = sum(evaluation.losses.values())
     row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}
     row |= {"val/loss": loss, **{f"val/{name}": value for name, value in evaluation.losses.items()}}
@@ -472,68 +684,34 @@ def evaluate_run(
         save_png(directory / "images" / f"validation_{step:06d}.png", picture)
         logger.image(step, "validation", picture)
     write_evaluation(directory, evaluation, dataset, step, settings.model_dump(mode="json"))
-    return evaluation.metrics["AP50"]
 
 
-def show_progress(
-    logger: RunLogger, bar: tqdm, run: Run, step: int, values: dict[str, float], seconds_left: float
+def report_progress(
+    logger: RunLogger, bar: tqdm, run: Run, state: RunState, values: dict[str, float], size: int, seconds_left: float
 ) -> None:
-    """The bar's text on a terminal, else a line of its own, so that `tail -f nohup_0.out` reads well."""
+    """Numbers into the logs; on a terminal the bar's text, else a line, so that `tail -f nohup_0.out` reads well."""
+    rate = run.schedule.at(state.step - 1 - state.skipped.total)
+    values |= {"train/learning_rate": rate, "train/image_size": size, "train/skipped_steps": state.skipped.total}
+    if state.scaler.is_enabled():
+        values["train/loss_scale"] = state.scaler.get_scale()
+    logger.scalars(state.step, values)
     parts = {
         "loss": f"{values['train/loss']:.2f}",
-        "lr": f"{values['train/learning_rate']:.3g}",
+        "lr": f"{rate:.3g}",
         "images/s": f"{values['train/images_per_second']:.1f}",
         "memory": f"{peak_memory_gib(run.device):.1f}G",
         "box": f"{values['train/loss_box']:.2f}",
         "objectness": f"{values['train/loss_objectness']:.2f}",
         "class": f"{values['train/loss_class']:.2f}",
-        "size": f"{values['train/image_size']}",
+        "size": f"{size}",
         "wait": f"{values['train/wait_fraction']:.0%}",
     }
     text = "  ".join(f"{name} {value}" for name, value in parts.items())
     left = datetime.timedelta(seconds=round(seconds_left))
-    logger.line(
-        f"step {step}/{run.steps}  epoch {step / run.steps_per_epoch:.1f}  {text}  left {left}", show=bool(bar.disable)
-    )
+    place = f"step {state.step}/{run.steps}  epoch {state.step / run.steps_per_epoch:.1f}"
+    logger.line(f"{place}  {text}  left {left}", show=bool(bar.disable))
     if not bar.disable:
         bar.set_postfix(parts)
-
-
-def state_of(
-    run: Run, step: int, optimizer: Any, scaler: Any, average: ExponentialAverage | None, progress: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that a continued run, or a script that only has this file, needs; after `step` optimizer steps."""
-    model = run.detector.model
-    return {
-        "step": step,
-        "settings": run.settings.model_dump(mode="json"),
-        "data_digest": run.data_digest,
-        "categories": {"names": list(run.categories.names), "ids": list(run.categories.ids)},
-        "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
-        "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
-        "model": model.state_dict(),
-        "average": average.model.state_dict() if average else None,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "random": random_state(),
-        "progress": dict(progress),
-    }
-
-
-def load_state(
-    checkpoint: dict[str, Any], run: Run, optimizer: Any, scaler: Any, average: ExponentialAverage | None
-) -> None:
-    try:
-        run.detector.model.load_state_dict(checkpoint["model"])
-        if average:
-            average.model.load_state_dict(checkpoint["average"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
-        restore_random_state(checkpoint["random"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the checkpoint does not fit the run of its settings: {reason}") from None
 
 
 def open_resumed_run(

@@ -42,6 +42,7 @@ class TrainingBatchSampler:
         multiscale_sizes: smallest and largest size of the changes.
         repeat_factors: how often each image is seen per epoch, (num_images,); None: once.
         size_step: pixels between the sizes; what the network's sizes must be a multiple of divides it.
+        rank, ranks: of this process; each takes its share of every micro-batch of batch_size * ranks images.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class TrainingBatchSampler:
         multiscale_sizes: tuple[int, int] = (320, 608),
         repeat_factors: np.ndarray | None = None,
         size_step: int = SIZE_MULTIPLE,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
+        self.rank, self.ranks = rank, ranks
         self.num_images = num_images
         self.size_step = size_step
         self.batch_size = batch_size
@@ -78,7 +82,8 @@ class TrainingBatchSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for micro_step in range(self.first_step * self.subdivisions, self.end_step * self.subdivisions):
             size = self.size_of_step(micro_step // self.subdivisions)
-            positions = range(micro_step * self.batch_size, (micro_step + 1) * self.batch_size)
+            first = (micro_step * self.ranks + self.rank) * self.batch_size
+            positions = range(first, first + self.batch_size)
             yield [(*self.image_at(position), size) for position in positions]
 
     def image_at(self, position: int) -> tuple[int, int]:
@@ -179,11 +184,14 @@ def build_training_loader(
     )
 
 
-def build_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
-    """Every image once, in the dataset's order."""
+def build_evaluation_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, device: torch.device, rank: int = 0, ranks: int = 1
+) -> DataLoader:
+    """Every image once, in the dataset's order; of several processes each has its own images."""
     prepare_process()
     return DataLoader(
         dataset,
+        sampler=range(rank, len(dataset), ranks),  # type: ignore[arg-type]
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate_samples,

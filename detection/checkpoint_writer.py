@@ -1,0 +1,106 @@
+"""Checkpoints written beside the training: the loop copies its state and goes on, a thread writes and verifies it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detection.checkpoints import save_checkpoint
+from detection.errors import OutputError
+
+LAST, BEST = "last.pt", "best.pt"
+NUMBERED = "step_*.pt"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, in the background. Leaving it as a context waits for the last.
+
+    Before `save` returns, the tensors are copied into memory of this object, which is kept for the next time: the step
+    that follows cannot change what is being written. Another `save` waits until the one before is on the disk, so there
+    is never more than one copy. A write that failed is raised by the next call of any method.
+
+    Args:
+        directory: of the run.
+        keep: numbered checkpoints, `step_<n>.pt`, that stay beside last.pt and best.pt; older ones are removed.
+    """
+
+    def __init__(self, directory: Path, keep: int = 0) -> None:
+        self.directory, self.keep = directory, keep
+        self._thread: threading.Thread | None = None
+        self._error: OutputError | None = None
+        self._memory: dict[tuple[int, ...], Tensor] = {}
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()
+
+    def save(self, content: dict[str, Any], *, best: bool = False, number: int | None = None) -> None:
+        """Write last.pt, and the same content under further names.
+
+        Args:
+            content: tensors of any device, plain values, dicts, lists and tuples of them.
+            best: best.pt too.
+            number: step_<number>.pt too, if any are kept.
+
+        Raises:
+            OutputError: the write before this one failed.
+        """
+        self.wait()
+        names = [BEST] if best else []
+        if number is not None and self.keep:
+            names.append(NUMBERED.replace("*", f"{number:09d}"))
+        copied = self._copy(content, ())
+        self._thread = threading.Thread(target=self._write, args=(copied, names), name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            OutputError: a write failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Does not wait.
+
+        Raises:
+            OutputError: a write failed.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, content: dict[str, Any], names: list[str]) -> None:
+        try:
+            save_checkpoint(self.directory / LAST, content, names)
+            if self.keep:
+                for path in sorted(self.directory.glob(NUMBERED))[: -self.keep]:
+                    path.unlink()
+        except OutputError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001  (of a thread it would only be printed, and the run would go on)
+            self._error = OutputError(f"checkpoint in {self.directory}: {type(error).__name__}: {error}")
+
+    def _copy(self, value: Any, place: tuple[int, ...]) -> Any:
+        """`value` with its tensors copied to the host; `place` is where it stands in the content."""
+        if isinstance(value, Tensor):
+            memory = self._memory.get(place)
+            if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
+                memory = self._memory[place] = torch.empty_like(value, device="cpu", requires_grad=False)
+            return memory.copy_(value.detach())
+        if isinstance(value, dict):
+            return {key: self._copy(inner, (*place, number)) for number, (key, inner) in enumerate(value.items())}
+        if isinstance(value, list | tuple):
+            return [self._copy(inner, (*place, number)) for number, inner in enumerate(value)]
+        return value

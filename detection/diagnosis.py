@@ -1,0 +1,126 @@
+"""Steps that were not finite: what is kept of them, and where in one of them numbers stop being finite."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.data.loaders import Batch, targets_to
+from detection.errors import CheckpointError, OutputError
+
+STATE, REPORT = "state.pt", "report.json"
+MOST_NAMES = 5  # of modules and parameters
+
+
+def write_bundle(
+    directory: Path,
+    checkpoint: dict[str, Any],
+    seed: int,
+    losses: Mapping[int, Mapping[str, float]],
+    image_ids: Mapping[int, Sequence[int]],
+) -> None:
+    """Keep what is needed to take skipped steps again: they changed nothing, so the weights are those before the first.
+
+    Args:
+        directory: made here.
+        checkpoint: of now.
+        losses: parts of the loss of each step.
+        image_ids: images of each step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    steps = [
+        {
+            "step": step,
+            "losses": {name: str(value) for name, value in parts.items()},
+            "image_ids": list(image_ids[step]),
+        }
+        for step, parts in losses.items()
+    ]
+    try:
+        directory.mkdir(exist_ok=True)
+        report = {"seed": seed, "settings": checkpoint["settings"], "steps": steps}
+        (directory / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be written: {error.strerror or error}") from None
+    save_checkpoint(directory / STATE, checkpoint)
+
+
+def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(checkpoint, report) of `write_bundle`.
+
+    Raises:
+        CheckpointError: it is not there or damaged.
+    """
+    checkpoint = load_checkpoint(directory / STATE)
+    try:
+        report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        int(report["steps"][0]["step"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{directory / REPORT} cannot be read: {error}") from None
+    return checkpoint, report
+
+
+def diagnose_batch(
+    model: nn.Module,
+    criterion: Callable[[list[Tensor], dict[str, Tensor]], dict[str, Tensor]],
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager],
+    device: torch.device,
+    image_ids: np.ndarray,
+) -> list[str]:
+    """Where the numbers of one micro-batch stop being finite, forward and backward; no line where all are.
+
+    Args:
+        model: in training mode; its weights do not change, its statistics do.
+        image_ids: of the whole dataset, (M,).
+    """
+    lines: list[str] = []
+    first: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(first, name, output))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    images, targets = targets_to(batch, device)
+    model.zero_grad(set_to_none=True)
+    try:
+        with autocast():
+            outputs = model(images)
+            losses = criterion(outputs, targets)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        lines.append(f"weights that are not finite: {_shorten(bad)}")
+    if first:
+        lines.append(f"first output that is not finite: of {first[0]}")
+    if bad := [f"{name} = {value.item():g}" for name, value in losses.items() if not value.isfinite()]:
+        lines.append(f"loss: {', '.join(bad)}")
+        for row, index in enumerate(batch["indices"].tolist()):
+            own = [level[row : row + 1] for level in outputs]
+            alone = criterion(own, {name: value[row : row + 1] for name, value in targets.items()})
+            if bad := [f"{name} = {value.item():g}" for name, value in alone.items() if not value.isfinite()]:
+                lines.append(f"loss of image id {image_ids[index]} alone: {', '.join(bad)}")
+    torch.stack(list(losses.values())).sum().backward()
+    if bad := [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]:
+        lines.append(f"gradients that are not finite: {_shorten(bad)}")
+    model.zero_grad(set_to_none=True)
+    return lines
+
+
+def _note(first: list[str], name: str, output: Any) -> None:
+    tensors = output if isinstance(output, list | tuple) else [output]
+    if not first and any(isinstance(tensor, Tensor) and not tensor.isfinite().all() for tensor in tensors):
+        first.append(name)
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")

@@ -1,0 +1,216 @@
+"""Several processes of one run: what torchrun says, the process group, and the few things that are exchanged.
+
+Everything but gradients goes over gloo on the host: no exchange here waits for the device.
+"""
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detection.errors import SettingsError, UserError
+
+T = TypeVar("T")
+EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankError(UserError):
+    """Another process of the run has failed or does not answer."""
+
+    exit_code = 3
+
+
+class Ranks:
+    """This process among those of the run. One process alone needs no group, and every exchange returns at once.
+
+    Args:
+        device: of this process.
+        backend: prepares and names its exchange: nccl, hccl or gloo; called for several processes only.
+        timeout_seconds: a process that does not answer for so long ends the run.
+
+    Raises:
+        SettingsError: torchrun's environment is incomplete, or the processes do not find one another.
+    """
+
+    def __init__(self, device: torch.device, backend: Callable[[], str], timeout_seconds: float) -> None:
+        self.rank, self.local_rank, self.size = read_environment()
+        self.device, self.timeout_seconds = device, timeout_seconds
+        if self.size == 1:
+            return
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        name = backend()
+        try:
+            dist.init_process_group("gloo" if name == "gloo" else f"cpu:gloo,{device.type}:{name}", timeout=timeout)
+            self._patient: Any = dist.new_group(backend="gloo", timeout=EVALUATION_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SettingsError(
+                f"rank {self.rank}: the {self.size} processes do not find one another: {reason}"
+            ) from None
+
+    @property
+    def is_first(self) -> bool:
+        """The one that prints, writes and scores."""
+        return self.rank == 0
+
+    def explain(self, error: RuntimeError, step: int) -> RankError | None:
+        """The user error behind a failed exchange with the other processes; None: it is something else."""
+        if self.size == 1 or not is_exchange_failure(error):
+            return None
+        reason = " ".join(str(error).split())[-150:]
+        return RankError(f"rank {self.rank} of {self.size}, step {step}: another process failed or hangs: {reason}")
+
+    def agree(self, value: Callable[[], int]) -> Callable[[], int]:
+        """Begin to exchange a number; the returned function waits and gives the largest of all ranks.
+
+        Args:
+            value: asked now; by one process alone only in the end.
+        """
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value())
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+
+        def finish() -> int:
+            work.wait()
+            return int(tensor)
+
+        return finish
+
+    def average_(self, tensor: Tensor) -> None:
+        """The mean over all ranks, in place, by the device's own exchange."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+
+    def average_of(self, values: Tensor) -> Tensor:
+        """The mean over all ranks of a tensor on the host."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def average(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over all ranks of numbers on the host."""
+        tensor = self.average_of(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, tensor.tolist(), strict=True))
+
+    def gather(self, value: T) -> list[T] | None:
+        """What every rank has, on the first one; None on the others. Waits up to a day."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, gathered, group=self._patient)
+        return gathered
+
+    def broadcast(self, value: T | None) -> T:
+        """What the first rank has, on all of them; waits up to a day."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, group=self._patient)
+        return values[0]  # type: ignore[return-value]
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def read_environment() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of processes) of torchrun; (0, 0, 1) without it.
+
+    Raises:
+        SettingsError: incomplete or impossible.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        raise SettingsError(
+            f"WORLD_SIZE is set, but {', '.join(missing)} is not; start several processes with torchrun"
+        )
+    try:
+        rank, local_rank, size = (int(os.environ[name]) for name in VARIABLES[:3])
+    except ValueError as error:
+        raise SettingsError(f"{', '.join(VARIABLES[:3])} must be whole numbers: {error}") from None
+    if not 0 <= rank < size:
+        raise SettingsError(f"RANK={rank} must lie in 0..{size - 1} (WORLD_SIZE={size})")
+    return rank, local_rank, size
+
+
+def device_of_rank(name: str, local_rank: int, size: int) -> str:
+    """The device setting of this process: each takes its own GPU.
+
+    Raises:
+        SettingsError: one device named for several processes, or more processes than GPUs.
+    """
+    if size == 1:
+        return name
+    if name.startswith("cuda:"):
+        raise SettingsError(f"{size} processes cannot share device {name}; say --device cuda, each takes its own")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name not in ("auto", "cuda") or not gpus:
+        return name
+    if local_rank >= gpus:
+        raise SettingsError(
+            f"process {local_rank} of this machine has no GPU: there are {gpus}; lower --nproc_per_node"
+        )
+    return f"cuda:{local_rank}"
+
+
+def is_exchange_failure(error: Exception) -> bool:
+    """Whether an exception comes from an exchange with other processes, not from the computation."""
+    text = str(error).lower()
+    words = ("connection closed", "connection reset", "timed out", "timeout", "gloo", "nccl", "hccl", "process group")
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Every batch normalisation over the images of all processes.
+
+    Raises:
+        SettingsError: the device, or a normalisation of the model, has no such form.
+    """
+    if device.type != "cuda":
+        raise SettingsError(f"train.sync_batch_norm needs CUDA devices, this is {device.type}")
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    if others := sorted(kind.__name__ for kind in kinds - {nn.BatchNorm2d, nn.SyncBatchNorm}):
+        raise SettingsError(
+            f"train.sync_batch_norm: {', '.join(others)} cannot be synchronised (yolo.batch_norm=standard)"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+class Watchdog:
+    """Ends this process when its loop has not come round for too long: a hanging rank cannot be asked to stop.
+
+    Args:
+        ranks: one process alone is not watched; nobody waits for it.
+        step: of the loop, for the message.
+    """
+
+    def __init__(self, ranks: Ranks, step: Callable[[], int]) -> None:
+        self._last: float | None = None  # None: nothing is expected
+        if ranks.size > 1:
+            threading.Thread(target=self._watch, args=(ranks, step), name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+
+    def rest(self) -> None:
+        """Until the next `beat` nothing is expected."""
+        self._last = None
+
+    def _watch(self, ranks: Ranks, step: Callable[[], int]) -> None:
+        while True:
+            time.sleep(min(ranks.timeout_seconds / 10, 1.0))
+            last = self._last
+            if last is not None and time.monotonic() - last > ranks.timeout_seconds:
+                place = f"rank {ranks.rank} of {ranks.size}, step {step()}"
+                os.write(2, f"{place}: no progress for {ranks.timeout_seconds:g} s (run.timeout_minutes)\n".encode())
+                os._exit(RankError.exit_code)

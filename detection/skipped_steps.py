@@ -1,0 +1,162 @@
+"""A step happens whole or not at all: what a step that is not finite must leave alone, and how it is noticed.
+
+The decision is made on the device. The host reads it in arrears.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detection.errors import NumericsError
+
+
+class StepResult(NamedTuple):
+    """What a step leaves behind, all of it on the device: reading it is the caller's choice."""
+
+    losses: dict[str, Tensor]  # parts averaged over the micro-batches, detached
+    finite: Tensor  # bool: false for a step that was skipped
+
+
+@torch.no_grad()
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite`, a bool on the device, is true; else weights and state keep their values."""
+    if all(group.get("fused") for group in optimizer.param_groups):  # these kernels look at the flag themselves
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        return
+    tensors = [
+        tensor
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+        for tensor in (parameter, *optimizer.state[parameter].values())
+        if isinstance(tensor, Tensor)
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    optimizer.step()
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
+
+
+class NormalisationStatistics:
+    """Running means and variances of all normalisations of a model in one tensor: one operation handles them all.
+
+    Made after the model is on its device; the modules keep using their buffers, which become views.
+
+    Args:
+        exchange: averages a tensor over the processes of a run in place: each sees other images, but all validate and
+            keep one moving average.
+    """
+
+    def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] = lambda tensor: None) -> None:
+        self.exchange = exchange
+        places = [
+            (module, name, buffer)
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self.floats = self._join([place for place in places if place[2].is_floating_point()])
+        self.counters = self._join([place for place in places if not place[2].is_floating_point()])
+        self._kept = [tensor.clone() for tensor in (self.floats, self.counters)]
+
+    @staticmethod
+    def _join(places: list[tuple[nn.Module, str, Tensor]]) -> Tensor:
+        if not places:
+            return torch.zeros(0)
+        joined = torch.cat([buffer.reshape(-1) for _, _, buffer in places])
+        start = 0
+        for module, name, buffer in places:
+            module._buffers[name] = joined[start : start + buffer.numel()].view(buffer.shape)
+            start += buffer.numel()
+        return joined
+
+    def keep(self) -> None:
+        """Remember them before a step."""
+        self._kept[0].copy_(self.floats)
+        self._kept[1].copy_(self.counters)
+
+    def settle(self, finite: Tensor) -> None:
+        """After a step: the remembered ones come back unless `finite`, a bool on the device, is true."""
+        self.exchange(self.floats)
+        for tensor, kept in zip((self.floats, self.counters), self._kept, strict=True):
+            torch.where(finite, tensor, kept, out=tensor)
+
+
+class SkippedSteps:
+    """Which steps were skipped, read from the device rarely: that read waits for it.
+
+    Args:
+        most_in_a_row: so many steps one after the other, each with a loss that is not finite, stop the run.
+        ordinary: infinite gradients of finite losses are ordinary (fp16, whose scaler lowers its scale).
+    """
+
+    def __init__(self, most_in_a_row: int, ordinary: bool = False) -> None:
+        self.most_in_a_row, self.ordinary = most_in_a_row, ordinary
+        self.total = 0  # as far as it was read: what the schedule leaves out
+        self.in_a_row: list[int] = []  # the newest steps, if they count
+        self._pending: list[tuple[int, Tensor]] = []  # (step, (finite, loss parts ...) as float32)
+        self.parts: list[str] = []
+        self.last: dict[int, dict[str, float]] = {}  # loss parts of the steps in a row
+
+    def add(self, step: int, result: StepResult) -> None:
+        """A step, numbered from 0, that was just taken."""
+        self.parts = list(result.losses)
+        values = torch.stack([result.finite.float(), *(value.float() for value in result.losses.values())])
+        self._pending.append((step, values))
+
+    def read(self, average: Callable[[Tensor], Tensor] = lambda values: values) -> list[int]:
+        """The steps skipped since the last reading; waits for the device.
+
+        Args:
+            average: over all processes of the run, of a tensor on the host: all of them must judge alike.
+
+        Raises:
+            NonFiniteLoss: too many in a row.
+        """
+        if not self._pending:
+            return []
+        skipped = []
+        rows = average(torch.stack([values for _, values in self._pending]).cpu()).tolist()
+        for (step, _), (finite, *losses) in zip(self._pending, rows, strict=True):
+            if not finite:
+                skipped.append(step)
+            if finite or (self.ordinary and all(math.isfinite(value) for value in losses)):
+                self.in_a_row, self.last = [], {}
+                continue
+            self.in_a_row.append(step)
+            self.last[step] = dict(zip(self.parts, losses, strict=True))
+        self._pending = []
+        self.total += len(skipped)
+        if len(self.in_a_row) >= self.most_in_a_row:
+            raise NonFiniteLoss(self.last)
+        return skipped
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what is unread stays unread, so that a continued run reads it when this one would have."""
+        return {
+            "total": self.total,
+            "in_a_row": list(self.in_a_row),
+            "last": [[step, *parts.values()] for step, parts in self.last.items()],
+            "parts": list(self.parts),
+            "pending": [(step, values) for step, values in self._pending],
+        }
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self.total, self.in_a_row, self.parts = state["total"], list(state["in_a_row"]), list(state["parts"])
+        self.last = {step: dict(zip(self.parts, values, strict=True)) for step, *values in state["last"]}
+        self._pending = [(step, values.to(device)) for step, values in state["pending"]]
+
+
+class NonFiniteLoss(NumericsError):
+    """Loss parts of the steps that were skipped in a row, by step; the caller adds images and settings."""
+
+    def __init__(self, losses: dict[int, dict[str, float]]) -> None:
+        first, parts = next(iter(losses.items()))
+        text = ", ".join(f"{name} = {value:g}" for name, value in parts.items())
+        super().__init__(f"{len(losses)} steps in a row were not finite, the first is step {first}: {text}")
+        self.losses = losses

@@ -1,0 +1,283 @@
+"""Several processes that train one model: two on the CPU over gloo, started by torchrun as a user would."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from detection.checkpoints import load_checkpoint
+from detection.distributed import Ranks, device_of_rank, is_exchange_failure, read_environment, synchronise_batch_norm
+from detection.errors import SettingsError
+
+TESTS = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+STEPS = 10
+OVERLAY: dict[str, Any] = {
+    "run": {"log_frequency": 1, "precision": "off", "preflight": False, "device": "cpu"},
+    "data": {"num_workers": 0},
+    "yolo": {"encoder": "mobilenet_v3_small", "neck_channels": [8, 8, 8]},
+    "train": {
+        "steps": STEPS, "image_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2, "clip_norm": 10.0,
+        "save_frequency": 4, "resize_frequency": 2, "multiscale_sizes": [64, 96],
+    },
+    "scheduler": {"strategy": "constant", "warmup": 2},
+    "evaluation": {"image_size": 64, "evaluate_frequency": 5, "batch_size": 3, "visualize_images": 0},
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(processes: int, fault: str, arguments: list[str | Path]) -> list[str]:
+    if processes == 1:
+        return [sys.executable, str(TESTS / "two_ranks.py"), fault, *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [*torchrun, *address, str(TESTS / "two_ranks.py"), fault, *map(str, arguments)]
+
+
+def start(processes: int, directory: Path, *arguments: str | Path, fault: str = "none") -> subprocess.Popen[str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
+    words = ["--config", directory / "overlay.yaml", *arguments]
+    return subprocess.Popen(
+        command(processes, fault, words),
+        cwd=directory,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(directory: Path) -> list[float]:
+    return [row["train/loss"] for row in rows_of(directory) if "train/loss" in row]
+
+
+def evaluations_of(directory: Path) -> list[dict[str, float]]:
+    rows = [row for row in rows_of(directory) if "val/AP" in row]
+    return [{key: value for key, value in row.items() if key.startswith("val/") and value is not None} for row in rows]
+
+
+@pytest.mark.parametrize("subdivisions", [1, pytest.param(4, marks=pytest.mark.faults)])
+def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivisions: int) -> None:
+    # 9 training and 4 validation images; effective batch 4 * subdivisions either way
+    common = [f"data.root={drawn_dataset}", f"train.subdivisions={subdivisions}"]
+    running = [
+        start(1, tmp_path / "one", *common, "train.batch_size=4", "--output", tmp_path / "one" / "run"),
+        start(2, tmp_path / "two", *common, "train.batch_size=2", "--output", tmp_path / "two" / "run"),
+    ]
+    for process in running:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert len(losses_of(one)) == STEPS
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
+    for first, second in zip(evaluations_of(one), evaluations_of(two), strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-6), "every validation image counts once"
+    for key in ("model", "average"):
+        weights = [load_checkpoint(run / "last.pt")[key] for run in (one, two)]
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+    assert "x 2 processes" in (two / "train.log").read_text()
+    assert sorted(path.name for path in two.iterdir() if path.suffix == ".pt") == ["best.pt", "last.pt"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("images", [7, 8, 9])
+def test_any_number_of_images_and_a_rank_without_boxes(images: int, tmp_path: Path) -> None:
+    # Validation has as many images; only every second has boxes, so rank 1 validates images without any.
+    make_dataset(tmp_path / "data", images)
+    running = [
+        start(count, tmp_path / str(count), f"data.root={tmp_path / 'data'}", f"train.batch_size={4 // count}",
+              "train.steps=4", "--output", tmp_path / str(count) / "run")
+        for count in (1, 2)
+    ]  # fmt: skip
+    for process in running:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    np.testing.assert_allclose(losses_of(tmp_path / "2" / "run"), losses_of(tmp_path / "1" / "run"), rtol=1e-5)
+    found = [json.loads((tmp_path / name / "run" / "detections.json").read_text()) for name in ("1", "2")]
+    assert [row["image_id"] for row in found[0]] == [row["image_id"] for row in found[1]]
+    metrics = [json.loads((tmp_path / name / "run" / "metrics.json").read_text())["AP50"] for name in ("1", "2")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+
+
+def make_dataset(root: Path, count: int) -> None:
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        images, boxes = [], []
+        for number in range(count):
+            image = np.full((64, 80, 3), 30 + 10 * number, np.uint8)
+            images.append({"id": number + 1, "file_name": f"{number}.png", "width": 80, "height": 64})
+            if number % 2 == 0:
+                image[10:30, 20:50] = (0, 0, 255)
+                boxes.append({"id": number + 1, "image_id": number + 1, "category_id": 1, "bbox": [20, 10, 30, 20]})
+            cv2.imwrite(str(root / split / f"{number}.png"), image)
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "red"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_all_ranks_stop_at_the_same_step(drawn_dataset: Path, tmp_path: Path, number: int, to_launcher: bool) -> None:
+    if to_launcher and number == signal.SIGUSR1:
+        pytest.skip("torchrun dies of SIGUSR1: docs/scaling.md signals the ranks")
+    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=100000", "--output", tmp_path / "run"]
+    process = start(2, tmp_path / "work", *arguments)
+    try:
+        wait_for_rows(process, tmp_path / "run", 6)
+        for pid in [process.pid] if to_launcher else children_of(process.pid)[:1]:
+            os.kill(pid, number)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    name = signal.Signals(number).name
+    assert process.returncode != 0 and f"stopped by {name}; saved after step" in output, output
+    step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    stops = [
+        int(line.split("saved after step ")[1].split(",")[0]) for line in output.splitlines() if "saved after" in line
+    ]
+    assert stops == [step, step], "both ranks stop after the same step"
+
+
+def wait_for_rows(process: subprocess.Popen[str], directory: Path, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while not (directory / "metrics.jsonl").exists() or len(rows_of_growing(directory)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def rows_of_growing(directory: Path) -> list[str]:
+    return (directory / "metrics.jsonl").read_text().splitlines()
+
+
+def children_of(pid: int) -> list[int]:
+    """Python processes that torchrun started, by rank."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    ranks = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks.update({int(entry[5:]): child for entry in environment if entry.startswith(b"RANK=")})
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["raise", "kill", "hang"])
+def test_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
+    drawn_dataset: Path, tmp_path: Path, fault: str
+) -> None:
+    seconds = 12
+    arguments = [
+        f"data.root={drawn_dataset}", "train.batch_size=2", f"run.timeout_minutes={seconds / 60}",
+        "train.resize_frequency=0", "--output", tmp_path / "run",
+    ]  # fmt: skip
+    process = start(2, tmp_path / "work", *arguments, fault=fault)
+    try:
+        wait_for_rows(process, tmp_path / "run", 2)
+        started = time.monotonic()
+        output = process.communicate(timeout=90)[0]
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert time.monotonic() - started < seconds + 10
+    if fault == "hang":
+        assert "rank 1 of 2, step 2: no progress" in output or "rank 0 of 2, step 2: another process" in output, output
+    if fault == "raise":
+        assert "a bug in rank 1" in output
+    # Step 4 was never reached: nothing was saved, and nothing half.
+    assert not list((tmp_path / "run").glob("*.pt")) and not list((tmp_path / "run").glob("*.tmp"))
+
+
+# One process
+
+
+def test_alone_every_exchange_returns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = Ranks(CPU, lambda: pytest.fail("no backend is needed"), 1)
+    value = 3
+    later = ranks.agree(lambda: value)
+    value = 15
+    assert later() == 15, "a signal that comes during the step counts"
+    tensor = torch.ones(2)
+    ranks.average_(tensor)
+    assert tensor.tolist() == [1, 1] and ranks.gather("x") == ["x"] and ranks.broadcast("y") == "y" and ranks.is_first
+    assert ranks.explain(RuntimeError("gloo timed out"), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "torchrun"]),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, ["RANK=2", "0..1"]),
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, ["whole numbers", "two"]),
+    ],
+)
+def test_broken_environment(environment: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    if "LOCAL_RANK" in environment:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SettingsError) as raised:
+        read_environment()
+    assert raised.value.exit_code == 2 and all(word in str(raised.value) for word in words)
+
+
+def test_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, text in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **address}.items():
+            monkeypatch.setenv(name, text)
+        with pytest.raises(SettingsError, match="rank 0: the 2 processes do not find one another") as raised:
+            Ranks(CPU, lambda: "gloo", 5)
+    assert "\n" not in str(raised.value)
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_of_rank("cuda:3", 0, 1) == "cuda:3"
+    with pytest.raises(SettingsError, match="cannot share device cuda:0"):
+        device_of_rank("cuda:0", 1, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of_rank("auto", rank, 2) for rank in (0, 1)] == ["cuda:0", "cuda:1"]
+    assert device_of_rank("cpu", 1, 2) == "cpu"
+    with pytest.raises(SettingsError, match="process 2 of this machine has no GPU: there are 2"):
+        device_of_rank("cuda", 2, 4)
+
+
+def test_normalisation_over_all_processes_needs_a_device_that_has_it() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    with pytest.raises(SettingsError, match="needs CUDA devices, this is cpu"):
+        synchronise_batch_norm(model, CPU)
+    converted = synchronise_batch_norm(model, torch.device("cuda"))
+    assert isinstance(converted[0], torch.nn.SyncBatchNorm)
+
+
+def test_other_errors_are_no_failed_exchange() -> None:
+    assert not is_exchange_failure(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    assert is_exchange_failure(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"))

@@ -1,0 +1,52 @@
+"""Started by torchrun in tests/test_distributed.py: yolo-v3/main.py with all normalisations frozen, so that the number
+of processes changes no number. The first argument is a fault of rank 1 at step 2: none, raise, kill or hang.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+MAIN = Path(__file__).resolve().parent.parent / "yolo-v3" / "main.py"
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["yolo_v3_main"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    fault = sys.argv.pop(1)
+    torch.set_num_threads(1)
+    module = load_main()
+    set_frozen, take_step = module.set_encoder_frozen, module.Run.take_step
+
+    def freeze_all(model, frozen, batch_norm="train"):
+        set_frozen(model, frozen, batch_norm)
+        for part in model.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                part.eval()
+
+    def faulty_step(run, state, *arguments, **keywords):
+        if run.ranks.rank == 1 and state.step == 2:
+            if fault == "raise":
+                raise ValueError("a bug in rank 1")
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "hang":
+                time.sleep(1000)
+        return take_step(run, state, *arguments, **keywords)
+
+    module.set_encoder_frozen, module.Run.take_step = freeze_all, faulty_step
+    module.exit_with_message(module.main, module.OUT_OF_MEMORY)
+
+
+if __name__ == "__main__":
+    main()
