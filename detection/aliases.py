@@ -120,8 +120,8 @@ def in_epochs(number: Any) -> str:
 
 
 def step_epochs(value: Any) -> dict[str, Any]:
-    epochs = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return {"scheduler.milestones": [in_epochs(epoch) for epoch in epochs], "scheduler.strategy": "WarmupMultiStepLR"}
+    values = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return {"scheduler.milestones": [in_epochs(epoch) for epoch in values], "scheduler.strategy": "WarmupMultiStepLR"}
 
 
 def step_policy(path: str) -> Callable[[Any], dict[str, Any]]:
