@@ -4,6 +4,7 @@ Every one of them stands for a setting, or two, and is printed with it; `docs/hp
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,11 +55,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def separate_hpu(words: Sequence[str]) -> list[str]:
     """A bare --hpu gets its value 1, or it would take the next word for it."""
-    following = [*words[1:], ""]
-    return [
-        f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    pairs = itertools.pairwise([*words, ""])
+    return [f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word for word, after in pairs]
 
 
 def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
