@@ -4,6 +4,7 @@ Every one of them stands for a setting, or two, and is printed with it; `docs/hp
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,11 +55,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def separate_hpu(words: Sequence[str]) -> list[str]:
     """A bare --hpu gets its value 1, or it would take the next word for it."""
-    following = [*words[1:], ""]
-    return [
-        f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    pairs = itertools.pairwise([*words, ""])
+    return [f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word for word, after in pairs]
 
 
 def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
@@ -120,8 +118,8 @@ def in_epochs(number: Any) -> str:
 
 
 def step_epochs(value: Any) -> dict[str, Any]:
-    epochs = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    return {"scheduler.milestones": [in_epochs(epoch) for epoch in epochs], "scheduler.strategy": "WarmupMultiStepLR"}
+    values = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    return {"scheduler.milestones": [in_epochs(epoch) for epoch in values], "scheduler.strategy": "WarmupMultiStepLR"}
 
 
 def step_policy(path: str) -> Callable[[Any], dict[str, Any]]:

@@ -76,12 +76,8 @@ def _hpu_available() -> bool:
         import habana_frameworks.torch  # noqa: F401
 
         return bool(_hpu().is_available())
-    except (
-        ImportError,
-        AssertionError,
-        OSError,
-        RuntimeError,
-    ) as error:  # another torch than it was built for, no driver
+    # Built for another torch, or no driver.
+    except (ImportError, AssertionError, OSError, RuntimeError) as error:
         _hpu_failure = f"habana_frameworks: {' '.join(str(error).split())[:200]}"
     return False
 

@@ -136,6 +136,7 @@ def test_other_values_are_refused_by_the_parser(line: str, capsys: pytest.Captur
 
 
 def test_a_bare_hpu_leaves_the_next_word_alone() -> None:
+    assert separate_hpu([]) == []
     assert separate_hpu(["--hpu", "photo.jpg", "--hpus", "1", "--hpu"]) == [
         "--hpu=1",
         "photo.jpg",
