@@ -4,6 +4,7 @@ Every one of them stands for a setting, or two, and is printed with it; `docs/hp
 """
 
 import argparse
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpu", type=int, metavar="N", help="CUDA device N")
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
-    for flag in HPU_FLAGS:
-        add(flag, choices=["1"], help="device hpu; how many is torchrun's --nproc_per_node")
+    add("--hpu", choices=["1"], metavar="1", help="device hpu; a bare --hpu will do")
+    add("--hpus", choices=["1"], help=argparse.SUPPRESS)
     add("--lazy", action="store_true", help="lazy mode of device hpu")
     add("--autocast", action="store_true", help="mixed precision in bfloat16")
     add("--deterministic", action="store_true", help="only algorithms that repeat number for number")
@@ -35,22 +36,32 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """For the scripts that evaluate."""
-    add = parser.add_argument
-    add("--eval-batch-size", type=int, metavar="N", help="images per batch of the evaluation")
-    add("--eval", choices=["bbox"], help="boxes are always evaluated, by the official COCO metric")
-    add("--cfg-options", nargs="+", action="extend", metavar="key=value", help="settings, MMDetection's keys too")
+    text = "--eval-batch-size N, --cfg-options key=value ..., --eval bbox: docs/hpu.md"
+    _add_evaluation_flags(parser.add_argument_group("settings under the names of other programs", text))
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """For the training script."""
-    add = parser.add_argument
-    add_evaluation_flags(parser)
-    add("--batch-size", type=int, metavar="N", help="images per micro-batch and process")
+    text = (
+        "--batch-size N, --eval-batch-size N, --epochs N, --log-interval N, --cfg-options key=value ..., "
+        "--launcher pytorch, --eval bbox: docs/hpu.md"
+    )
+    group = parser.add_argument_group("settings under the names of other programs", text)
+    _add_evaluation_flags(group)
+    add = functools.partial(group.add_argument, help=argparse.SUPPRESS)
+    for flag in ("--batch-size", "--log-interval"):
+        add(flag, type=int)
     for flag in ("--epoch", "--epochs"):
-        add(flag, type=float, metavar="N", help="duration of the run in epochs")
-    add("--log-interval", type=int, metavar="N", help="optimizer steps between log lines")
-    add("--launcher", choices=["pytorch"], help="insist on having been started by torchrun")
-    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch adds it
+        add(flag, type=float)
+    add("--launcher", choices=["pytorch"])
+    add("--local-rank", "--local_rank", type=int)  # torch.distributed.launch adds it
+
+
+def _add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
+    add = functools.partial(group.add_argument, help=argparse.SUPPRESS)
+    add("--eval-batch-size", type=int)
+    add("--eval", choices=["bbox"])
+    add("--cfg-options", nargs="+", action="extend")
 
 
 def separate_hpu(words: Sequence[str]) -> list[str]:
