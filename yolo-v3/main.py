@@ -3,7 +3,6 @@
 python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 4 minutes on 2 CPU cores
 python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       continue, number for number
-python3 yolo-v3/main.py --config recipes/d53_320_273e_1x16.yaml    Habana HPU, lazy mode; docs/hpu.md
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
 Writes logs/<YYMMDD-HHMMSS>_<name>/: args.yaml (resolved), environment.json, train.log, metrics.jsonl, results.csv,
