@@ -11,9 +11,15 @@ the loss, writes before.png and after.png (truth beside detections) and metrics.
 
 import argparse
 import functools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
 import torch
@@ -25,7 +31,7 @@ from detection.data import DetectionDataset, build_datasets
 from detection.data.coco import select_images
 from detection.data.loaders import Batch, collate_samples
 from detection.data.transforms import Transform
-from detection.devices import autocast, build_scaler, choose_device, choose_precision, describe_device
+from detection.devices import autocast, build_scaler, choose_precision, describe_device, open_device
 from detection.drawing import save_png
 from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
 from detection.evaluation import Evaluation, evaluate
@@ -69,7 +75,7 @@ def main() -> None:
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
     settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
-    device = choose_device(settings.run.device)
+    device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     seed_everything(settings.run.seed)
     dataset, batch = take_batch(settings, arguments.images)

@@ -27,6 +27,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -38,7 +43,7 @@ from detection.data.loaders import collate_samples
 from detection.data.sources import Source, batches, find_sources, read_ahead
 from detection.data.transforms import Sample, Transform
 from detection.data.video import VideoReader, VideoWriter
-from detection.devices import autocast, choose_device, choose_precision
+from detection.devices import autocast, choose_precision, open_device
 from detection.display import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
 from detection.postprocessing import boxes_to_original
@@ -123,7 +128,7 @@ class Finder:
         settings, self.names = opened.settings, opened.class_names()
         if unknown := [name for name in wanted if name not in self.names]:
             raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.device = choose_device(settings.run.device)
+        self.device = open_device(settings.run)
         self.precision = functools.partial(autocast, self.device, choose_precision(self.device, settings.run.precision))
         self.detector = opened.detector.to(self.device, settings.run.channels_last)
         self.transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)

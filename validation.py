@@ -24,14 +24,21 @@ About 25 images per second on a CPU core with a network of a million parameters;
 import argparse
 import functools
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import torch
 from tqdm import tqdm
 
+from detection.aliases import add_evaluation_flags
 from detection.coco_metric import choose_backend, score
 from detection.command_line import Parser
 from detection.comparison import (
@@ -46,7 +53,7 @@ from detection.comparison import (
 from detection.data import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
-from detection.devices import autocast, choose_device, choose_precision, describe_device, peak_memory_gib
+from detection.devices import autocast, choose_precision, describe_device, open_device, peak_memory_gib
 from detection.display import browse
 from detection.drawing import save_png
 from detection.error_analysis import Analysis, analyse, group_table, write_analysis
@@ -76,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--compare", nargs="+", default=[], metavar="FILE", help="instead of --weights: two or more, side by side")
     add("--confidence", nargs="+", default=[], metavar="C", help="confidence thresholds, compared in one pass")
     parser.add_settings()
+    add_evaluation_flags(parser)
     parser.add_output()
     arguments = parser.parse_intermixed_args()
     for name in ("compare", "confidence"):  # an option that takes several words takes the settings behind it too
@@ -143,7 +151,7 @@ def validate(arguments: argparse.Namespace) -> None:
     more = {
         "weights": str(arguments.weights),
         "images": len(dataset),
-        "parameters": count_parameters(opened),
+        "parameters": opened.num_parameters(),
         "protocol": protocol_line(settings),
         "deviations": deviations(settings),
         "thresholds": thresholds,
@@ -188,7 +196,7 @@ def compare(arguments: argparse.Namespace) -> None:
             Compared(
                 name,
                 str(file),
-                count_parameters(opened),
+                opened.num_parameters(),
                 opened.settings.evaluation.image_size,
                 evaluation.metrics,
                 {class_name: ap for class_name, (ap, _, _) in evaluation.class_ap.items()},
@@ -245,7 +253,7 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
 def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluation:
     """Every image of the dataset through the detector, on the device of the settings; a bar on a terminal."""
     settings = opened.settings
-    device = choose_device(settings.run.device)
+    device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     print(f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
@@ -311,10 +319,6 @@ def time_lines(opened: OpenedDetector, evaluation: Evaluation, images: int) -> l
         f"{evaluation.backend} {seconds['metric']:.1f} s, curves, confusion and groups {seconds['analysis']:.1f} s; "
         f"peak memory of this process {peak_memory_gib(torch.device('cpu')):.2f} GiB",
     ]
-
-
-def count_parameters(opened: OpenedDetector) -> int | None:
-    return sum(parameter.numel() for parameter in opened.detector.model.parameters()) or None
 
 
 if __name__ == "__main__":

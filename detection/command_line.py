@@ -1,8 +1,13 @@
 """What the command lines of all scripts share."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from detection.aliases import add_device_flags, separate_hpu, settings_flags
+from detection.settings import Flag
 
 DEFAULTS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 
@@ -28,9 +33,12 @@ class Parser(argparse.ArgumentParser):
         )
         add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
         if device:
-            group = self.add_mutually_exclusive_group()
-            group.add_argument("--gpu", type=int, metavar="N", help="CUDA device N")
-            group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
+            add_device_flags(self)
+
+    def parse_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        return super().parse_intermixed_args(separate_hpu(sys.argv[1:] if args is None else args), namespace)
 
     def add_weights(self, required: bool = True) -> None:
         """--weights with --cfg and --names."""
@@ -58,9 +66,6 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--show", action="store_true", help="show the pictures in a window too")
 
 
-def device_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-    """--device and --gpu as a setting; nothing for a script without them."""
-    gpu, device = getattr(arguments, "gpu", None), getattr(arguments, "device", None)
-    if gpu is not None:
-        return {"run.device": f"cuda:{gpu}"}
-    return {} if device is None else {"run.device": device}
+def device_flags(arguments: argparse.Namespace) -> list[Flag]:
+    """The settings that the flags of a command line stand for; of the device alone where a script has no others."""
+    return settings_flags(arguments, DEFAULTS)

@@ -1,14 +1,28 @@
-"""Everything device-specific: choice, precision, gradient scaler, memory."""
+"""Everything device-specific but the process group: choice, modes, precision, gradient scaler, compiler, memory.
+
+Nothing of Habana's (hpu) was run on hardware by us; `docs/hpu.md`.
+"""
 
 import contextlib
 import importlib.util
+import os
 import platform
 import resource
+import shutil
 import time
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from detection.errors import SettingsError
+from detection.habana_environment import LAZY_MODE
+from detection.settings import RunSettings
+
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch accepts these two
 
 
 def available_devices() -> list[str]:
@@ -29,19 +43,132 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(available[0])
     if name not in ("cuda" if other.startswith("cuda") else other for other in available) and name not in available:
-        raise SettingsError(f"device {name!r} is not available here; available: {', '.join(available)}")
+        reason = f" ({_hpu_failure})" if name == "hpu" and _hpu_failure else ""
+        raise SettingsError(f"device {name!r} is not available here{reason}; available: {', '.join(available)}")
     return torch.device(name)
 
 
+def open_device(run: RunSettings, name: str | None = None) -> torch.device:
+    """The device of the settings, in the mode that they ask for.
+
+    Args:
+        name: instead of `run.device`, where each process takes its own.
+
+    Raises:
+        SettingsError: it is not there, or cannot be in that mode.
+    """
+    device = choose_device(name or run.device)
+    check_lazy(device, run.lazy)
+    if run.deterministic:
+        make_deterministic(device)
+    return device
+
+
+_hpu_failure = ""  # why Habana's software, which is installed, cannot be used
+
+
 def _hpu_available() -> bool:
-    # The package loads the driver when imported, so it is only touched where it is installed. Not run on hardware.
+    # The package loads the driver when imported, so it is only touched where it is installed.
+    global _hpu_failure
     if importlib.util.find_spec("habana_frameworks") is None:
         return False
-    with contextlib.suppress(ImportError, AssertionError, OSError):
+    try:
         import habana_frameworks.torch  # noqa: F401
 
-        return bool(getattr(torch, "hpu").is_available())  # noqa: B009  (the import above adds it)
+        return bool(_hpu().is_available())
+    # Built for another torch, or no driver.
+    except (ImportError, AssertionError, OSError, RuntimeError) as error:
+        _hpu_failure = f"habana_frameworks: {' '.join(str(error).split())[:200]}"
     return False
+
+
+def _hpu() -> Any:
+    """`torch.hpu`, which exists once Habana's software is imported."""
+    return torch.hpu  # type: ignore[attr-defined]
+
+
+def check_lazy(device: torch.device, lazy: bool) -> None:
+    """Raises SettingsError where the mode was not, or cannot be, that of the setting."""
+    if device.type != "hpu":
+        if lazy:
+            raise SettingsError(f"run.lazy (--lazy) is a mode of device hpu, this is {device}; say run.lazy=false")
+        return
+    wanted, found = str(int(lazy)), os.environ.get(LAZY_MODE)
+    if found != wanted:
+        raise SettingsError(
+            f"run.lazy = {str(lazy).lower()} needs {LAZY_MODE}={wanted}, the environment has "
+            f"{'no such variable' if found is None else found}; set it before Python starts, or change run.lazy"
+        )
+
+
+def mark_step_of(device: torch.device, lazy: bool) -> Callable[[], None]:
+    """What to call where a collected graph should run: after each backward pass and after the optimizer.
+
+    Only lazy mode collects; everywhere else it does nothing.
+    """
+    if device.type != "hpu" or not lazy:
+        return lambda: None
+    import habana_frameworks.torch.core
+
+    return habana_frameworks.torch.core.mark_step
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Refuse or avoid every kernel whose result varies from run to run. Before the device computes anything.
+
+    Raises:
+        SettingsError: the environment chooses a workspace of cuBLAS whose results vary.
+    """
+    if device.type == "cuda":
+        workspace = os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])  # read at the first product
+        if workspace not in DETERMINISTIC_WORKSPACES:
+            raise SettingsError(
+                f"run.deterministic: {CUBLAS_WORKSPACE}={workspace} in the environment is not deterministic; "
+                f"unset it, or say {' or '.join(DETERMINISTIC_WORKSPACES)}"
+            )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if device.type == "hpu" and hasattr(_hpu(), "setDeterministic"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # later versions call it deprecated and follow torch's switch
+            _hpu().setDeterministic(True)
+
+
+def compile_forward(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with a compiled forward pass, one graph per input size; weights and buffers are the same tensors.
+
+    Raises:
+        SettingsError: the compiler needs a program that is not here.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise SettingsError(f"run.compile: on the CPU it needs a C++ compiler, and there is no {compiler} (CXX=...)")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise SettingsError("run.compile: on CUDA it needs the package triton, which is not installed")
+    backend = "hpu_backend" if device.type == "hpu" else "inductor"
+    return cast(nn.Module, torch.compile(model, backend=backend, dynamic=False))
+
+
+def prepare_distributed(device_type: str) -> str:
+    """Name of the backend for `init_process_group`; Habana's is registered by an import."""
+    if device_type == "hpu":
+        import habana_frameworks.torch.distributed.hccl  # noqa: F401
+
+        return "hccl"
+    return "nccl" if device_type == "cuda" else "gloo"
+
+
+def pinning(device: torch.device) -> dict[str, Any]:
+    """Arguments of a DataLoader: page-locked memory where copies to the device then need not be waited for."""
+    if device.type == "hpu":
+        return {"pin_memory": True, "pin_memory_device": "hpu"}
+    return {"pin_memory": device.type == "cuda"}
+
+
+def suppression_device(device: torch.device) -> torch.device:
+    """Where detections are picked: lists of changing length recompile graphs on HPU, and MPS lacks some operations."""
+    return torch.device("cpu") if device.type in ("hpu", "mps") else device
 
 
 def choose_precision(device: torch.device, name: str) -> torch.dtype | None:
@@ -89,16 +216,38 @@ def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.G
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory in use so far: the device's for CUDA, else the process's resident set."""
+    """Largest memory in use so far: the device's for CUDA and HPU; in use now for MPS; else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "hpu":
+        return _hpu().max_memory_allocated() / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
     unit = 1 if platform.system() == "Darwin" else 1024  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes free on the device (for CPU and MPS, of the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "hpu":
+        statistics = _hpu().memory_stats()
+        return statistics["Limit"] - statistics["InUse"]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "hpu":
+        mode = "lazy" if os.environ.get(LAZY_MODE) == "1" else "eager"
+        return f"{device} ({_hpu().get_device_name()}, {mode})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
@@ -117,8 +266,3 @@ def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: i
         if repeat:
             rates.append(2 * size**3 / (time.perf_counter() - started))
     return rates
-
-
-def prepare_distributed(device_type: str) -> str:
-    """The backend that carries gradients between devices of this type: nccl, hccl or gloo."""
-    return {"cuda": "nccl", "hpu": "hccl"}.get(device_type, "gloo")

@@ -114,6 +114,8 @@ def known_failure(error: RuntimeError | MemoryError, memory_hint: str) -> UserEr
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return DeviceMemoryError(f"{memory_hint} ({text[-100:]})")
+    if "does not have a deterministic implementation" in text:
+        return SettingsError(f"run.deterministic: {text.split(',')[0]}; say run.deterministic=false")
     if "DataLoader worker" in text:
         return DataReadError(f"a loader worker died: {text}")
     return None

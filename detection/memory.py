@@ -1,7 +1,6 @@
 """How much memory training will take, before it is tried."""
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from detection.devices import available_memory
 from detection.settings import TrainSettings
 
 PROBE_SIDES = (128, 256)  # pixels; what the backward pass keeps grows linearly with the area of the input
@@ -97,17 +97,3 @@ def _kept_bytes(
         losses = criterion(model(images), targets)
     del losses  # held the graph, and with it what was counted
     return sum(kept.values())
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes free on the device (for CPU and MPS, of the machine)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "hpu":
-        return None
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None

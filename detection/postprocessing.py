@@ -11,6 +11,7 @@ from torchvision.ops import nms
 from detection.anchors import Anchors, flatten_levels
 from detection.box_coder import decode_boxes
 from detection.boxes import clip_boxes
+from detection.devices import suppression_device
 
 SCORES_AT_A_TIME = 2**24  # of predictions times classes: 64 MiB for each of the few arrays that decoding makes
 
@@ -100,13 +101,14 @@ class YOLOPostprocess(nn.Module):
             outputs: raw logits per level, (B, A, H, W, 5 + C).
 
         Returns:
-            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first.
+            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first;
+            on `devices.suppression_device`.
         """
         scores_per_image = sum(level[0, ..., 5:].numel() for level in outputs)
         images_at_a_time = max(SCORES_AT_A_TIME // max(scores_per_image, 1), 1)
         found = []
         for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
-            boxes, scores = self.decode(images)
+            boxes, scores = (values.to(suppression_device(values.device)) for values in self.decode(images))
             found += [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
         return found
 

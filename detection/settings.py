@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -91,12 +91,21 @@ class RunSettings(Section):
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
     logs_path: str
     device: Annotated[str, AfterValidator(check_device)]
+    lazy: bool
+    compile: bool
+    deterministic: bool
     precision: Literal["auto", "bf16", "fp16", "off"]
     channels_last: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     preflight: bool
     timeout_minutes: Positive
     log_frequency: Count
+
+    @model_validator(mode="after")
+    def check_modes(self) -> "RunSettings":
+        if self.lazy and self.compile:
+            raise ValueError("compile: must be false in lazy mode, which builds its own graphs")
+        return self
 
 
 class MultiplicativeNoise(Section):
@@ -503,11 +512,19 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     return content
 
 
+class Flag(NamedTuple):
+    """A flag of the command line that stands for a setting."""
+
+    spelling: str  # as it was typed: "--batch-size"
+    path: str
+    value: Any
+
+
 def load_settings(
     defaults: Path | Settings,
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
-    flags: dict[str, Any] | None = None,
+    flags: Sequence[Flag] = (),
 ) -> tuple[Settings, list[str]]:
     """Merge and validate all sources.
 
@@ -515,20 +532,22 @@ def load_settings(
         defaults: the complete `args.yaml`, or the settings of a run that is continued.
         overlays: files with some of its keys, later ones win.
         words: `key.path=value`, value in YAML syntax.
-        flags: full path -> value, from the command line's flags.
+        flags: of the command line.
 
     Returns:
-        The frozen settings, and one notice per flat name that was translated.
+        The frozen settings, and one notice per flat name or flag with the setting it means.
 
     Raises:
-        SettingsError: unknown key (with the nearest valid one), wrong type or impossible value.
+        SettingsError: unknown key (with the nearest valid one), wrong type or impossible value; or two spellings of one
+            setting, both on the command line, with different values.
     """
     tree = defaults.model_dump(mode="json") if isinstance(defaults, Settings) else read_settings_file(defaults)
     known = leaf_paths(tree)
     notices: list[str] = []
-    for path in overlays:
-        for key, value in leaf_items(read_settings_file(path)):
-            set_leaf(tree, known, key, value, str(path), notices)
+    given: dict[str, Flag] = {}
+    for file in overlays:
+        for key, value in leaf_items(read_settings_file(file)):
+            set_leaf(tree, known, key, value, str(file), notices)
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:
@@ -540,9 +559,12 @@ def load_settings(
             else [(key, value)]
         )
         for inner, leaf in items:
-            set_leaf(tree, known, inner, leaf, "command line", notices)
-    for key, value in (flags or {}).items():
-        set_leaf(tree, known, key, value, "command line", notices)
+            path = set_leaf(tree, known, inner, leaf, "command line", notices)
+            claim(given, Flag(inner, path, leaf))
+    for flag in flags:
+        claim(given, flag)
+        notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
+        set_leaf(tree, known, flag.path, flag.value, "command line", notices)
     tree["yolo"]["cfg"] = read_description(tree["yolo"]["cfg"])
     return validate(tree), notices
 
@@ -616,7 +638,19 @@ def changed_settings(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]
     return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
-def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, notices: list[str]) -> None:
+def claim(given: dict[str, Flag], flag: Flag) -> None:
+    """Note what the command line says; the same spelling twice is a correction, another one a contradiction."""
+    earlier = given.setdefault(flag.path, flag)
+    if earlier.spelling != flag.spelling and earlier.value != flag.value:
+        raise SettingsError(
+            f"{earlier.spelling} and {flag.spelling} contradict each other: "
+            f"{flag.path} = {earlier.value!r} or {flag.value!r}"
+        )
+    given[flag.path] = flag
+
+
+def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, notices: list[str]) -> str:
+    """Put a value into the tree; returns the full path of its setting."""
     if key not in known and key in FLAT_NAMES:
         notices.append(f"{where}: {key} means {FLAT_NAMES[key]}")
         key = FLAT_NAMES[key]
@@ -636,6 +670,7 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     for section in sections:
         branch = branch[section]
     branch[last] = value
+    return key
 
 
 def _tuples(value: Any) -> Any:

@@ -92,6 +92,7 @@ def train_step(
     clip_norm: float | None,
     statistics: NormalisationStatistics | None = None,
     discard: bool = False,
+    mark_step: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, then move the weights once, or not at all.
 
@@ -105,6 +106,7 @@ def train_step(
         clip_norm: largest L2 norm of the whole gradient; None: not clipped.
         statistics: of the model's normalisations, to be kept in a skipped step; None: they move whatever happens.
         discard: skip the step whatever it is: everything is computed and all memory used, nothing changes.
+        mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
     """
     optimizer.zero_grad(set_to_none=True)
     if statistics is not None:
@@ -121,6 +123,7 @@ def train_step(
             # 1 for a finite loss. Any other may have a finite gradient; times NaN it has none.
             poison = loss.detach() * 0 + 1
             scaler.scale(loss * poison).backward()
+        mark_step()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
     scaler.unscale_(optimizer)
@@ -130,6 +133,7 @@ def train_step(
     scaler.update()
     if statistics is not None:
         statistics.settle(finite)
+    mark_step()
     return StepResult(totals, finite)
 
 

@@ -14,7 +14,7 @@ from detection.models.darknet_cfg import cfg_notices, input_size, parse_cfg
 from detection.models.darknet_layers import cfg_classes
 from detection.models.darknet_weights import as_darknet, load_darknet_weights
 from detection.onnx_files import OnnxModel, build_postprocess, refuse_changes
-from detection.settings import DARKNET_CFG, Settings, complete_settings, load_settings, read_description
+from detection.settings import DARKNET_CFG, Flag, Settings, complete_settings, load_settings, read_description
 
 COCO_CLASSES = 80
 
@@ -76,7 +76,7 @@ def open_weights(
     defaults: Path,
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
-    flags: dict[str, Any] | None = None,
+    flags: Sequence[Flag] = (),
 ) -> OpenedDetector:
     """Build the detector a file belongs to and fill it.
 
@@ -106,11 +106,11 @@ def open_weights(
 
 
 def _open_checkpoint(
-    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: dict[str, Any] | None
+    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     checkpoint = load_checkpoint(weights)
     try:
-        own = complete_settings(checkpoint["settings"], defaults)
+        own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
         settings, translated = load_settings(own, overlays, words, flags)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings.yolo, settings.evaluation, len(names))
@@ -126,7 +126,7 @@ def _open_checkpoint(
 
 
 def _open_onnx(
-    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: dict[str, Any] | None
+    weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     model = OnnxModel(weights)
     description = model.description
@@ -136,7 +136,8 @@ def _open_onnx(
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
     settings, lines = load_settings(own, overlays, words, flags)
     refuse_changes(model, own, settings)
-    used = {"run.device": model.use_device(settings.run.device), "run.precision": "off"}
+    device = model.use_device(settings.run.device)
+    used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
     settings, _ = load_settings(settings, flags=used)
     detector = Detector(model, None, build_postprocess(description, settings))
     count = len(description.names)
@@ -149,6 +150,13 @@ def _open_onnx(
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
 
+def on_this_machine(settings: Settings, defaults: Path) -> Settings:
+    """A checkpoint's settings without the device it was trained on, which may be elsewhere."""
+    machine = load_settings(defaults)[0].run
+    here = {name: getattr(machine, name) for name in ("device", "lazy", "compile", "deterministic")}
+    return settings.model_copy(update={"run": settings.run.model_copy(update=here)})
+
+
 def _open_darknet(
     weights: Path,
     cfg: Path | None,
@@ -156,16 +164,17 @@ def _open_darknet(
     defaults: Path,
     overlays: Sequence[Path],
     words: Sequence[str],
-    flags: dict[str, Any] | None,
+    flags: Sequence[Flag],
 ) -> OpenedDetector:
     class_names = None if names is None else read_names(names)
-    base: dict[str, Any] = {}
+    base: list[Flag] = []
     if cfg is not None:
         text = read_description(str(cfg))
         sections = parse_cfg(text)
         size = input_size(sections)
-        base = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
-        base |= {"evaluation.image_size": size, "train.image_size": size}
+        described = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
+        described |= {"evaluation.image_size": size, "train.image_size": size}
+        base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
     if settings.yolo.cfg is not None:
         sections = parse_cfg(settings.yolo.cfg)

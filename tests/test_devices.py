@@ -1,7 +1,8 @@
 """Devices and precision; capabilities of other machines are put in place of ours."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 
 from detection import devices
 from detection.devices import (
+    CUBLAS_WORKSPACE,
     autocast,
     available_devices,
     build_scaler,
     choose_device,
     choose_precision,
     describe_device,
+    open_device,
     peak_memory_gib,
 )
-from detection.errors import SettingsError
+from detection.errors import SettingsError, known_failure
+from detection.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -183,3 +187,48 @@ def test_description_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Name of the card")
     assert describe_device(torch.device("cuda", 1)) == "cuda:1 (Name of the card)"
+
+
+# Deterministic algorithms
+
+
+@pytest.fixture
+def restored_switches() -> Iterator[None]:
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def test_deterministic_is_a_switch_of_the_settings(
+    restored_switches: None, default_settings: Callable[..., Settings]
+) -> None:
+    assert open_device(default_settings("run.device=cpu").run) == CPU
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert open_device(default_settings("run.device=cpu", "run.deterministic=true").run) == CPU
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_cublas_gets_a_workspace_that_repeats(
+    restored_switches: None,
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    default_settings: Callable[..., Settings],
+) -> None:
+    machine(cuda=2)
+    run = default_settings("run.device=auto", "run.deterministic=true").run
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":0:0")
+    with pytest.raises(SettingsError, match=r"^run.deterministic: CUBLAS_WORKSPACE_CONFIG=:0:0 .* or :16:8$"):
+        open_device(run)
+    monkeypatch.delenv(CUBLAS_WORKSPACE)
+    assert open_device(run, "cuda:1") == torch.device("cuda", 1)
+    assert os.environ[CUBLAS_WORKSPACE] == ":4096:8"
+
+
+def test_a_kernel_without_a_deterministic_form_is_one_line() -> None:
+    error = known_failure(
+        RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ..."), ""
+    )
+    assert isinstance(error, SettingsError)
+    assert error.line.startswith("run.deterministic: cumsum_cuda_kernel does not have a deterministic implementation; ")

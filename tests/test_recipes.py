@@ -12,8 +12,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 COCO_IMAGES = 118_287  # train2017
 
 
-def load(name: str) -> Settings:
-    return load_settings(ROOT / "yolo-v3" / "args.yaml", [ROOT / "recipes" / f"{name}.yaml"])[0]
+def load(name: str, *words: str) -> Settings:
+    return load_settings(ROOT / "yolo-v3" / "args.yaml", [ROOT / "recipes" / f"{name}.yaml"], words)[0]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -56,12 +56,12 @@ def test_darknet_numbers(size: int) -> None:
     [
         ("d53_320_273e", 64, 1e-3, 2000, (218, 246)),
         ("d53_mstrain-608_273e", 64, 1e-3, 2000, (218, 246)),
-        ("d53_320_273e_8x16", 128, 1.5e-3, 1000, (228, 256)),
-        ("d53_320_273e_8x32_bf16", 256, 2e-3, 400, (228, 256)),
+        ("d53_320_273e_8x16 train.subdivisions=8", 128, 1.5e-3, 1000, (228, 256)),  # in place of 8 devices
+        ("d53_320_273e_8x32_bf16 train.subdivisions=8", 256, 2e-3, 400, (228, 256)),
     ],
 )
 def test_mmdetection_numbers(name: str, batch: int, rate: float, warmup: int, milestones: tuple[int, int]) -> None:
-    settings = load(name)
+    settings = load(*name.split())
     train = settings.train
     assert train.batch_size * train.subdivisions == batch and train.steps == "273ep"
     assert (train.optimizer, train.clip_norm, train.encoder_batch_norm) == ("sgd", 35.0, "frozen")
@@ -73,13 +73,26 @@ def test_mmdetection_numbers(name: str, batch: int, rate: float, warmup: int, mi
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "precision"),
-    [("d53_320_273e_1x32", 32, "off"), ("d53_320_273e_1x32_bf16", 32, "bf16"), ("d53_320_273e_1x16", 16, "off")],
+    ("name", "lazy", "precision", "batch", "log", "steps", "rate"),
+    [
+        ("1x32", False, "off", 32, 400, "2ep", 1e-3),
+        ("1x32_bf16", False, "bf16", 32, 400, "2ep", 1e-3),
+        ("1x16", True, "off", 16, 800, "2ep", 1e-3),
+        ("8x16", True, "off", 16, 96, "273ep", 1.5e-3),
+        ("8x32_bf16", True, "bf16", 32, 48, "273ep", 2e-3),
+    ],
 )
-def test_single_device_examples(name: str, batch: int, precision: str) -> None:
-    settings = load(name)
-    assert (settings.train.batch_size, settings.train.subdivisions, settings.train.steps) == (batch, 1, "2ep")
-    assert settings.run.precision == precision and settings.train.image_size == 320
+def test_numbers_of_habanas_commands(
+    name: str, lazy: bool, precision: str, batch: int, log: int, steps: str, rate: float
+) -> None:
+    settings = load(f"d53_320_273e_{name}")
+    run, train = settings.run, settings.train
+    assert (run.device, run.lazy, run.precision, run.deterministic) == ("hpu", lazy, precision, True)
+    assert (train.batch_size, train.subdivisions, train.steps, train.learning_rate) == (batch, 1, steps, rate)
+    assert (run.log_frequency, settings.evaluation.batch_size, train.image_size) == (log, 64, 320)
+    if name.startswith("8x"):
+        assert train.save_frequency == "30ep" and settings.scheduler.milestones == ("228ep", "256ep")
+        assert settings.scheduler.warmup == (400 if batch == 32 else 1000)
 
 
 def test_runs_of_the_research_repository() -> None:

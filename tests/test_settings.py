@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from detection.errors import SettingsError
 from detection.settings import (
     FLAT_NAMES,
+    Flag,
     Settings,
     changed_settings,
     dump_settings,
@@ -26,7 +27,7 @@ ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
 AUGMENTATION = "data.augmentation"
 
 
-def load(*words: str, overlays: tuple[Path, ...] = (), flags: dict[str, Any] | None = None) -> Settings:
+def load(*words: str, overlays: tuple[Path, ...] = (), flags: tuple[Flag, ...] = ()) -> Settings:
     return load_settings(ARGS, overlays, words, flags)[0]
 
 
@@ -72,9 +73,24 @@ def test_each_source_wins_over_the_ones_before_it(overlay) -> None:
     assert load(overlays=(second, first)).run.seed == 1
     assert load("run.seed=3", overlays=(first, second)).run.seed == 3
     assert load("run.seed=3", "run.seed=4", overlays=(first, second)).run.seed == 4
-    assert load("run.seed=3", overlays=(first, second), flags={"run.seed": 5}).run.seed == 5
+    assert load(overlays=(first, second), flags=(Flag("--seed", "run.seed", 5),)).run.seed == 5
     # what the later sources do not name stays as the earlier ones left it
     assert load("run.seed=3", overlays=(first, second)).run.log_frequency == 21
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "spellings"),
+    [
+        (["train.batch_size=3"], [Flag("--batch-size", "train.batch_size", 4)], "train.batch_size and --batch-size"),
+        (["train={batch_size: 3}", "batch_size=4"], [], "train.batch_size and batch_size"),
+        ([], [Flag("--gpu", "run.device", "cuda:0"), Flag("--hpu", "run.device", "hpu")], "--gpu and --hpu"),
+    ],
+)
+def test_two_spellings_of_one_setting_must_agree(words: list[str], flags: list[Flag], spellings: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{spellings} contradict each other: (train\.batch_size = 3 or 4|run)"):
+        load_settings(ARGS, words=words, flags=flags)
+    agreeing = [flag._replace(path="train.batch_size", value=3) for flag in flags]
+    assert load("batch_size=3", "train.batch_size=3", flags=tuple(agreeing)).train.batch_size == 3
 
 
 def test_an_overlay_changes_only_the_keys_it_names(overlay) -> None:

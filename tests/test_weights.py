@@ -249,6 +249,7 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
     """Of the hand-made network after 5 steps of 4 x 2 images; average and model differ in the class they see."""
     words = ["yolo.encoder=darknet_cfg", f"yolo.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
     words += ["train.batch_size=4", "train.subdivisions=2"]
+    words += ["run.device=hpu", "run.lazy=true", "run.deterministic=true", "run.precision=off"]  # of another machine
     settings, _ = load_settings(ARGS, words=words)
     states = []
     for label in (0, 1):
@@ -278,6 +279,8 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
     assert (opened.num_classes, opened.step, opened.seen) == (3, 5, 5 * 8)
     assert opened.category_ids == (5, 4, 63)
     assert opened.settings.evaluation.image_size == 32
+    run = opened.settings.run
+    assert (run.device, run.lazy, run.deterministic, run.precision) == ("auto", False, False, "off")
     kind = "moving average" if average else "weights"
     assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")
     with torch.no_grad():

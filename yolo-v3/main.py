@@ -23,10 +23,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from detection.habana_environment import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from detection.aliases import add_training_flags
 from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import load_checkpoint
 from detection.coco_metric import choose_backend
@@ -45,9 +51,11 @@ from detection.data.loaders import (
 from detection.devices import (
     autocast,
     build_scaler,
-    choose_device,
     choose_precision,
+    compile_forward,
     describe_device,
+    mark_step_of,
+    open_device,
     peak_memory_gib,
     prepare_distributed,
 )
@@ -79,6 +87,7 @@ from detection.run_state import RunState
 from detection.schedules import build_schedule, resolve_steps
 from detection.settings import (
     SIZE_MULTIPLE,
+    Flag,
     Settings,
     changed_settings,
     complete_settings,
@@ -94,6 +103,9 @@ OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisi
 # May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
 RESUMABLE = (
     "run.device",
+    "run.lazy",
+    "run.compile",
+    "run.deterministic",
     "run.log_frequency",
     "run.logs_path",
     "data.root",
@@ -112,6 +124,7 @@ RESUMABLE = (
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("yolo-v3/main.py", __doc__)
     parser.add_settings()
+    add_training_flags(parser)
     add = parser.add_argument
     add(
         "--resume",
@@ -164,7 +177,7 @@ def main() -> None:
         ranks.close()
 
 
-def replay_bundle(arguments: argparse.Namespace, flags: dict[str, Any]) -> None:
+def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
     """Take the first step of a bundle again and say where numbers stop being finite; exit code 4 if they do."""
     checkpoint, report = read_bundle(arguments.replay)
     old = complete_settings(checkpoint["settings"], DEFAULTS)
@@ -194,7 +207,7 @@ def replay_bundle(arguments: argparse.Namespace, flags: dict[str, Any]) -> None:
 def join_ranks(settings: Settings) -> Ranks:
     """This process among those that torchrun started, or alone, on its device."""
     _, local_rank, size = read_environment()
-    device = choose_device(device_of_rank(settings.run.device, local_rank, size))
+    device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
@@ -256,6 +269,7 @@ class Run:
         train, evaluation = settings.train, settings.evaluation
         self.settings, self.ranks = settings, ranks
         self.device = ranks.device
+        self.mark_step = mark_step_of(self.device, settings.run.lazy)
         dtype = choose_precision(self.device, settings.run.precision)
         self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         self.autocast = functools.partial(autocast, self.device, dtype)
@@ -434,6 +448,8 @@ class Run:
 
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
+        if self.settings.run.compile:
+            model = compile_forward(model, self.device)
         if self.ranks.size == 1:
             return model
         # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.
@@ -453,6 +469,7 @@ class Run:
             self.settings.train.clip_norm,
             state.statistics,
             discard,
+            self.mark_step,
         )
 
 
@@ -699,7 +716,7 @@ def report_progress(
 
 
 def open_resumed_run(
-    arguments: argparse.Namespace, flags: dict[str, Any]
+    arguments: argparse.Namespace, flags: list[Flag]
 ) -> tuple[dict[str, Any], Path, Settings, list[str]]:
     """Checkpoint, directory, settings and notices of a run to continue; the command line may change little of it."""
     for name in ("config", "output"):

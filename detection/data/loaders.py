@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detection.data.transforms import Sample
+from detection.devices import pinning
 from detection.settings import SIZE_MULTIPLE
 from detection.target_assignment import PADDING_LABEL
 
@@ -178,8 +179,8 @@ def build_training_loader(
         num_workers=num_workers,
         collate_fn=collate_samples,
         worker_init_fn=prepare_worker,
-        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+        **pinning(device),
     )
 
 
@@ -195,8 +196,8 @@ def build_evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate_samples,
         worker_init_fn=prepare_worker,
-        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
+        **pinning(device),
     )
 
 

@@ -1,0 +1,53 @@
+"""What Habana's software has to find in the environment before torch is imported. Imports no torch.
+
+`import torch` loads Habana's plugin where it is installed, and the plugin reads its mode then. Scripts therefore call
+`prepare_habana` first.
+"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detection.command_line import DEFAULTS
+from detection.errors import SettingsError
+from detection.settings import FLAT_NAMES, leaf_items, read_settings_file, read_yaml
+
+LAZY_MODE = "PT_HPU_LAZY_MODE"  # 1 lazy, 0 eager; which one is the default depends on Habana's version
+
+
+def prepare_habana(arguments: Sequence[str]) -> None:
+    """Set the mode that the command line asks for; a value that is there already stays, `open_device` compares it.
+
+    Does nothing where Habana's software is not installed. Bad arguments are left to the script's own parser.
+    """
+    if importlib.util.find_spec("habana_frameworks") is not None:
+        os.environ.setdefault(LAZY_MODE, "1" if wants_lazy(arguments) else "0")
+
+
+def wants_lazy(arguments: Sequence[str]) -> bool:
+    """The value that `run.lazy` will have: args.yaml's, the continued run's, the overlays', the words', or --lazy."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[], type=Path)
+    parser.add_argument("--lazy", action="store_true")
+    parser.add_argument("--resume", nargs="?", const="")
+    try:
+        known, _ = parser.parse_known_args(list(arguments))
+        words: dict[str, Any] = {}
+        for word in arguments:
+            key, separator, text = word.partition("=")
+            if separator and key in ("run", "run.lazy", "run.logs_path", "logs_path"):
+                words.update(leaf_items({FLAT_NAMES.get(key, key): read_yaml(text, word)}))
+        values = dict(leaf_items(read_settings_file(DEFAULTS)))
+        if known.resume is not None:
+            logs = Path(words.get("run.logs_path", values["run.logs_path"]))
+            newest = max(logs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime, default=logs / "none").parent
+            named = known.resume and "=" not in known.resume  # `--resume train.steps=9` names no directory
+            values.update(leaf_items(read_settings_file((Path(known.resume) if named else newest) / "args.yaml")))
+        for file in known.config:
+            values.update(leaf_items(read_settings_file(file)))
+    except (SettingsError, argparse.ArgumentError):
+        return False
+    return known.lazy or {**values, **words}["run.lazy"] is True

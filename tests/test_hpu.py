@@ -1,0 +1,408 @@
+"""Habana's HPU with a stand-in for its software (`tests/stand_in`): our code is the same, the CPU computes."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detection import devices
+from detection.checkpoints import load_checkpoint
+from detection.data import build_datasets
+from detection.data.loaders import SMALLEST_BUCKET, TrainingBatchSampler, build_training_loader, collate_samples
+from detection.devices import (
+    autocast,
+    available_memory,
+    build_scaler,
+    choose_device,
+    choose_precision,
+    compile_forward,
+    describe_device,
+    mark_step_of,
+    open_device,
+    peak_memory_gib,
+    pinning,
+    prepare_distributed,
+    suppression_device,
+)
+from detection.errors import SettingsError
+from detection.habana_environment import LAZY_MODE, prepare_habana, wants_lazy
+from detection.models import build_detector
+from detection.settings import Settings
+from detection.training import build_optimizer, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = ROOT / "tests" / "stand_in"
+HPU = torch.device("hpu")
+SMALL = (
+    "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.encoder=mobilenet_v3_small",
+    "yolo.neck_channels=[8,8,8]", "train.batch_size=2", "train.image_size=64",
+)  # fmt: skip
+ENTERED = "autocast hpu torch.bfloat16"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
+    """Habana's software is installed; what the fixture returns gives the events so far."""
+    file = tmp_path / "events"
+    file.touch()
+    monkeypatch.setenv("HPU_EVENTS", str(file))
+    monkeypatch.setenv(LAZY_MODE, "0")
+    monkeypatch.syspath_prepend(STAND_IN)
+    yield lambda: file.read_text().splitlines()
+    if package := sys.modules.get("habana_frameworks.torch"):
+        package.remove()
+    for name in [name for name in sys.modules if name.split(".")[0] == "habana_frameworks"]:
+        del sys.modules[name]
+
+
+def step_events(subdivisions: int, lazy: bool) -> list[str]:
+    """Of one step: each micro-batch forward and backward, then the optimizer; lazy graphs run after every backward
+    pass and after the optimizer."""
+    mark = ["mark_step"] if lazy else []
+    return [ENTERED, "backward", *mark] * subdivisions + ["optimizer", *mark]
+
+
+def real_steps(settings: Settings, steps: int) -> None:
+    """What the training script does with a device, on its own loader."""
+    train, device = settings.train, open_device(settings.run)
+    dtype = choose_precision(device, settings.run.precision)
+    scaler = build_scaler(device, dtype)
+    assert not scaler.is_enabled()
+    dataset, _ = build_datasets(settings.data, train.image_size, train.image_size, 0, settings.yolo.num_classes)
+    detector = build_detector(settings.yolo, settings.evaluation, 2).to(device, settings.run.channels_last)
+    assert detector.criterion is not None
+    sampler = TrainingBatchSampler(len(dataset), train.batch_size, train.subdivisions, (0, steps), 0, train.image_size)
+    batches = iter(build_training_loader(dataset, sampler, 0, torch.device("cpu")))
+    model, optimizer = detector.model.train(), build_optimizer(detector.model, train)
+    for _ in range(steps):
+        train_step(
+            model,
+            detector.criterion.to(device),
+            optimizer,
+            scaler,
+            [next(batches) for _ in range(train.subdivisions)],
+            functools.partial(autocast, device, dtype),
+            device,
+            train.clip_norm,
+            mark_step=mark_step_of(device, settings.run.lazy),
+        )
+
+
+# The calls of a training step
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("subdivisions", [1, 3])
+def test_calls_of_training_steps(
+    stand_in: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    default_settings: Callable[..., Settings],
+    subdivisions: int,
+    lazy: bool,
+) -> None:
+    monkeypatch.setenv(LAZY_MODE, str(int(lazy)))
+    words = ("run.device=hpu", f"run.lazy={str(lazy).lower()}", f"train.subdivisions={subdivisions}")
+    real_steps(default_settings(*SMALL, *words), steps=2)
+    events = stand_in()
+    assert events[0] == f"import habana_frameworks.torch, {LAZY_MODE}={int(lazy)}"
+    assert events[1:] == step_events(subdivisions, lazy) * 2
+    assert events.count("mark_step") == (2 * (subdivisions + 1) if lazy else 0)
+    assert events.count(ENTERED) == 2 * subdivisions
+
+
+# The training script in its own process
+
+SCRIPT_RUNS: dict[str, tuple[bool, int, list[str]]] = {
+    "lazy": (True, 3, ["train.subdivisions=3"]),
+    "eager": (False, 1, ["--hpu=1", "--deterministic", "run.compile=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def script_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str], str]]:
+    """Per run of the training script: its directory, the events and its output. The lazy one is asked for in a file."""
+    directory = tmp_path_factory.mktemp("hpu")
+    (directory / "lazy.yaml").write_text("run: {device: hpu, lazy: true}\n")
+    processes = {}
+    for name, (_, _, words) in SCRIPT_RUNS.items():
+        (directory / f"{name}.events").touch()
+        overlay = ["--config", "lazy.yaml"] if name == "lazy" else []
+        command = [
+            sys.executable, ROOT / "yolo-v3" / "main.py", *overlay, *SMALL, *words, "train.steps=2",
+            "evaluation.image_size=64", "--eval-batch-size", "32", "--log-interval=1", "--output", name,
+        ]  # fmt: skip
+        environment = os.environ | {
+            "PYTHONPATH": str(STAND_IN),
+            "HPU_EVENTS": str(directory / f"{name}.events"),
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop(LAZY_MODE, None)
+        processes[name] = subprocess.Popen(
+            command,  # type: ignore[arg-type]
+            cwd=directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    results = {}
+    for name, process in processes.items():
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+        results[name] = (directory / name, (directory / f"{name}.events").read_text().splitlines(), output)
+    return results
+
+
+@pytest.mark.parametrize("name", list(SCRIPT_RUNS))
+def test_torch_finds_the_mode_when_it_is_imported(script_runs: dict[str, Any], name: str) -> None:
+    lazy, _, _ = SCRIPT_RUNS[name]
+    _, events, output = script_runs[name]
+    assert events[0] == f"import torch, {LAZY_MODE}={int(lazy)}"
+    assert events[1] == f"import habana_frameworks.torch, {LAZY_MODE}={int(lazy)}"
+    assert f"device      hpu (STAND-IN, {name}), bfloat16" in output
+
+
+@pytest.mark.parametrize("name", list(SCRIPT_RUNS))
+def test_the_script_makes_the_calls_of_its_steps(script_runs: dict[str, Any], name: str) -> None:
+    lazy, subdivisions, _ = SCRIPT_RUNS[name]
+    directory, events, _ = script_runs[name]
+    events = [event for event in events if event != "compiled a graph"]
+    # Other passes (a trial before the first step, evaluations) may come before and after.
+    assert "\n".join(step_events(subdivisions, lazy) * 2) in "\n".join(events)
+    marks = events.count("backward") + events.count("optimizer") if lazy else 0
+    assert events.count("mark_step") == marks
+    assert load_checkpoint(directory / "last.pt")["scaler"] == {}
+
+
+def test_the_script_compiles_and_is_deterministic_where_asked(script_runs: dict[str, Any]) -> None:
+    _, eager, _ = script_runs["eager"]
+    assert "setDeterministic True" in eager and "compiled a graph" in eager
+    # The network is compiled when its first forward pass of the training runs, not before and not again.
+    assert eager.count("compiled a graph") == 1
+    _, lazy, _ = script_runs["lazy"]
+    assert "setDeterministic True" not in lazy and "compiled a graph" not in lazy
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], False),
+        (["--lazy"], True),
+        (["run.lazy=true"], True),
+        (["run={lazy: true, seed: 2}"], True),
+        (["run.lazy=true", "run.lazy=false"], False),
+        (["--config", "lazy.yaml", "--device", "hpu"], True),
+        (["--config=lazy.yaml", "run.lazy=false"], False),
+        (["--config", "lazy.yaml", "--config", "eager.yaml"], False),
+        (["--resume", "logs/one"], True),
+        (["--resume"], True),
+        (["--resume", "train.steps=9"], True),
+        (["--resume", "logs/one", "run.lazy=false"], False),
+        (["--resume", "run.logs_path=elsewhere"], False),
+        (["--config", "missing.yaml", "--lazy"], False),  # the script itself will say so
+        (["photo.jpg", "--weights", "a=b.pt", "--lazy"], True),
+    ],
+)
+def test_the_mode_is_read_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lazy.yaml").write_text("run: {lazy: true}\n")
+    Path("eager.yaml").write_text("run.lazy: false\n")
+    Path("logs/one").mkdir(parents=True)
+    Path("logs/one/last.pt").touch()
+    Path("logs/one/args.yaml").write_text("run: {lazy: true, device: hpu}\n")
+    assert wants_lazy(arguments) is expected
+
+
+def test_nothing_is_set_without_habanas_software(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LAZY_MODE, raising=False)
+    prepare_habana(["--lazy"])
+    assert LAZY_MODE not in os.environ
+
+
+def test_a_mode_that_is_set_stays_and_must_agree(
+    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]
+) -> None:
+    monkeypatch.setenv(LAZY_MODE, "1")
+    prepare_habana(["run.lazy=false"])
+    assert os.environ[LAZY_MODE] == "1"
+    with pytest.raises(SettingsError, match=f"^run.lazy = false needs {LAZY_MODE}=0, the environment has 1; set it "):
+        open_device(default_settings("run.device=hpu").run)
+    monkeypatch.delenv(LAZY_MODE)
+    with pytest.raises(SettingsError, match="=1, the environment has no such variable; "):
+        open_device(default_settings("run.device=hpu", "run.lazy=true").run)
+
+
+def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callable[..., Settings]) -> None:
+    with pytest.raises(SettingsError, match=r"^run.lazy \(--lazy\) is a mode of device hpu, this is cpu"):
+        open_device(default_settings("run.device=cpu", "run.lazy=true").run)
+    with pytest.raises(SettingsError, match=r"^run.compile: must be false in lazy mode"):
+        default_settings("run.lazy=true", "run.compile=true")
+
+
+# What the device says of itself
+
+
+def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) -> None:
+    assert choose_device("hpu") == choose_device("auto") == HPU
+    assert describe_device(HPU) == "hpu (STAND-IN, eager)"
+    assert peak_memory_gib(HPU) == 3.0
+    assert available_memory(HPU) == (96 - 5) * 2**30
+    assert pinning(HPU) == {"pin_memory": True, "pin_memory_device": "hpu"}
+
+
+def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "habana_frameworks" / "torch").mkdir(parents=True)
+    (tmp_path / "habana_frameworks" / "torch" / "__init__.py").write_text("assert False, 'built for torch 2.7'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(devices, "_hpu_failure", "")
+    with pytest.raises(
+        SettingsError, match=r"'hpu' is not available here \(habana_frameworks: built for torch 2.7\); "
+    ):
+        choose_device("hpu")
+    for name in [name for name in sys.modules if name.split(".")[0] == "habana_frameworks"]:
+        del sys.modules[name]
+
+
+def test_detections_are_picked_on_the_host() -> None:
+    assert suppression_device(HPU) == suppression_device(torch.device("mps")) == torch.device("cpu")
+    assert suppression_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+# Several devices
+
+
+def test_backend_of_each_device(stand_in: Callable[[], list[str]]) -> None:
+    assert [prepare_distributed(name) for name in ("cpu", "mps", "cuda")] == ["gloo", "gloo", "nccl"]
+    assert stand_in() == []
+    assert prepare_distributed("hpu") == "hccl"
+    assert stand_in()[-1] == "import hccl"
+
+
+def test_hccl_is_imported_before_the_process_group_starts(
+    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("detection.distributed")
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def started(backend: str, **_: Any) -> None:
+        from habana_frameworks import record
+
+        record(f"init_process_group {backend}")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", started)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    distributed.Ranks(HPU, functools.partial(prepare_distributed, "hpu"), 10)
+    assert stand_in()[-2:] == ["import hccl", "init_process_group cpu:gloo,hpu:hccl"]
+
+
+# Static shapes, and what MPS lacks
+
+
+class Forbidden(TorchDispatchMode):
+    """Collects operations whose result's shape depends on values, and float64 results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        self.operations += 1
+        masks = function is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
+        )
+        if masks or (torch.Tag.dynamic_output_shape in function.tags and function is not torch.ops.aten.index.Tensor):
+            self.found.add(str(function))
+        if isinstance(result, torch.Tensor) and result.dtype is torch.float64:
+            self.found.add(f"float64 of {function}")
+        return result
+
+
+@pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
+def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Settings], loss: str) -> None:
+    with Forbidden() as watch:
+        (torch.rand(3) > 0.5).nonzero()
+        torch.rand(3)[torch.tensor([True, False, True])]
+        torch.rand(2).double()
+    assert len(watch.found) == 3, "the watch itself"
+    settings = default_settings(*SMALL, "run.device=cpu", "run.precision=bf16", f"yolo.loss={loss}")
+    detector = build_detector(settings.yolo, settings.evaluation, 2)
+    dataset, _ = build_datasets(settings.data, 64, 64, 0, 2)
+    batch = collate_samples([dataset[(index, 0, 64)] for index in range(4)])
+    batch["labels"][0, 0] = -2  # a crowd region
+    optimizer = build_optimizer(detector.model.train(), settings.train)
+    context = functools.partial(autocast, torch.device("cpu"), torch.bfloat16)
+    assert detector.criterion is not None
+    with Forbidden() as watch:
+        train_step(
+            detector.model, detector.criterion, optimizer, build_scaler(torch.device("cpu"), None), [batch], context,
+            torch.device("cpu"), 35.0,
+        )  # fmt: skip
+    assert watch.found == set() and watch.operations > 500
+
+
+@pytest.mark.parametrize("resize_frequency", [0, 1])
+def test_an_epoch_has_batches_of_few_shapes(
+    drawn_dataset: Path, default_settings: Callable[..., Settings], resize_frequency: int
+) -> None:
+    settings = default_settings(f"data.root={drawn_dataset}", "data.num_workers=0")
+    dataset, _ = build_datasets(settings.data, 64, 64, 0, None)
+    steps = 5  # of 2 images: 9 images do not fill the last batch of an epoch, the next epoch does
+    sampler = TrainingBatchSampler(len(dataset), 2, 1, (0, steps), 0, 64, resize_frequency, (64, 128))
+    shapes = set()
+    for batch in build_training_loader(dataset, sampler, 0, torch.device("cpu")):
+        shapes.add(tuple(tuple(batch[name].shape) for name in ("images", "boxes", "labels")))
+    sizes = {images[-1] for images, _, _ in shapes}
+    assert sizes <= {64, 96, 128} if resize_frequency else sizes == {64}
+    assert shapes == {((2, 3, size, size), (2, SMALLEST_BUCKET, 4), (2, SMALLEST_BUCKET)) for size in sizes}
+
+
+# Compiling on the CPU
+
+
+@pytest.mark.slow  # inductor compiles its headers first
+def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.LeakyReLU(0.1))
+        compiled = compile_forward(network, torch.device("cpu"))
+    except SettingsError as error:
+        pytest.skip(str(error))
+    images = torch.rand(2, 1, 8, 8)
+    network(images).square().sum().backward()
+    expected = network[0].weight.grad.clone()
+    network.zero_grad()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    compiled(images).square().sum().backward()
+    assert counted["stats"]["unique_graphs"] == 1 and counted["graph_break"] == {}
+    torch.testing.assert_close(network[0].weight.grad, expected)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SettingsError, match=r"^run.compile: on the CPU it needs a C\+\+ compiler, .* no-such-compiler"):
+        compile_forward(network, torch.device("cpu"))
+
+
+# What is installed
+
+
+def test_requirements_leave_habanas_torch_alone() -> None:
+    def packages(name: str) -> list[str]:
+        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        return [line for line in lines if line]
+
+    core = [line for line in packages("requirements.txt") if not line.startswith("torch")]
+    assert packages("requirements-hpu.txt") == core
+    assert len(packages("requirements.txt")) == len(core) + 2  # torch, torchvision
