@@ -38,7 +38,6 @@ PROMISED = [
     (DataError("text"), 2),
     (DataReadError("text"), 3),
     (NumericsError("text"), 4),
-    (NonFiniteLoss({1: {"loss_box": 2.0}}), 4),
     (DeviceMemoryError("text"), 5),
     (OutputError("text"), 6),
     (CheckpointError("text"), 7),
@@ -64,6 +63,12 @@ def leave(error: BaseException | None) -> int | str | None:
 def test_exit_code_and_one_line(error: UserError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert leave(error) == code
     assert capsys.readouterr() == ("", "text\n")
+
+
+def test_steps_that_were_not_finite_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(NonFiniteLoss({7: {"loss_box": float("inf"), "loss_class": 2.0}})) == 4
+    line = "1 steps in a row were not finite, the first is step 7: loss_box = inf, loss_class = 2\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def test_every_error_class_is_promised() -> None:
