@@ -5,6 +5,8 @@ TensorBoard events (numbers and pictures).
 """
 
 import datetime
+import errno
+import fcntl
 import json
 import math
 import os
@@ -42,26 +44,31 @@ class RunLogger:
 
         Raises:
             OSError: if the directory or a file cannot be written.
+            OutputError: if another process writes there.
         """
         directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            self._log = opened.enter_context(_open_to_append(directory / "train.log"))
+            _lock(self._log, directory)
+            self._open_rest(directory, resume_step, opened)
+            self._opened = opened.pop_all()
+
+    def _open_rest(self, directory: Path, resume_step: int | None, opened: ExitStack) -> None:
         metrics_path, results_path = directory / "metrics.jsonl", directory / "results.csv"
         last_step = math.inf if resume_step is None else resume_step
         moved_rows = {
             metrics_path.name: _move_rows(metrics_path, _step_of_json, last_step),
             results_path.name: _move_rows(results_path, _step_of_csv, last_step),
         }
-        with ExitStack() as opened:
-            self._log = opened.enter_context(_open_to_append(directory / "train.log"))
-            self._metrics = opened.enter_context(_open_to_append(metrics_path))
-            self._results = opened.enter_context(_open_to_append(results_path))
-            self._columns = _read_columns(results_path)
-            for name, count in moved_rows.items():
-                if count:
-                    self.line(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
-            self._tensorboard = self._open_tensorboard(directory, resume_step)
-            if self._tensorboard is not None:
-                opened.callback(self._tensorboard.close)
-            self._opened = opened.pop_all()
+        self._metrics = opened.enter_context(_open_to_append(metrics_path))
+        self._results = opened.enter_context(_open_to_append(results_path))
+        self._columns = _read_columns(results_path)
+        for name, count in moved_rows.items():
+            if count:
+                self.line(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
+        self._tensorboard = self._open_tensorboard(directory, resume_step)
+        if self._tensorboard is not None:
+            opened.callback(self._tensorboard.close)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers of one step to `metrics.jsonl` and TensorBoard.
@@ -201,6 +208,16 @@ def _finite_or_none(value: float | None) -> float | None:
 def _open_to_append(path: Path) -> TextIO:
     # Line buffered: each complete row goes to the operating system at once.
     return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _lock(file: TextIO, directory: Path) -> None:
+    """Until this process ends, however it ends, no other one gets here; its loader workers do not hold the lock."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
+        # A file system without locks cannot tell.
 
 
 def _step_of_json(row: str) -> float:
