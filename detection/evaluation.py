@@ -17,6 +17,7 @@ from torch import nn
 
 from detection.data.coco import Annotations
 from detection.data.loaders import Batch, targets_to
+from detection.errors import SettingsError
 from detection.postprocessing import boxes_to_original
 
 # in the order of COCOeval.stats
@@ -167,10 +168,17 @@ def drop_not_finite(detections: Detections) -> tuple[Detections, int]:
 
 
 def choose_backend(name: str) -> str:
-    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools."""
+    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools.
+
+    Raises:
+        SettingsError: the one that was asked for is not installed.
+    """
+    installed = importlib.util.find_spec("faster_coco_eval") is not None
+    if name == "faster_coco_eval" and not installed:
+        raise SettingsError("evaluation.backend=faster_coco_eval is not installed: pip install faster-coco-eval")
     if name != "auto":
         return name
-    return "faster_coco_eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    return "faster_coco_eval" if installed else "pycocotools"
 
 
 def score_detections(
