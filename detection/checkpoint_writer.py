@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.checkpoints import save_checkpoint
+from detection.checkpoints import remove_leftovers, save_checkpoint
 from detection.errors import OutputError
 
 LAST, BEST = "last.pt", "best.pt"
@@ -22,12 +22,13 @@ class CheckpointWriter:
     is never more than one copy. A write that failed is raised by the next call of any method.
 
     Args:
-        directory: of the run.
+        directory: of the run; what a killed process left half-written there is removed.
         keep: numbered checkpoints, `step_<n>.pt`, that stay beside last.pt and best.pt; older ones are removed.
     """
 
     def __init__(self, directory: Path, keep: int = 0) -> None:
         self.directory, self.keep = directory, keep
+        remove_leftovers(directory)
         self._thread: threading.Thread | None = None
         self._error: OutputError | None = None
         self._memory: dict[tuple[int, ...], Tensor] = {}

@@ -28,7 +28,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], other_names: Sequence[s
     until then the old one is there.
 
     Args:
-        other_names: names in the same directory that the same file gets as well, after `path` has it.
+        other_names: names in the same directory that the same file gets as well, before `path` does: who finds the new
+            one under `path` need not ask for them.
 
     Raises:
         OutputError: the file cannot be written (disk full, no permission) or is not what was written; the old file is
@@ -43,9 +44,9 @@ def save_checkpoint(path: Path, content: dict[str, Any], other_names: Sequence[s
             file.flush()
             os.fsync(file.fileno())
         load_checkpoint(temporary)
-        os.replace(temporary, path)
         for name in other_names:
-            link_file(path, path.with_name(name))
+            link_file(temporary, path.with_name(name))
+        os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -72,6 +73,13 @@ def link_file(path: Path, name: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left of its writes; no other one may be writing here."""
+    for path in directory.glob(".*.pt.*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.data.coco import Annotations
 from detection.detections import Detections, box_areas, result_rows
+from detection.errors import SettingsError
 
 # in the order of COCOeval.stats
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -41,10 +42,17 @@ class GroupScore:
 
 
 def choose_backend(name: str) -> str:
-    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools."""
+    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools.
+
+    Raises:
+        SettingsError: the one that was asked for is not installed.
+    """
+    installed = importlib.util.find_spec("faster_coco_eval") is not None
+    if name == "faster_coco_eval" and not installed:
+        raise SettingsError("evaluation.backend=faster_coco_eval is not installed: pip install faster-coco-eval")
     if name != "auto":
         return name
-    return "faster_coco_eval" if importlib.util.find_spec("faster_coco_eval") else "pycocotools"
+    return "faster_coco_eval" if installed else "pycocotools"
 
 
 def score_detections(

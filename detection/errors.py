@@ -3,6 +3,7 @@
 A script wraps its `main` in `exit_with_message`: such an error ends with one line on stderr, never with a traceback.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -99,13 +100,21 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
         print("stopped by SIGINT", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output (`... | head`) has gone; Python would print a traceback while flushing at exit.
+        pass
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The reader of our output (`... | head`) has gone, or its disk is full. Python would try again at exit, print a
+        # traceback and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            exit_code = exit_code or OutputError.exit_code
     sys.exit(exit_code)
 
 
 def report(error: UserError) -> int:
-    print(error.line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the disk of `nohup_0.out` may be the full one: the exit code is left
+        print(error.line, file=sys.stderr)
     return error.exit_code
 
 

@@ -5,12 +5,15 @@ TensorBoard events (numbers and pictures).
 """
 
 import datetime
+import errno
+import fcntl
 import json
 import math
 import os
 import posixpath
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,36 +35,52 @@ class RunLogger:
     Every method raises OSError if its file cannot be written.
     """
 
-    def __init__(self, directory: Path, resume_step: int | None = None) -> None:
+    def __init__(self, directory: Path, resume_step: int | None = None, evaluated_step: int | None = None) -> None:
         """Open the files of a run, new or continued.
 
         Args:
             directory: the run directory; made if absent. Existing files are continued, never emptied.
             resume_step: last step that the continued run need not repeat. Rows of later steps, which will come again,
                 are moved to `<name>.discarded`; TensorBoard hides them.
+            evaluated_step: the same for evaluations, which are written before the checkpoint that knows of them; None:
+                `resume_step`.
 
         Raises:
             OSError: if the directory or a file cannot be written.
+            OutputError: if another process writes there.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        metrics_path, results_path = directory / "metrics.jsonl", directory / "results.csv"
-        last_step = math.inf if resume_step is None else resume_step
-        moved_rows = {
-            metrics_path.name: _move_rows(metrics_path, _step_of_json, last_step),
-            results_path.name: _move_rows(results_path, _step_of_csv, last_step),
-        }
         with ExitStack() as opened:
             self._log = opened.enter_context(_open_to_append(directory / "train.log"))
-            self._metrics = opened.enter_context(_open_to_append(metrics_path))
-            self._results = opened.enter_context(_open_to_append(results_path))
-            self._columns = _read_columns(results_path)
-            for name, count in moved_rows.items():
-                if count:
-                    self.line(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
-            self._tensorboard = self._open_tensorboard(directory, resume_step)
-            if self._tensorboard is not None:
-                opened.callback(self._tensorboard.close)
+            _lock(self._log, directory)
+            self._open_rest(directory, resume_step, evaluated_step, opened)
             self._opened = opened.pop_all()
+
+    def _open_rest(
+        self, directory: Path, resume_step: int | None, evaluated_step: int | None, opened: ExitStack
+    ) -> None:
+        metrics_path, results_path = directory / "metrics.jsonl", directory / "results.csv"
+        last_step = math.inf if resume_step is None else resume_step
+        last_evaluation = last_step if evaluated_step is None else evaluated_step
+
+        def step_of_json(row: str) -> float:
+            values = json.loads(row)
+            again = values[STEP] > last_evaluation and any(tag.startswith("val/") for tag in values)
+            return math.inf if again else int(values[STEP])
+
+        moved_rows = {
+            metrics_path.name: _move_rows(metrics_path, step_of_json, last_step),
+            results_path.name: _move_rows(results_path, _step_of_csv, last_evaluation),
+        }
+        self._metrics = opened.enter_context(_open_to_append(metrics_path))
+        self._results = opened.enter_context(_open_to_append(results_path))
+        self._columns = _read_columns(results_path)
+        for name, count in moved_rows.items():
+            if count:
+                self.line(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
+        self._tensorboard = self._open_tensorboard(directory, resume_step)
+        if self._tensorboard is not None:
+            opened.callback(self._tensorboard.close)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers of one step to `metrics.jsonl` and TensorBoard.
@@ -145,6 +164,7 @@ class RunLogger:
         except ImportError:
             self.line("TensorBoard is not installed: no event files (pip install tensorboard)")
             return None
+        threading.excepthook = _print_exception_of_thread
         # TensorBoard purges the steps >= purge_step; the resumed step itself is not repeated.
         return SummaryWriter(str(directory), purge_step=None if resume_step is None else resume_step + 1)
 
@@ -203,8 +223,20 @@ def _open_to_append(path: Path) -> TextIO:
     return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
-def _step_of_json(row: str) -> float:
-    return int(json.loads(row)[STEP])
+def _print_exception_of_thread(arguments: threading.ExceptHookArgs) -> None:
+    """The usual, but for TensorBoard's thread: what it cannot write, the next call of its writer raises again."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
+
+
+def _lock(file: TextIO, directory: Path) -> None:
+    """Until this process ends, however it ends, no other one gets here; its loader workers do not hold the lock."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
+        # A file system without locks cannot tell.
 
 
 def _step_of_csv(row: str) -> float:

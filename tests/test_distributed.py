@@ -2,15 +2,12 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -99,115 +96,6 @@ def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivi
             torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
     assert "x 2 processes" in (two / "train.log").read_text()
     assert sorted(path.name for path in two.iterdir() if path.suffix == ".pt") == ["best.pt", "last.pt"]
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("images", [7, 8, 9])
-def test_any_number_of_images_and_a_rank_without_boxes(images: int, tmp_path: Path) -> None:
-    # Validation has as many images; only every second has boxes, so rank 1 validates images without any.
-    make_dataset(tmp_path / "data", images)
-    running = [
-        start(count, tmp_path / str(count), f"data.root={tmp_path / 'data'}", f"train.batch_size={4 // count}",
-              "train.steps=4", "--output", tmp_path / str(count) / "run")
-        for count in (1, 2)
-    ]  # fmt: skip
-    for process in running:
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-    np.testing.assert_allclose(losses_of(tmp_path / "2" / "run"), losses_of(tmp_path / "1" / "run"), rtol=1e-5)
-    found = [json.loads((tmp_path / name / "run" / "detections.json").read_text()) for name in ("1", "2")]
-    assert [row["image_id"] for row in found[0]] == [row["image_id"] for row in found[1]]
-    metrics = [json.loads((tmp_path / name / "run" / "metrics.json").read_text())["AP50"] for name in ("1", "2")]
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
-
-
-def make_dataset(root: Path, count: int) -> None:
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (root / split).mkdir()
-        images, boxes = [], []
-        for number in range(count):
-            image = np.full((64, 80, 3), 30 + 10 * number, np.uint8)
-            images.append({"id": number + 1, "file_name": f"{number}.png", "width": 80, "height": 64})
-            if number % 2 == 0:
-                image[10:30, 20:50] = (0, 0, 255)
-                boxes.append({"id": number + 1, "image_id": number + 1, "category_id": 1, "bbox": [20, 10, 30, 20]})
-            cv2.imwrite(str(root / split / f"{number}.png"), image)
-        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "red"}]}
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("to_launcher", [True, False])
-def test_all_ranks_stop_at_the_same_step(drawn_dataset: Path, tmp_path: Path, number: int, to_launcher: bool) -> None:
-    if to_launcher and number == signal.SIGUSR1:
-        pytest.skip("torchrun dies of SIGUSR1: docs/scaling.md signals the ranks")
-    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=100000", "--output", tmp_path / "run"]
-    process = start(2, tmp_path / "work", *arguments)
-    try:
-        wait_for_rows(process, tmp_path / "run", 6)
-        for pid in [process.pid] if to_launcher else children_of(process.pid)[:1]:
-            os.kill(pid, number)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-    name = signal.Signals(number).name
-    assert process.returncode != 0 and f"stopped by {name}; saved after step" in output, output
-    step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
-    stops = [
-        int(line.split("saved after step ")[1].split(",")[0]) for line in output.splitlines() if "saved after" in line
-    ]
-    assert stops == [step, step], "both ranks stop after the same step"
-
-
-def wait_for_rows(process: subprocess.Popen[str], directory: Path, count: int) -> None:
-    deadline = time.monotonic() + 90
-    while not (directory / "metrics.jsonl").exists() or len(rows_of_growing(directory)) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def rows_of_growing(directory: Path) -> list[str]:
-    return (directory / "metrics.jsonl").read_text().splitlines()
-
-
-def children_of(pid: int) -> list[int]:
-    """Python processes that torchrun started, by rank."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    ranks = {}
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks.update({int(entry[5:]): child for entry in environment if entry.startswith(b"RANK=")})
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("fault", ["raise", "kill", "hang"])
-def test_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
-    drawn_dataset: Path, tmp_path: Path, fault: str
-) -> None:
-    seconds = 12
-    arguments = [
-        f"data.root={drawn_dataset}", "train.batch_size=2", f"run.timeout_minutes={seconds / 60}",
-        "train.resize_frequency=0", "--output", tmp_path / "run",
-    ]  # fmt: skip
-    process = start(2, tmp_path / "work", *arguments, fault=fault)
-    try:
-        wait_for_rows(process, tmp_path / "run", 2)
-        started = time.monotonic()
-        output = process.communicate(timeout=90)[0]
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    assert time.monotonic() - started < seconds + 10
-    if fault == "hang":
-        assert "rank 1 of 2, step 2: no progress" in output or "rank 0 of 2, step 2: another process" in output, output
-    if fault == "raise":
-        assert "a bug in rank 1" in output
-    # Step 4 was never reached: nothing was saved, and nothing half.
-    assert not list((tmp_path / "run").glob("*.pt")) and not list((tmp_path / "run").glob("*.tmp"))
 
 
 # One process

@@ -1,15 +1,18 @@
-"""Started by torchrun in tests/test_distributed.py: yolo-v3/main.py with all normalisations frozen, so that the number
-of processes changes no number. The first argument is a fault of rank 1 at step 2: none, raise, kill or hang.
+"""Started by torchrun in tests: yolo-v3/main.py with all normalisations frozen, so that the number of processes changes
+no number. The first argument is a fault: of rank 1 at step 2, raise, kill or hang; of rank 0, slow_evaluation; or none.
 """
 
 import importlib.util
+import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
+from guards import switch_off
 
 MAIN = Path(__file__).resolve().parent.parent / "yolo-v3" / "main.py"
 
@@ -26,6 +29,8 @@ def main() -> None:
     fault = sys.argv.pop(1)
     torch.set_num_threads(1)
     module = load_main()
+    if "FAULTS_GUARD_OFF" in os.environ:
+        switch_off(*json.loads(os.environ["FAULTS_GUARD_OFF"]), pytest.MonkeyPatch())
     set_frozen, take_step = module.set_encoder_frozen, module.Run.take_step
 
     def freeze_all(model, frozen, batch_norm="train"):
@@ -44,6 +49,13 @@ def main() -> None:
                 time.sleep(1000)
         return take_step(run, state, *arguments, **keywords)
 
+    def slow_score(*arguments):
+        time.sleep(15)
+        return score_found(*arguments)
+
+    score_found = module.score_found
+    if fault == "slow_evaluation":
+        module.score_found = slow_score
     module.set_encoder_frozen, module.Run.take_step = freeze_all, faulty_step
     module.exit_with_message(module.main, module.OUT_OF_MEMORY)
 

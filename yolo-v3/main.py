@@ -10,6 +10,7 @@ TensorBoard events, images/, metrics.json and detections.json of the last evalua
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -28,6 +29,7 @@ from detection.habana_environment import prepare_habana
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
+import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -98,6 +100,7 @@ from detection.skipped_steps import NonFiniteLoss, StepResult
 from detection.stopping import StopRequest, stopped_by
 from detection.training import Meter, set_encoder_frozen, set_learning_rates, train_step
 
+ACCEPT = "--accept-changes continues all the same"
 NARROWEST_BAR = 40  # columns
 OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
 # May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
@@ -133,6 +136,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIRECTORY",
         help="continue a run (default: the newest) from its last.pt",
     )
+    add("--accept-changes", action="store_true", help="with --resume: continue under settings that make it another run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
     add("--dry-run", action="store_true", help="print the plan, check everything with a step that is thrown away")
     add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was not finite: RUN/not_finite_<step>")
@@ -151,6 +155,8 @@ def main() -> None:
         return
     checkpoint, directory = None, arguments.output
     if arguments.resume is None:
+        if arguments.accept_changes:
+            raise SettingsError("--accept-changes belongs to --resume")
         settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
     else:
         checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
@@ -159,7 +165,7 @@ def main() -> None:
     try:
         run = Run(settings, ranks, fresh=checkpoint is None)
         if checkpoint is not None:
-            check_continued(run, checkpoint, directory)
+            notices += check_continued(run, checkpoint, directory, arguments.accept_changes)
         plan = [*notices, *run.plan()]
         if arguments.dry_run:
             if ranks.is_first:
@@ -184,7 +190,7 @@ def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
     settings, notices = load_settings(old, [], arguments.settings, flags)
     print("\n".join(notices), end="")
     run = Run(settings, join_ranks(settings), fresh=False)
-    check_continued(run, checkpoint, arguments.replay)
+    check_continued(run, checkpoint, arguments.replay, accept=True)
     state = run.new_state()
     state.load(checkpoint)
     step = report["steps"][0]["step"]
@@ -213,17 +219,33 @@ def join_ranks(settings: Settings) -> Ranks:
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
 
 
-def check_continued(run: "Run", checkpoint: dict[str, Any], directory: Path) -> None:
-    """Refuse to continue on other classes or other annotations than those of the checkpoint."""
+def check_continued(run: "Run", checkpoint: dict[str, Any], directory: Path, accept: bool) -> list[str]:
+    """Refuse to continue on other classes than those of the checkpoint, and on other data or under other conditions.
+
+    Args:
+        accept: only name what differs, but for the classes.
+
+    Returns:
+        What differs, a line each.
+    """
     if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
             f"the data has {', '.join(run.categories.names)}"
         )
+    differences = []
     if run.data_digest != checkpoint["data_digest"]:
-        raise DataError(
-            f"the training annotations are not those that {directory} was trained on: images, boxes or classes differ"
-        )
+        line = f"the training annotations are not those of {directory}: images, boxes or classes differ"
+        if not accept:
+            raise DataError(f"{line} ({ACCEPT})")
+        differences.append(line)
+    for name, before in checkpoint.get("conditions", {}).items():  # older checkpoints have none
+        if before != (now := run.conditions()[name]):
+            line = f"{directory} was trained with {name} {before}, this is {now}"
+            if not accept:
+                raise SettingsError(f"{line}: the numbers would be others ({ACCEPT})")
+            differences.append(line)
+    return [f"warning     {line}" for line in differences]
 
 
 def run_and_log(run: "Run", plan: list[str], directory: Path | None, checkpoint: dict[str, Any] | None) -> None:
@@ -236,7 +258,8 @@ def run_and_log(run: "Run", plan: list[str], directory: Path | None, checkpoint:
     directory = Path(ranks.broadcast(str(directory)))
     try:
         resumed = checkpoint["step"] if checkpoint else None
-        with RunLogger(directory, resumed) if ranks.is_first else SilentLogger() as logger:
+        evaluated = checkpoint["progress"]["evaluated_step"] if checkpoint else None
+        with RunLogger(directory, resumed, evaluated) if ranks.is_first else SilentLogger() as logger:
             if ranks.is_first:
                 (directory / "images").mkdir(exist_ok=True)
                 (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
@@ -322,6 +345,12 @@ class Run:
         ):
             for size in sizes:
                 check_image_size(detector.model, name, size)
+        smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
+        if train.batch_size == 1 and smallest == size_multiple(detector.model):
+            raise SettingsError(
+                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a normalisation "
+                "needs more than one value; take train.batch_size=2 or larger images"
+            )
         network = describe_network(detector.model, settings.yolo, train)
         self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
 
@@ -357,12 +386,17 @@ class Run:
             self.detector.model, self.settings.train, self.ema_ramp, self.build_scaler(), self.ranks.average_
         )
 
+    def conditions(self) -> dict[str, str | int]:
+        """What, besides settings and annotations, decides which numbers come out."""
+        return {"processes": self.ranks.size, "image decoder": f"OpenCV {cv2.__version__}"}
+
     def checkpoint(self, state: RunState) -> dict[str, Any]:
         """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
         model = self.detector.model
         return {
             "settings": self.settings.model_dump(mode="json"),
             "data_digest": self.data_digest,
+            "conditions": self.conditions(),
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
             "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
             "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
@@ -503,7 +537,8 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
     bar = tqdm(total=run.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not has_bar)
 
     def evaluate_and_keep() -> None:
-        saver.save()  # whatever happens to the evaluation, the steps are kept; a continued run repeats it
+        # Whatever happens to the evaluation, the steps are kept; a continued run repeats it.
+        saver.save(numbered=saver.due())
         watchdog.rest()
         ap50 = evaluate_run(run, state.evaluated_model, state.step, directory, logger, stop) or 0.0
         saver.save(best=state.record_evaluation(ap50))
@@ -730,19 +765,34 @@ def open_resumed_run(
         if not found:
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
-    checkpoint = load_checkpoint(directory / "last.pt")
+    checkpoint = load_last(directory)
     old = complete_settings(checkpoint["settings"], DEFAULTS)
     settings, notices = load_settings(old, [], arguments.settings, flags)
     to_the_end = old.scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and old.scheduler.T_0 is None
     allowed = [key for key in RESUMABLE if not (key == "train.steps" and to_the_end)]
-    for key, (before, after) in changed_settings(old, settings).items():
-        if key not in allowed:
-            raise SettingsError(
-                f"--resume: {key} was {before!r} and cannot become {after!r}, it would be another run; "
-                f"these may change: {', '.join(allowed)}"
-            )
-        notices.append(f"continued with {key} = {after!r} (was {before!r})")
+    changes = changed_settings(old, settings)
+    refused = {key: values for key, values in changes.items() if key not in allowed}
+    if refused and not arguments.accept_changes:
+        named = ", ".join(f"{key} was {old!r} and cannot become {new!r}" for key, (old, new) in refused.items())
+        raise SettingsError(
+            f"--resume: {named}, it would be another run ({ACCEPT}); these may change: {', '.join(allowed)}"
+        )
+    notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
     return checkpoint, directory, settings, notices
+
+
+def load_last(directory: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run; where it is damaged, the error names others that are whole."""
+    try:
+        return load_checkpoint(directory / "last.pt")
+    except CheckpointError as error:
+        whole = []
+        for path in sorted(directory.glob("*.pt")):
+            with contextlib.suppress(CheckpointError, KeyError):
+                whole.append(f"{path.name} (step {load_checkpoint(path)['step']})")
+        if not whole:
+            raise
+        raise CheckpointError(f"{error}; whole, to be copied to last.pt: {', '.join(whole)}") from None
 
 
 if __name__ == "__main__":

@@ -23,5 +23,9 @@ def memory_stats() -> dict[str, int]:
     return {"Limit": 96 * 2**30, "InUse": 5 * 2**30, "MaxInUse": 3 * 2**30}
 
 
+def synchronize() -> None:
+    pass
+
+
 def setDeterministic(value: bool) -> None:
     record(f"setDeterministic {value}")

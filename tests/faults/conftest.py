@@ -1,0 +1,110 @@
+"""Faults, injected for real. The name of each test carries the id of its row in docs/reliability.md."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import yaml
+from guards import switch_off
+
+from detection.errors import UserError
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("guard"):
+        metafunc.parametrize("guard_off", [None, True], ids=["guarded", "unguarded"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def guard_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether this test runs without its guard, here and in the processes that it starts."""
+    if not getattr(request, "param", None):
+        return False
+    arguments = request.node.get_closest_marker("guard").args
+    switch_off(*arguments, monkeypatch)
+    monkeypatch.setenv(runs.GUARD_OFF, json.dumps(arguments))
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    if not pyfuncitem.funcargs.get("guard_off"):
+        return (yield)
+    try:
+        yield
+    except (AssertionError, pytest.fail.Exception, UserError):
+        return True
+    raise AssertionError("passes without its guard, so it proves nothing")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("faults") / "data"
+    runs.make_dataset(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[str]:
+    """Arguments of a small, quick training."""
+    directory = tmp_path_factory.mktemp("settings")
+    (directory / "network.cfg").write_text(runs.NETWORK)
+    (directory / "overlay.yaml").write_text(yaml.safe_dump(runs.OVERLAY))
+    words = [f"yolo.cfg={directory / 'network.cfg'}", f"data.root={dataset}"]
+    return ["--config", str(directory / "overlay.yaml"), *words]
+
+
+@pytest.fixture(scope="session")
+def server() -> Any:
+    """Processes forked from one that has imported torch and the script."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, Path(runs.__file__).parents[:2]), *([path] if path else [])])
+    try:
+        context.Process(target=int).start()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+    return context
+
+
+@pytest.fixture
+def launch(server: Any, tmp_path: Path) -> Iterator[Callable[..., runs.Run]]:
+    """`launch("run", *arguments, fault=...)`: the training script, its output in tmp_path/run.out and run.err."""
+    started: list[runs.Run] = []
+
+    def start(name: str, *arguments: str | Path, fault: runs.Fault | None = None) -> runs.Run:
+        output = tmp_path / name
+        words = [str(argument) for argument in arguments]
+        target = (words, str(tmp_path), str(output), fault, os.environ.get(runs.GUARD_OFF))
+        process = server.Process(target=runs.run_script, args=target)
+        process.start()
+        started.append(runs.Run(process, output))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.is_alive():
+            try:
+                os.killpg(run.process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its group yet
+                run.process.kill()
+            run.process.join()
+
+
+@pytest.fixture
+def train(launch: Callable[..., runs.Run], common: list[str], tmp_path: Path) -> Callable[..., runs.Run]:
+    """`train("run", *settings, fault=...)` into tmp_path/run."""
+
+    def start(name: str, *settings: str, fault: runs.Fault | None = None) -> runs.Run:
+        return launch(f"{name}_out", *common, *settings, "--output", tmp_path / name, fault=fault)
+
+    return start

@@ -1,0 +1,120 @@
+"""B: image files that are not what they should be. tests/test_coco.py has the rest."""
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from runs import Run
+
+from detection.checkpoints import load_checkpoint
+from detection.data.coco import read_image
+from detection.errors import DataReadError
+
+
+@pytest.mark.guard("detection.data.coco:read_image", 'rfind(b"\\xff\\xd9") < 0', 'rfind(b"\\xff\\xd9") < -9')
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
+    tmp_path: Path, share: float, progressive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Newer versions of OpenCV refuse most of these files themselves; older ones fill the rest with grey.
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: np.full((80, 120, 3), 128, np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    path = tmp_path / "a.jpg"
+    Image.fromarray(pixels).save(path, quality=95, progressive=bool(progressive))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataReadError, match=r"a\.jpg is damaged: the JPEG data ends early"):
+        read_image(path)
+
+
+def test_B01_training_stops_at_it_after_saving(
+    train: Callable[..., Run], launch: Callable[..., Run], dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / "data" / "train" / "5.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    run = train("run", f"data.root={tmp_path / 'data'}")
+    assert run.wait() == 3
+    line = run.err.splitlines()[-1]  # OpenCV may have said something before
+    assert str(path) in line and "damaged" in line and f"saved after step {step_of(tmp_path / 'run')}" in line
+    shutil.copy(dataset / "train" / "5.png", path)
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0)
+
+
+def step_of(directory: Path) -> int:
+    return load_checkpoint(directory / "last.pt")["step"]
+
+
+@pytest.mark.guard(
+    "detection.data.coco:read_image", "cv2.IMREAD_COLOR_RGB", "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION"
+)
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((40, 60, 3), np.uint8)
+    upright[2:12, 5:20] = (250, 10, 10)  # what the viewer sees, and the annotation says
+    turned = {
+        2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(turned[orientation](upright))).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == upright.shape
+    assert image[3:11, 6:19, 0].min() > 150 and image[14:, 24:, 0].max() < 100
+
+
+HARDENED = "detection.data.image_files"
+
+
+def test_B03_a_missing_image_is_found_before_the_first_step(
+    train: Callable[..., Run], dataset: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(HARDENED, reason="found in mid-run in this version")
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data" / "train" / "5.png").unlink()
+    run = train("run", f"data.root={tmp_path / 'data'}")
+    run.ends_with(2, "5.png")
+    assert "from step 0" not in run.out
+
+
+def test_B06_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    pytest.importorskip(HARDENED, reason="no limit in this version")
+    path = tmp_path / "a.png"
+    Image.new("L", (14_000, 14_000)).save(path)
+    assert path.stat().st_size < 500_000
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            before = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+            resource.setrlimit(resource.RLIMIT_AS, (before + 100_000_000, resource.RLIM_INFINITY))
+            read_image(path)
+        except DataReadError:
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_B11_an_image_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip(HARDENED, reason="a pipe is waited for in this version")
+    path = tmp_path / "a.png"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for the pipe"))
+    signal.alarm(5)
+    try:
+        with pytest.raises(DataReadError):
+            read_image(path)
+    finally:
+        signal.alarm(0)

@@ -1,0 +1,725 @@
+"""D: kill -9, full disks, damaged and hostile files, signals, resuming."""
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import OVERLAY, Run, at_step, die, load_main, run_script
+from test_checkpoints import Payload, equal
+from test_main import first_difference
+
+from detection import checkpoints
+from detection.checkpoint_writer import CheckpointWriter
+from detection.checkpoints import content_digest, load_checkpoint, save_checkpoint
+from detection.errors import CheckpointError, OutputError
+from detection.run_loggers import RunLogger, new_run_directory
+from detection.settings import leaf_items
+
+Train = Callable[..., Run]
+Launch = Callable[..., Run]
+NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
+
+
+def content(step: int) -> dict[str, Any]:
+    return {"step": step, "model": {"w": torch.full((3,), float(step))}}
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    """Weights, average, optimizer, counters of the newest and of the best checkpoint, and all rows, to the bit."""
+    for name in ("last.pt", "best.pt"):
+        one, two = (load_checkpoint(directory / name) for directory in (first, second))
+        assert one["step"] > 0 and first_difference(one, two) is None, name
+    assert rows_of(first) == rows_of(second)
+    assert (first / "results.csv").read_text() == (second / "results.csv").read_text()
+
+
+@pytest.fixture(scope="session")
+def whole(server: Any, common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`whole(*settings)`: directory of an uninterrupted run with these settings; each is made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*settings: str) -> Path:
+        if settings not in made:
+            directory = tmp_path_factory.mktemp("whole")
+            words = [*common, *settings, "--output", str(directory / "run")]
+            process = server.Process(
+                target=run_script, args=(words, str(directory), str(directory / "out"), None, None)
+            )
+            process.start()
+            Run(process, directory / "out").ends_with(0)
+            made[settings] = directory / "run"
+        return made[settings]
+
+    return run
+
+
+# D01: kill -9 in a write
+
+
+class Tracer:
+    """Runs a function in a forked process and kills it at its n-th entry into, or return from, the kernel (ptrace)."""
+
+    TRACE_ME, SYSCALL = 0, 24
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+        if self.stops_until_killed(lambda: None, 10_000) is None:
+            pytest.skip("this system does not let a process trace its child")
+
+    def stops_until_killed(self, action: Callable[[], Any], most: int) -> int | None:
+        """Stops counted; fewer than `most` if the action came to its end. None: not allowed."""
+        child = os.fork()
+        if child == 0:
+            try:
+                if self.libc.ptrace(self.TRACE_ME, 0, None, None) == 0:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    action()
+                    os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSTOPPED(status):
+            return None
+        stops = 0
+        while stops < most:
+            self.libc.ptrace(self.SYSCALL, child, None, None)
+            _, status = os.waitpid(child, 0)
+            if not os.WIFSTOPPED(status):
+                assert os.waitstatus_to_exitcode(status) == 0
+                return stops
+            stops += 1
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return stops
+
+
+def check_killed_write(directory: Path, tracer: Tracer, stops: int) -> bool:
+    """Kill a write of last.pt, best.pt and a numbered one at this stop; whether it came to its end before."""
+    for path in directory.iterdir():
+        path.unlink()
+    with CheckpointWriter(directory, keep=2) as writer:
+        for step in (1, 2):
+            writer.save(content(step), best=step == 1, number=step)
+    names = ["best.pt", "step_000000003.pt"]
+    counted = tracer.stops_until_killed(lambda: CheckpointWriter(directory, keep=2)._write(content(3), names), stops)
+    assert counted is not None
+    last, best = (load_checkpoint(directory / name) for name in ("last.pt", "best.pt"))
+    assert equal(last, {"format": checkpoints.FORMAT_VERSION, **content(last["step"])}) and last["step"] in (2, 3)
+    assert equal(best, {"format": checkpoints.FORMAT_VERSION, **content(best["step"])}) and best["step"] in (1, 3)
+    assert last["step"] == 2 or best["step"] == 3, "D12: who finds the new last.pt finds its best.pt"
+    numbered = [load_checkpoint(path)["step"] for path in sorted(directory.glob("step_*.pt"))]
+    assert numbered in ([1, 2], [1, 2, 3], [2, 3])
+    # No repair: the next write works and removes what is left of the killed one.
+    with CheckpointWriter(directory, keep=2) as writer:
+        writer.save(content(4), number=4)
+    assert load_checkpoint(directory / "last.pt")["step"] == 4
+    assert not [path.name for path in directory.iterdir() if path.name.startswith(".")]
+    return counted < stops
+
+
+@pytest.mark.guard(
+    "detection.checkpoints:save_checkpoint", "os.replace(temporary, path)", "shutil.copyfile(temporary, path)"
+)
+def test_D01_D12_killed_at_some_system_calls_of_a_write(tmp_path: Path) -> None:
+    tracer = Tracer()
+    total = tracer.stops_until_killed(
+        lambda: CheckpointWriter(tmp_path, keep=2)._write(content(3), ["best.pt", "step_000000003.pt"]), 100_000
+    )
+    assert total is not None and total > 100
+    # The last ones are those around the renames; of the others every 13th.
+    for stops in [*range(1, total - 40, 13), *range(total - 40, total, 2)]:
+        check_killed_write(tmp_path, tracer, stops)
+
+
+@pytest.mark.faults
+def test_D01_D12_killed_at_every_system_call_of_a_write(tmp_path: Path) -> None:
+    tracer, stops = Tracer(), 1
+    while not check_killed_write(tmp_path, tracer, stops):
+        stops += 1
+    assert stops > 100
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_D01_killed_at_a_random_moment_of_saving_all_the_time(tmp_path: Path, round_: int) -> None:
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException), CheckpointWriter(tmp_path, keep=1) as writer:
+            for step in range(10**9):
+                writer.save(content(step), best=step % 2 == 0, number=step)
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "best.pt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.05 + 0.037 * round_)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for path in tmp_path.glob("*.pt"):
+        step = load_checkpoint(path)["step"]
+        assert equal(load_checkpoint(path), {"format": checkpoints.FORMAT_VERSION, **content(step)})
+    assert (tmp_path / "last.pt").exists()
+
+
+# D02, D03: no room, no permission
+
+
+def fill_disk(main: ModuleType, step: int) -> None:
+    """From this step on no file of the process can grow, nor a new one be written."""
+    at_step(main, step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)))
+
+
+@pytest.mark.guard(
+    "detection.checkpoints:save_checkpoint", "os.getpid()", "[os.getpid(), path.unlink(missing_ok=True)]"
+)
+def test_D02_disk_full_at_a_checkpoint(train: Train, tmp_path: Path) -> None:
+    # Log lines come every 1000 steps, so the checkpoint after step 6 is the first to be written on the full disk.
+    words = ["run.log_frequency=1000", "train.save_frequency=3", "evaluation.evaluate_frequency=1000"]
+    run = train("run", *words, fault=functools.partial(fill_disk, step=4))
+    assert run.wait() == 6  # the line on stderr went to the full disk too, as nohup's would
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_D02_disk_full_at_a_log_line(train: Train, tmp_path: Path) -> None:
+    run = train("run", "train.save_frequency=3", fault=functools.partial(fill_disk, step=4))
+    assert run.wait() == 6
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4  # the evaluation's
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "train/loss" in row] == [1, 2, 3, 4]
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[Path]:
+    """A file system of its own that is small, in memory."""
+    directory.mkdir()
+    if os.geteuid() != 0 or subprocess.call(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", directory]):
+        pytest.skip("only root may mount a small file system, and not everywhere")
+    try:
+        yield directory
+    finally:
+        subprocess.check_call(["umount", "-l", directory])
+
+
+@pytest.mark.parametrize("preflight", [True, False])
+def test_D02_a_really_full_disk(launch: Launch, common: list[str], tmp_path: Path, preflight: bool) -> None:
+    # A checkpoint has about 170 kB; two and a temporary one do not fit beside logs and pictures.
+    with small_disk(tmp_path / "disk", "400k" if preflight else "700k") as disk:
+        if preflight:
+            (disk / "other").write_bytes(bytes(250_000))
+        words = ["--output", disk / "run", f"run.preflight={preflight}", "train.save_frequency=1", "train.steps=500"]
+        run = launch("out", *common, *words, "train.keep_checkpoints=20", "evaluation.evaluate_frequency=1000")
+        run.ends_with(6, str(disk))
+        if preflight:
+            assert "from step 0" not in run.out
+        else:
+            steps = [load_checkpoint(path)["step"] for path in sorted((disk / "run").glob("*.pt"))]
+            assert steps, "what was written before is whole"
+
+
+def become_nobody(main: ModuleType, step: int | None = None) -> None:
+    """Root may write everywhere; the fault needs another user."""
+
+    def change() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+
+    change() if step is None else at_step(main, step, change)
+
+
+def test_D03_directory_that_is_lost_in_mid_run(train: Train, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=Lose(str(directory)))
+    run.ends_with(6, str(directory), "cannot be written")
+    run = train("run", "train.save_frequency=1000", fault=Lose(str(directory)))  # TensorBoard notices first
+    run.ends_with(6, str(directory), "cannot be written")
+
+
+class Lose:
+    """The run directory is removed before step 3."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def __call__(self, main: ModuleType) -> None:
+        at_step(main, 3, lambda: shutil.rmtree(self.directory))
+
+
+@pytest.mark.parametrize("locked", ["parent", "itself"])
+def test_D03_no_permission_at_the_start(launch: Launch, common: list[str], tmp_path: Path, locked: str) -> None:
+    directory = tmp_path / "locked"
+    directory.mkdir(mode=0o555)
+    subprocess.check_call(["chmod", "-R", "a+rX", tmp_path.parent.parent])  # pytest closes its directories to others
+    output = directory / "run" if locked == "parent" else directory
+    run = launch("out", *common, "--output", output, fault=become_nobody)
+    run.ends_with(6, str(directory), "Permission denied")
+    assert not list(directory.iterdir())
+
+
+def test_D03_no_permission_in_mid_run(train: Train, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs a process that can give its permission away")
+    words = ["run.log_frequency=1000", "train.save_frequency=3", "evaluation.evaluate_frequency=1000"]
+    run = train("run", *words, fault=functools.partial(become_nobody, step=4))
+    run.ends_with(6, "last.pt", "Permission denied")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_D04_temporary_folder_that_does_not_exist(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("run", "data.num_workers=2", "run.preflight=true", fault=no_temporary_folder)
+    run.ends_with(0)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == OVERLAY["train"]["steps"]
+
+
+def no_temporary_folder(main: ModuleType) -> None:
+    import tempfile
+
+    os.environ["TMPDIR"] = "/nowhere/at/all"
+    tempfile.tempdir = None
+
+
+# D05, D06: damaged and hostile files
+
+
+@pytest.mark.guard("detection.checkpoints:verified", "digest is None or digest != expected", "False")
+def test_D05_no_single_flipped_bit_loads_with_other_values(tmp_path: Path) -> None:
+    # The bits of the values themselves; tests/test_checkpoints.py flips those of the whole file.
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, content(7))
+    raw = bytearray(path.read_bytes())
+    place = raw.index(content(7)["model"]["w"].numpy().tobytes())
+    for bit in range(8 * 12):
+        damaged = bytearray(raw)
+        damaged[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(repaired(bytes(damaged)))
+        with pytest.raises(CheckpointError, match=r"last\.pt is damaged"):
+            load_checkpoint(path)
+
+
+def repaired(raw: bytes) -> bytes:
+    """The same zip file with correct checksums of its entries: a damage that happened before it was written."""
+    import io
+    import zipfile
+
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as written, zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        for entry in archive.infolist():
+            start = entry.header_offset + 26
+            name, extra = (int.from_bytes(raw[at : at + 2], "little") for at in (start, start + 2))
+            begin = start + 4 + name + extra
+            written.writestr(entry.filename, raw[begin : begin + entry.file_size])
+    return target.getvalue()
+
+
+def test_D05_a_damaged_last_names_what_is_whole(train: Train, launch: Launch, tmp_path: Path) -> None:
+    train("run", "train.save_frequency=3", "train.keep_checkpoints=5").ends_with(0)
+    raw = (tmp_path / "run" / "last.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").unlink()
+    (tmp_path / "run" / "last.pt").write_bytes(raw[:5000])
+    run = launch("refused", "--resume", tmp_path / "run")
+    words = [str(tmp_path / "run" / "last.pt"), "is damaged", "step_000000003.pt (step 3)", "best.pt (step"]
+    assert "last.pt (step" not in run.ends_with(7, *words)
+    shutil.copy(tmp_path / "run" / "step_000000003.pt", tmp_path / "run" / "last.pt")
+    resumed = launch("resumed", "--resume", tmp_path / "run")
+    resumed.ends_with(0)
+    assert "from step 3" in resumed.out
+
+
+@pytest.mark.guard("detection.checkpoints:read_file", "weights_only=True", "weights_only=False")
+@pytest.mark.parametrize("place", ["--resume", "yolo.pretrained", "--replay"])
+def test_D06_pickled_code_is_not_run(launch: Launch, common: list[str], tmp_path: Path, place: str) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "run").mkdir()
+    for name in ("last.pt", "state.pt"):
+        torch.save({"format": 1, "digest": "0" * 64, "model": Payload(marker)}, tmp_path / "run" / name)
+    if place == "yolo.pretrained":
+        words = [*common, "yolo.cfg=null", "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+        run = launch("out", *words, f"yolo.pretrained={tmp_path / 'run' / 'last.pt'}")
+    else:
+        run = launch("out", place, tmp_path / "run")
+    run.wait()
+    assert not marker.exists(), "the payload ran"
+    run.ends_with(7, str(tmp_path / "run"), "refused")
+
+
+# D07, D08: exact resume
+
+
+SCHEDULE = ["train.steps=9", "data.num_workers=2"]
+
+
+def kill_at(main: ModuleType, step: int) -> None:
+    at_step(main, step, die)
+
+
+@pytest.mark.guard(
+    "detection.run_state:RunState.load", 'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass"
+)
+def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(
+    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Saved after 2, 4, 6, 8 and killed in step 5: 4 is taken again. An epoch is 3.25 steps.
+    run = train("run", *SCHEDULE, "train.save_frequency=2", fault=functools.partial(kill_at, step=5))
+    assert run.wait() == -signal.SIGKILL
+    resumed = launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000")
+    resumed.ends_with(0)
+    assert "from step 4" in resumed.out
+    compare_with(whole(*SCHEDULE), tmp_path / "run")
+
+
+def compare_with(whole: Path, directory: Path) -> None:
+    """`assert_equal_runs`, but for settings that may differ."""
+    for name in ("last.pt", "best.pt"):
+        one, two = (load_checkpoint(path / name) for path in (whole, directory))
+        for key in one.keys() - {"settings"}:
+            assert first_difference(one[key], two[key]) is None, (name, key)
+    assert rows_of(whole) == rows_of(directory)
+    assert (whole / "results.csv").read_text() == (directory / "results.csv").read_text()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("precision", ["off", "bf16"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", range(1, 9))
+def test_D07_D08_stopped_at_any_step_and_resumed_is_the_same_run(
+    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, step: int, workers: int, precision: str
+) -> None:
+    words = [f"run.precision={precision}", "train.steps=9"]
+    stop = functools.partial(signal_at, number=signal.SIGTERM, place="step", step=step - 1)
+    train("run", *words, f"data.num_workers={workers}", fault=stop).ends_with(143, f"saved after step {step}")
+    other = 2 - workers
+    launch("resumed", "--resume", tmp_path / "run", f"data.num_workers={other}").ends_with(0)
+    compare_with(whole(*words), tmp_path / "run")
+
+
+def kill_in_micro_step(main: ModuleType, step: int, micro_step: int) -> None:
+    """Between two backward passes of one optimizer step."""
+    real, seen = main.Run.new_state, 0
+
+    def new_state(run: Any) -> Any:
+        state = real(run)
+
+        def count(*_: Any) -> None:
+            nonlocal seen
+            seen += state.model.training and state.step == step
+            if seen > micro_step:
+                die()
+
+        state.model.register_forward_pre_hook(count)
+        return state
+
+    main.Run.new_state = new_state
+
+
+@pytest.mark.parametrize("micro_step", [0, 1])
+def test_D08_killed_in_mid_accumulation_repeats_the_step(
+    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, micro_step: int
+) -> None:
+    fault = functools.partial(kill_in_micro_step, step=3, micro_step=micro_step)
+    run = train("run", "train.save_frequency=1", fault=fault)
+    assert run.wait() == -signal.SIGKILL
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert saved in (2, 3)  # 3 if the background write was quicker than the kill
+    resumed = launch("resumed", "--resume", tmp_path / "run")
+    resumed.ends_with(0)
+    assert f"from step {saved}" in resumed.out
+    compare_with(whole(), tmp_path / "run")
+
+
+# D09, D10, D14: what does not fit
+
+
+def other_values(value: Any) -> list[Any]:
+    """Candidates that differ from a setting's value, of its kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value * 2, value + 1, value / 2, 1, 0.25, 64]
+    if isinstance(value, list) and value and isinstance(value[0], int | float):
+        return [[item * 2 for item in value], [*value[:-1], value[-1] * 2], [*value[:-1], value[-1] / 2]]
+    if isinstance(value, list) and value and isinstance(value[0], list):  # anchors
+        return [[[[side + 1 for side in anchor] for anchor in level] for level in value]]
+    words = ["5ep", "sgd", "constant", "giou", "cross_entropy", "frozen", "darknet", "cubic", "down", "repeat_factor"]
+    return [*words, 7, 0.5, ["blue"]]
+
+
+@pytest.mark.faults
+def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, common: list[str], tmp_path: Path) -> None:
+    train("run", "train.steps=1").ends_with(0)
+    main = load_main()
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    settings = main.complete_settings(checkpoint["settings"], main.DEFAULTS)
+    tried = 0
+    for key, value in leaf_items(settings.model_dump(mode="json")):
+        for other in other_values(value):
+            word = f"{key}={yaml.safe_dump(other, default_flow_style=True).splitlines()[0]}"
+            try:
+                changed = main.load_settings(settings, [], [word])[0]
+            except main.SettingsError:
+                continue
+            if changed != settings:
+                break
+        else:
+            continue
+        tried += 1
+        resume = argparse_like(tmp_path / "run", [word])
+        if key in main.RESUMABLE:
+            assert main.open_resumed_run(resume, {})[3], key
+            continue
+        with pytest.raises(main.SettingsError, match=f"{key} was .* and cannot become") as raised:
+            main.open_resumed_run(resume, {})
+        assert raised.value.exit_code == 2
+        resume.accept_changes = True
+        assert any(f"continued with {key} = " in line for line in main.open_resumed_run(resume, {})[3])
+    assert tried > 60
+
+
+def argparse_like(directory: Path, words: list[str]) -> Any:
+    import argparse
+
+    return argparse.Namespace(resume=str(directory), config=[], output=None, settings=words, accept_changes=False)
+
+
+@pytest.mark.parametrize(("name", "other"), [("processes", 4), ("image decoder", "OpenCV 1.0")])
+def test_D09_other_conditions_are_named_and_refused_unless_told(
+    train: Train, launch: Launch, tmp_path: Path, name: str, other: Any
+) -> None:
+    train("run", "train.steps=2").ends_with(0)
+    path = tmp_path / "run" / "last.pt"
+    changed = load_checkpoint(path)
+    difference = f"was trained with {name} {other}, this is {changed['conditions'][name]}"
+    changed["conditions"][name] = other
+    save_checkpoint(path, changed)
+    launch("resumed", "--resume", tmp_path / "run", "train.steps=3").ends_with(2, difference, "--accept-changes")
+    told = launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes")
+    told.ends_with(0)
+    assert f"warning     {tmp_path / 'run'} {difference}" in told.out
+
+
+def test_D10_a_checkpoint_of_format_1_is_continued(train: Train, launch: Launch, tmp_path: Path) -> None:
+    # Format 1 knew neither skipped steps nor conditions.
+    train("run", "train.steps=3", "evaluation.evaluate_frequency=3").ends_with(0)
+    path = tmp_path / "run" / "last.pt"
+    old = load_checkpoint(path) | {"format": 1}
+    del old["skipped"], old["conditions"]
+    torch.save(old | {"digest": content_digest(old)}, path)
+    resumed = launch("resumed", "--resume", tmp_path / "run", "train.steps=5")
+    resumed.ends_with(0)
+    assert "from step 3" in resumed.out and load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
+
+
+# D11: signals
+
+
+def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: bool = False) -> None:
+    """Send the process a signal in the middle of something."""
+
+    def send() -> None:
+        os.kill(os.getpid(), number)
+        if twice:
+            time.sleep(main.StopRequest.__init__.__globals__["ECHO_SECONDS"] + 0.1)
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+
+    if place == "step":
+        at_step(main, step, send)
+    if place == "data wait":
+        collate, count = main.collate_samples, 0
+
+        def build(*arguments: Any) -> Any:
+            loader = real(*arguments)
+
+            def slow(samples: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == 2 * step + 1:
+                    send()
+                return collate(samples)
+
+            loader.collate_fn = slow
+            return loader
+
+        real = main.build_training_loader
+        main.build_training_loader = build
+    if place == "evaluation":
+        find_all = main.find_all
+
+        def found(*arguments: Any, **keywords: Any) -> Any:
+            send()
+            return find_all(*arguments, **keywords)
+
+        main.find_all = found
+    if place == "save":
+        save = main.CheckpointWriter.save
+
+        def saved(*arguments: Any, **keywords: Any) -> None:
+            save(*arguments, **keywords)
+            send()  # while the thread writes
+
+        main.CheckpointWriter.save = saved
+
+
+@pytest.mark.guard("detection.stopping:StopRequest._receive", "if self.signal_number is None:", "if False:")
+@pytest.mark.parametrize(
+    ("number", "place"),
+    [
+        (signal.SIGTERM, "step"),
+        *(
+            pytest.param(number, place, marks=pytest.mark.faults)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+            for place in ("data wait", "step", "evaluation", "save")
+            if (number, place) != (signal.SIGTERM, "step")
+        ),
+    ],
+)
+def test_D11_a_signal_anywhere_saves_and_loses_nothing(
+    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, number: int, place: str
+) -> None:
+    fault = functools.partial(signal_at, number=number, place=place)
+    run = train("run", "train.save_frequency=3", fault=fault)
+    started = time.monotonic()
+    line = run.ends_with(130 if number == signal.SIGINT else 143, f"stopped by {signal.Signals(number).name}")
+    assert time.monotonic() - started < 10 + 5  # a run of its own has to begin first
+    step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert f"saved after step {step}" in line
+    launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000").ends_with(0)
+    compare_with(whole(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_D11_a_second_signal_ends_at_once(train: Train, tmp_path: Path, number: int) -> None:
+    run = train("run", fault=functools.partial(signal_at, number=number, place="step", twice=True))
+    started = time.monotonic()
+    assert run.wait() == -number
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_D11_ignored_signals_stay_ignored(train: Train, tmp_path: Path, number: int) -> None:
+    train("run", fault=functools.partial(ignore_and_send, number=number)).ends_with(0)
+
+
+def ignore_and_send(main: ModuleType, number: int) -> None:
+    signal.signal(number, signal.SIG_IGN)  # as a shell's `&` and nohup do
+    signal_at(main, number, "step")
+
+
+# D12: between best and last
+
+
+def die_between(main: ModuleType) -> None:
+    """At the first evaluation, when best.pt has its file and last.pt not yet."""
+    link_file = checkpoints.link_file
+
+    def link_and_die(path: Path, name: Path) -> None:
+        link_file(path, name)
+        if name.name == "best.pt":
+            die()
+
+    checkpoints.link_file = link_and_die
+
+
+def test_D12_killed_between_best_and_last(
+    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert train("run", fault=die_between).wait() == -signal.SIGKILL
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_ap50"] is not None
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0)
+    compare_with(whole(), tmp_path / "run")
+
+
+# D13: two runs, clock
+
+
+def claim(directory: Path, barrier: Any, codes: Any, number: int) -> None:
+    barrier.wait()
+    try:
+        with RunLogger(new_run_directory(directory.parent, "x", directory)) as logger:
+            logger.line(f"run {number}")
+            codes[number] = 1
+            barrier.wait()  # hold it until the other one has tried
+    except OutputError as error:
+        assert "another process writes" in str(error) or "not empty" in str(error), error
+        codes[number] = error.exit_code
+        barrier.wait()
+
+
+def test_D13_of_two_runs_into_one_directory_one_is_refused(server: Any, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(20):
+        directory = tmp_path / str(attempt)
+        barrier, codes = context.Barrier(2, timeout=30), context.Array("i", 2)
+        both = [context.Process(target=claim, args=(directory, barrier, codes, number)) for number in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join()
+        assert sorted(codes) == [1, 6], attempt
+        assert (directory / "train.log").read_text() in ("run 0\n", "run 1\n")
+
+
+def test_D13_a_run_is_not_continued_while_it_runs(train: Train, launch: Launch, tmp_path: Path) -> None:
+    run = train("run", "train.steps=100000", "train.save_frequency=1", "data.num_workers=2")
+    run.until(lambda: (tmp_path / "run" / "last.pt").exists())
+    launch("second", "--resume", tmp_path / "run").ends_with(6, "another process writes to", str(tmp_path / "run"))
+    assert run.process.is_alive()
+    # A killed one leaves no lock, although its workers live on for some seconds.
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join()
+    launch("third", "--resume", tmp_path / "run", f"train.steps={steps_done(tmp_path) + 2}").ends_with(0)
+
+
+def steps_done(tmp_path: Path) -> int:
+    return load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+
+
+def clock_goes_back(main: ModuleType) -> None:
+    now = time.time()
+    at_step(main, 3, lambda: setattr(time, "time", lambda: now - 10**8))
+
+
+def test_D13_a_clock_that_goes_back_changes_nothing(train: Train, whole: Callable[..., Path], tmp_path: Path) -> None:
+    train("run", "train.save_minutes=1000", fault=clock_goes_back).ends_with(0)
+    compare_with(whole(), tmp_path / "run")
+
+
+# D15: logs
+
+
+def test_D15_logs_stay_small(whole: Callable[..., Path], default_settings: Callable[..., Any]) -> None:
+    directory = whole()
+    names = ["train.log", "metrics.jsonl", "results.csv"]
+    events = next(directory.glob("events.*"))
+    picture = 64 * 64 * 3 * 2 * 4  # more than the pictures of the first batch can take
+    written = sum((directory / name).stat().st_size for name in names) + max(events.stat().st_size - picture, 0)
+    settings = default_settings()
+    # Every step writes a line here, and every fourth an evaluation; the default is a line per 10 steps.
+    lines = OVERLAY["train"]["steps"]
+    assert written / lines * 100_000 / settings.run.log_frequency < 50e6
+    assert written > 2000 and math.isfinite(written)
