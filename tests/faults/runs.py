@@ -131,11 +131,14 @@ class Run:
 
 
 def at_step(main: ModuleType, step: int, action: Callable[[], None]) -> None:
-    """Do something at the start of an optimizer step, numbered from 0."""
+    """Do something at the start of an optimizer step, numbered from 0, when what was saved before is on the disk."""
     take_step = main.Run.take_step
 
     def step_with_fault(run: Any, state: Any, *arguments: Any, **keywords: Any) -> Any:
         if state.step == step and not keywords.get("discard"):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint writer":
+                    thread.join()
             action()
         return take_step(run, state, *arguments, **keywords)
 

@@ -46,7 +46,7 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
     run = train("run", *words, fault=functools.partial(kill_worker, step=5))
-    run.ends_with(3, "a loader worker died", "DataLoader worker (pid", "Killed")
+    run.ends_with(3, "a loader worker died", "DataLoader worker (pid")
     assert time.monotonic() - started < 30
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] % 2 == 0
 
