@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Two processes of one thread each: a file's tests stay together, they share what is slow to make.
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 .PHONY: train test check slow faults clean
 
@@ -15,19 +17,19 @@ train: $(VENV)/ready
 	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
 
 test: $(VENV)/ready-dev
-	$(RUN) -m pytest -q
+	$(TEST)
 
 check: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q
+	$(TEST)
 
 slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -q -m slow
 
 faults: $(VENV)/ready-dev
-	$(RUN) -m pytest -q -m faults
+	$(TEST) -m faults
 
 clean:
 	rm -rf $(VENV) data/digits .pytest_cache .mypy_cache .ruff_cache
