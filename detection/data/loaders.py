@@ -4,6 +4,7 @@ import atexit
 import math
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -148,6 +149,9 @@ def prepare_worker(_: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Errors of the dataset travel to the training process. What is left are those of the thread that hands batches
+    # over, when the training process ends before it has taken them: no news to anybody.
+    sys.excepthook = lambda *_: None
 
 
 def prepare_process() -> None:

@@ -42,6 +42,7 @@ def kill_worker(main: ModuleType, step: int) -> None:
     at_step(main, step, kill)
 
 
+@pytest.mark.faults
 def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run], tmp_path: Path) -> None:
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
