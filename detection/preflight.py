@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from detection.checkpoint_writer import CheckpointWriter
+from detection.checkpoints import save_checkpoint
 from detection.data.coco import Annotations, select_images
 from detection.data.loaders import collate_samples
 from detection.errors import OutputError
@@ -58,26 +58,19 @@ def check_shared_memory(workers: int, batch_bytes: int) -> str | None:
     )
 
 
-def try_checkpoint(directory: Path, content: dict[str, Any]) -> None:
-    """Write the state before the first step to last.pt and read it back.
+def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint, read it back and remove it.
+
+    Args:
+        parent: of a run's directory; its nearest existing parent counts.
 
     Raises:
         OutputError: it cannot be written, or is not what was written.
     """
-    with CheckpointWriter(directory) as writer:
-        writer.save(content)
-
-
-def try_checkpoint_and_remove(parent: Path, content: dict[str, Any]) -> None:
-    """The same where nothing may stay behind.
-
-    Args:
-        parent: of a run's directory; its nearest existing parent counts.
-    """
     existing = next(path for path in (parent, *parent.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=existing) as directory:
-            try_checkpoint(Path(directory), content)
+            save_checkpoint(Path(directory) / "last.pt", content)
     except OSError as error:
         raise OutputError(f"{existing} cannot be written: {error.strerror or error}") from None
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from detection import preflight
-from detection.checkpoints import load_checkpoint
+from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.errors import OutputError
 from detection.preflight import (
     check_disk,
     check_shared_memory,
     tensor_bytes,
     try_checkpoint,
-    try_checkpoint_and_remove,
 )
 
 Usage = namedtuple("Usage", "total used free")
@@ -54,11 +53,16 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert line is not None and "100 MiB free, 4 workers may need 108" in line and "data.num_workers" in line
 
 
-def test_checkpoint_is_written_and_read(tmp_path: Path, full_disk) -> None:
+def test_checkpoint_is_written_read_and_removed(tmp_path: Path, full_disk, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"step": 0, "w": torch.zeros(1000)}
-    try_checkpoint(tmp_path, small)
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 0
-    try_checkpoint_and_remove(tmp_path / "logs" / "deep", small)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt"]
+    read = []
+    monkeypatch.setattr(
+        preflight,
+        "save_checkpoint",
+        lambda path, content: save_checkpoint(path, content) or read.append(load_checkpoint(path)),
+    )
+    try_checkpoint(tmp_path / "logs" / "deep", small)
+    assert read[0]["step"] == 0 and not list(tmp_path.iterdir())
     with full_disk(100), pytest.raises(OutputError, match="cannot be written"):
-        try_checkpoint_and_remove(tmp_path, small)
+        try_checkpoint(tmp_path, small)
+    assert not list(tmp_path.iterdir())

@@ -69,13 +69,7 @@ from detection.evaluation import Evaluation, choose_backend, find_all, score_fou
 from detection.memory import estimate_memory
 from detection.models import build_detector, check_image_size, size_multiple
 from detection.models.darknet_cfg import cfg_notices, parse_cfg
-from detection.preflight import (
-    check_disk,
-    check_shared_memory,
-    try_checkpoint,
-    try_checkpoint_and_remove,
-    try_evaluation,
-)
+from detection.preflight import check_disk, check_shared_memory, try_checkpoint, try_evaluation
 from detection.pretrained import load_pretrained
 from detection.reports import draw_batch, draw_detections, metric_table, protocol_line, write_evaluation
 from detection.reproducibility import environment_report, seed_everything, seed_step
@@ -162,7 +156,11 @@ def main() -> None:
                 print("\n".join(plan), flush=True)
             state = run.new_state()
             run.try_step(state, print if ranks.is_first else lambda line: None)
-            run.try_the_rest(state, directory or Path(settings.run.logs_path), print, keep_nothing=True)
+            if ranks.is_first:
+                target, content = directory or Path(settings.run.logs_path), run.checkpoint(state)
+                print(check_disk(target, content, settings.train.keep_checkpoints))
+                try_checkpoint(target, content)
+                print(f"{run.try_evaluation(state)}; a checkpoint was written and read back", flush=True)
             return
         run_and_log(run, plan, directory, checkpoint)
     finally:
@@ -453,22 +451,13 @@ class Run:
         if shared is not None:
             say(shared)
 
-    def try_the_rest(self, state: RunState, directory: Path, say: Callable[[str], None], keep_nothing: bool) -> None:
-        """Disk, a checkpoint written and read back, an evaluation of two images; by the first process alone.
-
-        Args:
-            directory: of the run.
-            keep_nothing: leave no file; otherwise last.pt is there afterwards.
-        """
-        if not self.ranks.is_first:
-            return
-        content = self.checkpoint(state)
-        say(check_disk(directory, content, self.settings.train.keep_checkpoints))
-        (try_checkpoint_and_remove if keep_nothing else try_checkpoint)(directory, content)
+    def try_evaluation(self, state: RunState) -> str:
+        """Two validation images through network and metric."""
         evaluator = self.detector._replace(model=state.evaluated_model)
-        settings = self.settings.evaluation
-        found = try_evaluation(evaluator, self.validation_set, self.device, self.autocast, settings.backend)
-        say(f"evaluator   {found.backend} ran on two images; a checkpoint was written and read back")
+        found = try_evaluation(
+            evaluator, self.validation_set, self.device, self.autocast, self.settings.evaluation.backend
+        )
+        return f"evaluator   {found.backend} ran on two images"
 
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
@@ -500,9 +489,14 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
     state = run.new_state()
     if checkpoint is not None:
         state.load(checkpoint)
+    saver = Saver(run, state, directory)
     if settings.run.preflight:
         run.try_step(state, logger.line)
-        run.try_the_rest(state, directory, logger.line, keep_nothing=False)
+        if ranks.is_first:
+            logger.line(check_disk(directory, run.checkpoint(state), settings.train.keep_checkpoints))
+            saver.save()  # it can be written and read, and a run that is killed early continues too
+            logger.line(run.try_evaluation(state))
+            saver.wait()
     first_step, started = state.step, time.perf_counter()
     logger.line(f"run directory {directory}, from step {state.step}")
 

@@ -1,0 +1,66 @@
+"""What a checkpoint costs the training loop, and what it costs in all.
+
+python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and a moving average
+python3 -m benchmarks.checkpoint yolo.encoder=mobilenet_v3_small
+
+The loop waits for `save` alone, which copies; a thread writes, reads back and renames.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from detection.checkpoint_writer import CheckpointWriter
+from detection.checkpoints import load_checkpoint
+from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.devices import build_scaler, choose_device, describe_device
+from detection.errors import exit_with_message
+from detection.models import build_detector
+from detection.preflight import tensor_bytes
+from detection.run_state import RunState
+from detection.settings import load_settings
+
+
+def main() -> None:
+    parser = Parser("benchmarks.checkpoint", __doc__)
+    parser.add_settings()
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves measured (default: 5)")
+    parser.add_argument("--directory", type=Path, metavar="DIRECTORY", help="disk to write to (default: the temporary)")
+    arguments = parser.parse_intermixed_args()
+    words = ["train.ema_decay=0.9998", *arguments.settings]
+    settings, _ = load_settings(DEFAULTS, arguments.config, words, device_flags(arguments))
+    device = choose_device(settings.run.device)
+    detector = build_detector(settings.yolo, settings.evaluation, settings.yolo.num_classes or 80)
+    state = RunState(detector.to(device, True).model, settings.train, 0, build_scaler(device, None))
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()  # the optimizer has its state now
+    content = state.content()
+    size = tensor_bytes(content)
+
+    waits, writes = [], []
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        writer = CheckpointWriter(Path(directory))
+        for _ in range(arguments.repeats + 1):
+            started = time.perf_counter()
+            writer.save(content)
+            waits.append(time.perf_counter() - started)
+            writer.wait()
+            writes.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        load_checkpoint(Path(directory) / "last.pt")
+        loading = time.perf_counter() - started
+    print(f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.encoder}, {size / 2**20:.0f} MiB")
+    print(f"{'seconds':<40}{'median':>8}{'spread':>16}{'first':>8}")
+    for name, values in (("the loop waits (save)", waits), ("until it is verified on the disk", writes)):
+        rest = values[1:]
+        spread = f"{min(rest):.2f}..{max(rest):.2f}"
+        print(f"{name:<40}{statistics.median(rest):>8.2f}{spread:>16}{values[0]:>8.2f}")
+    print(f"{'loading with its digest':<40}{loading:>8.2f}")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
