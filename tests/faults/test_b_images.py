@@ -54,7 +54,9 @@ def step_of(directory: Path) -> int:
 
 
 @pytest.mark.guard(
-    "detection.data.image_files:decode_image", "cv2.IMREAD_COLOR_RGB", "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION"
+    "detection.data.image_files:decode_image",
+    "cv2.IMREAD_COLOR_RGB",
+    "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION",
 )
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
 def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import json
-import math
 import multiprocessing
 import os
 import resource
@@ -140,7 +139,9 @@ def check_killed_write(directory: Path, tracer: Tracer, stops: int) -> bool:
 
 
 @pytest.mark.guard(
-    "detection.checkpoints:save_checkpoint", "os.replace(temporary, path)", "shutil.copyfile(temporary, path)"
+    "detection.checkpoints:save_checkpoint",
+    "os.replace(temporary, path)",
+    "shutil.copyfile(temporary, path), temporary.unlink()",
 )
 def test_D01_D12_killed_at_some_system_calls_of_a_write(tmp_path: Path) -> None:
     tracer = Tracer()
@@ -271,7 +272,10 @@ class Lose:
 def test_D03_no_permission_at_the_start(launch: Launch, common: list[str], tmp_path: Path, locked: str) -> None:
     directory = tmp_path / "locked"
     directory.mkdir(mode=0o555)
-    subprocess.check_call(["chmod", "-R", "a+rX", tmp_path.parent.parent])  # pytest closes its directories to others
+    for parent in tmp_path.parents:  # pytest closes its directories to others
+        if "pytest-" in str(parent):
+            parent.chmod(0o755)
+    subprocess.check_call(["chmod", "-R", "a+rX", tmp_path.parent])
     output = directory / "run" if locked == "parent" else directory
     run = launch("out", *common, "--output", output, fault=become_nobody)
     run.ends_with(6, str(directory), "Permission denied")
@@ -287,9 +291,7 @@ def test_D03_no_permission_in_mid_run(train: Train, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
-def test_D04_temporary_folder_that_does_not_exist(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_D04_temporary_folder_that_does_not_exist(train: Train, tmp_path: Path) -> None:
     run = train("run", "data.num_workers=2", "run.preflight=true", fault=no_temporary_folder)
     run.ends_with(0)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == OVERLAY["train"]["steps"]
@@ -722,4 +724,4 @@ def test_D15_logs_stay_small(whole: Callable[..., Path], default_settings: Calla
     # Every step writes a line here, and every fourth an evaluation; the default is a line per 10 steps.
     lines = OVERLAY["train"]["steps"]
     assert written / lines * 100_000 / settings.run.log_frequency < 50e6
-    assert written > 2000 and math.isfinite(written)
+    assert written > 2000
