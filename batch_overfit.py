@@ -27,12 +27,14 @@ from torch import nn
 from tqdm import tqdm
 
 from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data import DetectionDataset, build_datasets
+from detection.data import DetectionDataset, build_training_dataset
 from detection.data.coco import select_images
 from detection.data.loaders import Batch, collate_samples
 from detection.data.transforms import Transform
 from detection.devices import autocast, build_scaler, choose_precision, describe_device, open_device
+from detection.display import browse
 from detection.drawing import save_png
+from detection.error_analysis import confidence_curves
 from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
 from detection.evaluation import Evaluation, evaluate
 from detection.models import Detector, build_detector, check_image_size
@@ -84,7 +86,8 @@ def main() -> None:
     check_image_size(detector.model, "train.image_size", settings.train.image_size)
     if detector.criterion is None:
         raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
-    print("\n".join([*notices, *load_pretrained(detector.model, settings.yolo)]))
+    for line in [*notices, *load_pretrained(detector.model, settings.yolo)]:
+        print(line)
     detector = detector.to(device, settings.run.channels_last)
     overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
     boxes = len(dataset.annotations.labels)
@@ -93,19 +96,24 @@ def main() -> None:
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
     evaluation, step = train(overfit, arguments.steps, arguments.threshold, build_scaler(device, dtype))
+    # AP50 ranks; how sure the network is does not count. The picture shows what it finds at its own best threshold.
+    curves = confidence_curves(dataset.annotations, evaluation.detections, settings.evaluation.confidence_threshold)
+    drawn = float(curves.confidence[curves.best])
+    pictures = []
     try:
         for name, shown in (("before", before), ("after", evaluation)):
-            picture = draw_detections(
-                dataset, shown, settings.evaluation.visualization_threshold, settings.evaluation.visualize_images
-            )
+            picture = draw_detections(dataset, shown, drawn, settings.evaluation.visualize_images)
             if picture is not None:
+                pictures.append(picture)
                 save_png(directory / f"{name}.png", picture)
         used = settings.evaluation.model_dump(mode="json") | {"image_size": settings.train.image_size}
         write_evaluation(directory, evaluation, dataset, step, used)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     ap50 = evaluation.metrics["AP50"] or 0.0
-    print(f"before.png, after.png and metrics.json in {directory}")
+    print(f"before.png, after.png (scores from {drawn:.2f}, of the highest mean F1) and metrics.json in {directory}")
+    if arguments.show:
+        browse("batch_overfit.py", len(pictures), pictures.__getitem__, first=len(pictures) - 1)
     if ap50 < arguments.threshold:
         raise NotLearned(
             f"not learned: AP50 {ap50:.3f} after {step} steps, {arguments.threshold:g} was asked for; look at "
@@ -121,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--images", type=int, default=8, metavar="N", help="images of the batch (default: 8)")
     add("--steps", type=int, default=200, metavar="N", help="at most so many optimizer steps (default: 200)")
     add("--threshold", type=float, default=0.95, metavar="AP50", help="AP50 that counts as learned (default: 0.95)")
-    add("--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)")
+    parser.add_output()
     arguments = parser.parse_intermixed_args()
     for name in ("images", "steps"):
         if getattr(arguments, name) < 1:
@@ -134,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
 def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
     """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
     size = settings.train.image_size
-    dataset, _ = build_datasets(settings.data, size, size, settings.run.seed, settings.yolo.num_classes)
+    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.yolo.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     with_boxes = np.unique(image_of_box[~annotations.crowd])

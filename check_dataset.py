@@ -136,8 +136,8 @@ def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings
     sources, refusals = [], []
     for split in wanted:
         layouts, annotations, images, name = of_training if split == "training" or share is not None else of_validation
-        root = existing_root(data, annotations)
         try:
+            root = existing_root(data, annotations)
             file, directories = locate_annotations(root, layouts, annotations, name)
         except DataError as error:
             refusals.append(error)

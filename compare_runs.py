@@ -29,7 +29,7 @@ import numpy as np
 
 from detection.command_line import Parser
 from detection.display import browse
-from detection.errors import OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.figures import draw_curves, figure_pixels, new_figure, save_figure
 from detection.run_loggers import new_run_directory
 from detection.settings import read_settings_file
@@ -116,6 +116,10 @@ def main() -> None:
     notices += [f"{run.name}: does not say its {AXES[arguments.x]}, not drawn" for run in runs if run not in drawn]
     if not drawn:
         raise SettingsError(f"--x {arguments.x}: no run says its {AXES[arguments.x]}; --x step always works")
+    if not any(len(run.points(column)) for run in drawn for column in PANELS):
+        raise DataError(
+            f"no run has a readable row in metrics.jsonl or results.csv: {', '.join(map(str, directories))}"
+        )
     for run in drawn:
         if missing := [title for column, (title, _) in PANELS.items() if not len(run.points(column))]:
             notices.append(f"{run.name}: has no {', '.join(missing)} (yet)")

@@ -5,7 +5,7 @@ python validation.py --weights best.onnx data.root=my_dataset
 python validation.py --weights my.weights --cfg my.cfg --names my.names data.root=my_dataset
 python validation.py --config recipes/darknet_protocol.yaml --weights my.weights --cfg my.cfg --names my.names
 python validation.py --weights best.pt --confidence 0.01 0.001 0.0001
-python validation.py --weights best.pt evaluation.score=objectness evaluation.max_images=1000
+python validation.py --weights best.pt --score objectness evaluation.max_images=1000
 python validation.py --compare logs/A/best.pt logs/B/best.pt C.onnx D.weights --names coco.names data.root=data/coco
 
 Prints the official table by pycocotools, AP per class, by box size and by aspect, the confidence of the best F1, and
@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="instead of --weights: two or more, side by side")
     add("--confidence", nargs="+", default=[], metavar="C", help="confidence thresholds, compared in one pass")
+    add("--score", metavar="NAME", help="product (default) or objectness: the setting evaluation.score")
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
@@ -91,6 +92,8 @@ def parse_arguments() -> argparse.Namespace:
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
+    if arguments.score is not None:
+        arguments.settings.append(f"evaluation.score={arguments.score}")
     arguments.compare = [Path(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")

@@ -27,7 +27,7 @@ import numpy as np
 
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.criterion import Criterion
-from detection.data import DetectionDataset, build_datasets, build_validation_dataset
+from detection.data import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
 from detection.data.coco import repeat_factors
 from detection.data.loaders import TrainingBatchSampler, collate_samples
 from detection.data.strengths import augmentation_names, strength_rows
@@ -116,8 +116,10 @@ def open_dataset(settings: Settings, split: str) -> DetectionDataset:
     sizes = settings.train.image_size, settings.evaluation.image_size
     if split == "val" and not settings.data.fake:
         return build_validation_dataset(settings.data, sizes[1], None)
-    sets = build_datasets(settings.data, *sizes, settings.run.seed, settings.yolo.num_classes)
-    return sets[split == "val"]
+    seed, num_classes = settings.run.seed, settings.yolo.num_classes
+    if split == "val":
+        return build_datasets(settings.data, *sizes, seed, num_classes)[1]
+    return build_training_dataset(settings.data, sizes[0], seed, num_classes)
 
 
 def open_detector(settings: Settings, split: str, num_classes: int) -> Detector:

@@ -560,3 +560,10 @@ def test_coco(run_script, shared_data, tmp_path: Path) -> None:
     assert [len(found["crowd", split]) for split in FOLDERS] == [10, 5]
     assert len(found["image_without_boxes", "training"]) == 2 and ("image_without_boxes", "validation") not in found
     assert "hair drier" in found["unused_category", "training"]
+
+
+def test_a_broken_file_of_one_split_is_named_without_any_dataset(run_script, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    result = run_script(check_dataset.main, f"data.train_annotations={tmp_path / 'broken.json'}")
+    assert result.returncode == 2 and "broken.json: not a JSON file" in result.stderr
+    assert result.stderr.count("\n") == 1

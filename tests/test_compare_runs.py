@@ -188,3 +188,11 @@ def test_a_directory_named_twice_counts_once(run: Run, two_runs: list[Path], tmp
 def test_bad_input_is_one_line(run: Run, two_runs: list[Path], arguments: list[str], code: int, part: str) -> None:
     result = run(*[str(two_runs[0]) if word == "RUN" else word for word in arguments])
     assert result.returncode == code and part in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_runs_without_a_readable_row_are_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "results.csv", "train.log", "args.yaml"):
+        (tmp_path / "run" / name).write_text("garbage\n")
+    result = run(tmp_path / "run", "--output", tmp_path / "out")
+    assert result.returncode == 2 and "no run has a readable row" in result.stderr and not (tmp_path / "out").exists()

@@ -356,6 +356,25 @@ def test_validation_gives_the_numbers_of_the_weights(
         np.testing.assert_allclose([*row[2], row[3]], [*partner[2], partner[3]], rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["off", "auto"])
+def test_real_detector_keeps_its_ap50_with_suppression_inside(
+    run: Run, shared_data: Callable[[str], Path], shared_weights: Callable[[str], Path], tmp_path: Path, precision: str
+) -> None:
+    name = "yolo-fastest-1.1"
+    weights, cfg, names = (shared_weights(file) for file in (f"{name}.weights", f"{name}.cfg", "coco.names"))
+    source = ["--weights", weights, "--cfg", cfg, "--names", names]
+    common = [f"data.root={shared_data('coco_mini')}", "data.num_workers=0", "evaluation.batch_size=8"]
+    assert run("export.py", *source, "--nms", common[0], "--output", tmp_path).returncode == 0
+    found = []
+    for place, words in (("one", [*source, f"run.precision={precision}"]), ("other", [])):
+        file = [] if words else ["--weights", tmp_path / f"{name}.onnx"]
+        result = run("validation.py", *words, *file, *common, "--output", tmp_path / place)
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads((tmp_path / place / "metrics.json").read_text())["AP50"])
+    assert found[0] > 0.3 and abs(found[0] - found[1]) <= (0.002 if precision == "off" else 0.01)
+
+
 def test_detect_draws_the_same_boxes_with_another_size(
     run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from detection.data.findings import KINDS
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 HELP_OF_OTHERS = ["yolo-v3/main.py"]
@@ -35,6 +37,10 @@ def test_help_is_the_docstring(script: Path, helps: dict[str, subprocess.Complet
     assert f"\npython {script.name}" in docstring, "the docstring is the command to run"
     for option in ("--config", "key.path=value"):
         assert option in result.stdout or script.name in ("compare_runs.py", "convert_dataset.py")
+
+
+def test_readme_counts_what_the_doctor_finds() -> None:
+    assert f"{len(KINDS)} kinds of finding" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_names_every_script() -> None:

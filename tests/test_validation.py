@@ -64,7 +64,7 @@ def test_everything_is_written(files: Files, run: Run) -> None:  # noqa: F811
 
 
 def test_deviations_are_named(files: Files, run: Run) -> None:  # noqa: F811
-    words = ["evaluation.score=objectness", "evaluation.max_images=2", "evaluation.iou_threshold=0.6"]
+    words = ["--score", "objectness", "evaluation.max_images=2", "evaluation.iou_threshold=0.6"]
     (files.root / "val" / "3.png").unlink()  # images 1 and 2 of 3 are chosen; the other one is not read
     code, out, err = run(*WEIGHTS, *words, "evaluation.max_detections=7", "--output", "out")
     assert (code, err) == (0, "") and "2 boxes on 2 images" in out

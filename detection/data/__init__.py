@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.data.coco import Categories, CocoDataset, FakeDataset, find_dataset, find_validation_set, select_images
+from detection.data.coco import (
+    Categories,
+    CocoDataset,
+    FakeDataset,
+    find_dataset,
+    find_training_set,
+    find_validation_set,
+    select_images,
+)
 from detection.data.digits import ensure_digits
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
@@ -35,46 +43,56 @@ def build_datasets(
     Raises:
         DataError: nothing found, unusable annotations, or another number of classes.
     """
-    transforms = (Transform(data, training_size, seed, training=True), Transform(data, validation_size, seed, False))
-    if data.fake:
-        names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
-        training_fake, validation_fake = (
-            FakeDataset(count, names, transform, seed + number)
-            for number, (count, transform) in enumerate(zip(FAKE_IMAGES, transforms, strict=True))
-        )
-        keep_evenly(validation_fake, max_validation_images)
-        return training_fake, validation_fake
+    validation_transform = Transform(data, validation_size, seed, False)
     make_builtin(data)
-    (train_file, train_images), (validation_file, validation_images) = find_dataset(data)
-    share = data.validation_fraction
-    training_set = CocoDataset(
-        train_images,
-        train_file,
-        transforms[0],
-        data.class_names,
-        fraction=None if share is None else (share, False),
-        strict=data.strict,
-        follow_links=data.follow_links,
-    )
-    validation_set = CocoDataset(
-        validation_images,
-        validation_file,
-        transforms[1],
-        data.class_names,
-        categories=training_set.annotations.categories,
-        fraction=None if share is None else (share, True),
-        strict=data.strict,
-        follow_links=data.follow_links,
-    )
-    names = training_set.annotations.categories.names
-    if num_classes not in (None, len(names)):
-        raise DataError(
-            f"yolo.num_classes is {num_classes}, but {train_file} has {len(names)} categories: {', '.join(names)}"
+    if not data.fake:
+        find_dataset(data)  # what is missing of either is said before either is read
+    training_set = build_training_dataset(data, training_size, seed, num_classes)
+    validation_set: DetectionDataset
+    if isinstance(training_set, FakeDataset):
+        names = training_set.annotations.categories.names
+        validation_set = FakeDataset(FAKE_IMAGES[1], names, validation_transform, seed + 1)
+    else:
+        file, images = find_dataset(data)[1]
+        validation_set = CocoDataset(
+            images,
+            file,
+            validation_transform,
+            data.class_names,
+            categories=training_set.annotations.categories,
+            fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
+            strict=data.strict,
+            follow_links=data.follow_links,
         )
-    if not len(training_set.annotations.labels):
-        raise DataError(f"{train_file}: no usable box in any training image")
     keep_evenly(validation_set, max_validation_images)
     return training_set, validation_set
+
+
+def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes: int | None) -> DetectionDataset:
+    """The training images alone; the arguments and errors are those of `build_datasets`."""
+    transform = Transform(data, size, seed, training=True)
+    if data.fake:
+        names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
+        return FakeDataset(FAKE_IMAGES[0], names, transform, seed)
+    make_builtin(data)
+    file, images = find_training_set(data)
+    dataset = CocoDataset(
+        images,
+        file,
+        transform,
+        data.class_names,
+        fraction=None if data.validation_fraction is None else (data.validation_fraction, False),
+        strict=data.strict,
+        follow_links=data.follow_links,
+    )
+    names = dataset.annotations.categories.names
+    if num_classes not in (None, len(names)):
+        raise DataError(
+            f"yolo.num_classes is {num_classes}, but {file} has {len(names)} categories: {', '.join(names)}"
+        )
+    if not len(dataset.annotations.labels):
+        raise DataError(f"{file}: no usable box in any training image")
+    return dataset
 
 
 def build_validation_dataset(

@@ -372,13 +372,23 @@ def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Pat
     Raises:
         DataError: nothing found; names what was looked for and how to get data.
     """
-    root = existing_root(data, data.train_annotations)
-    train = _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
+    train = find_training_set(data)
     if data.validation_fraction is not None:
         if data.validation_annotations is not None:
             raise DataError("data.validation_fraction and data.validation_annotations are both set; choose one")
         return train, train
+    root = existing_root(data, data.train_annotations)
     return train, _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+
+
+def find_training_set(data: DataSettings) -> tuple[Path, Path]:
+    """(annotation file, image directory) of the training images alone; no validation annotations are needed.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    root = existing_root(data, data.train_annotations)
+    return _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
 
 
 def find_validation_set(data: DataSettings) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -157,6 +158,8 @@ def prepare_worker(_: int) -> None:
 def prepare_process() -> None:
     """The training process's side of `prepare_worker`."""
     cv2.setNumThreads(0)
+    # On a machine with fewer cores than workers torch prints two lines; what counts is train/wait_fraction.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     atexit.unregister(kill_workers)  # once, however many loaders are built
     atexit.register(kill_workers)
 

@@ -130,7 +130,8 @@ def identify(
     near = ends[int(np.searchsorted(ends, found)) - 1] if found > ends[0] else start
     raise CheckpointError(
         f"{path} has {found} bytes, this network needs {ends[-1]} ({found - ends[-1]:+d}); nor does it end after a "
-        f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download or another network?"
+        f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download, or another network "
+        "(--cfg, yolo.cfg)?"
     )
 
 
