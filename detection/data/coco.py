@@ -166,7 +166,13 @@ class CocoDataset(CocoDetection):
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
-        return self.sample_transform(self.load_image(index), self.annotations.boxes[rows], labels, index, epoch, size)
+        image, boxes = self.load_image(index), self.annotations.boxes[rows]
+        try:
+            return self.sample_transform(image, boxes, labels, index, epoch, size)
+        except Exception as error:
+            name, number = self.annotations.file_name(index), self.annotations.image_ids[index]
+            error.add_note(f"while transforming image id {number} ({name}) of epoch {epoch} at {size or 'its own'} px")
+            raise
 
     def load_image(self, index: int) -> np.ndarray:
         """RGB uint8, (height, width, 3)."""

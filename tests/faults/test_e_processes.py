@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,6 +52,27 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
     run.ends_with(3, "a loader worker died", "DataLoader worker (pid")
     assert time.monotonic() - started < 30
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] % 2 == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_E02_an_augmentation_that_raises_names_its_image(
+    dataset: Path, default_settings: Callable[..., Settings], workers: int
+) -> None:
+    training_set, _ = build_datasets(default_settings(f"data.root={dataset}").data, 64, 64, 0, None)
+    transform = training_set.sample_transform
+
+    def raising(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
+        if index == 5:
+            raise ZeroDivisionError("a bug of an augmentation")
+        return transform(image, boxes, labels, index, epoch, size)
+
+    training_set.sample_transform = raising
+    loader = build_training_loader(training_set, TrainingBatchSampler(13, 13, 1, (0, 1), 0, 64), workers, CPU)
+    with pytest.raises(ZeroDivisionError) as raised:
+        next(iter(loader))
+    text = "".join(traceback.format_exception(raised.value))
+    number, name = training_set.annotations.image_ids[5], training_set.annotations.file_name(5)
+    assert f"while transforming image id {number} ({name}) of epoch 0 at 64 px" in text
 
 
 @pytest.mark.guard(
