@@ -524,7 +524,6 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
     first_step, started = state.step, time.perf_counter()
     logger.line(f"run directory {directory}, from step {state.step}")
 
-    saver = Saver(run, state, directory)
     batches = iter(
         build_training_loader(
             run.training_set, run.sampler(state.step, run.steps), settings.data.num_workers, run.device
