@@ -33,6 +33,23 @@ def flatten_levels(outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([level.permute(0, 2, 3, 1, 4).flatten(1, 3) for level in outputs], dim=1)
 
 
+def prediction_table(
+    anchors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[tuple[int, int]], scales_xy: Sequence[float]
+) -> Tensor:
+    """What decoding adds to and multiplies every raw prediction by, in the order of `flatten_levels`; (P, 6) float32.
+
+    Columns: column and row of the cell, width and height of the anchor (pixels), stride, scale_xy. Depends on the input
+    size only. Arguments: see `target_assignment.anchor_table`.
+    """
+    levels = []
+    for level_anchors, stride, (rows, columns), scale_xy in zip(anchors, strides, sizes, scales_xy, strict=True):
+        shape = (rows, columns, len(level_anchors))
+        cells = cell_grid(rows, columns, level_anchors.device)[:, :, None].expand(*shape, 2)
+        constants = torch.tensor([stride, scale_xy], dtype=torch.float32, device=level_anchors.device)
+        levels.append(torch.cat([cells, level_anchors.expand(*shape, 2), constants.expand(*shape, 2)], dim=-1))
+    return torch.cat([level.flatten(0, 2) for level in levels])
+
+
 def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations: int = 300) -> np.ndarray:
     """k-means of box shapes with the distance 1 - IoU.
 

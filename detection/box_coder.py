@@ -35,6 +35,20 @@ def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.
     )
 
 
+def decode_predictions(raw: Tensor, table: Tensor) -> Tensor:
+    """`decode_boxes` of all levels at once: a sixth of the operations.
+
+    Args:
+        raw: (..., P, 4 or more) float32 in the order of `anchors.flatten_levels`.
+        table: `anchors.prediction_table`, (P, 6).
+
+    Returns:
+        Boxes (x1, y1, x2, y2) in pixels of the network input, (..., P, 4).
+    """
+    cells, anchors, stride, scale_xy = table.split([2, 2, 1, 1], dim=-1)
+    return cxcywh_to_xyxy(decode_cxcywh(raw[..., :4], anchors, cells, stride, scale_xy))
+
+
 def decode_cxcywh(
     raw: Tensor,
     anchors: Tensor,

@@ -11,28 +11,30 @@ from torch import Tensor
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """Corners to centre, width, height; (..., 4) to (..., 4)."""
-    corner_1, corner_2 = boxes[..., :2], boxes[..., 2:]
+    corner_1, corner_2 = boxes.split(2, dim=-1)
     return torch.cat([(corner_1 + corner_2) / 2, corner_2 - corner_1], dim=-1)
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """Centre, width, height to corners; (..., 4) to (..., 4). Inverse of `xyxy_to_cxcywh`."""
-    centre, half_size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:] / 2
+    centre, size = boxes_cxcywh.split(2, dim=-1)
+    half_size = size / 2
     return torch.cat([centre - half_size, centre + half_size], dim=-1)
 
 
 def box_area(boxes: Tensor) -> Tensor:
     """Width times height; (..., 4) to (...)."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    left, top, right, bottom = boxes.unbind(-1)
+    return (right - left) * (bottom - top)
 
 
 def pairwise_intersection(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
     """Area that each box of one set shares with each box of the other; (..., N, 4) and (..., M, 4) to (..., N, M)."""
     # One coordinate at a time: the (..., N, M, 2) intermediates of the short form cost twice the memory traffic.
-    width = torch.minimum(boxes_1[..., :, None, 2], boxes_2[..., None, :, 2])
-    width = (width - torch.maximum(boxes_1[..., :, None, 0], boxes_2[..., None, :, 0])).clamp_(min=0)
-    height = torch.minimum(boxes_1[..., :, None, 3], boxes_2[..., None, :, 3])
-    height = (height - torch.maximum(boxes_1[..., :, None, 1], boxes_2[..., None, :, 1])).clamp_(min=0)
+    left_1, top_1, right_1, bottom_1 = boxes_1.unsqueeze(-2).unbind(-1)  # each (..., N, 1)
+    left_2, top_2, right_2, bottom_2 = boxes_2.unsqueeze(-3).unbind(-1)  # each (..., 1, M)
+    width = torch.minimum(right_1, right_2).sub_(torch.maximum(left_1, left_2)).clamp_(min=0)
+    height = torch.minimum(bottom_1, bottom_2).sub_(torch.maximum(top_1, top_2)).clamp_(min=0)
     return width.mul_(height)
 
 
@@ -48,9 +50,10 @@ def pairwise_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
 
 def pairwise_wh_iou(wh_1: Tensor, wh_2: Tensor) -> Tensor:
     """IoU of (width, height) pairs laid on one corner; (..., N, 2) and (M, 2) to (..., N, M)."""
-    smaller = torch.minimum(wh_1[..., :, None, :], wh_2)
-    intersection = smaller[..., 0] * smaller[..., 1]
-    union = wh_1.prod(-1)[..., :, None] + wh_2.prod(-1) - intersection
+    width_1, height_1 = wh_1.unsqueeze(-2).unbind(-1)  # each (..., N, 1)
+    width_2, height_2 = wh_2.unbind(-1)
+    intersection = torch.minimum(width_1, width_2) * torch.minimum(height_1, height_2)
+    union = width_1 * height_1 + width_2 * height_2 - intersection
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 

@@ -1,14 +1,21 @@
 """What all YOLO criteria share: anchors, tables per input size, float32, weights. The criteria: losses.py."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.anchors import Anchors
-from detection.target_assignment import anchor_table
+from detection.anchors import Anchors, flatten_levels, prediction_table
+from detection.target_assignment import PADDING_LABEL, anchor_table
+
+
+class Tables(NamedTuple):
+    """What a loss looks up, for one input size."""
+
+    anchors: Tensor  # see `target_assignment.anchor_table`
+    predictions: Tensor  # see `anchors.prediction_table`
 
 
 class Criterion(nn.Module):
@@ -44,7 +51,7 @@ class Criterion(nn.Module):
                 f"{len(anchors)} levels of anchors, {len(self.strides)} strides and {len(self.scales_xy)} scales_xy; "
                 "their numbers must be equal"
             )
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple, Tables] = {}
         for level, level_anchors in enumerate(anchors):
             self.register_buffer(f"anchors_{level}", torch.tensor(level_anchors, dtype=torch.float32), persistent=False)
 
@@ -52,12 +59,18 @@ class Criterion(nn.Module):
     def anchors(self) -> list[Tensor]:
         return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
 
-    def anchor_table(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Kept per input size: building it anew would make the host wait for the device in every step."""
-        sizes = [(output.shape[2], output.shape[3]) for output in outputs]
+    def tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:
+        """Kept per input size: building them anew would make the host wait for the device in every step.
+
+        Args:
+            sizes: (rows, columns) per level.
+        """
         key = (self.anchors[0].device, tuple(sizes))
         if key not in self._tables:
-            self._tables[key] = anchor_table(self.anchors, self.strides, sizes, self.scales_xy)
+            self._tables[key] = Tables(
+                anchor_table(self.anchors, self.strides, sizes, self.scales_xy),
+                prediction_table(self.anchors, self.strides, sizes, self.scales_xy),
+            )
         return self._tables[key]
 
     def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,15 +82,25 @@ class Criterion(nn.Module):
         Returns:
             "loss_box", "loss_objectness", "loss_class": float32 scalars.
         """
+        sizes = [(output.shape[2], output.shape[3]) for output in outputs]
+        boxes, labels = targets["boxes"].float(), targets["labels"]
+        if not labels.shape[1]:  # a row of padding: there is no largest of nothing
+            boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
-            losses = self.compute_losses(
-                [output.float() for output in outputs], targets["boxes"].float(), targets["labels"]
-            )
+            losses = self.compute_losses(flatten_levels(outputs).float(), sizes, boxes, labels)
         names = ("loss_box", "loss_objectness", "loss_class")
         return {name: loss * weight for name, loss, weight in zip(names, losses, self.weights, strict=True)}
 
-    def compute_losses(self, outputs: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Box, objectness and class loss before their weights; arguments as `forward`, all float32."""
+    def compute_losses(
+        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Box, objectness and class loss before their weights.
+
+        Args:
+            raw: logits of all predictions in the order of `anchors.flatten_levels`, (B, P, 5 + C) float32.
+            sizes: (rows, columns) per level.
+            boxes, labels: as in `forward`.
+        """
         raise NotImplementedError
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:

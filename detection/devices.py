@@ -210,6 +210,15 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, "hpu").synchronize()  # noqa: B009  (the device's package adds it)
 
 
+def comfortable_values(device: torch.device) -> int:
+    """Values of an intermediate tensor above which it pays to compute it in pieces.
+
+    On the CPU the C library takes larger blocks than 32 MiB anew from the system each time, which costs more than the
+    computation (2^22 float32: 16 MiB); elsewhere it bounds the memory (2^27: 512 MiB).
+    """
+    return 2**22 if device.type == "cpu" else 2**27
+
+
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for fp16, a disabled scaler otherwise: bfloat16 has the range of float32."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

@@ -1,12 +1,15 @@
 """MMDetection's assignment: the anchors in the cells of the truths learn by the overlap of their prior boxes."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from detection.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
-from detection.target_assignment import IGNORE_CHUNK, place_in_cell
+from detection.target_assignment import place_in_cell, split_batch
+
+MOST_OVERLAPS = 2**27  # of truths and priors at once: 512 MiB, reached by 64 images of 512 truths
 
 
 @dataclass(frozen=True)
@@ -49,37 +52,36 @@ def assign_by_grid(boxes: Tensor, labels: Tensor, table: Tensor, threshold: floa
     valid = labels >= 0
     # Empty boxes overlap nothing; a valid truth has a size.
     boxes = boxes * valid[..., None]
-    rows = table.expand(batch_size, truths, *table.shape)  # (B, G, all anchors, 9)
-    index, cell = place_in_cell(xyxy_to_cxcywh(boxes)[..., None, :2], rows)
-    anchor, stride = rows[..., :2], rows[..., 2]
-    priors = cxcywh_to_xyxy(torch.cat([(cell + 0.5) * stride[..., None], anchor], dim=-1)).reshape(*shape, 4)
+    centres = xyxy_to_cxcywh(boxes)[:, :, None, :2].expand(-1, -1, len(table), -1).reshape(*shape, 2)
     available = valid[..., None].expand(-1, -1, len(table)).reshape(shape)
+    rows = table.repeat(truths, 1).expand(batch_size, -1, -1)  # (B, N, 9)
+    index, cell = place_in_cell(centres, rows)
+    anchor, stride, _, scale_xy = rows.split([2, 1, 5, 1], dim=-1)
+    priors = cxcywh_to_xyxy(torch.cat([(cell + 0.5) * stride, anchor], dim=-1))  # (B, N, 4)
 
-    best_iou = torch.zeros(shape, device=boxes.device)
-    best_truth = torch.zeros(shape, dtype=torch.int64, device=boxes.device)
-    claimed_by = torch.full(shape, -1, device=boxes.device)
-    for first in range(0, truths, IGNORE_CHUNK):
-        iou = pairwise_iou(boxes[:, first : first + IGNORE_CHUNK], priors) * available[:, None]  # (B, chunk, N)
-        chunk_iou, chunk_truth = iou.max(dim=1)
-        best_truth = torch.where(chunk_iou > best_iou, chunk_truth + first, best_truth)
-        best_iou = torch.maximum(best_iou, chunk_iou)
-        # All priors of a truth are in this chunk, only the truths are not.
-        claims = (iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)
-        numbers = torch.arange(first, first + iou.shape[1], device=boxes.device)[:, None]
-        claimed_by = torch.maximum(claimed_by, torch.where(claims, numbers, -1).amax(dim=1))
-
-    claimed = claimed_by >= 0
-    positive = (claimed | (best_iou > threshold)) & ~_repeated(index, valid)
-    truth = torch.where(positive, torch.where(claimed, claimed_by, best_truth), 0)
-    return GridAssignment(
-        positive,
-        index.reshape(shape),
-        truth,
-        anchor.reshape(*shape, 2),
-        cell.reshape(*shape, 2),
-        stride.reshape(shape),
-        rows[..., 8].reshape(shape),
+    pieces = split_batch(truths * shape[1], MOST_OVERLAPS, boxes, priors, available)
+    best_iou, best_truth, claimed_by = (
+        torch.cat(parts) if len(parts) > 1 else parts[0]
+        for parts in zip(*itertools.starmap(_compare, pieces), strict=True)
     )
+    claimed = claimed_by >= 0
+    repeated = _repeated(index.view(batch_size, truths, -1), valid)
+    positive = (claimed | (best_iou > threshold)) & ~repeated
+    truth = torch.where(positive, torch.where(claimed, claimed_by, best_truth), 0)
+    return GridAssignment(positive, index, truth, anchor, cell, stride[..., 0], scale_xy[..., 0])
+
+
+def _compare(boxes: Tensor, priors: Tensor, available: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlaps of truths and priors, (B, G, 4), (B, N, 4), (B, N) bool.
+
+    Returns:
+        IoU and number of the truth that each prior overlaps most, the first of equals; number of the last truth of
+        which it is the best prior, -1 for none; each (B, N).
+    """
+    iou = pairwise_iou(boxes, priors).mul_(available[:, None])  # (B, G, N)
+    claims = (iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)
+    numbers = torch.arange(boxes.shape[1], device=boxes.device)[:, None]
+    return *iou.max(dim=1), torch.where(claims, numbers, -1).amax(dim=1)
 
 
 def _repeated(index: Tensor, valid: Tensor) -> Tensor:

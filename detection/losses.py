@@ -1,11 +1,12 @@
 """Criteria: raw outputs and padded targets -> dict of weighted float32 scalars. Formulas: docs/losses.md."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.anchors import flatten_levels
-from detection.box_coder import decode_boxes, decode_cxcywh, encode_boxes
+from detection.box_coder import decode_cxcywh, decode_predictions, encode_boxes
 from detection.boxes import complete_iou, generalized_iou, xyxy_to_cxcywh
 from detection.criterion import Criterion, compare_objectness, mark_positives
 from detection.mmdetection_loss import MMDetectionLoss
@@ -28,12 +29,14 @@ class DarknetLoss(Criterion):
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; gradients of Darknet's yolo layer.
     """
 
-    def compute_losses(self, outputs: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        input_area = outputs[0].shape[2] * outputs[0].shape[3] * self.strides[0] ** 2  # pixels
-        raw = flatten_levels(outputs)  # (B, P, 5 + C)
+    def compute_losses(
+        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        input_area = sizes[0][0] * sizes[0][1] * self.strides[0] ** 2  # pixels
         batch_size, predictions, values = raw.shape
+        tables = self.tables(sizes)
 
-        truth = assign_targets(boxes, labels, self.anchor_table(outputs))
+        truth = assign_targets(boxes, labels, tables.anchors)
         positive_raw = raw.gather(1, truth.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
 
         boxes_cxcywh = xyxy_to_cxcywh(boxes)
@@ -42,23 +45,18 @@ class DarknetLoss(Criterion):
         scale = 2 - boxes_cxcywh[..., 2:].prod(-1) / input_area  # (B, G)
         loss_box = (scale * self.compare_boxes(positive_raw[..., :4], boxes_cxcywh, truth) * truth.last).sum()
 
-        decoded = flatten_levels(
-            [
-                decode_boxes(output.detach(), anchors, stride, scale_xy)
-                for output, anchors, stride, scale_xy in zip(
-                    outputs, self.anchors, self.strides, self.scales_xy, strict=True
-                )
-            ]
-        )
+        decoded = decode_predictions(raw.detach(), tables.predictions)
         ignored = ignored_predictions(decoded, boxes, labels, self.ignore_threshold)
         positive = mark_positives(truth.index, truth.valid, predictions)
         loss_objectness = compare_objectness(raw[..., 4], positive, ignored)
 
         class_logits = positive_raw[..., 5:]  # (B, G, C)
-        # Not F.one_hot: to check the labels it makes the host wait for them, except on CUDA.
-        one_hot = torch.zeros_like(class_logits).scatter_(2, labels.clamp(min=0)[..., None], 1.0)
-        united = torch.bmm(truth.same.float(), one_hot).clamp_(max=1)  # classes of all truths of that prediction
-        loss_class = (self.compare_classes(class_logits, united, labels.clamp(min=0)) * truth.last).sum()
+        classes = labels.clamp(min=0)
+        # Classes of all truths of a prediction, written to the one that counts. Not F.one_hot: to check the labels it
+        # makes the host wait for them, except on CUDA.
+        place = truth.final * class_logits.shape[-1] + classes
+        united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)
+        loss_class = (self.compare_classes(class_logits, united, classes) * truth.last).sum()
         return loss_box / batch_size, loss_objectness / batch_size, loss_class / batch_size
 
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, truth: Assignment) -> Tensor:

@@ -1,12 +1,13 @@
 """The YOLOv3 criterion of MMDetection. Formula: docs/losses.md."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.anchors import flatten_levels
-from detection.box_coder import decode_boxes, encode_boxes
-from detection.boxes import xyxy_to_cxcywh
+from detection.box_coder import encode_boxes
+from detection.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detection.criterion import Criterion, compare_objectness, mark_positives
 from detection.grid_assignment import GridAssignment, assign_by_grid
 from detection.target_assignment import ignored_predictions
@@ -30,22 +31,19 @@ class MMDetectionLoss(Criterion):
     Source: YOLOV3Head, YOLOBBoxCoder and configs/yolo of https://github.com/open-mmlab/mmdetection
     """
 
-    def compute_losses(self, outputs: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raw = flatten_levels(outputs)  # (B, P, 5 + C)
+    def compute_losses(
+        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         batch_size, predictions, values = raw.shape
-        grid = assign_by_grid(boxes, labels, self.anchor_table(outputs), self.ignore_threshold)
+        tables = self.tables(sizes)
+        grid = assign_by_grid(boxes, labels, tables.anchors, self.ignore_threshold)
         positive_raw = raw.gather(1, grid.index[..., None].expand(-1, -1, values))  # (B, N, 5 + C)
 
         boxes_of_truths = boxes.gather(1, grid.truth[..., None].expand(-1, -1, 4))  # (B, N, 4)
         loss_box = (self._compare_boxes(positive_raw[..., :4], boxes_of_truths, grid) * grid.positive).sum()
 
-        # Raw 0 decodes to the prior: the anchor in the middle of its cell.
-        priors = flatten_levels(
-            [
-                decode_boxes(torch.zeros_like(output[:1, ..., :4]), anchors, stride)
-                for output, anchors, stride in zip(outputs, self.anchors, self.strides, strict=True)
-            ]
-        )
+        cells, anchors, stride, _ = tables.predictions.split([2, 2, 1, 1], dim=-1)
+        priors = cxcywh_to_xyxy(torch.cat([(cells + 0.5) * stride, anchors], dim=-1))  # anchors in the middle of cells
         ignored = ignored_predictions(priors.expand(batch_size, -1, -1), boxes, labels, self.ignore_threshold)
         positive = mark_positives(grid.index, grid.positive, predictions)
         loss_objectness = compare_objectness(raw[..., 4], positive, ignored)

@@ -1,5 +1,6 @@
 """Which prediction learns which truth: truth -> (level, anchor, row, column), and which predictions to leave alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 from detection.boxes import box_area, pairwise_intersection, pairwise_wh_iou, xyxy_to_cxcywh
+from detection.devices import comfortable_values
 
 PADDING_LABEL = -1
 CROWD_LABEL = -2
-IGNORE_CHUNK = 64  # truths compared with all predictions at once; bounds the memory of the (B, P, G) overlaps
+MOST_PIECES = 3  # of a batch: each costs about 20 operations, and a loss has at most 300 whatever it is given
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Assignment:
     stride: Tensor  # float32: pixels per cell
     scale_xy: Tensor  # float32: of the level, see `box_coder.decode_cxcywh`
     last: Tensor  # bool: valid, and no later truth of the image has the same index; this one gives the box
-    same: Tensor  # (B, G, G) bool: both valid and of the same index
+    final: Tensor  # int64: number of the last valid truth of the image with the same index; its own where not valid
 
 
 def anchor_table(
@@ -32,7 +34,7 @@ def anchor_table(
 ) -> Tensor:
     """What assignment looks up by the number of the best anchor, (all anchors, 9) float32 on the anchors' device.
 
-    Columns: width, height (pixels), stride, rows, columns, flat index of the level's first prediction, anchors per
+    Columns: width, height (pixels), stride, columns, rows, flat index of the level's first prediction, anchors per
     cell, number of the anchor within its level, scale_xy. Depends on the input size only, so a caller keeps one per
     size.
 
@@ -46,7 +48,7 @@ def anchor_table(
     start = 0
     for level_anchors, stride, (rows, columns), scale_xy in zip(anchors, strides, sizes, scales_xy, strict=True):
         for number in range(len(level_anchors)):
-            lines.append([stride, rows, columns, start, len(level_anchors), number, scale_xy])
+            lines.append([stride, columns, rows, start, len(level_anchors), number, scale_xy])
         start += rows * columns * len(level_anchors)
     # float32 counts exactly up to 2^24, far above the number of predictions
     constants = torch.tensor(lines, dtype=torch.float32, device=anchors[0].device)
@@ -67,14 +69,27 @@ def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
     Source: YOLOv3, section 2.1; Darknet's yolo layer (best anchor by width-height IoU over the whole list).
     """
     boxes_cxcywh = xyxy_to_cxcywh(boxes)
-    best = table[pairwise_wh_iou(boxes_cxcywh[..., 2:], table[:, :2]).argmax(dim=-1)]  # (B, G, 9)
+    # Of equals the first, as `argmax`, and faster.
+    number = pairwise_wh_iou(boxes_cxcywh[..., 2:], table[:, :2]).max(dim=-1).indices
+    best = table[number]  # (B, G, 9)
     index, cell = place_in_cell(boxes_cxcywh[..., :2], best)
     valid = labels >= 0
-    index = torch.where(valid, index, 0)
 
-    same = (index[:, :, None] == index[:, None, :]) & valid[:, :, None] & valid[:, None, :]  # (B, G, G)
-    last = valid & ~same.triu(diagonal=1).any(dim=-1)
-    return Assignment(valid, index, best[..., :2], cell, best[..., 2], best[..., 8], last, same)
+    numbers = torch.arange(labels.shape[1], device=labels.device)
+    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last truth.
+    key = torch.where(valid, index, -1 - numbers)
+    ascending, order = key.sort(dim=-1, stable=True)
+    final = order.gather(-1, torch.searchsorted(ascending, key, right=True) - 1)
+    return Assignment(
+        valid,
+        key.clamp(min=0),
+        best[..., :2],
+        cell,
+        best[..., 2],
+        best[..., 8],
+        valid & (final == numbers),
+        final,
+    )
 
 
 def place_in_cell(centres: Tensor, table_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,12 +102,13 @@ def place_in_cell(centres: Tensor, table_rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Flat index over all predictions, (...) int64; and (column, row) of the cell, (..., 2) float32.
     """
-    stride = table_rows[..., 2]
-    rows, columns, start, anchors_per_cell, anchor_number = table_rows[..., 3:8].long().unbind(-1)
-    column = torch.minimum((centres[..., 0] / stride).long().clamp_(min=0), columns - 1)
-    row = torch.minimum((centres[..., 1] / stride).long().clamp_(min=0), rows - 1)
+    whole = table_rows[..., 3:8].long()
+    last = whole[..., :2] - 1  # (column, row)
+    cell = torch.minimum((centres / table_rows[..., 2:3]).long().clamp_(min=0), last)
+    column, row = cell.unbind(-1)
+    columns, _, start, anchors_per_cell, anchor_number = whole.unbind(-1)
     index = start + (row * columns + column) * anchors_per_cell + anchor_number
-    return index, torch.stack([column, row], dim=-1).float()
+    return index, cell.float()
 
 
 @torch.no_grad()
@@ -116,14 +132,32 @@ def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, thresh
     # Padding becomes an empty box, which overlaps nothing.
     boxes = boxes * (labels != PADDING_LABEL)[..., None]
     crowd = (labels == CROWD_LABEL)[:, None, :]
-    predicted_area = box_area(predicted)[:, :, None]
-    ignored = torch.zeros(predicted.shape[:2], dtype=torch.bool, device=predicted.device)
-    for first in range(0, boxes.shape[1], IGNORE_CHUNK):
-        chunk = boxes[:, first : first + IGNORE_CHUNK]
-        intersection = pairwise_intersection(predicted, chunk)  # (B, P, G)
-        union = predicted_area + torch.where(
-            crowd[..., first : first + IGNORE_CHUNK], 0, box_area(chunk)[:, None, :] - intersection
-        )
-        # intersection / union > threshold without the division; a prediction without area is never ignored
-        ignored |= (intersection > union * threshold).any(dim=-1)
-    return ignored
+    areas = box_area(predicted)[:, :, None], box_area(boxes)[:, None, :]
+    values = predicted.shape[1] * boxes.shape[1]  # per image
+    pieces = split_batch(values, comfortable_values(boxes.device), predicted, boxes, crowd, *areas)
+    ignored = [_overlapped(*piece, threshold) for piece in pieces]
+    return ignored[0] if len(ignored) == 1 else torch.cat(ignored)
+
+
+def split_batch(values: int, most_values: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors along the batch so that what is computed of a piece stays small, into at most `MOST_PIECES`.
+
+    Args:
+        values: computed per image.
+        most_values: in a piece, where that many pieces suffice.
+    """
+    images = len(tensors[0])
+    pieces = max(min(MOST_PIECES, math.ceil(images * values / most_values)), 1)
+    size = math.ceil(images / pieces)
+    return [tensors] if pieces == 1 else list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+
+
+def _overlapped(
+    predicted: Tensor, boxes: Tensor, crowd: Tensor, predicted_area: Tensor, area: Tensor, threshold: float
+) -> Tensor:
+    """(B, P, 4), (B, G, 4), (B, 1, G) bool, (B, P, 1), (B, 1, G) to (B, P) bool."""
+    intersection = pairwise_intersection(predicted, boxes)  # (B, P, G)
+    # In place: these are the largest tensors of the loss.
+    union = (area - intersection).masked_fill_(crowd, 0).add_(predicted_area)
+    # intersection / union > threshold without the division; a prediction without area is never ignored
+    return (intersection > union.mul_(threshold)).any(dim=-1)

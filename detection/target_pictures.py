@@ -44,7 +44,7 @@ def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, si
         labels: class, -1 padding, -2 crowd, (B, G).
         size: side of the network input in pixels.
     """
-    table = criterion.anchor_table([torch.empty(1, 1, size // stride, size // stride) for stride in criterion.strides])
+    table = criterion.tables([(size // stride, size // stride) for stride in criterion.strides]).anchors
     if isinstance(criterion, MMDetectionLoss):  # several anchors may learn one truth
         grid = assign_by_grid(boxes, labels, table, criterion.ignore_threshold)
         positive, index, truth = grid.positive, grid.index, grid.truth

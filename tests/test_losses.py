@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from detection import target_assignment
 from detection.losses import CRITERIA, DarknetLoss
+from detection.operation_trace import OperationTrace
 from tests.loss_cases import (
     HEIGHT,
     LEVELS,
@@ -388,29 +390,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit: float, loss: str
 # The host never waits for the device
 
 
-class Trace(TorchDispatchMode):
-    """The name of every operation; the ones in `waiting` need a value or a size from the device."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.waiting: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.names.append(str(func))
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if by_mask or name.startswith(self.WAITS):
-            self.waiting.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def traced(function: Any) -> Trace:
-    with Trace() as trace:
+def traced(function: Any) -> OperationTrace:
+    with OperationTrace() as trace:
         function()
     return trace
 
@@ -425,9 +406,13 @@ def test_trace_sees_what_waits() -> None:
         lambda: values.unique(),
         lambda: F.one_hot(values.long()),
         lambda: values.clone().index_put_((values > 1,), values[0]),
+        values.tolist,
+        values.numpy,
+        values.cpu,
+        lambda: np.asarray(values),
     ):
-        assert traced(function).waiting
-    assert not traced(lambda: values[values.long()] * 2).waiting
+        assert traced(function).host_reads
+    assert not traced(lambda: values[values.long()] * 2).host_reads
 
 
 @pytest.mark.parametrize("loss", CRITERIA)
@@ -445,11 +430,33 @@ def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: st
         targets = {"boxes": boxes, "labels": labels}
         outputs = [output.clone().requires_grad_() for output in case.outputs]
         trace = traced(lambda outputs=outputs, targets=targets: sum(criterion(outputs, targets).values()).backward())
-        assert not trace.waiting
-        traces.append(trace.names)
+        assert not trace.host_reads
+        traces.append(trace.operations)
     assert traces[0] == traces[1] == traces[2]
     assert "aten.sigmoid.default" in traces[0] and "aten.gather.default" in traces[0]
     assert "aten.scatter_add_.default" in traces[0] or "aten.scatter_add.default" in traces[0]  # gather's backward
+
+
+@pytest.mark.parametrize("loss", CRITERIA)
+@pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
+def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
+    monkeypatch: pytest.MonkeyPatch, class_loss: str, loss: str
+) -> None:
+    """P6: assignment and loss, forward, views counted; half precision and contiguous outputs need the most."""
+    criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
+    counts = {}
+    for whole_batch, comfortable in ((True, 2**40), (False, 1)):  # as on a machine where the batch is cut into pieces
+        monkeypatch.setattr(target_assignment, "comfortable_values", lambda device, most=comfortable: most)
+        for batch_size, rows, boxes_per_image in ((2, 32, 7), (2, 32, 30), (2, 128, 93), (64, 128, 93)):
+            outputs = [torch.randn(batch_size, 3, side, side, 8).bfloat16() for side in (12, 6, 3)]
+            corner = torch.rand(batch_size, rows, 2) * 60
+            labels = torch.full((batch_size, rows), -1)
+            labels[:, :boxes_per_image] = 1
+            targets = {"boxes": torch.cat([corner, corner + 20], dim=-1), "labels": labels}
+            criterion(outputs, targets)
+            counts[whole_batch, batch_size, rows] = len(traced(lambda o=outputs, t=targets: criterion(o, t)).operations)
+    assert 100 < max(counts.values()) <= 300, counts
+    assert len({count for (whole_batch, *_), count in counts.items() if whole_batch}) == 1, counts
 
 
 # Softmax over the classes

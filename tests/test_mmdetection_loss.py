@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detection import grid_assignment
 from detection.grid_assignment import assign_by_grid
 from detection.mmdetection_loss import MMDetectionLoss
-from detection.target_assignment import IGNORE_CHUNK
 from tests.loss_cases import Case, all_predictions, cross_entropy_of_bit, overlap, sigmoid, truths_of
 
 Place = tuple[int, int, int, int]
@@ -177,8 +177,10 @@ def test_cases_contain_every_rule() -> None:
         assert met[rule] >= least, f"{rule}: {met[rule]}"
 
 
-@pytest.mark.parametrize("counts", [[IGNORE_CHUNK + 20], [3, 2 * IGNORE_CHUNK + 5]])
-def test_more_truths_than_are_compared_at_once(counts: list[int]) -> None:
+@pytest.mark.parametrize("counts", [[84], [3, 133]])
+def test_many_truths_all_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+    assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
+    monkeypatch.setattr(grid_assignment, "MOST_OVERLAPS", 1)
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
 
 
@@ -278,7 +280,12 @@ def test_cross_entropy_against_torch() -> None:
 def test_assignment_names_the_truths_and_repeats_no_positive() -> None:
     """What the loss reads from the assignment, place by place."""
     case = make_case(("three levels", 4, [6, 0, 25], 10, 0.5))
-    grid = assign_by_grid(case.boxes, case.labels, case.criterion().anchor_table(case.outputs), 0.5)
+    grid = assign_by_grid(
+        case.boxes,
+        case.labels,
+        case.criterion().tables([tuple(output.shape[2:4]) for output in case.outputs]).anchors,
+        0.5,
+    )
     flat = sorted(all_predictions(case), key=lambda place: (place[0], place[2], place[3], place[1]))
     for image in range(3):
         positives = slow_grid(case, image)[0]

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.target_assignment import IGNORE_CHUNK, anchor_table, assign_targets, ignored_predictions
+from detection import target_assignment
+from detection.target_assignment import MOST_PIECES, anchor_table, assign_targets, ignored_predictions, split_batch
 
 # Network input 96 wide, 64 high; the middle level has one anchor fewer than the others.
 STRIDES = [8, 16, 32]
@@ -68,11 +69,11 @@ def test_anchor_table_by_hand() -> None:
     table = anchor_table(
         [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])], [8, 16], [(2, 3), (1, 2)], [1, 1.5]
     )
-    # width, height, stride, rows, columns, first index of the level, anchors per cell, number in the level, scale_xy
+    # width, height, stride, columns, rows, first index of the level, anchors per cell, number in the level, scale_xy
     assert table.tolist() == [
-        [1, 2, 8, 2, 3, 0, 1, 0, 1],
-        [3, 4, 16, 1, 2, 6, 2, 0, 1.5],
-        [5, 6, 16, 1, 2, 6, 2, 1, 1.5],
+        [1, 2, 8, 3, 2, 0, 1, 0, 1],
+        [3, 4, 16, 2, 1, 6, 2, 0, 1.5],
+        [5, 6, 16, 2, 1, 6, 2, 1, 1.5],
     ]
 
 
@@ -142,7 +143,7 @@ def test_padding_and_crowd_are_never_assigned() -> None:
     truth = assign_targets(boxes, labels, TABLE)
     assert truth.valid.tolist() == [[True, False, True, False, True, True]]
     assert not truth.last[0, [1, 3]].any() and truth.last[0, [0, 2]].all()
-    assert not truth.same[0, [1, 3]].any() and not truth.same[0, :, [1, 3]].any()
+    assert truth.final[0, :4].tolist() == [0, 1, 2, 3]
     assert truth.index[0, [1, 3]].tolist() == [0, 0]
 
 
@@ -152,7 +153,7 @@ def test_padding_and_crowd_do_not_share_prediction_0() -> None:
     truth = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
     assert truth.index.tolist() == [[0, 0, 0]]
     assert truth.last.tolist() == [[True, False, False]]
-    assert truth.same[0].tolist() == [[True, False, False], [False, False, False], [False, False, False]]
+    assert truth.final.tolist() == [[0, 1, 2]]
 
 
 def test_padding_does_not_change_the_truths() -> None:
@@ -160,10 +161,9 @@ def test_padding_does_not_change_the_truths() -> None:
     garbage, padding = random_targets(2, 7, seed=3)
     alone = assign_targets(boxes, labels, TABLE)
     padded = assign_targets(torch.cat([boxes, garbage], 1), torch.cat([labels, torch.full_like(padding, -1)], 1), TABLE)
-    for name in ("valid", "index", "anchor", "cell", "stride", "scale_xy", "last"):
+    for name in ("valid", "index", "anchor", "cell", "stride", "scale_xy", "last", "final"):
         assert torch.equal(getattr(padded, name)[:, :5], getattr(alone, name)), name
-    assert torch.equal(padded.same[:, :5, :5], alone.same)
-    assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any() and not padded.same[:, 5:].any()
+    assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any()
 
 
 def test_two_truths_in_one_cell_the_last_gives_the_box() -> None:
@@ -172,15 +172,10 @@ def test_two_truths_in_one_cell_the_last_gives_the_box() -> None:
     boxes = torch.tensor([[first, elsewhere, other_anchor, second]])
     truth = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
     assert truth.last.tolist() == [[False, True, True, True]]
-    assert truth.same[0].tolist() == [
-        [True, False, False, True],
-        [False, True, False, False],
-        [False, False, True, False],
-        [True, False, False, True],
-    ]
+    assert truth.final.tolist() == [[3, 1, 2, 3]]
 
 
-def test_last_and_same_against_loop() -> None:
+def test_last_and_final_against_loop() -> None:
     """Eighty truths drawn around a few places: many share a prediction, also three and more."""
     generator = torch.Generator().manual_seed(4)
     places, _ = random_targets(2, 12, seed=5)
@@ -195,8 +190,7 @@ def test_last_and_same_against_loop() -> None:
             later = [j for j in range(i + 1, 80) if valid[j] and index[j] == index[i]]
             assert truth.last[image, i].item() == (valid[i] and not later)
             shared += bool(later)
-            for j in range(80):
-                assert truth.same[image, i, j].item() == (valid[i] and valid[j] and index[i] == index[j])
+            assert truth.final[image, i] == (later[-1] if valid[i] and later else i)
     assert shared > 20
 
 
@@ -220,14 +214,15 @@ def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
         "stride": (2, 6),
         "scale_xy": (2, 6),
         "last": (2, 6),
-        "same": (2, 6, 6),
+        "final": (2, 6),
     }
-    assert truth.valid.dtype == truth.last.dtype == truth.same.dtype == torch.bool and truth.index.dtype == torch.int64
+    assert truth.valid.dtype == truth.last.dtype == torch.bool
+    assert truth.index.dtype == truth.final.dtype == torch.int64
 
 
 def test_assignment_of_no_rows() -> None:
     truth = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
-    assert truth.index.shape == (2, 0) and truth.same.shape == (2, 0, 0)
+    assert truth.index.shape == truth.final.shape == (2, 0)
 
 
 # Ignored predictions
@@ -265,11 +260,13 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
-@pytest.mark.parametrize("count", [1, 9, IGNORE_CHUNK, 2 * IGNORE_CHUNK + 22])
-def test_ignored_against_loop(count: int, threshold: float) -> None:
-    """Truths, crowd regions and padding in turn; more truths than are compared at once."""
-    boxes, labels = random_targets(2, count, seed=7)
-    labels[:, 1::5] = -1  # 5 does not divide the chunk, so each begins with another kind
+@pytest.mark.parametrize("count", [1, 9, 150])
+@pytest.mark.parametrize("at_once", [10**9, 1])
+def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
+    """Truths, crowd regions and padding in turn; the whole batch at once and in pieces."""
+    monkeypatch.setattr(target_assignment, "comfortable_values", lambda device: at_once)
+    boxes, labels = random_targets(4, count, seed=7)
+    labels[:, 1::5] = -1
     labels[:, 3::5] = -2
     predicted = near(boxes, 100, seed=8)
     ignored = ignored_predictions(predicted, boxes, labels, threshold)
@@ -278,11 +275,29 @@ def test_ignored_against_loop(count: int, threshold: float) -> None:
     assert 0 < ignored.float().mean() < 1
 
 
-@pytest.mark.parametrize("position", [0, IGNORE_CHUNK - 1, IGNORE_CHUNK, 2 * IGNORE_CHUNK, 2 * IGNORE_CHUNK + 9])
+@pytest.mark.parametrize(
+    ("images", "most_values", "sizes"),
+    [
+        (8, 80, [8]),  # 10 values per image: all at once
+        (8, 79, [4, 4]),
+        (7, 30, [3, 3, 1]),  # no more pieces, however large they are
+        (2, 1, [1, 1]),  # no more pieces than images
+        (0, 1, [0]),
+    ],
+)
+def test_pieces_of_a_batch(images: int, most_values: int, sizes: list[int]) -> None:
+    rows = torch.arange(images)
+    pieces = split_batch(10, most_values, rows, rows * 2)
+    assert [len(piece[0]) for piece in pieces] == sizes and len(pieces) <= MOST_PIECES
+    assert torch.equal(torch.cat([first for first, _ in pieces]), rows)
+    assert all(torch.equal(first * 2, second) for first, second in pieces)
+
+
+@pytest.mark.parametrize("position", [0, 63, 137])
 @pytest.mark.parametrize("label", [0, -2])
 def test_the_only_truth_may_stand_anywhere(position: int, label: int) -> None:
-    """A truth or crowd region in any chunk counts, with padding around it."""
-    boxes, labels = torch.zeros(1, 2 * IGNORE_CHUNK + 10, 4), torch.full((1, 2 * IGNORE_CHUNK + 10), -1)
+    """A truth or crowd region counts wherever it stands, with padding around it."""
+    boxes, labels = torch.zeros(1, 138, 4), torch.full((1, 138), -1)
     boxes[0, position], labels[0, position] = torch.tensor([10.0, 10, 30, 30]), label
     predicted = torch.tensor([[[10.0, 10, 30, 28], [12.0, 12, 20, 20], [50.0, 10, 70, 28]]])
     # nearly equal; small and inside, which counts for a crowd region only; elsewhere
