@@ -135,7 +135,7 @@ def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, thresh
     areas = box_area(predicted)[:, :, None], box_area(boxes)[:, None, :]
     values = predicted.shape[1] * boxes.shape[1]  # per image
     pieces = split_batch(values, comfortable_values(boxes.device), predicted, boxes, crowd, *areas)
-    ignored = [_overlapped(*piece, threshold) for piece in pieces]
+    ignored = [_overlapped(threshold, *piece) for piece in pieces]
     return ignored[0] if len(ignored) == 1 else torch.cat(ignored)
 
 
@@ -153,7 +153,7 @@ def split_batch(values: int, most_values: int, *tensors: Tensor) -> list[tuple[T
 
 
 def _overlapped(
-    predicted: Tensor, boxes: Tensor, crowd: Tensor, predicted_area: Tensor, area: Tensor, threshold: float
+    threshold: float, predicted: Tensor, boxes: Tensor, crowd: Tensor, predicted_area: Tensor, area: Tensor
 ) -> Tensor:
     """(B, P, 4), (B, G, 4), (B, 1, G) bool, (B, P, 1), (B, 1, G) to (B, P) bool."""
     intersection = pairwise_intersection(predicted, boxes)  # (B, P, G)

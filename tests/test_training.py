@@ -661,6 +661,38 @@ def test_average_of_channels_last_weights() -> None:
     assert torch.equal(average.model.weight, values / 2)
 
 
+def test_average_follows_tensors_that_are_exchanged_between_two_updates() -> None:
+    """Joining the statistics, loading a checkpoint and a parameter put in place of another: always the live tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, affine=False))
+    model.register_buffer("constant", torch.ones(1), persistent=False)
+    average = ExponentialAverage(model, 0.5, 0)
+
+    def exchange(number: int) -> None:
+        if number == 1:
+            NormalisationStatistics(model)
+        if number == 2:
+            model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+        if number == 3:
+            model[2].bias = nn.Parameter(torch.tensor([5.0, 6.0]))
+        if number == 4:
+            NormalisationStatistics(average.model)
+
+    for number in range(5):
+        exchange(number)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(1)
+        # (a + b) / 2 of whatever stands in both now
+        before, values = bits(average.model), bits(model)
+        average.update(model, number)
+        for name, value in average.model.state_dict().items():
+            own, new = before[name].double(), values[name].double()
+            expected = (own + new) / 2 if value.is_floating_point() else new
+            torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+    assert "constant" not in before and len(before) == 12
+
+
 # Meter
 
 
