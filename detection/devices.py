@@ -135,8 +135,17 @@ def make_deterministic(device: torch.device) -> None:
             _hpu().setDeterministic(True)
 
 
-def compile_forward(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with a compiled forward pass, one graph per input size; weights and buffers are the same tensors.
+SPARE_GRAPHS = 8  # beside one per size: encoder frozen or not, training or evaluation, ...
+
+
+def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1) -> nn.Module:
+    """The model with a compiled forward pass; weights and buffers are the same tensors.
+
+    Several sizes share one graph; on HPU, where changing shapes are slow, each has its own. Where the compiler would
+    give up and run the rest without a graph, it raises an error instead.
+
+    Args:
+        sizes: how many input sizes there will be.
 
     Raises:
         SettingsError: the compiler needs a program that is not here.
@@ -147,7 +156,11 @@ def compile_forward(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise SettingsError("run.compile: on CUDA it needs the package triton, which is not installed")
     backend = "hpu_backend" if device.type == "hpu" else "inductor"
-    return cast(nn.Module, torch.compile(model, backend=backend, dynamic=False))
+    options = torch._dynamo.config
+    options.recompile_limit = max(options.recompile_limit, sizes + SPARE_GRAPHS)
+    options.fail_on_recompile_limit_hit = True
+    dynamic = sizes > 1 and device.type != "hpu"
+    return cast(nn.Module, torch.compile(model, backend=backend, dynamic=dynamic))
 
 
 def prepare_distributed(device_type: str) -> str:

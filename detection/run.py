@@ -56,7 +56,7 @@ class Run:
         self.settings, self.ranks = settings, ranks
         self.device = ranks.device
         self.mark_step = mark_step_of(self.device, settings.run.lazy)
-        dtype = choose_precision(self.device, settings.run.precision)
+        self.dtype = dtype = choose_precision(self.device, settings.run.precision)
         self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         self.autocast = functools.partial(autocast, self.device, dtype)
         self.build_scaler = functools.partial(build_scaler, self.device, dtype)
@@ -168,10 +168,17 @@ class Run:
             **state.content(),
         }
 
+    @functools.cached_property
+    def compiled(self) -> torch.nn.Module:
+        """The network, compiled once for the preflight and the whole run."""
+        train = self.settings.train
+        smallest, largest = train.multiscale_sizes if train.resize_frequency else (0, 0)
+        return compile_forward(self.detector.model, self.device, (largest - smallest) // self.size_step + 1)
+
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
         if self.settings.run.compile:
-            model = compile_forward(model, self.device)
+            model = self.compiled
         if self.ranks.size == 1:
             return model
         # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.

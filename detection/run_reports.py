@@ -14,6 +14,7 @@ from detection.reports import draw_detections, metric_table, protocol_line, writ
 from detection.run import Run
 from detection.run_loggers import RunLogger
 from detection.run_state import RunState
+from detection.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
 
 
 def plan_lines(run: Run) -> list[str]:
@@ -80,6 +81,18 @@ def report_progress(
     logger.line(f"{place}  {text}  left {left}", show=bool(bar.disable))
     if not bar.disable:
         bar.set_postfix(parts)
+
+
+def report_speed(logger: RunLogger, run: Run, total: Throughput) -> None:
+    """The last lines of a run; every process calls it at the same time."""
+    mean = run.ranks.average({**vars(total), "ceiling": matmul_ceiling(run.device, run.dtype) or 0.0})
+    ceiling = mean.pop("ceiling")
+    flops = flops_per_pixel(run.detector.model)
+    images_per_epoch = round(run.steps_per_epoch * run.images_per_step)
+    peak = peak_memory_gib(run.device)
+    lines = summary_lines(Throughput(**mean), run.ranks.size, flops, ceiling, run.precision, images_per_epoch, peak)
+    for line in lines:
+        logger.line(line)
 
 
 def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Path, logger: RunLogger) -> None:

@@ -16,6 +16,7 @@ from detection.data.loaders import Batch, targets_to
 from detection.schedules import BIAS_GROUP
 from detection.settings import TrainSettings
 from detection.skipped_steps import NormalisationStatistics, StepResult, step_if
+from detection.throughput import Throughput
 
 FACTOR = "learning_rate_factor"  # key of an optimizer group
 
@@ -212,6 +213,7 @@ class Meter:
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
+        self.total = Throughput()  # of all readings
         self.restart()
 
     def restart(self) -> None:
@@ -222,9 +224,14 @@ class Meter:
     def restart_clock(self) -> None:
         """Leave out the time until now (an evaluation); the losses since the last reading still count."""
         self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.images = self.pixels = 0  # of this process
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, batches: Sequence[Batch] = ()) -> None:
+        """A step and its micro-batches."""
         self.timed_steps += 1
+        for images in (batch["images"] for batch in batches):
+            self.images += len(images)
+            self.pixels += len(images) * images.shape[2] * images.shape[3]
         self.steps = self.steps + result.finite
         for name, value in result.losses.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(result.finite, value, 0)
@@ -238,5 +245,9 @@ class Meter:
             "train/images_per_second": self.timed_steps * self.images_per_step / seconds,
             "train/wait_fraction": self.waited / seconds,
         }
+        self.total.images += self.images
+        self.total.pixels += self.pixels
+        self.total.seconds += seconds
+        self.total.waited += self.waited
         self.restart()
         return {"train/loss": sum(parts.values()), **parts, **rates}

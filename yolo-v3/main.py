@@ -49,13 +49,15 @@ from detection.errors import (
     known_failure,
 )
 from detection.evaluation import find_all, score_found
+from detection.prefetch import Prefetcher
 from detection.preflight import check_disk, try_checkpoint, try_evaluation, try_step
+from detection.profiling import StepProfiler, waiting_for_data
 from detection.reports import draw_batch
 from detection.reproducibility import environment_report, seed_step
 from detection.resume import check_continued, open_resumed_run
 from detection.run import Run, join_ranks
 from detection.run_loggers import RunLogger, SilentLogger, new_run_directory
-from detection.run_reports import plan_lines, report_evaluation, report_progress
+from detection.run_reports import plan_lines, report_evaluation, report_progress, report_speed
 from detection.run_state import RunState
 from detection.settings import Flag, complete_settings, dump_settings, load_settings
 from detection.skipped_steps import NonFiniteLoss
@@ -80,6 +82,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--accept-changes", action="store_true", help="with --resume: continue under settings that make it another run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
     add("--dry-run", action="store_true", help="print the plan, check everything with a step that is thrown away")
+    add(
+        "--profile",
+        action="store_true",
+        help="record a few steps: a table in the log, trace.json.gz in the run directory",
+    )
     add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was not finite: RUN/not_finite_<step>")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume:  # `--resume train.steps=9` names no directory
@@ -111,7 +118,7 @@ def main() -> None:
         if arguments.dry_run:
             try_everything(run, plan, directory or Path(settings.run.logs_path))
         else:
-            run_and_log(run, plan, directory, checkpoint)
+            run_and_log(run, plan, directory, checkpoint, arguments.profile)
     finally:
         ranks.close()
 
@@ -145,7 +152,9 @@ def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
         raise NumericsError(f"step {report['steps'][0]['step']} is not finite here either")
 
 
-def run_and_log(run: Run, plan: list[str], directory: Path | None, checkpoint: dict[str, Any] | None) -> None:
+def run_and_log(
+    run: Run, plan: list[str], directory: Path | None, checkpoint: dict[str, Any] | None, profiled: bool
+) -> None:
     """Train, with everything that happens written into the run directory; only the first process writes."""
     settings, ranks = run.settings, run.ranks
     stop = StopRequest()
@@ -167,7 +176,7 @@ def run_and_log(run: Run, plan: list[str], directory: Path | None, checkpoint: d
             for line in plan:
                 logger.line(line)
             try:
-                train(run, directory, logger, stop, checkpoint)
+                train(run, directory, logger, stop, checkpoint, profiled)
             except UserError as error:
                 logger.line(error.line, show=False)  # stderr has it too
                 raise
@@ -177,7 +186,14 @@ def run_and_log(run: Run, plan: list[str], directory: Path | None, checkpoint: d
         raise OutputError(f"run directory {directory} cannot be written: {error}") from None
 
 
-def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, checkpoint: dict[str, Any] | None) -> None:
+def train(
+    run: Run,
+    directory: Path,
+    logger: RunLogger,
+    stop: StopRequest,
+    checkpoint: dict[str, Any] | None,
+    profiled: bool = False,
+) -> None:
     """From the first step, or the checkpoint's, to the last; whatever ends it early, its steps are kept."""
     state = run.new_state()
     if checkpoint is not None:
@@ -192,8 +208,10 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             saver.wait()
     started = time.perf_counter()
     logger.line(f"run directory {directory}, from step {state.step}")
+    meter = Meter(run.images_per_step)
+    profiler = StepProfiler(directory, run.device, logger.line, profiled and run.ranks.is_first)
     try:
-        take_steps(run, state, saver, directory, logger, stop)
+        take_steps(run, state, saver, directory, logger, stop, meter, profiler)
     except NonFiniteLoss as error:
         saver.wait()
         bundle = directory / f"not_finite_{min(error.losses):06d}"
@@ -220,21 +238,31 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
         hint = f"; continue from its {LAST} with: yolo-v3/main.py --resume {directory}" if whole else ""
         raise type(failure)(f"{failure.line}{hint}") from None
     saver.wait()
+    report_speed(logger, run, meter.total)
     logger.line(
         f"finished at step {state.step} in {(time.perf_counter() - started) / 60:.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {directory / 'best.pt'}"
     )
 
 
-def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger: RunLogger, stop: StopRequest) -> None:
+def take_steps(
+    run: Run,
+    state: RunState,
+    saver: Saver,
+    directory: Path,
+    logger: RunLogger,
+    stop: StopRequest,
+    meter: Meter,
+    profiler: StepProfiler,
+) -> None:
     """The training loop."""
     settings, ranks = run.settings, run.ranks
     first_step, started = state.step, time.perf_counter()
     sampler = run.sampler(first_step, run.steps)
-    batches = iter(build_training_loader(run.training_set, sampler, settings.data.num_workers, run.device))
+    loader = build_training_loader(run.training_set, sampler, settings.data.num_workers, run.device)
+    batches = Prefetcher(iter(loader), run.device)
     warn = logger.line if ranks.is_first else functools.partial(print, file=sys.stderr, flush=True)
     unreadable = UnreadableImages(len(run.training_set), settings.data.most_unreadable)
-    meter = Meter(run.images_per_step)
     watchdog = Watchdog(ranks, lambda: state.step)
     # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
     has_bar = ranks.is_first and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= NARROWEST_BAR
@@ -262,7 +290,8 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
             set_learning_rates(state.optimizer, functools.partial(run.schedule.at, step - state.skipped.total))
             seed_step(settings.run.seed, step, ranks.rank)
             waiting = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(settings.train.subdivisions)]
+            with waiting_for_data():
+                micro_batches = [next(batches) for _ in range(settings.train.subdivisions)]
             meter.waited += time.perf_counter() - waiting
             for line in (line for batch in micro_batches for line in unreadable.note(batch)):
                 warn(line)
@@ -277,9 +306,14 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
             if state.average:
                 state.average.update(state.model, step, result.finite)
             state.skipped.add(step, result)
-            meter.add(result)
+            meter.add(result, micro_batches)
             state.step += 1
             bar.update(1)
+            waiting = time.perf_counter()
+            with waiting_for_data():
+                batches.prefetch(settings.train.subdivisions)
+            meter.waited += time.perf_counter() - waiting
+            profiler.step()
 
             if state.step % settings.run.log_frequency == 0 or state.step == run.steps:
                 for skipped in state.skipped.read(ranks.average_of):
@@ -304,8 +338,9 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
                 raise unreadable.error() if signal_number == UNREADABLE_VOTE else stopped_by(signal_number)
     finally:
         watchdog.rest()
+        profiler.close()
         bar.close()
-        del batches  # ends the workers
+        del batches, loader  # ends the workers
 
 
 def evaluate_run(

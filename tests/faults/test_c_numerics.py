@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -258,6 +259,46 @@ def no_memory_at_96(main: ModuleType) -> None:
 
 def test_C10_sizes_that_the_network_cannot_take(train: Train) -> None:
     train("run", "train.multiscale_sizes=[320,350]").ends_with(2, "train.multiscale_sizes", "350", "32")
+
+
+@pytest.mark.faults  # the compiler takes a minute
+@pytest.mark.parametrize("preflight", [False, True])
+def test_C11_ten_sizes_are_one_graph_and_the_losses_of_eager_mode(
+    train: Train, tmp_path: Path, preflight: bool
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("the compiler needs g++, which is not on this machine")
+    words = ["train.resize_frequency=1", "train.multiscale_sizes=[64,352]", "train.steps=24", "train.ema_decay=null"]
+    words += ["train.unfreeze_step=6", "evaluation.evaluate_frequency=24", f"run.preflight={str(preflight).lower()}"]
+    eager = train("eager", *words)
+    compiled = train("compiled", *words, "run.compile=true", fault=count_graphs)
+    eager.ends_with(0)
+    assert compiled.wait(600) == 0, compiled.err
+    rows, others = rows_of(tmp_path / "eager"), rows_of(tmp_path / "compiled")
+    assert len({row["train/image_size"] for row in rows}) >= 9
+    for row, other in zip(rows, others, strict=True):
+        # Fused operations round otherwise; 24 steps of it.
+        assert other["train/loss"] == pytest.approx(row["train/loss"], rel=1e-3)
+    # One with the encoder frozen, one without; the preflight's serves the loop.
+    assert "graphs 2, breaks 0, compiled once" in compiled.out
+
+
+def count_graphs(main: ModuleType) -> None:
+    import torch._dynamo.utils
+
+    from detection import run
+
+    real, calls = run.compile_forward, []
+    run.compile_forward = lambda *arguments: (calls.append(arguments), real(*arguments))[1]  # type: ignore[assignment]
+
+    def report() -> None:
+        counters = torch._dynamo.utils.counters
+        times = "once" if len(calls) == 1 else f"{len(calls)} times"
+        breaks = sum(counters["graph_break"].values())
+        print(f"graphs {counters['stats']['unique_graphs']}, breaks {breaks}, compiled {times}", flush=True)
+
+    train = main.train
+    main.train = lambda *arguments: (train(*arguments), report())
 
 
 def slow_suppression(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
