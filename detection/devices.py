@@ -135,14 +135,14 @@ def make_deterministic(device: torch.device) -> None:
             _hpu().setDeterministic(True)
 
 
-SPARE_GRAPHS = 8  # beside one per size: encoder frozen or not, training or evaluation, ...
+GRAPHS_PER_SIZE = 2  # with the encoder frozen, and without
 
 
 def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1) -> nn.Module:
-    """The model with a compiled forward pass; weights and buffers are the same tensors.
+    """The model with a compiled forward pass, one graph per input size; weights and buffers are the same tensors.
 
-    Several sizes share one graph; on HPU, where changing shapes are slow, each has its own. Where the compiler would
-    give up and run the rest without a graph, it raises an error instead.
+    Not one graph for all sizes: Inductor's backward pass of a convolution is made for one size even where all are
+    called dynamic. Where the compiler would give up and run the rest without a graph, it raises an error instead.
 
     Args:
         sizes: how many input sizes there will be.
@@ -157,10 +157,9 @@ def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1) -> n
         raise SettingsError("run.compile: on CUDA it needs the package triton, which is not installed")
     backend = "hpu_backend" if device.type == "hpu" else "inductor"
     options = torch._dynamo.config
-    options.recompile_limit = max(options.recompile_limit, sizes + SPARE_GRAPHS)
+    options.recompile_limit = max(options.recompile_limit, GRAPHS_PER_SIZE * sizes)
     options.fail_on_recompile_limit_hit = True
-    dynamic = sizes > 1 and device.type != "hpu"
-    return cast(nn.Module, torch.compile(model, backend=backend, dynamic=dynamic))
+    return cast(nn.Module, torch.compile(model, backend=backend, dynamic=False))
 
 
 def prepare_distributed(device_type: str) -> str:
