@@ -9,19 +9,17 @@ About 30 seconds on 2 CPU cores.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.training_step import synthetic_batch
 from detection.command_line import DEFAULTS
 from detection.criterion import Criterion
 from detection.data.loaders import SMALLEST_BUCKET, targets_to
-from detection.devices import choose_device, describe_device, synchronize
+from detection.devices import choose_device, describe_device
 from detection.errors import exit_with_message
 from detection.losses import CRITERIA
+from detection.measuring import milliseconds, synthetic_batch
 from detection.models import build_detector
 from detection.operation_trace import OperationTrace
 from detection.settings import load_settings
@@ -110,18 +108,6 @@ def measure(
 
 def whole_share(row: str, whole: float) -> str:
     return f"{float(row.split()[-2]) / whole:.1%}"
-
-
-def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Of each repeat after one warm-up."""
-    times = []
-    for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        if repeat:
-            times.append(1e3 * (time.perf_counter() - started))
-    return times
 
 
 if __name__ == "__main__":

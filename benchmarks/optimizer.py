@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.loss import milliseconds
 from detection.command_line import DEFAULTS
 from detection.devices import choose_device, describe_device
 from detection.errors import exit_with_message
+from detection.measuring import milliseconds
 from detection.models import build_detector
 from detection.settings import load_settings
 from detection.skipped_steps import NormalisationStatistics, step_if

@@ -36,6 +36,7 @@ from detection.devices import (
     synchronize,
 )
 from detection.errors import exit_with_message
+from detection.measuring import BOXES, synthetic_batch
 from detection.models import Detector, build_detector
 from detection.models.mobilenet import DepthwiseConv2d
 from detection.prefetch import Prefetcher
@@ -43,7 +44,6 @@ from detection.settings import Settings, load_settings
 from detection.throughput import MATRIX_SIDES, flops_per_pixel
 from detection.training import build_optimizer, train_step
 
-BOXES = 7  # per image, the mean of COCO
 WARM_UP = 3  # steps
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 PEERS = ("ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn")
@@ -102,21 +102,6 @@ def real_batches(settings: Settings, size: int, arguments: Any, device: torch.de
     steps = (0, WARM_UP + arguments.repeats + 1)
     sampler = TrainingBatchSampler(len(dataset), arguments.batch, 1, steps, 0, size, 0, (size, size))
     return iter(build_training_loader(dataset, sampler, settings.data.num_workers, device))
-
-
-def synthetic_batch(size: int, batch_size: int, num_classes: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(batch_size, 32, 2, generator=generator) * size * 0.8
-    boxes = torch.cat([corners, corners + 8 + torch.rand(corners.shape, generator=generator) * size * 0.2], dim=-1)
-    labels = torch.randint(num_classes, (batch_size, 32), generator=generator)
-    labels[:, BOXES:] = -1
-    images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, generator=generator)
-    return {
-        "images": images.permute(0, 3, 1, 2),
-        "boxes": boxes,
-        "labels": labels,
-        "indices": torch.arange(batch_size),
-    }
 
 
 def time_steps(

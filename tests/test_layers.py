@@ -29,7 +29,7 @@ LAYERS = [
         *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
         *("onnx_files", "onnx_export", "onnx_comparison"),
         *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
-        *("throughput", "profiling", "prefetch"),
+        *("throughput", "profiling", "prefetch", "measuring"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers
