@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.devices import available_memory
+from detection.models.recomputation import RecomputedStage
 from detection.settings import TrainSettings
 
 PROBE_SIDES = (128, 256)  # pixels; what the backward pass keeps grows linearly with the area of the input
@@ -93,7 +94,14 @@ def _kept_bytes(
         "boxes": torch.zeros(1, 1, 4, device=device),
         "labels": torch.full((1, 1), -1, dtype=torch.int64, device=device),
     }
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast():
-        losses = criterion(model(images), targets)
+    # What is kept to compute a block again is no tensor that autograd saves.
+    recomputed = [block for stage in model.modules() if isinstance(stage, RecomputedStage) for block in stage]
+    hooks = [block.register_forward_pre_hook(lambda _, inputs: (count(inputs[0]), None)[1]) for block in recomputed]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast():
+            losses = criterion(model(images), targets)
+    finally:
+        for hook in hooks:
+            hook.remove()
     del losses  # held the graph, and with it what was counted
     return sum(kept.values())

@@ -28,6 +28,7 @@ RESUMABLE = (
     "train.save_minutes",
     "train.keep_checkpoints",
     "train.most_skipped_steps",
+    "train.activation_checkpointing",
     "train.patience",
     "run.preflight",
     "run.timeout_minutes",

@@ -25,6 +25,7 @@ from detection.devices import (
 from detection.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
 from detection.errors import SettingsError
 from detection.models import build_detector, check_image_size, size_multiple
+from detection.models.recomputation import recompute_encoder
 from detection.pretrained import load_pretrained
 from detection.reproducibility import seed_everything
 from detection.run_state import RunState
@@ -96,6 +97,8 @@ class Run:
         seed_everything(settings.run.seed)
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
         self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        if train.activation_checkpointing:
+            recompute_encoder(detector.model)
         if train.sync_batch_norm:
             detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
         self.detector = detector.to(self.device, settings.run.channels_last)

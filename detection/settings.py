@@ -326,6 +326,7 @@ class TrainSettings(Section):
     keep_checkpoints: Annotated[int, Field(ge=0)]
     most_skipped_steps: Count
     sync_batch_norm: bool
+    activation_checkpointing: bool
     patience: Count | None
 
 
@@ -376,6 +377,9 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def check_together(self) -> "Settings":
+        if self.train.activation_checkpointing and (self.run.compile or self.train.sync_batch_norm):
+            other = "run.compile" if self.run.compile else "train.sync_batch_norm"
+            raise ValueError(f"train.activation_checkpointing: must be false with {other}")
         names, count = self.data.class_names, self.yolo.num_classes
         if names is not None and count is not None and len(names) != count:
             raise ValueError(f"data.class_names: has {len(names)} names, but yolo.num_classes is {count}")
