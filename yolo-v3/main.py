@@ -79,14 +79,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIRECTORY",
         help="continue a run (default: the newest) from its last.pt",
     )
-    add("--accept-changes", action="store_true", help="with --resume: continue under settings that make it another run")
+    add("--accept-changes", action="store_true", help="with --resume: though it makes another run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
-    add("--dry-run", action="store_true", help="print the plan, check everything with a step that is thrown away")
-    add(
-        "--profile",
-        action="store_true",
-        help="record a few steps: a table in the log, trace.json.gz in the run directory",
-    )
+    add("--dry-run", action="store_true", help="the plan, and every check; leaves nothing behind")
+    add("--profile", action="store_true", help="table and trace of a few steps, in the log")
     add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was not finite: RUN/not_finite_<step>")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume:  # `--resume train.steps=9` names no directory
