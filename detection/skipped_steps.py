@@ -82,7 +82,10 @@ class NormalisationStatistics:
 
     def settle(self, finite: Tensor) -> None:
         """After a step: the remembered ones come back unless `finite`, a bool on the device, is true."""
-        self.exchange(self.floats)
+        # What is exchanged is the change: statistics that are frozen stay as they are, to the last bit.
+        change = self.floats - self._kept[0]
+        self.exchange(change)
+        torch.add(self._kept[0], change, out=self.floats)
         for tensor, kept in zip((self.floats, self.counters), self._kept, strict=True):
             torch.where(finite, tensor, kept, out=tensor)
 
