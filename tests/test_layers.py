@@ -26,7 +26,15 @@ LAYERS = [
     {
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
-        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
+        *(
+            "detections",
+            "coco_arrays",
+            "coco_rows",
+            "coco_metric",
+            "comparison",
+            "error_analysis",
+            "evaluation_figures",
+        ),
         *("onnx_files", "onnx_export", "onnx_comparison"),
         *("skipped_steps", "run_state", "checkpoint_writer", "preflight", "diagnosis"),
     },
