@@ -36,7 +36,7 @@ LAYERS = [
             "evaluation_figures",
         ),
         *("onnx_files", "onnx_export", "onnx_comparison"),
-        *("skipped_steps", "run_state", "checkpoint_writer", "preflight", "diagnosis"),
+        *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers
