@@ -17,8 +17,9 @@ at least evaluation.visualization_threshold), metrics by size and aspect; valida
 --compare     side by side: metrics, parameters, images/s, AP of each class; a Darknet FILE.weights takes FILE.cfg and,
               without --names, FILE.names beside it
 
-About 25 images per second on a CPU core with a network of a million parameters. Scoring 1.5 million boxes on 5000 images
-takes 3 seconds and 80 MiB; evaluation.backend=pycocotools, the official program, gives the same numbers in 2 minutes.
+About 25 images per second on a CPU core with a network of a million parameters. Scoring 1.5 million boxes on 5000
+images takes 3 seconds and 80 MiB; evaluation.backend=pycocotools, the official program, gives the same numbers in 2
+minutes.
 """
 
 import argparse

@@ -20,7 +20,7 @@ LAYERS = [
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
-        *("postprocessing", "anchor_figure"),
+        *("postprocessing", "suppression", "anchor_figure"),
     },
     {"models", "data"},
     {
