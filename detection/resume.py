@@ -21,6 +21,7 @@ RESUMABLE = (
     "run.log_frequency",
     "run.logs_path",
     "data.root",
+    "data.most_unreadable",
     "data.num_workers",
     "train.steps",
     "train.save_frequency",

@@ -23,7 +23,10 @@ from detection.errors import DataReadError
 MOST_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
 MOST_BYTES = 2**30
 ORIENTATION_TAG = 0x0112  # of EXIF
+MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # begin and end of a whole file
 DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # what Pillow raises
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged image is one line, and that one is ours
 
 
 class Header(NamedTuple):
@@ -122,10 +125,10 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
 
 def decode_image(encoded: np.ndarray, header: Header | None, path: Path) -> np.ndarray:
     """See `read_image`."""
-    is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"
-    # OpenCV fills the missing rest of some truncated files with grey; a complete JPEG holds its end marker.
-    if is_jpeg and encoded.tobytes().rfind(b"\xff\xd9") < 0:
-        raise DataReadError(f"image {path} is damaged: the JPEG data ends early")
+    # OpenCV fills the missing rest of some truncated files with grey; a complete one holds its end marker.
+    for name, (start, end) in MARKERS.items():
+        if encoded[: len(start)].tobytes() == start and encoded.tobytes().rfind(end) < 0:
+            raise DataReadError(f"image {path} is damaged: the {name} data ends early")
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
     except cv2.error:
