@@ -26,15 +26,8 @@ LAYERS = [
     {
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
-        *(
-            "detections",
-            "coco_arrays",
-            "coco_rows",
-            "coco_metric",
-            "comparison",
-            "error_analysis",
-            "evaluation_figures",
-        ),
+        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
+        *("coco_arrays", "coco_rows"),
         *("onnx_files", "onnx_export", "onnx_comparison"),
         *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
     },
