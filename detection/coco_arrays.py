@@ -96,7 +96,7 @@ def accumulate(truths: Truths, found: Found, num_classes: int, protocol: Protoco
                 outcomes = np.where(rank[rows, None] < most, matches.outcomes[of_matches, :, area], NO_MATCH)
                 precision[:, :, label, area, column], recall[:, label, area, column] = _curves(
                     outcomes,
-                    (inside[rows, area] & (rank[rows] < most))[:, None],
+                    inside[rows, area, None],
                     np.cumsum(inside[of_class, area] & listed)[where],
                     int(truth_counts[area]),
                     protocol.recalls,

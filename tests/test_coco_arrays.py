@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import coco_content, detect, join, random_set, truth_as_detections
+from test_evaluation import annotate, coco_content, detect, join, random_set, truth_as_detections
 
 from detection import coco_arrays, coco_metric
 from detection.coco_metric import score, score_groups
@@ -95,6 +95,17 @@ def test_nothing_found_and_boxes_without_area() -> None:
     # without width; without both; a perfect one; outside everything
     found = detect([(0, 0, [5.0, 5, 0, 9], 0.5), (0, 0, [5.0, 5, 0, 0], 0.5), (3, 1, [900.0, 900, 5, 5], 0.9)])
     assert_equal_arrays(annotations, join(found, truth_as_detections(annotations)))
+
+
+@pytest.mark.parametrize(("second", "recall"), [(4, 0.5), (-2, 1.0)])
+def test_the_last_of_equal_truths_is_taken(second: int, recall: float) -> None:
+    """The first detection overlaps both truths by 9 / 11 and takes the last: only the other one is left."""
+    annotations = annotate([(1, 1, [0, 0, 10, 10]), (1, 1, [2, 0, 10, 10])])
+    # 8 / 12 with the nearer truth, 6 / 14 or 4 / 16 with the farther one
+    found = detect([(0, 0, [1.0, 0, 10, 10], 0.9), (0, 0, [second, 0, 10, 10], 0.8)])
+    _, recalls = coco_metric._accumulate(annotations, found, "arrays", annotations.areas, box_areas(found.boxes))
+    assert recalls[0, 0, 0, -1] == recall
+    assert_equal_arrays(annotations, found)
 
 
 def test_groups_of_the_reference() -> None:
