@@ -20,13 +20,14 @@ LAYERS = [
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
-        *("postprocessing", "anchor_figure"),
+        *("postprocessing", "suppression", "anchor_figure"),
     },
     {"models", "data"},
     {
         *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
         *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
+        *("coco_arrays", "coco_rows"),
         *("onnx_files", "onnx_export", "onnx_comparison"),
         *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
     },
