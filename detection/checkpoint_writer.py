@@ -1,6 +1,7 @@
 """Checkpoints written beside the training: the loop copies its state and goes on, a thread writes and verifies it."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from detection.checkpoints import remove_leftovers, save_checkpoint
 from detection.errors import OutputError
+from detection.run import Run
+from detection.run_state import RunState
 
 LAST, BEST = "last.pt", "best.pt"
 NUMBERED = "step_*.pt"
@@ -105,3 +108,36 @@ class CheckpointWriter:
         if isinstance(value, list | tuple):
             return [self._copy(inner, (*place, number)) for number, inner in enumerate(value)]
         return value
+
+
+class Saver:
+    """Decides when this process writes checkpoints: only the first of a run does."""
+
+    def __init__(self, run: Run, state: RunState, directory: Path) -> None:
+        self.run, self.state = run, state
+        self.writer = CheckpointWriter(directory, run.settings.train.keep_checkpoints) if run.ranks.is_first else None
+        self.saved = time.monotonic()
+
+    def due(self) -> bool:
+        minutes = self.run.settings.train.save_minutes
+        late = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+        return late or self.state.step % self.run.save_frequency == 0
+
+    def save(self, best: bool = False, numbered: bool = False) -> None:
+        """Returns when the state is copied; a thread writes it."""
+        self.saved = time.monotonic()
+        if self.writer is not None:
+            number = self.state.step if numbered else None
+            self.writer.save(self.run.checkpoint(self.state), best=best, number=number)
+
+    def check(self) -> None:
+        """Raises:
+        OutputError: a write has failed.
+        """
+        if self.writer is not None:
+            self.writer.check()
+
+    def wait(self) -> None:
+        """Until everything is on the disk; raises like `check`."""
+        if self.writer is not None:
+            self.writer.wait()

@@ -1,7 +1,7 @@
 """Steps that were not finite: what is kept of them, and where in one of them numbers stop being finite."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from detection.checkpoints import load_checkpoint, save_checkpoint
-from detection.data.loaders import Batch, targets_to
+from detection.data.loaders import Batch, collate_samples, targets_to
 from detection.errors import CheckpointError, OutputError
+from detection.reproducibility import seed_step
+from detection.run import Run
+from detection.training import set_encoder_frozen
 
 STATE, REPORT = "state.pt", "report.json"
 MOST_NAMES = 5  # of modules and parameters
@@ -66,6 +69,21 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{directory / REPORT} cannot be read: {error}") from None
     return checkpoint, report
+
+
+def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[list[str]]:
+    """`diagnose_batch` of each micro-batch of a skipped step, as it was: the same images, weights and streams."""
+    settings, state = run.settings, run.new_state()
+    state.load(checkpoint)
+    set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
+    micro_batches = [
+        collate_samples([run.training_set[position] for position in positions])
+        for positions in run.sampler(step, step + 1)
+    ]
+    seed_step(settings.run.seed, step, run.ranks.rank)
+    ids = run.training_set.annotations.image_ids
+    for batch in micro_batches:
+        yield diagnose_batch(state.model, run.criterion, batch, run.autocast, run.device, ids)
 
 
 def diagnose_batch(

@@ -75,6 +75,7 @@ class StoppedBySignal(UserError):
 
 
 MEMORY_HINT = "out of memory: lower evaluation.batch_size or take a smaller evaluation.image_size"
+OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
 
 
 def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) -> NoReturn:

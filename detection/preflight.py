@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,50 @@ import numpy as np
 from torch import Tensor
 
 from detection.checkpoints import save_checkpoint
-from detection.data.coco import Annotations, select_images
+from detection.data.coco import select_images
 from detection.data.loaders import collate_samples
-from detection.errors import OutputError
-from detection.evaluation import Evaluation, evaluate
+from detection.devices import peak_memory_gib
+from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError
+from detection.evaluation import evaluate
+from detection.memory import estimate_memory
+from detection.run import Run
+from detection.run_state import RunState
+from detection.training import set_encoder_frozen
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches of each worker, torch's default
 EVALUATED_IMAGES = 2
+
+
+def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
+    """A whole step at the largest size, with all its memory, that changes nothing."""
+    train = run.settings.train
+    size = train.multiscale_sizes[1] if train.resize_frequency else train.image_size
+    estimate = estimate_memory(run.detector.model, run.criterion, train, size, run.autocast, run.device)
+    say(estimate.line())
+    if estimate.available is not None and estimate.total > estimate.available:
+        raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
+    positions = next(iter(run.sampler(state.step, state.step + 1)))
+    batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
+    set_encoder_frozen(state.model, False, train.encoder_batch_norm)
+    # A second one adds to gradients that are there; more show nothing new.
+    micro_batches = min(train.subdivisions, 2)
+    scale = state.scaler.state_dict()
+    started = time.perf_counter()
+    result = run.take_step(state, run.wrapped(state.model), [batch] * micro_batches, discard=True)
+    values = ", ".join(f"{name} {value.item():.2f}" for name, value in result.losses.items())
+    seconds = time.perf_counter() - started
+    if scale:
+        state.scaler.load_state_dict(scale)
+    state.optimizer.zero_grad(set_to_none=True)
+    step = "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
+    memory = peak_memory_gib(run.device)
+    say(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; thrown away")
+    shared = check_shared_memory(
+        run.settings.data.num_workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels"))
+    )
+    if shared is not None:
+        say(shared)
 
 
 def check_disk(directory: Path, content: dict[str, Any], keep: int) -> str:
@@ -75,13 +113,15 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
         raise OutputError(f"{existing} cannot be written: {error.strerror or error}") from None
 
 
-def try_evaluation(detector: Any, dataset: Any, device: Any, autocast: Any, backend: str) -> Evaluation:
-    """The first images of the validation set through network and metric."""
+def try_evaluation(run: Run, state: RunState) -> str:
+    """The first validation images through network and metric; returns a line for the plan."""
+    dataset, (_, criterion, postprocess) = run.validation_set, run.detector
     count = min(EVALUATED_IMAGES, len(dataset))
     batch = collate_samples([dataset[index] for index in range(count)])
-    few: Annotations = select_images(dataset.annotations, np.arange(count))
-    model, criterion, postprocess = detector
-    return evaluate(model, criterion, postprocess, [batch], few, device, autocast, backend)
+    few = select_images(dataset.annotations, np.arange(count))
+    backend = run.settings.evaluation.backend
+    found = evaluate(state.evaluated_model, criterion, postprocess, [batch], few, run.device, run.autocast, backend)
+    return f"evaluator   {found.backend} ran on two images"
 
 
 def tensor_bytes(value: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detection.errors import CheckpointError
+from detection.errors import CheckpointError, NumericsError
 from detection.settings import TrainSettings
 from detection.skipped_steps import NormalisationStatistics, SkippedSteps
 from detection.training import ExponentialAverage, build_optimizer
@@ -55,6 +55,16 @@ class RunState:
         if rises:
             self.best_ap50, self.best_step = ap50, self.step
         return rises
+
+    def check_scale(self) -> None:
+        """Raises:
+        NumericsError: fp16's scale has sunk below 1: even unscaled gradients overflow.
+        """
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise NumericsError(
+                f"step {self.step}: the loss scale has sunk to {self.scaler.get_scale():g}, gradients overflow in "
+                "fp16; take run.precision=bf16 or off, or a lower train.learning_rate"
+            )
 
     def content(self) -> dict[str, Any]:
         """For a checkpoint; the tensors are the live ones."""

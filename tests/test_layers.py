@@ -28,7 +28,7 @@ LAYERS = [
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
         *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
         *("onnx_files", "onnx_export", "onnx_comparison"),
-        *("skipped_steps", "run_state", "checkpoint_writer", "preflight", "diagnosis"),
+        *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
     },
 ]
 SCRIPTS = "scripts"  # above all layers

@@ -29,6 +29,7 @@ from torchvision.models import mobilenet_v3_small
 from detection.coco_metric import METRIC_NAMES
 from detection.devices import choose_precision
 from detection.errors import CheckpointError, exit_with_message
+from detection.run_reports import plan_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
@@ -556,7 +557,7 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     torch.save(state, "gone.pth")
     run = module.Run(settings, alone, fresh=True)
     assert torch.equal(run.detector.model.encoder.stages[0][0][0].weight, state["features.0.0.weight"])
-    assert any(line.startswith("pretrained  encoder") and "gone.pth" in line for line in run.plan())
+    assert any(line.startswith("pretrained  encoder") and "gone.pth" in line for line in plan_lines(run))
 
 
 # Small ways to run

@@ -17,6 +17,8 @@ from runs import NETWORK, OVERLAY, Run
 from test_main import first_difference
 from torch import Tensor
 
+from detection import preflight
+from detection import run as run_parts
 from detection.boxes import pairwise_iou
 from detection.checkpoints import load_checkpoint
 from detection.devices import autocast
@@ -101,7 +103,7 @@ def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[...,
 
 def break_criterion_of_image(main: ModuleType) -> None:
     """NaN for the second image of each micro-batch of two."""
-    build = main.build_detector
+    build = run_parts.build_detector
 
     def build_with_fault(*arguments: Any) -> Any:
         detector = build(*arguments)
@@ -118,7 +120,7 @@ def break_criterion_of_image(main: ModuleType) -> None:
         detector.criterion.forward = forward
         return detector
 
-    main.build_detector = build_with_fault
+    run_parts.build_detector = build_with_fault
 
 
 def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
@@ -134,9 +136,9 @@ def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
 
 def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> None:
     """fp16's scaler around float32; in these steps the gradients are infinite, the losses are not."""
-    main.build_scaler = lambda device, dtype: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+    run_parts.build_scaler = lambda device, dtype: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
     taken = 0
-    real = main.train_step
+    real = run_parts.train_step
 
     def train_step_with_overflow(model: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
         nonlocal taken
@@ -151,7 +153,7 @@ def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> Non
             handle.remove()
         return result
 
-    main.train_step = train_step_with_overflow
+    run_parts.train_step = train_step_with_overflow
 
 
 def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train: Train, tmp_path: Path) -> None:
@@ -239,19 +241,19 @@ def test_C09_the_largest_size_is_tried_first_and_does_not_fit(train: Train, tmp_
 
 
 def little_memory(main: ModuleType) -> None:
-    estimate = main.estimate_memory
-    main.estimate_memory = lambda *arguments: dataclasses.replace(estimate(*arguments), available=1000)
+    estimate = preflight.estimate_memory
+    preflight.estimate_memory = lambda *arguments: dataclasses.replace(estimate(*arguments), available=1000)
 
 
 def no_memory_at_96(main: ModuleType) -> None:
-    real = main.train_step
+    real = run_parts.train_step
 
     def train_step_with_fault(model: Any, criterion: Any, optimizer: Any, scaler: Any, batches: Any, *more: Any) -> Any:
         if batches[0]["images"].shape[-1] >= 96:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return real(model, criterion, optimizer, scaler, batches, *more)
 
-    main.train_step = train_step_with_fault
+    run_parts.train_step = train_step_with_fault
 
 
 def test_C10_sizes_that_the_network_cannot_take(train: Train) -> None:

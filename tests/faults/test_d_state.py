@@ -19,16 +19,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import OVERLAY, Run, at_step, die, load_main, run_script
+from runs import OVERLAY, Run, at_step, die, run_script
 from test_checkpoints import Payload, equal
 from test_main import first_difference
 
 from detection import checkpoints
 from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import content_digest, load_checkpoint, save_checkpoint
-from detection.errors import CheckpointError, OutputError
+from detection.command_line import DEFAULTS
+from detection.errors import CheckpointError, OutputError, SettingsError
+from detection.resume import RESUMABLE, open_resumed_run
 from detection.run_loggers import RunLogger, new_run_directory
-from detection.settings import leaf_items
+from detection.settings import complete_settings, leaf_items, load_settings
 
 Train = Callable[..., Run]
 Launch = Callable[..., Run]
@@ -472,16 +474,15 @@ def other_values(value: Any) -> list[Any]:
 @pytest.mark.faults
 def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, common: list[str], tmp_path: Path) -> None:
     train("run", "train.steps=1").ends_with(0)
-    main = load_main()
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
-    settings = main.complete_settings(checkpoint["settings"], main.DEFAULTS)
+    settings = complete_settings(checkpoint["settings"], DEFAULTS)
     tried = 0
     for key, value in leaf_items(settings.model_dump(mode="json")):
         for other in other_values(value):
             word = f"{key}={yaml.safe_dump(other, default_flow_style=True).splitlines()[0]}"
             try:
-                changed = main.load_settings(settings, [], [word])[0]
-            except main.SettingsError:
+                changed = load_settings(settings, [], [word])[0]
+            except SettingsError:
                 continue
             if changed != settings:
                 break
@@ -489,14 +490,14 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, com
             continue
         tried += 1
         resume = argparse_like(tmp_path / "run", [word])
-        if key in main.RESUMABLE:
-            assert main.open_resumed_run(resume, {})[3], key
+        if key in RESUMABLE:
+            assert open_resumed_run(resume, {})[3], key
             continue
-        with pytest.raises(main.SettingsError, match=f"{key} was .* and cannot become") as raised:
-            main.open_resumed_run(resume, {})
+        with pytest.raises(SettingsError, match=f"{key} was .* and cannot become") as raised:
+            open_resumed_run(resume, {})
         assert raised.value.exit_code == 2
         resume.accept_changes = True
-        assert any(f"continued with {key} = " in line for line in main.open_resumed_run(resume, {})[3])
+        assert any(f"continued with {key} = " in line for line in open_resumed_run(resume, {})[3])
     assert tried > 60
 
 

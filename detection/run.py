@@ -1,0 +1,193 @@
+"""What a run is made of: everything that its settings, data and device decide before the first step."""
+
+import functools
+import math
+from typing import Any
+
+import cv2
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from detection.data import build_datasets, make_builtin
+from detection.data.checks import check_before_training
+from detection.data.coco import annotations_digest, repeat_factors
+from detection.data.fit_checks import describe_network
+from detection.data.loaders import Batch, TrainingBatchSampler
+from detection.devices import (
+    autocast,
+    build_scaler,
+    choose_precision,
+    compile_forward,
+    mark_step_of,
+    open_device,
+    prepare_distributed,
+)
+from detection.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
+from detection.errors import SettingsError
+from detection.models import build_detector, check_image_size, size_multiple
+from detection.pretrained import load_pretrained
+from detection.reproducibility import seed_everything
+from detection.run_state import RunState
+from detection.schedules import build_schedule, resolve_steps
+from detection.settings import SIZE_MULTIPLE, Settings
+from detection.skipped_steps import StepResult
+from detection.training import train_step
+
+
+def join_ranks(settings: Settings) -> Ranks:
+    """This process among those that torchrun started, or alone, on its device."""
+    _, local_rank, size = read_environment()
+    device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
+
+
+class Run:
+    """Everything that is fixed before the first step: device, data, detector and all durations in steps.
+
+    Args:
+        ranks: this process among those of the run, with its device.
+        fresh: false for a continued run, whose weights all come from its checkpoint.
+    """
+
+    def __init__(self, settings: Settings, ranks: Ranks, fresh: bool) -> None:
+        train, evaluation = settings.train, settings.evaluation
+        self.settings, self.ranks = settings, ranks
+        self.device = ranks.device
+        self.mark_step = mark_step_of(self.device, settings.run.lazy)
+        dtype = choose_precision(self.device, settings.run.precision)
+        self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+        self.autocast = functools.partial(autocast, self.device, dtype)
+        self.build_scaler = functools.partial(build_scaler, self.device, dtype)
+
+        if ranks.is_first:
+            make_builtin(settings.data)
+        ranks.broadcast(None)  # the others wait for it
+        self.training_set, self.validation_set = build_datasets(
+            settings.data,
+            train.image_size,
+            evaluation.image_size,
+            settings.run.seed,
+            settings.yolo.num_classes,
+            evaluation.max_images,
+        )
+        self.categories = self.training_set.annotations.categories
+        self.data_digest = annotations_digest(self.training_set.annotations)
+        self.repeat_factors = None
+        if settings.data.balance == "repeat_factor":
+            self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
+
+        self.size_step = SIZE_MULTIPLE
+        self.images_per_step = train.batch_size * train.subdivisions * ranks.size
+        self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
+        self.steps = max(self.in_steps(train.steps), 1)
+        self.unfreeze_step = self.in_steps(train.unfreeze_step)
+        self.ema_ramp = self.in_steps(train.ema_ramp)
+        self.save_frequency = max(self.in_steps(train.save_frequency), 1)
+        self.evaluate_frequency = max(self.in_steps(evaluation.evaluate_frequency), 1)
+        try:
+            self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+
+        seed_everything(settings.run.seed)
+        detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        if train.sync_batch_norm:
+            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
+        self.detector = detector.to(self.device, settings.run.channels_last)
+        if detector.criterion is None:
+            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+        self.criterion = detector.criterion.to(self.device)
+        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
+        for name, sizes in (
+            ("train.image_size", [train.image_size]),
+            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
+            ("evaluation.image_size", [evaluation.image_size]),
+        ):
+            for size in sizes:
+                check_image_size(detector.model, name, size)
+        smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
+        if train.batch_size == 1 and smallest == size_multiple(detector.model):
+            raise SettingsError(
+                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a normalisation "
+                "needs more than one value; take train.batch_size=2 or larger images"
+            )
+        network = describe_network(detector.model, settings.yolo, train)
+        self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
+
+    def in_steps(self, duration: int | str) -> int:
+        return resolve_steps(duration, self.steps_per_epoch)
+
+    def sampler(self, first_step: int, end_step: int) -> TrainingBatchSampler:
+        train = self.settings.train
+        return TrainingBatchSampler(
+            len(self.training_set),
+            train.batch_size,
+            train.subdivisions,
+            (first_step, end_step),
+            self.settings.run.seed,
+            train.image_size,
+            train.resize_frequency,
+            train.multiscale_sizes,
+            self.repeat_factors,
+            self.size_step,
+            self.ranks.rank,
+            self.ranks.size,
+        )
+
+    def image_ids_of_step(self, step: int) -> list[int]:
+        """Of all micro-batches and processes."""
+        images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
+        sampler = self.sampler(step, step + 1)
+        return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
+
+    def new_state(self) -> RunState:
+        """Before the first step."""
+        return RunState(
+            self.detector.model, self.settings.train, self.ema_ramp, self.build_scaler(), self.ranks.average_
+        )
+
+    def conditions(self) -> dict[str, str | int]:
+        """What, besides settings and annotations, decides which numbers come out."""
+        return {"processes": self.ranks.size, "image decoder": f"OpenCV {cv2.__version__}"}
+
+    def checkpoint(self, state: RunState) -> dict[str, Any]:
+        """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
+        model = self.detector.model
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "data_digest": self.data_digest,
+            "conditions": self.conditions(),
+            "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
+            "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
+            "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
+            **state.content(),
+        }
+
+    def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
+        if self.settings.run.compile:
+            model = compile_forward(model, self.device)
+        if self.ranks.size == 1:
+            return model
+        # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def take_step(
+        self, state: RunState, model: torch.nn.Module, micro_batches: list[Batch], discard: bool = False
+    ) -> StepResult:
+        return train_step(
+            model,
+            self.criterion,
+            state.optimizer,
+            state.scaler,
+            micro_batches,
+            self.autocast,
+            self.device,
+            self.settings.train.clip_norm,
+            state.statistics,
+            discard,
+            self.mark_step,
+        )
