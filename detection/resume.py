@@ -22,6 +22,11 @@ RESUMABLE = (
     "run.logs_path",
     "data.root",
     "data.num_workers",
+    "data.decoder",  # what decoded is a condition of the checkpoint, see check_continued
+    "data.cache",
+    "data.cache_gib",
+    "data.cache_path",
+    "data.slow_sample_seconds",
     "train.steps",
     "train.save_frequency",
     "train.save_minutes",

@@ -4,13 +4,13 @@ import functools
 import math
 from typing import Any
 
-import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.data import build_datasets, make_builtin
 from detection.data.checks import check_before_training
 from detection.data.coco import annotations_digest, repeat_factors
+from detection.data.decoders import choose_decoder, describe_decoder
 from detection.data.fit_checks import describe_network
 from detection.data.loaders import Batch, TrainingBatchSampler
 from detection.devices import (
@@ -151,7 +151,8 @@ class Run:
 
     def conditions(self) -> dict[str, str | int]:
         """What, besides settings and annotations, decides which numbers come out."""
-        return {"processes": self.ranks.size, "image decoder": f"OpenCV {cv2.__version__}"}
+        decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
+        return {"processes": self.ranks.size, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
         """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""

@@ -114,7 +114,7 @@ def test_the_warp_shows_what_two_steps_show(default_settings: Load, interpolatio
         theirs = in_two_steps(data, 128, 5, image, *nothing, (index, 0)).image
         away_from_the_border = cv2.erode((theirs != data.fill).any(axis=2).astype(np.uint8), np.ones((5, 5))) > 0
         difference = np.abs(ours - theirs)[away_from_the_border]
-        assert difference.mean() < 1 and difference.max() <= 6, (index, difference.mean(), difference.max())
+        assert difference.mean() < 1 and difference.max() <= 10, (index, difference.mean(), difference.max())
 
 
 def reference_warp(image: np.ndarray, matrix: np.ndarray, size: int, fill: tuple[int, int, int]) -> np.ndarray:

@@ -41,6 +41,7 @@ OPTIONAL_PACKAGES = {
     "onnxscript",
     "onnx_ir",
     "timm",
+    "simplejpeg",
 }
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 

@@ -41,8 +41,11 @@ class Augmentation:
         """
         # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
         # applied with equal probability would be applied to the same images.
-        chance = random.Random(f"{self.seed},{epoch},{index}")
-        self.compose.set_random_state(np.random.default_rng([self.seed, epoch, index]), chance)
+        numbers, chance = (
+            np.random.default_rng([self.seed, epoch, index]),
+            random.Random(f"{self.seed},{epoch},{index}"),
+        )
+        self.compose.set_random_state(numbers, chance)
         chance.random()  # `Compose` draws whether to do anything at all
         matrix = np.eye(3)
         moved = self.affine is not None and self.affine.should_apply()

@@ -18,7 +18,9 @@ import torch
 from torchvision.datasets import CocoDetection
 
 from detection.data.annotation_files import read_columns, read_json
+from detection.data.image_cache import ImageCache
 from detection.data.image_files import read_image
+from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
 from detection.settings import DataSettings
@@ -122,6 +124,11 @@ class CocoDataset(CocoDetection):
         fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
         strict: refuse degenerate and outside boxes instead of dropping them.
         follow_links: whether image files may be links that lead out of the image directory.
+        decoder: of JPEG files, a name of `JPEG_DECODERS`.
+        slow_seconds: an image that takes longer is named on stderr; None: never.
+
+    Attributes:
+        cache: of decoded images, if there is one.
 
     Raises:
         DataError: the file is not a COCO annotation file, or holds nothing to use; one line with file and place.
@@ -137,6 +144,8 @@ class CocoDataset(CocoDetection):
         fraction: tuple[float, bool] | None = None,
         strict: bool = False,
         follow_links: bool = False,
+        decoder: str = "opencv",
+        slow_seconds: float | None = None,
     ) -> None:
         # Without the index that CocoDetection would build: everything is in the arrays.
         super(CocoDetection, self).__init__(str(images))
@@ -149,9 +158,19 @@ class CocoDataset(CocoDetection):
         self.sample_transform = transform
         self.image_root = images.resolve()
         self.follow_links = follow_links
+        self.decoder = decoder
+        self.cache: ImageCache | None = None
+        self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
 
     def __len__(self) -> int:
         return len(self.annotations)
+
+    def describe_image(self, index: int) -> str:
+        return f"image id {self.annotations.image_ids[index]} ({self.annotations.file_name(index)})"
+
+    def __getitems__(self, positions: list[int | tuple[int, int, int]]) -> list[Sample]:
+        """What a loader asks for: the samples of a batch, each on the clock."""
+        return [self.slow_samples.time(self.__getitem__, position) for position in positions]
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         """One image through the transform.
@@ -170,8 +189,8 @@ class CocoDataset(CocoDetection):
         try:
             return self.sample_transform(image, boxes, labels, index, epoch, size)
         except Exception as error:
-            name, number = self.annotations.file_name(index), self.annotations.image_ids[index]
-            error.add_note(f"while transforming image id {number} ({name}) of epoch {epoch} at {size or 'its own'} px")
+            place = f"of epoch {epoch} at {size or 'its own'} px"
+            error.add_note(f"while transforming {self.describe_image(index)} {place}")
             raise
 
     def load_image(self, index: int) -> np.ndarray:
@@ -179,7 +198,7 @@ class CocoDataset(CocoDetection):
         path = self.image_root / self.annotations.file_name(index)
         if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
             raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")
-        image = read_image(path)
+        image = read_image(path, self.decoder) if self.cache is None else self.cache.read(index, path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):
             swapped = (image.shape[0], image.shape[1]) == (width, height)
