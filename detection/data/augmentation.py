@@ -41,10 +41,7 @@ class Augmentation:
         """
         # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
         # applied with equal probability would be applied to the same images.
-        numbers, chance = (
-            np.random.default_rng([self.seed, epoch, index]),
-            random.Random(f"{self.seed},{epoch},{index}"),
-        )
+        numbers, chance = self.streams(epoch, index)
         self.compose.set_random_state(numbers, chance)
         chance.random()  # `Compose` draws whether to do anything at all
         matrix = np.eye(3)
@@ -61,6 +58,9 @@ class Augmentation:
         for step in self.pixelwise:
             image = step(image=image)["image"]
         return image, boxes[kept], labels[kept]
+
+    def streams(self, epoch: int, index: int) -> tuple[np.random.Generator, random.Random]:
+        return np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")
 
     def transform_image(
         self, placed: Placed, matrix: np.ndarray, moved: bool, mirrored: list[bool], size: int

@@ -112,7 +112,7 @@ def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: p
 
 
 @pytest.mark.guard(
-    "detection.data.augmentation:Augmentation.__call__",
+    "detection.data.augmentation:Augmentation.streams",
     'np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")',
     "np.random.default_rng(self.seed), random.Random(self.seed)",
 )
