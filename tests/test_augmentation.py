@@ -112,7 +112,8 @@ def test_the_warp_shows_what_two_steps_show(default_settings: Load, interpolatio
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         ours = transform(image, *nothing, index, 0, 0).image.astype(int)
         theirs = in_two_steps(data, 128, 5, image, *nothing, (index, 0)).image
-        away_from_the_border = cv2.erode((theirs != data.fill).any(axis=2).astype(np.uint8), np.ones((5, 5))) > 0
+        shown = np.pad((theirs != data.fill).any(axis=2), 1).astype(np.uint8)  # the border may lie in the last pixel
+        away_from_the_border = cv2.erode(shown, np.ones((5, 5)))[1:-1, 1:-1] > 0
         difference = np.abs(ours - theirs)[away_from_the_border]
         assert difference.mean() < 1 and difference.max() <= 10, (index, difference.mean(), difference.max())
 
