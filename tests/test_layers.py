@@ -42,6 +42,7 @@ OPTIONAL_PACKAGES = {
     "onnx_ir",
     "timm",
     "simplejpeg",
+    "msgspec",
 }
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 

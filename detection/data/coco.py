@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torchvision.datasets import CocoDetection
 
-from detection.data.annotation_files import read_columns, read_json
+from detection.data.annotation_files import Columns, Fault, read_columns, read_json
+from detection.data.fast_annotations import read_fast
 from detection.data.image_cache import ImageCache
 from detection.data.image_files import read_image
 from detection.data.slow_samples import SlowSamples
@@ -149,7 +150,7 @@ class CocoDataset(CocoDetection):
     ) -> None:
         # Without the index that CocoDetection would build: everything is in the arrays.
         super(CocoDetection, self).__init__(str(images))
-        content, faults = read_json(annotations)
+        content, faults = read_annotations(annotations)
         if not images.is_dir():
             raise DataError(f"image directory {images} does not exist")
         self.annotations = flatten_annotations(content, str(annotations), class_names, categories, fraction, strict)
@@ -259,15 +260,21 @@ class FakeDataset(torch.utils.data.Dataset):
         return cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_LINEAR)
 
 
+def read_annotations(path: Path) -> tuple[Columns | Any, list[Fault]]:
+    """The columns of a plain file at once, else what `read_json` returns."""
+    columns = read_fast(path)
+    return read_json(path) if columns is None else (columns, [])
+
+
 def flatten_annotations(
-    content: dict[str, Any],
+    content: Columns | Any,
     where: str,
     class_names: Sequence[str] | None = None,
     categories: Categories | None = None,
     fraction: tuple[float, bool] | None = None,
     strict: bool = False,
 ) -> Annotations:
-    """Turn the parsed JSON into flat, checked arrays; see `CocoDataset` for the arguments and `Annotations`."""
+    """Turn columns or the parsed JSON into flat, checked arrays; see `CocoDataset` for the arguments, `Annotations`."""
     columns = read_columns(content, where)
     chosen = choose_categories(columns.categories, class_names, categories, where)
     chosen_ids = id_of_name(columns.categories, chosen)
@@ -514,7 +521,7 @@ def load_annotations(
 
     The arguments are those of `CocoDataset`.
     """
-    content, faults = read_json(path)
+    content, faults = read_annotations(path)
     annotations = flatten_annotations(content, str(path), class_names, None, fraction, strict)
     if faults:
         raise DataError(f"{path}: {faults[0].message}")
