@@ -21,7 +21,7 @@ def photograph(seed: int) -> np.ndarray:
     for cells in (4, 12, 40, 120, 240):
         coarse = generator.uniform(-1, 1, (cells * 3 // 4, cells, 3)).astype(np.float32)
         image += cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) * cells**-0.4
-    image += generator.normal(0, 0.03, image.shape).astype(np.float32)
+    image += generator.normal(0, 0.11, image.shape).astype(np.float32)
     return cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)  # type: ignore[call-overload]
 
 
