@@ -34,10 +34,14 @@ def write_photographs(directory: Path, count: int, quality: int = 90) -> int:
     return sum(file.stat().st_size for file in directory.iterdir()) // count
 
 
-def write_links(directory: Path, count: int) -> None:
-    """As many names as images for one JPEG: hard links, as many as the file system lets a file have, then a copy."""
+def write_links(directory: Path, count: int, image: np.ndarray | None = None) -> None:
+    """As many names as images for one JPEG: hard links, as many as the file system lets a file have, then a copy.
+
+    Args:
+        image: RGB uint8, (height, width, 3); None: a photograph.
+    """
     directory.mkdir(parents=True)
-    content = cv2.imencode(".jpg", photograph(0)[..., ::-1])[1].tobytes()
+    content = cv2.imencode(".jpg", (photograph(0) if image is None else image)[..., ::-1])[1].tobytes()
     first = None
     for number in range(count):
         path = directory / f"{number:012}.jpg"
