@@ -157,21 +157,26 @@ def save_png(path: Path, image: np.ndarray) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    _save(path, image, ".png", [])
+    replace_file(path, _encode(image, ".png", []))
 
 
 def save_jpeg(path: Path, image: np.ndarray) -> None:
     """As `save_png`, a tenth of the size for a photograph, with losses that the eye does not see."""
-    _save(path, image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])
+    replace_file(path, encode_jpeg(image))
 
 
-def _save(path: Path, image: np.ndarray, kind: str, options: list[int]) -> None:
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """An RGB uint8 image (H, W, 3) as the content of a JPEG file."""
+    return _encode(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def _encode(image: np.ndarray, kind: str, options: list[int]) -> bytes:
     _check_image(image)
-    # Encoded in memory, because `cv2.imwrite` only returns False when it fails, with no word about the cause.
+    # In memory, because `cv2.imwrite` only returns False when it fails, with no word about the cause.
     encoded, content = cv2.imencode(kind, np.ascontiguousarray(image[:, :, ::-1]), options)  # OpenCV's order is BGR
     if not encoded:
-        raise OSError(f"{path}: OpenCV cannot encode an image of shape {image.shape} as {kind[1:].upper()}")
-    replace_file(path, content.tobytes())
+        raise OSError(f"OpenCV cannot encode an image of shape {image.shape} as {kind[1:].upper()}")
+    return content.tobytes()
 
 
 def _check_image(image: np.ndarray) -> None:

@@ -127,5 +127,5 @@ def known_failure(error: RuntimeError | MemoryError, memory_hint: str) -> UserEr
     if "does not have a deterministic implementation" in text:
         return SettingsError(f"run.deterministic: {text.split(',')[0]}; say run.deterministic=false")
     if "DataLoader worker" in text:
-        return DataReadError(f"a loader worker died: {text}")
+        return DataReadError(f"a loader worker died, perhaps for want of memory (data.num_workers): {text}")
     return None

@@ -21,6 +21,7 @@ RESUMABLE = (
     "run.log_frequency",
     "run.logs_path",
     "data.root",
+    "data.most_unreadable",
     "data.num_workers",
     "data.decoder",  # what decoded is a condition of the checkpoint, see check_continued
     "data.cache",

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.data import build_datasets, make_builtin
 from detection.data.checks import check_before_training
-from detection.data.coco import annotations_digest, repeat_factors
+from detection.data.coco import CocoDataset, annotations_digest, repeat_factors
 from detection.data.decoders import choose_decoder, describe_decoder
 from detection.data.fit_checks import describe_network
 from detection.data.loaders import Batch, TrainingBatchSampler
@@ -72,6 +72,8 @@ class Run:
             settings.yolo.num_classes,
             evaluation.max_images,
         )
+        if isinstance(self.training_set, CocoDataset):
+            self.training_set.substitutes = True
         self.categories = self.training_set.annotations.categories
         self.data_digest = annotations_digest(self.training_set.annotations)
         self.repeat_factors = None

@@ -23,6 +23,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from detection.drawing import encode_jpeg
 from detection.errors import OutputError
 
 STEP = "step"
@@ -129,8 +130,10 @@ class RunLogger:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"{tag}: an image must be RGB uint8 (H, W, 3), this is {image.dtype} {image.shape}")
         if self._tensorboard is not None:
-            self._tensorboard.add_image(tag, image, step, dataformats="HWC")
-            self._tensorboard.flush()
+            # `add_image` knows PNG only: photographs would take more room than all numbers of a run.
+            height, width, _ = image.shape
+            picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": encode_jpeg(image)}
+            self._show([{"tag": tag, "image": picture}], step)
 
     def line(self, text: str, show: bool = True) -> None:
         """Append a line to `train.log` and, if `show`, print it, above the progress bar if there is one."""
@@ -178,10 +181,15 @@ class RunLogger:
         row = {STEP: step} | {tag: _finite_or_none(value) for tag, value in values.items()}
         self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         if self._tensorboard is not None:
-            for tag, value in values.items():
-                if value is not None:
-                    self._tensorboard.add_scalar(tag, value, step)
-            self._tensorboard.flush()
+            defined = [(tag, float(value)) for tag, value in values.items() if value is not None]
+            self._show([{"tag": tag, "simple_value": value} for tag, value in defined], step)
+
+    def _show(self, values: list[dict[str, Any]], step: int) -> None:
+        """One event for all values: `add_scalar` and `add_image` write one each, of twice the size."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._tensorboard.file_writer.add_summary(Summary(value=values), step)
+        self._tensorboard.flush()
 
 
 class SilentLogger(RunLogger):

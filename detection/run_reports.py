@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from detection.coco_metric import choose_backend
 from detection.devices import describe_device, peak_memory_gib
-from detection.drawing import save_png
+from detection.drawing import save_jpeg
 from detection.evaluation import Evaluation
 from detection.models.darknet_cfg import cfg_notices, parse_cfg
 from detection.reports import draw_detections, metric_table, protocol_line, write_evaluation
@@ -104,6 +104,6 @@ def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Pa
         logger.line(line)
     picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
     if picture is not None:
-        save_png(directory / "images" / f"validation_{step:06d}.png", picture)
+        save_jpeg(directory / "images" / f"validation_{step:06d}.jpg", picture)
         logger.image(step, "validation", picture)
     write_evaluation(directory, evaluation, dataset, step, settings.model_dump(mode="json"))

@@ -257,6 +257,7 @@ class DataSettings(Section):
     fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
     follow_links: bool
+    most_unreadable: Annotated[float, Field(ge=0, lt=1)]
     augmentation: AugmentationSettings
 
     @model_validator(mode="after")

@@ -74,10 +74,22 @@ def evaluations_of(directory: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key.startswith("val/") and value is not None} for row in rows]
 
 
-@pytest.mark.parametrize("subdivisions", [1, pytest.param(4, marks=pytest.mark.faults)])
-def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivisions: int) -> None:
+@pytest.mark.parametrize(
+    ("subdivisions", "unfreeze_step"),
+    [
+        pytest.param(1, 0),
+        pytest.param(4, 0, marks=pytest.mark.faults),
+        # The encoder's gradients are exchanged only from then on; the wrapper that exchanges them is another one.
+        pytest.param(1, 4, marks=pytest.mark.faults),
+    ],
+)
+def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivisions: int, unfreeze_step: int) -> None:
     # 9 training and 4 validation images; effective batch 4 * subdivisions either way
-    common = [f"data.root={drawn_dataset}", f"train.subdivisions={subdivisions}"]
+    common = [
+        f"data.root={drawn_dataset}",
+        f"train.subdivisions={subdivisions}",
+        f"train.unfreeze_step={unfreeze_step}",
+    ]
     running = [
         start(1, tmp_path / "one", *common, "train.batch_size=4", "--output", tmp_path / "one" / "run"),
         start(2, tmp_path / "two", *common, "train.batch_size=2", "--output", tmp_path / "two" / "run"),

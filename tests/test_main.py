@@ -326,8 +326,8 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     (events,) = (name for name in names if name.startswith("events.out.tfevents."))
     assert names - {events} == {
         "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
-        "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.png",
-        "images/validation_000010.png", "images/validation_000012.png",
+        "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.jpg",
+        "images/validation_000010.jpg", "images/validation_000012.jpg",
     }  # fmt: skip
     for name in names:
         if name.endswith(".png"):

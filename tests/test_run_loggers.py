@@ -200,14 +200,15 @@ def test_torn_header_is_written_anew(tmp_path: Path, no_tensorboard: None) -> No
 def test_image_comes_back_from_tensorboard(tmp_path: Path) -> None:
     from PIL import Image
 
-    image = np.random.default_rng(0).integers(0, 255, (7, 5, 3), dtype=np.uint8)
+    image = np.full((7, 5, 3), (200, 30, 60), dtype=np.uint8)
     with RunLogger(tmp_path) as logger:
         logger.image(3, "validation/0", image)
         with pytest.raises(ValueError, match="RGB uint8"):
             logger.image(3, "validation/0", image.astype(np.float32))
         (event,) = read_events(tmp_path).Images("validation/0")  # on disk before close
     assert event.step == 3
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), image)
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert shown.shape == image.shape and np.abs(shown.astype(int) - image).max() < 4  # JPEG
 
 
 def test_without_tensorboard_one_notice_and_everything_else(

@@ -29,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 from detection.aliases import add_training_flags
-from detection.checkpoint_writer import Saver
+from detection.checkpoint_writer import LAST, Saver
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data.loaders import build_evaluation_loader, build_training_loader
+from detection.data.unreadable import UNREADABLE_VOTE, UnreadableImages
 from detection.devices import describe_device
 from detection.diagnosis import read_bundle, retake_step, write_bundle
 from detection.distributed import Watchdog
@@ -45,6 +46,7 @@ from detection.errors import (
     StoppedBySignal,
     UserError,
     exit_with_message,
+    known_failure,
 )
 from detection.evaluation import find_all, score_found
 from detection.preflight import check_disk, try_checkpoint, try_evaluation, try_step
@@ -210,10 +212,13 @@ def train(run: Run, directory: Path, logger: RunLogger, stop: StopRequest, check
             raise StoppedBySignal(line, error.signal_number) from None
         raise DataReadError(line) from None
     except RuntimeError as error:
-        failure = run.ranks.explain(error, state.step)
+        failure = run.ranks.explain(error, state.step) or known_failure(error, OUT_OF_MEMORY)
         if failure is None:
             raise
-        raise failure from None
+        # In the middle of a step: what is on the disk counts.
+        whole = (directory / LAST).exists()
+        hint = f"; continue from its {LAST} with: yolo-v3/main.py --resume {directory}" if whole else ""
+        raise type(failure)(f"{failure.line}{hint}") from None
     saver.wait()
     logger.line(
         f"finished at step {state.step} in {(time.perf_counter() - started) / 60:.1f} minutes with evaluations; "
@@ -227,6 +232,8 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
     first_step, started = state.step, time.perf_counter()
     sampler = run.sampler(first_step, run.steps)
     batches = iter(build_training_loader(run.training_set, sampler, settings.data.num_workers, run.device))
+    warn = logger.line if ranks.is_first else functools.partial(print, file=sys.stderr, flush=True)
+    unreadable = UnreadableImages(len(run.training_set), settings.data.most_unreadable)
     meter = Meter(run.images_per_step)
     watchdog = Watchdog(ranks, lambda: state.step)
     # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
@@ -248,7 +255,7 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
         while state.step < run.steps:
             step = state.step
             watchdog.beat()
-            stopped = ranks.agree(lambda: stop.signal_number or 0)
+            stopped = ranks.agree(lambda: UNREADABLE_VOTE if unreadable.too_many() else stop.signal_number or 0)
             if step in (first_step, run.unfreeze_step):
                 set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
                 model = run.wrapped(state.model)
@@ -257,6 +264,10 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
             waiting = time.perf_counter()
             micro_batches = [next(batches) for _ in range(settings.train.subdivisions)]
             meter.waited += time.perf_counter() - waiting
+            for line in (line for batch in micro_batches for line in unreadable.note(batch)):
+                warn(line)
+            if unreadable.too_many() and ranks.size == 1:
+                raise unreadable.error()  # the others would wait for this process's gradient: there all vote
             if step == 0:
                 picture = draw_batch(micro_batches[0], run.categories.names)
                 logger.image(0, "train_batch", picture)
@@ -290,7 +301,7 @@ def take_steps(run: Run, state: RunState, saver: Saver, directory: Path, logger:
                 saver.save(numbered=True)
             saver.check()
             if signal_number:
-                raise stopped_by(signal_number)
+                raise unreadable.error() if signal_number == UNREADABLE_VOTE else stopped_by(signal_number)
     finally:
         watchdog.rest()
         bar.close()

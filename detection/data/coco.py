@@ -48,6 +48,7 @@ DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -
     "tvmonitor": "tv",
 }
 HASH_BUCKETS = 1_000_000
+MOST_UNREADABLE_IN_A_ROW = 8  # more means that the disk is gone
 # Why boxes are left out.
 ORPHAN = "annotations of images that are not listed"
 NOT_CHOSEN = "boxes of categories that are not chosen"
@@ -130,6 +131,8 @@ class CocoDataset(CocoDetection):
 
     Attributes:
         cache: of decoded images, if there is one.
+        substitutes: an image that cannot be read is replaced by the next one that can; the sample says so. Only
+            training may do that: an evaluation without some of its images would be of another dataset.
 
     Raises:
         DataError: the file is not a COCO annotation file, or holds nothing to use; one line with file and place.
@@ -162,6 +165,7 @@ class CocoDataset(CocoDetection):
         self.decoder = decoder
         self.cache: ImageCache | None = None
         self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
+        self.substitutes = False
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -184,6 +188,17 @@ class CocoDataset(CocoDetection):
             DataReadError: the image is missing, damaged, elsewhere or not of the size that the annotations state.
         """
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
+        unreadable: list[str] = []
+        while True:
+            try:
+                return dataclasses.replace(self._sample(index, epoch, size), unreadable=tuple(unreadable))
+            except DataReadError as error:
+                unreadable.append(error.line)
+                if not self.substitutes or len(unreadable) == min(MOST_UNREADABLE_IN_A_ROW, len(self)):
+                    raise
+            index = (index + 1) % len(self)
+
+    def _sample(self, index: int, epoch: int, size: int) -> Sample:
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
         image, boxes = self.load_image(index), self.annotations.boxes[rows]

@@ -11,6 +11,8 @@ import numpy as np
 
 from detection.errors import SettingsError
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged image is one line, and that one is ours
+
 Decode = Callable[[np.ndarray], np.ndarray | None]
 
 

@@ -23,6 +23,7 @@ from detection.errors import DataReadError
 MOST_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
 MOST_BYTES = 2**30
 ORIENTATION_TAG = 0x0112  # of EXIF
+MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # begin and end of a whole file
 DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # what Pillow raises
 
 
@@ -127,10 +128,10 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
 
 def decode_image(encoded: np.ndarray, header: Header | None, path: Path, decoder: str = "opencv") -> np.ndarray:
     """See `read_image`."""
-    is_jpeg = encoded[:2].tobytes() == b"\xff\xd8"
-    # OpenCV fills the missing rest of some truncated files with grey; a complete JPEG holds its end marker.
-    if is_jpeg and encoded.tobytes().rfind(b"\xff\xd9") < 0:
-        raise DataReadError(f"image {path} is damaged: the JPEG data ends early")
+    # OpenCV fills the missing rest of some truncated files with grey; a complete one holds its end marker.
+    for name, (start, end) in MARKERS.items():
+        if encoded[: len(start)].tobytes() == start and encoded.tobytes().rfind(end) < 0:
+            raise DataReadError(f"image {path} is damaged: the {name} data ends early")
     # OpenCV turns by the EXIF orientation and reads the rest: CMYK, other formats.
     plain = header is not None and header.format == "JPEG" and header.mode in ("RGB", "L") and not header.exif
     image = JPEG_DECODERS[decoder if plain else "opencv"](encoded)

@@ -124,7 +124,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     Returns:
         "images" (B, 3, S, S) uint8, channels_last in memory because that is how images are decoded: no transposition;
         "boxes" (B, G, 4) float32 and "labels" (B, G) int64, padded with -1, G one of 32, 64, 128, ...;
-        "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B.
+        "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B; "unreadable" list of lines.
     """
     # In a worker `default_collate` copies the images straight into the memory that the training process shares.
     images = default_collate([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
@@ -143,6 +143,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
         "labels": labels,
         "indices": torch.tensor([sample.index for sample in samples]),
         "letterboxes": [sample.letterbox for sample in samples],
+        "unreadable": [line for sample in samples for line in sample.unreadable],
     }
 
 

@@ -21,6 +21,7 @@ class Sample:
     labels: np.ndarray  # (G,) int64: class, or -2 crowd
     index: int  # of the image in its dataset
     letterbox: Letterbox  # of the image; augmentation then moves it further
+    unreadable: tuple[str, ...] = ()  # what was wrong with the images that this one takes the place of
 
 
 class Transform:

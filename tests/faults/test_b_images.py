@@ -14,11 +14,13 @@ from PIL import Image
 from runs import Run
 
 from detection.checkpoints import load_checkpoint
+from detection.data import build_datasets
 from detection.data.coco import read_image
 from detection.errors import DataReadError
+from detection.settings import Settings
 
 
-@pytest.mark.guard("detection.data.image_files:decode_image", 'rfind(b"\\xff\\xd9") < 0', 'rfind(b"\\xff\\xd9") < -9')
+@pytest.mark.guard("detection.data.image_files:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
@@ -35,18 +37,60 @@ def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
         read_image(path)
 
 
-def test_B01_training_stops_at_it_after_saving(
-    train: Callable[..., Run], launch: Callable[..., Run], dataset: Path, tmp_path: Path
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_B01_the_training_stops_at_it_after_saving(
+    train: Callable[..., Run], launch: Callable[..., Run], dataset: Path, tmp_path: Path, suffix: str
 ) -> None:
     shutil.copytree(dataset, tmp_path / "data")
-    path = tmp_path / "data" / "train" / "5.png"
-    path.write_bytes(path.read_bytes()[:3000])
+    path = tmp_path / "data" / "train" / "5.png"  # the content decides, not the ending
+    if suffix == "jpg":
+        Image.open(path).convert("RGB").save(path, "JPEG")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
     run = train("run", f"data.root={tmp_path / 'data'}")
-    assert run.wait() == 3
-    line = run.err.splitlines()[-1]  # OpenCV may have said something before
-    assert str(path) in line and "damaged" in line and f"saved after step {step_of(tmp_path / 'run')}" in line
-    shutil.copy(dataset / "train" / "5.png", path)
+    line = run.ends_with(3, str(path), "damaged")
+    assert f"saved after step {step_of(tmp_path / 'run')}" in line
+    path.write_bytes(whole)
     launch("resumed", "--resume", tmp_path / "run").ends_with(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
+    train: Callable[..., Run], dataset: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    for name in ("5.png", "6.png"):  # in a row: the substitute's substitute
+        (tmp_path / "data" / "train" / name).write_bytes(b"not an image")
+    words = [f"data.root={tmp_path / 'data'}", f"data.num_workers={workers}", "train.steps=3ep"]
+    run = train("enough", *words, "data.most_unreadable=0.2")
+    run.ends_with(0)
+    named = [line for line in run.out.splitlines() if line.startswith("warning: image ")]
+    assert len(named) == 2, run.out  # once each in three epochs
+    assert {name for name in ("5.png", "6.png") for line in named if name in line} == {"5.png", "6.png"}
+    assert "2 of 13 images so far, 2 are allowed" in named[1]
+    train("too_many", *words, "data.most_unreadable=0.1").ends_with(3, "number 2 of them", "allows 1", "saved after")
+
+
+def test_B01_the_substitute_is_the_next_image_that_can_be_read(
+    dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
+) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    training_set, validation_set = build_datasets(
+        default_settings(f"data.root={tmp_path / 'data'}").data, 64, 64, 0, None
+    )
+    expected = training_set[(0, 4, 96)]
+    for index in (11, 12):
+        (tmp_path / "data" / "train" / training_set.annotations.file_name(index)).unlink()
+    with pytest.raises(DataReadError):
+        training_set[(11, 4, 96)]
+    training_set.substitutes = True
+    sample = training_set[(11, 4, 96)]
+    assert sample.index == 0 and len(sample.unreadable) == 2
+    assert np.array_equal(sample.image, expected.image) and np.array_equal(sample.boxes, expected.boxes)
+    assert not validation_set.substitutes
+    shutil.rmtree(tmp_path / "data" / "train")
+    with pytest.raises(DataReadError):
+        training_set[(11, 4, 96)]
 
 
 def step_of(directory: Path) -> int:

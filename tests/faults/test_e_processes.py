@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -50,7 +51,7 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
     run = train("run", *words, fault=functools.partial(kill_worker, step=5))
-    run.ends_with(3, "a loader worker died", "DataLoader worker (pid")
+    run.ends_with(3, "a loader worker died", "DataLoader worker (pid", f"--resume {tmp_path / 'run'}")
     assert time.monotonic() - started < 30
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] % 2 == 0
 
@@ -300,6 +301,20 @@ def stop_and_check(data: Path, directory: Path, number: int, choose: Callable[[i
     lines = [line for line in output.splitlines() if "saved after" in line]
     stops = [int(line.split("saved after step ")[1].split(",")[0]) for line in lines]
     assert stops == [step, step], "both ranks stop after the same step"
+
+
+@pytest.mark.faults
+@pytest.mark.guard("detection.data.unreadable:UnreadableImages.too_many", "len(self.lines) > self.allowed", "False")
+def test_B01_an_image_that_one_rank_cannot_read_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(drawn_dataset, tmp_path / "data")
+    path = sorted((tmp_path / "data" / "train").iterdir())[0]
+    path.write_bytes(b"not an image")
+    arguments = [f"data.root={tmp_path / 'data'}", "train.batch_size=2", "run.preflight=false", "train.steps=30"]
+    output = start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run").communicate(timeout=120)[0]
+    lines = [line for line in output.splitlines() if "saved after step" in line]
+    step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert len(lines) == 2 and all(f"saved after step {step}," in line for line in lines), output
+    assert any(str(path) in line for line in lines) and step < 30
 
 
 @pytest.mark.faults
