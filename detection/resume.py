@@ -23,6 +23,11 @@ RESUMABLE = (
     "data.root",
     "data.most_unreadable",
     "data.num_workers",
+    "data.decoder",  # what decoded is a condition of the checkpoint, see check_continued
+    "data.cache",
+    "data.cache_gib",
+    "data.cache_path",
+    "data.slow_sample_seconds",
     "train.steps",
     "train.save_frequency",
     "train.save_minutes",

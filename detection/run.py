@@ -5,13 +5,13 @@ import inspect
 import math
 from typing import Any
 
-import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.data import build_datasets, make_builtin
 from detection.data.checks import check_before_training
 from detection.data.coco import CocoDataset, annotations_digest, repeat_factors
+from detection.data.decoders import choose_decoder, describe_decoder
 from detection.data.fit_checks import describe_network
 from detection.data.loaders import Batch, TrainingBatchSampler
 from detection.devices import (
@@ -162,7 +162,8 @@ class Run:
 
     def conditions(self) -> dict[str, str | int]:
         """What, besides settings and annotations, decides which numbers come out."""
-        return {"processes": self.processes, "precision": self.precision, "image decoder": f"OpenCV {cv2.__version__}"}
+        decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
+        return {"processes": self.processes, "precision": self.precision, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
         """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from detection.data.transforms import Sample
 from detection.devices import pinning
@@ -128,7 +128,8 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
         "boxes" (B, G, 4) float32 and "labels" (B, G) int64, padded with -1, G one of 32, 64, 128, ...;
         "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B; "unreadable" list of lines.
     """
-    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    # In a worker `default_collate` copies the images straight into the memory that the training process shares.
+    images = default_collate([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
     most = max(len(sample.labels) for sample in samples)
     padded = SMALLEST_BUCKET
     while padded < most:

@@ -27,6 +27,7 @@ from detection.checkpoints import load_checkpoint
 from detection.data import build_datasets
 from detection.data.coco import CocoDataset
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader
+from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Transform
 from detection.settings import Settings
 
@@ -78,8 +79,43 @@ def test_E02_an_augmentation_that_raises_names_its_image(
     assert f"while transforming image id {number} ({name}) of epoch 0 at 64 px" in text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
+    dataset: Path, default_settings: Callable[..., Settings], workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4").data
+    training_set, _ = build_datasets(data, 64, 64, 0, None)
+    transform = training_set.sample_transform
+
+    def sleeping(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
+        if index == 5:
+            time.sleep(1.2)
+        return transform(image, boxes, labels, index, epoch, size)
+
+    training_set.sample_transform = sleeping
+    sampler = TrainingBatchSampler(13, 13, 1, (0, 2), 0, 64)  # two epochs: with one worker twice the same image
+    batches = list(build_training_loader(training_set, sampler, workers, CPU))
+    assert sorted(batches[0]["indices"].tolist()) == list(range(13))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == max(workers, 1), lines  # once for each process that met it
+    number, name = training_set.annotations.image_ids[5], training_set.annotations.file_name(5)
+    for line in lines:
+        assert line.startswith(f"warning: image id {number} ({name}) has been loading for 0."), line
+
+
+def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+    """No thread runs while one long call into C keeps the lock; here the thread that looks is asleep for good."""
+    samples = SlowSamples(0.05, lambda index: f"image {index}")
+    samples.look = lambda: None  # type: ignore[method-assign]
+    for _ in range(2):
+        assert samples.time(lambda position: time.sleep(0.1) or position, (7, 0, 64)) == (7, 0, 64)
+    samples.time(lambda position: None, 8)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: image 7 took 0.1 s")
+
+
 @pytest.mark.guard(
-    "detection.data.transforms:Transform.__call__",
+    "detection.data.augmentation:Augmentation.streams",
     'np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")',
     "np.random.default_rng(self.seed), random.Random(self.seed)",
 )
