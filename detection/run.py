@@ -156,7 +156,7 @@ class Run:
             self.settings.train,
             self.ema_ramp,
             self.build_scaler(),
-            self.ranks.average_,
+            self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
         )
 

@@ -29,7 +29,7 @@ class RunState:
         train: TrainSettings,
         ema_ramp: int,
         scaler: torch.amp.GradScaler,
-        exchange: Callable[[Tensor], None] = lambda tensor: None,
+        exchange: Callable[[Tensor], None] | None = None,
         images_per_step: int = 1,
     ) -> None:
         self.model = model.train()
