@@ -14,7 +14,7 @@ from detection.run import Run
 from detection.run_state import RunState
 
 LAST, BEST = "last.pt", "best.pt"
-NUMBERED = "step_*.pt"
+NUMBERED = "step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].pt"  # of step n: format(n, "09d")
 
 
 class CheckpointWriter:
@@ -59,7 +59,7 @@ class CheckpointWriter:
         self.wait()
         names = [BEST] if best else []
         if number is not None and self.keep:
-            names.append(NUMBERED.replace("*", f"{number:09d}"))
+            names.append(f"step_{number:09d}.pt")
         copied = self._copy(content, ())
         self._thread = threading.Thread(target=self._write, args=(copied, names), name="checkpoint writer")
         self._thread.start()
@@ -89,7 +89,9 @@ class CheckpointWriter:
         try:
             save_checkpoint(self.directory / LAST, content, names)
             if self.keep:
-                for path in sorted(self.directory.glob(NUMBERED))[: -self.keep]:
+                # By age, not by number: who went back to an older one has newer ones of lower numbers.
+                numbered = sorted(self.directory.glob(NUMBERED), key=lambda path: (path.stat().st_mtime_ns, path.name))
+                for path in numbered[: -self.keep]:
                     path.unlink()
         except OutputError as error:
             self._error = error

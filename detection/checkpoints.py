@@ -7,7 +7,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from detection.errors import CheckpointError, OutputError
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1: no skipped steps
 DIGEST_KEY = "digest"
+DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
+RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], other_names: Sequence[str] = ()) -> None:
@@ -130,6 +132,21 @@ def verified(content: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has format version {content['format']}, this program reads {versions}"
         )
+    return content
+
+
+def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """As `load_checkpoint`, of a file that must hold more than its digest.
+
+    Args:
+        fields: names and types; `DETECTOR_FIELDS` or `RUN_FIELDS`.
+    """
+    content = load_checkpoint(path)
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise CheckpointError(
+                f"checkpoint {path} is not of a training run: {name!r} is missing or no {kind.__name__}"
+            )
     return content
 
 

@@ -6,18 +6,20 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
+from detection.coco_arrays import Found, Protocol, Truths
+from detection.coco_arrays import accumulate as accumulate_arrays
+from detection.coco_rows import accumulate as accumulate_rows
 from detection.data.coco import Annotations
-from detection.detections import Detections, box_areas, result_rows
+from detection.detections import Detections, box_areas
 from detection.errors import SettingsError
 
 # in the order of COCOeval.stats
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-ROWS_AT_A_TIME = 100_000  # boxes handed to an evaluator at once, about 1.5 KiB each; a class is never divided
+ROWS_AT_A_TIME = 100_000  # boxes handed to an evaluator at once, up to 1.5 KiB each; a class is never divided
 
 ClassAP = dict[str, tuple[float | None, float | None, int]]  # name -> (AP, AP50, number of truths without crowd)
 
@@ -42,17 +44,14 @@ class GroupScore:
 
 
 def choose_backend(name: str) -> str:
-    """The evaluator that runs: "auto" takes faster_coco_eval where it is installed, else the reference, pycocotools.
+    """The evaluator that runs; "auto" is "arrays", the fastest, whose numbers are those of pycocotools.
 
     Raises:
         SettingsError: the one that was asked for is not installed.
     """
-    installed = importlib.util.find_spec("faster_coco_eval") is not None
-    if name == "faster_coco_eval" and not installed:
+    if name == "faster_coco_eval" and importlib.util.find_spec(name) is None:
         raise SettingsError("evaluation.backend=faster_coco_eval is not installed: pip install faster-coco-eval")
-    if name != "auto":
-        return name
-    return "faster_coco_eval" if installed else "pycocotools"
+    return "arrays" if name == "auto" else name
 
 
 def score_detections(
@@ -72,7 +71,7 @@ def score(annotations: Annotations, detections: Detections, backend: str = "pyco
     Args:
         annotations: truth; its images are the ones that count.
         detections: in original pixels, all finite.
-        backend: "pycocotools" (reference) or "faster_coco_eval" (proven equal).
+        backend: "pycocotools" (reference); "arrays" (see `coco_arrays`) and "faster_coco_eval" are proven equal.
     """
     precision, recall = _accumulate(annotations, detections, backend, annotations.areas, box_areas(detections.boxes))
     summary = COCOeval(iouType="bbox")
@@ -136,9 +135,6 @@ def _accumulate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's arrays for all classes by ascending category id, of A area ranges and M counts of detections.
 
-    Ids are renumbered from 1: the evaluators take id 0 for "no match" and lose one of two equal ids. Only boxes are
-    handed over, so their mask code never runs.
-
     Args:
         truth_areas, detection_areas: what the area ranges are about, (N,) and (K,).
         area_ranges: [smallest, largest]; None: COCO's four, with 1, 10 and 100 detections; else 100 only.
@@ -146,38 +142,38 @@ def _accumulate(
     Returns:
         Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no truth.
     """
-    if backend == "faster_coco_eval":
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as Evaluator
-    else:
-        from pycocotools.coco import COCO
-
-        Evaluator = COCOeval
-    defaults = COCOeval(iouType="bbox").params
-    num_classes, num_areas = len(annotations.categories.ids), len(area_ranges or defaults.areaRng)
-    max_detections = defaults.maxDets if area_ranges is None else [defaults.maxDets[-1]]
-    shape = (num_classes, num_areas, len(max_detections))
-    precision = np.full((len(defaults.iouThrs), len(defaults.recThrs), *shape), -1.0)
-    recall = np.full((len(defaults.iouThrs), *shape), -1.0)
+    params = COCOeval(iouType="bbox").params
+    num_classes = len(annotations.categories.ids)
+    if area_ranges is not None:
+        params.areaRng, params.areaRngLbl = area_ranges, [str(number) for number in range(len(area_ranges))]
+        params.maxDets = params.maxDets[-1:]
+    shape = (num_classes, len(params.areaRng), len(params.maxDets))
+    precision = np.full((len(params.iouThrs), len(params.recThrs), *shape), -1.0)
+    recall = np.full((len(params.iouThrs), *shape), -1.0)
+    protocol = Protocol(params.iouThrs, params.recThrs, np.asarray(params.areaRng), params.maxDets)
     column_of_label = np.argsort(np.argsort(annotations.categories.ids))
+    image_order = np.argsort(np.argsort(annotations.image_ids))
     for labels, truth_rows, detection_rows in _groups_of_classes(annotations, detections):
-        truth, found = COCO(), COCO()
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth.dataset = _truth_dataset(annotations, labels, truth_rows, truth_areas, detections, detection_rows)
-            truth.createIndex()
-            rows = _detection_rows(annotations, detections, detection_rows, detection_areas)
-            found.dataset = {**truth.dataset, "annotations": rows}
-            found.createIndex()
-            evaluator = Evaluator(truth, found, iouType="bbox")
-            evaluator.params.maxDets = max_detections
-            if area_ranges is not None:
-                evaluator.params.areaRng = area_ranges
-                evaluator.params.areaRngLbl = [str(number) for number in range(num_areas)]
-            evaluator.evaluate()
-            evaluator.accumulate()
         columns = np.sort(column_of_label[labels])
-        precision[:, :, columns] = np.asarray(evaluator.eval["precision"])
-        recall[:, columns] = np.asarray(evaluator.eval["recall"])
+        found, areas = detections.take(detection_rows), detection_areas[detection_rows]
+        if backend == "arrays":
+            position = np.searchsorted(columns, column_of_label)  # among these classes
+            image_of_box = np.searchsorted(annotations.first_box, truth_rows, side="right") - 1
+            truths = Truths(
+                position[annotations.labels[truth_rows]],
+                image_order[image_of_box],
+                annotations.coco_boxes[truth_rows],
+                truth_areas[truth_rows],
+                annotations.crowd[truth_rows],
+            )
+            boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
+            rows = Found(position[found.labels], image_order[found.image_index], boxes, areas, found.scores)
+            arrays = accumulate_arrays(truths, rows, len(labels), protocol)
+        else:
+            arrays = accumulate_rows(
+                annotations, labels, truth_rows, truth_areas[truth_rows], found, areas, params, backend
+            )
+        precision[:, :, columns], recall[:, columns] = arrays
     return precision, recall
 
 
@@ -211,55 +207,6 @@ def _groups_of_classes(
 
 def _span(ends: np.ndarray, label: int) -> tuple[int, int]:
     return int(ends[label - 1]) if label else 0, int(ends[label])
-
-
-def _truth_dataset(
-    annotations: Annotations,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    areas: np.ndarray,
-    detections: Detections,
-    detection_rows: np.ndarray,
-) -> dict[str, Any]:
-    """What an annotation file holds, of some classes and of the images where one of them is or was found."""
-    ids = np.asarray(annotations.categories.ids)
-    image_of_box = np.searchsorted(annotations.first_box, rows, side="right") - 1
-    images = np.union1d(image_of_box, detections.image_index[detection_rows])
-    columns = zip(
-        annotations.image_ids[image_of_box].tolist(),
-        ids[annotations.labels[rows]].tolist(),
-        annotations.coco_boxes[rows].tolist(),
-        areas[rows].tolist(),
-        annotations.crowd[rows].tolist(),
-        strict=True,
-    )
-    return {
-        "info": {},
-        "images": [{"id": number} for number in annotations.image_ids[images].tolist()],
-        "categories": [{"id": number} for number in ids[labels].tolist()],
-        "annotations": [
-            {
-                "id": row + 1,
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "area": area,
-                "iscrowd": int(crowd),
-            }
-            for row, (image, category, box, area, crowd) in enumerate(columns)
-        ],
-    }
-
-
-def _detection_rows(
-    annotations: Annotations, detections: Detections, rows: np.ndarray, areas: np.ndarray
-) -> list[dict[str, Any]]:
-    return [
-        {**row, "id": number + 1, "area": area, "iscrowd": 0}
-        for number, (row, area) in enumerate(
-            zip(result_rows(annotations, detections.take(rows)), areas[rows].tolist(), strict=True)
-        )
-    ]
 
 
 def _mean(values: np.ndarray) -> float | None:

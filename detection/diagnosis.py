@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.checkpoints import RUN_FIELDS, load_fields, save_checkpoint
 from detection.data.loaders import Batch, collate_samples, targets_to
 from detection.errors import CheckpointError, OutputError
 from detection.reproducibility import seed_step
@@ -62,7 +62,7 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: it is not there or damaged.
     """
-    checkpoint = load_checkpoint(directory / STATE)
+    checkpoint = load_fields(directory / STATE, RUN_FIELDS)
     try:
         report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
         int(report["steps"][0]["step"])
@@ -72,18 +72,19 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[list[str]]:
-    """`diagnose_batch` of each micro-batch of a skipped step, as it was: the same images, weights and streams."""
+    """`diagnose_batch` of each micro-batch of a skipped step, as it was: the same images, weights and streams.
+
+    One process after the other, where the run had several.
+    """
     settings, state = run.settings, run.new_state()
     state.load(checkpoint)
     set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
-    micro_batches = [
-        collate_samples([run.training_set[position] for position in positions])
-        for positions in run.sampler(step, step + 1)
-    ]
-    seed_step(settings.run.seed, step, run.ranks.rank)
     ids = run.training_set.annotations.image_ids
-    for batch in micro_batches:
-        yield diagnose_batch(state.model, run.criterion, batch, run.autocast, run.device, ids)
+    for rank in range(run.processes):
+        seed_step(settings.run.seed, step, rank)
+        for positions in run.sampler(step, step + 1, rank):
+            batch = collate_samples([run.training_set[position] for position in positions])
+            yield diagnose_batch(state.model, run.criterion, batch, run.autocast, run.device, ids)
 
 
 def diagnose_batch(
@@ -101,6 +102,9 @@ def diagnose_batch(
         image_ids: of the whole dataset, (M,).
     """
     lines: list[str] = []
+    # Before anything else: the forward pass moves the statistics, and they may be what it breaks.
+    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        lines.append(f"weights that are not finite: {_shorten(bad)}")
     first: list[str] = []
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(first, name, output))
@@ -116,8 +120,6 @@ def diagnose_batch(
     finally:
         for handle in handles:
             handle.remove()
-    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-        lines.append(f"weights that are not finite: {_shorten(bad)}")
     if first:
         lines.append(f"first output that is not finite: of {first[0]}")
     if bad := [f"{name} = {value.item():g}" for name, value in losses.items() if not value.isfinite()]:

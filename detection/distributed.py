@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import rendezvous
 
 from detection.errors import SettingsError, UserError
 
 T = TypeVar("T")
 EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
+JOIN_TIMEOUT = datetime.timedelta(minutes=1)
+MOST_LETTERS = 200  # of torch's messages: the cause comes first, advice after it
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,16 +44,22 @@ class Ranks:
 
     def __init__(self, device: torch.device, backend: Callable[[], str], timeout_seconds: float) -> None:
         self.rank, self.local_rank, self.size = read_environment()
+        self.local_size = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.size)  # on this machine
         self.device, self.timeout_seconds = device, timeout_seconds
         if self.size == 1:
             return
         timeout = datetime.timedelta(seconds=timeout_seconds)
         name = backend()
         try:
-            dist.init_process_group("gloo" if name == "gloo" else f"cpu:gloo,{device.type}:{name}", timeout=timeout)
+            # They start together: one that is not there within a minute will not come. Later each may be slower.
+            joined = min(timeout, JOIN_TIMEOUT)
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=joined))
+            store.set_timeout(timeout)
+            backends = "gloo" if name == "gloo" else f"cpu:gloo,{device.type}:{name}"
+            dist.init_process_group(backends, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
             self._patient: Any = dist.new_group(backend="gloo", timeout=EVALUATION_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:MOST_LETTERS]
             raise SettingsError(
                 f"rank {self.rank}: the {self.size} processes do not find one another: {reason}"
             ) from None
@@ -64,7 +73,7 @@ class Ranks:
         """The user error behind a failed exchange with the other processes; None: it is something else."""
         if self.size == 1 or not is_exchange_failure(error):
             return None
-        reason = " ".join(str(error).split())[-150:]
+        reason = " ".join(str(error).split())[:MOST_LETTERS]
         return RankError(f"rank {self.rank} of {self.size}, step {step}: another process failed or hangs: {reason}")
 
     def agree(self, value: Callable[[], int]) -> Callable[[], int]:

@@ -4,6 +4,7 @@ A script wraps its `main` in `exit_with_message`: such an error ends with one li
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -102,6 +103,10 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
         exit_code = 128 + signal.SIGINT
     except BrokenPipeError:
         pass
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # that of what our output is sent to; a script's own files say which one
+            raise
+        exit_code = report(OutputError("the output cannot be written: no space left on device"))
     try:
         sys.stdout.flush()
     except OSError as error:

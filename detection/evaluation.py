@@ -58,7 +58,7 @@ def evaluate(
         model: put into evaluation mode; the mode of every module is restored (a frozen encoder's is not the model's).
         loader: every image once, in the dataset's order, with letterboxes.
         annotations: of the loader's dataset.
-        backend: "auto", "pycocotools" or "faster_coco_eval".
+        backend: "auto", "arrays", "pycocotools" or "faster_coco_eval".
         on_batch: called after each batch; may raise to abandon the evaluation.
     """
     found = find_all(model, criterion, postprocess, loader, device, autocast, on_batch)
@@ -100,16 +100,20 @@ def find_all(
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(images)
             lap("loss")
-            for index, letterbox, found in zip(
-                batch["indices"].tolist(), batch["letterboxes"], postprocess(outputs), strict=True
-            ):
-                boxes = boxes_to_original(found["boxes"], letterbox)
-                # Cut to the image, an infinite box would be a finite one.
-                boxes[~found["boxes"].isfinite().all(dim=1)] = torch.nan
-                parts["image_index"].append(np.full(len(boxes), index, dtype=np.int64))
-                parts["boxes"].append(boxes.double().cpu().numpy())
-                parts["scores"].append(found["scores"].double().cpu().numpy())
-                parts["labels"].append(found["labels"].cpu().numpy())
+            found = postprocess(outputs)
+            counts = [len(image["scores"]) for image in found]
+            # Of all images at once: the host waits for a device at each copy.
+            boxes, scores, labels = (
+                torch.cat([image[name] for image in found]).cpu() for name in ("boxes", "scores", "labels")
+            )
+            cuts = zip(boxes.split(counts), batch["letterboxes"], strict=True)
+            original = torch.cat([boxes_to_original(of_image, letterbox) for of_image, letterbox in cuts])
+            # Cut to the image, an infinite box would be a finite one.
+            original[~boxes.isfinite().all(dim=1)] = torch.nan
+            parts["image_index"].append(np.repeat(batch["indices"].numpy(), counts))
+            parts["boxes"].append(original.double().numpy())
+            parts["scores"].append(scores.double().numpy())
+            parts["labels"].append(labels.numpy())
             lap("nms")
             on_batch()
     finally:

@@ -6,6 +6,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def wants_lazy(arguments: Sequence[str]) -> bool:
     parser.add_argument("--config", action="append", default=[], type=Path)
     parser.add_argument("--lazy", action="store_true")
     parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("--replay", type=Path)
     try:
         known, _ = parser.parse_known_args(list(arguments))
         words: dict[str, Any] = {}
@@ -46,8 +48,12 @@ def wants_lazy(arguments: Sequence[str]) -> bool:
             newest = max(logs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime, default=logs / "none").parent
             named = known.resume and "=" not in known.resume  # `--resume train.steps=9` names no directory
             values.update(leaf_items(read_settings_file((Path(known.resume) if named else newest) / "args.yaml")))
+        if known.replay is not None:
+            values.update(
+                leaf_items(json.loads((known.replay / "report.json").read_text(encoding="utf-8"))["settings"])
+            )
         for file in known.config:
             values.update(leaf_items(read_settings_file(file)))
-    except (SettingsError, argparse.ArgumentError):
+    except (SettingsError, argparse.ArgumentError, OSError, ValueError, KeyError):
         return False
     return known.lazy or {**values, **words}["run.lazy"] is True

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from detection.anchors import Anchors, flatten_levels
 from detection.box_coder import decode_boxes
 from detection.boxes import clip_boxes
 from detection.devices import suppression_device
+from detection.suppression import suppress
 
 SCORES_AT_A_TIME = 2**24  # of predictions times classes: 64 MiB for each of the few arrays that decoding makes
 
@@ -109,7 +109,10 @@ class YOLOPostprocess(nn.Module):
         found = []
         for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
             boxes, scores = (values.to(suppression_device(values.device)) for values in self.decode(images))
-            found += [self._detections_of_image(*image) for image in zip(boxes, scores, strict=True)]
+            # The host waits for a device as often for many images as for one; on the CPU one by one needs less memory.
+            together = len(boxes) if boxes.is_cuda else 1
+            for some in zip(boxes.split(together), scores.split(together), strict=True):
+                found += self._find(*some)
         return found
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -128,27 +131,19 @@ class YOLOPostprocess(nn.Module):
             scores = torch.where(objectness > self.objectness_threshold, scores, 0.0)
         return boxes, scores
 
-    def _detections_of_image(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    def _find(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
+        """What `forward` gives for the images of (B, P, 4) and (B, P, C)."""
         # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.
-        prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
-        boxes, scores = boxes[prediction], scores[prediction, label]
-        kept = self._suppress_within_class(boxes, scores, label)
-        return {"boxes": boxes[kept], "scores": scores[kept], "labels": label[kept]}
-
-    def _suppress_within_class(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """Numbers of the candidates to keep, score descending; (K, 4), (K,), (K,) to at most (K,) int64.
-
-        One call per class. torchvision's `batched_nms` moves the classes apart by the largest coordinate instead, which
-        next to one huge box leaves float32 no digits for the others.
-        """
-        candidates_per_class = labels.argsort(stable=True).split(labels.bincount(minlength=1).tolist())
-        kept = torch.cat(
-            [
-                candidates[nms(boxes[candidates], scores[candidates], self.iou_threshold)[: self.max_detections]]
-                for candidates in candidates_per_class
-            ]
-        )
-        return kept[scores[kept].argsort(descending=True, stable=True)]
+        image, prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
+        num_images, num_classes = len(scores), scores.shape[2]
+        boxes, scores = boxes[image, prediction], scores[image, prediction, label]
+        group = image * num_classes + label
+        kept = suppress(boxes, scores, group, self.iou_threshold, self.max_detections)
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]  # of equals the lower class first
+        kept = kept[image[kept].argsort(stable=True)]
+        counts = image[kept].bincount(minlength=num_images).tolist()
+        columns = (values[kept].split(counts) for values in (boxes, scores, label))
+        return [dict(zip(("boxes", "scores", "labels"), values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:

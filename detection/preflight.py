@@ -50,9 +50,8 @@ def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
     step = "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
     memory = peak_memory_gib(run.device)
     say(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; thrown away")
-    shared = check_shared_memory(
-        run.settings.data.num_workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels"))
-    )
+    workers = run.settings.data.num_workers * run.ranks.local_size
+    shared = check_shared_memory(workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels")))
     if shared is not None:
         say(shared)
 

@@ -5,7 +5,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import load_checkpoint
+from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.command_line import DEFAULTS
 from detection.errors import CheckpointError, DataError, SettingsError
 from detection.run import Run
@@ -23,6 +23,11 @@ RESUMABLE = (
     "data.root",
     "data.most_unreadable",
     "data.num_workers",
+    "data.decoder",  # what decoded is a condition of the checkpoint, see check_continued
+    "data.cache",
+    "data.cache_gib",
+    "data.cache_path",
+    "data.slow_sample_seconds",
     "train.steps",
     "train.save_frequency",
     "train.save_minutes",
@@ -69,7 +74,7 @@ def open_resumed_run(
 def load_last(directory: Path) -> dict[str, Any]:
     """The newest checkpoint of a run; where it is damaged, the error names others that are whole."""
     try:
-        return load_checkpoint(directory / "last.pt")
+        return load_fields(directory / "last.pt", RUN_FIELDS)
     except CheckpointError as error:
         whole = []
         for path in sorted(directory.glob("*.pt")):
@@ -95,8 +100,11 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path, accep
             f"the data has {', '.join(run.categories.names)}"
         )
     differences = []
-    if run.data_digest != checkpoint["data_digest"]:
-        line = f"the training annotations are not those of {directory}: images, boxes or classes differ"
+    for name, digest in (("training", run.data_digest), ("validation", run.validation_digest)):
+        key = "data_digest" if name == "training" else "validation_digest"
+        if digest == checkpoint.get(key, digest):  # older checkpoints have none of validation
+            continue
+        line = f"the {name} annotations are not those of {directory}: images, boxes or classes differ"
         if not accept:
             raise DataError(f"{line} ({ACCEPT})")
         differences.append(line)

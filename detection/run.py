@@ -1,16 +1,17 @@
 """What a run is made of: everything that its settings, data and device decide before the first step."""
 
 import functools
+import inspect
 import math
 from typing import Any
 
-import cv2
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.data import build_datasets, make_builtin
 from detection.data.checks import check_before_training
 from detection.data.coco import CocoDataset, annotations_digest, repeat_factors
+from detection.data.decoders import choose_decoder, describe_decoder
 from detection.data.fit_checks import describe_network
 from detection.data.loaders import Batch, TrainingBatchSampler
 from detection.devices import (
@@ -50,11 +51,12 @@ class Run:
     Args:
         ranks: this process among those of the run, with its device.
         fresh: false for a continued run, whose weights all come from its checkpoint.
+        processes: as many as the run had, where a step of it is looked into by one; None: as there are.
     """
 
-    def __init__(self, settings: Settings, ranks: Ranks, fresh: bool) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
         train, evaluation = settings.train, settings.evaluation
-        self.settings, self.ranks = settings, ranks
+        self.settings, self.ranks, self.processes = settings, ranks, processes or ranks.size
         self.device = ranks.device
         self.mark_step = mark_step_of(self.device, settings.run.lazy)
         self.dtype = dtype = choose_precision(self.device, settings.run.precision)
@@ -77,12 +79,13 @@ class Run:
             self.training_set.substitutes = True
         self.categories = self.training_set.annotations.categories
         self.data_digest = annotations_digest(self.training_set.annotations)
+        self.validation_digest = annotations_digest(self.validation_set.annotations)
         self.repeat_factors = None
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
         self.size_step = SIZE_MULTIPLE
-        self.images_per_step = train.batch_size * train.subdivisions * ranks.size
+        self.images_per_step = train.batch_size * train.subdivisions * self.processes
         self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
@@ -125,7 +128,8 @@ class Run:
     def in_steps(self, duration: int | str) -> int:
         return resolve_steps(duration, self.steps_per_epoch)
 
-    def sampler(self, first_step: int, end_step: int) -> TrainingBatchSampler:
+    def sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
+        """Micro-batches of this process, or of another one of the run."""
         train = self.settings.train
         return TrainingBatchSampler(
             len(self.training_set),
@@ -138,8 +142,8 @@ class Run:
             train.multiscale_sizes,
             self.repeat_factors,
             self.size_step,
-            self.ranks.rank,
-            self.ranks.size,
+            self.ranks.rank if rank is None else rank,
+            self.processes,
         )
 
     def image_ids_of_step(self, step: int) -> list[int]:
@@ -151,12 +155,18 @@ class Run:
     def new_state(self) -> RunState:
         """Before the first step."""
         return RunState(
-            self.detector.model, self.settings.train, self.ema_ramp, self.build_scaler(), self.ranks.average_
+            self.detector.model,
+            self.settings.train,
+            self.ema_ramp,
+            self.build_scaler(),
+            self.ranks.average_ if self.ranks.size > 1 else None,
+            self.images_per_step,
         )
 
     def conditions(self) -> dict[str, str | int]:
         """What, besides settings and annotations, decides which numbers come out."""
-        return {"processes": self.ranks.size, "image decoder": f"OpenCV {cv2.__version__}"}
+        decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
+        return {"processes": self.processes, "precision": self.precision, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
         """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
@@ -164,6 +174,7 @@ class Run:
         return {
             "settings": self.settings.model_dump(mode="json"),
             "data_digest": self.data_digest,
+            "validation_digest": self.validation_digest,
             "conditions": self.conditions(),
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
             "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
@@ -185,7 +196,10 @@ class Run:
         if self.ranks.size == 1:
             return model
         # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
+        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, **options)
 
     def take_step(
         self, state: RunState, model: torch.nn.Module, micro_batches: list[Batch], discard: bool = False

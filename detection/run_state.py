@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detection.errors import CheckpointError, NumericsError
 from detection.settings import TrainSettings
 from detection.skipped_steps import NormalisationStatistics, SkippedSteps
-from detection.training import ExponentialAverage, build_optimizer
+from detection.training import ExponentialAverage, Meter, build_optimizer
 
 
 class RunState:
@@ -20,6 +20,7 @@ class RunState:
         ema_ramp: `train.ema_ramp` in steps.
         scaler: of the loss, disabled where the precision needs none.
         exchange: see `NormalisationStatistics`.
+        images_per_step: of all processes, for the meter.
     """
 
     def __init__(
@@ -28,7 +29,8 @@ class RunState:
         train: TrainSettings,
         ema_ramp: int,
         scaler: torch.amp.GradScaler,
-        exchange: Callable[[Tensor], None] = lambda tensor: None,
+        exchange: Callable[[Tensor], None] | None = None,
+        images_per_step: int = 1,
     ) -> None:
         self.model = model.train()
         self.optimizer = build_optimizer(model, train)
@@ -36,6 +38,7 @@ class RunState:
         self.statistics = NormalisationStatistics(model, exchange)
         self.average = ExponentialAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
         self.skipped = SkippedSteps(train.most_skipped_steps, ordinary=scaler.is_enabled())
+        self.meter = Meter(images_per_step)
         self.step = 0
         self.best_ap50: float | None = None
         self.best_step = 0
@@ -75,6 +78,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.state(),
+            "meter": self.meter.state(),
             "progress": {
                 "best_ap50": self.best_ap50,
                 "best_step": self.best_step,
@@ -96,11 +100,14 @@ class RunState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
+            device = next(self.model.parameters()).device
             if "skipped" in checkpoint:  # format 1 had no skipped steps
-                self.skipped.load(checkpoint["skipped"], next(self.model.parameters()).device)
+                self.skipped.load(checkpoint["skipped"], device)
+            if "meter" in checkpoint:
+                self.meter.load(checkpoint["meter"], device)
             self.step = checkpoint["step"]
-            for name, value in checkpoint["progress"].items():
-                setattr(self, name, value)
+            for name in ("best_ap50", "best_step", "evaluations_without_rise", "evaluated_step"):
+                setattr(self, name, checkpoint["progress"][name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the checkpoint does not fit the run of its settings: {reason}") from None

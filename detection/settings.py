@@ -25,6 +25,8 @@ from pydantic import (
 from detection.errors import SettingsError
 
 SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
+# Settings by which a run of today would differ from one that was trained before there was a choice.
+BEFORE_IT_EXISTED: dict[str, Any] = {"data.decoder": "opencv"}
 DARKNET_CFG = "darknet_cfg"  # the encoder name that stands for a whole network described by a Darknet .cfg file
 ENCODER_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
@@ -244,6 +246,11 @@ class DataSettings(Section):
     balance_threshold: Annotated[float, Field(gt=0, le=1)]
     fake: bool
     num_workers: Annotated[int, Field(ge=0)]
+    decoder: Literal["auto", "opencv", "simplejpeg"]
+    cache: Literal["none", "memory", "disk"]
+    cache_gib: Positive
+    cache_path: str | None
+    slow_sample_seconds: Positive | None
     keep_aspect: bool
     interpolation: Literal["linear", "area", "cubic", "darknet"]
     letterbox_rounding: Literal["nearest", "down"]
@@ -362,7 +369,7 @@ class EvaluationSettings(Section):
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability
     max_detections: Count | None
-    backend: Literal["auto", "pycocotools", "faster_coco_eval"]
+    backend: Literal["auto", "arrays", "pycocotools", "faster_coco_eval"]
     visualization_threshold: Probability
     visualize_images: Annotated[int, Field(ge=0)]
 
@@ -585,10 +592,11 @@ def read_description(cfg: Any) -> Any:
 
 
 def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
-    """Validated settings of a checkpoint; those that did not exist when it was written get their defaults."""
+    """Validated settings of a checkpoint; those that did not exist when it was written get their defaults, or what
+    stands in BEFORE_IT_EXISTED."""
     complete = read_settings_file(defaults)
     known = leaf_paths(complete)
-    for key, value in leaf_items(tree):
+    for key, value in (*BEFORE_IT_EXISTED.items(), *leaf_items(tree)):
         set_leaf(complete, known, key, value, "checkpoint", [])
     return validate(complete)
 

@@ -52,7 +52,7 @@ class NormalisationStatistics:
             keep one moving average.
     """
 
-    def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] = lambda tensor: None) -> None:
+    def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] | None = None) -> None:
         self.exchange = exchange
         places = [
             (module, name, buffer)
@@ -82,7 +82,11 @@ class NormalisationStatistics:
 
     def settle(self, finite: Tensor) -> None:
         """After a step: the remembered ones come back unless `finite`, a bool on the device, is true."""
-        self.exchange(self.floats)
+        if self.exchange is not None:
+            # What is exchanged is the change: statistics that are frozen stay as they are, to the last bit.
+            change = self.floats - self._kept[0]
+            self.exchange(change)
+            torch.add(self._kept[0], change, out=self.floats)
         for tensor, kept in zip((self.floats, self.counters), self._kept, strict=True):
             torch.where(finite, tensor, kept, out=tensor)
 

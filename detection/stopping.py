@@ -8,14 +8,16 @@ from typing import Any
 
 from detection.errors import StoppedBySignal
 
-ECHO_SECONDS = 1.0  # a terminal and torchrun both pass one Ctrl-C on
+ECHO_SECONDS = 1.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
     """Turns the first signal to stop into a request that the loop honours between two steps; a second ends at once.
 
-    Ctrl-C, SIGTERM, and SIGUSR1, with which Slurm announces that it will take the machine away. A signal that is
-    ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it.
+    Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and SIGUSR1, with which Slurm announces that it will take the
+    machine away. A signal that is ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it. What
+    comes within a second of the first counts as its echo: a terminal and torchrun both pass one Ctrl-C on.
     """
 
     def __init__(self, unit: str = "step") -> None:
@@ -25,7 +27,7 @@ class StopRequest:
         self.unit = unit
         self.signal_number: int | None = None
         self._received = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
 

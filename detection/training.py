@@ -251,3 +251,12 @@ class Meter:
         self.total.waited += self.waited
         self.restart()
         return {"train/loss": sum(parts.values()), **parts, **rates}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the row that a continued run writes next is of all steps since the last one."""
+        return {"steps": torch.as_tensor(self.steps), "sums": dict(self.sums)}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self.restart()
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.steps = state["steps"].to(device) if self.sums else 0

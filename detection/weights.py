@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import load_checkpoint
+from detection.checkpoints import DETECTOR_FIELDS, load_fields
 from detection.command_line import DEFAULTS, device_flags
 from detection.errors import CheckpointError, SettingsError
 from detection.models import Detector, build_detector, check_image_size
@@ -108,7 +108,7 @@ def open_weights(
 def _open_checkpoint(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
-    checkpoint = load_checkpoint(weights)
+    checkpoint = load_fields(weights, DETECTOR_FIELDS)
     try:
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
         settings, translated = load_settings(own, overlays, words, flags)

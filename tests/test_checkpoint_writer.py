@@ -77,6 +77,19 @@ def test_names_and_how_many_stay(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "best.pt")["model"]["w"][0, 0] == 1001, "the other name keeps its file"
 
 
+def test_who_goes_back_keeps_what_is_new(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, keep=2) as writer:
+        for step in (7, 8):
+            writer.save(content(step), number=step)
+    (tmp_path / "step_mine.pt").touch()  # a file of the user's
+    with CheckpointWriter(tmp_path, keep=2) as writer:  # continued from step 2
+        for step in (3, 4):
+            writer.save(content(step), number=step)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [
+        "step_000000003.pt", "step_000000004.pt", "step_mine.pt",
+    ]  # fmt: skip
+
+
 def test_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionError("not on this file system")

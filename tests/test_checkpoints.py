@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import stat
 import sys
 import warnings
 import zipfile
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from detection import checkpoints
-from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.checkpoints import DETECTOR_FIELDS, load_checkpoint, load_fields, save_checkpoint
 from detection.errors import CheckpointError, OutputError, exit_with_message
 from detection.reproducibility import seed_everything, seed_step
 
@@ -374,6 +375,27 @@ def test_killed_at_any_point_of_a_write(tmp_path: Path, monkeypatch: pytest.Monk
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         replaced = call == "os.replace" and not before
         assert load_checkpoint(path)["step"] == (8 if replaced else 7)
+
+
+def test_the_directory_is_flushed_after_the_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(number: int) -> None:
+        calls.append("directory" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    save_checkpoint(tmp_path / "a.pt", SMALL)
+    assert calls == ["file", "replace", "directory"]
+
+
+@pytest.mark.parametrize(("fields", "name"), [({"step": "7"}, "step"), ({"settings": None}, "settings")])
+def test_fields_of_another_type(tmp_path: Path, fields: dict[str, Any], name: str) -> None:
+    save_checkpoint(tmp_path / "a.pt", {"step": 7, "settings": {}, "categories": {}, "model": {}} | fields)
+    with pytest.raises(CheckpointError, match=f"not of a training run: '{name}'"):
+        load_fields(tmp_path / "a.pt", DETECTOR_FIELDS)
 
 
 def test_temporary_folder_is_irrelevant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

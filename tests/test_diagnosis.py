@@ -63,8 +63,24 @@ def test_the_image_is_named() -> None:
     assert "loss of image id 500 alone: loss_class = nan" in lines and not any("900" in line for line in lines)
 
 
+def test_statistics_that_the_replay_itself_breaks_are_not_called_the_cause() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).train()
+
+    def forward(images: Tensor) -> list[Tensor]:
+        return [nn.Sequential.forward(model, images.float() * math.inf)]
+
+    model.forward = forward
+    lines = diagnose(model)
+    assert not model[1].running_var.isfinite().all(), "now they are"
+    assert lines[0] == "first output that is not finite: of 0"
+
+
+# What a checkpoint of a run must have.
+CONTENT = {"step": 9, "settings": {}, "categories": {}, "data_digest": "", "progress": {}, "optimizer": {}, "model": {}}
+
+
 def test_bundle_comes_back(tmp_path: Path, full_disk) -> None:
-    checkpoint = {"step": 9, "settings": {"train": {"steps": 3}}, "model": {"w": torch.ones(2)}}
+    checkpoint = CONTENT | {"settings": {"train": {"steps": 3}}, "model": {"w": torch.ones(2)}}
     losses = {7: {"loss_box": math.nan, "loss_class": 1.5}, 8: {"loss_box": math.inf, "loss_class": 2.0}}
     write_bundle(tmp_path / "not_finite", checkpoint, 5, losses, {7: [1, 2], 8: [3, 4]})
     content = json.loads((tmp_path / "not_finite" / "report.json").read_text(), parse_constant=pytest.fail)
@@ -80,7 +96,7 @@ def test_bundle_comes_back(tmp_path: Path, full_disk) -> None:
 def test_damaged_bundle(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_bundle(tmp_path)
-    write_bundle(tmp_path, {"step": 1, "settings": {}}, 0, {1: {"loss_box": math.nan}}, {1: [1]})
+    write_bundle(tmp_path, CONTENT, 0, {1: {"loss_box": math.nan}}, {1: [1]})
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"report\.json cannot be read"):
         read_bundle(tmp_path)

@@ -110,6 +110,20 @@ def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivi
     assert sorted(path.name for path in two.iterdir() if path.suffix == ".pt") == ["best.pt", "last.pt"]
 
 
+@pytest.mark.faults
+def test_the_loss_that_is_a_sum_has_its_micro_batches_on_two_processes(drawn_dataset: Path, tmp_path: Path) -> None:
+    common = [f"data.root={drawn_dataset}", "yolo.loss=mmdetection", "train.batch_size=2", "train.learning_rate=1e-4"]
+    running = [
+        start(1, tmp_path / "one", *common, "train.subdivisions=2", "--output", tmp_path / "one" / "run"),
+        start(2, tmp_path / "two", *common, "train.subdivisions=1", "--output", tmp_path / "two" / "run"),
+    ]
+    for process in running:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    one, two = (losses_of(tmp_path / name / "run") for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
 # One process
 
 

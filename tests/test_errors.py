@@ -183,7 +183,10 @@ def in_child(action: Callable[[], bool]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)],
+)
 def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code: int) -> None:
     def once() -> bool:
         signal.signal(number, signal.default_int_handler)

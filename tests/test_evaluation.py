@@ -18,12 +18,13 @@ from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
 from detection.detections import Detections, write_detections
 from detection.devices import autocast
+from detection.errors import SettingsError
 from detection.evaluation import Evaluation, drop_not_finite, evaluate
 from detection.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT.parent / "shared" / "data" / "coco_eval_fixture"
-BACKENDS = ("pycocotools", "faster_coco_eval")
+BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")
 CPU = torch.device("cpu")
 NAN = float("nan")
 ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
@@ -32,7 +33,8 @@ needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is n
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip(request.param)
+    if request.param != "arrays":
+        pytest.importorskip(request.param)
     return request.param
 
 
@@ -326,14 +328,16 @@ def random_set(seed: int) -> tuple[Annotations, Detections]:
     return annotations, detect(rows)
 
 
+@pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("seed", range(8))
-def test_faster_evaluator_equals_the_reference(seed: int) -> None:
-    pytest.importorskip("faster_coco_eval")
+def test_faster_evaluators_equal_the_reference(seed: int, name: str) -> None:
+    if name != "arrays":
+        pytest.importorskip(name)
     annotations, detections = random_set(seed)
     assert annotations.crowd.any() and (np.diff(annotations.first_box) == 0).any()
     assert ((detections.image_index == 0) & (detections.labels == 0)).sum() > 100
     (reference, reference_class), (faster, faster_class) = (
-        score_detections(annotations, detections, name) for name in BACKENDS
+        score_detections(annotations, detections, backend) for backend in (BACKENDS[0], name)
     )
     assert 0 < reference["AP"] < 1
     for name in METRIC_NAMES:
@@ -344,13 +348,13 @@ def test_faster_evaluator_equals_the_reference(seed: int) -> None:
     assert reference_class["name 3"][0] is None and reference_class["name 7"][0] is None
 
 
-def test_auto_takes_the_faster_evaluator_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from detection import coco_metric
 
-    for spec, expected in ((object(), "faster_coco_eval"), (None, "pycocotools")):
-        monkeypatch.setattr(coco_metric.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        assert choose_backend("auto") == expected
-        assert choose_backend("pycocotools") == "pycocotools"
+    monkeypatch.setattr(coco_metric.importlib.util, "find_spec", lambda name: None)
+    assert choose_backend("auto") == "arrays" and choose_backend("pycocotools") == "pycocotools"
+    with pytest.raises(SettingsError, match="pip install faster-coco-eval"):
+        choose_backend("faster_coco_eval")
 
 
 def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -297,12 +298,14 @@ def test_hccl_is_imported_before_the_process_group_starts(
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
 
-    def started(backend: str, **_: Any) -> None:
+    def started(backend: str, **_: Any) -> None:  # after the rendezvous, which is not there to be met
         from habana_frameworks import record
 
         record(f"init_process_group {backend}")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", started)
+    store = types.SimpleNamespace(set_timeout=lambda timeout: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     distributed.Ranks(HPU, functools.partial(prepare_distributed, "hpu"), 10)
     assert stand_in()[-2:] == ["import hccl", "init_process_group cpu:gloo,hpu:hccl"]

@@ -94,7 +94,6 @@ def test_sides_are_rounded_as_said(width, height, size, down, nearest) -> None:
     assert letterbox_geometry(width, height, size, False, "down")[1:] == (size, size)
 
 
-@pytest.mark.filterwarnings("ignore:Got processor for bboxes")
 @pytest.mark.parametrize("training", [True, False])
 def test_both_settings_reach_the_pixels(default_settings: Load, training: bool) -> None:
     """64 x 43 to 32: 21.5 rows. A ramp of 4 grey levels a column, 63 * 4 = 252 at the right corner."""

@@ -13,7 +13,7 @@ import torch
 from torchvision.transforms import v2
 
 from detection.data import placements
-from detection.data.letterbox import letterbox_geometry
+from detection.data.letterbox import letterbox_geometry, resize_placed
 from detection.data.placements import (
     RandomPlacement,
     Rectangle,
@@ -25,9 +25,6 @@ from detection.data.placements import (
 )
 from detection.data.transforms import Sample, Transform
 from detection.settings import Settings
-
-# A pipeline of albumentations without a geometric transform warns that nothing uses the boxes.
-pytestmark = pytest.mark.filterwarnings("ignore:Got processor for bboxes")
 
 Load = Callable[..., Settings]
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
@@ -130,9 +127,8 @@ def test_expanded_boxes_by_hand() -> None:
     """The canvas of 150 x 90 in a square of 75: half, 15 rows above; the image from (6, 22.5) to (56, 52.5)."""
     view, target = Rectangle(-12, -15, 150, 90), Rectangle(0, 15, 75, 45)
     boxes = array((0, 0, 100, 60), (20, 10, 60, 40))
-    image, share, placed = place_view(
-        np.full((60, 100, 3), 200, np.uint8), boxes, view, target, 75, (1, 2, 3), "linear"
-    )
+    part, share, placed = place_view(np.full((60, 100, 3), 200, np.uint8), boxes, view, target, 75)
+    image = resize_placed(part, 75, (1, 2, 3), cv2.INTER_LINEAR)
     expected = np.empty((75, 75, 3), np.uint8)
     expected[:] = (1, 2, 3)
     expected[22:52, 6:56] = 200  # both halves to the even number

@@ -13,17 +13,11 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+from detection.data.augmentation import build_augmentation
 from detection.data.letterbox import letterbox_geometry, letterbox_image
-from detection.data.transforms import (
-    Sample,
-    Transform,
-    build_augmentation,
-)
+from detection.data.transforms import Sample, Transform
 from detection.postprocessing import Letterbox
 from detection.settings import Settings
-
-# A pipeline without a geometric transform warns that nothing uses the boxes; that is what such a test wants.
-pytestmark = pytest.mark.filterwarnings("ignore:Got processor for bboxes")
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
@@ -296,10 +290,10 @@ def test_each_transform_is_built_when_its_probability_says_so(default_settings: 
     def built(probability: float) -> Transform:
         return Transform(default_settings(*probabilities(**{name: probability})).data, 64, 0, training=True)
 
-    assert built(0).compose.transforms == []
+    assert built(0).augmentation.compose.transforms == []
     transform = built(1)
-    assert [type(step).__name__ for step in transform.compose.transforms] == [CLASSES[name]]
-    assert transform.compose.transforms[0].p == 1
+    assert [type(step).__name__ for step in transform.augmentation.compose.transforms] == [CLASSES[name]]
+    assert transform.augmentation.compose.transforms[0].p == 1
     image = picture()
     changed = [
         not np.array_equal(transform(image, *NO_BOXES, index, 0, 0).image, image)
@@ -434,15 +428,15 @@ def test_no_two_transforms_are_applied_together_more_often_than_chance(default_s
     fired: dict[str, bool] = {}
 
     def record(step: Any) -> None:
-        apply = step.apply_with_params
+        should_apply = step.should_apply
 
-        def recorded(*arguments: Any, **keywords: Any) -> Any:
-            fired[type(step).__name__] = True
-            return apply(*arguments, **keywords)
+        def recorded(**keywords: Any) -> bool:
+            fired[type(step).__name__] = should_apply(**keywords)
+            return fired[type(step).__name__]
 
-        step.apply_with_params = recorded
+        step.should_apply = recorded
 
-    for step in transform.compose.transforms:
+    for step in transform.augmentation.compose.transforms:
         record(step)
     rows = []
     for index in range(300):

@@ -345,7 +345,7 @@ def assert_everything_found(files: Files) -> None:
     assert found[2]["bbox"] == pytest.approx([16, 16, 32, 32], abs=1e-3)
     assert all(row["score"] == pytest.approx(SCORE, abs=1e-5) for row in detections)
     assert metrics["AP"] == pytest.approx(1) and metrics["AR1"] == pytest.approx(1)
-    assert metrics["boxes"] == 3 and metrics["dropped_not_finite"] == 0 and metrics["backend"] == "pycocotools"
+    assert metrics["boxes"] == 3 and metrics["dropped_not_finite"] == 0 and metrics["backend"] == "arrays"
     assert metrics["settings"]["image_size"] == 32
 
 

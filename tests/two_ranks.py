@@ -1,5 +1,6 @@
 """Started by torchrun in tests: yolo-v3/main.py with all normalisations frozen, so that the number of processes changes
-no number. The first argument is a fault: of rank 1 at step 2, raise, kill or hang; of rank 0, slow_evaluation; or none.
+no number. The first argument is a fault: of rank 1 at step 2, raise, kill or hang, or hang_in_evaluation; of
+rank 0, slow_evaluation; or none.
 """
 
 import importlib.util
@@ -53,7 +54,14 @@ def main() -> None:
         time.sleep(15)
         return score_found(*arguments)
 
-    score_found = module.score_found
+    def hanging_find(*arguments, **keywords):
+        if int(os.environ["RANK"]) == 1:
+            time.sleep(1000)
+        return find_all(*arguments, **keywords)
+
+    score_found, find_all = module.score_found, module.find_all
+    if fault == "hang_in_evaluation":
+        module.find_all = hanging_find
     if fault == "slow_evaluation":
         module.score_found = slow_score
     module.set_encoder_frozen, module.Run.take_step = freeze_all, faulty_step

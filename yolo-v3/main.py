@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,13 @@ from detection.habana_environment import prepare_habana
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
-import torch
 from tqdm import tqdm
 
 from detection.aliases import add_training_flags
 from detection.checkpoint_writer import LAST, Saver
 from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data.loaders import build_evaluation_loader, build_training_loader
-from detection.data.unreadable import UNREADABLE_VOTE, UnreadableImages
+from detection.data.loaders import Batch, build_evaluation_loader, build_training_loader, leave_worker_deaths
+from detection.data.unreadable import UNREADABLE_VOTE, TooManyUnreadable, UnreadableImages
 from detection.devices import describe_device
 from detection.diagnosis import read_bundle, retake_step, write_bundle
 from detection.distributed import Watchdog
@@ -62,7 +62,7 @@ from detection.run_state import RunState
 from detection.settings import Flag, complete_settings, dump_settings, load_settings
 from detection.skipped_steps import NonFiniteLoss
 from detection.stopping import StopRequest, stopped_by
-from detection.training import Meter, set_encoder_frozen, set_learning_rates
+from detection.training import set_encoder_frozen, set_learning_rates
 
 NARROWEST_BAR = 40  # columns
 
@@ -115,6 +115,11 @@ def main() -> None:
             try_everything(run, plan, directory or Path(settings.run.logs_path))
         else:
             run_and_log(run, plan, directory, checkpoint, arguments.profile)
+    except RuntimeError as error:
+        failure = ranks.explain(error, 0)
+        if failure is None:
+            raise
+        raise failure from None
     finally:
         ranks.close()
 
@@ -137,9 +142,10 @@ def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
     checkpoint, report = read_bundle(arguments.replay)
     old = complete_settings(checkpoint["settings"], DEFAULTS)
     settings, notices = load_settings(old, [], arguments.settings, flags)
-    print("\n".join(notices), end="")
-    run = Run(settings, join_ranks(settings), fresh=False)
-    check_continued(run, checkpoint, arguments.replay, accept=True)
+    processes = checkpoint["conditions"]["processes"]
+    run = Run(settings, join_ranks(settings), fresh=False, processes=processes)
+    notices += check_continued(run, checkpoint, arguments.replay, accept=True)
+    print("".join(f"{line}\n" for line in notices), end="")
     finite = True
     for lines in retake_step(run, checkpoint, report["steps"][0]["step"]):
         finite &= not lines
@@ -194,6 +200,8 @@ def train(
     state = run.new_state()
     if checkpoint is not None:
         state.load(checkpoint)
+        if run.ranks.size > 1:
+            state.meter.restart()  # what was summed up is of the first process
     saver = Saver(run, state, directory)
     if run.settings.run.preflight:
         try_step(run, state, logger.line)
@@ -204,11 +212,11 @@ def train(
             saver.wait()
     started = time.perf_counter()
     logger.line(f"run directory {directory}, from step {state.step}")
-    meter = Meter(run.images_per_step)
     profiler = StepProfiler(directory, run.device, logger.line, profiled and run.ranks.is_first)
     try:
-        take_steps(run, state, saver, directory, logger, stop, meter, profiler)
+        take_steps(run, state, saver, directory, logger, stop, profiler)
     except NonFiniteLoss as error:
+        saver.save()  # skipped steps have changed nothing
         saver.wait()
         bundle = directory / f"not_finite_{min(error.losses):06d}"
         if run.ranks.is_first:
@@ -221,7 +229,10 @@ def train(
     except (StoppedBySignal, DataReadError) as error:
         saver.save()
         saver.wait()
-        line = f"{error.line}; saved after step {state.step}, continue with: yolo-v3/main.py --resume {directory}"
+        # Only the first process saves: where another one alone ends here, what is on the disk is older.
+        saved = run.ranks.is_first or isinstance(error, StoppedBySignal | TooManyUnreadable)
+        when = f"saved after step {state.step}, " if saved else ""
+        line = f"{error.line}; {when}continue with: yolo-v3/main.py --resume {directory}"
         if isinstance(error, StoppedBySignal):
             raise StoppedBySignal(line, error.signal_number) from None
         raise DataReadError(line) from None
@@ -234,7 +245,7 @@ def train(
         hint = f"; continue from its {LAST} with: yolo-v3/main.py --resume {directory}" if whole else ""
         raise type(failure)(f"{failure.line}{hint}") from None
     saver.wait()
-    report_speed(logger, run, meter.total)
+    report_speed(logger, run, state.meter.total)
     logger.line(
         f"finished at step {state.step} in {(time.perf_counter() - started) / 60:.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {directory / 'best.pt'}"
@@ -248,7 +259,6 @@ def take_steps(
     directory: Path,
     logger: RunLogger,
     stop: StopRequest,
-    meter: Meter,
     profiler: StepProfiler,
 ) -> None:
     """The training loop."""
@@ -257,8 +267,11 @@ def take_steps(
     sampler = run.sampler(first_step, run.steps)
     loader = build_training_loader(run.training_set, sampler, settings.data.num_workers, run.device)
     batches = Prefetcher(iter(loader), run.device)
+    leave_worker_deaths()
     warn = logger.line if ranks.is_first else functools.partial(print, file=sys.stderr, flush=True)
     unreadable = UnreadableImages(len(run.training_set), settings.data.most_unreadable)
+    meter = state.meter
+    meter.restart_clock()
     watchdog = Watchdog(ranks, lambda: state.step)
     # A terminal of unknown width (0 columns) shows no bar at all: plain lines are better there.
     has_bar = ranks.is_first and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= NARROWEST_BAR
@@ -267,8 +280,7 @@ def take_steps(
     def evaluate_and_keep() -> None:
         # Whatever happens to the evaluation, the steps are kept; a continued run repeats it.
         saver.save(numbered=saver.due())
-        watchdog.rest()
-        ap50 = evaluate_run(run, state.evaluated_model, state.step, directory, logger, stop) or 0.0
+        ap50 = evaluate_run(run, state, directory, logger, stop, watchdog) or 0.0
         saver.save(best=state.record_evaluation(ap50))
         meter.restart_clock()
 
@@ -287,7 +299,7 @@ def take_steps(
             seed_step(settings.run.seed, step, ranks.rank)
             waiting = time.perf_counter()
             with waiting_for_data():
-                micro_batches = [next(batches) for _ in range(settings.train.subdivisions)]
+                micro_batches = next_batches(batches, settings.train.subdivisions)
             meter.waited += time.perf_counter() - waiting
             for line in (line for batch in micro_batches for line in unreadable.note(batch)):
                 warn(line)
@@ -339,27 +351,41 @@ def take_steps(
         del batches, loader  # ends the workers
 
 
+def next_batches(batches: Iterator[Batch], count: int) -> list[Batch]:
+    """Raises:
+    DataReadError: an image cannot be read, or a worker has died; the state is still that after the last step.
+    """
+    try:
+        return [next(batches) for _ in range(count)]
+    except RuntimeError as error:
+        failure = known_failure(error, OUT_OF_MEMORY)
+        if failure is None:
+            raise
+        raise failure from None
+
+
 def evaluate_run(
-    run: Run, model: torch.nn.Module, step: int, directory: Path, logger: RunLogger, stop: StopRequest
+    run: Run, state: RunState, directory: Path, logger: RunLogger, stop: StopRequest, watchdog: Watchdog
 ) -> float | None:
     """Score the validation set, log the numbers, draw detections beside the truth; returns AP50."""
     settings, dataset, ranks = run.settings.evaluation, run.validation_set, run.ranks
     batch_size = settings.batch_size or run.settings.train.batch_size
     workers = run.settings.data.num_workers
     found = find_all(
-        model,
+        state.evaluated_model,
         run.criterion,
         run.detector.postprocess,
         build_evaluation_loader(dataset, batch_size, workers, run.device, ranks.rank, ranks.size),
         run.device,
         run.autocast,
         # Where others wait for this process's share it stops afterwards; last.pt has been written.
-        on_batch=stop.check if ranks.size == 1 else lambda: None,
+        on_batch=stop.check if ranks.size == 1 else watchdog.beat,
     )
+    watchdog.rest()  # the others wait as long as the first one scores
     shares, evaluation = ranks.gather(found), None
     if shares is not None:  # the first process scores
         evaluation = score_found(shares, dataset.annotations, settings.backend)
-        report_evaluation(run, evaluation, step, directory, logger)
+        report_evaluation(run, evaluation, state.step, directory, logger)
     return ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
 
 

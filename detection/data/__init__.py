@@ -14,7 +14,9 @@ from detection.data.coco import (
     find_validation_set,
     select_images,
 )
+from detection.data.decoders import choose_decoder
 from detection.data.digits import ensure_digits
+from detection.data.image_cache import build_cache
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
 from detection.settings import DataSettings
@@ -63,6 +65,8 @@ def build_datasets(
             fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
             strict=data.strict,
             follow_links=data.follow_links,
+            decoder=choose_decoder(data.decoder),
+            slow_seconds=data.slow_sample_seconds,
         )
     keep_evenly(validation_set, max_validation_images)
     return training_set, validation_set
@@ -84,6 +88,8 @@ def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes
         fraction=None if data.validation_fraction is None else (data.validation_fraction, False),
         strict=data.strict,
         follow_links=data.follow_links,
+        decoder=choose_decoder(data.decoder),
+        slow_seconds=data.slow_sample_seconds,
     )
     names = dataset.annotations.categories.names
     if num_classes not in (None, len(names)):
@@ -92,6 +98,8 @@ def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes
         )
     if not len(dataset.annotations.labels):
         raise DataError(f"{file}: no usable box in any training image")
+    annotations = dataset.annotations
+    dataset.cache = build_cache(data, dataset.decoder, dataset.image_root, annotations.file_names, len(annotations))
     return dataset
 
 

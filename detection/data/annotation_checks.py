@@ -121,12 +121,15 @@ def check_boxes(annotations: Annotations, split: str, findings: Findings) -> Non
     findings.add("box_cut", split, ids[over > HAIR].tolist())
     findings.add("box_hair_over", split, ids[(over > ROUNDING) & (over <= HAIR)].tolist())
 
-    key = np.column_stack([image_of_box, annotations.labels, given])
+    # Equal boxes have equal areas, and rows are sorted by image and area: each has an equal neighbour there.
+    area = given[:, 2:].prod(axis=1)
+    next_alike = (image_of_box[1:] == image_of_box[:-1]) & (area[1:] == area[:-1])
+    rows = np.flatnonzero(np.append(next_alike, False) | np.insert(next_alike, 0, False))
+    key = np.column_stack([image_of_box, annotations.labels, given])[rows]
     order = np.lexsort(key.T[::-1])  # stable: of equal boxes the first in the order of the arrays stays
     same = (key[order[1:]] == key[order[:-1]]).all(axis=1)
-    findings.add("duplicate_box", split, sorted(ids[order[1:][same]].tolist()))
+    findings.add("duplicate_box", split, sorted(ids[rows[order[1:][same]]].tolist()))
 
-    area = given[:, 2:].prod(axis=1)
     sides = annotations.boxes[:, 2:].astype(np.float64) - annotations.boxes[:, :2]
     whole = known & (sides.prod(axis=1) >= WHOLE_IMAGE * sizes.prod(axis=1))
     findings.add("box_covers_image", split, ids[whole].tolist())

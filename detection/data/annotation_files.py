@@ -92,14 +92,17 @@ def read_json(path: Path) -> tuple[Any, list[Fault]]:
 
 
 def read_columns(content: Any, where: str) -> Columns:
-    """Arrays of the parsed JSON.
+    """Arrays of the parsed JSON, or the arrays themselves, checked.
 
     Raises:
         DataError: the first fault of the file.
     """
-    check_lists(content, where)
     try:
-        columns = build_columns(content)
+        if isinstance(content, Columns):
+            columns = content
+        else:
+            check_lists(content, where)
+            columns = build_columns(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         # The fast path reads whole columns and does not know which entry it was.
         fault = next(entry_faults(content), None)

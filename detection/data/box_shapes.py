@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from detection.data.augmentation import MINIMUM_SIDE
 from detection.data.coco import Annotations
 from detection.data.letterbox import letterbox_geometry
-from detection.data.transforms import MINIMUM_SIDE
 from detection.errors import DataError
 from detection.settings import DataSettings
 

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torchvision.datasets import CocoDetection
 
-from detection.data.annotation_files import read_columns, read_json
+from detection.data.annotation_files import Columns, Fault, read_columns, read_json
+from detection.data.fast_annotations import read_fast
+from detection.data.image_cache import ImageCache
 from detection.data.image_files import read_image
+from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
 from detection.settings import DataSettings
@@ -123,8 +126,11 @@ class CocoDataset(CocoDetection):
         fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
         strict: refuse degenerate and outside boxes instead of dropping them.
         follow_links: whether image files may be links that lead out of the image directory.
+        decoder: of JPEG files, a name of `JPEG_DECODERS`.
+        slow_seconds: an image that takes longer is named on stderr; None: never.
 
     Attributes:
+        cache: of decoded images, if there is one.
         substitutes: an image that cannot be read is replaced by the next one that can; the sample says so. Only
             training may do that: an evaluation without some of its images would be of another dataset.
 
@@ -142,10 +148,12 @@ class CocoDataset(CocoDetection):
         fraction: tuple[float, bool] | None = None,
         strict: bool = False,
         follow_links: bool = False,
+        decoder: str = "opencv",
+        slow_seconds: float | None = None,
     ) -> None:
         # Without the index that CocoDetection would build: everything is in the arrays.
         super(CocoDetection, self).__init__(str(images))
-        content, faults = read_json(annotations)
+        content, faults = read_annotations(annotations)
         if not images.is_dir():
             raise DataError(f"image directory {images} does not exist")
         self.annotations = flatten_annotations(content, str(annotations), class_names, categories, fraction, strict)
@@ -154,10 +162,20 @@ class CocoDataset(CocoDetection):
         self.sample_transform = transform
         self.image_root = images.resolve()
         self.follow_links = follow_links
+        self.decoder = decoder
+        self.cache: ImageCache | None = None
+        self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
         self.substitutes = False
 
     def __len__(self) -> int:
         return len(self.annotations)
+
+    def describe_image(self, index: int) -> str:
+        return f"image id {self.annotations.image_ids[index]} ({self.annotations.file_name(index)})"
+
+    def __getitems__(self, positions: list[int | tuple[int, int, int]]) -> list[Sample]:
+        """What a loader asks for: the samples of a batch, each on the clock."""
+        return [self.slow_samples.time(self.__getitem__, position) for position in positions]
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         """One image through the transform.
@@ -187,8 +205,8 @@ class CocoDataset(CocoDetection):
         try:
             return self.sample_transform(image, boxes, labels, index, epoch, size)
         except Exception as error:
-            name, number = self.annotations.file_name(index), self.annotations.image_ids[index]
-            error.add_note(f"while transforming image id {number} ({name}) of epoch {epoch} at {size or 'its own'} px")
+            place = f"of epoch {epoch} at {size or 'its own'} px"
+            error.add_note(f"while transforming {self.describe_image(index)} {place}")
             raise
 
     def load_image(self, index: int) -> np.ndarray:
@@ -196,7 +214,7 @@ class CocoDataset(CocoDetection):
         path = self.image_root / self.annotations.file_name(index)
         if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
             raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")
-        image = read_image(path)
+        image = read_image(path, self.decoder) if self.cache is None else self.cache.read(index, path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):
             swapped = (image.shape[0], image.shape[1]) == (width, height)
@@ -257,15 +275,21 @@ class FakeDataset(torch.utils.data.Dataset):
         return cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_LINEAR)
 
 
+def read_annotations(path: Path) -> tuple[Columns | Any, list[Fault]]:
+    """The columns of a plain file at once, else what `read_json` returns."""
+    columns = read_fast(path)
+    return read_json(path) if columns is None else (columns, [])
+
+
 def flatten_annotations(
-    content: dict[str, Any],
+    content: Columns | Any,
     where: str,
     class_names: Sequence[str] | None = None,
     categories: Categories | None = None,
     fraction: tuple[float, bool] | None = None,
     strict: bool = False,
 ) -> Annotations:
-    """Turn the parsed JSON into flat, checked arrays; see `CocoDataset` for the arguments and `Annotations`."""
+    """Turn columns or the parsed JSON into flat, checked arrays; see `CocoDataset` for the arguments, `Annotations`."""
     columns = read_columns(content, where)
     chosen = choose_categories(columns.categories, class_names, categories, where)
     chosen_ids = id_of_name(columns.categories, chosen)
@@ -512,7 +536,7 @@ def load_annotations(
 
     The arguments are those of `CocoDataset`.
     """
-    content, faults = read_json(path)
+    content, faults = read_annotations(path)
     annotations = flatten_annotations(content, str(path), class_names, None, fraction, strict)
     if faults:
         raise DataError(f"{path}: {faults[0].message}")

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from detection.data.decoders import JPEG_DECODERS
 from detection.errors import DataReadError
 
 MOST_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
@@ -25,8 +25,6 @@ MOST_BYTES = 2**30
 ORIENTATION_TAG = 0x0112  # of EXIF
 MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # begin and end of a whole file
 DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # what Pillow raises
-
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged image is one line, and that one is ours
 
 
 class Header(NamedTuple):
@@ -39,24 +37,28 @@ class Header(NamedTuple):
     bits: int  # per channel
     orientation: int  # of EXIF, 1..8
     transparent: bool
+    exif: bool
 
     def turned_size(self) -> tuple[int, int]:
         """Width and height after the EXIF orientation, as it is decoded."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
     """Decode an image file to RGB uint8, (height, width, 3).
 
     EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits are scaled to 8; transparent pixels are
     laid over mid grey. A truncated file is an error, never a half-grey picture.
+
+    Args:
+        decoder: of JPEG files, a name of `JPEG_DECODERS`; neither pixels nor errors depend on it.
 
     Raises:
         DataReadError: the file is missing, not a regular file, not an image, too large, or damaged.
     """
     encoded = read_file(path)
     header = read_header(encoded, path)
-    return decode_image(encoded, header, path)
+    return decode_image(encoded, header, path, decoder)
 
 
 def read_file(path: Path) -> np.ndarray:
@@ -93,6 +95,7 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
                 bits=_bits_per_channel(encoded, file),
                 orientation=_orientation(file),
                 transparent=file.has_transparency_data,
+                exif="exif" in file.info,
             )
     except Image.DecompressionBombError:
         raise DataReadError(f"image {path} has more than {MOST_PIXELS} pixels; it is not decoded") from None
@@ -123,16 +126,15 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
-def decode_image(encoded: np.ndarray, header: Header | None, path: Path) -> np.ndarray:
+def decode_image(encoded: np.ndarray, header: Header | None, path: Path, decoder: str = "opencv") -> np.ndarray:
     """See `read_image`."""
     # OpenCV fills the missing rest of some truncated files with grey; a complete one holds its end marker.
     for name, (start, end) in MARKERS.items():
         if encoded[: len(start)].tobytes() == start and encoded.tobytes().rfind(end) < 0:
             raise DataReadError(f"image {path} is damaged: the {name} data ends early")
-    try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
-    except cv2.error:
-        image = None
+    # OpenCV turns by the EXIF orientation and reads the rest: CMYK, other formats.
+    plain = header is not None and header.format == "JPEG" and header.mode in ("RGB", "L") and not header.exif
+    image = JPEG_DECODERS[decoder if plain else "opencv"](encoded)
     if image is None:
         raise DataReadError(f"image {path} is damaged or in a format that OpenCV does not read")
     alpha = read_alpha(encoded) if header is not None and header.transparent else None

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,11 +14,12 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from detection.data.transforms import Sample
 from detection.devices import pinning
 from detection.settings import SIZE_MULTIPLE
+from detection.stopping import STOPPING
 from detection.target_assignment import PADDING_LABEL
 
 SMALLEST_BUCKET = 32  # truths per image; the padded number is this times a power of two, so few shapes occur
@@ -126,7 +128,8 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
         "boxes" (B, G, 4) float32 and "labels" (B, G) int64, padded with -1, G one of 32, 64, 128, ...;
         "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B; "unreadable" list of lines.
     """
-    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    # In a worker `default_collate` copies the images straight into the memory that the training process shares.
+    images = default_collate([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
     most = max(len(sample.labels) for sample in samples)
     padded = SMALLEST_BUCKET
     while padded < most:
@@ -147,10 +150,10 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
 
 
 def prepare_worker(_: int) -> None:
-    """OpenCV's own threads would fight with the workers; Ctrl-C and SIGTERM are the training process's to handle."""
+    """OpenCV's own threads would fight with the workers; signals to stop are the training process's to handle."""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     # Errors of the dataset travel to the training process. What is left are those of the thread that hands batches
     # over, when the training process ends before it has taken them: no news to anybody.
     sys.excepthook = lambda *_: None
@@ -163,6 +166,16 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     atexit.unregister(kill_workers)  # once, however many loaders are built
     atexit.register(kill_workers)
+
+
+def leave_worker_deaths() -> None:
+    """A worker that dies is found by its loader when its batch does not come, after a step, not in the middle of one.
+
+    To be called when a loader has started its workers: torch's handler raises wherever the program is, with the weights
+    half moved.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def kill_workers() -> None:

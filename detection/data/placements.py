@@ -1,8 +1,8 @@
 """Training's named ways to lay an image into the network input: which part of it, and where.
 
 `expand` and `iou_crop` choose a rectangle of the image, in its own pixels, which may reach beyond it; the letterbox or
-`darknet_jitter` says where that rectangle lies in the square. Only then pixels are touched: whatever was chosen, an
-image is resampled once, and no canvas larger than the network input is ever made.
+`darknet_jitter` says where that rectangle lies in the square. No pixel is touched here: whatever was chosen, an image
+is resampled once, and no canvas larger than the network input is ever made.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from detection.data.letterbox import INTERPOLATIONS, letterbox_geometry, pad_image, resize_image
+from detection.data.letterbox import Placed, letterbox_geometry
 from detection.reproducibility import sample_stream, torch_stream
 from detection.settings import AugmentationSettings, DataSettings, IoUCrop
 from detection.target_assignment import CROWD_LABEL
@@ -38,7 +38,7 @@ class RandomPlacement:
     """From an image and its boxes to the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
 
     Args:
-        data: the three sections of its augmentation, min_visibility, and how images are resized and filled.
+        data: the three sections of its augmentation, min_visibility, and how images are laid into the square.
         seed: of the run.
     """
 
@@ -51,13 +51,13 @@ class RandomPlacement:
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `Transform`, for a square of `size`: the image, and the boxes and labels of what is left to see."""
+    ) -> tuple[Placed, np.ndarray, np.ndarray]:
+        """As `Transform`, for a square of `size`: which part of the image goes where, boxes and labels of the rest."""
         view, inside = self.draw_view(image.shape[1], image.shape[0], boxes, labels, epoch, index)
         target = self.draw_target(view, size, epoch, index)
-        image, visible, boxes = place_view(image, boxes, view, target, size, self.data.fill, self.data.interpolation)
+        placed, visible, boxes = place_view(image, boxes, view, target, size)
         kept = inside & (visible > 0) & (visible >= self.data.augmentation.min_visibility)
-        return image, boxes[kept], labels[kept]
+        return placed, boxes[kept], labels[kept]
 
     def draw_view(
         self, width: int, height: int, boxes: np.ndarray, labels: np.ndarray, epoch: int, index: int
@@ -148,10 +148,8 @@ def place_view(
     view: Rectangle,
     target: Rectangle,
     size: int,
-    fill: tuple[int, int, int],
-    interpolation: str,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay the view of an image onto the target rectangle of a square, resampled once.
+) -> tuple[Placed, np.ndarray, np.ndarray]:
+    """Where in a square what the view shows of an image lies, if the view is laid onto the target rectangle.
 
     Args:
         image: (H, W, 3) uint8.
@@ -160,17 +158,17 @@ def place_view(
         target: in pixels of the square; inside it.
 
     Returns:
-        The square (size, size, 3); the share of each box's area that the view shows, (G,) float64; and that part of
-        each box in pixels of the square, (G, 4) float32. Where nothing is shown the box has no meaning.
+        The part of the image and its place; the share of each box's area that the view shows, (G,) float64; and that
+        part of each box in pixels of the square, (G, 4) float32. Where nothing is shown the box has no meaning.
     """
     x1, x2, left, right = _span(view.left, view.width, target.left, target.width, image.shape[1], size)
     y1, y2, top, bottom = _span(view.top, view.height, target.top, target.height, image.shape[0], size)
-    part = resize_image(image[y1:y2, x1:x2], right - left, bottom - top, INTERPOLATIONS[interpolation])
     shown = boxes.astype(np.float64).clip((x1, y1, x1, y1), (x2, y2, x2, y2))
     area, shown_area = ((sides[:, 2:] - sides[:, :2]).prod(axis=1) for sides in (boxes.astype(np.float64), shown))
     scale = np.array([(right - left) / (x2 - x1), (bottom - top) / (y2 - y1)] * 2)
     placed = (shown - (x1, y1, x1, y1)) * scale + (left, top, left, top)
-    return pad_image(part, left, top, size, fill), shown_area / area, placed.astype(np.float32)
+    part = Placed(image[y1:y2, x1:x2], left, top, right - left, bottom - top)
+    return part, shown_area / area, placed.astype(np.float32)
 
 
 def _span(

@@ -231,7 +231,6 @@ def _crop(
 
 def _training(data: DataSettings, size: int, seed: int) -> Transform:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Got processor for bboxes")  # albumentations: colour moves no box
         warnings.filterwarnings("ignore", message="Pydantic serializer")  # a pair stands where a number was
         return Transform(data, size, seed, training=True)
 

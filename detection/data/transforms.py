@@ -1,22 +1,15 @@
 """From an image and its boxes to the network input: letterbox, and for training the augmentation."""
 
-import os
-import random
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
+from detection.data.augmentation import Augmentation
 from detection.data.color import ColorDistortion, has_color
-from detection.data.letterbox import INTERPOLATIONS, letterbox_geometry, letterbox_image
+from detection.data.letterbox import INTERPOLATIONS, Placed, letterbox_geometry, resize_placed
 from detection.data.placements import RandomPlacement, has_placement
 from detection.postprocessing import Letterbox
-from detection.settings import AugmentationSettings, DataSettings
-
-# albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-MINIMUM_SIDE = 1.0  # pixels of the network input; a box that augmentation leaves smaller is removed
+from detection.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Transform:
         self.data = data
         augmentation = data.augmentation
         self.placement = RandomPlacement(data, seed) if training and has_placement(augmentation) else None
-        self.compose = build_augmentation(augmentation, data.fill) if training else None
+        self.augmentation = Augmentation(data, seed) if training else None
         self.color = ColorDistortion(augmentation, seed) if training and has_color(augmentation) else None
 
     def __call__(
@@ -64,66 +57,20 @@ class Transform:
         size: side of the network input, 0 for the default.
         """
         data, size = self.data, size or self.size
-        layout = data.keep_aspect, data.letterbox_rounding
+        letterbox, width, height = letterbox_geometry(
+            image.shape[1], image.shape[0], size, data.keep_aspect, data.letterbox_rounding
+        )
         if self.placement is not None:
-            letterbox, *_ = letterbox_geometry(image.shape[1], image.shape[0], size, *layout)
-            image, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
+            placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
         else:
-            interpolation = INTERPOLATIONS[data.interpolation]
-            image, letterbox = letterbox_image(image, size, layout[0], data.fill, interpolation, layout[1])
+            placed = Placed(image, letterbox.left, letterbox.top, width, height)
             scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
             offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
             boxes = boxes * scale + offset
-        if self.compose is not None:
-            # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
-            # applied with equal probability would be applied to the same images.
-            self.compose.set_random_state(
-                np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")
-            )
-            augmented = self.compose(image=image, bboxes=boxes, labels=labels)
-            image = augmented["image"]
-            boxes = np.asarray(augmented["bboxes"], dtype=np.float32).reshape(-1, 4)
-            labels = np.asarray(augmented["labels"], dtype=np.int64).reshape(-1)
+        if self.augmentation is not None:
+            image, boxes, labels = self.augmentation(placed, boxes, labels, size, epoch, index)
+        else:
+            image = resize_placed(placed, size, data.fill, INTERPOLATIONS[data.interpolation])
         if self.color is not None:
             image = self.color(image, epoch, index)
         return Sample(image, boxes, labels, index, letterbox)
-
-
-def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int, int]):
-    """The albumentations pipeline of training; geometry first, so that noise is applied at network resolution."""
-    import albumentations as A
-
-    classes = {
-        "affine": A.Affine,
-        "horizontal_flip": A.HorizontalFlip,
-        "vertical_flip": A.VerticalFlip,
-        "multiplicative_noise": A.MultiplicativeNoise,
-        "clahe": A.CLAHE,
-        "posterize": A.Posterize,
-        "to_gray": A.ToGray,
-        "random_brightness_contrast": A.RandomBrightnessContrast,
-        "rgb_shift": A.RGBShift,
-        "color_jitter": A.ColorJitter,
-        "gauss_noise": A.GaussNoise,
-        "random_fog": A.RandomFog,
-    }
-    transforms = []
-    for name, transform in classes.items():
-        arguments = getattr(augmentation, name).model_dump()
-        if name == "affine":
-            arguments |= {"fill": fill, "border_mode": cv2.BORDER_CONSTANT, "balanced_scale": False}
-        if arguments["p"] > 0:
-            transforms.append(transform(**arguments))
-    return A.Compose(
-        transforms,
-        bbox_params=A.BboxParams(
-            format="pascal_voc",
-            label_fields=["labels"],
-            clip=True,
-            filter_invalid_bboxes=True,
-            min_visibility=augmentation.min_visibility,
-            min_width=MINIMUM_SIDE,
-            min_height=MINIMUM_SIDE,
-        ),
-        strict=True,
-    )

@@ -7,6 +7,10 @@ from detection.errors import DataReadError
 UNREADABLE_VOTE = 1000
 
 
+class TooManyUnreadable(DataReadError):
+    """All processes of the run stop for it, after the same step."""
+
+
 class UnreadableImages:
     """Of this process, since it started.
 
@@ -30,11 +34,13 @@ class UnreadableImages:
     def too_many(self) -> bool:
         return len(self.lines) > self.allowed
 
-    def error(self) -> DataReadError:
+    def error(self) -> TooManyUnreadable:
         """For the run that ends here."""
         if not self.too_many():
-            return DataReadError("another process could not read its images")
+            return TooManyUnreadable("another process could not read its images")
         last = next(reversed(self.lines))
         if not self.allowed:
-            return DataReadError(last)
-        return DataReadError(f"{last}; number {len(self.lines)} of them, data.most_unreadable allows {self.allowed}")
+            return TooManyUnreadable(last)
+        return TooManyUnreadable(
+            f"{last}; number {len(self.lines)} of them, data.most_unreadable allows {self.allowed}"
+        )

@@ -148,7 +148,7 @@ def test_A08_a_crowd_region_is_neither_object_nor_background() -> None:
     assert (gradient[..., 4][~inside] > 0).all()
 
 
-@pytest.mark.guard("detection.coco_metric:_truth_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
+@pytest.mark.guard("detection.coco_rows:_truth_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 def test_A08_a_crowd_region_is_no_miss(read: Read, backend: str) -> None:
     content = with_boxes([1, 1, 60, 60])
@@ -202,7 +202,7 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     assert line.startswith("warning") and "ninety" in line
 
 
-@pytest.mark.guard("detection.coco_metric:_truth_dataset", '"id": row + 1', '"id": row')
+@pytest.mark.guard("detection.coco_rows:_truth_dataset", '"id": row + 1', '"id": row')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 @pytest.mark.parametrize("ids", [(0, 1, 2), (7, 7, 7), (0, 0, 0)])
 def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...], backend: str) -> None:

@@ -98,7 +98,7 @@ def step_of(directory: Path) -> int:
 
 
 @pytest.mark.guard(
-    "detection.data.image_files:decode_image",
+    "detection.data.decoders:decode_with_opencv",
     "cv2.IMREAD_COLOR_RGB",
     "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION",
 )

@@ -25,8 +25,9 @@ from detection.checkpoints import load_checkpoint
 from detection.devices import autocast
 from detection.evaluation import drop_not_finite, find_all
 from detection.models import build_detector
-from detection.postprocessing import Letterbox, YOLOPostprocess
+from detection.postprocessing import Letterbox
 from detection.settings import Settings, load_settings
+from detection.suppression import suppress
 from detection.training import train_step
 
 Train = Callable[..., Run]
@@ -321,8 +322,7 @@ def test_C12_suppression_at_equal_scores_is_the_slow_one(count: int) -> None:
     corner = torch.randint(0, 200, (count, 2), generator=generator)
     boxes = torch.cat([corner, corner + torch.randint(8, 40, (count, 2), generator=generator)], 1).float()
     scores = torch.randint(1, 5, (count,), generator=generator) / 8
-    postprocess = YOLOPostprocess([[(10, 10)]], [32], max_detections=None)
-    kept = postprocess._suppress_within_class(boxes, scores, torch.zeros(count, dtype=torch.int64))
+    kept = suppress(boxes, scores, torch.zeros(count, dtype=torch.int64), 0.45)
     assert kept.tolist() == slow_suppression(boxes.double().numpy(), scores.double().numpy(), 0.45)
 
 
@@ -331,8 +331,7 @@ def test_C12_very_many_boxes_give_the_same_result_twice() -> None:
     corner = torch.rand(200_000, 2, generator=generator) * 400
     boxes, scores = torch.cat([corner, corner + 60], 1), torch.full((200_000,), 0.5)
     labels = torch.zeros(200_000, dtype=torch.int64)
-    postprocess = YOLOPostprocess([[(10, 10)]], [32], max_detections=None)
-    kept = postprocess._suppress_within_class(boxes, scores, labels)
-    assert torch.equal(postprocess._suppress_within_class(boxes, scores, labels), kept)
+    kept = suppress(boxes, scores, labels, 0.45)
+    assert torch.equal(suppress(boxes, scores, labels, 0.45), kept)
     overlaps = pairwise_iou(boxes[kept], boxes[kept]).fill_diagonal_(0)
     assert len(kept) > 50 and overlaps.max() <= 0.45 and kept[0] == 0

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 from runs import Run, at_step
-from test_distributed import losses_of, rows_of, start
+from test_distributed import free_port, losses_of, rows_of, start
 
 from detection.checkpoints import load_checkpoint
 from detection.data import build_datasets
 from detection.data.coco import CocoDataset
 from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader
+from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Transform
 from detection.settings import Settings
 
@@ -50,9 +52,10 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
     run = train("run", *words, fault=functools.partial(kill_worker, step=5))
-    run.ends_with(3, "a loader worker died", "DataLoader worker (pid", f"--resume {tmp_path / 'run'}")
+    line = run.ends_with(3, "a loader worker died", "DataLoader worker (pid", f"--resume {tmp_path / 'run'}")
     assert time.monotonic() - started < 30
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] % 2 == 0
+    step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    assert step >= 5 and f"saved after step {step}," in line
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -76,8 +79,43 @@ def test_E02_an_augmentation_that_raises_names_its_image(
     assert f"while transforming image id {number} ({name}) of epoch 0 at 64 px" in text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
+    dataset: Path, default_settings: Callable[..., Settings], workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4").data
+    training_set, _ = build_datasets(data, 64, 64, 0, None)
+    transform = training_set.sample_transform
+
+    def sleeping(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
+        if index == 5:
+            time.sleep(1.2)
+        return transform(image, boxes, labels, index, epoch, size)
+
+    training_set.sample_transform = sleeping
+    sampler = TrainingBatchSampler(13, 13, 1, (0, 2), 0, 64)  # two epochs: with one worker twice the same image
+    batches = list(build_training_loader(training_set, sampler, workers, CPU))
+    assert sorted(batches[0]["indices"].tolist()) == list(range(13))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == max(workers, 1), lines  # once for each process that met it
+    number, name = training_set.annotations.image_ids[5], training_set.annotations.file_name(5)
+    for line in lines:
+        assert line.startswith(f"warning: image id {number} ({name}) has been loading for 0."), line
+
+
+def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+    """No thread runs while one long call into C keeps the lock; here the thread that looks is asleep for good."""
+    samples = SlowSamples(0.05, lambda index: f"image {index}")
+    samples.look = lambda: None  # type: ignore[method-assign]
+    for _ in range(2):
+        assert samples.time(lambda position: time.sleep(0.1) or position, (7, 0, 64)) == (7, 0, 64)
+    samples.time(lambda position: None, 8)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: image 7 took 0.1 s")
+
+
 @pytest.mark.guard(
-    "detection.data.transforms:Transform.__call__",
+    "detection.data.augmentation:Augmentation.streams",
     'np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")',
     "np.random.default_rng(self.seed), random.Random(self.seed)",
 )
@@ -127,6 +165,25 @@ def test_E05_annotations_are_not_copied_by_the_workers(
     assert len(grown) == 2
     for first, last in grown.values():
         assert last - first < 50e6
+
+
+@pytest.mark.guard("detection.data.loaders:prepare_worker", "cv2.setNumThreads(0)", "pass")
+def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
+    training_set, _ = build_datasets(default_settings(f"data.root={dataset}").data, 64, 64, 0, None)
+    load_image = training_set.load_image
+
+    def checked(index: int) -> np.ndarray:
+        assert cv2.getNumThreads() == 1
+        return load_image(index)
+
+    training_set.load_image = checked
+    sampler = TrainingBatchSampler(len(training_set), 2, 1, (0, 2), 0, 64)
+    loader = build_training_loader(training_set, sampler, 1, CPU)
+    cv2.setNumThreads(4)  # of this process; building the loader set it too
+    try:
+        assert sum(1 for _ in loader) == 2
+    finally:
+        cv2.setNumThreads(0)
 
 
 @pytest.mark.faults
@@ -302,6 +359,8 @@ def test_E07_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
     assert time.monotonic() - started < seconds + 10
     if fault == "hang":
         assert "rank 1 of 2, step 2: no progress" in output or "rank 0 of 2, step 2: another process" in output, output
+    else:  # what the survivor says
+        assert "rank 0 of 2, step 2: another process failed or hangs" in output, output
     if fault == "raise":
         assert "a bug in rank 1" in output
     # Step 4 was never reached: nothing was saved, and nothing half.
@@ -322,6 +381,67 @@ def test_E07_a_hanging_rank_ends_itself(drawn_dataset: Path, tmp_path: Path) -> 
         process.kill()
     assert process.returncode != 0 and "step 2" in output
     assert time.monotonic() - started < 6 + 10
+
+
+@pytest.mark.faults
+def test_E07_a_rank_that_hangs_in_the_evaluation(drawn_dataset: Path, tmp_path: Path) -> None:
+    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=5", "run.timeout_minutes=0.1"]
+    process = start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run", fault="hang_in_evaluation")
+    try:
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode != 0 and "rank 1 of 2, step 5: no progress" in output, output
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+@pytest.mark.faults
+def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: Path, tmp_path: Path) -> None:
+    words = [
+        f"data.root={drawn_dataset}", "train.batch_size=2", "train.optimizer=sgd", "train.learning_rate=1e30",
+        "scheduler.warmup=0", "train.most_skipped_steps=2", "--output", tmp_path / "run",
+    ]  # fmt: skip
+    output = start(2, tmp_path / "work", *words).communicate(timeout=120)[0]
+    assert "2 steps in a row were not finite" in output, output
+    (bundle,) = (tmp_path / "run").glob("not_finite_*")
+    step = json.loads((bundle / "report.json").read_text())["steps"][0]
+    replayed = start(1, tmp_path / "work", "--replay", bundle).communicate(timeout=120)[0]
+    assert f"step {step['step']} is not finite here either" in replayed and "warning" not in replayed, replayed
+    named = {int(line.split("image id ")[1].split(" ")[0]) for line in replayed.splitlines() if "of image id " in line}
+    assert named and named <= set(step["image_ids"])
+    # Micro-batches of both ranks; each says something of its loss.
+    assert sum(line.startswith("loss: ") for line in replayed.splitlines()) == 2, replayed
+
+
+@pytest.mark.faults
+def test_E14_processes_that_never_come(tmp_path: Path) -> None:
+    code = (
+        "import datetime, torch, detection.distributed as d; d.JOIN_TIMEOUT = datetime.timedelta(seconds=2)\n"
+        "d.Ranks(torch.device('cpu'), lambda: 'gloo', 600)"
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone["MASTER_PORT"] = str(free_port())
+    started = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **alone},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "SettingsError: rank 0: the 2 processes do not find one another" in process.stderr, process.stderr
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.faults
+def test_E07_a_rank_that_ends_before_the_first_step(drawn_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").touch()
+    words = [f"data.root={drawn_dataset}", "train.batch_size=2", "--output", tmp_path / "run"]
+    output = start(2, tmp_path / "work", *words).communicate(timeout=120)[0]
+    assert 'two_ranks.py", line' not in output, output  # no traceback of ours; torchrun has its own
+    assert "rank 1 of 2, step 0: another process failed" in output or output.count("exitcode") == 1, output
 
 
 @pytest.mark.faults

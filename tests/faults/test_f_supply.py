@@ -28,7 +28,7 @@ def hide(main: ModuleType, package: str) -> None:
     ("package", "line"),
     [
         ("tensorboard", "TensorBoard is not installed: no event files"),
-        ("faster_coco_eval", "every 4 steps by pycocotools"),
+        ("faster_coco_eval", "every 4 steps by arrays"),
         ("onnx", ""),
         ("onnxruntime", ""),
         ("timm", ""),

@@ -1,0 +1,174 @@
+"""Seconds and memory of the COCO metric on a synthetic set of COCO's size, per evaluator.
+
+python3 -m benchmarks.evaluation               arrays at all sizes, the others at the smallest
+python3 -m benchmarks.evaluation --all         every evaluator at all sizes, 5 minutes
+
+5,000 images, 36,335 truths of 80 classes, some of them crowds; 201,097, 628,352 and 1,547,498 detections, the counts of
+a YOLOv3 on val2017 at confidence 0.01, 0.001 and 0.0001. Prints one table: seconds from arrays to the twelve numbers
+(median and spread of the repeats), the largest difference to pycocotools among these and the precisions of all classes,
+IoU and recalls, and the memory that scoring adds to a process that holds the detections. Each case is a process of its
+own. About a minute on 2 CPU cores.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from detection.coco_metric import METRIC_NAMES, score
+from detection.data.coco import AnnotationCounts, Annotations, Categories
+from detection.detections import Detections
+from detection.devices import matmul_rates
+
+COUNTS = (201_097, 628_352, 1_547_498)
+IMAGES, TRUTHS, CLASSES = 5000, 36_335, 80
+SIZE = 640  # pixels, side of an image
+BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")  # the first is the reference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, metavar="K", help="detections")
+    parser.add_argument("--repeats", type=int, default=5, help="of arrays; the others run once (%(default)s)")
+    parser.add_argument("--all", action="store_true", help="every evaluator at all sizes")
+    parser.add_argument("--case", nargs=3, metavar=("BACKEND", "FOUND", "RESULT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        backend, found, result = arguments.case
+        run_case(backend, Path(found), Path(result), arguments.repeats)
+        return
+    ceiling = max(matmul_rates(2048, torch.float32, torch.device("cpu"), 3))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *BACKENDS[:2]))
+    print(
+        f"{IMAGES} images, {TRUTHS} truths, {CLASSES} classes; cpu ({platform.machine()}), {versions}; one thread, "
+        f"float64; matmul float32 {ceiling / 1e12:.2f} TFLOP/s on {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{'detections':>10}  {'evaluator':<17}{'seconds':>8}{'spread':>14}{'AP':>9}{'difference':>12}{'added MiB':>11}"
+    )
+    truth = synthetic_truth()
+    with tempfile.TemporaryDirectory() as directory:
+        for count in sorted(arguments.counts):
+            found = Path(directory) / "found.npz"
+            np.savez(found, **vars(synthetic_detections(truth, count)))
+            reference = None
+            for backend in BACKENDS:
+                if backend != "arrays" and count > min(arguments.counts) and not arguments.all:
+                    continue
+                result = in_own_process(backend, found, arguments.repeats if backend == "arrays" else 1)
+                reference = result if backend == BACKENDS[0] else reference
+                difference = "not compared" if reference is None else f"{largest_difference(result, reference):.1e}"
+                seconds, added = result["seconds"], float(result["added"]) / 2**20
+                print(
+                    f"{count:>10}  {backend:<17}{statistics.median(seconds):>8.2f}"
+                    f"{f'{min(seconds):.2f}..{max(seconds):.2f}':>14}{result['stats'][0]:>9.5f}{difference:>14}"
+                    f"{added:>11.0f}",
+                    flush=True,
+                )
+
+
+def in_own_process(backend: str, found: Path, repeats: int) -> dict[str, np.ndarray]:
+    result = found.with_name("result.npz")
+    case = ["--case", backend, str(found), str(result), "--repeats", str(repeats)]
+    subprocess.run([sys.executable, "-m", "benchmarks.evaluation", *case], check=True)
+    with np.load(result) as arrays:
+        return dict(arrays)
+
+
+def run_case(backend: str, found: Path, result: Path, repeats: int) -> None:
+    annotations = synthetic_truth()
+    # Read, not made here: memory that was in use before would be used again, and not be counted.
+    with np.load(found) as arrays:
+        detections = Detections(**arrays)
+    score(annotations, detections.take(slice(0, 1000)), backend)  # loads what is loaded once
+    before, seconds = reset_peak_memory(), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        scores = score(annotations, detections, backend)
+        seconds.append(time.perf_counter() - started)
+    stats = [np.nan if scores.metrics[name] is None else scores.metrics[name] for name in METRIC_NAMES]
+    np.savez(result, seconds=seconds, added=peak_memory() - before, stats=stats, precision=scores.precision)
+
+
+def largest_difference(result: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    return max(float(np.abs(result[name] - reference[name]).max()) for name in ("stats", "precision"))
+
+
+def reset_peak_memory() -> int:
+    """Forget the peak so far where Linux allows it; bytes in use."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """Largest resident set so far, bytes."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def synthetic_truth() -> Annotations:
+    """Truths of an image share few classes, and few classes have most truths, as in COCO."""
+    generator = np.random.default_rng(0)
+    image = np.sort(generator.choice(IMAGES, TRUTHS, p=generator.dirichlet(np.ones(IMAGES))))
+    frequency = 1 / np.arange(2, CLASSES + 2)
+    of_image = generator.choice(CLASSES, (IMAGES, 3), p=frequency / frequency.sum())
+    labels = of_image[image, generator.choice(3, TRUTHS, p=(0.6, 0.3, 0.1))]
+    sides = np.exp(generator.normal(4.0, 1.0, (TRUTHS, 2))).clip(4, SIZE).round(2)
+    corners = (generator.random((TRUTHS, 2)) * (SIZE - sides)).round(2)
+    crowd = generator.random(TRUTHS) < 0.01
+    return Annotations(
+        image_ids=np.arange(1, IMAGES + 1),
+        image_sizes=np.full((IMAGES, 2), SIZE, dtype=np.int32),
+        file_names=np.zeros(0, dtype=np.uint8),
+        file_name_ends=np.zeros(IMAGES, dtype=np.int64),
+        first_box=np.searchsorted(image, np.arange(IMAGES + 1)),
+        boxes=np.concatenate([corners, corners + sides], axis=1).astype(np.float32),
+        labels=labels,
+        areas=sides.prod(axis=1) * 0.7,  # a mask fills its box to about that share
+        coco_boxes=np.concatenate([corners, sides], axis=1),
+        crowd=crowd,
+        annotation_ids=np.arange(1, TRUTHS + 1),
+        categories=Categories(tuple(map(str, range(CLASSES))), tuple(range(1, CLASSES + 1))),
+        counts=AnnotationCounts(),
+    )
+
+
+def synthetic_detections(annotations: Annotations, count: int) -> Detections:
+    """Good boxes for most truths, worse ones around them, and the rest anywhere; good ones tend to score higher."""
+    generator = np.random.default_rng(count)
+    image_of_box = np.repeat(np.arange(IMAGES), np.diff(annotations.first_box))
+    good = np.flatnonzero(generator.random(TRUTHS) < 0.7)
+    near = generator.integers(0, TRUTHS, (count - len(good)) // 2)
+    truth = np.concatenate([good, near])
+    noise = np.where(np.arange(len(truth)) < len(good), 0.08, 0.3)[:, None]
+    x_y, sides = annotations.coco_boxes[truth, :2], annotations.coco_boxes[truth, 2:]
+    corners = x_y + generator.normal(size=x_y.shape) * noise * sides
+    sides = sides * np.exp(generator.normal(size=x_y.shape) * noise)
+    anywhere = count - len(truth)
+    far_sides = np.exp(generator.normal(4.0, 1.0, (anywhere, 2))).clip(4, SIZE)
+    corners = np.concatenate([corners, generator.random((anywhere, 2)) * (SIZE - far_sides)])
+    boxes = np.concatenate([corners, corners + np.concatenate([sides, far_sides])], axis=1).clip(0, SIZE)
+    scores = generator.random(count) ** np.where(np.arange(count) < len(good), 1, 8).astype(np.float64)
+    image = np.concatenate([image_of_box[truth], generator.integers(0, IMAGES, anywhere)])
+    order = np.argsort(image, kind="stable")
+    labels = np.concatenate([annotations.labels[truth], generator.integers(0, CLASSES, anywhere)])
+    boxes, scores = boxes.astype(np.float32).astype(np.float64), scores.astype(np.float32).astype(np.float64)
+    return Detections(image[order], boxes[order], scores[order], labels[order])
+
+
+if __name__ == "__main__":
+    main()

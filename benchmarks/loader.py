@@ -1,0 +1,178 @@
+"""What an image costs on its way to the network, and how many a core and a loader deliver.
+
+python3 -m benchmarks.loader                          generated photographs of 640 x 480, 416 px, batches of 16
+python3 -m benchmarks.loader data.root=data/coco      real ones
+python3 -m benchmarks.loader data.decoder=simplejpeg data.cache=memory
+
+Times of one core are processor time; those of the loader are by the clock, with its workers beside this process. The
+ceiling of every row is the decoder alone, measured in each repeat. About 80 seconds on 2 CPU cores.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.data import DetectionDataset, build_training_dataset
+from detection.data.decoders import JPEG_DECODERS, choose_decoder, describe_decoder
+from detection.data.generated import write_annotations, write_photographs
+from detection.data.image_files import read_file
+from detection.data.loaders import TrainingBatchSampler, build_training_loader, collate_samples
+from detection.data.strengths import augmentation_names, only
+from detection.data.transforms import Transform
+from detection.errors import exit_with_message
+from detection.settings import DataSettings, Settings, load_settings
+
+BOXES = 7.27  # per image, the mean of COCO
+BATCH = 16
+LOADED = 384  # images for each row of the loader
+
+
+def main() -> None:
+    parser = Parser("benchmarks.loader", __doc__)
+    parser.add_settings()
+    parser.add_argument("--images", type=int, default=96, metavar="N", help="different images (default: 96)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each row (default: 3)")
+    arguments = parser.parse_intermixed_args()
+    settings, _ = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        if not any(word.startswith(("data.root=", "data.train_")) for word in arguments.settings):
+            root = Path(directory)
+            write_photographs(root / "train", arguments.images)
+            write_annotations(
+                root / "annotations" / "instances_train.json", arguments.images, int(BOXES * arguments.images)
+            )
+            settings, _ = load_settings(settings, words=[f"data.root={root}"])
+        report(settings, arguments.images, arguments.repeats)
+
+
+def report(settings: Settings, count: int, repeats: int) -> None:
+    data, size = settings.data, settings.train.image_size
+    dataset = build_training_dataset(data, size, 0, None)
+    count = min(count, len(dataset))
+    annotations = dataset.annotations
+    encoded = [read_file(dataset.image_root / annotations.file_name(index)) for index in range(count)]  # type: ignore[union-attr]
+    images = [dataset.load_image(index) for index in range(count)]
+    shape = np.mean([image.shape[:2] for image in images], axis=0)
+    decoder = choose_decoder(data.decoder)
+    print(
+        f"{describe_decoder(decoder)}, NumPy {np.__version__}, torch {torch.__version__}, one thread; {count} images "
+        f"of {shape[1]:.0f} x {shape[0]:.0f} and {np.mean([len(file) for file in encoded]) / 1e3:.0f} kB, {size} px"
+    )
+
+    def transformed(transform: Transform) -> Callable[[int], object]:
+        def call(index: int) -> object:
+            rows = slice(*annotations.first_box[index : index + 2])
+            return transform(images[index], annotations.boxes[rows], annotations.labels[rows], index, 0, 0)
+
+        return call
+
+    letterbox = Transform(data, size, 0, training=False)
+    samples = [transformed(letterbox)(index) for index in range(BATCH)]
+    nothing = Transform(only(data, ""), size, 0, training=True)
+    everything = all_on(data)
+    rows: dict[str, Callable[[int], object]] = {}
+    for name in dict.fromkeys(("opencv", decoder)):
+        rows[f"decode, {name}"] = lambda index, name=name: JPEG_DECODERS[name](encoded[index])  # type: ignore[misc]
+    rows |= {
+        "read, check and decode": dataset.load_image,
+        "letterbox": transformed(letterbox),
+        "letterbox and augmentation": transformed(Transform(data, size, 0, training=True)),
+        "the same, all albumentations on": transformed(Transform(everything, size, 0, training=True)),
+        "collate": lambda index: collate_samples(samples) if index % BATCH == 0 else None,  # type: ignore[arg-type]
+    }
+    transforms = {
+        name: transformed(Transform(only(data, name), size, 0, training=True)) for name in augmentation_names()
+    }
+    times = measure({**rows, "": transformed(nothing), **transforms}, count, repeats)
+    ceiling = times[f"decode, {decoder}"]
+    print(f"\n{'one core':<36}{'ms':>8}{'spread':>16}{'images/s':>10}{'of decode':>10}")
+    print_rows({name: times[name] for name in rows}, ceiling)
+    loaded = [
+        [sum(parts) for parts in zip(times["read, check and decode"], times[transform], times["collate"], strict=True)]
+        for transform in ("letterbox", "letterbox and augmentation", "the same, all albumentations on")
+    ]
+    names = ("decode + letterbox + collate (P4)", "with the augmentation (P5)", "with all albumentations on")
+    print_rows(dict(zip(names, loaded, strict=True)), ceiling)
+
+    print(f"\n{'one transform on every image':<36}{'ms':>8}{'spread':>16}{'p':>10}{'ms at p':>10}")
+    for name in transforms:
+        extra = [one - plain for one, plain in zip(times[name], times[""], strict=True)]
+        probability = getattr(data.augmentation, name).p
+        spread = f"{min(extra):.2f}..{max(extra):.2f}"
+        median = statistics.median(extra)
+        print(f"{name:<36}{median:>8.2f}{spread:>16}{probability:>10g}{median * probability:>10.2f}")
+
+    print(f"\n{'loader, by the clock':<28}{'workers':>8}{'images/s':>10}{'spread':>16}{'a matched consumer waits':>26}")
+    for name, chosen in (("letterbox", only(data, "")), ("with the augmentation", data)):
+        for workers in (0, 1, 2):
+            dataset.sample_transform = Transform(chosen, size, 0, training=True)
+            rates = [images_per_second(dataset, workers, 0)[0] for _ in range(repeats)]
+            rate = statistics.median(rates)
+            _, waited = images_per_second(dataset, workers, BATCH / rate * 1.25)
+            spread = f"{min(rates):.0f}..{max(rates):.0f}"
+            print(f"{name:<28}{workers:>8}{rate:>10.0f}{spread:>16}{waited:>26.1%}")
+
+
+def all_on(data: DataSettings) -> DataSettings:
+    """Every transform of albumentations on every image."""
+    sections = {
+        name: getattr(data.augmentation, name).model_copy(update={"p": 1.0})
+        for name in augmentation_names()
+        if name not in ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
+    }
+    return data.model_copy(update={"augmentation": data.augmentation.model_copy(update=sections)})
+
+
+def measure(rows: dict[str, Callable[[int], object]], count: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of processor time per image; each repeat goes through all rows, so that they meet one machine."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for repeat in range(-1, repeats):
+        for name, work in rows.items():
+            started = time.process_time()
+            for index in range(count if repeat >= 0 else 4):
+                work(index)
+            if repeat >= 0:
+                times[name].append((time.process_time() - started) / count * 1e3)
+    return times
+
+
+def print_rows(rows: dict[str, list[float]], ceiling: list[float]) -> None:
+    for name, values in rows.items():
+        median = statistics.median(values)
+        share = statistics.median(limit / value for limit, value in zip(ceiling, values, strict=True))
+        print(
+            f"{name:<36}{median:>8.2f}{f'{min(values):.2f}..{max(values):.2f}':>16}{1e3 / median:>10.0f}{share:>10.0%}"
+        )
+
+
+def images_per_second(dataset: DetectionDataset, workers: int, consumer: float) -> tuple[float, float]:
+    """Images per second after the first batch, and the share of its time that a consumer waits.
+
+    Args:
+        consumer: seconds that it works on a batch, asleep: the cores are the workers'.
+    """
+    steps = LOADED // BATCH
+    sampler = TrainingBatchSampler(len(dataset), BATCH, 1, (0, steps + 1), 0, 0)
+    batches = iter(build_training_loader(dataset, sampler, workers, torch.device("cpu")))
+    next(batches)
+    started, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        waiting = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - waiting
+        time.sleep(consumer)
+    seconds = time.perf_counter() - started
+    return steps * BATCH / seconds, waited / seconds
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,93 @@
+"""The COCO metric by the programs that take a Python dict per box: pycocotools, the reference, and faster_coco_eval."""
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+
+from detection.data.coco import Annotations
+from detection.detections import Detections, result_rows
+
+
+def accumulate(
+    annotations: Annotations,
+    labels: np.ndarray,
+    truth_rows: np.ndarray,
+    truth_areas: np.ndarray,
+    detections: Detections,
+    detection_areas: np.ndarray,
+    params: Any,
+    backend: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCOeval's arrays for some classes, by ascending category id.
+
+    Ids are renumbered from 1: the evaluators take id 0 for "no match" and lose one of two equal ids. Only boxes are
+    handed over, so their mask code never runs.
+
+    Args:
+        labels: of these classes.
+        truth_rows, truth_areas: their boxes, rows of `annotations`, and what the area ranges are about, (G,).
+        detections, detection_areas: of these classes, (K,).
+        params: COCOeval's, of which `maxDets`, `areaRng` and `areaRngLbl` count.
+        backend: "pycocotools" or "faster_coco_eval".
+
+    Returns:
+        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no truth.
+    """
+    if backend == "faster_coco_eval":
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    truth, found = COCO(), COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.dataset = _truth_dataset(annotations, labels, truth_rows, truth_areas, detections)
+        truth.createIndex()
+        found.dataset = {**truth.dataset, "annotations": _detection_rows(annotations, detections, detection_areas)}
+        found.createIndex()
+        evaluator = COCOeval(truth, found, iouType="bbox")
+        evaluator.params.maxDets = params.maxDets
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = params.areaRng, params.areaRngLbl
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
+
+
+def _truth_dataset(
+    annotations: Annotations, labels: np.ndarray, rows: np.ndarray, areas: np.ndarray, detections: Detections
+) -> dict[str, Any]:
+    """What an annotation file holds, of some classes and of the images where one of them is or was found."""
+    ids = np.asarray(annotations.categories.ids)
+    image_of_box = np.searchsorted(annotations.first_box, rows, side="right") - 1
+    images = np.union1d(image_of_box, detections.image_index)
+    columns = zip(
+        annotations.image_ids[image_of_box].tolist(),
+        ids[annotations.labels[rows]].tolist(),
+        annotations.coco_boxes[rows].tolist(),
+        areas.tolist(),
+        annotations.crowd[rows].tolist(),
+        strict=True,
+    )
+    return {
+        "info": {},
+        "images": [{"id": number} for number in annotations.image_ids[images].tolist()],
+        "categories": [{"id": number} for number in ids[labels].tolist()],
+        "annotations": [
+            {
+                "id": row + 1,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for row, (image, category, box, area, crowd) in enumerate(columns)
+        ],
+    }
+
+
+def _detection_rows(annotations: Annotations, detections: Detections, areas: np.ndarray) -> list[dict[str, Any]]:
+    rows = zip(result_rows(annotations, detections), areas.tolist(), strict=True)
+    return [{**row, "id": number + 1, "area": area, "iscrowd": 0} for number, (row, area) in enumerate(rows)]

@@ -1,0 +1,134 @@
+"""The albumentations of training: the library draws and changes pixels, the geometry of all of it is one warp."""
+
+import os
+import random
+from typing import Any
+
+import cv2
+import numpy as np
+
+from detection.data.letterbox import INTERPOLATIONS, Placed, resize_placed, warp_placed
+from detection.settings import AugmentationSettings, DataSettings
+
+# albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+MINIMUM_SIDE = 1.0  # pixels of the network input; a box that augmentation leaves smaller is removed
+
+
+class Augmentation:
+    """Geometry first, so that noise is applied at network resolution. What has no probability is not built.
+
+    Args:
+        data: the sections of its augmentation, min_visibility, fill and interpolation.
+        seed: of the run.
+    """
+
+    def __init__(self, data: DataSettings, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.compose = build_augmentation(data.augmentation, data.fill)
+        steps = {type(step).__name__: step for step in self.compose.transforms}
+        self.affine, *self.flips = (steps.pop(name, None) for name in ("Affine", "HorizontalFlip", "VerticalFlip"))
+        self.pixelwise = list(steps.values())
+
+    def __call__(
+        self, placed: Placed, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The network input (size, size, 3) uint8, and the boxes and labels of what is left to see.
+
+        Args:
+            boxes: xyxy in pixels of the square, (G, 4) float32.
+        """
+        # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
+        # applied with equal probability would be applied to the same images.
+        numbers, chance = self.streams(epoch, index)
+        self.compose.set_random_state(numbers, chance)
+        chance.random()  # `Compose` draws whether to do anything at all
+        matrix = np.eye(3)
+        moved = self.affine is not None and self.affine.should_apply()
+        if moved:
+            matrix = self.affine.get_params_dependent_on_data({"shape": (size, size, 3)}, {})["bbox_matrix"]
+        mirrored = [flip is not None and flip.should_apply() for flip in self.flips]
+        for axis in np.flatnonzero(mirrored):
+            matrix[axis] = (0, 0, size) - matrix[axis]
+
+        image = self.transform_image(placed, matrix, moved, mirrored, size)
+        rotate_method = self.data.augmentation.affine.rotate_method if moved else "largest_box"
+        boxes, kept = move_boxes(boxes, matrix, size, rotate_method, self.data.augmentation.min_visibility)
+        for step in self.pixelwise:
+            image = step(image=image)["image"]
+        return image, boxes[kept], labels[kept]
+
+    def streams(self, epoch: int, index: int) -> tuple[np.random.Generator, random.Random]:
+        return np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")
+
+    def transform_image(
+        self, placed: Placed, matrix: np.ndarray, moved: bool, mirrored: list[bool], size: int
+    ) -> np.ndarray:
+        """Letterbox and matrix; with an affine sampled once, where `data.interpolation` is what a warp does."""
+        if moved and self.data.interpolation == "linear":
+            return warp_placed(placed, matrix, size, self.data.fill)
+        image = resize_placed(placed, size, self.data.fill, INTERPOLATIONS[self.data.interpolation])
+        if moved:
+            return warp_placed(Placed(image, 0, 0, size, size), matrix, size, self.data.fill)
+        if any(mirrored):
+            return cv2.flip(image, -1 if all(mirrored) else 1 if mirrored[0] else 0)
+        return image
+
+
+def move_boxes(
+    boxes: np.ndarray, matrix: np.ndarray, size: int, rotate_method: str, min_visibility: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes around the moved boxes ("largest_box") or around the moved ellipses inside them ("ellipse").
+
+    Args:
+        boxes: xyxy in pixels of the square, (G, 4) float32; what is outside it does not count.
+        matrix: from the square to the square, (3, 3) affine.
+        min_visibility: share of the moved box that has to be inside the square.
+
+    Returns:
+        Boxes cut to the square, (G, 4) float32, and which of them stay, (G,) bool.
+    """
+    inside = boxes.astype(np.float64).clip(0, size)
+    centre, half = (inside[:, 2:] + inside[:, :2]) / 2, (inside[:, 2:] - inside[:, :2]) / 2
+    centre = centre @ matrix[:2, :2].T + matrix[:2, 2]
+    # The extent along an axis: of a parallelogram the sum over both half sides, of an ellipse the root of squares.
+    if rotate_method == "ellipse":
+        half = np.sqrt(half**2 @ (matrix[:2, :2] ** 2).T)
+    else:
+        half = half @ np.abs(matrix[:2, :2]).T
+    whole = np.concatenate([centre - half, centre + half], axis=1)
+    seen = whole.clip(0, size)
+    sides = seen[:, 2:] - seen[:, :2]
+    kept = (sides >= MINIMUM_SIDE).all(axis=1) & (sides.prod(axis=1) >= min_visibility * 4 * half.prod(axis=1))
+    return seen.astype(np.float32), kept
+
+
+def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int, int]) -> Any:
+    """The transforms of albumentations as a `Compose`, which refuses arguments that they do not know."""
+    import albumentations as A
+
+    from detection.data.fog import RandomFog
+
+    classes = {
+        "affine": A.Affine,
+        "horizontal_flip": A.HorizontalFlip,
+        "vertical_flip": A.VerticalFlip,
+        "multiplicative_noise": A.MultiplicativeNoise,
+        "clahe": A.CLAHE,
+        "posterize": A.Posterize,
+        "to_gray": A.ToGray,
+        "random_brightness_contrast": A.RandomBrightnessContrast,
+        "rgb_shift": A.RGBShift,
+        "color_jitter": A.ColorJitter,
+        "gauss_noise": A.GaussNoise,
+        "random_fog": RandomFog,
+    }
+    transforms = []
+    for name, transform in classes.items():
+        arguments = getattr(augmentation, name).model_dump()
+        if name == "affine":
+            arguments |= {"fill": fill, "border_mode": cv2.BORDER_CONSTANT, "balanced_scale": False}
+        if arguments["p"] > 0:
+            transforms.append(transform(**arguments))
+    return A.Compose(transforms, strict=True)

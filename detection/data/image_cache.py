@@ -1,0 +1,205 @@
+"""Decoded images, kept for all loader workers together in memory or in one file.
+
+The pixels are those of the file, before any resize: a training image is sampled once, straight from them.
+"""
+
+import fcntl
+import hashlib
+import multiprocessing.reduction
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from detection.data.decoders import describe_decoder
+from detection.data.image_files import read_image
+from detection.devices import available_memory
+from detection.errors import DataReadError, OutputError, SettingsError
+from detection.settings import DataSettings
+
+MAGIC = b"images 1"
+# The file: the head, a row per image, the pixels in the order in which they came.
+HEAD = np.dtype([("magic", "S8"), ("end", "<i8"), ("closed", "<i8")])  # end: of the pixels; closed: nothing more fits
+ROW = np.dtype(
+    [("key", "S16"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("pixels", "<u4"), ("row", "<u4")]
+)  # the last two: checksums of the pixels, and of the row before it
+
+
+class ImageCache:
+    """Reads images through a store that all workers share: what is in it is not decoded again.
+
+    A row is written after its pixels and both have checksums, so a reader finds a whole image or none, whatever was
+    killed in between. The key of an image is its path, size, time of change and inode and the decoder: an edited file
+    is decoded anew. A full store or disk stops the growth, with one line; what is not in it is decoded.
+
+    Args:
+        count: of images.
+        most_bytes: of the store.
+        decoder: a name of `JPEG_DECODERS`.
+        file: of the store, made with its directory; None: in memory, gone when the last process that has it ends.
+
+    Raises:
+        OutputError: the file cannot be made.
+    """
+
+    def __init__(self, count: int, most_bytes: int, decoder: str, file: Path | None) -> None:
+        self.count, self.most_bytes, self.decoder, self.file = count, most_bytes, decoder, file
+        self.libraries = describe_decoder(decoder)
+        self.growing = True
+        try:
+            self.descriptor = self.open_store()
+            with self.locked():
+                if self.read_head()["magic"] != MAGIC:
+                    os.ftruncate(self.descriptor, 0)
+                    os.ftruncate(self.descriptor, self.first_pixel)
+                    self.write_head(self.first_pixel, closed=0)
+        except OSError as error:
+            raise OutputError(f"image cache {file or 'in memory'} cannot be made: {error.strerror}") from None
+
+    @property
+    def first_pixel(self) -> int:
+        return HEAD.itemsize + self.count * ROW.itemsize
+
+    def open_store(self) -> int:
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if hasattr(os, "memfd_create"):
+            return os.memfd_create("image cache")
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked: they open the file, or get the memory handed over."""
+        state = self.__dict__.copy()
+        state["descriptor"] = None if self.file is not None else multiprocessing.reduction.DupFd(self.descriptor)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        handed = state.pop("descriptor")
+        self.__dict__.update(state)
+        self.descriptor = self.open_store() if handed is None else handed.detach()
+
+    def read(self, index: int, path: Path) -> np.ndarray:
+        """RGB uint8, (height, width, 3), as `read_image` gives it; raises as it does.
+
+        Args:
+            index: of the image, below `count`.
+        """
+        key = self.key_of(path)  # before decoding: of an edit in between the new key would not be this one
+        image = self.find(index, key)
+        if image is None:
+            image = read_image(path, self.decoder)
+            if self.growing:
+                self.keep(index, key, image)
+        return image
+
+    def key_of(self, path: Path) -> bytes:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
+        parts = path, status.st_size, status.st_mtime_ns, status.st_ino, self.libraries
+        # NumPy cuts zero bytes off the end of such a field; hexadecimal digits have none.
+        return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).hexdigest().encode()
+
+    def find(self, index: int, key: bytes) -> np.ndarray | None:
+        """None where the image is not there, or not as it was written."""
+        stored = os.pread(self.descriptor, ROW.itemsize, HEAD.itemsize + index * ROW.itemsize)
+        if len(stored) < ROW.itemsize:
+            return None
+        row = np.frombuffer(stored, ROW)[0]
+        if row["key"] != key or row["row"] != row_checksum(row):
+            return None
+        image = np.empty((row["height"], row["width"], 3), np.uint8)
+        if os.preadv(self.descriptor, [image.data], int(row["offset"])) < image.nbytes:
+            return None
+        return image if zlib.crc32(image.data) == row["pixels"] else None
+
+    def keep(self, index: int, key: bytes, image: np.ndarray) -> None:
+        pixels = np.ascontiguousarray(image).data
+        try:
+            with self.locked():
+                head = self.read_head()
+                offset, end = int(head["end"]), int(head["end"]) + image.nbytes
+                fits = not head["closed"] and end <= self.most_bytes
+                self.write_head(end if fits else offset, closed=0 if fits else 1)
+            if not fits:
+                self.growing = False
+                if not head["closed"]:
+                    self.say(f"is full at {offset / 2**30:.2f} GiB (data.cache_gib)")
+                return
+            write_all(self.descriptor, pixels, offset)
+            row = np.zeros(1, ROW)
+            row["key"], row["offset"], row["pixels"] = key, offset, zlib.crc32(pixels)
+            row["height"], row["width"] = image.shape[:2]
+            row["row"] = row_checksum(row[0])
+            write_all(self.descriptor, row.view(np.uint8).data, HEAD.itemsize + index * ROW.itemsize)
+        except OSError as error:
+            self.growing = False
+            with self.locked():
+                closed = self.read_head()["closed"]
+                self.write_head(int(self.read_head()["end"]), closed=1)
+            if not closed:
+                self.say(f"cannot grow: {error.strerror}")
+
+    def say(self, what: str) -> None:
+        where = self.file or "in memory"
+        print(f"warning: image cache {where} {what}; further images are decoded", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX, HEAD.itemsize)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, HEAD.itemsize)
+
+    def read_head(self) -> np.void:
+        return np.frombuffer(os.pread(self.descriptor, HEAD.itemsize, 0).ljust(HEAD.itemsize, b"\0"), HEAD)[0]
+
+    def write_head(self, end: int, closed: int) -> None:
+        os.pwrite(self.descriptor, np.array([(MAGIC, end, closed)], HEAD).tobytes(), 0)
+
+
+def row_checksum(row: np.void) -> int:
+    return zlib.crc32(row.tobytes()[: -ROW["row"].itemsize])
+
+
+def write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    rest = content.cast("B")
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
+
+
+def build_cache(data: DataSettings, decoder: str, root: Path, names: np.ndarray, count: int) -> ImageCache | None:
+    """The cache that the settings ask for, of the images of one dataset.
+
+    Args:
+        root: directory of the images.
+        names: bytes of all their names, which with the directory name the file of the cache.
+
+    Raises:
+        SettingsError: there is less memory than it may take.
+        OutputError: its file cannot be made.
+    """
+    most_bytes = int(data.cache_gib * 2**30)
+    if data.cache == "none":
+        return None
+    if data.cache == "memory":
+        available = available_memory(torch.device("cpu"))
+        if available is not None and most_bytes > available:
+            raise SettingsError(f"data.cache_gib={data.cache_gib:g}: only {available / 2**30:.1f} GiB are available")
+        return ImageCache(count, most_bytes, decoder, None)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "yolo-v3" if data.cache_path is None else Path(data.cache_path)
+    name = hashlib.blake2b(str(root).encode() + b"\0" + names.tobytes(), digest_size=8).hexdigest()
+    return ImageCache(count, most_bytes, decoder, directory / f"{name}.images")

@@ -1,0 +1,195 @@
+"""Greedy non-maximum suppression within groups of boxes (a class of an image), exact and without a call per group.
+
+Every path compares the same float32 numbers, IoU = common / (area + other area - common), as torchvision's `nms` does
+for one group. torchvision's `batched_nms` moves the groups apart by the largest coordinate instead, which changes what
+float32 rounds to and next to one huge box leaves no digits for the others.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+SMALL_GROUP = 64  # boxes; up to here all pairs at once are faster on the CPU than a call per group
+FIRST_SHARE, GROWTH = 4, 4  # of a larger one the best 4 * most boxes are tried first, then four times as many
+BLOCK = 256  # boxes of every group that an accelerator looks at in one go
+PAIRS_AT_A_TIME_CPU = 2**17  # about 100 bytes each, as on an accelerator
+PAIRS_AT_A_TIME = 2**23
+
+
+def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None = None) -> Tensor:
+    """Numbers of the boxes to keep, by ascending group and falling score; equal scores by ascending number.
+
+    A box goes when a better one of its group that stays overlaps it by more than the threshold. What a group's best
+    boxes leave of one another depends on them alone: once `most` are found, the worse ones are not looked at.
+
+    Args:
+        boxes: (N, 4) xyxy; not finite ones neither suppress nor go.
+        scores: (N,), no NaN.
+        groups: (N,) int64, 0 or more.
+        iou_threshold: largest IoU of two boxes that stay.
+        most: boxes per group that are kept; None: all.
+    """
+    boxes = boxes.float()
+    if boxes.is_cuda:
+        order = scores.argsort(descending=True, stable=True)
+        order = order[groups[order].argsort(stable=True)]
+        return order[_suppress_on_device(boxes[order], groups[order].bincount(), iou_threshold, most)]
+    order_array = np.argsort(-scores.numpy(), kind="stable")
+    sorted_groups = groups.numpy()[order_array]
+    by_group = np.argsort(sorted_groups.astype(np.min_scalar_type(sorted_groups.max(initial=0))), kind="stable")
+    order = torch.from_numpy(order_array[by_group])
+    kept = _suppress_on_cpu(boxes[order], np.bincount(sorted_groups), iou_threshold, most)
+    return order[torch.from_numpy(kept)]
+
+
+def _suppress_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: int | None) -> np.ndarray:
+    """Rows to keep, of boxes sorted by group and falling score; `sizes` (groups,)."""
+    ends = np.cumsum(sizes)
+    keep = np.zeros(len(boxes), dtype=bool)
+    array = boxes.numpy()
+    small = (sizes > 0) & (sizes <= SMALL_GROUP)
+    piece = np.cumsum(sizes * sizes * small) // (2 * PAIRS_AT_A_TIME_CPU)  # of the group
+    for number in range(int(piece[-1]) + 1 if len(piece) else 0):
+        part = np.flatnonzero(small & (piece == number))
+        rows = _ranges(ends[part] - sizes[part], sizes[part])
+        keep[rows] = _keep_by_pairs(array[rows], sizes[part], iou_threshold)
+    scores = torch.arange(sizes.max(initial=0), 0, -1, dtype=torch.float32)  # any that fall: the boxes are sorted
+    for group in np.flatnonzero(sizes > SMALL_GROUP).tolist():
+        start, size = int(ends[group] - sizes[group]), int(sizes[group])
+        keep[start + _best_of_group(boxes[start:][:size], scores[-size:], iou_threshold, most).numpy()] = True
+    kept = np.flatnonzero(keep)
+    if most is None or sizes.max(initial=0) <= most:
+        return kept
+    group_of_kept = np.searchsorted(ends, kept, side="right")
+    first = np.searchsorted(group_of_kept, group_of_kept)
+    return kept[np.arange(len(kept)) - first < most]
+
+
+def _best_of_group(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int | None) -> Tensor:
+    """Rows of one group, sorted, that stay; of a large one only as many as it takes to find `most`."""
+    length = len(boxes) if most is None else FIRST_SHARE * most
+    while True:
+        kept = nms(boxes[:length], scores[:length], iou_threshold)
+        if length >= len(boxes) or len(kept) >= (most or 0):
+            return kept[:most]
+        length *= GROWTH
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each, joined."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + sizes, sizes)
+
+
+def _keep_by_pairs(boxes: np.ndarray, sizes: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Whether each box stays, (N,), of groups one after the other, no empty one, each sorted by falling score.
+
+    First the best of every group against the others, then all pairs of what is left.
+    """
+    number = np.arange(len(boxes))
+    best = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    points = boxes.view(np.complex128)[:, 0]  # a box is copied as one number of 16 bytes
+    keep = ~_overlaps(points[best], points, iou_threshold) | (number == best)
+    left = np.flatnonzero(keep & (number != best))
+    left_ends = np.searchsorted(group[left], group[left], side="right")
+    later = left_ends - np.arange(1, len(left) + 1)
+    first, second = np.repeat(np.arange(len(left)), later), _ranges(np.arange(1, len(left) + 1), later)
+    found = np.flatnonzero(_overlaps(points[left][first], points[left][second], iou_threshold))
+    first, second = first[found], second[found]
+    # Each pass settles at least one more box of every group, so what no longer changes is what one by one would give.
+    stays = np.ones(len(left), dtype=bool)
+    while True:
+        now = np.ones(len(left), dtype=bool)
+        now[second[stays[first]]] = False
+        if np.array_equal(now, stays):
+            break
+        stays = now
+    keep[left] = stays
+    return keep
+
+
+def _overlaps(first: np.ndarray, second: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Whether pairs of boxes (N,) complex128 overlap by more than the threshold, (N,)."""
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = (points.view(np.float32).reshape(-1, 4).T for points in (first, second))
+    with np.errstate(all="ignore"):
+        width, height = np.minimum(x2, u2) - np.maximum(x1, u1), np.minimum(y2, v2) - np.maximum(y1, v1)
+        common = np.maximum(width, 0) * np.maximum(height, 0)
+        union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+        overlaps: np.ndarray = common / union > np.float64(iou_threshold)
+    return overlaps
+
+
+def _suppress_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int | None) -> Tensor:
+    """`_suppress_on_cpu` for an accelerator, all groups together; the host waits for a few counts of all of them.
+
+    The next BLOCK boxes of every unfinished group are compared with those that stay so far, and with one another.
+    """
+    device, num_boxes = boxes.device, len(boxes)
+    starts = sizes.cumsum(0) - sizes
+    group = torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=num_boxes)
+    rank = torch.arange(num_boxes, device=device) - starts[group]
+    keep = torch.zeros(num_boxes, dtype=torch.bool, device=device)
+    unfinished = torch.ones_like(sizes, dtype=torch.bool)
+    for done in range(0, int(sizes.max()) if num_boxes else 0, BLOCK):
+        new = (rank >= done) & (rank < done + BLOCK)
+        rows = ((keep | new) & unfinished[group]).nonzero()[:, 0]
+        if not len(rows):
+            break
+        counts = torch.zeros_like(sizes).index_add_(0, group[rows], torch.ones_like(rows))
+        place = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[group[rows]]
+        earlier = torch.where(new[rows], place, 0)  # boxes that may suppress it
+        pairs = torch.zeros_like(sizes).index_add_(0, group[rows], earlier)
+        for part, num_pairs in _parts(counts, pairs):
+            keep[rows[part]] = _stay(boxes[rows[part]], earlier[part], num_pairs, iou_threshold)
+        unfinished = sizes > done + BLOCK
+        if most is not None:
+            unfinished &= torch.zeros_like(sizes).index_add_(0, group, keep.long()) < most
+    kept = keep.nonzero()[:, 0]
+    if most is None:
+        return kept
+    return kept[torch.arange(len(kept), device=device) - torch.searchsorted(group[kept], group[kept]) < most]
+
+
+def _parts(counts: Tensor, pairs: Tensor) -> Iterator[tuple[slice, int]]:
+    """Slices of rows that hold whole groups and about PAIRS_AT_A_TIME pairs, and how many; one wait for all of them.
+
+    Args:
+        counts, pairs: of each group, (groups,).
+    """
+    row_ends, pair_ends = torch.stack([counts, pairs]).cumsum(1).cpu().numpy()
+    cuts = np.searchsorted(pair_ends, np.arange(PAIRS_AT_A_TIME, pair_ends[-1], PAIRS_AT_A_TIME)) + 1
+    borders = np.unique([0, *cuts, len(counts)])
+    rows, num_pairs = np.append(0, row_ends)[borders].tolist(), np.append(0, pair_ends)[borders].tolist()
+    for start, end, before, after in zip(rows, rows[1:], num_pairs, num_pairs[1:], strict=False):
+        yield slice(start, end), after - before
+
+
+def _stay(boxes: Tensor, earlier: Tensor, num_pairs: int, iou_threshold: float) -> Tensor:
+    """Whether each box stays, (N,).
+
+    Args:
+        boxes: of some groups, one after the other, each sorted.
+        earlier: how many just before each of them may suppress it, (N,); 0: it stays.
+        num_pairs: their sum.
+    """
+    device, count = boxes.device, len(boxes)
+    second = torch.arange(count, device=device).repeat_interleave(earlier, output_size=num_pairs)
+    pair_starts = (earlier.cumsum(0) - earlier).repeat_interleave(earlier, output_size=num_pairs)
+    first = second - 1 - torch.arange(num_pairs, device=device) + pair_starts
+    one, other = boxes[first], boxes[second]
+    common = (torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])).clamp(min=0)
+    shared = common[:, 0] * common[:, 1]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = sides[:, 0] * sides[:, 1]
+    found = ((shared / (area[first] + area[second] - shared)).double() > iou_threshold).nonzero()[:, 0]
+    first, second = first[found], second[found]
+    stays = torch.ones(count, dtype=torch.bool, device=device)
+    while True:  # as in `_keep_by_pairs`
+        now = torch.zeros(count, dtype=torch.int32, device=device).index_add_(0, second, stays[first].int()) == 0
+        if torch.equal(now, stays):
+            return stays
+        stays = now

@@ -1,0 +1,175 @@
+"""Suppression of many groups at once against a call of torchvision's `nms` per group, and against a plain loop."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from detection import suppression
+from detection.suppression import suppress
+
+Boxes = tuple[Tensor, Tensor, Tensor]
+
+
+def on_device(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None) -> Tensor:
+    """What `suppress` does with CUDA tensors, on the CPU."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    sizes = groups.bincount()
+    return order[suppression._suppress_on_device(boxes[order], sizes, iou_threshold, most)]
+
+
+@pytest.fixture(params=[suppress, on_device], ids=["cpu", "accelerator"])
+def function(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    return request.param
+
+
+def per_group(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None) -> list[int]:
+    kept = []
+    for group in groups.unique().tolist():
+        rows = (groups == group).nonzero()[:, 0]
+        kept += rows[nms(boxes[rows], scores[rows], iou_threshold)[:most]].tolist()
+    return kept
+
+
+def slow(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> list[int]:
+    """One box after the other."""
+    kept: list[int] = []
+    corners = boxes.tolist()
+    order = sorted(range(len(scores)), key=lambda row: (groups[row].item(), -scores[row].item(), row))
+    for row in order:
+        x1, y1, x2, y2 = corners[row]
+        for better in kept:
+            u1, v1, u2, v2 = corners[better]
+            common = max(min(x2, u2) - max(x1, u1), 0) * max(min(y2, v2) - max(y1, v1), 0)
+            union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+            if groups[row] == groups[better] and common > iou_threshold * union:
+                break
+        else:
+            kept.append(row)
+    return kept
+
+
+def crowded(count: int, classes: int, seed: int = 0, objects: int | None = None, levels: int | None = None) -> Boxes:
+    """Boxes around a few places, as a detector finds them; with levels many scores are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(objects or max(count // 8, 1), 4, generator=generator) * torch.tensor([400.0, 400, 80, 80])
+    places[:, 2:] += 10
+    chosen = torch.randint(len(places), (count,), generator=generator)
+    noise = torch.randn(count, 4, generator=generator) * 0.1 * places[chosen][:, [2, 3, 2, 3]]
+    centre_size = places[chosen] + noise
+    sides = centre_size[:, 2:].abs() + 1
+    boxes = torch.cat([centre_size[:, :2] - sides / 2, centre_size[:, :2] + sides / 2], dim=1)
+    scores = torch.rand(count, generator=generator)
+    if levels:
+        scores = (scores * levels).ceil() / levels
+    # a class has a share that falls with its number: large groups and small ones
+    groups = (torch.rand(count, generator=generator) ** 3 * classes).long()
+    return boxes, scores, groups
+
+
+@pytest.mark.parametrize("most", [1, 10, 100, None])
+@pytest.mark.parametrize(
+    ("count", "classes", "levels"), [(1, 1, None), (60, 30, 4), (1000, 80, None), (6000, 80, 5), (3000, 1, None)]
+)
+def test_equal_to_a_call_per_group(
+    function: Callable[..., Tensor], count: int, classes: int, levels: int | None, most: int | None
+) -> None:
+    boxes, scores, groups = crowded(count, classes, levels=levels)
+    for threshold in (0.0, 0.45, 0.6):
+        expected = per_group(boxes, scores, groups, threshold, most)
+        assert function(boxes, scores, groups, threshold, most).tolist() == expected
+    if count == 6000:  # groups for pairs and groups for calls
+        assert groups.bincount().min() <= suppression.SMALL_GROUP < groups.bincount()[:10].min()
+
+
+def test_more_than_the_first_share_is_looked_at_where_it_is_too_few(function: Callable[..., Tensor]) -> None:
+    boxes, scores, groups = crowded(2500, 1, objects=30)
+    expected = per_group(boxes, scores, groups, 0.45, 100)
+    best = scores.argsort(descending=True)[: suppression.FIRST_SHARE * 100]
+    assert len(per_group(boxes[best], scores[best], groups[best], 0.45, 100)) < len(expected)
+    assert function(boxes, scores, groups, 0.45, 100).tolist() == expected
+
+
+def test_equal_to_a_plain_loop_on_whole_pixels(function: Callable[..., Tensor]) -> None:
+    """Whole pixels are exact, so that an IoU may be exactly the threshold: such a box stays."""
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.randint(0, 30, (400, 2), generator=generator)
+    boxes = torch.cat([corners, corners + torch.randint(1, 4, (400, 2), generator=generator) * 8], dim=1).float()
+    scores = torch.randint(1, 6, (400,), generator=generator) / 8
+    groups = torch.randint(0, 5, (400,), generator=generator)
+    expected = slow(boxes, scores, groups, 0.5)
+    assert function(boxes, scores, groups, 0.5, None).tolist() == expected
+    assert expected != slow(boxes, scores, groups, 0.4999)  # some are exactly 0.5
+
+
+@pytest.mark.parametrize("odd", [1e9, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("count", [300, 5000])
+def test_huge_and_not_finite_boxes_change_nothing_elsewhere(
+    function: Callable[..., Tensor], odd: float, count: int
+) -> None:
+    boxes, scores, groups = crowded(count, 20)
+    boxes[::50, 2:] = odd
+    boxes[::75] = torch.tensor([-odd, -odd, odd, odd])
+    found = function(boxes, scores, groups, 0.45, 100).tolist()
+    assert found == per_group(boxes, scores, groups, 0.45, 100)
+    if odd != odd:  # NaN: those boxes neither suppress nor go
+        usual = torch.ones(count, dtype=torch.bool)
+        usual[::50] = usual[::75] = False
+        rows = usual.nonzero()[:, 0]
+        rest = per_group(boxes[rows], scores[rows], groups[rows], 0.45, None)
+        all_found = function(boxes, scores, groups, 0.45, None)
+        assert all_found[usual[all_found]].tolist() == rows[rest].tolist()
+        assert torch.isin((~usual).nonzero()[:, 0], all_found).all()
+
+
+def test_boxes_without_area_and_equal_boxes(function: Callable[..., Tensor]) -> None:
+    boxes = torch.tensor([[5.0, 5, 5, 9], [5, 5, 5, 9], [1, 1, 4, 4], [1, 1, 4, 4], [1, 1, 4, 4]])
+    scores, groups = torch.tensor([0.5, 0.5, 0.5, 0.7, 0.5]), torch.tensor([0, 0, 0, 0, 1])
+    # 0 / 0 is no overlap: both lines stay; of the equal boxes the better one, in each group
+    assert function(boxes, scores, groups, 0.45, None).tolist() == [3, 0, 1, 4]
+
+
+def test_half_precision_is_computed_in_float32(function: Callable[..., Tensor]) -> None:
+    boxes, scores, groups = crowded(500, 10)
+    boxes, scores = boxes.half(), scores.half()
+    expected = per_group(boxes.float(), scores.float(), groups, 0.45, 100)
+    assert function(boxes if function is suppress else boxes.float(), scores, groups, 0.45, 100).tolist() == expected
+
+
+def test_nothing(function: Callable[..., Tensor]) -> None:
+    found = function(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.45, 100)
+    assert (found.dtype, found.shape) == (torch.int64, (0,))
+
+
+@pytest.mark.parametrize("size", [1, 50, 3000])
+def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes, scores, groups = crowded(800, 40)
+    groups = groups * 3 + 2  # some numbers have no box
+    for name in ("PAIRS_AT_A_TIME", "PAIRS_AT_A_TIME_CPU"):
+        monkeypatch.setattr(suppression, name, size)
+    for block in (1, 16, 256):
+        monkeypatch.setattr(suppression, "BLOCK", block)
+        for most in (7, None):
+            expected = per_group(boxes, scores, groups, 0.45, most)
+            assert function(boxes, scores, groups, 0.45, most).tolist() == expected
+
+
+def test_one_after_the_other_along_a_chain(function: Callable[..., Tensor]) -> None:
+    """Each box overlaps the next one alone: every second one stays, which only the whole chain decides."""
+    corner = torch.arange(50.0)[:, None] * 3
+    boxes = torch.cat([corner, torch.zeros(50, 1), corner + 10, torch.full((50, 1), 10.0)], dim=1)
+    # IoU of neighbours 7 / 13, of the next but one 4 / 16
+    scores = torch.linspace(1, 0.1, 50)
+    assert function(boxes, scores, torch.zeros(50, dtype=torch.int64), 0.45, None).tolist() == list(range(0, 50, 2))
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu() -> None:
+    for count, classes in ((1000, 80), (20_000, 80)):
+        boxes, scores, groups = crowded(count, classes, levels=200)
+        expected = suppress(boxes, scores, groups, 0.45, 100)
+        found = suppress(boxes.cuda(), scores.cuda(), groups.cuda(), 0.45, 100)
+        assert torch.equal(found.cpu(), expected)
