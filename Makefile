@@ -3,6 +3,7 @@
 # make check   lint, types and tests, before each commit
 # make slow    the tests of several minutes each
 # make faults  what happens when things break: kill -9, full disks, dead ranks, hostile files (under 20 minutes)
+# make bench   the benchmarks that need no GPU, one table each (about 10 minutes)
 # make clean   remove the environment and the built-in dataset (never runs or weights)
 
 PYTHON ?= python3
@@ -10,8 +11,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 # Two processes of one thread each: a file's tests stay together, they share what is slow to make.
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
+BENCHMARKS = matmul training_step loss optimizer loader nms evaluation logs annotations start_up checkpoint inference
 
-.PHONY: train test check slow faults clean
+.PHONY: train test check slow faults bench clean
 
 train: $(VENV)/ready
 	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
@@ -30,6 +32,9 @@ slow: $(VENV)/ready-dev
 
 faults: $(VENV)/ready-dev
 	$(TEST) -m faults
+
+bench: $(VENV)/ready-dev
+	for name in $(BENCHMARKS); do echo "== $$name"; $(RUN) -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) data/digits .pytest_cache .mypy_cache .ruff_cache
