@@ -37,7 +37,8 @@ from detection.anchors import Anchors, best_ious, best_side_ratios, fit_anchors,
 from detection.command_line import DEFAULTS, Parser
 from detection.data import make_builtin
 from detection.data.box_shapes import shapes_at
-from detection.data.coco import find_split, load_annotations
+from detection.data.coco import load_annotations
+from detection.data.layouts import find_split
 from detection.display import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.figures import figure_pixels, save_figure

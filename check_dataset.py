@@ -30,14 +30,7 @@ from detection.data.annotation_checks import (
     flatten_tolerantly,
     read_tolerantly,
 )
-from detection.data.coco import (
-    TRAIN_LAYOUTS,
-    VALIDATION_LAYOUTS,
-    Annotations,
-    existing_root,
-    locate_annotations,
-    locate_images,
-)
+from detection.data.coco import Annotations
 from detection.data.findings import KINDS, Finding, Findings
 from detection.data.fit_checks import check_fit, describe_network
 from detection.data.image_checks import (
@@ -48,6 +41,7 @@ from detection.data.image_checks import (
     check_shared_names,
     inspect_images,
 )
+from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.models import build_model, check_image_size
 from detection.run_loggers import new_run_directory

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import make_builtin
-from detection.data.coco import Annotations, Categories, CocoDataset, find_split, load_annotations, read_image
+from detection.data.coco import Annotations, Categories, CocoDataset, load_annotations, read_image
+from detection.data.layouts import find_split
 from detection.data.transforms import Transform
 from detection.dataset_figures import draw_box_statistics, draw_class_distribution, printable
 from detection.dataset_pages import Pages

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.data.coco import find_validation_set, read_image
+from detection.data.coco import read_image
 from detection.data.digits import VALIDATION_PHOTOGRAPHS, load_photograph
+from detection.data.layouts import find_validation_set
 from detection.data.letterbox import INTERPOLATIONS, resize_image
 from detection.errors import DataError, DataReadError, UserError
 from detection.onnx_files import Description, FinalDetections, OnnxModel

@@ -55,10 +55,18 @@ def plan_lines(run: Run) -> list[str]:
     return lines + run.data_warnings
 
 
-def report_progress(
-    logger: RunLogger, bar: tqdm, run: Run, state: RunState, values: dict[str, float], size: int, seconds_left: float
-) -> None:
-    """Numbers into the logs; on a terminal the bar's text, else a line, so that `tail -f nohup_0.out` reads well."""
+def report_progress(logger: RunLogger, bar: tqdm, run: Run, state: RunState, size: int, seconds_left: float) -> None:
+    """What the device has gathered since the last time, read and averaged over all processes, into the logs.
+
+    On a terminal it becomes the bar's text, else a line, so that `tail -f nohup_0.out` reads well.
+
+    Raises:
+        NonFiniteLoss: too many steps in a row were skipped.
+        NumericsError: fp16's scale has sunk.
+    """
+    for skipped in state.skipped.read(run.ranks.average_of):
+        logger.line(f"warning: step {skipped} was skipped, its loss or gradient was not finite; nothing changed")
+    values = run.ranks.average(state.meter.read())
     rate = run.schedule.at(state.step - 1 - state.skipped.total)
     values |= {"train/learning_rate": rate, "train/image_size": size, "train/skipped_steps": state.skipped.total}
     if state.scaler.is_enabled():
@@ -81,6 +89,7 @@ def report_progress(
     logger.line(f"{place}  {text}  left {left}", show=bool(bar.disable))
     if not bar.disable:
         bar.set_postfix(parts)
+    state.check_scale()
 
 
 def report_speed(logger: RunLogger, run: Run, total: Throughput) -> None:

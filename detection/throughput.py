@@ -10,12 +10,12 @@ from detection.devices import matmul_rates
 from detection.models import size_multiple
 
 COUNTED_SIDE = 4  # cells of the coarsest map; the operations of convolutions grow with the area
-MATRIX_SIDES = {"cuda": 8192, "cpu": 2048}  # of the product that is measured; elsewhere the CPU's
+MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the product that is measured; elsewhere the CPU's
 
 
 @dataclass
 class Throughput:
-    """Sums over the training steps of this process, without evaluations and saves."""
+    """Sums over the training steps of this process, without evaluations."""
 
     images: float = 0
     pixels: float = 0  # of their network inputs

@@ -128,7 +128,9 @@ def train_step(
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(batches)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     finite = norm.isfinite() & (not discard)
     step_if(optimizer, finite)
     scaler.update()

@@ -21,13 +21,13 @@ from detection.data.coco import (
     Categories,
     CocoDataset,
     FakeDataset,
-    find_dataset,
     flatten_annotations,
     load_annotations,
     read_image,
     repeat_factors,
     select_images,
 )
+from detection.data.layouts import find_dataset
 from detection.data.transforms import Transform
 from detection.errors import DataError, DataReadError
 from detection.settings import Settings

@@ -61,6 +61,31 @@ def start(processes: int, directory: Path, *arguments: str | Path, fault: str = 
     )
 
 
+def output_of(process: subprocess.Popen[str], seconds: float = 120) -> str:
+    """Everything it prints until its end."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        process.kill()
+
+
+def train_as_one_and_two(directory: Path, common: list[str], one: str, two: str) -> tuple[Path, Path]:
+    """Run directories of one process and of two.
+
+    Args:
+        one, two: the setting that makes their steps equally large.
+    """
+    runs = [directory / name / "run" for name in ("one", "two")]
+    running = [
+        start(count, run.parent, *common, word, "--output", run)
+        for count, run, word in zip((1, 2), runs, (one, two), strict=True)
+    ]
+    for process in running:
+        output = output_of(process, 240)
+        assert process.returncode == 0, output
+    return runs[0], runs[1]
+
+
 def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -90,14 +115,7 @@ def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivi
         f"train.subdivisions={subdivisions}",
         f"train.unfreeze_step={unfreeze_step}",
     ]
-    running = [
-        start(1, tmp_path / "one", *common, "train.batch_size=4", "--output", tmp_path / "one" / "run"),
-        start(2, tmp_path / "two", *common, "train.batch_size=2", "--output", tmp_path / "two" / "run"),
-    ]
-    for process in running:
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    one, two = train_as_one_and_two(tmp_path, common, "train.batch_size=4", "train.batch_size=2")
     assert len(losses_of(one)) == STEPS
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
     for first, second in zip(evaluations_of(one), evaluations_of(two), strict=True):
@@ -113,15 +131,8 @@ def test_two_processes_train_as_one(drawn_dataset: Path, tmp_path: Path, subdivi
 @pytest.mark.faults
 def test_the_loss_that_is_a_sum_has_its_micro_batches_on_two_processes(drawn_dataset: Path, tmp_path: Path) -> None:
     common = [f"data.root={drawn_dataset}", "yolo.loss=mmdetection", "train.batch_size=2", "train.learning_rate=1e-4"]
-    running = [
-        start(1, tmp_path / "one", *common, "train.subdivisions=2", "--output", tmp_path / "one" / "run"),
-        start(2, tmp_path / "two", *common, "train.subdivisions=1", "--output", tmp_path / "two" / "run"),
-    ]
-    for process in running:
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-    one, two = (losses_of(tmp_path / name / "run") for name in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=1e-5)
+    one, two = train_as_one_and_two(tmp_path, common, "train.subdivisions=2", "train.subdivisions=1")
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
 
 
 # One process

@@ -1,6 +1,6 @@
 """Train a detector on COCO-format images.
 
-python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 4 minutes on 2 CPU cores
+python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 3 minutes on 2 CPU cores
 python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       continue, number for number
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
@@ -324,14 +324,9 @@ def take_steps(
             profiler.step()
 
             if state.step % settings.run.log_frequency == 0 or state.step == run.steps:
-                for skipped in state.skipped.read(ranks.average_of):
-                    logger.line(
-                        f"warning: step {skipped} was skipped, its loss or gradient was not finite; nothing changed"
-                    )
                 size = micro_batches[-1]["images"].shape[-1]
                 left = (time.perf_counter() - started) / (state.step - first_step) * (run.steps - state.step)
-                report_progress(logger, bar, run, state, ranks.average(meter.read()), size, left)
-                state.check_scale()
+                report_progress(logger, bar, run, state, size, left)
             signal_number = stopped()
             if (state.step % run.evaluate_frequency == 0 or state.step == run.steps) and not signal_number:
                 evaluate_and_keep()

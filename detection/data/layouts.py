@@ -1,0 +1,133 @@
+"""Where a dataset's annotation files and images lie: named by the settings, or found in one of the usual layouts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.errors import DataError
+from detection.settings import DataSettings
+
+Layouts = list[tuple[str, tuple[str, ...]]]
+# (annotation file, image directories) below data.root: COCO's own layout, then Roboflow's
+TRAIN_LAYOUTS: Layouts = [
+    ("annotations/instances_train2017.json", ("train2017", "images/train2017", "train", "images/train", "images")),
+    ("annotations/instances_train.json", ("train", "images/train", "train2017", "images/train2017", "images")),
+    ("train/_annotations.coco.json", ("train",)),
+]
+VALIDATION_LAYOUTS: Layouts = [
+    ("annotations/instances_val2017.json", ("val2017", "images/val2017", "val", "images/val", "images")),
+    ("annotations/instances_val.json", ("val", "images/val", "val2017", "images/val2017", "images")),
+    ("valid/_annotations.coco.json", ("valid",)),
+]
+
+
+def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
+    """(annotation file, image directory) of training and of validation; the same file twice where a fraction splits it.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    train = find_training_set(data)
+    if data.validation_fraction is not None:
+        if data.validation_annotations is not None:
+            raise DataError("data.validation_fraction and data.validation_annotations are both set; choose one")
+        return train, train
+    root = existing_root(data, data.train_annotations)
+    return train, _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+
+
+def find_training_set(data: DataSettings) -> tuple[Path, Path]:
+    """(annotation file, image directory) of the training images alone; no validation annotations are needed.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    root = existing_root(data, data.train_annotations)
+    return _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
+
+
+def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
+    """(annotation file, image directory) of the validation images alone; no training annotations are needed.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    if data.validation_fraction is not None:
+        return find_dataset(data)[1]
+    root = existing_root(data, data.validation_annotations)
+    return _locate(root, VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
+
+
+def find_split(data: DataSettings, split: str) -> tuple[Path, Path | None]:
+    """(annotation file, image directory) of one split alone; no directory where there are annotations only.
+
+    Args:
+        split: "train" or "val".
+
+    Raises:
+        DataError: no annotation file found; names what was looked for and how to get data.
+    """
+    if split == "train" or data.validation_fraction is not None:
+        layouts, name, annotations, images = TRAIN_LAYOUTS, "train", data.train_annotations, data.train_images
+    else:
+        layouts, name = VALIDATION_LAYOUTS, "validation"
+        annotations, images = data.validation_annotations, data.validation_images
+    root = existing_root(data, annotations)
+    file, directories = locate_annotations(root, layouts, annotations, name)
+    return file, locate_images(root, file, directories, annotations, images)
+
+
+def existing_root(data: DataSettings, annotations: str | None) -> Path:
+    root = Path(data.root)
+    if not root.is_dir() and annotations is None:
+        raise DataError(
+            f"data.root = {data.root!r} does not exist: fetch COCO with data/download_coco.sh, name your own dataset "
+            "with data.root=DIRECTORY, or train on the built-in one with --config recipes/quickstart.yaml"
+        )
+    return root
+
+
+def _locate(root: Path, layouts: Layouts, annotations: str | None, images: str | None, split: str) -> tuple[Path, Path]:
+    file, directories = locate_annotations(root, layouts, annotations, split)
+    if (found := locate_images(root, file, directories, annotations, images)) is None:
+        looked = ", ".join(str(root / directory) for directory in directories)
+        raise DataError(f"no images for {file}: looked for {looked}; set data.{split}_images")
+    return file, found
+
+
+def locate_annotations(
+    root: Path, layouts: Layouts, annotations: str | None, split: str
+) -> tuple[Path, tuple[str, ...]]:
+    """Annotation file of a split, and where its images usually lie below root.
+
+    Raises:
+        DataError: nothing found; names what was looked for and how to get data.
+    """
+    if annotations is not None:
+        names = next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1])
+        return _below(root, annotations), names
+    for file, names in layouts:
+        if (root / file).is_file():
+            return root / file, names
+    looked = ", ".join(file for file, _ in layouts)
+    hint = " (with one annotation file only, set data.validation_fraction=0.1)" if split == "validation" else ""
+    raise DataError(
+        f"no {split} annotations in {root}: looked for {looked}; fetch COCO with data/download_coco.sh, or set "
+        f"data.{split}_annotations, or use --config recipes/quickstart.yaml{hint}"
+    )
+
+
+def locate_images(
+    root: Path, file: Path, directories: Sequence[str], annotations: str | None, images: str | None
+) -> Path | None:
+    """Image directory of an annotation file; None where there is none."""
+    if images is not None:
+        return _below(root, images)
+    for directory in directories:
+        if (root / directory).is_dir():
+            return root / directory
+    return None if annotations is None else file.parent
+
+
+def _below(root: Path, path: str) -> Path:
+    """Explicit paths are absolute, relative to the working directory, or below root."""
+    return Path(path) if Path(path).exists() else root / path
