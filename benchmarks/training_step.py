@@ -6,9 +6,10 @@ python3 -m benchmarks.training_step --batch 16 yolo.encoder=mobilenet_v3_small y
 python3 -m benchmarks.training_step --peers                                  torchvision's detectors beside it
 python3 -m benchmarks.training_step --real --sizes 416 data.root=data/coco   with the loader: share of time it waits
 
-Prints one table: images/s (median and spread of the repeats), the share of the matrix product rate, how long the loader
-was waited for, and for MobileNetV3 what its depthwise convolutions cost in bfloat16 on the CPU. Weights are random.
-About a minute on 2 cores.
+Prints one table: images/s (median and spread of the repeats), the matrix product rate measured just before and after
+them and the share of it that was reached, how long the loader was waited for; with --compile the compiled network, on
+CUDA with CUDA graphs too; for MobileNetV3 what its depthwise convolutions cost in bfloat16 on the CPU. Weights are
+random. About a minute on 2 cores.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from detection.command_line import DEFAULTS
 from detection.data import build_datasets
 from detection.data.loaders import Batch, TrainingBatchSampler, build_training_loader
 from detection.devices import (
+    CUDA_GRAPHS,
     autocast,
     build_scaler,
     choose_device,
     compile_forward,
     describe_device,
-    matmul_rates,
     synchronize,
 )
 from detection.errors import exit_with_message
@@ -41,11 +42,13 @@ from detection.models import Detector, build_detector
 from detection.models.mobilenet import DepthwiseConv2d
 from detection.prefetch import Prefetcher
 from detection.settings import Settings, load_settings
-from detection.throughput import MATRIX_SIDES, flops_per_pixel
+from detection.throughput import flops_per_pixel, matmul_ceiling
 from detection.training import build_optimizer, train_step
 
 WARM_UP = 3  # steps
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# Operations per training image, images per second of each repeat, share of the time that data was waited for.
+Measured = tuple[float, list[float], float]
 PEERS = ("ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn")
 
 
@@ -63,37 +66,45 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     settings, _ = load_settings(DEFAULTS, words=arguments.settings)
     device = choose_device(arguments.device)
-    side = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"])
-    ceilings = {name: max(matmul_rates(side, dtype or torch.float32, device, 3)) for name, dtype in PRECISIONS.items()}
     detector = build_detector(settings.yolo, settings.evaluation, arguments.classes).to(device, channels_last=True)
     flops = flops_per_pixel(detector.model)
     print(
-        f"{settings.yolo.encoder}, neck {list(settings.yolo.neck_channels)}, batch {arguments.batch}; "
-        f"{describe_device(device)}, torch {torch.__version__}; "
-        + ", ".join(f"{name} products {rate / 1e12:.2f} TFLOP/s" for name, rate in ceilings.items())
+        f"{settings.yolo.encoder}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
+        f"{arguments.batch}; {describe_device(device)}, torch {torch.__version__}"
     )
-    print(f"{'':<34}{'size':>6}{'GFLOP':>8}{'images/s':>10}{'spread':>16}{'of ceiling':>12}{'waiting':>9}")
+    print(f"{'':<34}{'size':>6}{'GFLOP':>8}{'images/s':>10}{'spread':>16}{'TFLOP/s':>9}{'of it':>8}{'waiting':>9}")
 
-    def show(name: str, size: int, operations: float, precision: str, rates: list[float], wait: float = 0.0) -> None:
+    def show(name: str, size: int, precision: str, work: Callable[[], Measured]) -> None:
+        dtype = PRECISIONS[precision]
+        before = matmul_ceiling(device, dtype)
+        operations, rates, wait = work()
+        ceiling = max(rate for rate in (before, matmul_ceiling(device, dtype), 0.0) if rate is not None)
         median, spread = statistics.median(rates), f"{min(rates):.2f}..{max(rates):.2f}"
-        share = f"{median * operations / ceilings[precision]:.1%}"
+        share = f"{median * operations / ceiling:.1%}" if ceiling else "-"
         line = f"{name + ', ' + precision:<34}{size:>6}{operations / 1e9:>8.1f}{median:>10.2f}{spread:>16}"
-        print(f"{line}{share:>12}{wait:>9.1%}", flush=True)
+        print(f"{line}{ceiling / 1e12:>9.2f}{share:>8}{wait:>9.1%}", flush=True)
 
     for size, (precision, dtype) in itertools.product(arguments.sizes, PRECISIONS.items()):
+
+        def steps(source: Iterator[Batch], size: int = size, dtype: Any = dtype, **options: Any) -> Measured:
+            return flops * size**2, *time_steps(detector, settings, device, dtype, arguments.repeats, source, **options)
+
         batches = itertools.repeat(synthetic_batch(size, arguments.batch, arguments.classes))
-        steps = functools.partial(time_steps, detector, settings, device, dtype, arguments.repeats)
-        show("step", size, flops * size**2, precision, *steps(batches))
+        show("step", size, precision, functools.partial(steps, batches))
         if arguments.compile:
-            show("compiled", size, flops * size**2, precision, *steps(batches, compiled=True))
+            for mode in (None, CUDA_GRAPHS) if device.type == "cuda" else (None,):
+                name = "compiled" if mode is None else "compiled, CUDA graphs"
+                forward = compile_forward(detector.model, device, len(arguments.sizes), mode)
+                show(name, size, precision, functools.partial(steps, batches, called=forward))
         if settings.yolo.encoder.startswith("mobilenet") and device.type == "cpu" and dtype is not None:
-            show("depthwise too", size, flops * size**2, precision, *steps(batches, depthwise=True))
+            show("depthwise too", size, precision, functools.partial(steps, batches, depthwise=True))
         if arguments.real:
-            show("real data", size, flops * size**2, precision, *steps(real_batches(settings, size, arguments, device)))
+            real = real_batches(settings, size, arguments, device)
+            show("real data", size, precision, functools.partial(steps, real))
     for name, size in itertools.product(PEERS if arguments.peers else (), arguments.sizes):
         for precision, dtype in PRECISIONS.items():
-            operations, rates = time_peer(name, size, arguments, device, dtype)
-            show(name.partition("_")[0], size, operations, precision, rates)
+            work = functools.partial(time_peer, name, size, arguments, device, dtype)
+            show(name.partition("_")[0], size, precision, work)
 
 
 def real_batches(settings: Settings, size: int, arguments: Any, device: torch.device) -> Iterator[Batch]:
@@ -111,19 +122,19 @@ def time_steps(
     dtype: torch.dtype | None,
     repeats: int,
     source: Iterator[Batch],
-    compiled: bool = False,
+    called: nn.Module | None = None,
     depthwise: bool = False,
 ) -> tuple[list[float], float]:
     """Images per second of each repeat, and the share of time in which batches were waited for.
 
     Args:
+        called: the compiled network.
         depthwise: leave the depthwise convolutions to autocast, as torchvision does.
     """
     forward = DepthwiseConv2d.forward
     if depthwise:
         DepthwiseConv2d.forward = nn.Conv2d.forward  # type: ignore[method-assign]
     model, optimizer = detector.model.train(), build_optimizer(detector.model, settings.train)
-    called = compile_forward(model, device) if compiled else model
     batches, scaler = Prefetcher(source, device), build_scaler(device, dtype)
     rates, waited, whole = [], 0.0, 0.0
     try:
@@ -132,7 +143,7 @@ def time_steps(
             batch = next(batches)
             waiting = time.perf_counter() - started
             train_step(
-                called,
+                model if called is None else called,
                 detector.criterion,
                 optimizer,
                 scaler,
@@ -154,10 +165,8 @@ def time_steps(
     return rates, waited / whole
 
 
-def time_peer(
-    name: str, size: int, arguments: Any, device: torch.device, dtype: torch.dtype | None
-) -> tuple[float, list[float]]:
-    """Operations per training image and images per second of a detector of torchvision, with SGD."""
+def time_peer(name: str, size: int, arguments: Any, device: torch.device, dtype: torch.dtype | None) -> Measured:
+    """A detector of torchvision, with SGD."""
     from torchvision.models import get_model
 
     model = get_model(name, weights=None, weights_backbone=None, num_classes=arguments.classes)
@@ -182,7 +191,7 @@ def time_peer(
     rates = [len(images) / seconds(step) for _ in range(WARM_UP + arguments.repeats)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images, targets)
-    return 3 * counter.get_total_flops() / len(images), rates[WARM_UP:]
+    return 3 * counter.get_total_flops() / len(images), rates[WARM_UP:], 0.0
 
 
 def seconds(function: Callable[[], None]) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from detection import prefetch
+from detection.devices import CUDA_GRAPHS, compile_forward
 from detection.errors import DataReadError
 from detection.models import build_detector
 from detection.prefetch import Prefetcher
@@ -203,3 +204,24 @@ def test_prefetched_batches_are_those_of_the_loader() -> None:
         sums = next(batches)["images"].to("cuda").long().sum()
         batches.prefetch(2)
         assert sums.item() == image.long().sum()
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_accumulate_the_gradient_of_eager_mode() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.LeakyReLU(0.1)).to(CUDA)
+    compiled = compile_forward(network, CUDA, mode=CUDA_GRAPHS)
+
+    def gradients(called: torch.nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        kept = []
+        for _ in range(5):  # the first ones warm up and record
+            network.zero_grad(set_to_none=True)
+            for _ in range(3):  # subdivisions
+                called(torch.randn(2, 3, 16, 16, device=CUDA)).square().sum().backward()
+            kept += [parameter.grad.clone() for parameter in network.parameters()]
+        return kept
+
+    torch.testing.assert_close(gradients(compiled), gradients(network))
