@@ -112,7 +112,7 @@ def main() -> None:
 
 def build_curve(name: str, settings: Settings, images: int) -> Curve:
     train = settings.train
-    steps_per_epoch = images / (train.batch_size * train.subdivisions)
+    steps_per_epoch = images / (train.micro_batch * train.subdivisions)
     total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)
     try:
         schedule = build_schedule(settings.scheduler, train.learning_rate, total_steps, steps_per_epoch)

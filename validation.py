@@ -262,7 +262,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     print(f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
     detector = opened.detector.to(device, settings.run.channels_last)
-    batch_size = settings.evaluation.batch_size or settings.train.batch_size
+    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:
 

@@ -147,7 +147,7 @@ def positions_of_step(
     """
     train = settings.train
     if split == "val":
-        batch_size = settings.evaluation.batch_size or train.batch_size
+        batch_size = settings.evaluation.batch_size or train.micro_batch
         batches = math.ceil(len(dataset) / batch_size)
         if step >= batches:
             raise SettingsError(f"--step {step}: the {len(dataset)} validation images make batches 0 to {batches - 1}")
@@ -160,7 +160,7 @@ def positions_of_step(
         factors = repeat_factors(dataset.annotations, settings.data.balance_threshold)
     sampler = TrainingBatchSampler(  # as in yolo-v3/main.py
         len(dataset),
-        train.batch_size,
+        train.micro_batch,
         train.subdivisions,
         (step, step + 1),
         settings.run.seed,

@@ -76,7 +76,7 @@ def measure(
     if recomputed:
         recompute_encoder(detector.model)
     model, optimizer = detector.model.train(), build_optimizer(detector.model, settings.train)
-    estimate = estimate_memory(model, detector.criterion, settings.train, size, context, device).total / 2**30
+    estimate = estimate_memory(model, detector.criterion, settings.train, batch_size, size, context, device)
     batch = synthetic_batch(size, batch_size, 80)
     for _ in range(STEPS):
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def measure(
     seconds = time.perf_counter() - started
     peak = peak_memory_gib(device) - before
     kept = "yes" if recomputed else "no"
-    print(f"{batch_size:>6}{size:>6}{kept:>15}{peak:>10.2f}{estimate:>14.2f}{seconds:>8.2f}", flush=True)
+    print(f"{batch_size:>6}{size:>6}{kept:>15}{peak:>10.2f}{estimate.total / 2**30:>14.2f}{seconds:>8.2f}", flush=True)
 
 
 if __name__ == "__main__":

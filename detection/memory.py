@@ -23,8 +23,14 @@ class MemoryEstimate:
     """Bytes that one training process needs on its device at the largest input size."""
 
     state: int  # weights, gradients, optimizer, moving average
-    activations: int  # kept for the backward pass of one micro-batch
+    once: int  # kept for the backward pass, whatever the number of images
+    per_image: float  # kept for each image of a micro-batch
+    batch_size: int
     available: int | None  # on the device, before anything of it is there; None: unknown
+
+    @property
+    def activations(self) -> int:
+        return self.once + round(self.per_image * self.batch_size)
 
     @property
     def total(self) -> int:
@@ -42,6 +48,7 @@ def estimate_memory(
     model: nn.Module,
     criterion: nn.Module,
     train: TrainSettings,
+    batch_size: int,
     size: int,
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
@@ -52,6 +59,7 @@ def estimate_memory(
 
     Args:
         model: on the device; neither its weights nor its statistics change.
+        batch_size: images of a micro-batch.
         size: side of the network input in pixels.
     """
     parameters = list(model.parameters())
@@ -68,8 +76,8 @@ def estimate_memory(
             module.training = training
     # What does not grow with the area (weights cast to bfloat16) is there once.
     per_pixel = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
-    fixed = max(large - per_pixel * sides[1] ** 2, 0)
-    return MemoryEstimate(state, round(fixed + per_pixel * size**2 * train.batch_size), available_memory(device))
+    once = max(round(large - per_pixel * sides[1] ** 2), 0)
+    return MemoryEstimate(state, once, per_pixel * size**2, batch_size, available_memory(device))
 
 
 def _kept_bytes(

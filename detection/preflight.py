@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detection.checkpoints import save_checkpoint
 from detection.data.coco import select_images
-from detection.data.loaders import collate_samples
+from detection.data.loaders import batches_ahead, collate_samples
 from detection.devices import peak_memory_gib
 from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError
 from detection.evaluation import evaluate
@@ -22,15 +22,16 @@ from detection.run_state import RunState
 from detection.training import set_encoder_frozen
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCHED = 2  # batches of each worker, torch's default
 EVALUATED_IMAGES = 2
 
 
 def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
     """A whole step at the largest size, with all its memory, that changes nothing."""
     train = run.settings.train
-    size = train.multiscale_sizes[1] if train.resize_frequency else train.image_size
-    estimate = estimate_memory(run.detector.model, run.criterion, train, size, run.autocast, run.device)
+    size = train.largest_size
+    estimate = estimate_memory(
+        run.detector.model, run.criterion, train, train.micro_batch, size, run.autocast, run.device
+    )
     say(estimate.line())
     if estimate.available is not None and estimate.total > estimate.available:
         raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
@@ -86,7 +87,7 @@ def check_shared_memory(workers: int, batch_bytes: int) -> str | None:
     """A warning where the loader's workers may not find the shared memory that they hand batches over in."""
     if not workers or not SHARED_MEMORY.is_dir():
         return None
-    needed, free = (workers * PREFETCHED + 1) * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
+    needed, free = batches_ahead(workers) * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
     if free > needed:
         return None
     return (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from detection.batch_size import find_batch_size
 from detection.data import build_datasets, make_builtin
 from detection.data.checks import check_before_training
 from detection.data.coco import CocoDataset, annotations_digest, repeat_factors
@@ -84,8 +85,43 @@ class Run:
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
-        self.size_step = SIZE_MULTIPLE
-        self.images_per_step = train.batch_size * train.subdivisions * self.processes
+        seed_everything(settings.run.seed)
+        detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        if train.activation_checkpointing:
+            recompute_encoder(detector.model)
+        if detector.criterion is None:
+            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+        for name, sizes in (
+            ("train.image_size", [train.image_size]),
+            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
+            ("evaluation.image_size", [evaluation.image_size]),
+        ):
+            for size in sizes:
+                check_image_size(detector.model, name, size)
+        detector = detector.to(self.device, settings.run.channels_last)
+        self.found_batch_size: list[str] = []
+        if train.batch_size == "auto":
+            number, line = find_batch_size(
+                detector, settings, ranks, len(self.training_set), self.autocast, self.build_scaler
+            )
+            train = train.model_copy(update={"batch_size": number})
+            self.settings = settings = settings.model_copy(update={"train": train})
+            self.found_batch_size = [line]
+        if train.sync_batch_norm:
+            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
+        self.detector = detector
+        assert detector.criterion is not None
+        self.criterion = detector.criterion
+        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
+        smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
+        if train.micro_batch == 1 and smallest == size_multiple(detector.model):
+            raise SettingsError(
+                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a normalisation "
+                "needs more than one value; take train.batch_size=2 or larger images"
+            )
+
+        self.images_per_step = train.micro_batch * train.subdivisions * self.processes
         self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
@@ -96,32 +132,6 @@ class Run:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
             raise SettingsError(str(error)) from None
-
-        seed_everything(settings.run.seed)
-        detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
-        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
-        if train.activation_checkpointing:
-            recompute_encoder(detector.model)
-        if train.sync_batch_norm:
-            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
-        self.detector = detector.to(self.device, settings.run.channels_last)
-        if detector.criterion is None:
-            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
-        self.criterion = detector.criterion.to(self.device)
-        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
-        for name, sizes in (
-            ("train.image_size", [train.image_size]),
-            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
-            ("evaluation.image_size", [evaluation.image_size]),
-        ):
-            for size in sizes:
-                check_image_size(detector.model, name, size)
-        smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
-        if train.batch_size == 1 and smallest == size_multiple(detector.model):
-            raise SettingsError(
-                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a normalisation "
-                "needs more than one value; take train.batch_size=2 or larger images"
-            )
         network = describe_network(detector.model, settings.yolo, train)
         self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
 
@@ -133,7 +143,7 @@ class Run:
         train = self.settings.train
         return TrainingBatchSampler(
             len(self.training_set),
-            train.batch_size,
+            train.micro_batch,
             train.subdivisions,
             (first_step, end_step),
             self.settings.run.seed,

@@ -35,8 +35,9 @@ def plan_lines(run: Run) -> list[str]:
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
         f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
-        f"batch       {train.batch_size} x {train.subdivisions} subdivisions x {run.ranks.size} "
+        f"batch       {train.micro_batch} x {train.subdivisions} subdivisions x {run.ranks.size} "
         f"process{'es' if run.ranks.size > 1 else ''} = {run.images_per_step} images per step",
+        *run.found_batch_size,
         f"duration    {run.steps} steps = {run.steps / run.steps_per_epoch:.1f} epochs"
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",

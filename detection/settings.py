@@ -312,7 +312,7 @@ class YoloSettings(Section):
 
 
 class TrainSettings(Section):
-    batch_size: Count
+    batch_size: Count | Literal["auto"]
     subdivisions: Count
     steps: Duration
     image_size: int
@@ -335,6 +335,24 @@ class TrainSettings(Section):
     sync_batch_norm: bool
     activation_checkpointing: bool
     patience: Count | None
+
+    @property
+    def largest_size(self) -> int:
+        """Side of the largest network input of training, pixels."""
+        return self.multiscale_sizes[1] if self.resize_frequency else self.image_size
+
+    @property
+    def micro_batch(self) -> int:
+        """`batch_size`, where it is a number.
+
+        Raises:
+            SettingsError: it is "auto", for which only training finds a number.
+        """
+        if self.batch_size == "auto":
+            raise SettingsError(
+                "train.batch_size=auto: yolo-v3/main.py finds the number and writes it into its args.yaml; say one here"
+            )
+        return self.batch_size
 
 
 class SchedulerSettings(Section):

@@ -121,7 +121,7 @@ def _open_checkpoint(
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "moving average" if checkpoint["average"] else "weights"
     lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
-    seen = step * own.train.batch_size * own.train.subdivisions
+    seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
 

@@ -24,7 +24,17 @@ LAYERS = [
     },
     {"models", "data"},
     {
-        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "reports", "matching"),
+        *(
+            "checkpoints",
+            "weights",
+            "pretrained",
+            "evaluation",
+            "training",
+            "memory",
+            "batch_size",
+            "reports",
+            "matching",
+        ),
         *("dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
         *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
         *("coco_arrays", "coco_rows"),

@@ -32,7 +32,7 @@ class Sum(nn.Module):
 
 def estimate(settings, model: nn.Module, size: int, *words: str) -> MemoryEstimate:
     train = settings(*words).train
-    return estimate_memory(model, Sum(), train, size, contextlib.nullcontext, CPU)
+    return estimate_memory(model, Sum(), train, train.micro_batch, size, contextlib.nullcontext, CPU)
 
 
 def test_one_convolution_by_hand(default_settings) -> None:
@@ -82,9 +82,9 @@ def test_weights_that_are_cast_do_not_grow_with_the_batch(default_settings) -> N
 
 def test_line_names_all_parts() -> None:
     gib = 2**30
-    line = MemoryEstimate(gib, 3 * gib, 10 * gib).line()
+    line = MemoryEstimate(gib, gib, gib, 2, 10 * gib).line()
     assert "4.0 GiB of 10.0 GiB" in line and "optimizer 1.0" in line and "activations 3.0" in line
-    assert "available" not in MemoryEstimate(gib, gib, None).line()
+    assert "available" not in MemoryEstimate(gib, gib, gib, 2, None).line()
 
 
 def test_available_memory_is_what_the_kernel_says() -> None:

@@ -97,7 +97,7 @@ def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
         if recomputed:
             recompute_encoder(detector.model)
         estimate = estimate_memory(
-            detector.model, detector.criterion, settings.train, 256, lambda: autocast(CPU, None), CPU
+            detector.model, detector.criterion, settings.train, 1, 256, lambda: autocast(CPU, None), CPU
         )
         found.append(estimate.activations)
     # inputs of the blocks: (channels, side, number); those of the first of a stage is the output of the last

@@ -364,7 +364,7 @@ def evaluate_run(
 ) -> float | None:
     """Score the validation set, log the numbers, draw detections beside the truth; returns AP50."""
     settings, dataset, ranks = run.settings.evaluation, run.validation_set, run.ranks
-    batch_size = settings.batch_size or run.settings.train.batch_size
+    batch_size = settings.batch_size or run.settings.train.micro_batch
     workers = run.settings.data.num_workers
     found = find_all(
         state.evaluated_model,

@@ -26,6 +26,8 @@ SMALLEST_BUCKET = 32  # truths per image; the padded number is this times a powe
 # Streams of the one seed; the numbers only have to differ.
 ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
 
+PREFETCHED = 2  # batches of each worker, torch's default
+
 Batch = dict[str, Any]
 
 
@@ -220,6 +222,11 @@ def build_evaluation_loader(
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
         **pinning(device),
     )
+
+
+def batches_ahead(workers: int) -> int:
+    """How many batches lie in memory at most beside the one that is worked on, and that one."""
+    return workers * PREFETCHED + 1
 
 
 def targets_to(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
