@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from detection.data.transforms import Sample
-from detection.devices import pinning
+from detection.devices import keep_freed_memory, pinning
 from detection.settings import SIZE_MULTIPLE
 from detection.stopping import STOPPING
 from detection.target_assignment import PADDING_LABEL
@@ -154,6 +154,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
 def prepare_worker(_: int) -> None:
     """OpenCV's own threads would fight with the workers; signals to stop are the training process's to handle."""
     cv2.setNumThreads(0)
+    keep_freed_memory()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     # Errors of the dataset travel to the training process. What is left are those of the thread that hands batches
@@ -164,6 +165,7 @@ def prepare_worker(_: int) -> None:
 def prepare_process() -> None:
     """The training process's side of `prepare_worker`."""
     cv2.setNumThreads(0)
+    keep_freed_memory()  # decoded images are large enough to be taken anew too
     # On a machine with fewer cores than workers torch prints two lines; what counts is train/wait_fraction.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     atexit.unregister(kill_workers)  # once, however many loaders are built
