@@ -3,7 +3,7 @@
 # make check   lint, types and tests, before each commit
 # make slow    the tests of several minutes each
 # make faults  what happens when things break: kill -9, full disks, dead ranks, hostile files (under 20 minutes)
-# make bench   the benchmarks that need no GPU, one table each (about 10 minutes)
+# make bench   the benchmarks that need no GPU, one table each (under 10 minutes)
 # make clean   remove the environment and the built-in dataset (never runs or weights)
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 # Two processes of one thread each: a file's tests stay together, they share what is slow to make.
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
-BENCHMARKS = matmul training_step loss optimizer loader nms evaluation logs annotations start_up checkpoint inference
+BENCHMARKS = matmul training_step loss optimizer loader nms evaluation logs annotations start_up memory checkpoint inference
 
 .PHONY: train test check slow faults bench clean
 

@@ -5,7 +5,8 @@ python3 -m benchmarks.loader data.root=data/coco      real ones
 python3 -m benchmarks.loader data.decoder=simplejpeg data.cache=memory
 
 Times of one core are processor time; those of the loader are by the clock, with its workers beside this process. The
-ceiling of every row is the decoder alone, measured in each repeat. About 80 seconds on 2 CPU cores.
+ceiling of every row is the decoder alone, measured in each repeat. torchvision's rows read, decode and resize by its
+own functions; "as SSDlite" with the crops and flips of its reference training. About 90 seconds on 2 CPU cores.
 """
 
 import statistics
@@ -17,16 +18,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torchvision
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from detection.command_line import DEFAULTS, Parser, device_flags
 from detection.data import DetectionDataset, build_training_dataset
+from detection.data.coco import CocoDataset
 from detection.data.decoders import JPEG_DECODERS, choose_decoder, describe_decoder
 from detection.data.generated import write_annotations, write_photographs
 from detection.data.image_files import read_file
 from detection.data.loaders import TrainingBatchSampler, build_training_loader, collate_samples
 from detection.data.strengths import augmentation_names, only
 from detection.data.transforms import Transform
-from detection.errors import exit_with_message
+from detection.errors import SettingsError, exit_with_message
 from detection.settings import DataSettings, Settings, load_settings
 
 BOXES = 7.27  # per image, the mean of COCO
@@ -56,10 +61,12 @@ def main() -> None:
 
 def report(settings: Settings, count: int, repeats: int) -> None:
     data, size = settings.data, settings.train.image_size
-    dataset = build_training_dataset(data, size, 0, None)
+    dataset = build_training_dataset(data, size, 0, settings.yolo.num_classes)
+    if not isinstance(dataset, CocoDataset):
+        raise SettingsError("data.fake: there are no files whose loading could be measured")
     count = min(count, len(dataset))
     annotations = dataset.annotations
-    encoded = [read_file(dataset.image_root / annotations.file_name(index)) for index in range(count)]  # type: ignore[union-attr]
+    encoded = [read_file(dataset.image_root / annotations.file_name(index)) for index in range(count)]
     images = [dataset.load_image(index) for index in range(count)]
     shape = np.mean([image.shape[:2] for image in images], axis=0)
     decoder = choose_decoder(data.decoder)
@@ -89,6 +96,8 @@ def report(settings: Settings, count: int, repeats: int) -> None:
         "the same, all albumentations on": transformed(Transform(everything, size, 0, training=True)),
         "collate": lambda index: collate_samples(samples) if index % BATCH == 0 else None,  # type: ignore[arg-type]
     }
+    for name, work in torchvision_rows(dataset, size).items():
+        rows[name] = work
     transforms = {
         name: transformed(Transform(only(data, name), size, 0, training=True)) for name in augmentation_names()
     }
@@ -120,6 +129,35 @@ def report(settings: Settings, count: int, repeats: int) -> None:
             _, waited = images_per_second(dataset, workers, BATCH / rate * 1.25)
             spread = f"{min(rates):.0f}..{max(rates):.0f}"
             print(f"{name:<28}{workers:>8}{rate:>10.0f}{spread:>16}{waited:>26.1%}")
+
+
+def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int], object]]:
+    """What torchvision's own training scripts would do with an image on its way to the network."""
+    annotations = dataset.annotations
+
+    def read(index: int) -> tv_tensors.Image:
+        encoded = torchvision.io.read_file(str(dataset.image_root / annotations.file_name(index)))
+        return tv_tensors.Image(torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB))
+
+    def letterbox(index: int) -> object:
+        image = read(index)
+        scale = size / max(image.shape[1:])
+        image = v2.functional.resize(image, [round(side * scale) for side in image.shape[1:]])
+        height, width = image.shape[1:]
+        left, top = (size - width) // 2, (size - height) // 2
+        return v2.functional.pad(image, [left, top, size - width - left, size - height - top], fill=[124, 116, 104])
+
+    as_ssdlite = v2.Compose(
+        [v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.Resize((size, size)), v2.SanitizeBoundingBoxes()]
+    )
+
+    def augmented(index: int) -> object:
+        image, rows = read(index), slice(*annotations.first_box[index : index + 2])
+        shape = (int(image.shape[1]), int(image.shape[2]))
+        boxes = tv_tensors.BoundingBoxes(annotations.boxes[rows], format="XYXY", canvas_size=shape)  # type: ignore[call-overload]
+        return as_ssdlite(image, {"boxes": boxes, "labels": torch.as_tensor(annotations.labels[rows])})
+
+    return {"torchvision, letterbox": letterbox, "torchvision, as SSDlite": augmented}
 
 
 def all_on(data: DataSettings) -> DataSettings:
