@@ -3,7 +3,7 @@
 python3 -m benchmarks.loss                                  416 px, batch 16, three numbers of boxes, all losses
 python3 -m benchmarks.loss --batch 64 --device cuda
 
-The step is forward and backward of Darknet-53 on the same batch (`--encoder`), measured once with the default loss.
+The step is forward and backward of a network on the same batch (`--encoder`), measured once with the default loss.
 About 30 seconds on 2 CPU cores.
 """
 
