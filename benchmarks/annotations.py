@@ -8,7 +8,6 @@ they alone hold (Private_Clean + Private_Dirty of /proc/PID/smaps_rollup, Linux 
 held after their first batches. The images are links to one small JPEG. About 80 seconds on 2 CPU cores.
 """
 
-import argparse
 import multiprocessing
 import resource
 import tempfile
@@ -19,7 +18,7 @@ import cv2
 import numpy as np
 import torch
 
-from detection.command_line import DEFAULTS
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.data.coco import CocoDataset
 from detection.data.generated import TRAIN2017, write_annotations, write_links
 from detection.data.loaders import TrainingBatchSampler, build_training_loader
@@ -31,9 +30,9 @@ BATCH, SIZE, WARM_UP = 64, 32, 20  # SIZE: of the network input, small: the time
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=TRAIN2017[0])
-    parser.add_argument("--workers", type=int, default=2)
+    parser = Parser("benchmarks.annotations", __doc__)
+    parser.add_argument("--images", type=at_least_one, default=TRAIN2017[0])
+    parser.add_argument("--workers", type=at_least_one, default=2)
     arguments = parser.parse_args()
     count = arguments.images
     with tempfile.TemporaryDirectory() as directory:

@@ -15,9 +15,9 @@ import torch
 
 from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import load_checkpoint
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.command_line import DEFAULTS, Parser, at_least_one, device_flags
 from detection.devices import build_scaler, choose_device, describe_device
-from detection.errors import exit_with_message
+from detection.errors import OutputError, exit_with_message
 from detection.models import build_detector
 from detection.preflight import tensor_bytes
 from detection.run_state import RunState
@@ -27,11 +27,13 @@ from detection.settings import load_settings
 def main() -> None:
     parser = Parser("benchmarks.checkpoint", __doc__)
     parser.add_settings()
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="saves measured (default: 5)")
+    parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="saves measured (default: 5)")
     parser.add_argument("--directory", type=Path, metavar="DIRECTORY", help="disk to write to (default: the temporary)")
     arguments = parser.parse_intermixed_args()
     words = ["train.ema_decay=0.9998", *arguments.settings]
     settings, _ = load_settings(DEFAULTS, arguments.config, words, device_flags(arguments))
+    if arguments.directory is not None and not arguments.directory.is_dir():
+        raise OutputError(f"--directory {arguments.directory}: is no directory")
     device = choose_device(settings.run.device)
     detector = build_detector(settings.yolo, settings.evaluation, settings.yolo.num_classes or 80)
     state = RunState(detector.to(device, True).model, settings.train, 0, build_scaler(device, None))

@@ -26,9 +26,11 @@ import numpy as np
 import torch
 
 from detection.coco_metric import METRIC_NAMES, score
+from detection.command_line import Parser, at_least_one
 from detection.data.coco import AnnotationCounts, Annotations, Categories
 from detection.detections import Detections
 from detection.devices import matmul_rates
+from detection.errors import exit_with_message
 
 COUNTS = (201_097, 628_352, 1_547_498)
 IMAGES, TRUTHS, CLASSES = 5000, 36_335, 80
@@ -37,9 +39,9 @@ BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")  # the first is the ref
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, metavar="K", help="detections")
-    parser.add_argument("--repeats", type=int, default=5, help="of arrays; the others run once (%(default)s)")
+    parser = Parser("benchmarks.evaluation", __doc__)
+    parser.add_argument("--counts", nargs="+", type=at_least_one, default=COUNTS, metavar="K", help="detections")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="of arrays; the others run once (%(default)s)")
     parser.add_argument("--all", action="store_true", help="every evaluator at all sizes")
     parser.add_argument("--case", nargs=3, metavar=("BACKEND", "FOUND", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -151,7 +153,7 @@ def synthetic_detections(annotations: Annotations, count: int) -> Detections:
     """Good boxes for most truths, worse ones around them, and the rest anywhere; good ones tend to score higher."""
     generator = np.random.default_rng(count)
     image_of_box = np.repeat(np.arange(IMAGES), np.diff(annotations.first_box))
-    good = np.flatnonzero(generator.random(TRUTHS) < 0.7)
+    good = np.flatnonzero(generator.random(TRUTHS) < 0.7)[:count]
     near = generator.integers(0, TRUTHS, (count - len(good)) // 2)
     truth = np.concatenate([good, near])
     noise = np.where(np.arange(len(truth)) < len(good), 0.08, 0.3)[:, None]
@@ -171,4 +173,4 @@ def synthetic_detections(annotations: Annotations, count: int) -> Detections:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

@@ -14,7 +14,6 @@ threshold, as of a trained detector at 0.001. Prints one table: images/s of all 
 minute on 2 CPU cores, where `compiled` is measured only when asked for: the compiler alone takes a minute per network.
 """
 
-import argparse
 import functools
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from detection.command_line import Parser, at_least_one
 from detection.devices import (
     autocast,
     choose_device,
@@ -54,12 +54,12 @@ HEADER = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.inference", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 4 on the CPU, 1 8 32 elsewhere")
+    parser.add_argument("--batches", nargs="+", type=at_least_one, help="default: 1 4 on the CPU, 1 8 32 elsewhere")
     parser.add_argument("--networks", nargs="+", default=[*NETWORKS, "ssdlite"], choices=[*NETWORKS, "ssdlite"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all; see above")
-    parser.add_argument("--repeats", type=int, help="default: 3 on the CPU, 20 elsewhere")
+    parser.add_argument("--repeats", type=at_least_one, help="default: 3 on the CPU, 20 elsewhere")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     on_cpu = device.type == "cpu"

@@ -4,6 +4,8 @@ python3 -m benchmarks.loader                          generated photographs of 6
 python3 -m benchmarks.loader data.root=data/coco      real ones
 python3 -m benchmarks.loader data.decoder=simplejpeg data.cache=memory
 
+Its batches have 16 images and its workers are 0, 1 and 2, whatever the settings say.
+
 Times of one core are processor time; those of the loader are by the clock, with its workers beside this process. The
 ceiling of every row is the decoder alone, measured in each repeat. torchvision's rows read, decode and resize by its
 own functions; "as SSDlite" with the crops and flips of its reference training. About 90 seconds on 2 CPU cores.
@@ -22,7 +24,7 @@ import torchvision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.data import DetectionDataset, build_training_dataset
 from detection.data.coco import CocoDataset
 from detection.data.decoders import JPEG_DECODERS, choose_decoder, describe_decoder
@@ -41,15 +43,19 @@ LOADED = 384  # images for each row of the loader
 
 def main() -> None:
     parser = Parser("benchmarks.loader", __doc__)
-    parser.add_settings()
-    parser.add_argument("--images", type=int, default=96, metavar="N", help="different images (default: 96)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each row (default: 3)")
+    parser.add_settings(device=False)
+    parser.add_argument("--images", type=at_least_one, default=96, metavar="N", help="different images (default: 96)")
+    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N", help="of each row (default: 3)")
     arguments = parser.parse_intermixed_args()
-    settings, _ = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+    settings, _ = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    unchanged = load_settings(DEFAULTS)[0].data
+    places = ("root", "builtin", "fake", "train_annotations", "train_images")
+    generated = all(getattr(settings.data, place) == getattr(unchanged, place) for place in places)
+    generated = generated and not any(word.startswith("data.root=") for word in arguments.settings)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        if not any(word.startswith(("data.root=", "data.train_")) for word in arguments.settings):
+        if generated:
             root = Path(directory)
             write_photographs(root / "train", arguments.images)
             write_annotations(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from detection.command_line import DEFAULTS, Parser
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.errors import DataError, SettingsError, exit_with_message
 from detection.settings import load_settings
 
@@ -29,7 +29,7 @@ SMALL = (
 def main() -> None:
     parser = Parser("benchmarks.logs", __doc__)
     parser.add_settings()
-    parser.add_argument("--rows", type=int, default=100, metavar="N", help="logged steps (default: 100)")
+    parser.add_argument("--rows", type=at_least_one, default=100, metavar="N", help="logged steps (default: 100)")
     arguments = parser.parse_intermixed_args()
     settings, _ = load_settings(DEFAULTS, arguments.config, arguments.settings)
     every, evaluation = settings.run.log_frequency, settings.evaluation.evaluate_frequency

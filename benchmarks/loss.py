@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from detection.command_line import DEFAULTS
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.criterion import Criterion
 from detection.data.loaders import SMALLEST_BUCKET, targets_to
 from detection.devices import choose_device, describe_device
 from detection.errors import exit_with_message
 from detection.losses import CRITERIA
 from detection.measuring import milliseconds, synthetic_batch
-from detection.models import build_detector
+from detection.models import build_detector, check_image_size
 from detection.operation_trace import OperationTrace
 from detection.settings import load_settings
 from detection.target_assignment import assign_targets
@@ -31,16 +31,17 @@ CLASSES = 80
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.loss", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--encoder", default="mobilenet_v3_small", help="of the step (default: mobilenet_v3_small)")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=416, help="pixels")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=at_least_one, default=16)
+    parser.add_argument("--size", type=at_least_one, default=416, help="pixels")
+    parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     settings, _ = load_settings(DEFAULTS, words=[f"yolo.encoder={arguments.encoder}"])
     detector = build_detector(settings.yolo, settings.evaluation, CLASSES).to(device, channels_last=True)
+    check_image_size(detector.model, "--size", arguments.size)
     batch = synthetic_batch(arguments.size, arguments.batch, CLASSES)
     images, _ = targets_to(batch, device)
     model = detector.model.train()

@@ -5,21 +5,22 @@ python3 -m benchmarks.matmul [--device cpu|cuda] [--size 4096]
 Prints one table; takes about 10 seconds on 2 CPU cores.
 """
 
-import argparse
 import statistics
 
 import torch
 
-from detection.devices import matmul_rates
+from detection.command_line import Parser, at_least_one
+from detection.devices import choose_device, matmul_rates
+from detection.errors import exit_with_message
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.matmul", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=at_least_one, default=4096, help="rows and columns")
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = choose_device(arguments.device)
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, n = {arguments.size}")
     print(f"{'type':<10}{'best TFLOP/s':>14}{'median':>10}")
     for dtype in (torch.float32, torch.bfloat16):
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

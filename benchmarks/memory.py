@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from detection.command_line import DEFAULTS
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.devices import (
     autocast,
     build_scaler,
@@ -29,7 +29,7 @@ from detection.devices import (
 from detection.errors import exit_with_message
 from detection.measuring import synthetic_batch
 from detection.memory import estimate_memory
-from detection.models import build_detector
+from detection.models import build_detector, check_image_size
 from detection.models.recomputation import recompute_encoder
 from detection.settings import load_settings
 from detection.throughput import matmul_ceiling
@@ -39,12 +39,12 @@ STEPS = 2  # the second has the optimizer's state
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.memory", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "off"])
     parser.add_argument("--encoder", default="darknet")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2], help="images")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[416, 608], help="pixels")
+    parser.add_argument("--batches", type=at_least_one, nargs="+", default=[2], help="images")
+    parser.add_argument("--sizes", type=at_least_one, nargs="+", default=[416, 608], help="pixels")
     parser.add_argument("--one", type=int, nargs=3, metavar=("BATCH", "SIZE", "CHECKPOINTING"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
@@ -63,7 +63,9 @@ def main() -> None:
         words = [sys.executable, "-m", "benchmarks.memory", "--one", str(batch), str(size), str(recomputed)]
         for name in ("device", "precision", "encoder"):
             words += [f"--{name}", getattr(arguments, name)]
-        subprocess.run(words, check=True)
+        code = subprocess.run(words, check=False).returncode
+        if code:
+            sys.exit(code)  # it has said why
 
 
 def measure(
@@ -73,6 +75,7 @@ def measure(
     context = functools.partial(autocast, device, dtype)
     before = peak_memory_gib(device)
     detector = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True)
+    check_image_size(detector.model, "--sizes", size)
     if recomputed:
         recompute_encoder(detector.model)
     model, optimizer = detector.model.train(), build_optimizer(detector.model, settings.train)

@@ -14,7 +14,6 @@ The last column says which of the others find the same boxes in the same order: 
 order, and up to 1,000 boxes (CUDA: 25,000) moves the classes apart, which rounds. About half a minute on 2 CPU cores.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import torchvision
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
+from detection.command_line import Parser, at_least_one
 from detection.devices import choose_device, describe_device, matmul_rates, peak_memory_gib, synchronize
 from detection.errors import exit_with_message
 from detection.suppression import suppress
@@ -34,10 +34,10 @@ BOXES_PER_OBJECT = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.nms", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--boxes", nargs="+", type=int, default=[1000, 10_000, 25_000, 100_000])
-    parser.add_argument("--repeats", type=int, default=15, help="(%(default)s)")
+    parser.add_argument("--boxes", nargs="+", type=at_least_one, default=[1000, 10_000, 25_000, 100_000])
+    parser.add_argument("--repeats", type=at_least_one, default=15, help="(%(default)s)")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     ceiling = max(matmul_rates(2048, torch.float32, device, 3))

@@ -7,14 +7,13 @@ Prints one table: moving average, optimizers in their three forms, clipping, sta
 and spread, and the ratio to the copy of the same tensors that is measured in turn with them. About a minute on 2 cores.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from detection.command_line import DEFAULTS
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.devices import choose_device, describe_device
 from detection.errors import exit_with_message
 from detection.measuring import milliseconds
@@ -28,10 +27,10 @@ FORMS = ("fused", "foreach", "per tensor")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.optimizer", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--encoder", default="darknet")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     settings, _ = load_settings(DEFAULTS, words=[f"yolo.encoder={arguments.encoder}"])

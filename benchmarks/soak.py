@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from detection.checkpoints import load_checkpoint
+from detection.command_line import Parser, at_least_one
+from detection.errors import exit_with_message
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
@@ -43,9 +45,9 @@ TIMEOUT = 300.0  # seconds for a process to reach its next step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.soak", __doc__)
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
-    parser.add_argument("--cycles", type=int, default=100, help="kills (%(default)s)")
+    parser.add_argument("--cycles", type=at_least_one, default=100, help="kills (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     parser.add_argument("--output", type=Path, help="directory of both runs, a new one; default: a temporary one")
     arguments = parser.parse_intermixed_args()
@@ -182,4 +184,4 @@ def first_difference(first: Any, second: Any, place: str = "") -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

@@ -9,7 +9,6 @@ begin. Once more with the pre-flight, whose forward and backward passes are show
 page cache. Generating 118,287 images (links to one) and 860,001 boxes takes 15 s of the minute on 2 CPU cores.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detection.command_line import Parser
+from detection.command_line import Parser, at_least_one
 from detection.data.generated import TRAIN2017, VAL2017, write_annotations, write_links
 from detection.devices import describe_device, matmul_rates, open_device
 from detection.errors import exit_with_message
@@ -49,10 +48,9 @@ STARTED = "START_UP_BENCHMARK"  # environment variable: time at which the proces
 
 def main() -> None:
     parser = Parser("benchmarks.start_up", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     parser.add_argument("--device", default="auto", help="(default: the first accelerator, else the CPU)")
-    parser.add_argument("--repeats", type=int, default=2, metavar="N", help="starts measured (default: 2)")
+    parser.add_argument("--repeats", type=at_least_one, default=2, metavar="N", help="starts measured (default: 2)")
     arguments = parser.parse_intermixed_args()
     words = [*DEFAULTS, f"run.device={arguments.device}", *arguments.settings]
     settings, _ = load_settings(ROOT / "yolo-v3" / "args.yaml", words=words)

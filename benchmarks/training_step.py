@@ -12,7 +12,6 @@ CUDA with CUDA graphs too; for MobileNetV3 what its depthwise convolutions cost 
 random. About a minute on 2 cores.
 """
 
-import argparse
 import functools
 import itertools
 import statistics
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.command_line import DEFAULTS
+from detection.command_line import DEFAULTS, Parser, at_least_one
 from detection.data import build_datasets
 from detection.data.loaders import Batch, TrainingBatchSampler, build_training_loader
 from detection.devices import (
@@ -36,9 +35,9 @@ from detection.devices import (
     describe_device,
     synchronize,
 )
-from detection.errors import exit_with_message
+from detection.errors import SettingsError, exit_with_message
 from detection.measuring import BOXES, synthetic_batch
-from detection.models import Detector, build_detector
+from detection.models import Detector, build_detector, check_image_size
 from detection.models.mobilenet import DepthwiseConv2d
 from detection.prefetch import Prefetcher
 from detection.settings import Settings, load_settings
@@ -53,20 +52,25 @@ PEERS = ("ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.training_step", __doc__)
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[416], help="pixels")
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=at_least_one, default=2)
+    parser.add_argument("--sizes", type=at_least_one, nargs="+", default=[416], help="pixels")
+    parser.add_argument("--classes", type=at_least_one, default=80)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.add_argument("--compile", action="store_true", help="the network compiled too")
     parser.add_argument("--real", action="store_true", help="batches of the dataset of the settings too")
     parser.add_argument("--peers", action="store_true", help="torchvision's ssdlite and retinanet too")
     arguments = parser.parse_intermixed_args()
+    for word in arguments.settings:
+        if word.startswith(("run.", "train.batch_size", "train.image_size")):
+            raise SettingsError(f"{word}: here say --device, --batch or --sizes")
     settings, _ = load_settings(DEFAULTS, words=arguments.settings)
     device = choose_device(arguments.device)
     detector = build_detector(settings.yolo, settings.evaluation, arguments.classes).to(device, channels_last=True)
+    for size in arguments.sizes:
+        check_image_size(detector.model, "--sizes", size)
     flops = flops_per_pixel(detector.model)
     print(
         f"{settings.yolo.encoder}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "

@@ -49,8 +49,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings under the names of other programs", text)
     _add_evaluation_flags(group)
     add = functools.partial(group.add_argument, help=argparse.SUPPRESS)
-    for flag in ("--batch-size", "--log-interval"):
-        add(flag, type=int)
+    add("--batch-size", type=number_or_auto)
+    add("--log-interval", type=int)
     for flag in ("--epoch", "--epochs"):
         add(flag, type=float)
     add("--launcher", choices=["pytorch"])
@@ -91,7 +91,7 @@ def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
         "autocast": ("run.precision", lambda _: "bf16"),
         "deterministic": ("run.deterministic", bool),
         "log_interval": ("run.log_frequency", int),
-        "batch_size": ("train.batch_size", int),
+        "batch_size": ("train.batch_size", lambda value: value),
         "eval_batch_size": ("evaluation.batch_size", int),
         "epoch": ("train.steps", in_epochs),
         "epochs": ("train.steps", in_epochs),
@@ -122,6 +122,10 @@ def check_launcher(given: dict[str, Any]) -> None:
         )
     if "local_rank" in given and str(given["local_rank"]) != os.environ.get("LOCAL_RANK"):
         raise SettingsError(f"--local-rank {given['local_rank']}: torchrun's LOCAL_RANK decides; leave the flag out")
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def in_epochs(number: Any) -> str:

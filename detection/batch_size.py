@@ -20,7 +20,8 @@ from detection.training import ExponentialAverage, build_optimizer, train_step
 # Of one optimizer step, in args.yaml and in Darknet's yolov3.cfg: what their learning rates belong to.
 IMAGES_PER_STEP = 64
 # Of the free memory. The rest is for workspaces of the convolutions and fragments; on the CPU for everything else too.
-USED_SHARE, USED_SHARE_CPU = 0.9, 0.6
+USED_SHARE, USED_SHARE_CPU = 0.9, 0.5
+LARGEST = 4096  # of the numbers that are looked at
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -36,9 +37,10 @@ def find_batch_size(
 ) -> tuple[int, str]:
     """The number for `train.batch_size`, the same in all processes, and a line for the plan.
 
-    Never more than makes 64 images per optimizer step, nor than there are. Found by the estimate of `memory.py`; on an
-    accelerator whole steps are then tried, with smaller batches until one has room. On the CPU, where a process that
-    asks for too much is killed, the step before training tries what was found.
+    Never more than makes 64 images per optimizer step, nor than there are (one where subdivisions and processes alone
+    make more). Found by the estimate of `memory.py`; on an accelerator whole steps are then tried, with smaller batches
+    until one has room. On the CPU, where a process that asks for too much is killed, the step before training tries
+    what was found.
 
     Args:
         detector: on its device; its weights and statistics stay as they are.
@@ -51,7 +53,8 @@ def find_batch_size(
     """
     train, size = settings.train, settings.train.largest_size
     device = next(detector.model.parameters()).device
-    most = max(min(IMAGES_PER_STEP // (train.subdivisions * ranks.size), num_images), 1)
+    limit, parts = min(IMAGES_PER_STEP, num_images), train.subdivisions * ranks.size
+    most = max(limit // parts, 1)
     one = estimate_memory(detector.model, detector.criterion, train, 1, size, autocast, device)  # type: ignore[arg-type]
     if one.available is None:
         raise SettingsError(f"train.batch_size=auto: the free memory of {device} is not known; say a number")
@@ -63,7 +66,8 @@ def find_batch_size(
     def estimated(number: int) -> float:
         return dataclasses.replace(one, batch_size=number).total + number * per_loaded_image
 
-    fitting = [number for number in sizes_up_to(most) if estimated(number) <= budget]
+    room_for = [number for number in sizes_up_to(LARGEST) if estimated(number) <= budget]
+    fitting = [number for number in room_for if number <= most]
     tries = 0
     while fitting and device.type != "cpu":
         tries += 1
@@ -78,12 +82,15 @@ def find_batch_size(
         )
     how = f"of {one.available / 2**30:.1f} GiB free at {size} px, " + ("steps tried" if tries else "estimated")
     line = f"batch size  {number} found: about {estimated(number) / 2**30:.1f} {how}"
-    images = number * train.subdivisions * ranks.size
-    if number == sizes_up_to(most)[-1]:
-        line += f"; more would make over {IMAGES_PER_STEP} images per step, or than there are: say the number for that"
-    elif images < IMAGES_PER_STEP:
-        needed = train.subdivisions * IMAGES_PER_STEP // images
-        line += f"; train.subdivisions={needed} makes {number * needed * ranks.size} images per step, not {images}"
+    if number * parts > limit:
+        line += f"; subdivisions and processes alone make {parts} images per step"
+    elif number == sizes_up_to(most)[-1]:
+        line += f"; not more than {limit} images per step unless you say so, there may be room for {room_for[-1]}"
+    else:
+        needed = train.subdivisions * limit // (number * parts)
+        line += (
+            f"; train.subdivisions={needed} makes {number * needed * ranks.size} images per step, not {number * parts}"
+        )
     return number, line
 
 

@@ -12,6 +12,13 @@ from detection.settings import Flag
 DEFAULTS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 
 
+def at_least_one(text: str) -> int:
+    """A whole number from 1 as the value of an option."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error, and takes no abbreviations."""
 

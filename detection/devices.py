@@ -4,7 +4,6 @@ Nothing of Habana's (hpu) was run on hardware by us; `docs/hpu.md`.
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import platform
@@ -20,6 +19,7 @@ from torch import nn
 
 from detection.errors import SettingsError
 from detection.habana_environment import LAZY_MODE
+from detection.host_memory import free_memory, keep_freed_memory
 from detection.settings import RunSettings
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -48,26 +48,6 @@ def choose_device(name: str) -> torch.device:
         reason = f" ({_hpu_failure})" if name == "hpu" and _hpu_failure else ""
         raise SettingsError(f"device {name!r} is not available here{reason}; available: {', '.join(available)}")
     return torch.device(name)
-
-
-# Of the C library's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-MEMORY_AHEAD = 2**26  # bytes
-
-
-def keep_freed_memory() -> None:
-    """Let this process use again what it has freed, instead of giving it back to the system.
-
-    The GNU C library takes each large tensor anew from the system, which hands it over page by page and cleared: with
-    Darknet-53 and batches of 8 that is a third of a training step on the CPU. Afterwards the process keeps its largest
-    size. Elsewhere, and where the environment says how memory is handled, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, MEMORY_AHEAD)
 
 
 def open_device(run: RunSettings, name: str | None = None) -> torch.device:
@@ -273,18 +253,13 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes free on the device (for CPU and MPS, of the machine)."""
+    """Bytes free on the device (for CPU and MPS: `host_memory.free_memory`)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "hpu":
         statistics = _hpu().memory_stats()
         return statistics["Limit"] - statistics["InUse"]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return free_memory()
 
 
 def describe_device(device: torch.device) -> str:

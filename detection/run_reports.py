@@ -95,11 +95,11 @@ def report_progress(logger: RunLogger, bar: tqdm, run: Run, state: RunState, siz
 
 def report_speed(logger: RunLogger, run: Run, total: Throughput) -> None:
     """The last lines of a run; every process calls it at the same time."""
+    peak = peak_memory_gib(run.device)  # before what is measured now
     mean = run.ranks.average({**vars(total), "ceiling": matmul_ceiling(run.device, run.dtype) or 0.0})
     ceiling = mean.pop("ceiling")
     flops = flops_per_pixel(run.detector.model)
     images_per_epoch = round(run.steps_per_epoch * run.images_per_step)
-    peak = peak_memory_gib(run.device)
     lines = summary_lines(Throughput(**mean), run.ranks.size, flops, ceiling, run.precision, images_per_epoch, peak)
     for line in lines:
         logger.line(line)

@@ -629,7 +629,7 @@ def validate(tree: dict[str, Any]) -> Settings:
             path = ".".join(
                 str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-"))
             )
-            path = re.sub(r"\.(int|str)$", "", path)
+            path = re.sub(r"\.(int|str|literal\[.*\])$", "", path)
             message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
             if not path:
                 line = message
@@ -640,6 +640,8 @@ def validate(tree: dict[str, Any]) -> Settings:
                 line = f"{path} = {_lists(item['input'])!r}: {message}"
             if path not in {earlier.split(" = ")[0] for earlier in lines}:
                 lines.append(line)
+            elif item["type"] == "literal_error":  # a number or a word
+                lines[-1] += f", or {item['ctx']['expected']}"
         raise SettingsError("; ".join(lines)) from None
 
 

@@ -77,7 +77,7 @@ def summary_lines(
         share += f" x {processes})" if processes > 1 else ")"
     per_image = flops * total.pixels / total.images / 1e9
     return [
-        f"speed       {rate:.1f} images/s at {per_image:.1f} GFLOP each, {share}, waiting for data "
+        f"speed       {rate:.1f} images/s at {per_image:.3g} GFLOP each, {share}, waiting for data "
         f"{total.waited / total.seconds:.1%}",
         f"cost        {images_per_epoch / rate:.1f} s per epoch of {images_per_epoch} images without evaluations, "
         f"peak memory {peak_gib:.1f} GiB",

@@ -16,10 +16,11 @@ import lr_scheduler_creator
 from detection import batch_size, memory
 from detection.batch_size import find_batch_size, has_room, sizes_up_to
 from detection.devices import build_scaler
-from detection.errors import DeviceMemoryError
+from detection.errors import DeviceMemoryError, SettingsError
 from detection.memory import MemoryEstimate
 from detection.models import Detector, build_detector
 from detection.settings import Settings
+from detection.training import ExponentialAverage
 
 CPU = torch.device("cpu")
 PER_IMAGE = 64 * 64 * (3 + 4) * 4  # bytes: pixels, channels kept, float32
@@ -71,13 +72,28 @@ def test_the_largest_batch_that_fits_by_hand(
 ) -> None:
     needed = STATE + number * (PER_IMAGE + LOADED)
     for spare, expected in ((1, number), (-1, sizes_up_to(number - 1)[-1] if number > 1 else None)):
-        free = int(needed / 0.6) + spare
+        free = int(needed / 0.5) + spare
         monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
         if expected is None:
             with pytest.raises(DeviceMemoryError, match=r"^train.batch_size=auto: not even one image of 64 px fits"):
                 find(default_settings(*WORDS))
         else:
             assert find(default_settings(*WORDS))[0] == expected
+
+
+def test_processes_of_one_machine_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]
+) -> None:
+    free = int(2 * (STATE + 6 * (PER_IMAGE + LOADED)) / 0.5) + 2
+    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    assert find(default_settings(*WORDS), alone(2))[0] == 6
+    assert find(default_settings(*WORDS))[0] == 12  # alone: 2 * 6 and one state less
+
+
+def test_unknown_memory_is_an_error(monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: None)
+    with pytest.raises(SettingsError, match="the free memory of cpu is not known; say a number"):
+        find(default_settings(*WORDS))
 
 
 @pytest.mark.parametrize(
@@ -87,8 +103,10 @@ def test_the_largest_batch_that_fits_by_hand(
         (("train.subdivisions=5",), alone(), 1000, 12),  # 64 // 5 = 12
         ((), alone(4), 1000, 16),
         ((), alone(2, others=(6,)), 1000, 6),  # another process has less memory
-        (("train.subdivisions=100",), alone(), 1000, 1),
+        (("train.subdivisions=100",), alone(), 1000, 1),  # one at least
         ((), alone(), 7, 6),  # no more than there are
+        (("train.subdivisions=2",), alone(), 7, 3),
+        (("train.subdivisions=2",), alone(2), 9, 2),
     ],
 )
 def test_never_more_than_64_images_per_step(
@@ -101,7 +119,7 @@ def test_largest_size_of_multiscale_training_counts(
     monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]
 ) -> None:
     monkeypatch.setattr(
-        memory, "available_memory", lambda device: int((STATE + 9 * 6 * (PER_IMAGE + LOADED)) / 0.6) + 1
+        memory, "available_memory", lambda device: int((STATE + 9 * 6 * (PER_IMAGE + LOADED)) / 0.5) + 1
     )
     settings = default_settings(*WORDS, "train.resize_frequency=1", "train.multiscale_sizes=[32,192]")
     number, line = find(settings)  # 192 px: 9 times the pixels of 64
@@ -138,6 +156,10 @@ def test_a_tried_step_has_everything_and_changes_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(model, *arguments)
 
+    update, updates = ExponentialAverage.update, []
+    monkeypatch.setattr(
+        ExponentialAverage, "update", lambda self, model, step: (updates.append(step), update(self, model, step))
+    )
     monkeypatch.setattr(batch_size, "train_step", step)
 
     def room(number: int) -> bool:
@@ -145,6 +167,10 @@ def test_a_tried_step_has_everything_and_changes_nothing(
 
     assert room(3)
     assert taken == [[(3, 3, 64, 64)] * 2] * 2  # a second step, and two micro-batches of the four
+    assert updates == [0, 1]
+    monkeypatch.setattr(batch_size, "_reserved", lambda device, reset=False: 0 if reset else int(0.95 * 2**40))
+    assert not room(3)  # more than 0.9 of it
+    monkeypatch.setattr(batch_size, "_reserved", lambda device, reset=False: 0)
     assert not room(4)
     assert all(torch.equal(before[name], value) for name, value in detector.model.state_dict().items())
     assert all(parameter.grad is None for parameter in detector.model.parameters())

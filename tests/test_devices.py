@@ -1,10 +1,7 @@
 """Devices and precision; capabilities of other machines are put in place of ours."""
 
 import os
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,36 +84,6 @@ def test_habana_package_is_not_needed() -> None:
     if "hpu" in available_devices():
         pytest.skip("this machine has an HPU")
     assert choose_device("cpu") == CPU
-
-
-# Memory of the CPU
-
-FAULTS = """
-import resource, torch
-from detection.devices import choose_device
-choose_device("cpu")
-def page_faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def like_a_step():
-    tensors = [torch.ones(2**20 * mib // 4) for mib in (12, 36, 20, 80)]
-like_a_step()
-before = page_faults()
-for _ in range(5):
-    like_a_step()
-print(page_faults() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's")
-def test_freed_memory_is_used_again_unless_the_environment_says_otherwise() -> None:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-
-    def faults(**more: str) -> int:
-        words = [sys.executable, "-c", FAULTS]
-        return int(subprocess.run(words, env={**plain, **more}, capture_output=True, text=True, check=True).stdout)
-
-    # 148 MiB in pages of 4 KiB, five times; the library's own rules keep a little of it.
-    assert faults() < faults(MALLOC_ARENA_MAX="8") / 4
 
 
 # Precision

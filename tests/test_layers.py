@@ -16,7 +16,7 @@ LAYERS = [
     {
         *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
         *("drawing", "figures", "display", "stopping", "command_line", "html_report"),
-        *("aliases", "habana_environment", "operation_trace"),
+        *("aliases", "habana_environment", "host_memory", "operation_trace"),
     },
     {
         *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),

@@ -94,6 +94,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     flags = device_flags(arguments)
+    if arguments.profile and (arguments.dry_run or arguments.replay is not None):
+        raise SettingsError(f"--profile belongs to a run, not to --{'dry-run' if arguments.dry_run else 'replay'}")
+    if arguments.dry_run and arguments.replay is not None:
+        raise SettingsError("--dry-run and --replay are both given")
     if arguments.replay is not None:
         replay_bundle(arguments, flags)
         return
@@ -234,6 +238,7 @@ def train(
         when = f"saved after step {state.step}, " if saved else ""
         line = f"{error.line}; {when}continue with: yolo-v3/main.py --resume {directory}"
         if isinstance(error, StoppedBySignal):
+            report_speed(logger, run, state.meter.total)
             raise StoppedBySignal(line, error.signal_number) from None
         raise DataReadError(line) from None
     except RuntimeError as error:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from detection.data.transforms import Sample
-from detection.devices import keep_freed_memory, pinning
+from detection.devices import pinning
+from detection.host_memory import keep_freed_memory
 from detection.settings import SIZE_MULTIPLE
 from detection.stopping import STOPPING
 from detection.target_assignment import PADDING_LABEL
