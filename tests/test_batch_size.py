@@ -229,6 +229,12 @@ def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: 
     assert "train.batch_size was 2 and cannot become 'auto'" in result.stderr
 
 
+def test_a_profile_needs_a_run(main: Callable[..., Any], tmp_path: Path) -> None:
+    result = main("--profile", "--dry-run", "data.fake=true", "yolo.num_classes=2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "--profile belongs to a run, not to --dry-run\n"
+
+
 def test_other_scripts_ask_for_a_number(run_script: Callable[..., Any]) -> None:
     result = run_script(lr_scheduler_creator.main, "--images", "100", "train.batch_size=auto")
     assert result.returncode == 2

@@ -440,6 +440,7 @@ def test_stop_saves_and_its_last_line_says_how_to_continue(scenarios: Scenarios)
         last_line = result.out.splitlines()[-1]
         assert signal_name in last_line and f"--resume {scenarios.base / name}" in last_line, result.out
         assert "step" in last_line
+        assert "\nspeed " in result.out and "s per epoch of 13 images" in result.out
 
 
 def test_nothing_but_checkpoints_is_left_of_a_save(scenarios: Scenarios) -> None:
