@@ -102,8 +102,7 @@ def report(settings: Settings, count: int, repeats: int) -> None:
         "the same, all albumentations on": transformed(Transform(everything, size, 0, training=True)),
         "collate": lambda index: collate_samples(samples) if index % BATCH == 0 else None,  # type: ignore[arg-type]
     }
-    for name, work in torchvision_rows(dataset, size).items():
-        rows[name] = work
+    rows |= torchvision_rows(dataset, size)
     transforms = {
         name: transformed(Transform(only(data, name), size, 0, training=True)) for name in augmentation_names()
     }

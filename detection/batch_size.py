@@ -103,6 +103,8 @@ def has_room(
     """
     train, device = settings.train, next(detector.model.parameters()).device
     batch = synthetic_batch(train.largest_size, number, detector.model.num_classes)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what a failed try has left would count as taken before
     before = _reserved(device, reset=True)
     try:
         model = copy.deepcopy(detector.model).train()
@@ -127,10 +129,6 @@ def has_room(
         if not isinstance(known_failure(error, ""), DeviceMemoryError):
             raise
         return False
-    finally:
-        model = optimizer = average = None  # type: ignore[assignment]
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _reserved(device: torch.device, reset: bool = False) -> int:
