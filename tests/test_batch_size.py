@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from test_memory import OneConvolution, Sum
+from torch import nn
 
 import lr_scheduler_creator
 from detection import batch_size, memory
@@ -27,25 +28,6 @@ PER_IMAGE = 64 * 64 * (3 + 4) * 4  # bytes: pixels, channels kept, float32
 STATE = 12 * 4 * 4  # bytes: 12 weights, with gradient and two moments
 LOADED = (2 * 2 + 1) * 3 * 64 * 64  # bytes per image: two batches of each worker and the one worked on
 WORDS = ("train.batch_size=auto", "train.image_size=64", "data.num_workers=2")
-
-
-class OneConvolution(nn.Module):
-    """Keeps exactly its float32 input (3 channels) and, for the square, its output (4 channels)."""
-
-    strides = (32,)
-    num_classes = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 4, 1, bias=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.convolution(images.float()).square()]
-
-
-class Sum(nn.Module):
-    def forward(self, outputs: list[Tensor], _: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": outputs[0].mean()}
 
 
 def alone(size: int = 1, others: tuple[int, ...] = ()) -> Any:

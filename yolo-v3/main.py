@@ -238,7 +238,8 @@ def train(
         when = f"saved after step {state.step}, " if saved else ""
         line = f"{error.line}; {when}continue with: yolo-v3/main.py --resume {directory}"
         if isinstance(error, StoppedBySignal):
-            report_speed(logger, run, state.meter.total)
+            if run.ranks.size == 1:  # who stops several of them may kill some before they have exchanged anything
+                report_speed(logger, run, state.meter.total)
             raise StoppedBySignal(line, error.signal_number) from None
         raise DataReadError(line) from None
     except RuntimeError as error:
