@@ -32,21 +32,29 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.anchor_figure import draw_anchors
-from detection.anchors import Anchors, best_ious, best_side_ratios, fit_anchors, mean_best_iou, nearest_anchors
-from detection.command_line import DEFAULTS, Parser
-from detection.data import make_builtin
-from detection.data.box_shapes import shapes_at
-from detection.data.coco import load_annotations
+from detection.config.command_line import DEFAULTS, Parser
+from detection.config.loading import load_settings
+from detection.config.settings import DARKNET_CFG, SIZE_MULTIPLE, Settings
+from detection.data.annotations import load_annotations
+from detection.data.build import make_builtin
 from detection.data.layouts import find_split
-from detection.display import browse
+from detection.drawing.figures import figure_pixels, save_figure
+from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.figures import figure_pixels, save_figure
-from detection.models.darknet_cfg import CfgSection, format_cfg, parse_cfg, with_anchors
-from detection.models.darknet_layers import build_layers
-from detection.models.darknet_network import DarknetNetwork
-from detection.run_loggers import new_run_directory
-from detection.settings import DARKNET_CFG, SIZE_MULTIPLE, Settings, load_settings
+from detection.models.darknet.cfg import CfgSection, format_cfg, parse_cfg, with_anchors
+from detection.models.darknet.layers import build_layers
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.yolo.grid import Anchors
+from detection.runtime.run_directory import new_run_directory
+from detection.visualization.anchor_clustering import (
+    best_ious,
+    best_side_ratios,
+    fit_anchors,
+    mean_best_iou,
+    nearest_anchors,
+)
+from detection.visualization.anchor_figure import draw_anchors
+from detection.visualization.box_shapes import shapes_at
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
     9: (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from detection.habana_environment import prepare_habana
+from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
@@ -26,24 +26,27 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data import DetectionDataset, build_training_dataset
-from detection.data.coco import select_images
-from detection.data.loaders import Batch, collate_samples
+from detection.config.command_line import DEFAULTS, Parser, device_flags
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.contract import Batch, Detector
+from detection.data.annotations import select_images
+from detection.data.build import DetectionDataset, build_training_dataset
+from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
-from detection.devices import autocast, build_scaler, choose_precision, describe_device, open_device
-from detection.display import browse
-from detection.drawing import save_png
-from detection.error_analysis import confidence_curves
+from detection.drawing.boxes import save_png
+from detection.drawing.window import browse
 from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
-from detection.evaluation import Evaluation, evaluate
-from detection.models import Detector, build_detector, check_image_size
-from detection.pretrained import load_pretrained
-from detection.reports import draw_detections, write_evaluation
-from detection.reproducibility import seed_everything
-from detection.run_loggers import new_run_directory
-from detection.settings import Settings, load_settings
-from detection.training import build_optimizer, set_encoder_frozen, set_learning_rates, train_step
+from detection.evaluation.error_analysis import confidence_curves
+from detection.evaluation.evaluate import Evaluation, evaluate
+from detection.evaluation.report import draw_detections, write_evaluation
+from detection.models import build_detector, check_image_size
+from detection.models.pretrained import load_pretrained
+from detection.runtime.devices import autocast, build_scaler, choose_precision, describe_device, open_device
+from detection.runtime.reproducibility import seed_everything
+from detection.runtime.run_directory import new_run_directory
+from detection.training.optimizer import build_optimizer, set_encoder_frozen, set_learning_rates
+from detection.training.step import train_step
 
 BUILTIN = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
 WARMUP = 10  # steps of a linear rise: the outputs start far from where they will be

@@ -20,9 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from detection.command_line import DEFAULTS, Parser
-from detection.data import make_builtin
-from detection.data.annotation_checks import (
+from detection.config.command_line import DEFAULTS, Parser
+from detection.config.loading import load_settings
+from detection.config.settings import DataSettings, Settings
+from detection.data.annotations import Annotations
+from detection.data.build import make_builtin
+from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
+from detection.dataset_checks.annotation_checks import (
     boxes_per_class,
     check_annotations,
     check_image_sizes,
@@ -30,10 +34,9 @@ from detection.data.annotation_checks import (
     flatten_tolerantly,
     read_tolerantly,
 )
-from detection.data.coco import Annotations
-from detection.data.findings import KINDS, Finding, Findings
-from detection.data.fit_checks import check_fit, describe_network
-from detection.data.image_checks import (
+from detection.dataset_checks.findings import KINDS, Finding, Findings
+from detection.dataset_checks.fit_checks import check_fit, describe_network
+from detection.dataset_checks.image_checks import (
     Split,
     check_images,
     check_listing,
@@ -41,11 +44,9 @@ from detection.data.image_checks import (
     check_shared_names,
     inspect_images,
 )
-from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.models import build_model, check_image_size
-from detection.run_loggers import new_run_directory
-from detection.settings import DataSettings, Settings, load_settings
+from detection.runtime.run_directory import new_run_directory
 
 SPLITS = ("training", "validation")
 

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detection.command_line import Parser
-from detection.display import browse
+from detection.config.command_line import Parser
+from detection.config.yaml_files import read_settings_file
+from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
+from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.figures import draw_curves, figure_pixels, new_figure, save_figure
-from detection.run_loggers import new_run_directory
-from detection.settings import read_settings_file
+from detection.runtime.run_directory import new_run_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

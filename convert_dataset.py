@@ -33,15 +33,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from detection.command_line import Parser
-from detection.data.conversion import ConvertedDataset, Findings, assign_names, drop_bad_names, place_image
-from detection.data.convert_coco import ROBOFLOW, coco_json, read_coco
-from detection.data.convert_voc import read_voc
-from detection.data.convert_yolo import data_yaml, read_yolo, yolo_label
-from detection.data.yolo_layout import DESCRIPTIONS
-from detection.drawing import replace_file
+from detection.config.command_line import Parser
+from detection.data.conversion.coco import ROBOFLOW, coco_json, read_coco
+from detection.data.conversion.dataset import ConvertedDataset, Findings, assign_names, drop_bad_names, place_image
+from detection.data.conversion.voc import read_voc
+from detection.data.conversion.yolo import data_yaml, read_yolo, yolo_label
+from detection.data.conversion.yolo_layout import DESCRIPTIONS
+from detection.drawing.boxes import replace_file
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
-from detection.weights import read_names
+from detection.inference.weights import read_names
 
 FORMATS = {"yolo": "YOLO txt", "voc": "Pascal VOC XML", "coco": "COCO JSON"}
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from detection.habana_environment import prepare_habana
+from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
@@ -36,20 +36,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from detection.command_line import Parser
-from detection.data.coco import read_image
-from detection.data.detection_files import Found, Results
+from detection.config.command_line import Parser
+from detection.data.image_file import read_image
 from detection.data.loaders import collate_samples
-from detection.data.sources import Source, batches, find_sources, read_ahead
 from detection.data.transforms import Sample, Transform
-from detection.data.video import VideoReader, VideoWriter
-from detection.devices import autocast, choose_precision, open_device
-from detection.display import Window, browse
+from detection.drawing.window import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
-from detection.postprocessing import boxes_to_original
-from detection.run_loggers import new_run_directory
-from detection.stopping import StopRequest
-from detection.weights import OpenedDetector, open_command_line
+from detection.inference.results import Found, Results
+from detection.inference.sources import Source, batches, find_sources, read_ahead
+from detection.inference.video import VideoReader, VideoWriter
+from detection.inference.weights import OpenedDetector, open_command_line
+from detection.ops.letterbox import boxes_to_original
+from detection.runtime.devices import autocast, choose_precision, open_device
+from detection.runtime.run_directory import new_run_directory
+from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
 BATCH_SIZE = 8  # images, where evaluation.batch_size does not say

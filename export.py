@@ -27,14 +27,14 @@ from typing import cast
 
 from torch import nn
 
-from detection.command_line import Parser
+from detection.config.command_line import Parser
 from detection.errors import CheckpointError, OutputError, SettingsError, exit_with_message
-from detection.models.darknet_cfg import format_cfg
-from detection.models.darknet_export import describe_network
-from detection.models.darknet_weights import Header, as_darknet, write_darknet_weights
-from detection.onnx_comparison import compare_with_pytorch
-from detection.onnx_export import OPSETS, OnnxOptions, build_onnx, require_packages
-from detection.weights import OpenedDetector, open_command_line
+from detection.inference.export.darknet_export import describe_network
+from detection.inference.export.onnx_comparison import compare_with_pytorch
+from detection.inference.export.onnx_export import OPSETS, OnnxOptions, build_onnx, require_packages
+from detection.inference.weights import OpenedDetector, open_command_line
+from detection.models.darknet.cfg import format_cfg
+from detection.models.darknet.weights import Header, as_darknet, write_darknet_weights
 
 
 def main() -> None:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detection.command_line import DEFAULTS, Parser
-from detection.display import browse
+from detection.config.command_line import DEFAULTS, Parser
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
+from detection.drawing.window import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
-from detection.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
-from detection.run_loggers import new_run_directory
-from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
-from detection.settings import Settings, load_settings
+from detection.runtime.run_directory import new_run_directory
+from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detection.habana_environment import prepare_habana
+from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
@@ -39,10 +39,16 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from detection.aliases import add_evaluation_flags
-from detection.coco_metric import choose_backend, score
-from detection.command_line import Parser
-from detection.comparison import (
+from detection.config.aliases import add_evaluation_flags
+from detection.config.command_line import Parser
+from detection.data.build import build_validation_dataset
+from detection.data.coco import CocoDataset
+from detection.data.loaders import build_evaluation_loader
+from detection.drawing.boxes import save_png
+from detection.drawing.window import browse
+from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.evaluation.coco_metric import choose_backend, score
+from detection.evaluation.comparison import (
     Compared,
     check_same_data,
     class_table,
@@ -51,19 +57,20 @@ from detection.comparison import (
     images_per_second,
     write_comparison,
 )
-from detection.data import build_validation_dataset
-from detection.data.coco import CocoDataset
-from detection.data.loaders import build_evaluation_loader
-from detection.devices import autocast, choose_precision, describe_device, open_device, peak_memory_gib
-from detection.display import browse
-from detection.drawing import save_png
-from detection.error_analysis import Analysis, analyse, group_table, write_analysis
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.evaluation import Evaluation, evaluate
-from detection.evaluation_figures import draw_comparison, draw_evaluation
-from detection.reports import class_lines, deviations, draw_detections, metric_lines, protocol_line, write_evaluation
-from detection.run_loggers import new_run_directory
-from detection.weights import OpenedDetector, open_command_line
+from detection.evaluation.error_analysis import Analysis, analyse, group_table, write_analysis
+from detection.evaluation.evaluate import Evaluation, evaluate
+from detection.evaluation.figures import draw_comparison, draw_evaluation
+from detection.evaluation.report import (
+    class_lines,
+    deviations,
+    draw_detections,
+    metric_lines,
+    protocol_line,
+    write_evaluation,
+)
+from detection.inference.weights import OpenedDetector, open_command_line
+from detection.runtime.devices import autocast, choose_precision, describe_device, open_device, peak_memory_gib
+from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
 CARRY_THEIR_OWN = {".pt", ".onnx"}  # classes and description

@@ -23,22 +23,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data import make_builtin
-from detection.data.coco import Annotations, Categories, CocoDataset, load_annotations, read_image
+from detection.config.command_line import DEFAULTS, Parser, device_flags
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.data.annotations import Annotations, Categories, load_annotations
+from detection.data.build import make_builtin
+from detection.data.coco import CocoDataset
+from detection.data.image_file import read_image
 from detection.data.layouts import find_split
 from detection.data.transforms import Transform
-from detection.dataset_figures import draw_box_statistics, draw_class_distribution, printable
-from detection.dataset_pages import Pages
-from detection.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
-from detection.display import browse
-from detection.drawing import save_png
+from detection.drawing.boxes import save_png
+from detection.drawing.html_page import HtmlReport
+from detection.drawing.window import browse
 from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
-from detection.html_report import HtmlReport
-from detection.image_ranking import RULE, Findings, find_mistakes, write_mistakes
-from detection.run_loggers import new_run_directory
-from detection.settings import Settings, load_settings
-from detection.weights import OpenedDetector, open_command_line
+from detection.inference.weights import OpenedDetector, open_command_line
+from detection.runtime.run_directory import new_run_directory
+from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
+from detection.visualization.dataset_pages import Pages
+from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
+from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
 
 MOST_PER_PAGE = 100
 MOST_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each

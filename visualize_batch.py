@@ -25,20 +25,23 @@ from typing import Any, cast
 import cv2
 import numpy as np
 
-from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.criterion import Criterion
-from detection.data import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
-from detection.data.coco import repeat_factors
-from detection.data.loaders import TrainingBatchSampler, collate_samples
-from detection.data.strengths import augmentation_names, strength_rows
-from detection.dataset_figures import printable
-from detection.display import browse
-from detection.drawing import CROWD_LABEL, draw_boxes, make_grid, save_png
+from detection.config.command_line import DEFAULTS, Parser, device_flags
+from detection.config.loading import load_settings
+from detection.config.settings import SIZE_MULTIPLE, Settings
+from detection.contract import Detector
+from detection.data.annotations import repeat_factors
+from detection.data.build import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
+from detection.data.loaders import collate_samples
+from detection.data.sampler import TrainingBatchSampler
+from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
+from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.models import Detector, build_detector, check_image_size, size_multiple
-from detection.run_loggers import new_run_directory
-from detection.settings import SIZE_MULTIPLE, Settings, load_settings
-from detection.target_pictures import assigned_predictions, count_targets, draw_targets, truths_of
+from detection.models import build_detector, check_image_size, size_multiple
+from detection.models.yolo.criterion import Criterion
+from detection.runtime.run_directory import new_run_directory
+from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
+from detection.visualization.dataset_figures import printable
+from detection.visualization.target_pictures import assigned_predictions, count_targets, draw_targets, truths_of
 
 IMAGES, IMAGES_WITH_TARGETS = 16, 3  # drawn without --images
 COLUMNS = 4

@@ -18,13 +18,14 @@ import cv2
 import numpy as np
 import torch
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
+from benchmarks.support.synthetic_dataset import TRAIN2017, write_annotations, write_links
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
 from detection.data.coco import CocoDataset
-from detection.data.generated import TRAIN2017, write_annotations, write_links
-from detection.data.loaders import TrainingBatchSampler, build_training_loader
+from detection.data.loaders import build_training_loader
+from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
 from detection.errors import exit_with_message
-from detection.settings import load_settings
 
 BATCH, SIZE, WARM_UP = 64, 32, 20  # SIZE: of the network input, small: the time is not what is measured
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import load_checkpoint
-from detection.command_line import DEFAULTS, Parser, at_least_one, device_flags
-from detection.devices import build_scaler, choose_device, describe_device
+from detection.config.command_line import DEFAULTS, Parser, at_least_one, device_flags
+from detection.config.loading import load_settings
 from detection.errors import OutputError, exit_with_message
 from detection.models import build_detector
-from detection.preflight import tensor_bytes
-from detection.run_state import RunState
-from detection.settings import load_settings
+from detection.runtime.devices import build_scaler, choose_device, describe_device
+from detection.training.checkpoint_writer import CheckpointWriter
+from detection.training.dry_run import tensor_bytes
+from detection.training.state import RunState
 
 
 def main() -> None:

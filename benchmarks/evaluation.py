@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detection.coco_metric import METRIC_NAMES, score
-from detection.command_line import Parser, at_least_one
-from detection.data.coco import AnnotationCounts, Annotations, Categories
-from detection.detections import Detections
-from detection.devices import matmul_rates
+from detection.config.command_line import Parser, at_least_one
+from detection.data.annotations import AnnotationCounts, Annotations, Categories
 from detection.errors import exit_with_message
+from detection.evaluation.coco_metric import METRIC_NAMES, score
+from detection.evaluation.detections import Detections
+from detection.training.throughput import matmul_rates
 
 COUNTS = (201_097, 628_352, 1_547_498)
 IMAGES, TRUTHS, CLASSES = 5000, 36_335, 80

@@ -26,21 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.command_line import Parser, at_least_one
-from detection.devices import (
-    autocast,
-    choose_device,
-    compile_forward,
-    describe_device,
-    matmul_rates,
-    synchronize,
-)
+from detection.config.command_line import Parser, at_least_one
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.contract import Detector
 from detection.errors import exit_with_message
-from detection.models import Detector, build_detector
-from detection.onnx_export import OnnxOptions, build_onnx
-from detection.onnx_files import OnnxModel
-from detection.settings import Settings, load_settings
-from detection.weights import OpenedDetector
+from detection.inference.export.onnx_export import OnnxOptions, build_onnx
+from detection.inference.onnx_model import OnnxModel
+from detection.inference.weights import OpenedDetector
+from detection.models import build_detector
+from detection.runtime.devices import autocast, choose_device, compile_forward, describe_device, synchronize
+from detection.training.throughput import matmul_rates
 
 ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 SIZE, CLASSES = 416, 80

@@ -24,17 +24,18 @@ import torchvision
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
-from detection.data import DetectionDataset, build_training_dataset
+from benchmarks.support.synthetic_dataset import write_annotations, write_photographs
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
+from detection.config.settings import DataSettings, Settings
+from detection.data.build import DetectionDataset, build_training_dataset
 from detection.data.coco import CocoDataset
-from detection.data.decoders import JPEG_DECODERS, choose_decoder, describe_decoder
-from detection.data.generated import write_annotations, write_photographs
-from detection.data.image_files import read_file
-from detection.data.loaders import TrainingBatchSampler, build_training_loader, collate_samples
-from detection.data.strengths import augmentation_names, only
+from detection.data.image_file import JPEG_DECODERS, choose_decoder, describe_decoder, read_file
+from detection.data.loaders import build_training_loader, collate_samples
+from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
 from detection.errors import SettingsError, exit_with_message
-from detection.settings import DataSettings, Settings, load_settings
+from detection.visualization.augmentation_sheet import augmentation_names, only
 
 BOXES = 7.27  # per image, the mean of COCO
 BATCH = 16

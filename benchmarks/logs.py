@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
 from detection.errors import DataError, SettingsError, exit_with_message
-from detection.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 100_000

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
-from detection.criterion import Criterion
+from benchmarks.support.operation_trace import OperationTrace
+from benchmarks.support.timing import milliseconds
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
+from detection.data.fake import synthetic_batch
 from detection.data.loaders import SMALLEST_BUCKET, targets_to
-from detection.devices import choose_device, describe_device
 from detection.errors import exit_with_message
-from detection.losses import CRITERIA
-from detection.measuring import milliseconds, synthetic_batch
 from detection.models import build_detector, check_image_size
-from detection.operation_trace import OperationTrace
-from detection.settings import load_settings
-from detection.target_assignment import assign_targets
-from detection.throughput import matmul_ceiling
+from detection.models.yolo import CRITERIA
+from detection.models.yolo.criterion import Criterion
+from detection.models.yolo.darknet_loss import assign_targets
+from detection.runtime.devices import choose_device, describe_device
+from detection.training.throughput import matmul_ceiling
 
 BOXES = (7, 30, 93)  # per image: mean, many, most of COCO
 CLASSES = 80

@@ -9,9 +9,10 @@ import statistics
 
 import torch
 
-from detection.command_line import Parser, at_least_one
-from detection.devices import choose_device, matmul_rates
+from detection.config.command_line import Parser, at_least_one
 from detection.errors import exit_with_message
+from detection.runtime.devices import choose_device
+from detection.training.throughput import matmul_rates
 
 
 def main() -> None:

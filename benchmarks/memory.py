@@ -16,8 +16,13 @@ import time
 
 import torch
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
-from detection.devices import (
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
+from detection.data.fake import synthetic_batch
+from detection.errors import exit_with_message
+from detection.models import build_detector, check_image_size
+from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.runtime.devices import (
     autocast,
     build_scaler,
     choose_device,
@@ -26,14 +31,10 @@ from detection.devices import (
     peak_memory_gib,
     synchronize,
 )
-from detection.errors import exit_with_message
-from detection.measuring import synthetic_batch
-from detection.memory import estimate_memory
-from detection.models import build_detector, check_image_size
-from detection.models.recomputation import recompute_encoder
-from detection.settings import load_settings
-from detection.throughput import matmul_ceiling
-from detection.training import build_optimizer, train_step
+from detection.training.memory.estimate import estimate_memory
+from detection.training.optimizer import build_optimizer
+from detection.training.step import train_step
+from detection.training.throughput import matmul_ceiling
 
 STEPS = 2  # the second has the optimizer's state
 

@@ -23,10 +23,11 @@ import torchvision
 from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
-from detection.command_line import Parser, at_least_one
-from detection.devices import choose_device, describe_device, matmul_rates, peak_memory_gib, synchronize
+from detection.config.command_line import Parser, at_least_one
 from detection.errors import exit_with_message
-from detection.suppression import suppress
+from detection.ops.nms import suppress
+from detection.runtime.devices import choose_device, describe_device, peak_memory_gib, synchronize
+from detection.training.throughput import matmul_rates
 
 CLASSES, IOU_THRESHOLD, MOST = 80, 0.45, 100
 SIZE = 416  # pixels, side of the network input

@@ -13,15 +13,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
-from detection.devices import choose_device, describe_device
+from benchmarks.support.timing import milliseconds
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
 from detection.errors import exit_with_message
-from detection.measuring import milliseconds
 from detection.models import build_detector
-from detection.settings import load_settings
-from detection.skipped_steps import NormalisationStatistics, step_if
-from detection.throughput import matmul_ceiling
-from detection.training import ExponentialAverage, build_optimizer
+from detection.runtime.devices import choose_device, describe_device
+from detection.training.moving_average import ExponentialAverage
+from detection.training.optimizer import build_optimizer
+from detection.training.skipped_steps import NormalisationStatistics, step_if
+from detection.training.throughput import matmul_ceiling
 
 FORMS = ("fused", "foreach", "per tensor")
 

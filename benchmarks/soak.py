@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from detection.checkpoints import load_checkpoint
-from detection.command_line import Parser, at_least_one
+from detection.config.command_line import Parser, at_least_one
 from detection.errors import exit_with_message
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,11 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from detection.command_line import Parser, at_least_one
-from detection.data.generated import TRAIN2017, VAL2017, write_annotations, write_links
-from detection.devices import describe_device, matmul_rates, open_device
+from benchmarks.support.synthetic_dataset import TRAIN2017, VAL2017, write_annotations, write_links
+from detection.config.command_line import Parser, at_least_one
+from detection.config.loading import load_settings
 from detection.errors import exit_with_message
-from detection.settings import load_settings
+from detection.runtime.devices import describe_device, open_device
+from detection.training.throughput import matmul_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
@@ -36,10 +37,10 @@ DEFAULTS = [
 ]  # fmt: skip
 # stage -> where its function is called
 STAGES = {
-    "read and check annotations": ("detection.run", "build_datasets"),
-    "digest of the annotations": ("detection.run", "annotations_digest"),
-    "build the network": ("detection.run", "build_detector"),
-    "check the data": ("detection.run", "check_before_training"),
+    "read and check annotations": ("detection.training.run", "build_datasets"),
+    "digest of the annotations": ("detection.training.run", "annotations_digest"),
+    "build the network": ("detection.training.run", "build_detector"),
+    "check the data": ("detection.training.run", "check_before_training"),
     "pre-flight: step": ("__main__", "try_step"),
     "pre-flight: evaluation": ("__main__", "try_evaluation"),
 }

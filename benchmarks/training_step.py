@@ -23,10 +23,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.command_line import DEFAULTS, Parser, at_least_one
-from detection.data import build_datasets
-from detection.data.loaders import Batch, TrainingBatchSampler, build_training_loader
-from detection.devices import (
+from detection.config.command_line import DEFAULTS, Parser, at_least_one
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.contract import Batch, Detector
+from detection.data.build import build_datasets
+from detection.data.fake import BOXES, synthetic_batch
+from detection.data.loaders import build_training_loader
+from detection.data.sampler import TrainingBatchSampler
+from detection.errors import SettingsError, exit_with_message
+from detection.models import build_detector, check_image_size
+from detection.models.backbones.mobilenet import DepthwiseConv2d
+from detection.runtime.devices import (
     CUDA_GRAPHS,
     autocast,
     build_scaler,
@@ -35,14 +43,10 @@ from detection.devices import (
     describe_device,
     synchronize,
 )
-from detection.errors import SettingsError, exit_with_message
-from detection.measuring import BOXES, synthetic_batch
-from detection.models import Detector, build_detector, check_image_size
-from detection.models.mobilenet import DepthwiseConv2d
-from detection.prefetch import Prefetcher
-from detection.settings import Settings, load_settings
-from detection.throughput import flops_per_pixel, matmul_ceiling
-from detection.training import build_optimizer, train_step
+from detection.training.optimizer import build_optimizer
+from detection.training.prefetch import Prefetcher
+from detection.training.step import train_step
+from detection.training.throughput import flops_per_pixel, matmul_ceiling
 
 WARM_UP = 3  # steps
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}

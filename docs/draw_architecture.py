@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 from torch import nn
 
-from detection.command_line import DEFAULTS
-from detection.figures import new_figure, save_figure
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
+from detection.drawing.figures import new_figure, save_figure
 from detection.models import build_model
-from detection.models.darknet import Darknet53, ResidualBlock
-from detection.models.yolov3 import YOLOv3
-from detection.settings import load_settings
+from detection.models.backbones.darknet import Darknet53, ResidualBlock
+from detection.models.yolo.network import YOLOv3
 
 SIZE, CLASSES = 416, 80
 COLORS = {"image": "#e8e8e8", "encoder": "#cfe2f3", "neck": "#fde3c8", "lateral": "#f6d5e5", "head": "#d5ecd4"}

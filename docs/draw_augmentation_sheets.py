@@ -15,8 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from detection.data.coco import load_annotations, read_image
-from detection.drawing import save_png
+from detection.data.annotations import load_annotations
+from detection.data.image_file import read_image
+from detection.drawing.boxes import save_png
 
 DIGITS = Path("data/digits")
 PHOTOGRAPHS = ("chelsea", "coins", "grass", "grace_hopper")  # public domain, CC0, no known copyright

@@ -15,13 +15,13 @@ import numpy as np
 import skimage.data
 import torch
 
-from detection.command_line import DEFAULTS
-from detection.data.coco import read_image
+from detection.config.command_line import DEFAULTS
+from detection.data.image_file import read_image
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
-from detection.drawing import draw_boxes, make_grid, save_png
-from detection.postprocessing import boxes_to_original
-from detection.weights import open_weights
+from detection.drawing.boxes import draw_boxes, make_grid, save_png
+from detection.inference.weights import open_weights
+from detection.ops.letterbox import boxes_to_original
 
 THRESHOLD = 0.5
 HEIGHT = 280  # pixels of each picture

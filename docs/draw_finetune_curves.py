@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from detection.figures import plot_curves
+from detection.drawing.figures import plot_curves
 
 
 def main() -> None:

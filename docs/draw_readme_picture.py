@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.data.coco import load_annotations, read_image
-from detection.drawing import make_grid, save_png, truth_beside_detections
+from detection.data.annotations import load_annotations
+from detection.data.image_file import read_image
+from detection.drawing.boxes import make_grid, save_png, truth_beside_detections
 
 PHOTOGRAPHS = ("chelsea", "coins", "grass")
 THRESHOLD = 0.5

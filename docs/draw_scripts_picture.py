@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from detection.data.coco import read_image
-from detection.drawing import save_png
+from detection.data.image_file import read_image
+from detection.drawing.boxes import save_png
 
 WIDTH = 1400  # pixels of the picture
 ROWS, COLUMNS = 3, 3  # images and levels in targets.png

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from detection.figures import plot_curves
+from detection.drawing.figures import plot_curves
 
 STEPS = 60
 WORDS = [

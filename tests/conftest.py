@@ -13,11 +13,14 @@ import cv2
 import numpy as np
 import pytest
 
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
 from detection.errors import exit_with_message
-from detection.settings import Settings, load_settings
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+pytest_plugins = ["tests.support.darknet_files"]
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ import torch
 from detection import checkpoints
 from detection.checkpoints import DETECTOR_FIELDS, load_checkpoint, load_fields, save_checkpoint
 from detection.errors import CheckpointError, OutputError, exit_with_message
-from detection.reproducibility import seed_everything, seed_step
+from detection.runtime.reproducibility import seed_everything, seed_step
+from tests.support.checkpoint_cases import Payload, equal
 
 NAN = float("nan")
 DTYPES = [
@@ -29,21 +30,6 @@ DTYPES = [
 SMALL = {"step": 7, "name": "Äb", "rate": 0.5, "weights": torch.tensor([1.5, -2.0, 0.0])}
 
 FullDisk = Callable[[int], AbstractContextManager[None]]
-
-
-def equal(first: Any, second: Any) -> bool:
-    """Same types, keys in the same order, same bits (a NaN equals itself, 0.0 does not equal -0.0)."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        if first.dtype != second.dtype or first.shape != second.shape:
-            return False
-        # The integers that the bits mean: comparing floats would lose NaN and the sign of zero.
-        first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
-        return torch.equal(first, second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return list(first) == list(second) and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple) and type(first) is type(second):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return type(first) is type(second) and repr(first) == repr(second)
 
 
 def refuse(path: Path) -> str:
@@ -248,16 +234,6 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
 def test_checkpoints_of_other_programs(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")
     refuse(tmp_path / "a.pt")
-
-
-class Payload:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return open, (str(self.marker), "w")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

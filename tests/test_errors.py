@@ -6,13 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
-from detection import errors, stopping
+from detection import errors
 from detection.errors import (
     CheckpointError,
     DataError,
@@ -25,10 +24,10 @@ from detection.errors import (
     UserError,
     exit_with_message,
 )
-from detection.skipped_steps import NonFiniteLoss
-from detection.stopping import StopRequest
-
-ROOT = Path(__file__).resolve().parent.parent
+from detection.runtime import signals as stopping
+from detection.runtime.signals import StopRequest
+from detection.training.skipped_steps import NonFiniteLoss
+from tests.support.paths import REPOSITORY
 
 # The table of exit codes in design.md: 2 settings or data refused, 3 data failed in mid-run, 4 numerics, 5 memory,
 # 6 output not writable, 7 checkpoint or weights unusable, 130 / 143 stopped by a signal after saving.
@@ -160,7 +159,7 @@ def test_reader_that_goes_away_causes_no_traceback() -> None:
     )
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
     )
     os.close(writing)
     os.close(reading)

@@ -8,32 +8,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPOSITORY
+
 PACKAGE = "detection"
 
-# The table of design.md, lowest layer first. A directory stands for all files in it.
-LAYERS = [
-    {
-        *("errors", "boxes", "settings", "devices", "distributed", "reproducibility", "schedules", "run_loggers"),
-        *("drawing", "figures", "display", "stopping", "command_line", "html_report"),
-        *("aliases", "habana_environment", "host_memory", "operation_trace"),
-    },
-    {
-        *("anchors", "box_coder", "target_assignment", "grid_assignment", "criterion", "mmdetection_loss", "losses"),
-        *("postprocessing", "suppression", "anchor_figure"),
-    },
-    {"models", "data"},
-    {
-        *("checkpoints", "weights", "pretrained", "evaluation", "training", "memory", "batch_size", "reports"),
-        *("matching", "dataset_statistics", "dataset_figures", "image_ranking", "target_pictures", "dataset_pages"),
-        *("detections", "coco_metric", "comparison", "error_analysis", "evaluation_figures"),
-        *("coco_arrays", "coco_rows"),
-        *("onnx_files", "onnx_export", "onnx_comparison"),
-        *("skipped_steps", "run_state", "run", "run_reports", "checkpoint_writer", "preflight", "diagnosis", "resume"),
-        *("throughput", "profiling", "prefetch", "measuring"),
-    },
-]
-SCRIPTS = "scripts"  # above all layers
+# The import rule of docs/contract.md in one line, lowest layer first; a directory stands for all files in it.
+RULE = (
+    "errors contract ops < config checkpoints drawing < runtime < models data"
+    " < inference evaluation dataset_checks < visualization training"
+)
+LAYERS = [set(layer.split()) for layer in RULE.split("<")]
+HIGHEST_SHARED = 1  # layers up to here hold single files and may look at each other
 OPTIONAL_PACKAGES = {
     "mlflow",
     "determined",
@@ -110,7 +95,7 @@ def find_violations(sources: Mapping[str, str]) -> list[str]:
         in_package = path.startswith(f"{PACKAGE}/")
         layer = layer_of(module) if in_package else None
         if in_package and layer is None:
-            found.append(f"{path}: has no layer; add it to LAYERS and to design.md")
+            found.append(f"{path}: has no layer; add it to RULE")
         graph[module] = set()
         for name, line, top_level in imported_names(path, source, known):
             where = f"{path}:{line}: imports {name}"
@@ -119,8 +104,14 @@ def find_violations(sources: Mapping[str, str]) -> list[str]:
                 target = layer_of(name)
                 if layer is not None and target is not None and target > layer:
                     found.append(f"{where} of the higher layer {target}")
+                if layer == target and layer > HIGHEST_SHARED and module.split(".")[1] != name.split(".")[1]:
+                    found.append(f"{where} of another package of its own layer")
+            if path.startswith("tests/") and name.rpartition(".")[2].startswith("test_"):
+                found.append(f"{where}, a test; what tests share stands in tests/support")
             if path not in scripts and not in_package:
                 continue  # tests may look at everything
+            if path.startswith("benchmarks/") and name.startswith("benchmarks.support"):
+                continue
             if name.split(".")[0] in script_modules - {PACKAGE}:
                 found.append(f"{where}, a script")
             if in_package and top_level and name.split(".")[0] in OPTIONAL_PACKAGES:
@@ -162,40 +153,47 @@ def find_circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def test_repository_keeps_the_rules() -> None:
-    sources = read_sources(ROOT)
-    assert {"detection/boxes.py", "detection/data/coco.py", PATH_OWNER, "tests/test_layers.py"} <= set(sources)
+    sources = read_sources(REPOSITORY)
+    assert {"detection/ops/boxes.py", "detection/data/coco.py", PATH_OWNER, "tests/test_layers.py"} <= set(sources)
     assert find_violations(sources) == []
 
 
 def test_the_rules_see_the_real_imports() -> None:
     # A checker that overlooked imports would find no violation either.
-    sources = read_sources(ROOT)
+    sources = read_sources(REPOSITORY)
     known = {module_name(path) for path in sources}
     imports = {name for name, _, _ in imported_names(PATH_OWNER, sources[PATH_OWNER], known)}
-    assert {"tqdm", "detection.training", "detection.evaluation", "detection.settings"} <= imports
+    assert {"detection.training.run", "detection.config.loading", "detection.runtime.habana"} <= imports
     assert lines_with_sys_path(sources[PATH_OWNER])
 
 
 def test_every_layer_name_is_a_file() -> None:
     for name in set().union(*LAYERS):
-        assert (ROOT / PACKAGE / f"{name}.py").is_file() or (ROOT / PACKAGE / name / "__init__.py").is_file(), name
+        assert (REPOSITORY / PACKAGE / f"{name}.py").is_file() or (
+            REPOSITORY / PACKAGE / name / "__init__.py"
+        ).is_file(), name
 
 
 # The checker itself
 
 CLEAN = {
     "detection/__init__.py": "",
-    "detection/boxes.py": "import torch",
-    "detection/anchors.py": "from detection.boxes import x",
-    "detection/losses.py": "from detection.anchors import x",
-    "detection/data/__init__.py": "from detection.data import coco",
-    "detection/data/coco.py": "from detection import boxes\nfrom .. import losses\nfrom . import loaders",
-    "detection/data/loaders.py": "import detection.boxes\ndef f():\n    import timm",
-    "detection/training.py": "from detection.data.coco import x\nfrom detection.data import coco",
-    "yolo-v3/main.py": "import sys\nsys.path.insert(0, '')\nfrom detection.training import x",
-    "detect.py": "from detection import training\nimport os.path\nos.path.join('a')",
-    "benchmarks/speed.py": "from detection import training",
-    "tests/test_detect.py": "import detect\nfrom detection import training",
+    "detection/contract.py": "from detection.ops import boxes",
+    "detection/ops/__init__.py": "",
+    "detection/ops/boxes.py": "import torch",
+    "detection/models/__init__.py": "from detection.models.yolo import x",
+    "detection/models/yolo/__init__.py": "from detection.models.yolo.loss import x",
+    "detection/models/yolo/loss.py": "from detection.ops.boxes import x",
+    "detection/data/__init__.py": "",
+    "detection/data/coco.py": "from detection.ops import boxes\nfrom ..ops import boxes\nfrom . import loaders",
+    "detection/data/loaders.py": "import detection.ops.boxes\ndef f():\n    import timm",
+    "detection/training/__init__.py": "",
+    "detection/training/run.py": "from detection.data.coco import x\nfrom detection.models import y",
+    "yolo-v3/main.py": "import sys\nsys.path.insert(0, '')\nfrom detection.training.run import x",
+    "detect.py": "from detection.training import run\nimport os.path\nos.path.join('a')",
+    "benchmarks/speed.py": "from benchmarks.support import clock\nfrom detection.training import run",
+    "benchmarks/support/clock.py": "",
+    "tests/test_detect.py": "import detect\nfrom detection.training import run",
 }
 
 
@@ -206,39 +204,48 @@ def test_made_up_clean_repository_is_clean() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "message"),
     [
-        ("detection/boxes.py", "from detection.losses import x", "detection/boxes.py:1: imports detection.losses of"),
         (
-            "detection/boxes.py",
+            "detection/ops/boxes.py",
             "def f():\n    import detection.data.coco",
             "boxes.py:2: imports detection.data.coco of",
         ),
-        ("detection/boxes.py", "from detection import training", "imports detection.training of the higher layer 3"),
-        ("detection/boxes.py", "from . import training", "imports detection.training of the higher layer 3"),
-        ("detection/boxes.py", "from .data.coco import x", "imports detection.data.coco of the higher layer 2"),
-        ("detection/data/coco.py", "from ..training import x", "imports detection.training of the higher layer 3"),
-        ("detection/__init__.py", "from detection import boxes", "imports detection.boxes of the higher layer 0"),
+        (
+            "detection/ops/boxes.py",
+            "from detection.training import run",
+            "detection.training.run of the higher layer 5",
+        ),
+        (
+            "detection/ops/boxes.py",
+            "from ..training import run",
+            "imports detection.training.run of the higher layer 5",
+        ),
+        ("detection/data/coco.py", "from ..training.run import x", "detection.training.run of the higher layer 5"),
+        (
+            "detection/data/coco.py",
+            "from detection.models import x",
+            "imports detection.models of another package of its",
+        ),
+        ("detection/__init__.py", "from detection import ops", "imports detection.ops of the higher layer 0"),
         ("detection/brand_new.py", "", "detection/brand_new.py: has no layer"),
         ("detection/brand/new.py", "", "detection/brand/new.py: has no layer"),
         (
-            "detection/anchors.py",
-            "def f():\n    from detection import losses",
-            "circle: detection.anchors -> detection.losses -> detection.anchors",
-        ),
-        (
             "detection/data/loaders.py",
-            "from detection import data",
-            "circle: detection.data -> detection.data.coco -> detection.data.loaders -> detection.data",
+            "def f():\n    from detection.data import coco",
+            "circle: detection.data.coco -> detection.data.loaders -> detection.data.coco",
         ),
         ("detect.py", "import validation", "detect.py:1: imports validation, a script"),
-        ("detection/training.py", "from validation import x", "training.py:1: imports validation, a script"),
+        ("detection/training/run.py", "from validation import x", "run.py:1: imports validation, a script"),
         ("benchmarks/speed.py", "from benchmarks.other import x", "imports benchmarks.other, a script"),
-        ("detection/training.py", "import timm", "imports timm, an optional package"),
+        ("detection/training/run.py", "from benchmarks.support import x", "imports benchmarks.support, a script"),
+        ("detection/training/run.py", "import timm", "imports timm, an optional package"),
         ("detect.py", "import sys\nsys.path.append('')", "detect.py:2: touches sys.path"),
         ("tests/test_detect.py", "from sys import path", "tests/test_detect.py:1: touches sys.path"),
+        ("tests/test_detect.py", "from tests.test_other import x", "imports tests.test_other, a test"),
+        ("tests/test_detect.py", "from tests.data.test_other import x", "imports tests.data.test_other, a test"),
     ],
 )
 def test_made_up_violation_is_found(path: str, source: str, message: str) -> None:
-    sources = CLEAN | {"validation.py": ""} | {path: source}
+    sources = CLEAN | {"validation.py": "", "tests/test_other.py": "", "tests/data/test_other.py": ""} | {path: source}
     # An import of a higher layer may close a circle too; then both are found.
     assert any(message in violation for violation in find_violations(sources))
 
@@ -255,7 +262,7 @@ def watch(event, arguments):
         events.append(f"{event} {arguments}")
 sys.addaudithook(watch)
 
-import detection.settings
+import detection.config.settings, detection.config.loading
 assert "torch" not in sys.modules and "numpy" not in sys.modules, "settings import torch or numpy"
 
 # The heavy packages once; each of our modules then first in a process of its own, so no order hides a circle.
@@ -273,7 +280,7 @@ sys.exit(failed)
 
 
 def test_importing_is_silent_offline_and_possible_in_any_order(tmp_path: Path) -> None:
-    modules = [module_name(path) for path in read_sources(ROOT) if path.startswith(f"{PACKAGE}/")]
+    modules = [module_name(path) for path in read_sources(REPOSITORY) if path.startswith(f"{PACKAGE}/")]
     program = tmp_path / "program.py"
     program.write_text(IMPORT_EACH)
     # shows that the watch would see something
@@ -284,7 +291,7 @@ def test_importing_is_silent_offline_and_possible_in_any_order(tmp_path: Path) -
         text=True,
         timeout=100,
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )
     assert (run.stdout, run.stderr, run.returncode) == ("", "", 0)
     events = (tmp_path / "events").read_text().splitlines()
@@ -292,6 +299,6 @@ def test_importing_is_silent_offline_and_possible_in_any_order(tmp_path: Path) -
 
 
 def test_the_package_is_imported_and_never_run() -> None:
-    for path, source in read_sources(ROOT).items():
+    for path, source in read_sources(REPOSITORY).items():
         if path.startswith(f"{PACKAGE}/"):
             assert "__main__" not in source, path

@@ -21,22 +21,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from detection.habana_environment import prepare_habana
+from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 from tqdm import tqdm
 
-from detection.aliases import add_training_flags
-from detection.checkpoint_writer import LAST, Saver
-from detection.command_line import DEFAULTS, Parser, device_flags
-from detection.data.loaders import Batch, build_evaluation_loader, build_training_loader, leave_worker_deaths
-from detection.data.unreadable import UNREADABLE_VOTE, TooManyUnreadable, UnreadableImages
-from detection.devices import describe_device
-from detection.diagnosis import read_bundle, retake_step, write_bundle
-from detection.distributed import Watchdog
-from detection.drawing import save_png
+from detection.config.aliases import add_training_flags
+from detection.config.command_line import DEFAULTS, Parser, device_flags
+from detection.config.loading import Flag, complete_settings, dump_settings, load_settings
+from detection.contract import Batch
+from detection.data.loaders import build_evaluation_loader, build_training_loader
+from detection.data.workers import leave_worker_deaths
+from detection.drawing.boxes import save_png
 from detection.errors import (
     OUT_OF_MEMORY,
     DataReadError,
@@ -48,21 +46,26 @@ from detection.errors import (
     exit_with_message,
     known_failure,
 )
-from detection.evaluation import find_all, score_found
-from detection.prefetch import Prefetcher
-from detection.preflight import check_disk, try_checkpoint, try_evaluation, try_step
-from detection.profiling import StepProfiler, waiting_for_data
-from detection.reports import draw_batch
-from detection.reproducibility import environment_report, seed_step
-from detection.resume import check_continued, open_resumed_run
-from detection.run import Run, join_ranks
-from detection.run_loggers import RunLogger, SilentLogger, new_run_directory
-from detection.run_reports import plan_lines, report_evaluation, report_progress, report_speed
-from detection.run_state import RunState
-from detection.settings import Flag, complete_settings, dump_settings, load_settings
-from detection.skipped_steps import NonFiniteLoss
-from detection.stopping import StopRequest, stopped_by
-from detection.training import set_encoder_frozen, set_learning_rates
+from detection.evaluation.evaluate import find_all, score_found
+from detection.evaluation.report import draw_batch
+from detection.runtime.devices import describe_device
+from detection.runtime.distributed import Watchdog
+from detection.runtime.profiling import StepProfiler, waiting_for_data
+from detection.runtime.reproducibility import environment_report, seed_step
+from detection.runtime.run_directory import new_run_directory
+from detection.runtime.signals import StopRequest, stopped_by
+from detection.training.checkpoint_writer import LAST, Saver
+from detection.training.console import plan_lines, report_evaluation, report_progress, report_speed
+from detection.training.dry_run import check_disk, try_checkpoint, try_evaluation, try_step
+from detection.training.loggers import RunLogger, SilentLogger
+from detection.training.optimizer import set_encoder_frozen, set_learning_rates
+from detection.training.prefetch import Prefetcher
+from detection.training.replay import read_bundle, retake_step, write_bundle
+from detection.training.resume import check_continued, open_resumed_run
+from detection.training.run import Run, join_ranks
+from detection.training.skipped_steps import NonFiniteLoss
+from detection.training.state import RunState
+from detection.training.unreadable_images import UNREADABLE_VOTE, TooManyUnreadable, UnreadableImages
 
 NARROWEST_BAR = 40  # columns
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from detection.config.loading import FLAT_NAMES, Flag, leaf_paths
+from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
-from detection.settings import FLAT_NAMES, Flag, leaf_paths, read_settings_file, read_yaml
 
 HPU_FLAGS = ("--hpu", "--hpus")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from detection.aliases import add_device_flags, separate_hpu, settings_flags
-from detection.settings import Flag
+from detection.config.aliases import add_device_flags, separate_hpu, settings_flags
+from detection.config.loading import Flag
 
-DEFAULTS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
+DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
 
 
 def at_least_one(text: str) -> int:

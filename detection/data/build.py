@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.data.coco import Categories, CocoDataset, FakeDataset, select_images
-from detection.data.decoders import choose_decoder
+from detection.config.settings import DataSettings
+from detection.data.annotations import Categories, select_images
+from detection.data.coco import CocoDataset
 from detection.data.digits import ensure_digits
+from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
+from detection.data.image_file import choose_decoder
 from detection.data.layouts import find_dataset, find_training_set, find_validation_set
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
-from detection.settings import DataSettings
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
 

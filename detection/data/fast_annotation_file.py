@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.annotation_files import LARGEST, Columns
+from detection.data.annotation_file import LARGEST, Columns
 
 LEAST_BYTES = 1_000_000  # of a file that is worth it
 QUOTE = ord('"')

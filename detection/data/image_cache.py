@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from detection.data.decoders import describe_decoder
-from detection.data.image_files import read_image
-from detection.devices import available_memory
+from detection.config.settings import DataSettings
+from detection.data.image_file import describe_decoder, read_image
 from detection.errors import DataReadError, OutputError, SettingsError
-from detection.settings import DataSettings
+from detection.runtime.devices import available_memory
 
 MAGIC = b"images 1"
 # The file: the head, a row per image, the pixels in the order in which they came.

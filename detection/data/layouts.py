@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from detection.config.settings import DataSettings
 from detection.errors import DataError
-from detection.settings import DataSettings
 
 Layouts = list[tuple[str, tuple[str, ...]]]
 # (annotation file, image directories) below data.root: COCO's own layout, then Roboflow's

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from detection.postprocessing import Letterbox
+from detection.ops.letterbox import Letterbox, letterbox_geometry
 
 CORNER_ALIGNED = -1  # no method of OpenCV, which aligns the outer edges of the pixels; `resize_image` has its own
 INTERPOLATIONS = {
@@ -31,28 +31,6 @@ class Placed(NamedTuple):
         """From coordinates of the part to those of the square, (3, 3) float64; pixel k reaches from k to k + 1."""
         scale_x, scale_y = self.width / self.part.shape[1], self.height / self.part.shape[0]
         return np.array([[scale_x, 0, self.left], [0, scale_y, self.top], [0, 0, 1]], dtype=np.float64)
-
-
-def letterbox_geometry(
-    width: int, height: int, size: int, keep_aspect: bool, rounding: str = "nearest"
-) -> tuple[Letterbox, int, int]:
-    """Where an image of (width, height) lies in a square of `size`: the letterbox, and its new width and height.
-
-    Args:
-        rounding: of the shorter side to whole pixels, "nearest" or "down". The program Darknet rounds down.
-
-    Source: letterbox_image in src/image.c of https://github.com/pjreddie/darknet for "down"
-    """
-    longest = max(width, height)
-    if not keep_aspect:
-        new_width = new_height = size
-    elif rounding == "down":
-        new_width, new_height = max(width * size // longest, 1), max(height * size // longest, 1)
-    else:
-        scale = size / longest
-        new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
-    left, top = (size - new_width) // 2, (size - new_height) // 2
-    return Letterbox(new_width / width, new_height / height, left, top, width, height), new_width, new_height
 
 
 def letterbox_image(

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.data.augmentation import Augmentation
-from detection.data.color import ColorDistortion, has_color
-from detection.data.letterbox import INTERPOLATIONS, Placed, letterbox_geometry, resize_placed
-from detection.data.placements import RandomPlacement, has_placement
-from detection.postprocessing import Letterbox
-from detection.settings import DataSettings
+from detection.config.settings import DataSettings
+from detection.data.augmentation.affine_and_pixels import Augmentation
+from detection.data.augmentation.color import ColorDistortion, has_color
+from detection.data.augmentation.crop_and_scale import RandomPlacement, has_placement
+from detection.data.resize import INTERPOLATIONS, Placed, resize_placed
+from detection.ops.letterbox import Letterbox, letterbox_geometry
 
 
 @dataclass(frozen=True)

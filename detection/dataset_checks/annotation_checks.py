@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.annotation_files import Fault, read_json, sound_columns
-from detection.data.coco import (
+from detection.config.settings import DataSettings
+from detection.data.annotation_file import Fault, read_json, sound_columns
+from detection.data.annotations import (
     DEGENERATE,
     ORPHAN,
     OUTSIDE,
@@ -16,9 +17,8 @@ from detection.data.coco import (
     flatten_annotations,
     untrained_names,
 )
-from detection.data.findings import Findings
+from detection.dataset_checks.findings import Findings
 from detection.errors import DataError
-from detection.settings import DataSettings
 
 DROPPED = {ORPHAN: "orphan_annotation", DEGENERATE: "degenerate_box", OUTSIDE: "box_outside"}
 ROUNDING = 1e-9  # pixels that a sum of two decimal numbers may be wrong by

@@ -1,12 +1,13 @@
 """The cheap part of check_dataset.py, as training runs it before its first step: no image is opened."""
 
-from detection.data.annotation_checks import DROPPED, check_annotations, compare_categories
-from detection.data.coco import CocoDataset, FakeDataset
-from detection.data.findings import Findings
-from detection.data.fit_checks import Network, check_fit
-from detection.data.image_checks import Split, check_listing, check_shared_names
+from detection.config.settings import DataSettings
+from detection.data.coco import CocoDataset
+from detection.data.fake import FakeDataset
+from detection.dataset_checks.annotation_checks import DROPPED, check_annotations, compare_categories
+from detection.dataset_checks.findings import Findings
+from detection.dataset_checks.fit_checks import Network, check_fit
+from detection.dataset_checks.image_checks import Split, check_listing, check_shared_names
 from detection.errors import DataError
-from detection.settings import DataSettings
 
 
 def check_before_training(

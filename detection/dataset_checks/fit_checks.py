@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.anchors import Anchors
-from detection.boxes import pairwise_wh_iou
-from detection.data.coco import Annotations
-from detection.data.findings import Findings
-from detection.data.letterbox import letterbox_geometry
+from detection.config.settings import DataSettings, TrainSettings, YoloSettings
+from detection.data.annotations import Annotations
+from detection.dataset_checks.findings import Findings
 from detection.models import anchors_of
-from detection.settings import DataSettings, TrainSettings, YoloSettings
-from detection.target_assignment import anchor_table, place_in_cell
+from detection.models.yolo.grid import Anchors, anchor_table, place_in_cell
+from detection.ops.boxes import pairwise_wh_iou
+from detection.ops.letterbox import letterbox_geometry
 
 TINY = 2.0  # pixels of the network input
 GOOD_IOU = 0.5

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from detection.data.coco import Annotations
-from detection.data.findings import Findings
-from detection.data.image_files import Header, decode_image, list_images, read_file, read_header
+from detection.data.annotations import Annotations
+from detection.data.image_file import Header, decode_image, list_images, read_file, read_header
+from detection.dataset_checks.findings import Findings
 from detection.errors import DataReadError
 
 LOOK_SIDE = 16  # pixels of the small grey picture that stands for an image

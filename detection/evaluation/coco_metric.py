@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco_arrays import Found, Protocol, Truths
-from detection.coco_arrays import accumulate as accumulate_arrays
-from detection.coco_rows import accumulate as accumulate_rows
-from detection.data.coco import Annotations
-from detection.detections import Detections, box_areas
+from detection.data.annotations import Annotations
 from detection.errors import SettingsError
+from detection.evaluation.coco_arrays import Found, Protocol, Truths
+from detection.evaluation.coco_arrays import accumulate as accumulate_arrays
+from detection.evaluation.coco_pycocotools import accumulate as accumulate_rows
+from detection.evaluation.detections import Detections, box_areas
 
 # in the order of COCOeval.stats
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

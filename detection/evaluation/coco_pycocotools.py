@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.coco import Annotations
-from detection.detections import Detections, result_rows
+from detection.data.annotations import Annotations
+from detection.evaluation.detections import Detections, result_rows
 
 
 def accumulate(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.coco_metric import count_truths
-from detection.data.coco import Annotations
+from detection.data.annotations import Annotations
 from detection.errors import SettingsError
-from detection.evaluation import Evaluation
+from detection.evaluation.coco_metric import count_truths
+from detection.evaluation.evaluate import Evaluation
 
 SHOWN_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 

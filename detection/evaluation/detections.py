@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.coco import Annotations
+from detection.data.annotations import Annotations
 
 WRITTEN_AT_A_TIME = 10_000  # detections turned into text at once
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metric import GroupScore, count_truths, score_groups
-from detection.data.coco import Annotations
-from detection.detections import Detections, box_areas
-from detection.evaluation import Evaluation
-from detection.matching import IN_CROWD, match_detections
+from detection.data.annotations import Annotations
+from detection.evaluation.coco_metric import GroupScore, count_truths, score_groups
+from detection.evaluation.detections import Detections, box_areas
+from detection.evaluation.evaluate import Evaluation
+from detection.evaluation.matching import IN_CROWD, match_detections
 
 CONFIDENCES = np.arange(1001) / 1000
 SIZE_EDGES = (0, 16, 32, 64, 96, 192, 384, np.inf)  # pixels, root of the area; COCO's borders, 32 and 96, among them

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from detection.coco_metric import ClassAP, choose_backend, score
-from detection.data.coco import Annotations
-from detection.data.loaders import Batch, targets_to
-from detection.detections import Detections
-from detection.devices import synchronize
-from detection.postprocessing import boxes_to_original
+from detection.contract import Batch
+from detection.data.annotations import Annotations
+from detection.data.loaders import targets_to
+from detection.evaluation.coco_metric import ClassAP, choose_backend, score
+from detection.evaluation.detections import Detections
+from detection.ops.letterbox import boxes_to_original
+from detection.runtime.devices import synchronize
 
 
 @dataclass(frozen=True)

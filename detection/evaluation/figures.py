@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detection.coco_metric import GroupScore, count_truths
-from detection.data.coco import Annotations
-from detection.drawing import class_color
-from detection.error_analysis import Analysis, ConfidenceCurves, mean_defined
-from detection.evaluation import Evaluation
-from detection.figures import figure_pixels, new_figure
+from detection.data.annotations import Annotations
+from detection.drawing.boxes import class_color
+from detection.drawing.figures import figure_pixels, new_figure
+from detection.evaluation.coco_metric import GroupScore, count_truths
+from detection.evaluation.error_analysis import Analysis, ConfidenceCurves, mean_defined
+from detection.evaluation.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

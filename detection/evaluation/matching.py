@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from detection.boxes import pairwise_iou
-from detection.data.coco import Annotations
-from detection.detections import Detections
+from detection.data.annotations import Annotations
+from detection.evaluation.detections import Detections
+from detection.ops.boxes import pairwise_iou
 
 NO_TRUTH = -1  # a false detection
 IN_CROWD = -2  # inside a crowd region, neither right nor wrong

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from detection.coco_metric import ClassAP
-from detection.data import DetectionDataset
-from detection.data.loaders import Batch
-from detection.detections import write_detections
-from detection.drawing import draw_boxes, make_grid, truth_beside_detections
-from detection.evaluation import Evaluation
-from detection.settings import Settings
-from detection.target_assignment import CROWD_LABEL, PADDING_LABEL
+from detection.config.settings import Settings
+from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch
+from detection.data.build import DetectionDataset
+from detection.drawing.boxes import draw_boxes, make_grid, truth_beside_detections
+from detection.evaluation.coco_metric import ClassAP
+from detection.evaluation.detections import write_detections
+from detection.evaluation.evaluate import Evaluation
 
 LARGEST_BATCH_PICTURE = 16  # images
 READABLE_SIDE = 480  # pixels; smaller images are enlarged before names are written on them

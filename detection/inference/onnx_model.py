@@ -9,9 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from detection.config.loading import changed_settings
+from detection.config.settings import Settings
 from detection.errors import CheckpointError, SettingsError
-from detection.postprocessing import YOLOPostprocess
-from detection.settings import Settings, changed_settings
+from detection.models.yolo.postprocess import YOLOPostprocess
 
 OutputKind = Literal["raw", "decoded", "nms"]
 NEEDED = "pip install onnx onnxscript onnxruntime"

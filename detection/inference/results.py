@@ -10,9 +10,9 @@ from typing import Any, Self
 import numpy as np
 from tqdm import tqdm
 
-from detection.data.sources import Source
-from detection.data.video import Frame
-from detection.drawing import draw_boxes, replace_file, save_jpeg, save_png
+from detection.drawing.boxes import draw_boxes, replace_file, save_jpeg, save_png
+from detection.inference.sources import Source
+from detection.inference.video import Frame
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames
 from detection.errors import DataError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 BATCH_PIXELS = 50_000_000  # of all images of a batch together: 150 MB decoded
 
@@ -61,24 +61,6 @@ def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     if not found:
         raise DataError("nothing to look at: give images, folders, videos or a camera's number")
     return found
-
-
-class UniqueNames:
-    """Hands out names for files without suffix: the wanted one, or with _2, _3, ... behind it if that is taken.
-
-    Upper and lower case do not differ, as on some file systems.
-    """
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def take(self, wanted: str) -> str:
-        name, number = wanted, 1
-        while name.casefold() in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name.casefold())
-        return name
 
 
 def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:

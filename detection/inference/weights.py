@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from detection.checkpoints import DETECTOR_FIELDS, load_fields
-from detection.command_line import DEFAULTS, device_flags
+from detection.config.command_line import DEFAULTS, device_flags
+from detection.config.loading import Flag, complete_settings, load_settings, read_description
+from detection.config.settings import DARKNET_CFG, Settings
+from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
-from detection.models import Detector, build_detector, check_image_size
-from detection.models.darknet_cfg import cfg_notices, input_size, parse_cfg
-from detection.models.darknet_layers import cfg_classes
-from detection.models.darknet_weights import as_darknet, load_darknet_weights
-from detection.onnx_files import OnnxModel, build_postprocess, refuse_changes
-from detection.settings import DARKNET_CFG, Flag, Settings, complete_settings, load_settings, read_description
+from detection.inference.onnx_model import OnnxModel, build_postprocess, refuse_changes
+from detection.models import build_detector, check_image_size
+from detection.models.darknet.cfg import cfg_notices, input_size, parse_cfg
+from detection.models.darknet.layers import cfg_classes
+from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
 COCO_CLASSES = 80
 

@@ -1,22 +1,22 @@
 """Detectors by name: each is a triple of model, criterion and postprocess with the signatures of docs/contract.md."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import nn
 
-from detection.anchors import Anchors
+from detection.config.settings import DARKNET_CFG, EvaluationSettings, YoloSettings
+from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.losses import CRITERIA
-from detection.models.darknet import Darknet53, DarknetTiny, use_darknet_normalisation
-from detection.models.darknet_cfg import parse_cfg
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.mobilenet import mobilenet_v3_large_encoder, mobilenet_v3_small_encoder
-from detection.models.timm_encoder import TIMM_PREFIX, timm_encoder
-from detection.models.yolov3 import Encoder, YOLOv3, spp_stage, tiny_stage, yolov3_stage
-from detection.postprocessing import YOLOPostprocess
-from detection.settings import DARKNET_CFG, EvaluationSettings, YoloSettings
+from detection.models.backbones.darknet import Darknet53, DarknetTiny, use_darknet_normalisation
+from detection.models.backbones.mobilenet import mobilenet_v3_large_encoder, mobilenet_v3_small_encoder
+from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_encoder
+from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.yolo import CRITERIA
+from detection.models.yolo.grid import Anchors
+from detection.models.yolo.network import Encoder, YOLOv3, spp_stage, tiny_stage, yolov3_stage
+from detection.models.yolo.postprocess import YOLOPostprocess
 
 ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Encoder`; beside these: timm/NAME
     "darknet": Darknet53,
@@ -24,21 +24,6 @@ ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yol
     "mobilenet_v3_large": mobilenet_v3_large_encoder,
     "mobilenet_v3_small": mobilenet_v3_small_encoder,
 }
-
-
-class Detector(NamedTuple):
-    """outputs = model(images); losses = criterion(outputs, targets); found = postprocess(outputs)."""
-
-    model: nn.Module
-    criterion: nn.Module | None  # None: a network that can only detect
-    postprocess: nn.Module
-
-    def to(self, device: torch.device, channels_last: bool) -> "Detector":
-        """All three on the device, the model's weights in the memory layout that suits it."""
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(memory_format=layout)
-        criterion = None if self.criterion is None else self.criterion.to(device)
-        return Detector(self.model.to(device), criterion, self.postprocess.to(device))
 
 
 def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_classes: int) -> Detector:

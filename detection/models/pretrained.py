@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from detection.checkpoints import is_checkpoint, read_file, verified
+from detection.config.settings import YoloSettings
 from detection.errors import CheckpointError, SettingsError
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import load_darknet_weights
-from detection.models.mobilenet import STANDARD_WEIGHTS, MobileNetV3
-from detection.models.timm_encoder import TimmEncoder, classifier_state, download_weights, load_classifier
-from detection.models.yolov3 import YOLOv3
-from detection.settings import YoloSettings
+from detection.models.backbones.mobilenet import STANDARD_WEIGHTS, MobileNetV3
+from detection.models.backbones.timm_backbone import TimmEncoder, classifier_state, download_weights, load_classifier
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import load_darknet_weights
+from detection.models.yolo.network import YOLOv3
 
-WEIGHTS_DIRECTORY = Path(__file__).resolve().parent.parent / "models" / "weights"
+WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 DARKNET_FILE = "darknet53.conv.74"  # `pretrained: true`; for the small Darknet no such file was published
 NAMES_SHOWN = 3  # of the tensors that do not fit
 

@@ -9,7 +9,6 @@ import os
 import platform
 import resource
 import shutil
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from detection.config.settings import RunSettings
 from detection.errors import SettingsError
-from detection.habana_environment import LAZY_MODE
-from detection.host_memory import free_memory, keep_freed_memory
-from detection.settings import RunSettings
+from detection.runtime.allocator import free_memory, keep_freed_memory
+from detection.runtime.habana import LAZY_MODE
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch accepts these two
@@ -269,20 +268,3 @@ def describe_device(device: torch.device) -> str:
         mode = "lazy" if os.environ.get(LAZY_MODE) == "1" else "eager"
         return f"{device} ({_hpu().get_device_name()}, {mode})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
-    """Floating point operations per second of square matrix products, the ceiling of a training step.
-
-    Args:
-        size: rows and columns.
-        repeats: measured products, after one warm-up.
-    """
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    rates = []
-    for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        (left @ right)[0, 0].item()  # reading a value waits for the device
-        if repeat:
-            rates.append(2 * size**3 / (time.perf_counter() - started))
-    return rates

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detection.command_line import DEFAULTS
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import FLAT_NAMES, leaf_items
+from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
-from detection.settings import FLAT_NAMES, leaf_items, read_settings_file, read_yaml
 
 LAZY_MODE = "PT_HPU_LAZY_MODE"  # 1 lazy, 0 eager; which one is the default depends on Habana's version
 

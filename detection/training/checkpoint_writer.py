@@ -10,8 +10,8 @@ from torch import Tensor
 
 from detection.checkpoints import remove_leftovers, save_checkpoint
 from detection.errors import OutputError
-from detection.run import Run
-from detection.run_state import RunState
+from detection.training.run import Run
+from detection.training.state import RunState
 
 LAST, BEST = "last.pt", "best.pt"
 NUMBERED = "step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].pt"  # of step n: format(n, "09d")

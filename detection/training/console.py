@@ -5,16 +5,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from detection.coco_metric import choose_backend
-from detection.devices import describe_device, peak_memory_gib
-from detection.drawing import save_jpeg
-from detection.evaluation import Evaluation
-from detection.models.darknet_cfg import cfg_notices, parse_cfg
-from detection.reports import draw_detections, metric_table, protocol_line, write_evaluation
-from detection.run import Run
-from detection.run_loggers import RunLogger
-from detection.run_state import RunState
-from detection.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
+from detection.drawing.boxes import save_jpeg
+from detection.evaluation.coco_metric import choose_backend
+from detection.evaluation.evaluate import Evaluation
+from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
+from detection.models.darknet.cfg import cfg_notices, parse_cfg
+from detection.runtime.devices import describe_device, peak_memory_gib
+from detection.training.loggers import RunLogger
+from detection.training.run import Run
+from detection.training.state import RunState
+from detection.training.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
 
 
 def plan_lines(run: Run) -> list[str]:

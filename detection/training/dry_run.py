@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from detection.checkpoints import save_checkpoint
-from detection.data.coco import select_images
+from detection.data.annotations import select_images
 from detection.data.loaders import batches_ahead, collate_samples
-from detection.devices import peak_memory_gib
 from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError
-from detection.evaluation import evaluate
-from detection.memory import estimate_memory
-from detection.run import Run
-from detection.run_state import RunState
-from detection.training import set_encoder_frozen
+from detection.evaluation.evaluate import evaluate
+from detection.runtime.devices import peak_memory_gib
+from detection.training.memory.estimate import estimate_memory
+from detection.training.optimizer import set_encoder_frozen
+from detection.training.run import Run
+from detection.training.state import RunState
 
 SHARED_MEMORY = Path("/dev/shm")
 EVALUATED_IMAGES = 2

@@ -4,7 +4,6 @@ In the run directory: `metrics.jsonl` (all numbers), `results.csv` (one row per 
 TensorBoard events (numbers and pictures).
 """
 
-import datetime
 import errno
 import fcntl
 import json
@@ -23,7 +22,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from detection.drawing import encode_jpeg
+from detection.drawing.boxes import encode_jpeg
 from detection.errors import OutputError
 
 STEP = "step"
@@ -284,28 +283,3 @@ def _move_rows(path: Path, step_of_row: Callable[[str], float], last_step: float
         shortened.write_text("".join(kept), encoding="utf-8", newline="\n")
         os.replace(shortened, path)
     return len(moved)
-
-
-def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
-    """Make `logs/<YYMMDD-HHMMSS>_<name>`, or the wanted directory, which must be empty.
-
-    Raises:
-        OutputError: it cannot be made, or is not empty.
-    """
-    try:
-        if wanted is not None:
-            wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
-                raise OutputError(f"--output {wanted} is not empty; to continue that run use --resume {wanted}")
-            return wanted
-        name = f"{datetime.datetime.now():%y%m%d-%H%M%S}_{name}"
-        logs.mkdir(parents=True, exist_ok=True)
-        # Two runs that start in the same second get different directories.
-        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-            directory = logs / (name + suffix)
-            if not directory.exists():
-                directory.mkdir()
-                return directory
-        raise OutputError(f"{logs / name} and 98 more of that name exist")
-    except OSError as error:
-        raise OutputError(f"run directory cannot be made: {error}") from None

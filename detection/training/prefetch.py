@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from detection.data.loaders import Batch, targets_to
+from detection.contract import Batch
+from detection.data.loaders import targets_to
 from detection.errors import UserError
 
 COPIED = ("images", "boxes", "labels")

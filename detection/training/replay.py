@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from detection.checkpoints import RUN_FIELDS, load_fields, save_checkpoint
-from detection.data.loaders import Batch, collate_samples, targets_to
+from detection.contract import Batch
+from detection.data.loaders import collate_samples, targets_to
 from detection.errors import CheckpointError, OutputError
-from detection.reproducibility import seed_step
-from detection.run import Run
-from detection.training import set_encoder_frozen
+from detection.runtime.reproducibility import seed_step
+from detection.training.optimizer import set_encoder_frozen
+from detection.training.run import Run
 
 STATE, REPORT = "state.pt", "report.json"
 MOST_NAMES = 5  # of modules and parameters

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
-from detection.command_line import DEFAULTS
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
+from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError
-from detection.run import Run
-from detection.settings import Flag, Settings, changed_settings, complete_settings, load_settings
+from detection.training.run import Run
 
 ACCEPT = "--accept-changes continues all the same"
 # May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.

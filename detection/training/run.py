@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.batch_size import find_batch_size
-from detection.data import build_datasets, make_builtin
-from detection.data.checks import check_before_training
-from detection.data.coco import CocoDataset, annotations_digest, repeat_factors
-from detection.data.decoders import choose_decoder, describe_decoder
-from detection.data.fit_checks import describe_network
-from detection.data.loaders import Batch, TrainingBatchSampler
-from detection.devices import (
+from detection.config.settings import SIZE_MULTIPLE, Settings
+from detection.contract import Batch
+from detection.data.annotations import annotations_digest, repeat_factors
+from detection.data.build import build_datasets, make_builtin
+from detection.data.coco import CocoDataset
+from detection.data.image_file import choose_decoder, describe_decoder
+from detection.data.sampler import TrainingBatchSampler
+from detection.dataset_checks.before_training import check_before_training
+from detection.dataset_checks.fit_checks import describe_network
+from detection.errors import SettingsError
+from detection.models import build_detector, check_image_size, size_multiple
+from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.models.pretrained import load_pretrained
+from detection.runtime.devices import (
     autocast,
     build_scaler,
     choose_precision,
@@ -24,17 +30,13 @@ from detection.devices import (
     open_device,
     prepare_distributed,
 )
-from detection.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
-from detection.errors import SettingsError
-from detection.models import build_detector, check_image_size, size_multiple
-from detection.models.recomputation import recompute_encoder
-from detection.pretrained import load_pretrained
-from detection.reproducibility import seed_everything
-from detection.run_state import RunState
-from detection.schedules import build_schedule, resolve_steps
-from detection.settings import SIZE_MULTIPLE, Settings
-from detection.skipped_steps import StepResult
-from detection.training import train_step
+from detection.runtime.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
+from detection.runtime.reproducibility import seed_everything
+from detection.training.memory.batch_size import find_batch_size
+from detection.training.schedules import build_schedule, resolve_steps
+from detection.training.skipped_steps import StepResult
+from detection.training.state import RunState
+from detection.training.step import train_step
 
 
 def join_ranks(settings: Settings) -> Ranks:

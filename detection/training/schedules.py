@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from detection.settings import SchedulerSettings
+from detection.config.settings import SchedulerSettings
 
 BIAS_GROUP = "biases"
 

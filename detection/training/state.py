@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detection.config.settings import TrainSettings
 from detection.errors import CheckpointError, NumericsError
-from detection.settings import TrainSettings
-from detection.skipped_steps import NormalisationStatistics, SkippedSteps
-from detection.training import ExponentialAverage, Meter, build_optimizer
+from detection.training.moving_average import ExponentialAverage
+from detection.training.optimizer import build_optimizer
+from detection.training.skipped_steps import NormalisationStatistics, SkippedSteps
+from detection.training.throughput import Meter
 
 
 class RunState:

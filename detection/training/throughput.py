@@ -1,13 +1,17 @@
 """How fast training was, against what the device could do, and what an epoch costs."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from detection.devices import matmul_rates
+from detection.contract import Batch
 from detection.models import size_multiple
+from detection.training.skipped_steps import StepResult
 
 COUNTED_SIDE = 4  # cells of the coarsest map; the operations of convolutions grow with the area
 MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the product that is measured; elsewhere the CPU's
@@ -82,3 +86,74 @@ def summary_lines(
         f"cost        {images_per_epoch / rate:.1f} s per epoch of {images_per_epoch} images without evaluations, "
         f"peak memory {peak_gib:.1f} GiB",
     ]
+
+
+def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
+    """Floating point operations per second of square matrix products, the ceiling of a training step.
+
+    Args:
+        size: rows and columns.
+        repeats: measured products, after one warm-up.
+    """
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    rates = []
+    for repeat in range(repeats + 1):
+        started = time.perf_counter()
+        (left @ right)[0, 0].item()  # reading a value waits for the device
+        if repeat:
+            rates.append(2 * size**3 / (time.perf_counter() - started))
+    return rates
+
+
+class Meter:
+    """Mean losses and rates since the last reading; losses stay on the device until they are read."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step = images_per_step
+        self.total = Throughput()  # of all readings
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps: Tensor | int = 0  # that were not skipped
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time until now (an evaluation); the losses since the last reading still count."""
+        self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.images = self.pixels = 0  # of this process
+
+    def add(self, result: StepResult, batches: Sequence[Batch] = ()) -> None:
+        """A step and its micro-batches."""
+        self.timed_steps += 1
+        for images in (batch["images"] for batch in batches):
+            self.images += len(images)
+            self.pixels += len(images) * images.shape[2] * images.shape[3]
+        self.steps = self.steps + result.finite
+        for name, value in result.losses.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(result.finite, value, 0)
+
+    def read(self) -> dict[str, float]:
+        """Tags and values for the log, then start anew."""
+        steps = max(int(self.steps), 1)
+        parts = {f"train/{name}": value.item() / steps for name, value in self.sums.items()}
+        seconds = time.perf_counter() - self.started
+        rates = {
+            "train/images_per_second": self.timed_steps * self.images_per_step / seconds,
+            "train/wait_fraction": self.waited / seconds,
+        }
+        self.total.images += self.images
+        self.total.pixels += self.pixels
+        self.total.seconds += seconds
+        self.total.waited += self.waited
+        self.restart()
+        return {"train/loss": sum(parts.values()), **parts, **rates}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the row that a continued run writes next is of all steps since the last one."""
+        return {"steps": torch.as_tensor(self.steps), "sums": dict(self.sums)}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self.restart()
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.steps = state["steps"].to(device) if self.sums else 0

@@ -1,6 +1,6 @@
 """Training images that cannot be read: each is named once and counted; too many of them end the run."""
 
-from detection.data.loaders import Batch
+from detection.contract import Batch
 from detection.errors import DataReadError
 
 # What a process votes for when it wants all to stop for this; above any signal number.

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from detection.data.color import distort_hsv
-from detection.data.placements import build_iou_crop
+from detection.config.augmentation import AugmentationSettings
+from detection.config.settings import DataSettings
+from detection.data.augmentation.color import distort_hsv
+from detection.data.augmentation.crop_and_scale import build_iou_crop
 from detection.data.transforms import Sample, Transform
-from detection.settings import AugmentationSettings, DataSettings
 
 STRENGTHS = (0.5, 1.0, 2.0)  # 1: the limit of the settings
 NEUTRAL = "off"

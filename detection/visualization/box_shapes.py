@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detection.data.augmentation import MINIMUM_SIDE
-from detection.data.coco import Annotations
-from detection.data.letterbox import letterbox_geometry
+from detection.config.settings import DataSettings
+from detection.data.annotations import Annotations
+from detection.data.augmentation.affine_and_pixels import MINIMUM_SIDE
 from detection.errors import DataError
-from detection.settings import DataSettings
+from detection.ops.letterbox import letterbox_geometry
 
 MOST_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detection.dataset_statistics import SIZE_LIMITS, SIZE_NAMES, DatasetStatistics
-from detection.figures import new_figure, save_figure
+from detection.drawing.figures import new_figure, save_figure
+from detection.visualization.dataset_statistics import SIZE_LIMITS, SIZE_NAMES, DatasetStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from detection.data.coco import CocoDataset
-from detection.dataset_figures import printable
-from detection.drawing import CROWD_LABEL, draw_boxes, make_grid
+from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid
 from detection.errors import DataReadError
-from detection.image_ranking import Findings
-from detection.matching import NO_TRUTH
+from detection.evaluation.matching import NO_TRUTH
+from detection.visualization.dataset_figures import printable
+from detection.visualization.image_ranking import Findings
 
 PAGE_WIDTH = 1600  # pixels
 LARGEST_TILE = 960  # pixels, longer side of an image on a page

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.coco import Annotations
+from detection.data.annotations import Annotations
 
 SIZE_LIMITS = (
     32**2,

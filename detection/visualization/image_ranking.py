@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from detection.data.coco import Annotations, CocoDataset
-from detection.data.loaders import Batch, build_evaluation_loader, collate_samples
+from detection.contract import Batch
+from detection.data.annotations import Annotations
+from detection.data.coco import CocoDataset
+from detection.data.loaders import build_evaluation_loader, collate_samples
 from detection.data.transforms import Sample
-from detection.detections import Detections
-from detection.devices import autocast, choose_device, choose_precision, describe_device
 from detection.errors import DataReadError
-from detection.evaluation import evaluate
-from detection.matching import IN_CROWD, NO_TRUTH, match_detections
-from detection.reports import protocol_line
-from detection.weights import OpenedDetector
+from detection.evaluation.detections import Detections
+from detection.evaluation.evaluate import evaluate
+from detection.evaluation.matching import IN_CROWD, NO_TRUTH, match_detections
+from detection.evaluation.report import protocol_line
+from detection.inference.weights import OpenedDetector
+from detection.runtime.devices import autocast, choose_device, choose_precision, describe_device
 
 RULE = "worst first: most missed truths + false detections, then the surest false detection"
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.criterion import Criterion
-from detection.data.loaders import Batch
-from detection.drawing import BLACK, PADDING_LABEL, WHITE, class_color, draw_boxes, make_grid
-from detection.grid_assignment import assign_by_grid
-from detection.mmdetection_loss import MMDetectionLoss
-from detection.target_assignment import assign_targets
+from detection.contract import Batch
+from detection.drawing.boxes import BLACK, PADDING_LABEL, WHITE, class_color, draw_boxes, make_grid
+from detection.models.yolo.criterion import Criterion
+from detection.models.yolo.darknet_loss import assign_targets
+from detection.models.yolo.mmdetection_loss import MMDetectionLoss, assign_by_grid
 
 PANEL_SIDE = 640  # pixels, at least; smaller inputs are enlarged by a whole factor
 GRID_SHARE = 0.3  # of white in the lines of the grid

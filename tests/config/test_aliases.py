@@ -2,17 +2,18 @@
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from detection.aliases import MMDETECTION_KEYS, add_evaluation_flags, add_training_flags, separate_hpu
-from detection.command_line import DEFAULTS, Parser, device_flags
+from detection.config.aliases import MMDETECTION_KEYS, add_evaluation_flags, add_training_flags, separate_hpu
+from detection.config.command_line import DEFAULTS, Parser, device_flags
+from detection.config.loading import leaf_paths, load_settings
+from detection.config.settings import Settings
+from detection.config.yaml_files import read_settings_file
 from detection.errors import SettingsError
-from detection.settings import Settings, leaf_paths, load_settings, read_settings_file
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
 
 
@@ -152,7 +153,7 @@ def test_every_key_of_mmdetection_means_settings_that_exist() -> None:
 
 
 def test_the_documentation_names_every_flag_and_key() -> None:
-    text = (ROOT / "docs" / "hpu.md").read_text()
+    text = (REPOSITORY / "docs" / "hpu.md").read_text()
     parser = argparse.ArgumentParser(add_help=False)
     add_training_flags(parser)
     flags = [action.option_strings[0] for action in parser._actions if action.dest != "local_rank"]
@@ -180,7 +181,7 @@ SEED = {
 
 @pytest.mark.parametrize("name", list(SEED))
 def test_commands_of_the_seed_mean_the_hpu_recipes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(REPOSITORY)
     for variable, text in TORCHRUN.items():
         monkeypatch.setenv(variable, text)
     # The recipe accumulates over 8 micro-batches what the processes do side by side.

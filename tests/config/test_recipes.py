@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from detection.schedules import build_schedule
-from detection.settings import Settings, load_settings
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.training.schedules import build_schedule
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 COCO_IMAGES = 118_287  # train2017
 
 
 def load(name: str, *words: str) -> Settings:
-    return load_settings(ROOT / "yolo-v3" / "args.yaml", [ROOT / "recipes" / f"{name}.yaml"], words)[0]
+    return load_settings(REPOSITORY / "yolo-v3" / "args.yaml", [REPOSITORY / "recipes" / f"{name}.yaml"], words)[0]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -27,7 +28,7 @@ def test_a_recipe_loads_and_shows_how_to_run_it(path: Path) -> None:
 
 
 def test_every_recipe_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text()
     assert not [path.stem for path in RECIPES if f"`{path.stem}`" not in readme]
 
 

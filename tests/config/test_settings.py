@@ -10,19 +10,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from detection.config.loading import FLAT_NAMES, Flag, changed_settings, dump_settings, load_settings, validate
+from detection.config.settings import Settings
+from detection.config.yaml_files import read_settings_file
 from detection.errors import SettingsError
-from detection.settings import (
-    FLAT_NAMES,
-    Flag,
-    Settings,
-    changed_settings,
-    dump_settings,
-    load_settings,
-    read_settings_file,
-    validate,
-)
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
 AUGMENTATION = "data.augmentation"
 
@@ -579,7 +572,7 @@ def test_changed_settings() -> None:
 
 def test_reading_settings_does_not_import_torch() -> None:
     """`main.py --help` and a refused setting answer at once."""
-    code = "import detection.settings, sys; print([name for name in ('torch', 'cv2') if name in sys.modules])"
+    code = "import detection.config.settings, sys; print([name for name in ('torch', 'cv2') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, env=dict(os.environ)
     )

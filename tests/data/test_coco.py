@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data.coco import (
+from detection.config.settings import Settings
+from detection.data.annotations import (
     Annotations,
     Categories,
-    CocoDataset,
-    FakeDataset,
     flatten_annotations,
     load_annotations,
-    read_image,
     repeat_factors,
     select_images,
 )
+from detection.data.coco import CocoDataset
+from detection.data.fake import FakeDataset
+from detection.data.image_file import read_image
 from detection.data.layouts import find_dataset
 from detection.data.transforms import Transform
 from detection.errors import DataError, DataReadError
-from detection.settings import Settings
 
 Load = Callable[..., Settings]
 WIDTH, HEIGHT = 100, 80  # of the images in `content`

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.data import build_datasets
-from detection.data.decoders import choose_decoder, decode_with_simplejpeg, describe_decoder
-from detection.data.image_files import read_image
+from detection.config.loading import complete_settings
+from detection.config.settings import Settings
+from detection.data.build import build_datasets
+from detection.data.image_file import choose_decoder, decode_with_simplejpeg, describe_decoder, read_image
 from detection.errors import DataReadError, SettingsError
-from detection.settings import Settings, complete_settings
+from tests.support.paths import ARGS
 
 Load = Callable[..., Settings]
-DEFAULTS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 
 
 needs_simplejpeg = pytest.mark.skipif(
@@ -129,6 +129,6 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, default_settings: Load, dra
 
 def test_a_checkpoint_from_before_the_choice_continues_with_opencv(default_settings: Load) -> None:
     tree = default_settings().model_dump(mode="json")
-    assert complete_settings(tree, DEFAULTS).data.decoder == "auto"
+    assert complete_settings(tree, ARGS).data.decoder == "auto"
     del tree["data"]["decoder"]
-    assert complete_settings(tree, DEFAULTS).data.decoder == "opencv"
+    assert complete_settings(tree, ARGS).data.decoder == "opencv"

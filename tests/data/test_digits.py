@@ -15,10 +15,10 @@ import pytest
 
 from detection.data import digits
 from detection.data.digits import IMAGE_COUNTS, Scene, Sources, compose_scene, ensure_digits, paint_scene
+from tests.support.paths import REPOSITORY
 
 COUNTS = {"train": 14, "val": 6}  # more images than photographs in both splits
 FEW = {"train": 2, "val": 1}
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detection.data import fast_annotations
-from detection.data.annotation_files import read_columns, read_json
-from detection.data.coco import annotations_digest, load_annotations
-from detection.data.fast_annotations import count_strings, read_fast
+from detection.data import fast_annotation_file as fast_annotations
+from detection.data.annotation_file import read_columns, read_json
+from detection.data.annotations import annotations_digest, load_annotations
+from detection.data.fast_annotation_file import count_strings, read_fast
 from detection.errors import DataError
 
 pytest.importorskip("msgspec")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data import build_datasets, build_training_dataset
+from detection.config.settings import Settings
+from detection.data.build import build_datasets, build_training_dataset
 from detection.data.image_cache import HEAD, ROW, ImageCache, build_cache
-from detection.data.image_files import read_image
-from detection.data.loaders import TrainingBatchSampler, build_training_loader
+from detection.data.image_file import read_image
+from detection.data.loaders import build_training_loader
+from detection.data.sampler import TrainingBatchSampler
 from detection.errors import DataReadError, OutputError, SettingsError
-from detection.settings import Settings
 
 Load = Callable[..., Settings]
 GIB = 2**30
@@ -44,7 +45,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path, decoder: str) -> np.ndarray:
         raise AssertionError(f"{path} is decoded again")
 
-    monkeypatch.setattr("detection.data.image_cache.read_image", read)
+    monkeypatch.setattr("detection.data.image_file.read_image", read)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +101,7 @@ def test_another_path_or_decoder_is_another_image(make, pictures: list[Path], mo
     cache = make()
     cache.read(0, pictures[0])
     assert np.array_equal(cache.read(0, pictures[1]), read_image(pictures[1]))
-    monkeypatch.setattr("detection.data.image_cache.describe_decoder", lambda name: "another library 1.0")
+    monkeypatch.setattr("detection.data.image_file.describe_decoder", lambda name: "another library 1.0")
     other = make()
     assert cache.key_of(pictures[0]) != other.key_of(pictures[0])
 

@@ -17,19 +17,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from detection.config.settings import Settings
+from detection.contract import Batch
 from detection.data.coco import CocoDataset
-from detection.data.loaders import (
-    Batch,
-    TrainingBatchSampler,
-    build_evaluation_loader,
-    build_training_loader,
-    collate_samples,
-    targets_to,
-)
+from detection.data.loaders import build_evaluation_loader, build_training_loader, collate_samples, targets_to
+from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataReadError
-from detection.postprocessing import Letterbox
-from detection.settings import Settings
+from detection.ops.letterbox import Letterbox
+from tests.support.paths import REPOSITORY
 
 Load = Callable[..., Settings]
 Position = tuple[int, int, int]
@@ -333,7 +329,7 @@ def test_an_error_ends_the_process_although_workers_ignore_sigterm() -> None:
     """multiprocessing's own ending of the workers waits forever for processes that ignore its SIGTERM."""
     done = subprocess.run(
         [sys.executable, "-c", FAILING_RUN],
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=60,

@@ -13,11 +13,11 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from detection.data.augmentation import build_augmentation
-from detection.data.letterbox import letterbox_geometry, letterbox_image
+from detection.config.settings import Settings
+from detection.data.augmentation.affine_and_pixels import build_augmentation
+from detection.data.resize import letterbox_image
 from detection.data.transforms import Sample, Transform
-from detection.postprocessing import Letterbox
-from detection.settings import Settings
+from detection.ops.letterbox import Letterbox, letterbox_geometry
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPOSITORY
 
 PROGRAM = """
 import numpy as np
@@ -64,7 +63,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     without = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
     return subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env=without | environment,
         capture_output=True,
         text=True,

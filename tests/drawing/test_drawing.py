@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.drawing import (
+from detection.drawing.boxes import (
     CROWD_COLOR,
     CROWD_DARK_COLOR,
     class_color,

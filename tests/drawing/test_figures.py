@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.figures import figure_pixels, new_figure, plot_curves
+from detection.drawing.figures import figure_pixels, new_figure, plot_curves
 
 
 def read_rgb(path: Path) -> np.ndarray:

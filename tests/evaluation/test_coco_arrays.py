@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import annotate, coco_content, detect, join, random_set, truth_as_detections
 
-from detection import coco_arrays, coco_metric
-from detection.coco_metric import score, score_groups
-from detection.data.coco import Annotations, flatten_annotations, load_annotations
-from detection.detections import Detections, box_areas
+from detection.data.annotations import Annotations, flatten_annotations, load_annotations
+from detection.evaluation import coco_arrays, coco_metric
+from detection.evaluation.coco_metric import score, score_groups
+from detection.evaluation.detections import Detections, box_areas
+from tests.support.evaluation_cases import annotate, coco_content, detect, join, random_set, truth_as_detections
 
 RANGES = [[0, 30.0], [30.0, 90.0], [np.nextafter(90.0, 91), 1e9]]  # of another property
 

@@ -8,12 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_evaluation import BACKENDS, annotate, coco_content, detect, join, random_set, truth_as_detections
 
-from detection import coco_metric, detections
-from detection.coco_metric import METRIC_NAMES, score, score_groups
-from detection.data.coco import Annotations, flatten_annotations, load_annotations
-from detection.detections import Detections, box_areas, write_detections
+from detection.data.annotations import Annotations, flatten_annotations, load_annotations
+from detection.evaluation import coco_metric, detections
+from detection.evaluation.coco_metric import METRIC_NAMES, score, score_groups
+from detection.evaluation.detections import Detections, box_areas, write_detections
+from tests.support.evaluation_cases import (
+    BACKENDS,
+    annotate,
+    coco_content,
+    detect,
+    join,
+    random_set,
+    truth_as_detections,
+)
 
 
 @pytest.fixture(params=BACKENDS)

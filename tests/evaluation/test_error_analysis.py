@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import annotate, detect, random_set
 
-from detection.error_analysis import (
+from detection.evaluation.error_analysis import (
     CONFIDENCES,
     analyse,
     confidence_curves,
@@ -17,7 +16,8 @@ from detection.error_analysis import (
     score_by_size,
     write_csv,
 )
-from detection.matching import IN_CROWD, match_detections
+from detection.evaluation.matching import IN_CROWD, match_detections
+from tests.support.evaluation_cases import annotate, detect, random_set
 
 
 def test_curves_by_hand() -> None:

@@ -12,19 +12,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.coco_metric import METRIC_NAMES, choose_backend, score_detections
-from detection.data.coco import Annotations, CocoDataset, flatten_annotations, load_annotations
+from detection.config.loading import load_settings
+from detection.data.annotations import flatten_annotations, load_annotations
+from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
-from detection.detections import Detections, write_detections
-from detection.devices import autocast
 from detection.errors import SettingsError
-from detection.evaluation import Evaluation, drop_not_finite, evaluate
-from detection.settings import load_settings
+from detection.evaluation.coco_metric import METRIC_NAMES, choose_backend, score_detections
+from detection.evaluation.detections import Detections, write_detections
+from detection.evaluation.evaluate import Evaluation, drop_not_finite, evaluate
+from detection.runtime.devices import autocast
+from tests.support.evaluation_cases import (
+    BACKENDS,
+    annotate,
+    coco_content,
+    detect,
+    random_content,
+    random_set,
+    truth_as_detections,
+)
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
-FIXTURE = ROOT.parent / "shared" / "data" / "coco_eval_fixture"
-BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")
+FIXTURE = REPOSITORY.parent / "shared" / "data" / "coco_eval_fixture"
 CPU = torch.device("cpu")
 NAN = float("nan")
 ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
@@ -36,66 +45,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param != "arrays":
         pytest.importorskip(request.param)
     return request.param
-
-
-def coco_content(
-    boxes: list[tuple[int, int, list[float]]],
-    images: int = 1,
-    ids: Callable[[int], int] = lambda number: number + 1,
-    categories: tuple[int, ...] = (1, 5, 90),
-    size: tuple[int, int] = (1000, 1000),
-    crowd: tuple[int, ...] = (),
-) -> dict[str, Any]:
-    """Parsed annotation file from (image id, category id, [x, y, width, height]); `crowd`: positions of crowd boxes."""
-    return {
-        "images": [
-            {"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
-            for number in range(1, images + 1)
-        ],
-        "categories": [{"id": number, "name": f"name {number}"} for number in categories],
-        "annotations": [
-            {
-                "id": ids(number),
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": int(number in crowd),
-            }
-            for number, (image, category, box) in enumerate(boxes)
-        ],
-    }
-
-
-def annotate(boxes: list[tuple[int, int, list[float]]], **arguments: Any) -> Annotations:
-    return flatten_annotations(coco_content(boxes, **arguments), "test")
-
-
-def detect(rows: list[tuple[int, int, list[float], float]]) -> Detections:
-    """From (image index, dense label, [x, y, width, height], score)."""
-    boxes = np.array([box for _, _, box, _ in rows], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Detections(
-        np.array([index for index, *_ in rows], dtype=np.int64),
-        boxes,
-        np.array([score for *_, score in rows], dtype=np.float64),
-        np.array([label for _, label, *_ in rows], dtype=np.int64),
-    )
-
-
-def truth_as_detections(annotations: Annotations) -> Detections:
-    count = len(annotations.labels)
-    image_index = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
-    return Detections(image_index, annotations.boxes.astype(np.float64), np.ones(count), annotations.labels)
-
-
-def join(*parts: Detections) -> Detections:
-    return Detections(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("image_index", "boxes", "scores", "labels")
-        )
-    )
 
 
 # The published numbers
@@ -295,39 +244,6 @@ def test_written_detections_score_the_same_with_the_official_program(tmp_path: P
 # Equality of the evaluators
 
 
-def random_content(seed: int) -> dict[str, Any]:
-    """Crowd boxes, images without boxes, classes without truth or detections, boxes that touch and repeat."""
-    generator = np.random.default_rng(seed)
-    boxes = []
-    for image in range(1, 13):
-        for _ in range(0 if image == 6 else int(generator.integers(1, 12))):
-            x, y, width, height = generator.uniform([0, 0, 5, 5], [400, 400, 200, 200]).round(int(seed % 3)).tolist()
-            boxes.append((image, int(generator.choice([1, 5, 90])), [x, y, max(width, 1.0), max(height, 1.0)]))
-    crowd = np.flatnonzero(generator.random(len(boxes)) < 0.15)
-    return coco_content(boxes, images=12, categories=(1, 3, 5, 7, 90), size=(640, 640), crowd=tuple(crowd.tolist()))
-
-
-def random_set(seed: int) -> tuple[Annotations, Detections]:
-    """Truth with category ids 1, 3, 5, 7, 90 (3 and 7 never occur) and noisy detections, many with equal scores."""
-    annotations = flatten_annotations(random_content(seed), "test")
-    generator = np.random.default_rng([seed, 1])
-    rows = []
-    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box)).tolist()
-    for image, label, box in zip(
-        image_of_box, annotations.labels.tolist(), annotations.coco_boxes.tolist(), strict=True
-    ):
-        for _ in range(int(generator.integers(0, 4))):
-            noisy = (np.array(box) + generator.normal(0, 4, 4) * generator.integers(0, 3)).tolist()
-            score = float(generator.integers(1, 6)) / 5  # ties
-            rows.append((image, label, [*noisy[:2], max(noisy[2], 1.0), max(noisy[3], 1.0)], score))
-    for _ in range(150):  # more than 100 of one class in one image
-        x, y, width, height = generator.uniform([0, 0, 20, 20], [400, 400, 150, 150]).tolist()
-        rows.append((0, 0, [x, y, width, height], float(generator.integers(0, 100)) / 100))
-    rows += [(4, 1, [10.0, 10.0, 20.0, 20.0], 0.5)]  # a class without truth
-    rows.sort(key=lambda row: row[0])
-    return annotations, detect(rows)
-
-
 @pytest.mark.parametrize("name", BACKENDS[1:])
 @pytest.mark.parametrize("seed", range(8))
 def test_faster_evaluators_equal_the_reference(seed: int, name: str) -> None:
@@ -349,7 +265,7 @@ def test_faster_evaluators_equal_the_reference(seed: int, name: str) -> None:
 
 
 def test_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detection import coco_metric
+    from detection.evaluation import coco_metric
 
     monkeypatch.setattr(coco_metric.importlib.util, "find_spec", lambda name: None)
     assert choose_backend("auto") == "arrays" and choose_backend("pycocotools") == "pycocotools"
@@ -423,7 +339,7 @@ def test_not_finite_detections_are_dropped_and_counted() -> None:
 
 
 def validation_transform(size: int) -> Transform:
-    return Transform(load_settings(ROOT / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
+    return Transform(load_settings(REPOSITORY / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
 
 
 # 100 x 50 pixels into 64: scale 0.64, 32 rows high, 16 rows of padding above. 40 x 80: scale 0.8, 32 columns wide,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detection.data.coco import Annotations, flatten_annotations
-from detection.detections import Detections
-from detection.matching import IN_CROWD, NO_TRUTH, covered_share, match_detections
+from detection.data.annotations import Annotations, flatten_annotations
+from detection.evaluation.detections import Detections
+from detection.evaluation.matching import IN_CROWD, NO_TRUTH, covered_share, match_detections
 
 
 def annotations_of(boxes: list[tuple[int, int, list[float]]], images: int, crowd: tuple[int, ...] = ()) -> Annotations:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import yaml
-from guards import switch_off
 
 from detection.errors import UserError
+from tests.support import fault_runs as runs
+from tests.support.guards import switch_off
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

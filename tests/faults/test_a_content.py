@@ -1,4 +1,4 @@
-"""A: what an annotation file may hold. tests/test_coco.py, test_evaluation.py and test_losses.py have the rest."""
+"""A: what an annotation file may hold. tests/data/test_coco.py, test_evaluation.py and test_losses.py have the rest."""
 
 import copy
 import json
@@ -10,17 +10,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from runs import NETWORK, Run
 
-from detection.coco_metric import score_detections
-from detection.data import build_datasets
-from detection.data.coco import Annotations, CocoDataset
-from detection.detections import Detections, write_detections
+from detection.config.settings import Settings
+from detection.data.annotations import Annotations
+from detection.data.build import build_datasets
+from detection.data.coco import CocoDataset
 from detection.errors import DataError
-from detection.evaluation import Found, score_found
-from detection.losses import DarknetLoss
+from detection.evaluation.coco_metric import score_detections
+from detection.evaluation.detections import Detections, write_detections
+from detection.evaluation.evaluate import Found, score_found
 from detection.models import build_detector
-from detection.settings import Settings
+from detection.models.yolo.darknet_loss import DarknetLoss
+from tests.support.fault_runs import NETWORK, Run
 
 SIDE = 64
 CONTENT: dict[str, Any] = {
@@ -78,7 +79,7 @@ def perfect(annotations: Annotations) -> Detections:
     return Detections(images, corners, np.linspace(0.9, 0.5, len(corners)), annotations.labels)
 
 
-@pytest.mark.guard("detection.data.coco:flatten_annotations", "drop(mask, reason)", "pass")
+@pytest.mark.guard("detection.data.annotations:flatten_annotations", "drop(mask, reason)", "pass")
 def test_A01_boxes_without_a_side(read: Read, common: list[str], train: Callable[..., Run], tmp_path: Path) -> None:
     content = with_boxes([5, 5, 10, 0], [20, 20, -3, 8], [8, 8, 9, 9])
     training_set, _ = read(content)
@@ -101,7 +102,7 @@ def network(tmp_path: Path, classes: int) -> Path:
     return path
 
 
-@pytest.mark.guard("detection.data.coco:clip_to_images", ".clip(0, np.concatenate([limit, limit], axis=1))", "")
+@pytest.mark.guard("detection.data.annotations:clip_to_images", ".clip(0, np.concatenate([limit, limit], axis=1))", "")
 def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
     content = with_boxes([-5, 10, 15, 10], [60, 60, 20, 20], [0, 0, 64 + 1e-7, 30], [65, 1, 5, 5], [1, -9, 5, 5])
     training_set, _ = read(content)
@@ -118,7 +119,9 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
 
 
 @pytest.mark.guard(
-    "detection.losses:DarknetLoss.compute_losses", "loss_box / batch_size", "loss_box / truth.valid.sum()"
+    "detection.models.yolo.darknet_loss:DarknetLoss.compute_losses",
+    "loss_box / batch_size",
+    "loss_box / truth.valid.sum()",
 )
 def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
     settings = default_settings("yolo.encoder=darknet_cfg", f"yolo.cfg={network(tmp_path, 2)}")
@@ -134,7 +137,7 @@ def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Setting
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-@pytest.mark.guard("detection.target_assignment:ignored_predictions", "labels != PADDING_LABEL", "labels >= 0")
+@pytest.mark.guard("detection.models.yolo.criterion:ignored_predictions", "labels != PADDING_LABEL", "labels >= 0")
 def test_A08_a_crowd_region_is_neither_object_nor_background() -> None:
     # 4 x 4 cells of 32 px, anchor 10 px: the predictions of cells (0..1, 0..1) lie inside the crowd region.
     criterion = DarknetLoss([[(10, 10)]], [32], ignore_threshold=0.7)
@@ -148,7 +151,7 @@ def test_A08_a_crowd_region_is_neither_object_nor_background() -> None:
     assert (gradient[..., 4][~inside] > 0).all()
 
 
-@pytest.mark.guard("detection.coco_rows:_truth_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
+@pytest.mark.guard("detection.evaluation.coco_pycocotools:_truth_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 def test_A08_a_crowd_region_is_no_miss(read: Read, backend: str) -> None:
     content = with_boxes([1, 1, 60, 60])
@@ -160,7 +163,7 @@ def test_A08_a_crowd_region_is_no_miss(read: Read, backend: str) -> None:
     assert score_detections(annotations, found, backend)[0]["AP"] == pytest.approx(1)
 
 
-@pytest.mark.guard("detection.detections:result_rows", "(annotations.categories.ids)", "([0, 1, 2])")
+@pytest.mark.guard("detection.evaluation.detections:result_rows", "(annotations.categories.ids)", "([0, 1, 2])")
 def test_A09_category_ids_come_back(read: Read, tmp_path: Path) -> None:
     training_set, validation_set = read(CONTENT)
     assert training_set.annotations.labels.tolist() == [0, 1, 2]
@@ -171,7 +174,9 @@ def test_A09_category_ids_come_back(read: Read, tmp_path: Path) -> None:
     assert [row["category_id"] for row in json.loads((tmp_path / "found.json").read_text())] == [1, 5, 90]
 
 
-@pytest.mark.guard("detection.data.coco:choose_categories", "if class_names is None and (extra", "if False and (extra")
+@pytest.mark.guard(
+    "detection.data.annotations:choose_categories", "if class_names is None and (extra", "if False and (extra"
+)
 def test_A10_validation_knows_a_category_that_training_does_not(read: Read) -> None:
     content = changed(categories=[*CONTENT["categories"], {"id": 91, "name": "more"}])
     with pytest.raises(DataError, match="more") as raised:
@@ -202,7 +207,7 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     assert line.startswith("warning") and "ninety" in line
 
 
-@pytest.mark.guard("detection.coco_rows:_truth_dataset", '"id": row + 1', '"id": row')
+@pytest.mark.guard("detection.evaluation.coco_pycocotools:_truth_dataset", '"id": row + 1', '"id": row')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 @pytest.mark.parametrize("ids", [(0, 1, 2), (7, 7, 7), (0, 0, 0)])
 def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...], backend: str) -> None:
@@ -213,7 +218,7 @@ def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int,
     assert [values[2] for values in class_ap.values()] == [1, 1, 1]
 
 
-@pytest.mark.guard("detection.data.coco:flatten_annotations", "if not in_split.any():", "if False:")
+@pytest.mark.guard("detection.data.annotations:flatten_annotations", "if not in_split.any():", "if False:")
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
 def test_A14_a_share_that_leaves_no_image(read: Read, fraction: float) -> None:
     with pytest.raises(DataError, match=r"data\.validation_fraction leaves none of 3 images") as raised:
@@ -232,7 +237,7 @@ def test_A14_nothing_to_train_on(read: Read, split: str, changes: dict[str, Any]
 
 
 @pytest.mark.guard(
-    "detection.evaluation:score_found", "drop_not_finite(Detections(**joined))", "Detections(**joined), 0"
+    "detection.evaluation.evaluate:score_found", "drop_not_finite(Detections(**joined))", "Detections(**joined), 0"
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_A16_detections_that_are_not_finite_score_nothing(read: Read, value: float) -> None:

@@ -1,4 +1,4 @@
-"""B: image files that are not what they should be. tests/test_coco.py has the rest."""
+"""B: image files that are not what they should be. tests/data/test_coco.py has the rest."""
 
 import os
 import resource
@@ -11,16 +11,16 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from runs import Run
 
 from detection.checkpoints import load_checkpoint
-from detection.data import build_datasets
-from detection.data.coco import read_image
+from detection.config.settings import Settings
+from detection.data.build import build_datasets
+from detection.data.image_file import read_image
 from detection.errors import DataReadError
-from detection.settings import Settings
+from tests.support.fault_runs import Run
 
 
-@pytest.mark.guard("detection.data.image_files:decode_image", "rfind(end) < 0", "rfind(end) < -9")
+@pytest.mark.guard("detection.data.image_file:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
@@ -98,7 +98,7 @@ def step_of(directory: Path) -> int:
 
 
 @pytest.mark.guard(
-    "detection.data.decoders:decode_with_opencv",
+    "detection.data.image_file:decode_with_opencv",
     "cv2.IMREAD_COLOR_RGB",
     "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION",
 )

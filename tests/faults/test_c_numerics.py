@@ -14,21 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import NETWORK, OVERLAY, Run
-from test_main import first_difference
 from torch import Tensor
 
-from detection import preflight
-from detection import run as run_parts
-from detection.boxes import pairwise_iou
 from detection.checkpoints import load_checkpoint
-from detection.devices import autocast
-from detection.evaluation import drop_not_finite, find_all
+from detection.config.loading import load_settings
+from detection.config.settings import Settings
+from detection.evaluation.evaluate import drop_not_finite, find_all
 from detection.models import build_detector
-from detection.postprocessing import Letterbox
-from detection.settings import Settings, load_settings
-from detection.suppression import suppress
-from detection.training import train_step
+from detection.ops.boxes import pairwise_iou
+from detection.ops.letterbox import Letterbox
+from detection.ops.nms import suppress
+from detection.runtime.devices import autocast
+from detection.training import dry_run as preflight
+from detection.training import run as run_parts
+from detection.training.step import train_step
+from tests.support.fault_runs import NETWORK, OVERLAY, Run
+from tests.support.paths import REPOSITORY
+from tests.support.training_runs import first_difference
 
 Train = Callable[..., Run]
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "train/loss" in row]
 
 
-@pytest.mark.guard("detection.training:train_step", "norm.isfinite() & (not discard)", "torch.tensor(True)")
+@pytest.mark.guard("detection.training.step:train_step", "norm.isfinite() & (not discard)", "torch.tensor(True)")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_C01_C04_one_step_that_is_not_finite_changes_nothing(train: Train, tmp_path: Path, value: float) -> None:
     fault = functools.partial(break_loss, value=value, steps=range(3, 4))
@@ -179,7 +181,7 @@ def test_C03_a_scale_that_sinks_below_1_ends_with_4(train: Train, tmp_path: Path
 
 def settings_of(tmp_path: Path, *words: str) -> Settings:
     (tmp_path / "network.cfg").write_text(NETWORK)
-    root = Path(__file__).resolve().parents[2]
+    root = REPOSITORY
     words = ("yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'network.cfg'}", *words)
     return load_settings(root / "yolo-v3" / "args.yaml", words=words)[0]
 
@@ -209,7 +211,7 @@ def test_C06_a_normalisation_over_one_value_is_refused_before_the_first_step(tra
     train("more", *words, "train.batch_size=2", "train.steps=1", "run.preflight=true").ends_with(0)
 
 
-@pytest.mark.guard("detection.training:train_step", "sum(losses.values()) / len(batches)", "sum(losses.values())")
+@pytest.mark.guard("detection.training.step:train_step", "sum(losses.values()) / len(batches)", "sum(losses.values())")
 @pytest.mark.parametrize("subdivisions", [1, 2, 5])
 def test_C08_any_cut_into_micro_batches_trains_the_same(tmp_path: Path, subdivisions: int) -> None:
     # An epoch of 10 images as 10/subdivisions per micro-batch; normalisation frozen.
@@ -287,7 +289,7 @@ def test_C11_ten_sizes_are_ten_graphs_and_the_losses_of_eager_mode(
 def count_graphs(main: ModuleType) -> None:
     import torch._dynamo.utils
 
-    from detection import run
+    from detection.training import run
 
     real, calls = run.compile_forward, []
     run.compile_forward = lambda *arguments: (calls.append(arguments), real(*arguments))[1]  # type: ignore[assignment]

@@ -19,19 +19,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import OVERLAY, Run, at_step, die, run_script
-from test_checkpoints import Payload, equal
-from test_main import first_difference
 
 from detection import checkpoints
-from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import content_digest, load_checkpoint, save_checkpoint
-from detection.command_line import DEFAULTS
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import complete_settings, leaf_items, load_settings
 from detection.data.loaders import collate_samples
 from detection.errors import CheckpointError, OutputError, SettingsError
-from detection.resume import RESUMABLE, open_resumed_run
-from detection.run_loggers import RunLogger, new_run_directory
-from detection.settings import complete_settings, leaf_items, load_settings
+from detection.runtime.run_directory import new_run_directory
+from detection.training.checkpoint_writer import CheckpointWriter
+from detection.training.loggers import RunLogger
+from detection.training.resume import RESUMABLE, open_resumed_run
+from tests.support.checkpoint_cases import Payload, equal
+from tests.support.fault_runs import OVERLAY, Run, at_step, die, run_script
+from tests.support.training_runs import first_difference
 
 Train = Callable[..., Run]
 Launch = Callable[..., Run]
@@ -382,7 +383,7 @@ def kill_at(main: ModuleType, step: int) -> None:
 
 
 @pytest.mark.guard(
-    "detection.run_state:RunState.load", 'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass"
+    "detection.training.state:RunState.load", 'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass"
 )
 def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(
     train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
@@ -611,7 +612,7 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
         CheckpointWriter.save = saved
 
 
-@pytest.mark.guard("detection.stopping:StopRequest._receive", "if self.signal_number is None:", "if False:")
+@pytest.mark.guard("detection.runtime.signals:StopRequest._receive", "if self.signal_number is None:", "if False:")
 @pytest.mark.parametrize(
     ("number", "place"),
     [

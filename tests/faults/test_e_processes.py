@@ -1,4 +1,4 @@
-"""E: loader workers and ranks that die, hang, disagree. tests/test_distributed.py and test_loaders.py have the rest."""
+"""E: loader workers and ranks that die, hang, disagree; test_distributed.py and test_loaders.py have the rest."""
 
 import functools
 import hashlib
@@ -20,16 +20,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from runs import Run, at_step
-from test_distributed import free_port, losses_of, output_of, rows_of, start
 
 from detection.checkpoints import load_checkpoint
-from detection.data import build_datasets
+from detection.config.settings import Settings
+from detection.data.build import build_datasets
 from detection.data.coco import CocoDataset
-from detection.data.loaders import TrainingBatchSampler, build_evaluation_loader, build_training_loader
+from detection.data.loaders import build_evaluation_loader, build_training_loader
+from detection.data.sampler import TrainingBatchSampler
 from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Transform
-from detection.settings import Settings
+from tests.support.fault_runs import Run, at_step
+from tests.support.paths import REPOSITORY
+from tests.support.processes import free_port, losses_of, output_of, rows_of, start
 
 CPU = torch.device("cpu")
 EVERYTHING = [  # each augmentation is drawn for each image
@@ -115,7 +117,7 @@ def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: p
 
 
 @pytest.mark.guard(
-    "detection.data.augmentation:Augmentation.streams",
+    "detection.data.augmentation.affine_and_pixels:Augmentation.streams",
     'np.random.default_rng([self.seed, epoch, index]), random.Random(f"{self.seed},{epoch},{index}")',
     "np.random.default_rng(self.seed), random.Random(self.seed)",
 )
@@ -168,7 +170,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
         assert last - first < 50e6
 
 
-@pytest.mark.guard("detection.data.loaders:prepare_worker", "cv2.setNumThreads(0)", "pass")
+@pytest.mark.guard("detection.data.workers:prepare_worker", "cv2.setNumThreads(0)", "pass")
 def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
     training_set, _ = build_datasets(default_settings(f"data.root={dataset}").data, 64, 64, 0, None)
     load_image = training_set.load_image
@@ -295,7 +297,7 @@ def test_E08_E09_E13_any_number_of_images_and_a_rank_without_boxes(images: int, 
 
 
 @pytest.mark.faults
-@pytest.mark.guard("detection.distributed:Ranks.agree", "if self.size == 1:", "if True:")
+@pytest.mark.guard("detection.runtime.distributed:Ranks.agree", "if self.size == 1:", "if True:")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_E11_a_signal_to_one_rank_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path, number: int) -> None:
     stop_and_check(drawn_dataset, tmp_path, number, lambda launcher: children_of(launcher)[0])
@@ -326,7 +328,9 @@ def stop_and_check(data: Path, directory: Path, number: int, choose: Callable[[i
 
 
 @pytest.mark.faults
-@pytest.mark.guard("detection.data.unreadable:UnreadableImages.too_many", "len(self.lines) > self.allowed", "False")
+@pytest.mark.guard(
+    "detection.training.unreadable_images:UnreadableImages.too_many", "len(self.lines) > self.allowed", "False"
+)
 def test_B01_an_image_that_one_rank_cannot_read_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(drawn_dataset, tmp_path / "data")
     path = sorted((tmp_path / "data" / "train").iterdir())[0]
@@ -369,7 +373,7 @@ def test_E07_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
 
 
 @pytest.mark.faults
-@pytest.mark.guard("detection.distributed:Watchdog._watch", "last is not None and", "False and")
+@pytest.mark.guard("detection.runtime.distributed:Watchdog._watch", "last is not None and", "False and")
 def test_E07_a_hanging_rank_ends_itself(drawn_dataset: Path, tmp_path: Path) -> None:
     """The others end by the timeout of their exchange; torchrun would wait half a minute for the hanging one."""
     arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "run.timeout_minutes=0.1"]
@@ -414,7 +418,7 @@ def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: P
 @pytest.mark.faults
 def test_E14_processes_that_never_come(tmp_path: Path) -> None:
     code = (
-        "import datetime, torch, detection.distributed as d; d.JOIN_TIMEOUT = datetime.timedelta(seconds=2)\n"
+        "import datetime, torch, detection.runtime.distributed as d; d.JOIN_TIMEOUT = datetime.timedelta(seconds=2)\n"
         "d.Ranks(torch.device('cpu'), lambda: 'gloo', 600)"
     )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -423,7 +427,7 @@ def test_E14_processes_that_never_come(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **alone},
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
@@ -444,7 +448,7 @@ def test_E07_a_rank_that_ends_before_the_first_step(drawn_dataset: Path, tmp_pat
 
 
 @pytest.mark.faults
-@pytest.mark.guard("detection.distributed:Ranks.broadcast", "group=self._patient", "group=None")
+@pytest.mark.guard("detection.runtime.distributed:Ranks.broadcast", "group=self._patient", "group=None")
 def test_E10_an_evaluation_longer_than_the_timeout(drawn_dataset: Path, tmp_path: Path) -> None:
     # Rank 0 scores for 15 s, a rank that does not answer for 6 s ends the run.
     arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=5", "run.timeout_minutes=0.1"]

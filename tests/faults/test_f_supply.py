@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from runs import Run
+
+from tests.support.fault_runs import Run
 
 
 def hide(main: ModuleType, package: str) -> None:

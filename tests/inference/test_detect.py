@@ -19,13 +19,14 @@ import pytest
 import torch
 
 import detect
-from detection.data.sources import UniqueNames, find_sources, read_ahead
-from detection.data.video import VideoWriter
-from detection.drawing import class_color
+from detection.data.image_file import UniqueNames
+from detection.drawing.boxes import class_color
 from detection.errors import DataError, OutputError, SettingsError
-from detection.models.darknet_cfg import parse_cfg
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import Header, write_darknet_weights
+from detection.inference.sources import find_sources, read_ahead
+from detection.inference.video import VideoWriter
+from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import Header, write_darknet_weights
 
 CFG = """
 [net]
@@ -444,7 +445,7 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> Camera:
     clock = [100.0]
     stand_in = Camera(cv2.VideoCapture, clock)
     monkeypatch.setattr(cv2, "VideoCapture", stand_in)
-    monkeypatch.setattr("detection.data.video.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("detection.inference.video.time.perf_counter", lambda: clock[0])
     return stand_in
 
 
@@ -464,7 +465,7 @@ def test_a_camera_runs_until_ctrl_c_in_its_own_time(run: Run, tmp_path: Path, ca
 
 
 class Screen:
-    """Stands in for detection.display.Window; q is pressed at its third picture."""
+    """Stands in for detection.drawing.window.Window; q is pressed at its third picture."""
 
     shown: list[np.ndarray] = []
     open = True

@@ -7,87 +7,31 @@ the middle of the 32 x 32 input", so every number of an evaluation is known.
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from darknet_descriptions import conv, net, output, write_cfg, yolo
 
 import validation
 from detection.checkpoints import save_checkpoint
-from detection.errors import CheckpointError, SettingsError, exit_with_message
+from detection.config.loading import load_settings
+from detection.errors import CheckpointError, SettingsError
+from detection.inference.weights import open_weights, read_names
 from detection.models import build_detector
-from detection.models.darknet import DarknetBatchNorm2d
-from detection.models.darknet_weights import Header, write_darknet_weights
-from detection.settings import load_settings
-from detection.weights import open_weights, read_names
+from detection.models.backbones.darknet import DarknetBatchNorm2d
+from detection.models.darknet.weights import Header, write_darknet_weights
+from tests.support.darknet_files import CFG, NAMES, SEEN, Files, Run, known_weights
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
-ARGS = ROOT / "yolo-v3" / "args.yaml"
-CFG = write_cfg([net(32), conv(2, 3, 32, jitter=1), output(8), yolo("0", "16,16", 3, ignore_thresh=0.7)])
-NAMES = "aeroplane\nmotorbike\nsofa\n"  # Darknet's spelling, in another order than the category ids
-CATEGORIES = [(4, "motorcycle"), (5, "airplane"), (63, "couch")]
-SEEN = 64_000
+ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
 # sigmoid(5) * sigmoid(6)
 SCORE = 1 / (1 + np.exp(-5)) / (1 + np.exp(-6))
-
-
-def known_weights(num_classes: int = 3, label: int = 1) -> bytes:
-    """Kernels of zeros; the output's bias alone decides: centre of the cell, size of the anchor, one class."""
-    classes = [6.0 if number == label else -9.0 for number in range(num_classes)]
-    normalised = [0.0] * 2 + [1.0] * 2 + [0.0] * 2 + [1.0] * 2 + [0.0] * 54
-    bias = [0.0, 0.0, 0.0, 0.0, 5.0, *classes]
-    values = [*normalised, *bias, *[0.0] * (2 * len(bias))]
-    return struct.pack("<3iQ", 0, 2, 5, SEEN) + struct.pack(f"<{len(values)}f", *values)
-
-
-@dataclass(frozen=True)
-class Files:
-    """A directory with everything that validation.py needs."""
-
-    root: Path
-
-    def __call__(self, name: str, content: str | bytes) -> Path:
-        path = self.root / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    @property
-    def arguments(self) -> list[str]:
-        words = [f"data.root={self.root}", "data.num_workers=0", "run.device=cpu", "run.precision=off"]
-        return [*words, f"run.logs_path={self.root / 'logs'}"]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    """COCO layout: two grey images with a motorcycle where the network sees one, one without anything."""
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "val").mkdir()
-    images, rows = [], []
-    for number, side in ((1, 32), (2, 64), (3, 32)):
-        cv2.imwrite(str(tmp_path / "val" / f"{number}.png"), np.full((side, side, 3), 90, np.uint8))
-        images.append({"id": number, "file_name": f"{number}.png", "width": side, "height": side})
-        if number < 3:
-            box = [side / 4, side / 4, side / 2, side / 2]
-            row = {"id": number, "image_id": number, "category_id": 4, "bbox": box, "area": side**2 / 4, "iscrowd": 0}
-            rows.append(row)
-    categories = [{"id": number, "name": name} for number, name in CATEGORIES]
-    content = {"images": images, "annotations": rows, "categories": categories}
-    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    found = Files(tmp_path)
-    found("net.cfg", CFG)
-    found("net.names", NAMES)
-    found("net.weights", known_weights())
-    return found
 
 
 def open_here(
@@ -308,25 +252,6 @@ def test_checkpoints_that_do_not_fit_themselves(files: Files, changes: dict[str,
 # validation.py
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(files: Files, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """`code, out, err = run("--weights", ...)`: validation.py in this process, in the directory of the files."""
-
-    def started(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.chdir(files.root)
-        monkeypatch.setattr(sys, "argv", ["validation.py", *map(str, arguments), *files.arguments])
-        with pytest.raises(SystemExit) as left:
-            exit_with_message(validation.main)
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return int(left.value.code or 0), out, err
-
-    return started
-
-
 def results_of(files: Files) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """metrics.json and detections.json of the only run directory."""
     (directory,) = (files.root / "logs").iterdir()
@@ -356,7 +281,7 @@ def test_validation_as_a_user_starts_it(files: Files) -> None:
     names = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
     arguments = [argument if argument.startswith("--") else files.root / argument for argument in names]
     result = subprocess.run(
-        [sys.executable, ROOT / "validation.py", *arguments, *files.arguments],
+        [sys.executable, REPOSITORY / "validation.py", *arguments, *files.arguments],
         cwd=elsewhere,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,
@@ -391,7 +316,7 @@ def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
 
 def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
     """The recipe and the description are laid over one another: the size stays the description's."""
-    protocol = ROOT / "recipes" / "darknet_protocol.yaml"
+    protocol = REPOSITORY / "recipes" / "darknet_protocol.yaml"
     weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
     code, out, err = run("--config", protocol, *weights)
     assert (code, err) == (0, "") and "32 px letterbox (darknet)" in out and "of objectness above 0.005" in out
@@ -482,7 +407,7 @@ def test_validation_on_a_full_disk(
 
 # The Darknet program's own numbers
 
-PROTOCOL = Path(__file__).resolve().parent.parent / "recipes" / "darknet_protocol.yaml"
+PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detection.config.loading import load_settings
+from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models import ENCODERS, Detector, build_detector, build_encoder
-from detection.models.darknet import DarknetTiny
-from detection.models.darknet_cfg import parse_cfg
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
-from detection.models.timm_encoder import TimmEncoder, check_declaration
-from detection.models.yolov3 import PyramidPooling, YOLOv3
-from detection.settings import load_settings
+from detection.models import ENCODERS, build_detector, build_encoder
+from detection.models.backbones.darknet import DarknetTiny
+from detection.models.backbones.timm_backbone import TimmEncoder, check_declaration
+from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
+from detection.models.yolo.network import PyramidPooling, YOLOv3
+from tests.support.paths import ARGS
 
-ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
 WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first

@@ -1,20 +1,20 @@
 import copy
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
-from detection.losses import CRITERIA
-from detection.models import ENCODERS, Detector, build_detector
-from detection.models.darknet import Darknet53, ResidualBlock, conv_block
-from detection.models.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
-from detection.models.yolov3 import YOLOv3
-from detection.settings import load_settings
+from detection.config.loading import load_settings
+from detection.contract import Detector
+from detection.models import ENCODERS, build_detector
+from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
+from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
+from detection.models.yolo import CRITERIA
+from detection.models.yolo.network import YOLOv3
+from tests.support.paths import ARGS
 
-ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 TINY_ANCHORS = [
     [[10, 14], [23, 27], [37, 58]],
     [[81, 82], [135, 169], [344, 319]],

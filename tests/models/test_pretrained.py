@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
-from detection import pretrained
 from detection.checkpoints import save_checkpoint
+from detection.config.loading import load_settings
+from detection.config.settings import YoloSettings
 from detection.errors import CheckpointError, SettingsError, UserError
-from detection.models import build_detector
-from detection.models.darknet_weights import Header, write_darknet_weights
-from detection.pretrained import load_pretrained
-from detection.settings import YoloSettings, load_settings
+from detection.models import build_detector, pretrained
+from detection.models.darknet.weights import Header, write_darknet_weights
+from detection.models.pretrained import load_pretrained
+from tests.support.paths import ARGS
 
-ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 SMALL = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
 LARGE = ["yolo.encoder=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]

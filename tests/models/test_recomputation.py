@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.devices import autocast, build_scaler
+from detection.config.settings import Settings
 from detection.errors import SettingsError
-from detection.memory import estimate_memory
 from detection.models import build_detector
-from detection.models.recomputation import recompute_encoder
-from detection.run_state import RunState
-from detection.settings import Settings
-from detection.training import set_encoder_frozen, train_step
+from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.runtime.devices import autocast, build_scaler
+from detection.training.memory.estimate import estimate_memory
+from detection.training.optimizer import set_encoder_frozen
+from detection.training.state import RunState
+from detection.training.step import train_step
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -7,7 +7,7 @@ import torchvision
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from detection.boxes import (
+from detection.ops.boxes import (
     box_area,
     clip_boxes,
     complete_iou,
@@ -18,6 +18,7 @@ from detection.boxes import (
     pairwise_wh_iou,
     xyxy_to_cxcywh,
 )
+from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
 
 
 def random_boxes(*shape: int, seed: int = 0, size: float = 100.0) -> Tensor:
@@ -211,38 +212,6 @@ def random_boxes_cxcywh(count: int, seed: int) -> Tensor:
     centre = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 12
     size = torch.exp(torch.randn(count, 2, generator=generator, dtype=torch.float64) + 1.5)
     return torch.cat([centre, size], dim=-1)
-
-
-def slow_generalized_iou(box_1: list[float], box_2: list[float]) -> float:
-    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
-    hull = hull_width * hull_height
-    return intersection / union - (hull - union) / hull
-
-
-def slow_complete_iou(box_1: list[float], box_2: list[float], alpha: float | None = None) -> float:
-    """`alpha` given: held fixed, as in the gradient."""
-    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
-    distance_squared = (box_1[0] - box_2[0]) ** 2 + (box_1[1] - box_2[1]) ** 2
-    v = slow_v(box_1, box_2)
-    alpha = v / (1 - intersection / union + v) if alpha is None else alpha
-    return intersection / union - distance_squared / (hull_width**2 + hull_height**2) - alpha * v
-
-
-def slow_v(box_1: list[float], box_2: list[float]) -> float:
-    return 4 / math.pi**2 * (math.atan(box_2[2] / box_2[3]) - math.atan(box_1[2] / box_1[3])) ** 2
-
-
-def slow_overlap_and_hull(box_1: list[float], box_2: list[float]) -> tuple[float, float, float, float]:
-    left, right, top, bottom = [], [], [], []
-    for x, y, width, height in (box_1, box_2):
-        left.append(x - width / 2)
-        right.append(x + width / 2)
-        top.append(y - height / 2)
-        bottom.append(y + height / 2)
-    width, height = min(right) - max(left), min(bottom) - max(top)
-    intersection = width * height if width > 0 and height > 0 else 0.0
-    union = box_1[2] * box_1[3] + box_2[2] * box_2[3] - intersection
-    return intersection, union, max(right) - min(left), max(bottom) - min(top)
 
 
 def test_generalized_iou_by_hand() -> None:

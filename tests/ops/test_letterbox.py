@@ -7,9 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.data.letterbox import INTERPOLATIONS, letterbox_geometry, letterbox_image, resize_image
+from detection.config.settings import Settings
+from detection.data.resize import INTERPOLATIONS, letterbox_image, resize_image
 from detection.data.transforms import Transform
-from detection.settings import Settings
+from detection.ops.letterbox import letterbox_geometry
 
 Load = Callable[..., Settings]
 DARKNET = INTERPOLATIONS["darknet"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from detection import suppression
-from detection.suppression import suppress
+from detection.ops import nms as suppression
+from detection.ops.nms import suppress
 
 Boxes = tuple[Tensor, Tensor, Tensor]
 

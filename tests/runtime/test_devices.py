@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection import devices
-from detection.devices import (
+from detection.config.settings import Settings
+from detection.errors import SettingsError, known_failure
+from detection.runtime import devices
+from detection.runtime.devices import (
     CUBLAS_WORKSPACE,
     autocast,
     available_devices,
@@ -20,8 +22,6 @@ from detection.devices import (
     open_device,
     peak_memory_gib,
 )
-from detection.errors import SettingsError, known_failure
-from detection.settings import Settings
 
 CPU = torch.device("cpu")
 

@@ -1,72 +1,24 @@
 """Several processes that train one model: two on the CPU over gloo, started by torchrun as a user would."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from detection.checkpoints import load_checkpoint
-from detection.distributed import Ranks, device_of_rank, is_exchange_failure, read_environment, synchronise_batch_norm
 from detection.errors import SettingsError
+from detection.runtime.distributed import (
+    Ranks,
+    device_of_rank,
+    is_exchange_failure,
+    read_environment,
+    synchronise_batch_norm,
+)
+from tests.support.processes import STEPS, losses_of, output_of, rows_of, start
 
-TESTS = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
-STEPS = 10
-OVERLAY: dict[str, Any] = {
-    "run": {"log_frequency": 1, "precision": "off", "preflight": False, "device": "cpu"},
-    "data": {"num_workers": 0},
-    "yolo": {"encoder": "mobilenet_v3_small", "neck_channels": [8, 8, 8]},
-    "train": {
-        "steps": STEPS, "image_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2, "clip_norm": 10.0,
-        "save_frequency": 4, "resize_frequency": 2, "multiscale_sizes": [64, 96],
-    },
-    "scheduler": {"strategy": "constant", "warmup": 2},
-    "evaluation": {"image_size": 64, "evaluate_frequency": 5, "batch_size": 3, "visualize_images": 0},
-}  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def command(processes: int, fault: str, arguments: list[str | Path]) -> list[str]:
-    if processes == 1:
-        return [sys.executable, str(TESTS / "two_ranks.py"), fault, *map(str, arguments)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    return [*torchrun, *address, str(TESTS / "two_ranks.py"), fault, *map(str, arguments)]
-
-
-def start(processes: int, directory: Path, *arguments: str | Path, fault: str = "none") -> subprocess.Popen[str]:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    words = ["--config", directory / "overlay.yaml", *arguments]
-    return subprocess.Popen(
-        command(processes, fault, words),
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def output_of(process: subprocess.Popen[str], seconds: float = 120) -> str:
-    """Everything it prints until its end."""
-    try:
-        return process.communicate(timeout=seconds)[0]
-    finally:
-        process.kill()
 
 
 def train_as_one_and_two(directory: Path, common: list[str], one: str, two: str) -> tuple[Path, Path]:
@@ -84,14 +36,6 @@ def train_as_one_and_two(directory: Path, common: list[str], one: str, two: str)
         output = output_of(process, 240)
         assert process.returncode == 0, output
     return runs[0], runs[1]
-
-
-def rows_of(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(directory: Path) -> list[float]:
-    return [row["train/loss"] for row in rows_of(directory) if "train/loss" in row]
 
 
 def evaluations_of(directory: Path) -> list[dict[str, float]]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from detection import host_memory
 from detection.data import loaders
-from detection.devices import available_memory
-from detection.host_memory import free_memory, keep_freed_memory
+from detection.runtime import allocator as host_memory
+from detection.runtime.allocator import free_memory, keep_freed_memory
+from detection.runtime.devices import available_memory
 
 MIB = 2**20
 

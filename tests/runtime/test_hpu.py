@@ -1,4 +1,4 @@
-"""Habana's HPU with a stand-in for its software (`tests/stand_in`): our code is the same, the CPU computes."""
+"""Habana's HPU with a stand-in for its software (`tests/support/stand_in`): our code is the same, the CPU computes."""
 
 import functools
 import os
@@ -13,11 +13,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection import devices
 from detection.checkpoints import load_checkpoint
-from detection.data import build_datasets
-from detection.data.loaders import SMALLEST_BUCKET, TrainingBatchSampler, build_training_loader, collate_samples
-from detection.devices import (
+from detection.config.settings import Settings
+from detection.data.build import build_datasets
+from detection.data.loaders import SMALLEST_BUCKET, build_training_loader, collate_samples
+from detection.data.sampler import TrainingBatchSampler
+from detection.errors import SettingsError
+from detection.models import build_detector
+from detection.runtime import devices
+from detection.runtime.devices import (
     autocast,
     available_memory,
     build_scaler,
@@ -32,14 +36,12 @@ from detection.devices import (
     prepare_distributed,
     suppression_device,
 )
-from detection.errors import SettingsError
-from detection.habana_environment import LAZY_MODE, prepare_habana, wants_lazy
-from detection.models import build_detector
-from detection.settings import Settings
-from detection.training import build_optimizer, train_step
+from detection.runtime.habana import LAZY_MODE, prepare_habana, wants_lazy
+from detection.training.optimizer import build_optimizer
+from detection.training.step import train_step
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
-STAND_IN = ROOT / "tests" / "stand_in"
+STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
 SMALL = (
     "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.encoder=mobilenet_v3_small",
@@ -136,7 +138,7 @@ def script_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
         (directory / f"{name}.events").touch()
         overlay = ["--config", "lazy.yaml"] if name == "lazy" else []
         command = [
-            sys.executable, ROOT / "yolo-v3" / "main.py", *overlay, *SMALL, *words, "train.steps=2",
+            sys.executable, REPOSITORY / "yolo-v3" / "main.py", *overlay, *SMALL, *words, "train.steps=2",
             "evaluation.image_size=64", "--eval-batch-size", "32", "--log-interval=1", "--output", name,
         ]  # fmt: skip
         environment = os.environ | {
@@ -294,7 +296,7 @@ def test_backend_of_each_device(stand_in: Callable[[], list[str]]) -> None:
 def test_hccl_is_imported_before_the_process_group_starts(
     stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distributed = pytest.importorskip("detection.distributed")
+    distributed = pytest.importorskip("detection.runtime.distributed")
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
 
@@ -403,7 +405,7 @@ def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch: pytest.Mon
 
 def test_requirements_leave_habanas_torch_alone() -> None:
     def packages(name: str) -> list[str]:
-        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        lines = [line.partition("#")[0].strip() for line in (REPOSITORY / name).read_text().splitlines()]
         return [line for line in lines if line]
 
     core = [line for line in packages("requirements.txt") if not line.startswith("torch")]

@@ -9,10 +9,10 @@ import cv2
 import pytest
 
 import anchor_creator
-from detection.command_line import DEFAULTS
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
 from detection.models import build_model
-from detection.settings import load_settings
-from tests import darknet_descriptions
+from tests.support import darknet_descriptions
 
 COCO = [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]
 OTHER = [[[20, 20], [25, 60], [60, 25]], [[60, 60], [70, 180], [180, 70]], [[200, 200], [200, 390], [390, 200]]]

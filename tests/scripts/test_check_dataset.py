@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
 
 import check_dataset
-from detection.command_line import DEFAULTS
-from detection.data import build_datasets
-from detection.data.annotation_checks import check_annotations, check_categories, flatten_tolerantly
-from detection.data.annotation_files import sound_columns
-from detection.data.checks import check_before_training
-from detection.data.coco import flatten_annotations
-from detection.data.findings import KINDS, Findings
-from detection.data.fit_checks import Network, check_fit
-from detection.data.image_files import list_images, read_image
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
+from detection.data.annotation_file import sound_columns
+from detection.data.annotations import flatten_annotations
+from detection.data.build import build_datasets
+from detection.data.image_file import list_images, read_image
+from detection.dataset_checks.annotation_checks import check_annotations, check_categories, flatten_tolerantly
+from detection.dataset_checks.before_training import check_before_training
+from detection.dataset_checks.findings import KINDS, Findings
+from detection.dataset_checks.fit_checks import Network, check_fit
 from detection.errors import DataError, DataReadError, UserError
 from detection.models import build_model
-from detection.settings import load_settings
+from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
 
 Check = Callable[..., tuple[int, dict[str, Any], str, str]]
 NAMES = [fault.__name__ for fault in FAULTS]
@@ -480,7 +480,8 @@ def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> No
     """The doctor's list against the rule of the loss itself."""
     import torch
 
-    from detection.target_assignment import anchor_table, assign_targets
+    from detection.models.yolo.darknet_loss import assign_targets
+    from detection.models.yolo.grid import anchor_table
 
     generator = np.random.default_rng(3)
     corners = generator.uniform(0, 40, (60, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import compare_runs
-from detection.run_loggers import RunLogger
+from detection.training.loggers import RunLogger
 
 Run = Callable[..., Any]
 AP50 = {"A": [0.2, 0.5, 0.4], "B": [0.1, 0.3, 0.6]}

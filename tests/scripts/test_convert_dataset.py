@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 import convert_dataset
-from detection.data import build_datasets
-from detection.data.coco import read_image
+from detection.data.build import build_datasets
+from detection.data.image_file import read_image
 
 Run = Callable[..., Any]
 RED = (255, 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.paths import REPOSITORY
 
 WEIGHTS_SCRIPT = REPOSITORY / "models/weights/download_darknet_weights.sh"
 FORWARDER = REPOSITORY / "yolo-v3/models/weights/download_darknet_weights.sh"

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from detection.devices import autocast, build_scaler
-from detection.losses import CRITERIA
+from benchmarks.support.operation_trace import OperationTrace
+from detection.config.settings import Settings
 from detection.models import build_detector
-from detection.operation_trace import OperationTrace
-from detection.run_state import RunState
-from detection.settings import Settings
-from detection.training import Meter, set_encoder_frozen, train_step
+from detection.models.yolo import CRITERIA
+from detection.runtime.devices import autocast, build_scaler
+from detection.training.optimizer import set_encoder_frozen
+from detection.training.state import RunState
+from detection.training.step import train_step
+from detection.training.throughput import Meter
 
 CPU = torch.device("cpu")
 WORDS = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]

@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lr_scheduler_creator
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -51,7 +51,7 @@ def test_every_turn_is_in_the_files(run: Run, tmp_path: Path) -> None:
 
 
 def test_several_overlays_in_one_figure(run: Run, tmp_path: Path) -> None:
-    recipes = ROOT / "recipes"
+    recipes = REPOSITORY / "recipes"
     code, out, _ = run(
         "--compare", recipes / "240224_LambdaLR.yaml", "--compare", recipes / "240308_CosineAnnealing_T1.yaml",
         "--compare", recipes / "240224_LambdaLR.yaml", "--output", tmp_path / "out",
@@ -67,7 +67,7 @@ def test_several_overlays_in_one_figure(run: Run, tmp_path: Path) -> None:
 
 
 def test_biases_have_their_own_curve(run: Run, tmp_path: Path) -> None:
-    code, _, _ = run("--config", ROOT / "recipes" / "pedl_spp_adam.yaml", "--output", tmp_path / "out")
+    code, _, _ = run("--config", REPOSITORY / "recipes" / "pedl_spp_adam.yaml", "--output", tmp_path / "out")
     first, *_, last = rows_of(tmp_path / "out" / "pedl_spp_adam.csv")
     assert code == 0 and (first["learning_rate"], first["learning_rate_biases"]) == (5.79e-4, 0.1)
     assert last["learning_rate"] == last["learning_rate_biases"] == pytest.approx(5.79e-6)
@@ -80,7 +80,7 @@ def test_no_network_and_no_dataset(tmp_path: Path) -> None:
         "lr_scheduler_creator.main(); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, tmp_path / "out"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "out" / "LambdaLR.csv")
     assert rows[-1]["step"] == 499_999 and len(rows) < 3000

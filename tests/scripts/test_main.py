@@ -3,7 +3,6 @@
 Starting Python with torch takes seconds, so each run serves several tests; independent runs share the two cores.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -26,13 +25,12 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
-from detection.coco_metric import METRIC_NAMES
-from detection.devices import choose_precision
 from detection.errors import CheckpointError, exit_with_message
-from detection.run_reports import plan_lines
+from detection.evaluation.coco_metric import METRIC_NAMES
+from detection.runtime.devices import choose_precision
+from detection.training.console import plan_lines
+from tests.support.training_runs import MAIN, ROOT, first_difference, load_main
 
-ROOT = Path(__file__).resolve().parent.parent
-MAIN = ROOT / "yolo-v3" / "main.py"
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
 HAS_BF16 = choose_precision(torch.device("cpu"), "auto") is torch.bfloat16
@@ -263,26 +261,6 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenarios]:
     scenarios.close()
 
 
-def first_difference(first: Any, second: Any, where: str = "") -> str | None:
-    """Path of the first value in which two checkpoints differ; tensors must agree in every bit."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
-        return None if same else where
-    if type(first) is not type(second):
-        return f"{where}: {type(first)} and {type(second)}"
-    if isinstance(first, dict):
-        if first.keys() != second.keys():
-            return f"{where}: keys {first.keys() ^ second.keys()}"
-        pairs: Any = ((first[key], second[key], f"{where}/{key}") for key in first)
-    elif isinstance(first, list | tuple):
-        if len(first) != len(second):
-            return f"{where}: lengths"
-        pairs = ((*pair, f"{where}/{number}") for number, pair in enumerate(zip(first, second, strict=True)))
-    else:
-        return None if first == second else f"{where}: {first!r} and {second!r}"
-    return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
-
-
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
@@ -480,15 +458,6 @@ def test_damaged_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
     result = scenarios["damaged_image"]
     assert_refused(result, 3, str(scenarios.base / "data_with_hole" / "train" / "6.png"), "is damaged")
     assert "from step 0" in result.out  # it was running
-
-
-def load_main() -> Any:
-    """The script as a module, for refusals that need no process of their own."""
-    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from detection.data.findings import KINDS
+from detection.dataset_checks.findings import KINDS
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path for path in REPOSITORY.glob("*.py"))
 HELP_OF_OTHERS = ["yolo-v3/main.py"]
 
 
@@ -40,9 +40,9 @@ def test_help_is_the_docstring(script: Path, helps: dict[str, subprocess.Complet
 
 
 def test_readme_counts_what_the_doctor_finds() -> None:
-    assert f"{len(KINDS)} kinds of finding" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(KINDS)} kinds of finding" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_names_every_script() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert [script.name for script in SCRIPTS if f"`{script.name}`" not in readme] == []

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_evaluation import annotate, coco_content
-from test_weights import CFG, NAMES, Files, Run, files, known_weights, run  # noqa: F401  (two are fixtures)
 
 import validation
-from detection.comparison import check_same_data
-from detection.data import build_datasets, keep_evenly
-from detection.data.coco import flatten_annotations
+from detection.data.annotations import flatten_annotations
+from detection.data.build import build_datasets, keep_evenly
 from detection.errors import SettingsError
+from detection.evaluation.comparison import check_same_data
+from tests.support.darknet_files import CFG, NAMES, Files, Run, known_weights
+from tests.support.evaluation_cases import annotate, coco_content
 
 WEIGHTS = ("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
 
@@ -27,7 +27,7 @@ def read_csv(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_everything_is_written(files: Files, run: Run) -> None:  # noqa: F811
+def test_everything_is_written(files: Files, run: Run) -> None:
     code, out, err = run(*WEIGHTS, "--output", "out")
     assert (code, err) == (0, "")
     directory = files.root / "out"
@@ -63,7 +63,7 @@ def test_everything_is_written(files: Files, run: Run) -> None:  # noqa: F811
     assert len(points) == 1 + 4 * 1000 and points[1][0] == "mean"
 
 
-def test_deviations_are_named(files: Files, run: Run) -> None:  # noqa: F811
+def test_deviations_are_named(files: Files, run: Run) -> None:
     words = ["--score", "objectness", "evaluation.max_images=2", "evaluation.iou_threshold=0.6"]
     (files.root / "val" / "3.png").unlink()  # images 1 and 2 of 3 are chosen; the other one is not read
     code, out, err = run(*WEIGHTS, *words, "evaluation.max_detections=7", "--output", "out")
@@ -121,7 +121,7 @@ def test_three_thresholds_in_one_pass_are_three_runs(
         assert f"Confidence Threshold: {word}\nFound Boxes: {row['boxes']}\n{table}" in result.stdout
 
 
-def test_detectors_side_by_side(files: Files, run: Run) -> None:  # noqa: F811
+def test_detectors_side_by_side(files: Files, run: Run) -> None:
     files("blind.cfg", CFG)
     files("blind.weights", known_weights(label=2))  # finds a couch where the motorcycles are
     files("coco.names", NAMES)
@@ -150,7 +150,7 @@ def test_detectors_on_different_data_are_not_compared() -> None:
             check_same_data(first, other, Path("b.pt"))
 
 
-def test_files_of_the_same_name_are_told_apart_by_their_directory(files: Files, run: Run) -> None:  # noqa: F811
+def test_files_of_the_same_name_are_told_apart_by_their_directory(files: Files, run: Run) -> None:
     for name in ("first", "second"):
         (files.root / name).mkdir()
         for suffix in ("weights", "cfg", "names"):
@@ -160,7 +160,7 @@ def test_files_of_the_same_name_are_told_apart_by_their_directory(files: Files, 
 
 
 def test_pictures_are_shown_after_they_were_written(
-    files: Files, run: Run, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    files: Files, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     shown = []
 
@@ -194,13 +194,13 @@ def test_pictures_are_shown_after_they_were_written(
         ([*WEIGHTS, "evaluation.score=class"], "evaluation.score"),
     ],
 )
-def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:  # noqa: F811
+def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:
     code, _, err = run(*arguments)
     assert code == 2 and err.count("\n") == 1 and word in err, err
     assert not (files.root / "logs").exists()
 
 
-def test_data_without_truth_is_refused(files: Files, run: Run) -> None:  # noqa: F811
+def test_data_without_truth_is_refused(files: Files, run: Run) -> None:
     path = files.root / "annotations" / "instances_val.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     code, _, err = run(*WEIGHTS)

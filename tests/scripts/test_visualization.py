@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 import visualization
-from detection.data.coco import flatten_annotations, load_annotations
+from detection.config.settings import Settings
+from detection.contract import Detector
+from detection.data.annotations import flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
-from detection.dataset_figures import draw_box_statistics
-from detection.dataset_statistics import measure_dataset
-from detection.detections import Detections
-from detection.drawing import class_color, draw_boxes
-from detection.image_ranking import count_mistakes
-from detection.matching import IN_CROWD, NO_TRUTH
-from detection.models import Detector
-from detection.settings import Settings
-from detection.weights import OpenedDetector
+from detection.drawing.boxes import class_color, draw_boxes
+from detection.evaluation.detections import Detections
+from detection.evaluation.matching import IN_CROWD, NO_TRUTH
+from detection.inference.weights import OpenedDetector
+from detection.visualization.dataset_figures import draw_box_statistics
+from detection.visualization.dataset_statistics import measure_dataset
+from detection.visualization.image_ranking import count_mistakes
 
 Run = Callable[..., Any]
 

@@ -9,19 +9,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_main import load_main
 
 import visualize_batch
-from detection.data import build_datasets
+from detection.config.settings import Settings
+from detection.data.build import build_datasets
 from detection.data.loaders import build_training_loader
-from detection.data.strengths import VARIED, Varied, augmentation_names, strength_rows, values_of
-from detection.drawing import class_color, draw_boxes
-from detection.losses import CRITERIA
-from detection.settings import Settings
-from detection.target_pictures import assigned_predictions, draw_level
+from detection.drawing.boxes import class_color, draw_boxes
+from detection.models.yolo import CRITERIA
+from detection.visualization.augmentation_sheet import VARIED, Varied, augmentation_names, strength_rows, values_of
+from detection.visualization.target_pictures import assigned_predictions, draw_level
+from tests.support.training_runs import load_main
 
 Run = Callable[..., Any]
-ROOT = Path(__file__).resolve().parent.parent
 FILL = [124, 116, 104]
 SMALL = (
     "run.device=cpu", "data.num_workers=0", "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",

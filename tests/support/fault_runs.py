@@ -27,10 +27,11 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.tensorboard
-from darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
-from guards import switch_off
 
-MAIN = Path(__file__).resolve().parents[2] / "yolo-v3" / "main.py"
+from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
+from tests.support.guards import switch_off
+from tests.support.paths import MAIN
+
 GUARD_OFF = "FAULTS_GUARD_OFF"  # environment variable: arguments of `switch_off` as JSON
 Fault = Callable[[ModuleType], None]  # changes something in the loaded script before it runs
 

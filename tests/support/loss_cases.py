@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.criterion import Criterion
-from detection.losses import CRITERIA
+from detection.models.yolo import CRITERIA
+from detection.models.yolo.criterion import Criterion
 
 WIDTH, HEIGHT = 96, 64  # pixels of the network input, where a case does not say otherwise
 LEVELS = {

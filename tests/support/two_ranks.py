@@ -9,13 +9,12 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from guards import switch_off
 
-MAIN = Path(__file__).resolve().parent.parent / "yolo-v3" / "main.py"
+from tests.support.guards import switch_off
+from tests.support.paths import MAIN
 
 
 def load_main():

@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_memory import OneConvolution, Sum
 from torch import nn
 
 import lr_scheduler_creator
-from detection import batch_size, memory
-from detection.batch_size import find_batch_size, has_room, sizes_up_to
-from detection.devices import build_scaler
+from detection.config.settings import Settings
+from detection.contract import Detector
 from detection.errors import DeviceMemoryError, SettingsError
-from detection.memory import MemoryEstimate
-from detection.models import Detector, build_detector
-from detection.settings import Settings
-from detection.training import ExponentialAverage
+from detection.models import build_detector
+from detection.runtime.devices import build_scaler
+from detection.training.memory import batch_size
+from detection.training.memory import estimate as memory
+from detection.training.memory.batch_size import find_batch_size, has_room, sizes_up_to
+from detection.training.memory.estimate import MemoryEstimate
+from detection.training.moving_average import ExponentialAverage
+from tests.support.tiny_models import OneConvolution, Sum
 
 CPU = torch.device("cpu")
 PER_IMAGE = 64 * 64 * (3 + 4) * 4  # bytes: pixels, channels kept, float32

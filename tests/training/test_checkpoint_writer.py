@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from detection import checkpoint_writer
-from detection.checkpoint_writer import CheckpointWriter
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.errors import OutputError
+from detection.training import checkpoint_writer
+from detection.training.checkpoint_writer import CheckpointWriter
 
 
 def content(value: float = 1.0) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.devices import autocast
-from detection.diagnosis import diagnose_batch, read_bundle, write_bundle
 from detection.errors import CheckpointError, OutputError
+from detection.runtime.devices import autocast
+from detection.training.replay import diagnose_batch, read_bundle, write_bundle
 
 CPU = torch.device("cpu")
 BATCH = {

@@ -7,27 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.memory import MemoryEstimate, available_memory, estimate_memory
+from detection.runtime.devices import available_memory
+from detection.training.memory.estimate import MemoryEstimate, estimate_memory
+from tests.support.tiny_models import OneConvolution, Sum
 
 CPU = torch.device("cpu")
-
-
-class OneConvolution(nn.Module):
-    """Keeps exactly its float32 input (3 channels) and, for the square, its output (4 channels)."""
-
-    strides = (32,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 4, 1, bias=False)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.convolution(images.float()).square()]
-
-
-class Sum(nn.Module):
-    def forward(self, outputs: list[Tensor], _: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": outputs[0].sum()}
 
 
 def estimate(settings, model: nn.Module, size: int, *words: str) -> MemoryEstimate:

@@ -2,21 +2,21 @@
 
 import functools
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from detection.data import build_datasets
+from detection.config.loading import load_settings
+from detection.data.build import build_datasets
 from detection.data.loaders import build_evaluation_loader, collate_samples
-from detection.devices import autocast, build_scaler, choose_precision
-from detection.evaluation import evaluate
+from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
-from detection.reproducibility import seed_everything
-from detection.settings import load_settings
-from detection.training import build_optimizer, train_step
+from detection.runtime.devices import autocast, build_scaler, choose_precision
+from detection.runtime.reproducibility import seed_everything
+from detection.training.optimizer import build_optimizer
+from detection.training.step import train_step
+from tests.support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 COCO_MINI = REPOSITORY.parent / "shared" / "data" / "coco_mini"
 
 

@@ -6,15 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection import preflight
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.errors import OutputError
-from detection.preflight import (
-    check_disk,
-    check_shared_memory,
-    tensor_bytes,
-    try_checkpoint,
-)
+from detection.training import dry_run as preflight
+from detection.training.dry_run import check_disk, check_shared_memory, tensor_bytes, try_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
 CONTENT = {"model": {"w": torch.zeros(2**28 // 4)}}  # a quarter of a GiB

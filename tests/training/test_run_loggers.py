@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from detection.run_loggers import RunLogger
+from detection.training.loggers import RunLogger
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -1,17 +1,16 @@
 import itertools
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from detection.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
-from detection.settings import load_settings
+from detection.config.loading import load_settings
+from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
+from tests.support.paths import ARGS
 
-ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from detection import prefetch
-from detection.devices import CUDA_GRAPHS, compile_forward
+from detection.config.settings import Settings
 from detection.errors import DataReadError
 from detection.models import build_detector
-from detection.prefetch import Prefetcher
-from detection.profiling import RECORDED, SHOWN, TRACE, WARM_UP, StepProfiler, waiting_for_data
-from detection.settings import Settings
-from detection.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
+from detection.runtime.devices import CUDA_GRAPHS, compile_forward
+from detection.runtime.profiling import RECORDED, SHOWN, TRACE, WARM_UP, StepProfiler, waiting_for_data
+from detection.training import prefetch
+from detection.training.prefetch import Prefetcher
+from detection.training.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
 
 CPU = torch.device("cpu")
 

@@ -9,30 +9,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection import training
-from detection.data import build_datasets
+from detection.config.loading import load_settings
+from detection.config.settings import Settings, TrainSettings
+from detection.contract import Detector
+from detection.data.build import build_datasets
 from detection.data.loaders import build_evaluation_loader
-from detection.devices import autocast, build_scaler
-from detection.evaluation import evaluate
-from detection.models import Detector, build_detector
-from detection.settings import Settings, TrainSettings, load_settings
-from detection.skipped_steps import NonFiniteLoss, NormalisationStatistics, SkippedSteps, StepResult
-from detection.training import (
-    ExponentialAverage,
-    Meter,
-    build_optimizer,
-    set_encoder_frozen,
-    set_learning_rates,
-    train_step,
-)
+from detection.evaluation.evaluate import evaluate
+from detection.models import build_detector
+from detection.runtime.devices import autocast, build_scaler
+from detection.training import step as training
+from detection.training.moving_average import ExponentialAverage
+from detection.training.optimizer import build_optimizer, set_encoder_frozen, set_learning_rates
+from detection.training.skipped_steps import NonFiniteLoss, NormalisationStatistics, SkippedSteps, StepResult
+from detection.training.step import train_step
+from detection.training.throughput import Meter
+from tests.support.paths import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 WORDS = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
 
 
 def read_settings(*words: str) -> Settings:
-    return load_settings(ROOT / "yolo-v3" / "args.yaml", words=[*WORDS, *words])[0]
+    return load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=[*WORDS, *words])[0]
 
 
 def train_settings(**values: Any) -> TrainSettings:

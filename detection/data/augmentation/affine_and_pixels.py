@@ -7,8 +7,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from detection.data.letterbox import INTERPOLATIONS, Placed, resize_placed, warp_placed
-from detection.settings import AugmentationSettings, DataSettings
+from detection.config.augmentation import AugmentationSettings
+from detection.config.settings import DataSettings
+from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
 
 # albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -108,7 +109,7 @@ def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int,
     """The transforms of albumentations as a `Compose`, which refuses arguments that they do not know."""
     import albumentations as A
 
-    from detection.data.fog import RandomFog
+    from detection.data.augmentation.fog import RandomFog
 
     classes = {
         "affine": A.Affine,

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from detection.reproducibility import sample_stream, torch_stream
-from detection.settings import AugmentationSettings
+from detection.config.augmentation import AugmentationSettings
+from detection.runtime.reproducibility import sample_stream, torch_stream
 
 # Streams of the one seed; the numbers only have to differ, here and in placements.py, and not be 0.
 HSV_STREAM, PHOTOMETRIC_STREAM = 4, 5

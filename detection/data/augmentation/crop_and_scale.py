@@ -12,10 +12,12 @@ import torch
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from detection.data.letterbox import Placed, letterbox_geometry
-from detection.reproducibility import sample_stream, torch_stream
-from detection.settings import AugmentationSettings, DataSettings, IoUCrop
-from detection.target_assignment import CROWD_LABEL
+from detection.config.augmentation import AugmentationSettings, IoUCrop
+from detection.config.settings import DataSettings
+from detection.contract import CROWD_LABEL
+from detection.data.resize import Placed
+from detection.ops.letterbox import letterbox_geometry
+from detection.runtime.reproducibility import sample_stream, torch_stream
 
 # Streams of the one seed; the numbers only have to differ, here and in color.py, and not be 0.
 EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM = 1, 2, 3

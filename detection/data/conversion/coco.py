@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.coco import read_columns
-from detection.data.conversion import (
+from detection.data.annotation_file import read_columns
+from detection.data.conversion.dataset import (
     ConvertedDataset,
     Findings,
     ImageEntry,

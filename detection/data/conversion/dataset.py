@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from detection.data.annotation_files import CONTROL
-from detection.data.sources import IMAGE_SUFFIXES, UniqueNames
+from detection.data.annotation_file import CONTROL
+from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames
 from detection.errors import DataError
 
 PIXEL_DIGITS = 9  # decimals of a pixel that are kept; YOLO's usual six decimals of a share need seven

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from detection.data.conversion import (
+from detection.data.conversion.dataset import (
     Box,
     ConvertedDataset,
     Corners,
@@ -23,7 +23,7 @@ from detection.data.conversion import (
     split_of,
     turn_box,
 )
-from detection.data.sources import IMAGE_SUFFIXES
+from detection.data.image_file import IMAGE_SUFFIXES
 from detection.errors import DataError
 
 ANNOTATIONS, IMAGES = ("Annotations", "annotations"), ("JPEGImages", "images", "Images")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from detection.data.conversion import (
+from detection.data.conversion.dataset import (
     Box,
     ConvertedDataset,
     Corners,
@@ -22,7 +22,7 @@ from detection.data.conversion import (
     read_image_size,
     relative_name,
 )
-from detection.data.yolo_layout import describe, find_unused, label_file, list_images, names_of_files
+from detection.data.conversion.yolo_layout import describe, find_unused, label_file, list_images, names_of_files
 from detection.errors import DataError
 
 SHARE_DIGITS = 14  # decimals that are written: 1e-10 pixel on an image of 20,000, less than what reading rounds to

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from detection.data.conversion import Findings, images_below, images_inside, split_of
+from detection.data.conversion.dataset import Findings, images_below, images_inside, split_of
 from detection.errors import DataError
 
 NO_LABELS = {"classes.txt", "labels.txt", "names.txt", "train.txt", "val.txt", "valid.txt", "test.txt"}

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from detection.anchors import Anchors
 from detection.errors import CheckpointError
-from detection.models.darknet import Darknet53, DarknetTiny, ResidualBlock
-from detection.models.darknet_cfg import CfgSection
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.yolov3 import PyramidPooling, YOLOv3
+from detection.models.backbones.darknet import Darknet53, DarknetTiny, ResidualBlock
+from detection.models.darknet.cfg import CfgSection
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.yolo.grid import Anchors
+from detection.models.yolo.network import PyramidPooling, YOLOv3
 
 
 def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore_threshold: float) -> list[CfgSection]:

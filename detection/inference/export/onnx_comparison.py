@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.data.coco import read_image
+from detection.config.settings import DataSettings
 from detection.data.digits import VALIDATION_PHOTOGRAPHS, load_photograph
+from detection.data.image_file import read_image
 from detection.data.layouts import find_validation_set
-from detection.data.letterbox import INTERPOLATIONS, resize_image
+from detection.data.resize import INTERPOLATIONS, resize_image
 from detection.errors import DataError, DataReadError, UserError
-from detection.onnx_files import Description, FinalDetections, OnnxModel
-from detection.postprocessing import YOLOPostprocess
-from detection.settings import DataSettings
-from detection.weights import OpenedDetector
+from detection.inference.onnx_model import Description, FinalDetections, OnnxModel
+from detection.inference.weights import OpenedDetector
+from detection.models.yolo.postprocess import YOLOPostprocess
 
 BATCHES = (1, 3)  # neither is the one that was traced
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}

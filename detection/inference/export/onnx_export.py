@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from detection.errors import SettingsError
+from detection.inference.onnx_model import NEEDED, Description, OutputKind
+from detection.inference.weights import OpenedDetector
 from detection.models import size_multiple
-from detection.onnx_files import NEEDED, Description, OutputKind
-from detection.postprocessing import YOLOPostprocess
-from detection.weights import OpenedDetector
+from detection.models.yolo.postprocess import YOLOPostprocess
 
 OPSETS = range(18, 25)  # torch's exporter writes 18 and converts upwards
-PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 OUTPUT_NAMES: dict[OutputKind, list[str]] = {
     "raw": [],
     "decoded": ["boxes", "scores"],

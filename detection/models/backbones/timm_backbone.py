@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detection.config.settings import SIZE_MULTIPLE
 from detection.errors import CheckpointError, SettingsError
-from detection.settings import SIZE_MULTIPLE
 
 TIMM_PREFIX = "timm/"  # of the encoder's name in the settings
 PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed

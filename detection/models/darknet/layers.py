@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.errors import SettingsError
-from detection.models.darknet import LEAKY_SLOPE
-from detection.models.darknet_cfg import CfgSection
-from detection.models.yolov3 import raw_predictions
+from detection.models.backbones.darknet import LEAKY_SLOPE
+from detection.models.darknet.cfg import CfgSection
+from detection.models.yolo.network import raw_predictions
 
 Shape = tuple[int, int, int]  # channels, rows, columns
 LARGEST_KERNEL = 2**28  # values of one convolution

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detection.models.darknet import LEAKY_SLOPE
-from detection.models.darknet_cfg import CfgSection, with_classes
-from detection.models.darknet_layers import Route, Shape, Shortcut, YoloOutput, build_layers, cfg_classes
-from detection.models.mobilenet import use_depthwise_class
-from detection.models.yolov3 import initialise_output
+from detection.models.backbones.darknet import LEAKY_SLOPE
+from detection.models.backbones.mobilenet import use_depthwise_class
+from detection.models.darknet.cfg import CfgSection, with_classes
+from detection.models.darknet.layers import Route, Shape, Shortcut, YoloOutput, build_layers, cfg_classes
+from detection.models.yolo.network import initialise_output
 
 
 class DarknetNetwork(nn.Module):

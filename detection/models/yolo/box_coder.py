@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from detection.anchors import cell_grid
-from detection.boxes import cxcywh_to_xyxy
+from detection.models.yolo.grid import cell_grid
+from detection.ops.boxes import cxcywh_to_xyxy
 
 
 def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:

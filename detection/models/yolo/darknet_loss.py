@@ -1,19 +1,75 @@
 """Criteria: raw outputs and padded targets -> dict of weighted float32 scalars. Formulas: docs/losses.md."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.box_coder import decode_cxcywh, decode_predictions, encode_boxes
-from detection.boxes import complete_iou, generalized_iou, xyxy_to_cxcywh
-from detection.criterion import Criterion, compare_objectness, mark_positives
-from detection.mmdetection_loss import MMDetectionLoss
-from detection.target_assignment import Assignment, assign_targets, ignored_predictions
+from detection.models.yolo.box_coder import decode_cxcywh, decode_predictions, encode_boxes
+from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
+from detection.models.yolo.grid import place_in_cell
+from detection.ops.boxes import (
+    complete_iou,
+    generalized_iou,
+    pairwise_wh_iou,
+    xyxy_to_cxcywh,
+)
 
 # e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any truth, where an overlap has no gradient anyway
 LARGEST_EXPONENT = 10.0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The positive prediction of every truth; all shapes (B, G) unless stated, padding and crowd carry valid = 0."""
+
+    valid: Tensor  # bool: a real truth
+    index: Tensor  # int64: flat index over all predictions in the order of `anchors.flatten_levels`; 0 where not valid
+    anchor: Tensor  # (B, G, 2) float32: (width, height) of the assigned anchor, pixels
+    cell: Tensor  # (B, G, 2) float32: (column, row)
+    stride: Tensor  # float32: pixels per cell
+    scale_xy: Tensor  # float32: of the level, see `box_coder.decode_cxcywh`
+    last: Tensor  # bool: valid, and no later truth of the image has the same index; this one gives the box
+    final: Tensor  # int64: number of the last valid truth of the image with the same index; its own where not valid
+
+
+def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
+    """Give each truth the anchor, of all levels, whose shape overlaps it most, in the cell of its centre.
+
+    Static shapes and no host synchronisation: everything is computed for padding too and masked. Equal overlaps: the
+    first anchor, as in the Darknet program.
+
+    Args:
+        boxes: (x1, y1, x2, y2) in pixels of the network input, (B, G, 4) float32.
+        labels: class, -1 padding, -2 crowd, (B, G).
+        table: see `anchor_table`.
+
+    Source: YOLOv3, section 2.1; Darknet's yolo layer (best anchor by width-height IoU over the whole list).
+    """
+    boxes_cxcywh = xyxy_to_cxcywh(boxes)
+    # Of equals the first, as `argmax`, and faster.
+    number = pairwise_wh_iou(boxes_cxcywh[..., 2:], table[:, :2]).max(dim=-1).indices
+    best = table[number]  # (B, G, 9)
+    index, cell = place_in_cell(boxes_cxcywh[..., :2], best)
+    valid = labels >= 0
+
+    numbers = torch.arange(labels.shape[1], device=labels.device)
+    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last truth.
+    key = torch.where(valid, index, -1 - numbers)
+    ascending, order = key.sort(dim=-1, stable=True)
+    final = order.gather(-1, torch.searchsorted(ascending, key, right=True) - 1)
+    return Assignment(
+        valid,
+        key.clamp(min=0),
+        best[..., :2],
+        cell,
+        best[..., 2],
+        best[..., 8],
+        valid & (final == numbers),
+        final,
+    )
 
 
 class DarknetLoss(Criterion):
@@ -99,6 +155,3 @@ def decode_assigned(raw: Tensor, truth: Assignment) -> Tensor:
     """The boxes that the assigned predictions stand for, (B, G, 4) cxcywh in pixels; differentiable, always finite."""
     bounded = torch.cat([raw[..., :2], raw[..., 2:4].clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)], dim=-1)
     return decode_cxcywh(bounded, truth.anchor, truth.cell, truth.stride[..., None], truth.scale_xy[..., None])
-
-
-CRITERIA = {"darknet": DarknetLoss, "giou": GIoULoss, "ciou": CIoULoss, "mmdetection": MMDetectionLoss}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
+from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
 
 
 class Encoder(Protocol):

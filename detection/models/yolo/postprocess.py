@@ -1,51 +1,17 @@
 """Raw outputs -> detections: scores, class-wise non-maximum suppression, back to the original image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from detection.anchors import Anchors, flatten_levels
-from detection.box_coder import decode_boxes
-from detection.boxes import clip_boxes
-from detection.devices import suppression_device
-from detection.suppression import suppress
+from detection.models.yolo.box_coder import decode_boxes
+from detection.models.yolo.grid import Anchors, flatten_levels
+from detection.ops.nms import suppress
+from detection.runtime.devices import suppression_device
 
 SCORES_AT_A_TIME = 2**24  # of predictions times classes: 64 MiB for each of the few arrays that decoding makes
-
-
-@dataclass(frozen=True)
-class Letterbox:
-    """How an image was laid into the network input: scaled, then moved right and down by the padding.
-
-    Attributes:
-        scale_x, scale_y: network pixels per original pixel; equal but for rounding to whole pixels when aspect is kept.
-        left, top: padding in network pixels.
-        width, height: size of the original image in pixels.
-    """
-
-    scale_x: float
-    scale_y: float
-    left: int
-    top: int
-    width: int
-    height: int
-
-    def to_input(self, boxes_orig: Tensor) -> Tensor:
-        """Boxes (N, 4) xyxy from original pixels to network pixels."""
-        return boxes_orig * self._scales(boxes_orig) + self._offsets(boxes_orig)
-
-    def to_original(self, boxes: Tensor) -> Tensor:
-        """Boxes (N, 4) xyxy from network pixels to original pixels, exact inverse of `to_input`; not clipped."""
-        return (boxes - self._offsets(boxes)) / self._scales(boxes)
-
-    def _scales(self, like: Tensor) -> Tensor:
-        return like.new_tensor([self.scale_x, self.scale_y, self.scale_x, self.scale_y])
-
-    def _offsets(self, like: Tensor) -> Tensor:
-        return like.new_tensor([self.left, self.top, self.left, self.top])
 
 
 class YOLOPostprocess(nn.Module):
@@ -144,8 +110,3 @@ class YOLOPostprocess(nn.Module):
         counts = image[kept].bincount(minlength=num_images).tolist()
         columns = (values[kept].split(counts) for values in (boxes, scores, label))
         return [dict(zip(("boxes", "scores", "labels"), values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:
-    """Detections from network pixels to original pixels, cut to the image; (K, 4) to (K, 4)."""
-    return clip_boxes(letterbox.to_original(boxes), letterbox.width, letterbox.height)

@@ -7,15 +7,17 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from detection.config.settings import Settings
+from detection.contract import Detector
+from detection.data.fake import synthetic_batch
 from detection.data.loaders import batches_ahead
-from detection.devices import synchronize
-from detection.distributed import Ranks
 from detection.errors import DeviceMemoryError, SettingsError, known_failure
-from detection.measuring import synthetic_batch
-from detection.memory import estimate_memory
-from detection.models import Detector
-from detection.settings import Settings
-from detection.training import ExponentialAverage, build_optimizer, train_step
+from detection.runtime.devices import synchronize
+from detection.runtime.distributed import Ranks
+from detection.training.memory.estimate import estimate_memory
+from detection.training.moving_average import ExponentialAverage
+from detection.training.optimizer import build_optimizer
+from detection.training.step import train_step
 
 # Of one optimizer step, in args.yaml and in Darknet's yolov3.cfg: what their learning rates belong to.
 IMAGES_PER_STEP = 64

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from detection.devices import available_memory
-from detection.models.recomputation import RecomputedStage
-from detection.settings import TrainSettings
+from detection.config.settings import TrainSettings
+from detection.models.backbones.activation_checkpointing import RecomputedStage
+from detection.runtime.devices import available_memory
 
 PROBE_SIDES = (128, 256)  # pixels; what the backward pass keeps grows linearly with the area of the input
 OPTIMIZER_TENSORS = {"adam": 2, "adamw": 2, "sgd": 1}  # of the size of the weights

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from albumentations.augmentations.pixel.functional import add_fog
 
-from detection.data.augmentation import Augmentation, build_augmentation
-from detection.data.fog import RandomFog, count_discs
-from detection.data.letterbox import INTERPOLATIONS, Placed, letterbox_image, warp_placed
+from detection.config.settings import DataSettings, Settings
+from detection.data.augmentation.affine_and_pixels import Augmentation, build_augmentation
+from detection.data.augmentation.fog import RandomFog, count_discs
+from detection.data.resize import INTERPOLATIONS, Placed, letterbox_image, warp_placed
 from detection.data.transforms import Sample, Transform
-from detection.settings import DataSettings, Settings
 
 Load = Callable[..., Settings]
 NAMES = (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data import color
-from detection.data.color import ColorDistortion, distort_hsv, draw_scale
-from detection.settings import Settings
+from detection.config.settings import Settings
+from detection.data.augmentation import color
+from detection.data.augmentation.color import ColorDistortion, distort_hsv, draw_scale
 
 Load = Callable[..., Settings]
 

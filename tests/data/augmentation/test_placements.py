@@ -12,9 +12,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from detection.data import placements
-from detection.data.letterbox import letterbox_geometry, resize_placed
-from detection.data.placements import (
+from detection.config.settings import Settings
+from detection.data.augmentation import crop_and_scale as placements
+from detection.data.augmentation.crop_and_scale import (
     RandomPlacement,
     Rectangle,
     build_iou_crop,
@@ -23,8 +23,9 @@ from detection.data.placements import (
     jittered,
     place_view,
 )
+from detection.data.resize import resize_placed
 from detection.data.transforms import Sample, Transform
-from detection.settings import Settings
+from detection.ops.letterbox import letterbox_geometry
 
 Load = Callable[..., Settings]
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")

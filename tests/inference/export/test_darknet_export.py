@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from detection.errors import CheckpointError
+from detection.inference.export.darknet_export import describe_network
 from detection.models import build_detector
-from detection.models.darknet_cfg import format_cfg, parse_cfg
-from detection.models.darknet_export import describe_network
-from detection.models.darknet_layers import cfg_classes
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import Header, darknet_bytes, load_darknet_weights
+from detection.models.darknet.cfg import format_cfg, parse_cfg
+from detection.models.darknet.layers import cfg_classes
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import Header, darknet_bytes, load_darknet_weights
 
 TINY = ("yolo.encoder=darknet_tiny", "yolo.neck_channels=[256, 128]",
         "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]")  # fmt: skip

@@ -12,28 +12,28 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 
 import detect
 import export
 import validation
-from detection import onnx_comparison
-from detection.command_line import DEFAULTS
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import changed_settings
 from detection.errors import CheckpointError, SettingsError, exit_with_message
-from detection.models.darknet_cfg import parse_cfg
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import Header, load_darknet_weights, write_darknet_weights
-from detection.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
-from detection.onnx_export import SUPPRESSION, OnnxOptions, describe
-from detection.onnx_files import read_description
-from detection.settings import changed_settings
-from detection.weights import OpenedDetector, open_weights
+from detection.inference.export import onnx_comparison
+from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
+from detection.inference.export.onnx_export import SUPPRESSION, OnnxOptions, describe
+from detection.inference.onnx_model import read_description
+from detection.inference.weights import OpenedDetector, open_weights
+from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
+from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
+from tests.support.paths import REPOSITORY
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = "10,12, 30,28, 60,50"
 CFG = write_cfg(  # strides 16 and 32
     [
@@ -105,7 +105,7 @@ def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def run(run_script: Run) -> Run:
     scripts = {"detect.py": detect, "export.py": export, "validation.py": validation}
 
-    def started(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Any:
+    def started(script: str, *arguments: str | Path, cwd: Path = REPOSITORY) -> Any:
         return run_script(scripts[script].main, *arguments, cwd=cwd)
 
     return started
@@ -304,7 +304,7 @@ def test_half_keeps_the_network_alone_in_float16(exported: Callable[[str], Path]
 
 def test_files_hold_no_path_of_this_machine(exported: Callable[[str], Path]) -> None:
     for kind in KINDS:
-        assert str(ROOT).encode() not in exported(kind).read_bytes()
+        assert str(REPOSITORY).encode() not in exported(kind).read_bytes()
 
 
 # As weights
@@ -396,7 +396,7 @@ def test_consumer_example_finds_what_detect_finds(
     run: Run, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
 ) -> None:
     photo = drawn_dataset / "val" / "3.png"
-    command = [sys.executable, ROOT / "docs" / "onnx_example.py", exported("half"), photo, "0.2"]
+    command = [sys.executable, REPOSITORY / "docs" / "onnx_example.py", exported("half"), photo, "0.2"]
     example = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert example.returncode == 0, example.stderr
     words = [photo, "evaluation.visualization_threshold=0.2", "--output", tmp_path / "out"]
@@ -470,7 +470,7 @@ def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatc
 
 def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
     from detection.models import build_model
-    from detection.pretrained import load_pretrained
+    from detection.models.pretrained import load_pretrained
 
     yolo_settings = default_settings("yolo.encoder=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
     with pytest.raises(CheckpointError, match="cannot be trained"):

@@ -4,11 +4,10 @@ import time
 
 import pytest
 import torch
-from darknet_descriptions import Section, conv, net, output, pool, route, shortcut, upsample, write_cfg, yolo, yolov4
 from torch import nn
 
 from detection.errors import SettingsError
-from detection.models.darknet_cfg import (
+from detection.models.darknet.cfg import (
     CfgSection,
     cfg_notices,
     format_cfg,
@@ -17,8 +16,21 @@ from detection.models.darknet_cfg import (
     unused_keys,
     with_classes,
 )
-from detection.models.darknet_layers import cfg_classes
-from detection.models.darknet_network import DarknetNetwork
+from detection.models.darknet.layers import cfg_classes
+from detection.models.darknet.network import DarknetNetwork
+from tests.support.darknet_descriptions import (
+    Section,
+    conv,
+    net,
+    output,
+    pool,
+    route,
+    shortcut,
+    upsample,
+    write_cfg,
+    yolo,
+    yolov4,
+)
 
 ANCHORS = "4,6, 8,12, 10,14"
 # 2 anchors, 1 class: 2 * (5 + 1) = 12 filters

@@ -6,11 +6,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import darknet_reference as reference
 import numpy as np
 import pytest
 import torch
-from darknet_descriptions import (
+from torch import Tensor, nn
+
+import tests.support.darknet_reference as reference
+from detection.config.loading import load_settings
+from detection.contract import Detector
+from detection.errors import SettingsError
+from detection.models import build_detector, check_image_size
+from detection.models.backbones.darknet import DarknetBatchNorm2d
+from detection.models.darknet.cfg import parse_cfg, unused_keys
+from detection.models.darknet.layers import cfg_classes
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import convolution_tensors, load_darknet_weights
+from detection.models.yolo.box_coder import decode_boxes
+from detection.training.optimizer import set_encoder_frozen
+from tests.support.darknet_descriptions import (
     COCO_ANCHORS_V4,
     TINY_ANCHORS,
     Section,
@@ -29,21 +42,9 @@ from darknet_descriptions import (
     yolov4,
     yolov4_tiny,
 )
-from torch import Tensor, nn
+from tests.support.paths import REPOSITORY
 
-from detection.box_coder import decode_boxes
-from detection.errors import SettingsError
-from detection.models import Detector, build_detector, check_image_size
-from detection.models.darknet import DarknetBatchNorm2d
-from detection.models.darknet_cfg import parse_cfg, unused_keys
-from detection.models.darknet_layers import cfg_classes
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import convolution_tensors, load_darknet_weights
-from detection.settings import load_settings
-from detection.training import set_encoder_frozen
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED_WEIGHTS = ROOT.parent / "shared" / "weights"
+SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
 TOLERANCE = 1e-4  # absolute, on logits of the order of 10; of the reference's largest value where that exceeds 10
 
 ANCHORS = "4,6, 8,12, 10,14"
@@ -397,7 +398,7 @@ def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Dete
     path = directory / "network.cfg"
     path.write_text(text)
     words = ("yolo.encoder=darknet_cfg", f"yolo.cfg={path}", *words)
-    settings, _ = load_settings(ROOT / "yolo-v3" / "args.yaml", words=words)
+    settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
     return build_detector(settings.yolo, settings.evaluation, num_classes)
 
 
@@ -524,7 +525,7 @@ def test_training_with_new_coords_is_refused(tmp_path: Path) -> None:
     words = ["data.fake=true", "yolo.num_classes=2", "yolo.encoder=darknet_cfg", f"yolo.cfg={path}"]
     words += ["train.image_size=16", "evaluation.image_size=16", "run.device=cpu", "--dry-run"]
     result = subprocess.run(
-        [sys.executable, ROOT / "yolo-v3" / "main.py", *words],
+        [sys.executable, REPOSITORY / "yolo-v3" / "main.py", *words],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.DEVNULL,

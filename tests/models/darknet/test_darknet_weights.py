@@ -7,17 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import darknet_reference as reference
 import numpy as np
 import pytest
 import torch
-from darknet_descriptions import Section, conv, net, output, route, upsample, write_cfg, yolo
 from torch import nn
 
+import tests.support.darknet_reference as reference
 from detection.errors import CheckpointError, OutputError
-from detection.models.darknet_cfg import parse_cfg
-from detection.models.darknet_network import DarknetNetwork
-from detection.models.darknet_weights import (
+from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.darknet.weights import (
     FETCHED,
     Header,
     Loaded,
@@ -27,8 +26,10 @@ from detection.models.darknet_weights import (
     read_header,
     write_darknet_weights,
 )
+from tests.support.darknet_descriptions import Section, conv, net, output, route, upsample, write_cfg, yolo
+from tests.support.paths import REPOSITORY
 
-SHARED_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "shared" / "weights"
+SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
 # One normalised convolution of 2 filters, 3 x 3, on RGB: 4 * 2 + 54 values. One output of 1 anchor and 1 class:
 # 6 filters on 2 channels: 6 + 12 values. With the header 20 + 4 * 80 = 340 bytes.
 HAND = write_cfg([net(8), conv(2, 3), output(6), yolo("0", "4,6", 1)])

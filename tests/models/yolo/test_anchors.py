@@ -6,19 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from detection import anchors as anchors_module
-from detection.anchors import (
+from detection.data.annotations import load_annotations
+from detection.models.yolo import grid as anchors_module
+from detection.models.yolo.grid import cell_grid, flatten_levels
+from detection.visualization.anchor_clustering import (
     best_ious,
     best_side_ratios,
-    cell_grid,
     cluster_anchors,
     fit_anchors,
-    flatten_levels,
     mean_best_iou,
     nearest_anchors,
     refine_anchors,
 )
-from detection.data.coco import load_annotations
 
 CPU = torch.device("cpu")
 # yolov3.cfg of the Darknet program

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.box_coder import decode_boxes, decode_cxcywh, encode_boxes
-from detection.boxes import cxcywh_to_xyxy
+from detection.models.yolo.box_coder import decode_boxes, decode_cxcywh, encode_boxes
+from detection.ops.boxes import cxcywh_to_xyxy
 
 ANCHORS = torch.tensor([[10.0, 13.0], [33.0, 23.0], [59.0, 119.0]])
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.losses import LARGEST_EXPONENT
-from tests.loss_cases import Case, box_targets, darknet_deltas, decode, responsible, truths_of
-from tests.test_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
+from detection.models.yolo.darknet_loss import LARGEST_EXPONENT
+from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, responsible, truths_of
+from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
 
 Place = tuple[int, int, int, int]
 LARGE = (224, 160)

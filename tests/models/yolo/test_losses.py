@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from detection import target_assignment
-from detection.losses import CRITERIA, DarknetLoss
-from detection.operation_trace import OperationTrace
-from tests.loss_cases import (
+from benchmarks.support.operation_trace import OperationTrace
+from detection.models.yolo import CRITERIA
+from detection.models.yolo import darknet_loss as target_assignment
+from detection.models.yolo.darknet_loss import DarknetLoss
+from tests.support.loss_cases import (
     HEIGHT,
     LEVELS,
     WIDTH,

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection import grid_assignment
-from detection.grid_assignment import assign_by_grid
-from detection.mmdetection_loss import MMDetectionLoss
-from tests.loss_cases import Case, all_predictions, cross_entropy_of_bit, overlap, sigmoid, truths_of
+from detection.models.yolo import mmdetection_loss as grid_assignment
+from detection.models.yolo.mmdetection_loss import MMDetectionLoss, assign_by_grid
+from tests.support.loss_cases import Case, all_predictions, cross_entropy_of_bit, overlap, sigmoid, truths_of
 
 Place = tuple[int, int, int, int]
 LARGE = (224, 160)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.postprocessing import Letterbox, YOLOPostprocess, boxes_to_original
+from detection.models.yolo.postprocess import YOLOPostprocess
+from detection.ops.letterbox import Letterbox, boxes_to_original
 
 STRIDES = [8, 16]
 ANCHORS = [[(10.0, 13.0), (33.0, 23.0)], [(30.0, 61.0), (59.0, 40.0)]]
@@ -278,7 +279,7 @@ def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(most: int 
 
 
 def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detection import postprocessing
+    from detection.models.yolo import postprocess as postprocessing
 
     outputs = random_outputs(images=5, classes=3, seed=5)
     whole = build()(outputs)

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection import target_assignment
-from detection.target_assignment import MOST_PIECES, anchor_table, assign_targets, ignored_predictions, split_batch
+from detection.models.yolo import darknet_loss as target_assignment
+from detection.models.yolo.criterion import MOST_PIECES, ignored_predictions, split_batch
+from detection.models.yolo.darknet_loss import assign_targets
+from detection.models.yolo.grid import anchor_table
 
 # Network input 96 wide, 64 high; the middle level has one anchor fewer than the others.
 STRIDES = [8, 16, 32]

@@ -1,0 +1,1 @@
+"""What benchmarks share: data made on the spot, traces of operations, clocks."""

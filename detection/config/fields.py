@@ -1,0 +1,69 @@
+"""Types of single settings, each with its check."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+)
+
+
+def whole_number(value: Any) -> Any:
+    """1e3 is a natural way to write 1000 steps."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|hpu|cuda(:\d+)?", value):
+        raise ValueError("must be auto, cpu, cuda, cuda:N, mps or hpu")
+    return value
+
+
+def check_duration(value: int | str) -> int | str:
+    """A duration is a number of optimizer steps (5000) or of epochs ("12ep"); `schedules.resolve_steps` counts it."""
+    if value >= 0 if isinstance(value, int) else re.fullmatch(r"\d+(\.\d+)?ep", value):
+        return value
+    raise ValueError('must be a number of steps (5000) or of epochs ("12ep")')
+
+
+def check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("must be [smallest, largest]")
+    return value
+
+
+def is_zero(duration: int | str) -> bool:
+    return float(str(duration).removesuffix("ep")) == 0
+
+
+Duration = Annotated[int | str, BeforeValidator(whole_number), AfterValidator(check_duration)]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+Range = Annotated[tuple[FiniteFloat, FiniteFloat], AfterValidator(check_range)]
+
+NotNegativeRange = Annotated[tuple[NotNegative, NotNegative], AfterValidator(check_range)]
+
+HueRange = Annotated[
+    tuple[Annotated[float, Field(ge=-0.5)], Annotated[float, Field(le=0.5)]], AfterValidator(check_range)
+]
+
+
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+Count = Annotated[int, Field(ge=1)]
+
+GreyLevel = Annotated[int, Field(ge=0, le=255)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

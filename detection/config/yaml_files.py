@@ -1,0 +1,67 @@
+"""Read and write settings as YAML, in which `1e-4` is a number and `on` a word."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detection.errors import SettingsError
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe loading by the YAML 1.2 rules users expect: `1e-3` is a number, `off` is a word, a key occurs once."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(
+                    f"key {key!r} occurs twice in the section that begins in line {node.start_mark.line + 1}"
+                )
+        return super().construct_mapping(node, deep)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        """PyYAML's own reads 010 as octal."""
+        return int(self.construct_scalar(node))
+
+
+_RESOLVERS = (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    (
+        "float",
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+)
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes whatever the rules of `_YamlLoader` (or YAML 1.1) would read as something else than a string."""
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; a mistake is one line naming `where`."""
+    try:
+        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader subclass)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{' '.join(where.split())}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {path} cannot be read: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must be a mapping of sections, is a {type(content).__name__}")
+    return content

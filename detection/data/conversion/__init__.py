@@ -1,0 +1,1 @@
+"""COCO JSON, YOLO txt and Pascal VOC XML into one another."""

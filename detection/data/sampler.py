@@ -1,0 +1,102 @@
+"""Which images, at which size, in which order: a pure function of seed and step."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from detection.config.settings import SIZE_MULTIPLE
+
+# Streams of the one seed; the numbers only have to differ.
+ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
+
+
+class TrainingBatchSampler:
+    """Positions (image index, epoch, size) of every micro-batch from `first_step` to the end of the run.
+
+    The stream of images runs on across epochs, each epoch in its own order, and is cut into batches regardless of
+    where an epoch ends: no tail, nothing dropped, and any step can be computed without the ones before.
+
+    Args:
+        num_images: of the dataset.
+        batch_size: images per micro-batch.
+        subdivisions: micro-batches per optimizer step.
+        steps: (first, end): optimizer steps to produce.
+        seed: of the run.
+        size: side of the network input in pixels.
+        resize_frequency: optimizer steps between changes of the size; 0: always `size`.
+        multiscale_sizes: smallest and largest size of the changes.
+        repeat_factors: how often each image is seen per epoch, (num_images,); None: once.
+        size_step: pixels between the sizes; what the network's sizes must be a multiple of divides it.
+        rank, ranks: of this process; each takes its share of every micro-batch of batch_size * ranks images.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        subdivisions: int,
+        steps: tuple[int, int],
+        seed: int,
+        size: int,
+        resize_frequency: int = 0,
+        multiscale_sizes: tuple[int, int] = (320, 608),
+        repeat_factors: np.ndarray | None = None,
+        size_step: int = SIZE_MULTIPLE,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.num_images = num_images
+        self.size_step = size_step
+        self.batch_size = batch_size
+        self.subdivisions = subdivisions
+        self.first_step, self.end_step = steps
+        self.seed = seed
+        self.size = size
+        self.resize_frequency = resize_frequency
+        self.multiscale_sizes = multiscale_sizes
+        self.repeat_factors = repeat_factors
+        # Rounded up: shrinking the factors to fit would leave some images out of some epochs.
+        total = num_images if repeat_factors is None else float(repeat_factors.sum())
+        self.images_per_epoch = math.ceil(round(total, 6))
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return (self.end_step - self.first_step) * self.subdivisions
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for micro_step in range(self.first_step * self.subdivisions, self.end_step * self.subdivisions):
+            size = self.size_of_step(micro_step // self.subdivisions)
+            first = (micro_step * self.ranks + self.rank) * self.batch_size
+            positions = range(first, first + self.batch_size)
+            yield [(*self.image_at(position), size) for position in positions]
+
+    def image_at(self, position: int) -> tuple[int, int]:
+        """(image index, epoch) of a position in the endless stream of images."""
+        epoch, place = divmod(position, self.images_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, self.order_of_epoch(epoch))
+        return int(self._order[1][place]), epoch
+
+    def order_of_epoch(self, epoch: int) -> np.ndarray:
+        """Image indices of one epoch, shuffled; (images_per_epoch,) int64."""
+        indices = np.arange(self.num_images)
+        if self.repeat_factors is not None:
+            # Systematic sampling: an image with factor 1.3 comes once or twice, 1.3 times on average, and the total
+            # is the same in every epoch.
+            ends = np.cumsum(self.repeat_factors) * (self.images_per_epoch / self.repeat_factors.sum())
+            ends[-1] = self.images_per_epoch
+            start = np.random.default_rng([self.seed, BALANCE_STREAM, epoch]).random()
+            indices = np.repeat(indices, np.diff(np.floor(ends + start).astype(np.int64), prepend=0))
+        return np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(indices)
+
+    def size_of_step(self, step: int) -> int:
+        """Side of the network input in optimizer step `step`, pixels."""
+        if not self.resize_frequency:
+            return self.size
+        smallest, largest = self.multiscale_sizes
+        generator = np.random.default_rng([self.seed, SIZE_STREAM, step // self.resize_frequency])
+        return smallest + self.size_step * int(
+            generator.integers((largest - smallest) // self.size_step, endpoint=True)
+        )

@@ -1,0 +1,1 @@
+"""The dataset doctor: findings in annotations, images and their fit to a detector."""

@@ -1,0 +1,1 @@
+"""Pixels, axes, windows and pages. Knows no dataset and no model."""

@@ -1,0 +1,66 @@
+"""How an image is laid into the network input, and back; exact inverses."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from detection.ops.boxes import clip_boxes
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image was laid into the network input: scaled, then moved right and down by the padding.
+
+    Attributes:
+        scale_x, scale_y: network pixels per original pixel; equal but for rounding to whole pixels when aspect is kept.
+        left, top: padding in network pixels.
+        width, height: size of the original image in pixels.
+    """
+
+    scale_x: float
+    scale_y: float
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def to_input(self, boxes_orig: Tensor) -> Tensor:
+        """Boxes (N, 4) xyxy from original pixels to network pixels."""
+        return boxes_orig * self._scales(boxes_orig) + self._offsets(boxes_orig)
+
+    def to_original(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, 4) xyxy from network pixels to original pixels, exact inverse of `to_input`; not clipped."""
+        return (boxes - self._offsets(boxes)) / self._scales(boxes)
+
+    def _scales(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.scale_x, self.scale_y, self.scale_x, self.scale_y])
+
+    def _offsets(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.left, self.top, self.left, self.top])
+
+
+def letterbox_geometry(
+    width: int, height: int, size: int, keep_aspect: bool, rounding: str = "nearest"
+) -> tuple[Letterbox, int, int]:
+    """Where an image of (width, height) lies in a square of `size`: the letterbox, and its new width and height.
+
+    Args:
+        rounding: of the shorter side to whole pixels, "nearest" or "down". The program Darknet rounds down.
+
+    Source: letterbox_image in src/image.c of https://github.com/pjreddie/darknet for "down"
+    """
+    longest = max(width, height)
+    if not keep_aspect:
+        new_width = new_height = size
+    elif rounding == "down":
+        new_width, new_height = max(width * size // longest, 1), max(height * size // longest, 1)
+    else:
+        scale = size / longest
+        new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    return Letterbox(new_width / width, new_height / height, left, top, width, height), new_width, new_height
+
+
+def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:
+    """Detections from network pixels to original pixels, cut to the image; (K, 4) to (K, 4)."""
+    return clip_boxes(letterbox.to_original(boxes), letterbox.width, letterbox.height)

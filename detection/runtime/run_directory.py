@@ -1,0 +1,31 @@
+"""The directory of a run, new and empty."""
+
+import datetime
+from pathlib import Path
+
+from detection.errors import OutputError
+
+
+def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
+    """Make `logs/<YYMMDD-HHMMSS>_<name>`, or the wanted directory, which must be empty.
+
+    Raises:
+        OutputError: it cannot be made, or is not empty.
+    """
+    try:
+        if wanted is not None:
+            wanted.mkdir(parents=True, exist_ok=True)
+            if any(wanted.iterdir()):
+                raise OutputError(f"--output {wanted} is not empty; to continue that run use --resume {wanted}")
+            return wanted
+        name = f"{datetime.datetime.now():%y%m%d-%H%M%S}_{name}"
+        logs.mkdir(parents=True, exist_ok=True)
+        # Two runs that start in the same second get different directories.
+        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+            directory = logs / (name + suffix)
+            if not directory.exists():
+                directory.mkdir()
+                return directory
+        raise OutputError(f"{logs / name} and 98 more of that name exist")
+    except OSError as error:
+        raise OutputError(f"run directory cannot be made: {error}") from None

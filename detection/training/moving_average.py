@@ -1,0 +1,78 @@
+"""Exponential moving average of the weights."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialAverage:
+    """Moving average of the weights and of the normalisations' statistics, for evaluation and for `best.pt`.
+
+    average += (1 - d) * (value - average) with d = decay * (1 - exp(-(step + 1) / ramp))
+
+    The ramp lets the early average forget the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, ramp: int) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.ramp = ramp
+        self._pairs: _TensorPairs | None = None
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
+        """Take in the weights after optimizer step `step` (the first is 0).
+
+        Args:
+            finite: bool on the device; false: the step was skipped, the average keeps its values.
+        """
+        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
+        if self._pairs is None or not self._pairs.hold():
+            self._pairs = _TensorPairs(self.model, model)
+        own, new = self._pairs.floats
+        if finite is None:
+            torch._foreach_lerp_(own, new, 1 - decay)
+        else:
+            share = torch.where(finite, 1 - decay, 0.0)
+            if share.device.type == "cpu":
+                torch._foreach_lerp_(own, new, [share] * len(own))
+            else:  # there a list of shares means one kernel per tensor
+                difference = torch._foreach_sub(new, own)
+                torch._foreach_mul_(difference, share)
+                torch._foreach_add_(own, difference)
+        if self._pairs.others[0]:  # counters of the normalisations, kept by a skipped step themselves
+            torch._foreach_copy_(*self._pairs.others)
+
+
+class _TensorPairs:
+    """The tensors of two equal models side by side, found once: collecting them takes as long as their copy."""
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        self._places = [*_state_places(average), *_state_places(model)]  # in the same order
+        tensors = [place[name] for place, name in self._places]
+        self._tensors = tensors
+        pairs = list(zip(tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :], strict=True))
+        self.floats = _unzip([pair for pair in pairs if pair[0].is_floating_point()])
+        self.others = _unzip([pair for pair in pairs if not pair[0].is_floating_point()])
+
+    def hold(self) -> bool:
+        """Whether they are still the models' own; statistics that are joined become other tensors."""
+        return all(place[name] is tensor for (place, name), tensor in zip(self._places, self._tensors, strict=True))
+
+
+def _state_places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the tensors of `state_dict()` stand."""
+    return [
+        (place, name)
+        for module in model.modules()
+        for place in (module._parameters, module._buffers)
+        for name, tensor in place.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _unzip(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]

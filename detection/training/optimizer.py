@@ -1,0 +1,73 @@
+"""The optimizer, its groups, and what of the model is frozen."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from detection.config.settings import TrainSettings
+from detection.training.schedules import BIAS_GROUP
+
+FACTOR = "learning_rate_factor"  # key of an optimizer group
+
+
+def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD over three named groups; weight decay acts on convolution weights only.
+
+    Groups: "weights" (kernels), "norms" (scale of the normalisations and other factors per channel), "biases" (all
+    biases). With its own learning-rate factor the encoder has three more of the same names; they carry the factor.
+    """
+    factor = train.encoder_learning_rate_factor
+    encoder = [] if factor == 1 else cast(nn.Module, model.encoder).parameters()
+    of_encoder = {id(parameter) for parameter in encoder}
+    parts = (False, True) if of_encoder else (False,)
+    groups: dict[tuple[bool, str], list[nn.Parameter]] = {
+        (part, kind): [] for part in parts for kind in ("weights", "norms", BIAS_GROUP)
+    }
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = BIAS_GROUP if name == "bias" else "norms" if parameter.ndim == 1 else "weights"
+            groups[id(parameter) in of_encoder, kind].append(parameter)
+    arguments = []
+    for (part, kind), parameters in groups.items():
+        decay = train.weight_decay if kind == "weights" else 0.0
+        group: dict[str, Any] = {"params": parameters, "name": kind, "weight_decay": decay}
+        if part:  # only then, so that other checkpoints stay as they are
+            group[FACTOR] = factor
+        arguments.append(group)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all weights where there is one
+    if train.optimizer == "sgd":
+        sgd = torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
+        if train.momentum:
+            # From the start: the kernel fails when an encoder that is unfrozen later has none beside a neck that has.
+            for parameter in model.parameters():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return optimizer(arguments, lr=train.learning_rate, fused=fused)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rate_of_group: Callable[[str], float]) -> None:
+    """Give each group the schedule's rate for its name, times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate_of_group(group["name"]) * group.get(FACTOR, 1.0)
+
+
+def set_encoder_frozen(model: nn.Module, frozen: bool, batch_norm: str = "train") -> None:
+    """Freeze or unfreeze the encoder of a model in training mode.
+
+    Args:
+        frozen: its weights get no gradient and its normalisations keep their statistics.
+        batch_norm: "frozen": those statistics stay, and normalise, while the weights train too.
+    """
+    encoder = cast(nn.Module, model.encoder)
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(not frozen)
+        if frozen:
+            parameter.grad = None
+    encoder.train(not frozen)
+    if batch_norm == "frozen":
+        for module in encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()

@@ -1,0 +1,1 @@
+"""Pictures of datasets, targets, anchors and augmentation."""

@@ -1,0 +1,1 @@
+"""What tests share: cases, slow oracles, stand-ins, made-up datasets."""

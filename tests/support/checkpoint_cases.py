@@ -1,0 +1,32 @@
+"""What tests of checkpoints share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Same types, keys in the same order, same bits (a NaN equals itself, 0.0 does not equal -0.0)."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        if first.dtype != second.dtype or first.shape != second.shape:
+            return False
+        # The integers that the bits mean: comparing floats would lose NaN and the sign of zero.
+        first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
+        return torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return list(first) == list(second) and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and type(first) is type(second):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return type(first) is type(second) and repr(first) == repr(second)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return open, (str(self.marker), "w")

@@ -1,0 +1,35 @@
+"""Box formulas for one pair, in plain Python."""
+
+import math
+
+
+def slow_generalized_iou(box_1: list[float], box_2: list[float]) -> float:
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    hull = hull_width * hull_height
+    return intersection / union - (hull - union) / hull
+
+
+def slow_complete_iou(box_1: list[float], box_2: list[float], alpha: float | None = None) -> float:
+    """`alpha` given: held fixed, as in the gradient."""
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    distance_squared = (box_1[0] - box_2[0]) ** 2 + (box_1[1] - box_2[1]) ** 2
+    v = slow_v(box_1, box_2)
+    alpha = v / (1 - intersection / union + v) if alpha is None else alpha
+    return intersection / union - distance_squared / (hull_width**2 + hull_height**2) - alpha * v
+
+
+def slow_v(box_1: list[float], box_2: list[float]) -> float:
+    return 4 / math.pi**2 * (math.atan(box_2[2] / box_2[3]) - math.atan(box_1[2] / box_1[3])) ** 2
+
+
+def slow_overlap_and_hull(box_1: list[float], box_2: list[float]) -> tuple[float, float, float, float]:
+    left, right, top, bottom = [], [], [], []
+    for x, y, width, height in (box_1, box_2):
+        left.append(x - width / 2)
+        right.append(x + width / 2)
+        top.append(y - height / 2)
+        bottom.append(y + height / 2)
+    width, height = min(right) - max(left), min(bottom) - max(top)
+    intersection = width * height if width > 0 and height > 0 else 0.0
+    union = box_1[2] * box_1[3] + box_2[2] * box_2[3] - intersection
+    return intersection, union, max(right) - min(left), max(bottom) - min(top)

@@ -1,0 +1,37 @@
+"""The training script in this process, and its results compared."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from tests.support.paths import MAIN
+
+
+def first_difference(first: Any, second: Any, where: str = "") -> str | None:
+    """Path of the first value in which two checkpoints differ; tensors must agree in every bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+        return None if same else where
+    if type(first) is not type(second):
+        return f"{where}: {type(first)} and {type(second)}"
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return f"{where}: keys {first.keys() ^ second.keys()}"
+        pairs: Any = ((first[key], second[key], f"{where}/{key}") for key in first)
+    elif isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return f"{where}: lengths"
+        pairs = ((*pair, f"{where}/{number}") for number, pair in enumerate(zip(first, second, strict=True)))
+    else:
+        return None if first == second else f"{where}: {first!r} and {second!r}"
+    return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
+
+
+def load_main() -> Any:
+    """The script as a module, for refusals that need no process of their own."""
+    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
