@@ -160,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
 def describe_network(settings: Settings) -> Network:
     """Anchors and strides without building the network, but for a Darknet description, which alone knows its own."""
     yolo = settings.yolo
-    if yolo.encoder != DARKNET_CFG:
+    if yolo.backbone != DARKNET_CFG:
         strides = tuple(SIZE_MULTIPLE >> level for level in reversed(range(len(yolo.anchors))))
         return Network(yolo.anchors, strides, SIZE_MULTIPLE, None)
     assert yolo.cfg is not None, "checked by the settings"
@@ -271,7 +271,7 @@ def write_overlay(directory: Path, levels: Anchors, network: Network, comments: 
         layers = [level.layer for level in sorted(build_layers(network.sections)[2], key=lambda level: level.stride)]
         text = format_cfg(with_anchors(network.sections, dict(zip(layers, levels, strict=True))))
         (directory / "anchors.cfg").write_text(text, encoding="utf-8")
-        lines += ["yolo:", f"  encoder: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
+        lines += ["yolo:", f"  backbone: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
     (directory / "anchors.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

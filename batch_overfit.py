@@ -2,11 +2,11 @@
 
 python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
 python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
-python batch_overfit.py yolo.encoder=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
+python batch_overfit.py yolo.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
 
 Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
 average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
-the loss, writes before.png and after.png (truth beside detections) and metrics.json into a new directory below logs/.
+the loss, writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below logs/.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import autocast, build_scaler, choose_precision, describe_device, open_device
 from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
-from detection.training.optimizer import build_optimizer, set_encoder_frozen, set_learning_rates
+from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.step import train_step
 
 BUILTIN = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
@@ -60,7 +60,7 @@ class NotLearned(UserError):
 
 @dataclass(frozen=True)
 class Overfit:
-    """One batch, its truth and the detector that should learn it."""
+    """One batch, its ground truth and the detector that should learn it."""
 
     settings: Settings
     device: torch.device
@@ -94,7 +94,7 @@ def main() -> None:
     detector = detector.to(device, settings.run.channels_last)
     overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
     boxes = len(dataset.annotations.labels)
-    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.yolo.encoder}")
+    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.yolo.backbone}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
@@ -120,7 +120,7 @@ def main() -> None:
     if ap50 < arguments.threshold:
         raise NotLearned(
             f"not learned: AP50 {ap50:.3f} after {step} steps, {arguments.threshold:g} was asked for; look at "
-            "after.png for wrong truth or objects of a few pixels, try another train.learning_rate or more --steps"
+            "after.png for wrong ground truth or objects of a few pixels, try another train.learning_rate or more --steps"
         )
     print(f"learned: AP50 {ap50:.3f} after {step} steps")
 
@@ -160,7 +160,7 @@ def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.Grad
     """Steps on the one batch until AP50 is there; the last evaluation and the number of steps."""
     settings, model = overfit.settings.train, overfit.detector.model.train()
     criterion = cast(nn.Module, overfit.detector.criterion)
-    set_encoder_frozen(model, False, settings.encoder_batch_norm)
+    set_backbone_frozen(model, False, settings.backbone_batch_norm)
     optimizer = build_optimizer(model, settings)
     evaluation = None
     with tqdm(total=steps, unit="step", disable=None) as bar:
@@ -173,7 +173,7 @@ def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.Grad
             # A few steps more or less do not matter here, waiting for the device does not either.
             if not finite and not scaler.is_enabled():
                 parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.items())
-                raise NumericsError(f"not finite at step {step}: {parts}; try a lower train.learning_rate")
+                raise NumericsError(f"non-finite at step {step}: {parts}; try a lower train.learning_rate")
             bar.update()
             if step % EVALUATE_EVERY and step != steps:
                 continue

@@ -53,7 +53,7 @@ from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
 BATCH_SIZE = 8  # images, where evaluation.batch_size does not say
-MOST_THREADS = 8  # for reading and writing pictures; each holds a decoded image
+MAX_THREADS = 8  # for reading and writing pictures; each holds a decoded image
 Loaded = tuple[np.ndarray, Sample] | DataReadError
 STOP_KEYS = ("q", "escape")
 
@@ -176,7 +176,7 @@ class Run:
 
     def look_at_images(self, sources: list[Source]) -> None:
         """Reading, drawing and writing run in threads beside the network, a batch at a time."""
-        results, threads = self.results, min(MOST_THREADS, os.cpu_count() or 1)
+        results, threads = self.results, min(MAX_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, tqdm(total=len(sources), unit="image", disable=None) as bar:
             loaded = read_ahead(pool, self._load, sources, threads)
             for batch in batches(loaded, self.finder.batch_size, pixels_of_loaded):

@@ -1,23 +1,23 @@
 """Trained weights in the form that other programs read.
 
 python export.py --weights logs/240224-211713_LambdaLR/best.pt                     best.onnx beside the weights
-python export.py --weights logs/240224-211713_LambdaLR/best.pt --nms --half        with suppression, network in float16
+python export.py --weights logs/240224-211713_LambdaLR/best.pt --nms --half        with NMS, network in float16
 python export.py --weights best.pt --dynamic-size --input float --output DIRECTORY
 python export.py --weights best.pt --format darknet                                best.weights, best.cfg, best.names
-python export.py --weights yolov3.weights --format backbone                        yolov3.conv.52: the encoder alone
+python export.py --weights yolov3.weights --format backbone                        yolov3.conv.52: the backbone alone
 python export.py --weights my.weights --cfg my.cfg --names my.names evaluation.image_size=416
 
 onnx: one file for any batch size; docs/deploy_onnx.md shows how to use it. Input `images`: RGB (B, 3, size, size),
 letterboxed; the pixel scaling is inside. Outputs:
   --outputs raw      one per level, `stride_8`, ...: logits (B, anchors, H, W, 5 + classes)
   --outputs decoded  (default) `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes):
-                     objectness times class probability; both before non-maximum suppression
+                     objectness times class probability; both before NMS
   --nms              final detections of the whole batch, best score first: `boxes` (K, 4), `scores`, `labels` and
                      `image_index` (K); thresholds: evaluation.confidence_threshold, .iou_threshold, .max_detections
 Names, size, letterbox, anchors and thresholds are in its metadata; validation.py and detect.py take it as --weights.
 ONNX Runtime runs it beside PyTorch on pictures of data.root (or photographs of installed packages) and on noise; a
 difference beyond the tolerance removes it (exit 1). Needs `pip install onnx onnxscript onnxruntime`. Half a minute.
-darknet: files that the Darknet program loads, bit for bit our weights.
+darknet: files that Darknet loads, bit for bit our weights.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--simplify",
         action=argparse.BooleanOptionalAction,
-        help="fold constants and normalisation with onnxscript's optimizer (default); --no-simplify: as traced",
+        help="fold constants and batch norm with onnxscript's optimizer (default); --no-simplify: as traced",
     )
     return parser.parse_intermixed_args()
 
@@ -93,7 +93,7 @@ def onnx_options(arguments: argparse.Namespace) -> OnnxOptions:
     if options.opset not in OPSETS:
         raise SettingsError(f"--opset {options.opset}: must lie between {OPSETS[0]} and {OPSETS[-1]}")
     if options.half and not options.simplify:
-        raise SettingsError("--half needs --simplify: normalisation in float16 would lose too many digits")
+        raise SettingsError("--half needs --simplify: batch norm in float16 would lose too many digits")
     return options
 
 
@@ -118,9 +118,9 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
 
 
 def export_backbone(opened: OpenedDetector, stem: Path) -> None:
-    """The convolutions of the encoder alone, as darknet53.conv.74 holds them."""
+    """The convolutions of the backbone alone, as darknet53.conv.74 holds them."""
     model = opened.detector.model
-    own = {id(parameter) for parameter in cast(nn.Module, model.encoder).parameters()}
+    own = {id(parameter) for parameter in cast(nn.Module, model.backbone).parameters()}
     modules = as_darknet(model).darknet_convolutions()
     count = sum(id(next(module.parameters())) in own for module in modules)
     path = stem.with_name(f"{stem.name}.conv.{count}")

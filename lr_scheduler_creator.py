@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 COCO_IMAGES = 118_287  # train2017
 POINTS = 2000  # of a curve, besides its turns
 WARMUP_POINTS = 200
-MOST_MARKS = 60
+MAX_MARKS = 60
 COSINE = "CosineAnnealingWarmRestartsWithWarmup"
 
 
@@ -64,7 +64,7 @@ class Curve:
         turns = [step for step in self.turns() if step not in warmup]
         turn = ("o", "restart") if self.schedule.strategy == COSINE else ("s", "milestone")
         found = {"^": ("end of the warm-up", warmup), turn[0]: (turn[1], turns)}
-        return {marker: (name, steps) for marker, (name, steps) in found.items() if 0 < len(steps) <= MOST_MARKS}
+        return {marker: (name, steps) for marker, (name, steps) in found.items() if 0 < len(steps) <= MAX_MARKS}
 
     def groups(self) -> list[str]:
         """Parameter groups with a rate of their own."""

@@ -11,7 +11,7 @@ python validation.py --compare logs/A/best.pt logs/B/best.pt C.onnx D.weights --
 Prints the official table, AP per class, by box size and by aspect, the confidence of the best F1, and the time of each
 part. Writes into a new directory below logs/: metrics.json, detections.json (COCO result format), and as pictures with
 their numbers as CSV: precision-recall and confidence curves, confusion matrix (of boxes drawn, score at least
-evaluation.visualization_threshold), metrics by size and aspect; validation.png shows truth beside detections.
+evaluation.visualization_threshold), metrics by size and aspect; validation.png shows ground truth beside detections.
 
 --confidence  one pass over the images at the lowest threshold; each one's table is exactly that of a run of its own
 --compare     side by side: metrics, parameters, images/s, AP of each class; a Darknet FILE.weights takes FILE.cfg and,
@@ -246,7 +246,7 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
 
     Raises:
         SettingsError: another number of classes.
-        DataError: no data, or no truth in it.
+        DataError: no data, or no ground-truth box in it.
     """
     evaluation = opened.settings.evaluation
     dataset = build_validation_dataset(opened.settings.data, evaluation.image_size, opened.names, evaluation.max_images)
@@ -257,7 +257,7 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
             "say with --names which class is which"
         )
     if annotations.crowd.all():
-        raise DataError(f"no truth: none of the {len(dataset)} validation images has a box that counts")
+        raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a box that counts")
     return dataset
 
 
@@ -288,7 +288,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
             on_batch=advance,
         )
     if evaluation.dropped:
-        print(f"warning: {evaluation.dropped} detections were not finite numbers and were dropped")
+        print(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     return evaluation
 
 

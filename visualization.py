@@ -5,7 +5,7 @@ python visualization.py data.root=my_dataset --split val --pages all    every im
 python visualization.py data.root=my_dataset --class dog --random --per-page 6
 python visualization.py data.root=my_dataset --images 139 285 632
 python visualization.py data.validation_annotations=instances_val2017.json --split val    annotations alone: statistics
-python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   truth beside detections, worst images first
+python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   ground truth beside detections, worst images first
 
 Writes into a new directory below logs/: report.html (one file with everything in it, no network), page_0001.png ...
 (the grids of images), class_distribution.png, statistics.png and statistics.json; with --weights (a checkpoint, or
@@ -43,8 +43,8 @@ from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
 from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
 
-MOST_PER_PAGE = 100
-MOST_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each
+MAX_PER_PAGE = 100
+MAX_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each
 PAGE_FLAGS = ("page", "pages", "images", "class_name", "random", "weights")
 
 
@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--images", nargs="+", metavar="ID", help="only the images of these ids, in this order")
     add("--class", dest="class_name", metavar="NAME", help="only images with a box of this class")
     add("--random", action="store_true", help="in random order; run.seed=N chooses another")
-    add("--per-page", type=int, metavar="N", help=f"images per page, 1 to {MOST_PER_PAGE} (default: 12; of pairs 4)")
+    add("--per-page", type=int, metavar="N", help=f"images per page, 1 to {MAX_PER_PAGE} (default: 12; of pairs 4)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--page", type=int, metavar="N", help="the page to write (default: 1)")
     group.add_argument("--pages", metavar="A-B", help="several pages to write, or all")
@@ -123,8 +123,8 @@ def parse_arguments() -> argparse.Namespace:
         raise SettingsError("--images: expected the ids of images")
     if arguments.per_page is None:
         arguments.per_page = 12 if arguments.weights is None else 4
-    if not 1 <= arguments.per_page <= MOST_PER_PAGE:
-        raise SettingsError(f"--per-page {arguments.per_page}: must be 1 to {MOST_PER_PAGE}")
+    if not 1 <= arguments.per_page <= MAX_PER_PAGE:
+        raise SettingsError(f"--per-page {arguments.per_page}: must be 1 to {MAX_PER_PAGE}")
     if arguments.weights is None and (arguments.cfg or arguments.names):
         raise SettingsError("--cfg and --names describe --weights, which is missing")
     return arguments
@@ -252,14 +252,14 @@ def report_mistakes(
     order = order[~np.isin(order, list(unreadable))]
     write_mistakes(directory / "worst_images.csv", annotations, mistakes, order)
     lines = [
-        f"at score {findings.threshold:g} and IoU 0.5, {mistakes.truths[order].sum():,} truths: "
+        f"at score {findings.threshold:g} and IoU 0.5, {mistakes.gt_boxes[order].sum():,} ground-truth boxes: "
         f"{mistakes.found[order].sum():,} found, {mistakes.missed[order].sum():,} missed; "
         f"{len(findings.matches):,} detections: {mistakes.false.sum():,} false, "
         f"{mistakes.in_crowd.sum():,} in crowd regions",
         f"worst_images.csv and pages: {RULE}",
     ]
     print("\n".join(lines))
-    report.heading("Truth beside detections")
+    report.heading("Ground truth beside detections")
     report.lines(lines)
     return order
 
@@ -269,10 +269,10 @@ def write_pages(directory: Path, report: HtmlReport, pages: Pages, numbers: rang
     for number in tqdm(numbers, unit="page", disable=None if len(numbers) > 1 else True):
         picture = pages.draw(number)
         save_png(directory / f"page_{number + 1:04d}.png", picture)
-        if number - numbers.start < MOST_EMBEDDED:
+        if number - numbers.start < MAX_EMBEDDED:
             report.photograph(picture, pages.caption(number))
-    if len(numbers) > MOST_EMBEDDED:
-        report.lines([f"The other {len(numbers) - MOST_EMBEDDED} pages are the files page_*.png beside this report."])
+    if len(numbers) > MAX_EMBEDDED:
+        report.lines([f"The other {len(numbers) - MAX_EMBEDDED} pages are the files page_*.png beside this report."])
     if pages.unreadable:
         report.heading("Images that cannot be read, left out")
         report.lines(pages.unreadable.values())

@@ -41,7 +41,7 @@ from detection.models.yolo.criterion import Criterion
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.dataset_figures import printable
-from detection.visualization.target_pictures import assigned_predictions, count_targets, draw_targets, truths_of
+from detection.visualization.target_pictures import assigned_predictions, count_targets, draw_targets, gt_boxes_of
 
 IMAGES, IMAGES_WITH_TARGETS = 16, 3  # drawn without --images
 COLUMNS = 4
@@ -195,7 +195,7 @@ def show_batch(
     rows: list[dict[str, Any]] = []
     tiles = []
     for place, (index, epoch, _) in enumerate(drawn):
-        image, boxes, labels = truths_of(batch, place)
+        image, boxes, labels = gt_boxes_of(batch, place)
         number = int(annotations.image_ids[index])
         row: dict[str, Any] = {
             "image_id": number,

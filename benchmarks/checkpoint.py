@@ -1,7 +1,7 @@
 """What a checkpoint costs the training loop, and what it costs in all.
 
-python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and a moving average
-python3 -m benchmarks.checkpoint yolo.encoder=mobilenet_v3_small
+python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and a EMA
+python3 -m benchmarks.checkpoint yolo.backbone=mobilenet_v3_small
 
 The loop waits for `save` alone, which copies; a thread writes, reads back and renames.
 """
@@ -55,7 +55,7 @@ def main() -> None:
         started = time.perf_counter()
         load_checkpoint(Path(directory) / "last.pt")
         loading = time.perf_counter() - started
-    print(f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.encoder}, {size / 2**20:.0f} MiB")
+    print(f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.backbone}, {size / 2**20:.0f} MiB")
     print(f"{'seconds':<40}{'median':>8}{'spread':>16}{'first':>8}")
     for name, values in (("the loop waits (save)", waits), ("until it is verified on the disk", writes)):
         rest = values[1:]

@@ -3,7 +3,7 @@
 python3 -m benchmarks.evaluation               arrays at all sizes, the others at the smallest
 python3 -m benchmarks.evaluation --all         every evaluator at all sizes, 5 minutes
 
-5,000 images, 36,335 truths of 80 classes, some of them crowds; 201,097, 628,352 and 1,547,498 detections, the counts of
+5,000 images, 36,335 ground-truth boxes of 80 classes, some of them crowds; 201,097, 628,352 and 1,547,498 detections, the counts of
 a YOLOv3 on val2017 at confidence 0.01, 0.001 and 0.0001. Prints one table: seconds from arrays to the twelve numbers
 (median and spread of the repeats), the largest difference to pycocotools among these and the precisions of all classes,
 IoU and recalls, and the memory that scoring adds to a process that holds the detections. Each case is a process of its
@@ -33,7 +33,7 @@ from detection.evaluation.detections import Detections
 from detection.training.throughput import matmul_rates
 
 COUNTS = (201_097, 628_352, 1_547_498)
-IMAGES, TRUTHS, CLASSES = 5000, 36_335, 80
+IMAGES, GT_BOXES, CLASSES = 5000, 36_335, 80
 SIZE = 640  # pixels, side of an image
 BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")  # the first is the reference
 
@@ -52,17 +52,17 @@ def main() -> None:
     ceiling = max(matmul_rates(2048, torch.float32, torch.device("cpu"), 3))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *BACKENDS[:2]))
     print(
-        f"{IMAGES} images, {TRUTHS} truths, {CLASSES} classes; cpu ({platform.machine()}), {versions}; one thread, "
+        f"{IMAGES} images, {GT_BOXES} ground-truth boxes, {CLASSES} classes; cpu ({platform.machine()}), {versions}; one thread, "
         f"float64; matmul float32 {ceiling / 1e12:.2f} TFLOP/s on {torch.get_num_threads()} threads"
     )
     print(
         f"{'detections':>10}  {'evaluator':<17}{'seconds':>8}{'spread':>14}{'AP':>9}{'difference':>12}{'added MiB':>11}"
     )
-    truth = synthetic_truth()
+    gt = synthetic_ground_truth()
     with tempfile.TemporaryDirectory() as directory:
         for count in sorted(arguments.counts):
             found = Path(directory) / "found.npz"
-            np.savez(found, **vars(synthetic_detections(truth, count)))
+            np.savez(found, **vars(synthetic_detections(gt, count)))
             reference = None
             for backend in BACKENDS:
                 if backend != "arrays" and count > min(arguments.counts) and not arguments.all:
@@ -88,7 +88,7 @@ def in_own_process(backend: str, found: Path, repeats: int) -> dict[str, np.ndar
 
 
 def run_case(backend: str, found: Path, result: Path, repeats: int) -> None:
-    annotations = synthetic_truth()
+    annotations = synthetic_ground_truth()
     # Read, not made here: memory that was in use before would be used again, and not be counted.
     with np.load(found) as arrays:
         detections = Detections(**arrays)
@@ -122,16 +122,16 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def synthetic_truth() -> Annotations:
-    """Truths of an image share few classes, and few classes have most truths, as in COCO."""
+def synthetic_ground_truth() -> Annotations:
+    """Ground-truth boxes of an image share few classes, and few classes have most ground-truth boxes, as in COCO."""
     generator = np.random.default_rng(0)
-    image = np.sort(generator.choice(IMAGES, TRUTHS, p=generator.dirichlet(np.ones(IMAGES))))
+    image = np.sort(generator.choice(IMAGES, GT_BOXES, p=generator.dirichlet(np.ones(IMAGES))))
     frequency = 1 / np.arange(2, CLASSES + 2)
     of_image = generator.choice(CLASSES, (IMAGES, 3), p=frequency / frequency.sum())
-    labels = of_image[image, generator.choice(3, TRUTHS, p=(0.6, 0.3, 0.1))]
-    sides = np.exp(generator.normal(4.0, 1.0, (TRUTHS, 2))).clip(4, SIZE).round(2)
-    corners = (generator.random((TRUTHS, 2)) * (SIZE - sides)).round(2)
-    crowd = generator.random(TRUTHS) < 0.01
+    labels = of_image[image, generator.choice(3, GT_BOXES, p=(0.6, 0.3, 0.1))]
+    sides = np.exp(generator.normal(4.0, 1.0, (GT_BOXES, 2))).clip(4, SIZE).round(2)
+    corners = (generator.random((GT_BOXES, 2)) * (SIZE - sides)).round(2)
+    crowd = generator.random(GT_BOXES) < 0.01
     return Annotations(
         image_ids=np.arange(1, IMAGES + 1),
         image_sizes=np.full((IMAGES, 2), SIZE, dtype=np.int32),
@@ -143,31 +143,31 @@ def synthetic_truth() -> Annotations:
         areas=sides.prod(axis=1) * 0.7,  # a mask fills its box to about that share
         coco_boxes=np.concatenate([corners, sides], axis=1),
         crowd=crowd,
-        annotation_ids=np.arange(1, TRUTHS + 1),
+        annotation_ids=np.arange(1, GT_BOXES + 1),
         categories=Categories(tuple(map(str, range(CLASSES))), tuple(range(1, CLASSES + 1))),
         counts=AnnotationCounts(),
     )
 
 
 def synthetic_detections(annotations: Annotations, count: int) -> Detections:
-    """Good boxes for most truths, worse ones around them, and the rest anywhere; good ones tend to score higher."""
+    """Good boxes for most ground-truth boxes, worse ones around them, and the rest anywhere; good ones tend to score higher."""
     generator = np.random.default_rng(count)
     image_of_box = np.repeat(np.arange(IMAGES), np.diff(annotations.first_box))
-    good = np.flatnonzero(generator.random(TRUTHS) < 0.7)[:count]
-    near = generator.integers(0, TRUTHS, (count - len(good)) // 2)
-    truth = np.concatenate([good, near])
-    noise = np.where(np.arange(len(truth)) < len(good), 0.08, 0.3)[:, None]
-    x_y, sides = annotations.coco_boxes[truth, :2], annotations.coco_boxes[truth, 2:]
+    good = np.flatnonzero(generator.random(GT_BOXES) < 0.7)[:count]
+    near = generator.integers(0, GT_BOXES, (count - len(good)) // 2)
+    gt = np.concatenate([good, near])
+    noise = np.where(np.arange(len(gt)) < len(good), 0.08, 0.3)[:, None]
+    x_y, sides = annotations.coco_boxes[gt, :2], annotations.coco_boxes[gt, 2:]
     corners = x_y + generator.normal(size=x_y.shape) * noise * sides
     sides = sides * np.exp(generator.normal(size=x_y.shape) * noise)
-    anywhere = count - len(truth)
+    anywhere = count - len(gt)
     far_sides = np.exp(generator.normal(4.0, 1.0, (anywhere, 2))).clip(4, SIZE)
     corners = np.concatenate([corners, generator.random((anywhere, 2)) * (SIZE - far_sides)])
     boxes = np.concatenate([corners, corners + np.concatenate([sides, far_sides])], axis=1).clip(0, SIZE)
     scores = generator.random(count) ** np.where(np.arange(count) < len(good), 1, 8).astype(np.float64)
-    image = np.concatenate([image_of_box[truth], generator.integers(0, IMAGES, anywhere)])
+    image = np.concatenate([image_of_box[gt], generator.integers(0, IMAGES, anywhere)])
     order = np.argsort(image, kind="stable")
-    labels = np.concatenate([annotations.labels[truth], generator.integers(0, CLASSES, anywhere)])
+    labels = np.concatenate([annotations.labels[gt], generator.integers(0, CLASSES, anywhere)])
     boxes, scores = boxes.astype(np.float32).astype(np.float64), scores.astype(np.float32).astype(np.float64)
     return Detections(image[order], boxes[order], scores[order], labels[order])
 

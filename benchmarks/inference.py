@@ -1,16 +1,16 @@
-"""Images per second of detection, and what its parts cost: network, decoding, non-maximum suppression.
+"""Images per second of detection, and what its parts cost: network, decoding, NMS.
 
 python3 -m benchmarks.inference [--device cpu|cuda] [--batches 1 32] [--networks darknet mobilenet] [--ways torch ...]
 
 darknet     Darknet-53 with the settings' neck at 416 px, the default of args.yaml
 mobilenet   MobileNetV3-large with the same neck at 416 px
 ssdlite     torchvision's ssdlite320_mobilenet_v3_large at 416 px with its own post-processing, which finds nothing with
-            random weights: a peer's network, not its suppression
+            random weights: a peer's network, not its NMS
 
 torch: eager, in float32 and bfloat16; compiled: torch.compile, bfloat16 on CUDA; onnx: exported to a temporary file and
-run by ONNX Runtime. Random weights. Decoding and suppression get random outputs, of which 1,000 per image pass the
+run by ONNX Runtime. Random weights. Decoding and NMS get random outputs, of which 1,000 per image pass the
 threshold, as of a trained detector at 0.001. Prints one table: images/s of all parts together, milliseconds per image
-(medians; spread of the network), the share of suppression, and the network's share of the matrix product rate. About a
+(medians; spread of the network), the share of NMS, and the network's share of the matrix product rate. About a
 minute on 2 CPU cores, where `compiled` is measured only when asked for: the compiler alone takes a minute per network.
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
             for batch in batches:
                 report_peer(batch, device, measure, ceilings[torch.float32])
             continue
-        words = [f"yolo.encoder={NETWORKS[name]}", f"evaluation.image_size={SIZE}"]
+        words = [f"yolo.backbone={NETWORKS[name]}", f"evaluation.image_size={SIZE}"]
         settings, _ = load_settings(ARGS, words=words)
         detector = build_detector(settings.yolo, settings.evaluation, CLASSES)
         detector.model.eval()
@@ -136,7 +136,7 @@ def open_ways(
 
 
 def post_processing(detector: Detector, batch: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds for a batch: of decoding, and of suppression with the choice of its candidates."""
+    """Milliseconds for a batch: of decoding, and of NMS with the choice of its candidates."""
     with torch.no_grad():
         shapes = [level.shape[1:] for level in detector.model(random_images(1))]
     generator = torch.Generator().manual_seed(0)

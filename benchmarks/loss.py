@@ -3,7 +3,7 @@
 python3 -m benchmarks.loss                                  416 px, batch 16, three numbers of boxes, all losses
 python3 -m benchmarks.loss --batch 64 --device cuda
 
-The step is forward and backward of a network on the same batch (`--encoder`), measured once with the default loss.
+The step is forward and backward of a network on the same batch (`--backbone`), measured once with the default loss.
 About 30 seconds on 2 CPU cores.
 """
 
@@ -34,13 +34,13 @@ CLASSES = 80
 def main() -> None:
     parser = Parser("benchmarks.loss", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--encoder", default="mobilenet_v3_small", help="of the step (default: mobilenet_v3_small)")
+    parser.add_argument("--backbone", default="mobilenet_v3_small", help="of the step (default: mobilenet_v3_small)")
     parser.add_argument("--batch", type=at_least_one, default=16)
     parser.add_argument("--size", type=at_least_one, default=416, help="pixels")
     parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.encoder={arguments.encoder}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={arguments.backbone}"])
     detector = build_detector(settings.yolo, settings.evaluation, CLASSES).to(device, channels_last=True)
     check_image_size(detector.model, "--size", arguments.size)
     batch = synthetic_batch(arguments.size, arguments.batch, CLASSES)
@@ -56,7 +56,7 @@ def main() -> None:
     ceiling = (matmul_ceiling(device, None) or 0) / 1e12
     print(
         f"{describe_device(device)}, torch {torch.__version__}, float32, {arguments.size} px, batch {arguments.batch}; "
-        f"forward and backward of {arguments.encoder}: {whole:.0f} ms; matrix products {ceiling:.2f} TFLOP/s"
+        f"forward and backward of {arguments.backbone}: {whole:.0f} ms; matrix products {ceiling:.2f} TFLOP/s"
     )
     print(
         f"{'loss':<28}{'boxes':>6}{'rows':>6}{'operations':>12}{'host reads':>12}{'assign ms/img':>15}"

@@ -21,7 +21,7 @@ from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
 from detection.errors import exit_with_message
 from detection.models import build_detector, check_image_size
-from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.runtime.devices import (
     autocast,
     build_scaler,
@@ -43,7 +43,7 @@ def main() -> None:
     parser = Parser("benchmarks.memory", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "off"])
-    parser.add_argument("--encoder", default="darknet")
+    parser.add_argument("--backbone", default="darknet")
     parser.add_argument("--batches", type=at_least_one, nargs="+", default=[2], help="images")
     parser.add_argument("--sizes", type=at_least_one, nargs="+", default=[416, 608], help="pixels")
     parser.add_argument("--one", type=int, nargs=3, metavar=("BATCH", "SIZE", "CHECKPOINTING"), help=argparse.SUPPRESS)
@@ -51,18 +51,18 @@ def main() -> None:
     device = choose_device(arguments.device)
     dtype = choose_precision(device, arguments.precision)
     if arguments.one:
-        measure(arguments.encoder, device, dtype, *arguments.one)
+        measure(arguments.backbone, device, dtype, *arguments.one)
         return
     precision = dtype or torch.float32
     ceiling = (matmul_ceiling(device, dtype) or 0) / 1e12
     print(
-        f"{describe_device(device)}, torch {torch.__version__}, {arguments.encoder} with Adam, {precision}, "
+        f"{describe_device(device)}, torch {torch.__version__}, {arguments.backbone} with Adam, {precision}, "
         f"matrix products {ceiling:.2f} TFLOP/s"
     )
     print(f"{'batch':>6}{'size':>6}{'checkpointing':>15}{'peak GiB':>10}{'estimate GiB':>14}{'step s':>8}", flush=True)
     for batch, size, recomputed in itertools.product(arguments.batches, arguments.sizes, (0, 1)):
         words = [sys.executable, "-m", "benchmarks.memory", "--one", str(batch), str(size), str(recomputed)]
-        for name in ("device", "precision", "encoder"):
+        for name in ("device", "precision", "backbone"):
             words += [f"--{name}", getattr(arguments, name)]
         code = subprocess.run(words, check=False).returncode
         if code:
@@ -70,15 +70,15 @@ def main() -> None:
 
 
 def measure(
-    encoder: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, size: int, recomputed: int
+    backbone: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, size: int, recomputed: int
 ) -> None:
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.encoder={encoder}", f"train.batch_size={batch_size}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={backbone}", f"train.batch_size={batch_size}"])
     context = functools.partial(autocast, device, dtype)
     before = peak_memory_gib(device)
     detector = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True)
     check_image_size(detector.model, "--sizes", size)
     if recomputed:
-        recompute_encoder(detector.model)
+        recompute_backbone(detector.model)
     model, optimizer = detector.model.train(), build_optimizer(detector.model, settings.train)
     estimate = estimate_memory(model, detector.criterion, settings.train, batch_size, size, context, device)
     batch = synthetic_batch(size, batch_size, 80)

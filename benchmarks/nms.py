@@ -1,11 +1,11 @@
-"""Milliseconds of non-maximum suppression, ours beside torchvision's, by number of boxes.
+"""Milliseconds of NMS, ours beside torchvision's, by number of boxes.
 
 python3 -m benchmarks.nms [--device cpu|cuda] [--boxes 1000 10000]
 
 80 classes. "clustered": ten boxes around each object, as a detector finds them; "uniform": anywhere. Prints one table,
 median and spread of the repeats:
 
-ours         `suppression.suppress`, at most 100 per class, as the COCO metric counts
+ours         `nms.grouped_nms`, at most 100 per class, as the COCO metric counts
 ours, all    the same without a limit
 batched_nms  torchvision's, all
 per class    one call of torchvision's `nms` for each, all; what the others are compared with
@@ -25,11 +25,11 @@ from torchvision.ops import batched_nms, nms
 
 from detection.config.command_line import Parser, at_least_one
 from detection.errors import exit_with_message
-from detection.ops.nms import suppress
+from detection.ops.nms import grouped_nms
 from detection.runtime.devices import choose_device, describe_device, peak_memory_gib, synchronize
 from detection.training.throughput import matmul_rates
 
-CLASSES, IOU_THRESHOLD, MOST = 80, 0.45, 100
+CLASSES, IOU_THRESHOLD, MAX = 80, 0.45, 100
 SIZE = 416  # pixels, side of the network input
 BOXES_PER_OBJECT = 10
 
@@ -84,11 +84,11 @@ def random_boxes(count: int, placed: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ours(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    return by_score(suppress(boxes, scores, labels, IOU_THRESHOLD, MOST), scores)
+    return by_score(grouped_nms(boxes, scores, labels, IOU_THRESHOLD, MAX), scores)
 
 
 def ours_all(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    return by_score(suppress(boxes, scores, labels, IOU_THRESHOLD), scores)
+    return by_score(grouped_nms(boxes, scores, labels, IOU_THRESHOLD), scores)
 
 
 def library(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def by_score(kept: Tensor, scores: Tensor) -> Tensor:
 
 
 def best_per_class(kept: Tensor, labels: Tensor) -> Tensor:
-    """The first MOST of each class, in the same order."""
-    of_classes = [(labels[kept] == label).nonzero()[:MOST, 0] for label in range(CLASSES)]
+    """The first MAX of each class, in the same order."""
+    of_classes = [(labels[kept] == label).nonzero()[:MAX, 0] for label in range(CLASSES)]
     return kept[torch.cat(of_classes).sort().values]
 
 

@@ -1,9 +1,9 @@
 """What moves the weights, and what one copy of the same bytes takes.
 
 python3 -m benchmarks.optimizer                                     Darknet-53: 222 + 216 tensors
-python3 -m benchmarks.optimizer --encoder mobilenet_v3_small --device cuda
+python3 -m benchmarks.optimizer --backbone mobilenet_v3_small --device cuda
 
-Prints one table: moving average, optimizers in their three forms, clipping, statistics of the normalisations; median
+Prints one table: EMA, optimizers in their three forms, clipping, statistics of the batch-norm layers; median
 and spread, and the ratio to the copy of the same tensors that is measured in turn with them. About a minute on 2 cores.
 """
 
@@ -19,9 +19,9 @@ from detection.config.loading import load_settings
 from detection.errors import exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device, describe_device
-from detection.training.moving_average import ExponentialAverage
+from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
-from detection.training.skipped_steps import NormalisationStatistics, step_if
+from detection.training.skipped_steps import BatchNormStatistics, step_if
 from detection.training.throughput import matmul_ceiling
 
 FORMS = ("fused", "foreach", "per tensor")
@@ -30,11 +30,11 @@ FORMS = ("fused", "foreach", "per tensor")
 def main() -> None:
     parser = Parser("benchmarks.optimizer", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--encoder", default="darknet")
+    parser.add_argument("--backbone", default="darknet")
     parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.encoder={arguments.encoder}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={arguments.backbone}"])
     model = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True).model
     finite = torch.tensor(True, device=device)
     for parameter in model.parameters():
@@ -43,7 +43,7 @@ def main() -> None:
     mebibytes = sum(parameter.nbytes for parameter in weights) / 2**20
     ceiling = (matmul_ceiling(device, None) or 0) / 1e12
     print(
-        f"{describe_device(device)}, torch {torch.__version__}, {arguments.encoder}: {len(weights)} weights, "
+        f"{describe_device(device)}, torch {torch.__version__}, {arguments.backbone}: {len(weights)} weights, "
         f"{mebibytes:.0f} MiB in float32; matrix products {ceiling:.2f} TFLOP/s"
     )
     print(f"{'':<34}{'ms':>9}{'spread':>18}{'copy ms':>10}{'copies':>8}")
@@ -52,10 +52,10 @@ def main() -> None:
         compare(name, function, tensors, device, arguments.repeats)
 
     # As in a run: the statistics are joined before the average is made.
-    kept = NormalisationStatistics(model)
-    average = ExponentialAverage(model, 0.9998, 2000)
+    kept = BatchNormStatistics(model)
+    average = ExponentialMovingAverage(model, 0.9998, 2000)
     state = list(model.state_dict().values())
-    show("moving average", lambda: average.update(model, 100_000, finite), state)
+    show("EMA", lambda: average.update(model, 100_000, finite), state)
     show("  finding its tensors anew", lambda: (average.model.state_dict(), model.state_dict()), state)
     show("clipping", lambda: nn.utils.clip_grad_norm_(weights, 1e9), weights)
     statistics_ = [kept.floats, kept.counters]

@@ -23,11 +23,11 @@ from detection.models.backbones.darknet import Darknet53, ResidualBlock
 from detection.models.yolo.network import YOLOv3
 
 SIZE, CLASSES = 416, 80
-COLORS = {"image": "#e8e8e8", "encoder": "#cfe2f3", "neck": "#fde3c8", "lateral": "#f6d5e5", "head": "#d5ecd4"}
+COLORS = {"image": "#e8e8e8", "backbone": "#cfe2f3", "neck": "#fde3c8", "lateral": "#f6d5e5", "head": "#d5ecd4"}
 GREY = "#555555"
 ROWS = {8: 4.6, 16: 2.6, 32: 0.6}  # stride -> y of its row
-X_ENCODER, X_CONCAT, X_NECK, X_HEAD, X_OUTPUT = 0, 3.6, 5.6, 8.6, 11.3  # left edges of the columns
-ENCODER_WIDTH, CONCAT_WIDTH, NECK_WIDTH, HEAD_WIDTH = 3.0, 1.5, 2.4, 2.2
+X_BACKBONE, X_CONCAT, X_NECK, X_HEAD, X_OUTPUT = 0, 3.6, 5.6, 8.6, 11.3  # left edges of the columns
+BACKBONE_WIDTH, CONCAT_WIDTH, NECK_WIDTH, HEAD_WIDTH = 3.0, 1.5, 2.4, 2.2
 Shapes = dict[nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     model = cast(YOLOv3, build_model(settings.yolo, CLASSES).eval())
     shapes, outputs = trace(model)
     figure, (axes,) = new_figure((14, 8.4))
-    draw_encoder(axes, cast(Darknet53, model.encoder), shapes)
+    draw_backbone(axes, cast(Darknet53, model.backbone), shapes)
     for number in range(len(model.neck)):
         draw_level(axes, model, number, shapes, outputs)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -68,23 +68,23 @@ def trace(model: YOLOv3) -> tuple[Shapes, list[torch.Tensor]]:
     return shapes, outputs
 
 
-def draw_encoder(axes: Axes, encoder: Darknet53, shapes: Shapes) -> None:
+def draw_backbone(axes: Axes, backbone: Darknet53, shapes: Shapes) -> None:
     """Image, stem and stages from top to bottom; those that a level takes stand in its row."""
-    first_free = ROWS[encoder.strides[0]] + 1.05 * (2 + len(encoder.stages) - len(encoder.strides))
-    image, _ = shapes[encoder.stem]
+    first_free = ROWS[backbone.strides[0]] + 1.05 * (2 + len(backbone.stages) - len(backbone.strides))
+    image, _ = shapes[backbone.stem]
     parts: list[tuple[str, str, str, float]] = [("image", written(image), "image", first_free + 0.05)]
-    parts.append((f"stem: {describe(encoder.stem)}", written(shapes[encoder.stem][1]), "encoder", first_free - 1.05))
-    for number, stage in enumerate(cast(Any, encoder.stages), start=1):
+    parts.append((f"stem: {describe(backbone.stem)}", written(shapes[backbone.stem][1]), "backbone", first_free - 1.05))
+    for number, stage in enumerate(cast(Any, backbone.stages), start=1):
         blocks = [module for module in stage if isinstance(module, ResidualBlock)]
         text = f"stage {number}: {describe(stage[0])}, {len(blocks)} residual block{'s' * (len(blocks) > 1)}"
         shape = shapes[stage][1]
         stride = SIZE // shape[1]
         y = ROWS.get(stride, first_free - 1.05 * (number + 1))
-        parts.append((text, f"{written(shape)}    stride {stride}", "encoder", y))
+        parts.append((text, f"{written(shape)}    stride {stride}", "backbone", y))
     for (_, _, _, above), (_, _, _, below) in itertools.pairwise(parts):
-        arrow(axes, (ENCODER_WIDTH / 2, above), (ENCODER_WIDTH / 2, below + 0.75))
+        arrow(axes, (BACKBONE_WIDTH / 2, above), (BACKBONE_WIDTH / 2, below + 0.75))
     for title, shape_text, color, y in parts:
-        block(axes, X_ENCODER, y, ENCODER_WIDTH, title, shape_text, color)
+        block(axes, X_BACKBONE, y, BACKBONE_WIDTH, title, shape_text, color)
 
 
 def draw_headings(axes: Axes, model: YOLOv3) -> None:
@@ -92,7 +92,7 @@ def draw_headings(axes: Axes, model: YOLOv3) -> None:
     counts = {
         name: sum(isinstance(module, nn.Conv2d) for module in part.modules())
         for name, part in (
-            ("encoder", cast(nn.Module, model.encoder)),
+            ("backbone", cast(nn.Module, model.backbone)),
             ("neck", model.neck),
             ("route", model.laterals),
             ("heads", model.heads),
@@ -108,9 +108,9 @@ def draw_headings(axes: Axes, model: YOLOv3) -> None:
         axes.text(x + width / 2, top, text, ha="center", fontsize=11, color=GREY)
     axes.text(X_OUTPUT + HEAD_WIDTH / 2, top, "outputs", ha="center", fontsize=11, color=GREY)
     notes = [
-        f"Blue: the encoder Darknet-53 without its classifier, {counts['encoder']} convolutions.",
+        f"Blue: the backbone Darknet-53 without its classifier, {counts['encoder']} convolutions.",
         "A residual block adds to its input a 1×1 convolution to half the channels and a 3×3 back.",
-        "Every convolution but the last of a head: no bias, batch normalisation, leaky ReLU.",
+        "Every convolution but the last of a head: no bias, batch norm, leaky ReLU.",
         f"Each cell predicts, per anchor, x, y, width, height, objectness and {CLASSES} classes.",
         "“3×3, 64 /2”: kernel, filters, stride.  Bold: channels × rows × columns of what leaves the box.",
     ]
@@ -124,7 +124,7 @@ def draw_level(axes: Axes, model: YOLOv3, number: int, shapes: Shapes, outputs: 
     y = ROWS[stride]
     middle = y + 0.375
     joined, width = shapes[neck]
-    arrow(axes, (X_ENCODER + ENCODER_WIDTH, middle), (X_NECK if number == 0 else X_CONCAT, middle))
+    arrow(axes, (X_BACKBONE + BACKBONE_WIDTH, middle), (X_NECK if number == 0 else X_CONCAT, middle))
     if number > 0:
         lateral = model.laterals[number - 1]
         below = ROWS[model.strides[-number]]

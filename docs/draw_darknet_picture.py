@@ -1,4 +1,4 @@
-"""Draw the README's picture of a detector that the Darknet program trained, on photographs that may be published.
+"""Draw the README's picture of a detector that Darknet trained, on photographs that may be published.
 
 python3 -m docs.draw_darknet_picture MODEL.weights MODEL.cfg COCO.names
 

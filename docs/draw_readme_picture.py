@@ -1,4 +1,4 @@
-"""Draw the README's picture from a finished quickstart run: truth beside detections.
+"""Draw the README's picture from a finished quickstart run: ground truth beside detections.
 
 python3 -m docs.draw_readme_picture logs/<run>
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from detection.data.annotations import load_annotations
 from detection.data.image_file import read_image
-from detection.drawing.boxes import make_grid, save_png, truth_beside_detections
+from detection.drawing.boxes import ground_truth_beside_detections, make_grid, save_png
 
 PHOTOGRAPHS = ("chelsea", "coins", "grass")
 THRESHOLD = 0.5
@@ -35,7 +35,7 @@ def main() -> None:
         boxes = np.array([row["bbox"] for row in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         pictures.append(
-            truth_beside_detections(
+            ground_truth_beside_detections(
                 read_image(root / "val" / annotations.file_name(index)),
                 annotations.boxes[rows],
                 annotations.labels[rows],

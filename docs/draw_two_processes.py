@@ -2,7 +2,7 @@
 
 python3 -m docs.draw_two_processes
 
-Trains 60 steps on the built-in digits twice: one process with a batch of 8, torchrun with two of 4, normalisation
+Trains 60 steps on the built-in digits twice: one process with a batch of 8, torchrun with two of 4, batch norm
 frozen (its statistics are those of one process's images otherwise). Writes docs/two_processes.png and prints the
 largest relative difference. About 2 minutes on 2 CPU cores.
 """

@@ -1,4 +1,4 @@
-"""Boxes on a photograph by ONNX Runtime: python docs/onnx_example.py MODEL.onnx PHOTO [LEAST_SCORE]
+"""Boxes on a photograph by ONNX Runtime: python docs/onnx_example.py MODEL.onnx PHOTO [MIN_SCORE]
 
 For files of `export.py --nms`. Needs onnxruntime, numpy and Pillow, and nothing of this repository.
 """
@@ -15,7 +15,7 @@ if len(sys.argv) < 3:
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 photo = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-least_score = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
+min_score = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
 
 # Letterbox: as large as fits, in the middle of a square. AFFINE samples the pixels that training's resize does.
 size, rule, longest = about["image_size"], about["letterbox"], max(photo.size)
@@ -32,5 +32,5 @@ boxes, scores, labels, _ = session.run(["boxes", "scores", "labels", "image_inde
 boxes = (boxes - [left, top, left, top]) * [zoom_x, zoom_y, zoom_x, zoom_y]  # pixels of the photograph
 boxes = boxes.clip(0, [photo.width, photo.height, photo.width, photo.height])
 for box, score, label in zip(boxes, scores, labels, strict=True):
-    if score >= least_score:
+    if score >= min_score:
         print(about["names"][label], f"{score:.3f}", *box.round(1).tolist())

@@ -72,7 +72,7 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def shared_weights() -> Callable[[str], Path]:
-    """`shared_weights("coco.names")`: trained by the Darknet program; the test is skipped where there is none."""
+    """`shared_weights("coco.names")`: trained by Darknet; the test is skipped where there is none."""
 
     def find(name: str) -> Path:
         path = SHARED_DATA.parent / "weights" / name

@@ -64,9 +64,9 @@ def test_exit_code_and_one_line(error: UserError, code: int, capsys: pytest.Capt
     assert capsys.readouterr() == ("", "text\n")
 
 
-def test_steps_that_were_not_finite_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_were_non_finite_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave(NonFiniteLoss({7: {"loss_box": float("inf"), "loss_class": 2.0}})) == 4
-    line = "1 steps in a row were not finite, the first is step 7: loss_box = inf, loss_class = 2\n"
+    line = "1 steps in a row were non-finite, the first is step 7: loss_box = inf, loss_class = 2\n"
     assert capsys.readouterr() == ("", line)
 
 

@@ -33,7 +33,7 @@ from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import Flag, complete_settings, dump_settings, load_settings
 from detection.contract import Batch
 from detection.data.loaders import build_evaluation_loader, build_training_loader
-from detection.data.workers import leave_worker_deaths
+from detection.data.workers import restore_default_sigchld
 from detection.drawing.boxes import save_png
 from detection.errors import (
     OUT_OF_MEMORY,
@@ -46,7 +46,7 @@ from detection.errors import (
     exit_with_message,
     known_failure,
 )
-from detection.evaluation.evaluate import find_all, score_found
+from detection.evaluation.evaluate import compute_metrics, run_inference
 from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device
 from detection.runtime.distributed import Watchdog
@@ -58,14 +58,14 @@ from detection.training.checkpoint_writer import LAST, Saver
 from detection.training.console import plan_lines, report_evaluation, report_progress, report_speed
 from detection.training.dry_run import check_disk, try_checkpoint, try_evaluation, try_step
 from detection.training.loggers import RunLogger, SilentLogger
-from detection.training.optimizer import set_encoder_frozen, set_learning_rates
+from detection.training.optimizer import set_backbone_frozen, set_learning_rates
 from detection.training.prefetch import Prefetcher
 from detection.training.replay import read_bundle, retake_step, write_bundle
 from detection.training.resume import check_continued, open_resumed_run
 from detection.training.run import Run, join_ranks
 from detection.training.skipped_steps import NonFiniteLoss
 from detection.training.state import RunState
-from detection.training.unreadable_images import UNREADABLE_VOTE, TooManyUnreadable, UnreadableImages
+from detection.training.unreadable_images import STOP_UNREADABLE, TooManyUnreadable, UnreadableImages
 
 NARROWEST_BAR = 40  # columns
 
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
     add("--dry-run", action="store_true", help="the plan, and every check; leaves nothing behind")
     add("--profile", action="store_true", help="table and trace of a few steps, in the log")
-    add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was not finite: RUN/not_finite_<step>")
+    add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was non-finite: RUN/not_finite_<step>")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume:  # `--resume train.steps=9` names no directory
         arguments.settings.append(arguments.resume)
@@ -158,7 +158,7 @@ def replay_bundle(arguments: argparse.Namespace, flags: list[Flag]) -> None:
         finite &= not lines
         print("\n".join(lines or ["finite: loss, outputs and gradient"]), flush=True)
     if not finite:
-        raise NumericsError(f"step {report['steps'][0]['step']} is not finite here either")
+        raise NumericsError(f"step {report['steps'][0]['step']} is non-finite here either")
 
 
 def run_and_log(
@@ -225,7 +225,7 @@ def train(
     except NonFiniteLoss as error:
         saver.save()  # skipped steps have changed nothing
         saver.wait()
-        bundle = directory / f"not_finite_{min(error.losses):06d}"
+        bundle = directory / f"non_finite_{min(error.losses):06d}"
         if run.ranks.is_first:
             images = {step: run.image_ids_of_step(step) for step in error.losses}
             write_bundle(bundle, run.checkpoint(state), run.settings.run.seed, error.losses, images)
@@ -276,9 +276,9 @@ def take_steps(
     sampler = run.sampler(first_step, run.steps)
     loader = build_training_loader(run.training_set, sampler, settings.data.num_workers, run.device)
     batches = Prefetcher(iter(loader), run.device)
-    leave_worker_deaths()
+    restore_default_sigchld()
     warn = logger.line if ranks.is_first else functools.partial(print, file=sys.stderr, flush=True)
-    unreadable = UnreadableImages(len(run.training_set), settings.data.most_unreadable)
+    unreadable = UnreadableImages(len(run.training_set), settings.data.max_unreadable_fraction)
     meter = state.meter
     meter.restart_clock()
     watchdog = Watchdog(ranks, lambda: state.step)
@@ -300,9 +300,11 @@ def take_steps(
         while state.step < run.steps:
             step = state.step
             watchdog.beat()
-            stopped = ranks.agree(lambda: UNREADABLE_VOTE if unreadable.too_many() else stop.signal_number or 0)
+            stopped = ranks.all_reduce_max_async(
+                lambda: STOP_UNREADABLE if unreadable.too_many() else stop.signal_number or 0
+            )
             if step in (first_step, run.unfreeze_step):
-                set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
+                set_backbone_frozen(state.model, step < run.unfreeze_step, settings.train.backbone_batch_norm)
                 model = run.wrapped(state.model)
             set_learning_rates(state.optimizer, functools.partial(run.schedule.at, step - state.skipped.total))
             seed_step(settings.run.seed, step, ranks.rank)
@@ -347,7 +349,7 @@ def take_steps(
                 saver.save(numbered=True)
             saver.check()
             if signal_number:
-                raise unreadable.error() if signal_number == UNREADABLE_VOTE else stopped_by(signal_number)
+                raise unreadable.error() if signal_number == STOP_UNREADABLE else stopped_by(signal_number)
     finally:
         watchdog.rest()
         profiler.close()
@@ -371,11 +373,11 @@ def next_batches(batches: Iterator[Batch], count: int) -> list[Batch]:
 def evaluate_run(
     run: Run, state: RunState, directory: Path, logger: RunLogger, stop: StopRequest, watchdog: Watchdog
 ) -> float | None:
-    """Score the validation set, log the numbers, draw detections beside the truth; returns AP50."""
+    """Score the validation set, log the numbers, draw detections beside the ground truth; returns AP50."""
     settings, dataset, ranks = run.settings.evaluation, run.validation_set, run.ranks
     batch_size = settings.batch_size or run.settings.train.micro_batch
     workers = run.settings.data.num_workers
-    found = find_all(
+    found = run_inference(
         state.evaluated_model,
         run.criterion,
         run.detector.postprocess,
@@ -388,7 +390,7 @@ def evaluate_run(
     watchdog.rest()  # the others wait as long as the first one scores
     shares, evaluation = ranks.gather(found), None
     if shares is not None:  # the first process scores
-        evaluation = score_found(shares, dataset.annotations, settings.backend)
+        evaluation = compute_metrics(shares, dataset.annotations, settings.backend)
         report_evaluation(run, evaluation, state.step, directory, logger)
     return ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
 

@@ -17,7 +17,7 @@ from detection.config.yaml_files import _YamlDumper, read_settings_file, read_ya
 from detection.errors import SettingsError
 
 # Settings by which a run of today would differ from one that was trained before there was a choice.
-BEFORE_IT_EXISTED: dict[str, Any] = {"data.decoder": "opencv"}
+DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data.decoder": "opencv"}
 
 
 # Flat names of seed 002's args.yaml -> where the setting lives here.
@@ -29,7 +29,7 @@ FLAT_NAMES = {
     "data_path": "data.root",
     "num_workers": "data.num_workers",
     "classes": "data.class_names",
-    "encoder": "yolo.encoder",
+    "backbone": "yolo.backbone",
     "num_classes": "yolo.num_classes",
     "anchors": "yolo.anchors",
     "ignore_threshold": "yolo.ignore_threshold",
@@ -116,11 +116,11 @@ def load_settings(
         claim(given, flag)
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
-    tree["yolo"]["cfg"] = read_description(tree["yolo"]["cfg"])
+    tree["yolo"]["cfg"] = read_cfg(tree["yolo"]["cfg"])
     return validate(tree), notices
 
 
-def read_description(cfg: Any) -> Any:
+def read_cfg(cfg: Any) -> Any:
     """The text of a Darknet description in place of its file name, so that a run and its checkpoint need no file."""
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
@@ -132,10 +132,10 @@ def read_description(cfg: Any) -> Any:
 
 def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
     """Validated settings of a checkpoint; those that did not exist when it was written get their defaults, or what
-    stands in BEFORE_IT_EXISTED."""
+    stands in DEFAULTS_FOR_OLD_CHECKPOINTS."""
     complete = read_settings_file(defaults)
     known = leaf_paths(complete)
-    for key, value in (*BEFORE_IT_EXISTED.items(), *leaf_items(tree)):
+    for key, value in (*DEFAULTS_FOR_OLD_CHECKPOINTS.items(), *leaf_items(tree)):
         set_leaf(complete, known, key, value, "checkpoint", [])
     return validate(complete)
 

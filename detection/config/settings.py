@@ -32,8 +32,8 @@ from detection.config.yaml_files import _RESOLVERS, _YamlDumper, _YamlLoader
 from detection.errors import SettingsError
 
 SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
-DARKNET_CFG = "darknet_cfg"  # the encoder name that stands for a whole network described by a Darknet .cfg file
-ENCODER_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
+DARKNET_CFG = "darknet_cfg"  # the backbone name that stands for a whole network described by a Darknet .cfg file
+BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
 
 def check_pretrained(value: Any) -> Any:
@@ -42,9 +42,9 @@ def check_pretrained(value: Any) -> Any:
     return value
 
 
-def check_encoder(value: str) -> str:
-    if value not in ENCODER_NAMES and not re.fullmatch(r"timm/[\w.]+", value):
-        raise ValueError(f"must be {', '.join(ENCODER_NAMES)} or timm/NAME")
+def check_backbone(value: str) -> str:
+    if value not in BACKBONE_NAMES and not re.fullmatch(r"timm/[\w.]+", value):
+        raise ValueError(f"must be {', '.join(BACKBONE_NAMES)} or timm/NAME")
     return value
 
 
@@ -93,7 +93,7 @@ class DataSettings(Section):
     fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
     follow_links: bool
-    most_unreadable: Annotated[float, Field(ge=0, lt=1)]
+    max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)]
     augmentation: AugmentationSettings
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class DataSettings(Section):
 
 
 class YoloSettings(Section):
-    encoder: Annotated[str, AfterValidator(check_encoder)]
+    backbone: Annotated[str, AfterValidator(check_backbone)]
     cfg: str | None
     pretrained: Annotated[bool | str, BeforeValidator(check_pretrained)]
     spp: bool
@@ -127,7 +127,7 @@ class YoloSettings(Section):
     def check_anchors(self) -> "YoloSettings":
         if not self.anchors or any(not level for level in self.anchors):
             raise ValueError("anchors: at least one level with at least one anchor each is needed")
-        if self.encoder != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
+        if self.backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
             raise ValueError(
                 f"neck_channels: has {len(self.neck_channels)} values, anchors has {len(self.anchors)} levels; "
                 "one value per level is needed"
@@ -136,14 +136,14 @@ class YoloSettings(Section):
 
     @model_validator(mode="after")
     def check_spp(self) -> "YoloSettings":
-        if self.spp and self.encoder in ("darknet_tiny", DARKNET_CFG):
-            raise ValueError(f"spp: encoder {self.encoder} has no neck that could pool; must be false")
+        if self.spp and self.backbone in ("darknet_tiny", DARKNET_CFG):
+            raise ValueError(f"spp: backbone {self.backbone} has no neck that could pool; must be false")
         return self
 
     @model_validator(mode="after")
     def check_cfg(self) -> "YoloSettings":
-        if (self.encoder == DARKNET_CFG) != (self.cfg is not None):
-            raise ValueError(f"cfg: a file exactly where encoder is {DARKNET_CFG}")
+        if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
+            raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
         return self
 
 
@@ -162,12 +162,12 @@ class TrainSettings(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     ema_ramp: Duration
     unfreeze_step: Duration
-    encoder_learning_rate_factor: NotNegative
-    encoder_batch_norm: Literal["train", "frozen"]
+    backbone_learning_rate_factor: NotNegative
+    backbone_batch_norm: Literal["train", "frozen"]
     save_frequency: Duration
     save_minutes: Positive | None
     keep_checkpoints: Annotated[int, Field(ge=0)]
-    most_skipped_steps: Count
+    max_skipped_steps: Count
     sync_batch_norm: bool
     activation_checkpointing: bool
     patience: Count | None
@@ -252,7 +252,7 @@ class Settings(Section):
         if is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
         # A description has its own strides, known when it is built.
-        multiple = 1 if self.yolo.encoder == DARKNET_CFG else SIZE_MULTIPLE
+        multiple = 1 if self.yolo.backbone == DARKNET_CFG else SIZE_MULTIPLE
         sizes = {
             "train.image_size": [self.train.image_size],
             "train.multiscale_sizes": self.train.multiscale_sizes,

@@ -69,7 +69,7 @@ class AnnotationCounts:
 class Annotations:
     """Flat arrays of N boxes on M images; box rows are grouped by image, area descending, then annotation id.
 
-    That order is the loss's rule for truths that share a prediction, so it does not depend on the order in the file.
+    That order is the loss's rule for ground-truth boxes that share a prediction, so it does not depend on the order in the file.
     """
 
     image_ids: np.ndarray  # (M,) int64

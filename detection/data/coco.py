@@ -19,7 +19,7 @@ from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
 
-MOST_UNREADABLE_IN_A_ROW = 8  # more means that the disk is gone
+MAX_UNREADABLE_IN_A_ROW = 8  # more means that the disk is gone
 
 
 class CocoDataset(CocoDetection):
@@ -104,7 +104,7 @@ class CocoDataset(CocoDetection):
                 return dataclasses.replace(self._sample(index, epoch, size), unreadable=tuple(unreadable))
             except DataReadError as error:
                 unreadable.append(error.line)
-                if not self.substitutes or len(unreadable) == min(MOST_UNREADABLE_IN_A_ROW, len(self)):
+                if not self.substitutes or len(unreadable) == min(MAX_UNREADABLE_IN_A_ROW, len(self)):
                     raise
             index = (index + 1) % len(self)
 

@@ -10,6 +10,7 @@ Validation uses neither a glyph nor a photograph that training has seen, or its 
 Annotations carry `glyph` (row of `load_digits`) and images carry `photograph` beside the usual COCO keys.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -17,7 +18,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +172,7 @@ def remove_left_overs(folder: Path, prefix: str) -> None:
     """Delete what killed generations left, but not what another process may be building at this moment."""
     for path in folder.iterdir():
         if path.name.startswith(prefix):
-            with suppress(FileNotFoundError):  # another process may delete it, too
+            with contextlib.suppress(FileNotFoundError):  # another process may delete it, too
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
 

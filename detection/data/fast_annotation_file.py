@@ -15,7 +15,7 @@ import numpy as np
 
 from detection.data.annotation_file import LARGEST, Columns
 
-LEAST_BYTES = 1_000_000  # of a file that is worth it
+MIN_BYTES = 1_000_000  # of a file that is worth it
 QUOTE = ord('"')
 NOT_THERE = -1  # in place of an optional value; written out it looks like a key too many
 NOT_USED = ("info", "licenses")  # lists and objects of COCO whose keys have the same names
@@ -44,7 +44,7 @@ def read_fast(path: Path) -> Columns | None:
     except ImportError:
         return None
     try:
-        content = path.read_bytes() if path.stat().st_size >= LEAST_BYTES else b""
+        content = path.read_bytes() if path.stat().st_size >= MIN_BYTES else b""
     except OSError:
         return None
     if not content or not content.isascii() or b"\\" in content:

@@ -40,7 +40,7 @@ class ImageCache:
 
     Args:
         count: of images.
-        most_bytes: of the store.
+        max_bytes: of the store.
         decoder: a name of `JPEG_DECODERS`.
         file: of the store, made with its directory; None: in memory, gone when the last process that has it ends.
 
@@ -48,8 +48,8 @@ class ImageCache:
         OutputError: the file cannot be made.
     """
 
-    def __init__(self, count: int, most_bytes: int, decoder: str, file: Path | None) -> None:
-        self.count, self.most_bytes, self.decoder, self.file = count, most_bytes, decoder, file
+    def __init__(self, count: int, max_bytes: int, decoder: str, file: Path | None) -> None:
+        self.count, self.max_bytes, self.decoder, self.file = count, max_bytes, decoder, file
         self.libraries = describe_decoder(decoder)
         self.growing = True
         try:
@@ -128,7 +128,7 @@ class ImageCache:
             with self.locked():
                 head = self.read_head()
                 offset, end = int(head["end"]), int(head["end"]) + image.nbytes
-                fits = not head["closed"] and end <= self.most_bytes
+                fits = not head["closed"] and end <= self.max_bytes
                 self.write_head(end if fits else offset, closed=0 if fits else 1)
             if not fits:
                 self.growing = False
@@ -190,15 +190,15 @@ def build_cache(data: DataSettings, decoder: str, root: Path, names: np.ndarray,
         SettingsError: there is less memory than it may take.
         OutputError: its file cannot be made.
     """
-    most_bytes = int(data.cache_gib * 2**30)
+    max_bytes = int(data.cache_gib * 2**30)
     if data.cache == "none":
         return None
     if data.cache == "memory":
         available = available_memory(torch.device("cpu"))
-        if available is not None and most_bytes > available:
+        if available is not None and max_bytes > available:
             raise SettingsError(f"data.cache_gib={data.cache_gib:g}: only {available / 2**30:.1f} GiB are available")
-        return ImageCache(count, most_bytes, decoder, None)
+        return ImageCache(count, max_bytes, decoder, None)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = home / "yolo-v3" if data.cache_path is None else Path(data.cache_path)
     name = hashlib.blake2b(str(root).encode() + b"\0" + names.tobytes(), digest_size=8).hexdigest()
-    return ImageCache(count, most_bytes, decoder, directory / f"{name}.images")
+    return ImageCache(count, max_bytes, decoder, directory / f"{name}.images")

@@ -23,8 +23,8 @@ from detection.errors import DataReadError, SettingsError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
-MOST_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
-MOST_BYTES = 2**30
+MAX_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
+MAX_BYTES = 2**30
 ORIENTATION_TAG = 0x0112  # of EXIF
 MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # begin and end of a whole file
 DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # what Pillow raises
@@ -74,8 +74,8 @@ def read_file(path: Path) -> np.ndarray:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise DataReadError(f"image {path} cannot be read: not a regular file")
-        if status.st_size > MOST_BYTES:
-            raise DataReadError(f"image {path} has {status.st_size} bytes, at most {MOST_BYTES} are read")
+        if status.st_size > MAX_BYTES:
+            raise DataReadError(f"image {path} has {status.st_size} bytes, at most {MAX_BYTES} are read")
         return np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
@@ -85,7 +85,7 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
     """Header of an image without decoding it; None where Pillow does not know the format (OpenCV may).
 
     Raises:
-        DataReadError: the image would have more than MOST_PIXELS pixels.
+        DataReadError: the image would have more than MAX_PIXELS pixels.
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded.tobytes())) as file:
@@ -101,12 +101,12 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
                 exif="exif" in file.info,
             )
     except Image.DecompressionBombError:
-        raise DataReadError(f"image {path} has more than {MOST_PIXELS} pixels; it is not decoded") from None
+        raise DataReadError(f"image {path} has more than {MAX_PIXELS} pixels; it is not decoded") from None
     except DAMAGED_HEADER:
         return None
-    if header.width * header.height > MOST_PIXELS:
+    if header.width * header.height > MAX_PIXELS:
         raise DataReadError(
-            f"image {path} has {header.width} x {header.height} pixels, more than {MOST_PIXELS}; it is not decoded"
+            f"image {path} has {header.width} x {header.height} pixels, more than {MAX_PIXELS}; it is not decoded"
         )
     return header
 

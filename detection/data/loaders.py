@@ -12,7 +12,9 @@ from detection.data.transforms import Sample
 from detection.data.workers import prepare_process, prepare_worker
 from detection.runtime.devices import pinning
 
-SMALLEST_BUCKET = 32  # truths per image; the padded number is this times a power of two, so few shapes occur
+SMALLEST_BUCKET = (
+    32  # ground-truth boxes per image; the padded number is this times a power of two, so few shapes occur
+)
 
 PREFETCHED = 2  # batches of each worker, torch's default
 

@@ -9,14 +9,14 @@ import warnings
 
 import cv2
 
-from detection.runtime.allocator import keep_freed_memory
+from detection.runtime.allocator import disable_malloc_trim
 from detection.runtime.signals import STOPPING
 
 
 def prepare_worker(_: int) -> None:
     """OpenCV's own threads would fight with the workers; signals to stop are the training process's to handle."""
     cv2.setNumThreads(0)
-    keep_freed_memory()
+    disable_malloc_trim()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     # Errors of the dataset travel to the training process. What is left are those of the thread that hands batches
@@ -27,14 +27,14 @@ def prepare_worker(_: int) -> None:
 def prepare_process() -> None:
     """The training process's side of `prepare_worker`."""
     cv2.setNumThreads(0)
-    keep_freed_memory()  # decoded images are large enough to be taken anew too
+    disable_malloc_trim()  # decoded images are large enough to be taken anew too
     # On a machine with fewer cores than workers torch prints two lines; what counts is train/wait_fraction.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     atexit.unregister(kill_workers)  # once, however many loaders are built
     atexit.register(kill_workers)
 
 
-def leave_worker_deaths() -> None:
+def restore_default_sigchld() -> None:
     """A worker that dies is found by its loader when its batch does not come, after a step, not in the middle of one.
 
     To be called when a loader has started its workers: torch's handler raises wherever the program is, with the weights

@@ -142,7 +142,7 @@ def check_categories(annotations: Annotations, split: str, findings: Findings) -
     names = annotations.categories.names
     counts = boxes_per_class(annotations)
     if not sum(counts.values()):
-        findings.add("no_boxes" if split == "training" else "no_truth", split, ["annotations"])
+        findings.add("no_boxes" if split == "training" else "no_ground_truth", split, ["annotations"])
     elif split == "training":  # validation follows its names
         plain = [" ".join(name.casefold().split()) for name in names]
         similar = [name for name, text in zip(names, plain, strict=True) if plain.count(text) > 1]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 SEVERITIES = ("error", "warning", "info")
-MOST_LISTED = 5  # items in the text; the JSON has all
+MAX_LISTED = 5  # items in the text; the JSON has all
 
 
 class Kind(NamedTuple):
@@ -45,7 +45,7 @@ KINDS = {
     # entries and references
     "no_images": Kind("error", "list of images is empty", "list them"),
     "no_boxes": Kind("error", "training set without a usable box", "annotate it"),
-    "no_truth": Kind("warning", "validation set without a usable box: no AP", "annotate it"),
+    "no_ground_truth": Kind("warning", "validation set without a usable box: no AP", "annotate it"),
     "image_id_twice": Kind("error", "image ids that occur twice", "give each image its own id"),
     "file_name_twice": Kind("warning", "file names that two images share", "merge the entries"),
     "file_name_escapes": Kind("error", "file names that are no plain path", "name files below the image directory"),
@@ -115,11 +115,11 @@ class Finding:
 
     def listed(self) -> str:
         """The first items with their details, safe for a terminal."""
-        shown = [str(item) for item in self.items[:MOST_LISTED]]
+        shown = [str(item) for item in self.items[:MAX_LISTED]]
         if self.details:
             pairs = zip(shown, self.details, strict=False)
             shown = [f"{item}: {detail}" if detail else item for item, detail in pairs]
-        text = ("; " if self.details else ", ").join(shown) + (" ..." if len(self.items) > MOST_LISTED else "")
+        text = ("; " if self.details else ", ").join(shown) + (" ..." if len(self.items) > MAX_LISTED else "")
         return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

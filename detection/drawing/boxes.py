@@ -136,19 +136,19 @@ def make_grid(images: list[np.ndarray], columns: int, padding: int = 4, backgrou
     return grid
 
 
-def truth_beside_detections(
+def ground_truth_beside_detections(
     image: np.ndarray,
-    truth_boxes: np.ndarray,
-    truth_labels: np.ndarray,
+    gt_boxes: np.ndarray,
+    gt_labels: np.ndarray,
     boxes: np.ndarray,
     labels: np.ndarray,
     scores: np.ndarray,
     class_names: Sequence[str],
 ) -> np.ndarray:
-    """One image twice, side by side: with its truth and with what was detected. Arguments as in `draw_boxes`."""
-    truth = draw_boxes(image, truth_boxes, truth_labels, class_names, title="truth")
+    """One image twice, side by side: with its ground truth and with what was detected. Arguments as in `draw_boxes`."""
+    gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="gt")
     detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections")
-    return make_grid([truth, detections], columns=2)
+    return make_grid([gt, detections], columns=2)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -5,14 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-PAIRS_AT_A_TIME = 200_000  # of a detection and a truth whose overlap is computed at once, about 200 bytes each
+PAIRS_AT_A_TIME = (
+    200_000  # of a detection and a ground-truth box whose overlap is computed at once, about 200 bytes each
+)
 CHOICES_AT_A_TIME = 10_000  # of such pairs, at ten thresholds and in four ranges of sizes: about 1.5 KB each
 ALMOST_ONE = 1 - 1e-10  # at an IoU threshold of 1 this much overlap is enough
 NO_MATCH, RIGHT, IGNORED = range(3)
 
 
 class Truths(NamedTuple):
-    """G truths; their order decides between two of equal IoU."""
+    """G ground-truth boxes; their order decides between two of equal IoU."""
 
     classes: np.ndarray  # (G,) int64, 0..C-1
     images: np.ndarray  # (G,) int64, ascending with the image id
@@ -47,30 +49,30 @@ class Protocol(NamedTuple):
 
 
 class _Matches(NamedTuple):
-    """The E detections that overlap a truth, and what became of them."""
+    """The E detections that overlap a ground-truth box, and what became of them."""
 
     rows: np.ndarray  # (E,) of the detections
     outcomes: np.ndarray  # (E, T, A) NO_MATCH, RIGHT or IGNORED
 
 
-def accumulate(truths: Truths, found: Found, num_classes: int, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """COCOeval's arrays "precision" (T, R, C, A, M) and "recall" (T, C, A, M); -1 where a class has no truth.
+def accumulate(gt_boxes: Truths, found: Found, num_classes: int, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
+    """COCOeval's arrays "precision" (T, R, C, A, M) and "recall" (T, C, A, M); -1 where a class has no ground-truth box.
 
     In every image the detections of a class choose by falling score; what counts is decided by few of them, those that
-    overlap a truth at all: the others are only counted.
+    overlap a ground-truth box at all: the others are only counted.
 
     Source: COCOeval in PythonAPI/pycocotools/cocoeval.py of https://github.com/cocodataset/cocoapi
     """
-    truths = truths.take(np.lexsort((truths.images, truths.classes)))
+    gt_boxes = gt_boxes.take(np.lexsort((gt_boxes.images, gt_boxes.classes)))
     found = found.take(np.lexsort((-found.scores, found.images, found.classes)))
     rank = _rank_in_run(_groups(found))
     counted = rank < protocol.max_detections[-1]
     if not counted.all():
         found, rank = found.take(np.flatnonzero(counted)), rank[counted]
     low, high = protocol.area_ranges.T
-    ignored = truths.crowd[:, None] | (truths.areas[:, None] < low) | (truths.areas[:, None] > high)  # (G, A)
+    ignored = gt_boxes.crowd[:, None] | (gt_boxes.areas[:, None] < low) | (gt_boxes.areas[:, None] > high)  # (G, A)
     inside = (found.areas[:, None] >= low) & (found.areas[:, None] <= high)  # (K, A)
-    matches = _match(truths, found, ignored, protocol.iou_thresholds)
+    matches = _match(gt_boxes, found, ignored, protocol.iou_thresholds)
 
     best_first = np.lexsort((-found.scores, found.classes))  # stable: images of equal scores by ascending id
     place = np.empty(len(best_first), dtype=np.int64)
@@ -84,21 +86,21 @@ def accumulate(truths: Truths, found: Found, num_classes: int, protocol: Protoco
     recall = np.full((len(protocol.iou_thresholds), *shape), -1.0)
     class_ends = np.searchsorted(found.classes, np.arange(num_classes + 1))
     match_ends = np.searchsorted(places, class_ends)  # classes are together in either order
-    truth_ends = np.searchsorted(truths.classes, np.arange(num_classes + 1))
+    gt_ends = np.searchsorted(gt_boxes.classes, np.arange(num_classes + 1))
     for label in range(num_classes):
         of_class = best_first[class_ends[label] : class_ends[label + 1]]
         of_matches = slice(match_ends[label], match_ends[label + 1])
         rows, where = matches.rows[of_matches], places[of_matches] - class_ends[label]
-        truth_counts = (~ignored[truth_ends[label] : truth_ends[label + 1]]).sum(axis=0)
+        gt_counts = (~ignored[gt_ends[label] : gt_ends[label + 1]]).sum(axis=0)
         for column, most in enumerate(protocol.max_detections):
             listed = rank[of_class] < most
-            for area in np.flatnonzero(truth_counts):
+            for area in np.flatnonzero(gt_counts):
                 outcomes = np.where(rank[rows, None] < most, matches.outcomes[of_matches, :, area], NO_MATCH)
                 precision[:, :, label, area, column], recall[:, label, area, column] = _curves(
                     outcomes,
                     inside[rows, area, None],
                     np.cumsum(inside[of_class, area] & listed)[where],
-                    int(truth_counts[area]),
+                    int(gt_counts[area]),
                     protocol.recalls,
                 )
     return precision, recall
@@ -115,30 +117,30 @@ def _rank_in_run(values: np.ndarray) -> np.ndarray:
     return np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
 
 
-def _match(truths: Truths, found: Found, ignored: np.ndarray, thresholds: np.ndarray) -> _Matches:
-    """Detections choose truths; at every IoU threshold and in every area range for itself.
+def _match(gt_boxes: Truths, found: Found, ignored: np.ndarray, thresholds: np.ndarray) -> _Matches:
+    """Detections choose ground-truth boxes; at every IoU threshold and in every area range for itself.
 
-    Both sorted by class and image, detections by falling score within. Each takes, of the free truths that overlap it
+    Both sorted by class and image, detections by falling score within. Each takes, of the free ground-truth boxes that overlap it
     enough, the one of largest IoU (the last of equals), an ignored one only if there is no other; crowds stay free.
     Done in rounds, in which the next detection of every image and class takes its turn.
     """
     thresholds = np.minimum(thresholds, ALMOST_ONE)
-    detection, truth, iou = _overlapping_pairs(truths, found, thresholds.min())
+    detection, gt, iou = _overlapping_pairs(gt_boxes, found, thresholds.min())
     rows, turn_of_pair = np.unique(detection, return_inverse=True)
     turns = _rank_in_run(_groups(found)[rows])
     order = np.argsort(turns[turn_of_pair], kind="stable")
-    detection_number, truth, iou = turn_of_pair[order], truth[order], iou[order]
+    detection_number, gt, iou = turn_of_pair[order], gt[order], iou[order]
     borders = np.flatnonzero(np.diff(detection_number)) + 1  # between detections
     turn_ends = np.cumsum(np.bincount(turns[detection_number]))
-    cuts = np.searchsorted(borders, np.arange(CHOICES_AT_A_TIME, len(truth), CHOICES_AT_A_TIME))
+    cuts = np.searchsorted(borders, np.arange(CHOICES_AT_A_TIME, len(gt), CHOICES_AT_A_TIME))
     ends = np.union1d(turn_ends, borders[np.minimum(cuts, len(borders) - 1)] if len(borders) else [])
     outcomes = np.zeros((len(rows), len(thresholds), ignored.shape[1]), dtype=np.int8)
     taken = np.zeros((len(ignored), *outcomes.shape[1:]), dtype=bool)
     for start, end in itertools.pairwise([0, *ends.astype(np.int64).tolist()]):
-        candidate, overlap = truth[start:end], iou[start:end, None, None]
+        candidate, overlap = gt[start:end], iou[start:end, None, None]
         first = np.flatnonzero(np.diff(detection_number[start:end], prepend=-1))
         chooser = np.repeat(np.arange(len(first)), np.diff(first, append=end - start))
-        possible = (overlap >= thresholds[:, None]) & (~taken[candidate] | truths.crowd[candidate, None, None])
+        possible = (overlap >= thresholds[:, None]) & (~taken[candidate] | gt_boxes.crowd[candidate, None, None])
         preferred = possible & ~ignored[candidate, None, :]
         possible = np.where(np.logical_or.reduceat(preferred, first)[chooser], preferred, possible)
         best = np.maximum.reduceat(np.where(possible, overlap, -1.0), first)
@@ -154,46 +156,46 @@ def _match(truths: Truths, found: Found, ignored: np.ndarray, thresholds: np.nda
     return _Matches(rows, outcomes)
 
 
-def _overlapping_pairs(truths: Truths, found: Found, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of detections and truths of equal class and image, and their IoU, where it reaches the threshold."""
-    truth_groups, found_groups = _groups(truths), _groups(found)
-    first = np.searchsorted(truth_groups, found_groups, side="left")
-    counts = np.searchsorted(truth_groups, found_groups, side="right") - first
+def _overlapping_pairs(gt_boxes: Truths, found: Found, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of detections and ground-truth boxes of equal class and image, and their IoU, where it reaches the threshold."""
+    gt_groups, found_groups = _groups(gt_boxes), _groups(found)
+    first = np.searchsorted(gt_groups, found_groups, side="left")
+    counts = np.searchsorted(gt_groups, found_groups, side="right") - first
     rows = np.flatnonzero(counts)
     ends = np.cumsum(counts[rows])
     cuts = np.searchsorted(ends, np.arange(PAIRS_AT_A_TIME, ends[-1] if len(ends) else 0, PAIRS_AT_A_TIME))
     pieces = []
     for part in np.split(rows, np.unique(cuts)):
         detection = np.repeat(part, counts[part])
-        truth = first[detection] + _rank_in_run(detection)
-        iou = _overlap(found.boxes[detection], truths.boxes[truth], truths.crowd[truth])
+        gt = first[detection] + _rank_in_run(detection)
+        iou = _overlap(found.boxes[detection], gt_boxes.boxes[gt], gt_boxes.crowd[gt])
         enough = iou >= threshold
-        pieces.append((detection[enough], truth[enough], iou[enough]))
-    detections, truth_rows, ious = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return detections, truth_rows, ious
+        pieces.append((detection[enough], gt[enough], iou[enough]))
+    detections, gt_rows, ious = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    return detections, gt_rows, ious
 
 
-def _overlap(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+def _overlap(found: np.ndarray, gt: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """IoU of pairs of boxes (x, y, width, height), (N, 4) twice to (N,); with a crowd the share of the detection.
 
     The operations and their order are those of `bbIou` in common/maskApi.c of cocoapi, so that every bit is.
     """
-    (x, y, width, height), (truth_x, truth_y, truth_width, truth_height) = found.T, truth.T
-    common_width = np.minimum(width + x, truth_width + truth_x) - np.maximum(x, truth_x)
-    common_height = np.minimum(height + y, truth_height + truth_y) - np.maximum(y, truth_y)
+    (x, y, width, height), (gt_x, gt_y, gt_width, gt_height) = found.T, gt.T
+    common_width = np.minimum(width + x, gt_width + gt_x) - np.maximum(x, gt_x)
+    common_height = np.minimum(height + y, gt_height + gt_y) - np.maximum(y, gt_y)
     common = np.where((common_width > 0) & (common_height > 0), common_width * common_height, 0.0)
     area = width * height
-    union = np.where(crowd, area, area + truth_width * truth_height - common)
+    union = np.where(crowd, area, area + gt_width * gt_height - common)
     return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
 
 
 def _curves(
-    outcomes: np.ndarray, inside: np.ndarray, counted: np.ndarray, num_truths: int, recalls: np.ndarray
+    outcomes: np.ndarray, inside: np.ndarray, counted: np.ndarray, num_gt: int, recalls: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Precision (T, R) at the recalls, and the recall (T,) in the end.
 
     Args:
-        outcomes: of the detections that overlap a truth, best score first, (E, T).
+        outcomes: of the detections that overlap a ground-truth box, best score first, (E, T).
         inside: whether they would count if they had no match, (E, 1).
         counted: detections up to and with each of them that would, (E,).
     """
@@ -207,9 +209,9 @@ def _curves(
     precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]  # the best at this recall or a larger one
     threshold, row = np.nonzero(right.T)
     start = np.searchsorted(threshold, np.arange(right.shape[1]))  # of each threshold's right detections
-    needed = np.searchsorted(np.arange(num_truths + 1) / num_truths, recalls, side="left")  # right ones for each recall
+    needed = np.searchsorted(np.arange(num_gt + 1) / num_gt, recalls, side="left")  # right ones for each recall
     reached = needed <= rights[-1][:, None]  # (T, R)
     at = np.minimum(start[:, None] + np.maximum(needed, 1) - 1, max(len(row) - 1, 0))
     values = precision[row[at], threshold[at]] if len(row) else np.zeros(at.shape)
     values = np.where(reached & (rights[-1][:, None] > 0), values, 0.0)
-    return values, rights[-1] / num_truths
+    return values, rights[-1] / num_gt

@@ -21,12 +21,14 @@ from detection.evaluation.detections import Detections, box_areas
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 ROWS_AT_A_TIME = 100_000  # boxes handed to an evaluator at once, up to 1.5 KiB each; a class is never divided
 
-ClassAP = dict[str, tuple[float | None, float | None, int]]  # name -> (AP, AP50, number of truths without crowd)
+ClassAP = dict[
+    str, tuple[float | None, float | None, int]
+]  # name -> (AP, AP50, number of ground-truth boxes without crowd)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the official metric says of detections. Undefined (no truth) is None, in arrays -1."""
+    """What the official metric says of detections. Undefined (no ground-truth box) is None, in arrays -1."""
 
     metrics: dict[str, float | None]  # the twelve official numbers
     class_ap: ClassAP
@@ -35,9 +37,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Detections of one group of truths, e.g. one range of sizes; means over the classes that have a truth in it."""
+    """Detections of one group of ground-truth boxes, e.g. one range of sizes; means over the classes that have a ground-truth box in it."""
 
-    truths: int
+    gt_boxes: int
     ap: float | None
     ap50: float | None
     recall: float | None  # AR100: mean over IoU 0.50:0.95
@@ -66,10 +68,10 @@ def score(annotations: Annotations, detections: Detections, backend: str = "pyco
     """The twelve official COCO numbers and AP per class.
 
     The evaluator gets some classes at a time, its arrays are joined, and summed up once: the numbers are those of all
-    classes at once. Numbers that no truth defines are None, never 0 or -1.
+    classes at once. Numbers that no ground-truth box defines are None, never 0 or -1.
 
     Args:
-        annotations: truth; its images are the ones that count.
+        annotations: ground truth; its images are the ones that count.
         detections: in original pixels, all finite.
         backend: "pycocotools" (reference); "arrays" (see `coco_arrays`) and "faster_coco_eval" are proven equal.
     """
@@ -82,7 +84,7 @@ def score(annotations: Annotations, detections: Detections, backend: str = "pyco
 
     # area 0 is all, the last maxDets is 100; the evaluator's classes go by ascending id
     by_label = precision[:, :, np.argsort(np.argsort(annotations.categories.ids)), 0, -1]
-    counts = count_truths(annotations)
+    counts = count_gt(annotations)
     class_ap = {
         name: (_mean(by_label[:, :, label]), _mean(by_label[0, :, label]), int(counts[label]))
         for label, name in enumerate(annotations.categories.names)
@@ -93,22 +95,22 @@ def score(annotations: Annotations, detections: Detections, backend: str = "pyco
 def score_groups(
     annotations: Annotations,
     detections: Detections,
-    truth_values: np.ndarray,
+    gt_values: np.ndarray,
     detection_values: np.ndarray,
     edges: Sequence[float],
     backend: str = "pycocotools",
 ) -> list[GroupScore]:
     """The official metric within each range of any property of boxes, as it is defined for small, medium and large.
 
-    Truths outside the range count neither way, nor do detections outside it that match no truth inside.
+    Ground-truth boxes outside the range count neither way, nor do detections outside it that match no ground-truth box inside.
 
     Args:
-        truth_values, detection_values: the property, (N,) and (K,).
+        gt_values, detection_values: the property, (N,) and (K,).
         edges: of the ranges, ascending; a range holds its lower edge and not its upper one.
     """
     ranges = [[low, np.nextafter(high, -np.inf)] for low, high in itertools.pairwise(edges)]
-    precision, recall = _accumulate(annotations, detections, backend, truth_values, detection_values, ranges)
-    truths, _ = np.histogram(truth_values[~annotations.crowd], np.asarray(edges, dtype=np.float64))
+    precision, recall = _accumulate(annotations, detections, backend, gt_values, detection_values, ranges)
+    gt_boxes, _ = np.histogram(gt_values[~annotations.crowd], np.asarray(edges, dtype=np.float64))
     return [
         GroupScore(
             int(count),
@@ -116,12 +118,12 @@ def score_groups(
             _mean(precision[0, ..., group, -1]),
             _mean(recall[..., group, -1]),
         )
-        for group, count in enumerate(truths)
+        for group, count in enumerate(gt_boxes)
     ]
 
 
-def count_truths(annotations: Annotations) -> np.ndarray:
-    """Truths per class without crowd regions, (C,)."""
+def count_gt(annotations: Annotations) -> np.ndarray:
+    """Ground-truth boxes per class without crowd regions, (C,)."""
     return np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.categories.names))
 
 
@@ -129,18 +131,18 @@ def _accumulate(
     annotations: Annotations,
     detections: Detections,
     backend: str,
-    truth_areas: np.ndarray,
+    gt_areas: np.ndarray,
     detection_areas: np.ndarray,
     area_ranges: list[list[float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's arrays for all classes by ascending category id, of A area ranges and M counts of detections.
 
     Args:
-        truth_areas, detection_areas: what the area ranges are about, (N,) and (K,).
+        gt_areas, detection_areas: what the area ranges are about, (N,) and (K,).
         area_ranges: [smallest, largest]; None: COCO's four, with 1, 10 and 100 detections; else 100 only.
 
     Returns:
-        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no truth.
+        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no ground-truth box.
     """
     params = COCOeval(iouType="bbox").params
     num_classes = len(annotations.categories.ids)
@@ -153,26 +155,24 @@ def _accumulate(
     protocol = Protocol(params.iouThrs, params.recThrs, np.asarray(params.areaRng), params.maxDets)
     column_of_label = np.argsort(np.argsort(annotations.categories.ids))
     image_order = np.argsort(np.argsort(annotations.image_ids))
-    for labels, truth_rows, detection_rows in _groups_of_classes(annotations, detections):
+    for labels, gt_rows, detection_rows in _groups_of_classes(annotations, detections):
         columns = np.sort(column_of_label[labels])
         found, areas = detections.take(detection_rows), detection_areas[detection_rows]
         if backend == "arrays":
             position = np.searchsorted(columns, column_of_label)  # among these classes
-            image_of_box = np.searchsorted(annotations.first_box, truth_rows, side="right") - 1
-            truths = Truths(
-                position[annotations.labels[truth_rows]],
+            image_of_box = np.searchsorted(annotations.first_box, gt_rows, side="right") - 1
+            gt_boxes = Truths(
+                position[annotations.labels[gt_rows]],
                 image_order[image_of_box],
-                annotations.coco_boxes[truth_rows],
-                truth_areas[truth_rows],
-                annotations.crowd[truth_rows],
+                annotations.coco_boxes[gt_rows],
+                gt_areas[gt_rows],
+                annotations.crowd[gt_rows],
             )
             boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
             rows = Found(position[found.labels], image_order[found.image_index], boxes, areas, found.scores)
-            arrays = accumulate_arrays(truths, rows, len(labels), protocol)
+            arrays = accumulate_arrays(gt_boxes, rows, len(labels), protocol)
         else:
-            arrays = accumulate_rows(
-                annotations, labels, truth_rows, truth_areas[truth_rows], found, areas, params, backend
-            )
+            arrays = accumulate_rows(annotations, labels, gt_rows, gt_areas[gt_rows], found, areas, params, backend)
         precision[:, :, columns], recall[:, columns] = arrays
     return precision, recall
 
@@ -182,24 +182,24 @@ def _groups_of_classes(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Labels with their rows of annotations and of detections, at most ROWS_AT_A_TIME or one class at once.
 
-    Classes without truth are left out: nothing is defined for them. Rows keep their order, which decides ties.
+    Classes without ground truth are left out: nothing is defined for them. Rows keep their order, which decides ties.
     """
-    truth_order = np.argsort(annotations.labels, kind="stable")
+    gt_order = np.argsort(annotations.labels, kind="stable")
     detection_order = np.argsort(detections.labels, kind="stable")
     num_classes = len(annotations.categories.names)
-    truth_ends = np.bincount(annotations.labels, minlength=num_classes).cumsum()
+    gt_ends = np.bincount(annotations.labels, minlength=num_classes).cumsum()
     detection_ends = np.bincount(detections.labels, minlength=num_classes).cumsum()
-    rows_of_label = np.diff(truth_ends + detection_ends, prepend=0)
+    rows_of_label = np.diff(gt_ends + detection_ends, prepend=0)
     group: list[int] = []
-    with_truth = np.flatnonzero(count_truths(annotations)).tolist()
-    for position, label in enumerate(with_truth):
+    with_ground_truth = np.flatnonzero(count_gt(annotations)).tolist()
+    for position, label in enumerate(with_ground_truth):
         group.append(label)
-        following = with_truth[position + 1 : position + 2]
+        following = with_ground_truth[position + 1 : position + 2]
         if following and rows_of_label[[*group, *following]].sum() <= ROWS_AT_A_TIME:
             continue
         yield (
             np.array(group),
-            np.sort(np.concatenate([truth_order[slice(*_span(truth_ends, label))] for label in group])),
+            np.sort(np.concatenate([gt_order[slice(*_span(gt_ends, label))] for label in group])),
             np.sort(np.concatenate([detection_order[slice(*_span(detection_ends, label))] for label in group])),
         )
         group = []

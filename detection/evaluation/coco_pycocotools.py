@@ -13,8 +13,8 @@ from detection.evaluation.detections import Detections, result_rows
 def accumulate(
     annotations: Annotations,
     labels: np.ndarray,
-    truth_rows: np.ndarray,
-    truth_areas: np.ndarray,
+    gt_rows: np.ndarray,
+    gt_areas: np.ndarray,
     detections: Detections,
     detection_areas: np.ndarray,
     params: Any,
@@ -27,13 +27,13 @@ def accumulate(
 
     Args:
         labels: of these classes.
-        truth_rows, truth_areas: their boxes, rows of `annotations`, and what the area ranges are about, (G,).
+        gt_rows, gt_areas: their boxes, rows of `annotations`, and what the area ranges are about, (G,).
         detections, detection_areas: of these classes, (K,).
         params: COCOeval's, of which `maxDets`, `areaRng` and `areaRngLbl` count.
         backend: "pycocotools" or "faster_coco_eval".
 
     Returns:
-        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no truth.
+        Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no ground-truth box.
     """
     if backend == "faster_coco_eval":
         from faster_coco_eval import COCO
@@ -41,13 +41,13 @@ def accumulate(
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    truth, found = COCO(), COCO()
+    gt, found = COCO(), COCO()
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.dataset = _truth_dataset(annotations, labels, truth_rows, truth_areas, detections)
-        truth.createIndex()
-        found.dataset = {**truth.dataset, "annotations": _detection_rows(annotations, detections, detection_areas)}
+        gt.dataset = _gt_dataset(annotations, labels, gt_rows, gt_areas, detections)
+        gt.createIndex()
+        found.dataset = {**gt.dataset, "annotations": _detection_rows(annotations, detections, detection_areas)}
         found.createIndex()
-        evaluator = COCOeval(truth, found, iouType="bbox")
+        evaluator = COCOeval(gt, found, iouType="bbox")
         evaluator.params.maxDets = params.maxDets
         evaluator.params.areaRng, evaluator.params.areaRngLbl = params.areaRng, params.areaRngLbl
         evaluator.evaluate()
@@ -55,7 +55,7 @@ def accumulate(
     return np.asarray(evaluator.eval["precision"]), np.asarray(evaluator.eval["recall"])
 
 
-def _truth_dataset(
+def _gt_dataset(
     annotations: Annotations, labels: np.ndarray, rows: np.ndarray, areas: np.ndarray, detections: Detections
 ) -> dict[str, Any]:
     """What an annotation file holds, of some classes and of the images where one of them is or was found."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from detection.data.annotations import Annotations
 from detection.errors import SettingsError
-from detection.evaluation.coco_metric import count_truths
+from detection.evaluation.coco_metric import count_gt
 from detection.evaluation.evaluate import Evaluation
 
 SHOWN_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -32,7 +32,7 @@ class Compared:
 
 
 def images_per_second(evaluation: Evaluation, images: int) -> float:
-    """Images through loading, network and suppression, without loss and metric."""
+    """Images through loading, network and NMS, without loss and metric."""
     return images / max(sum(evaluation.seconds[part] for part in ("load", "network", "nms")), 1e-9)
 
 
@@ -53,15 +53,15 @@ def display_names(files: Sequence[Path]) -> list[str]:
 
 
 def check_same_data(first: Annotations, other: Annotations, file: Path) -> None:
-    """Refuse detectors whose settings lead to other images or truths; the order of classes may differ.
+    """Refuse detectors whose settings lead to other images or ground-truth boxes; the order of classes may differ.
 
     Raises:
         SettingsError: names the second file.
     """
 
     def content(annotations: Annotations) -> tuple[Any, ...]:
-        truths = dict(zip(annotations.categories.names, count_truths(annotations).tolist(), strict=True))
-        present = {name: count for name, count in truths.items() if count}
+        gt_boxes = dict(zip(annotations.categories.names, count_gt(annotations).tolist(), strict=True))
+        present = {name: count for name, count in gt_boxes.items() if count}
         return annotations.image_ids.tolist(), annotations.file_names.tobytes(), present
 
     if content(first) != content(other):
@@ -92,7 +92,7 @@ def comparison_table(rows: Sequence[Compared]) -> list[str]:
 
 
 def class_table(rows: Sequence[Compared]) -> list[str]:
-    """AP per class of the first detector and the others' differences to it; classes without truth are left out."""
+    """AP per class of the first detector and the others' differences to it; classes without ground truth are left out."""
     first, *others = rows
     defined = {name: ap for name, ap in first.class_ap.items() if ap is not None}
     width = max(len("class"), *(len(name) for name in defined))

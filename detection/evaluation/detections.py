@@ -35,7 +35,7 @@ class Detections:
     def above(self, confidence: float) -> "Detections":
         """What a detector with this confidence threshold would have found.
 
-        Exact: suppression is greedy by falling score and the largest scores per class are kept, so a detection depends
+        Exact: NMS is greedy by falling score and the largest scores per class are kept, so a detection depends
         on better ones alone. The threshold is rounded as the detector rounds it, to float32.
         """
         return self.take(self.scores > float(np.float32(confidence)))

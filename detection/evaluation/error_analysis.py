@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotations import Annotations
-from detection.evaluation.coco_metric import GroupScore, count_truths, score_groups
+from detection.evaluation.coco_metric import GroupScore, count_gt, score_groups
 from detection.evaluation.detections import Detections, box_areas
 from detection.evaluation.evaluate import Evaluation
 from detection.evaluation.matching import IN_CROWD, match_detections
@@ -26,7 +26,7 @@ ASPECT_EDGES = (0, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, np.inf)  # width / height
 class ConfidenceCurves:
     """What users of a detector get who keep the boxes with at least some confidence, at IoU 0.5.
 
-    NaN: precision where a class has no box, everything where it has no truth.
+    NaN: precision where a class has no box, everything where it has no ground-truth box.
     """
 
     confidence: np.ndarray  # (S,) ascending
@@ -66,40 +66,40 @@ def confidence_curves(annotations: Annotations, detections: Detections, lowest: 
     """
     confidence = CONFIDENCES[lowest <= CONFIDENCES]
     matched = match_detections(annotations, detections)
-    truths = count_truths(annotations)
+    gt_boxes = count_gt(annotations)
 
     def count(rows: np.ndarray) -> np.ndarray:
         """Detections of each class with at least each confidence, (C, S)."""
-        scores = [np.sort(detections.scores[rows & (detections.labels == label)]) for label in range(len(truths))]
+        scores = [np.sort(detections.scores[rows & (detections.labels == label)]) for label in range(len(gt_boxes))]
         return np.stack([len(values) - np.searchsorted(values, confidence, side="left") for values in scores])
 
     found, right = count(matched != IN_CROWD), count(matched >= 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        defined = np.where(truths > 0, 1.0, np.nan)[:, None]
+        defined = np.where(gt_boxes > 0, 1.0, np.nan)[:, None]
         precision = right / np.where(found > 0, found, np.nan) * defined
-        recall = right / truths[:, None] * defined
-        f1 = 2 * right / (found + truths[:, None]) * defined
+        recall = right / gt_boxes[:, None] * defined
+        f1 = 2 * right / (found + gt_boxes[:, None]) * defined
     return ConfidenceCurves(confidence, precision, recall, f1)
 
 
 def confusion_matrix(
     annotations: Annotations, detections: Detections, confidence: float, iou_threshold: float = 0.5
 ) -> np.ndarray:
-    """How often a truth of each class was found as each class.
+    """How often a ground-truth box of each class was found as each class.
 
-    Boxes with at least the confidence choose truths of any class, best score first.
+    Boxes with at least the confidence choose ground-truth boxes of any class, best score first.
 
     Returns:
-        Counts (C + 1, C + 1): row = class of the truth, last row: no truth there (false detections); column = class
+        Counts (C + 1, C + 1): row = class of the ground truth, last row: no ground-truth box there (false detections); column = class
         found, last column: nothing found (missed). Boxes inside crowd regions are left out.
     """
     shown = detections.take(detections.scores >= confidence)
     matched = match_detections(annotations, shown, iou_threshold, same_class=False)
     counted = matched != IN_CROWD
     background = len(annotations.categories.names)
-    truth = np.where(matched >= 0, annotations.labels[matched], background)
+    gt = np.where(matched >= 0, annotations.labels[matched], background)
     matrix = np.zeros((background + 1, background + 1), dtype=np.int64)
-    np.add.at(matrix, (truth[counted], shown.labels[counted]), 1)
+    np.add.at(matrix, (gt[counted], shown.labels[counted]), 1)
     missed = ~annotations.crowd
     missed[matched[matched >= 0]] = False
     np.add.at(matrix, (annotations.labels[missed], background), 1)
@@ -150,7 +150,7 @@ def group_table(title: str, groups: dict[str, GroupScore]) -> list[str]:
     lines = [f" {title:<{width}}  {'AP':>6}  {'AP50':>6}  {'AR100':>6}  {'truths':>7}"]
     for name, group in groups.items():
         values = "  ".join(f"{show(value):>6}" for value in (group.ap, group.ap50, group.recall))
-        lines.append(f" {name:<{width}}  {values}  {group.truths:>7}")
+        lines.append(f" {name:<{width}}  {values}  {group.gt_boxes:>7}")
     return lines
 
 
@@ -202,10 +202,10 @@ def write_analysis(directory: Path, analysis: Analysis, evaluation: Evaluation, 
     found = np.bincount(evaluation.detections.labels, minlength=len(names)).tolist()
     write_csv(
         directory / "classes.csv",
-        ["class", "truths", "boxes", "AP", "AP50", "precision", "recall", "f1"],
+        ["class", "gt_boxes", "boxes", "AP", "AP50", "precision", "recall", "f1"],
         [
-            [name, truths, boxes, ap, ap50, *numbers]
-            for (name, (ap, ap50, truths)), boxes, *numbers in zip(
+            [name, gt_boxes, boxes, ap, ap50, *numbers]
+            for (name, (ap, ap50, gt_boxes)), boxes, *numbers in zip(
                 evaluation.class_ap.items(), found, *at_best, strict=True
             )
         ],
@@ -228,8 +228,8 @@ def write_analysis(directory: Path, analysis: Analysis, evaluation: Evaluation, 
     )
     write_csv(
         directory / "confusion_matrix.csv",
-        ["truth", *names, "missed"],
-        [[name, *row] for name, row in zip([*names, "no truth"], analysis.confusion.tolist(), strict=True)],
+        ["gt", *names, "missed"],
+        [[name, *row] for name, row in zip([*names, "no ground-truth box"], analysis.confusion.tolist(), strict=True)],
     )
 
 

@@ -23,11 +23,11 @@ from detection.runtime.devices import synchronize
 class Evaluation:
     """Everything one pass over the validation set gives."""
 
-    metrics: dict[str, float | None]  # the twelve official numbers; None where no truth defines them
+    metrics: dict[str, float | None]  # the twelve official numbers; None where no ground-truth box defines them
     class_ap: ClassAP
     losses: dict[str, float]  # mean per image
     detections: Detections
-    dropped: int  # detections that were not finite numbers
+    dropped: int  # detections that were non-finite numbers
     seconds: dict[str, float]  # those of `Found` and "metric"
     backend: str
     precision: np.ndarray  # (10, 101, C), see `Scores`
@@ -36,7 +36,7 @@ class Evaluation:
 class Found(NamedTuple):
     """What one process found on its images, unscored."""
 
-    detections: Detections  # not finite ones too
+    detections: Detections  # non-finite ones too
     losses: dict[str, float]  # summed over the images
     seconds: dict[str, float]  # "load": waiting for the loader; "network"; "loss"; "nms": with the way to the host
 
@@ -56,18 +56,18 @@ def evaluate(
 
     Args:
         criterion: for the validation loss; None: no losses.
-        model: put into evaluation mode; the mode of every module is restored (a frozen encoder's is not the model's).
+        model: put into evaluation mode; the mode of every module is restored (a frozen backbone's is not the model's).
         loader: every image once, in the dataset's order, with letterboxes.
         annotations: of the loader's dataset.
         backend: "auto", "arrays", "pycocotools" or "faster_coco_eval".
         on_batch: called after each batch; may raise to abandon the evaluation.
     """
-    found = find_all(model, criterion, postprocess, loader, device, autocast, on_batch)
-    return score_found([found], annotations, backend)
+    found = run_inference(model, criterion, postprocess, loader, device, autocast, on_batch)
+    return compute_metrics([found], annotations, backend)
 
 
 @torch.no_grad()
-def find_all(
+def run_inference(
     model: nn.Module,
     criterion: nn.Module | None,
     postprocess: nn.Module,
@@ -86,7 +86,7 @@ def find_all(
 
     def lap(part: str) -> None:
         nonlocal started
-        synchronize(device)  # the host has to wait here anyway: suppression needs to know how many candidates there are
+        synchronize(device)  # the host has to wait here anyway: NMS needs to know how many candidates there are
         seconds[part] += time.perf_counter() - started
         started = time.perf_counter()
 
@@ -123,7 +123,7 @@ def find_all(
     return Found(Detections(**join_arrays(parts)), totals, seconds)
 
 
-def score_found(shares: Sequence[Found], annotations: Annotations, backend: str = "auto") -> Evaluation:
+def compute_metrics(shares: Sequence[Found], annotations: Annotations, backend: str = "auto") -> Evaluation:
     """The second half of `evaluate`.
 
     Args:
@@ -135,7 +135,7 @@ def score_found(shares: Sequence[Found], annotations: Annotations, backend: str 
     if len(shares) > 1:  # one process finds them in this order
         order = np.argsort(joined["image_index"], kind="stable")
         joined = {name: array[order] for name, array in joined.items()}
-    detections, dropped = drop_not_finite(Detections(**joined))
+    detections, dropped = drop_non_finite(Detections(**joined))
     backend = choose_backend(backend)
     scores = score(annotations, detections, backend)
     seconds = {part: max(share.seconds[part] for share in shares) for part in shares[0].seconds}
@@ -154,7 +154,7 @@ def join_arrays(parts: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
     }
 
 
-def drop_not_finite(detections: Detections) -> tuple[Detections, int]:
+def drop_non_finite(detections: Detections) -> tuple[Detections, int]:
     """Remove detections with a NaN or infinite number: pycocotools counts a NaN box as a perfect match."""
     finite = np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)
     return detections if finite.all() else detections.take(finite), int((~finite).sum())

@@ -8,16 +8,16 @@ import numpy as np
 from detection.data.annotations import Annotations
 from detection.drawing.boxes import class_color
 from detection.drawing.figures import figure_pixels, new_figure
-from detection.evaluation.coco_metric import GroupScore, count_truths
+from detection.evaluation.coco_metric import GroupScore, count_gt
 from detection.evaluation.error_analysis import Analysis, ConfidenceCurves, mean_defined
 from detection.evaluation.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEW_CLASSES = 12  # so many curves have names; of more classes, those with most truths
+FEW_CLASSES = 12  # so many curves have names; of more classes, those with most ground-truth boxes
 NAMED_OF_MANY = 8
-MOST_DIFFERENCES = 30  # classes compared in one figure
+MAX_DIFFERENCES = 30  # classes compared in one figure
 RECALLS = np.arange(101) / 100
 
 
@@ -25,25 +25,25 @@ def draw_evaluation(
     evaluation: Evaluation, analysis: Analysis, annotations: Annotations, confidence: float
 ) -> dict[str, np.ndarray]:
     """Every figure of one evaluation by its name; `confidence` is that of the confusion matrix."""
-    names, truths = annotations.categories.names, count_truths(annotations)
+    names, gt_boxes = annotations.categories.names, count_gt(annotations)
     return {
-        "precision_recall": draw_precision_recall(evaluation.precision[0], names, truths),
-        "confidence_curves": draw_confidence_curves(analysis.curves, names, truths),
+        "precision_recall": draw_precision_recall(evaluation.precision[0], names, gt_boxes),
+        "confidence_curves": draw_confidence_curves(analysis.curves, names, gt_boxes),
         "confusion_matrix": draw_confusion(analysis.confusion, names, confidence),
         "size_and_aspect": draw_groups({"box size (pixels)": analysis.sizes, "box width : height": analysis.aspects}),
     }
 
 
-def draw_precision_recall(precision: np.ndarray, names: Sequence[str], truths: np.ndarray) -> np.ndarray:
+def draw_precision_recall(precision: np.ndarray, names: Sequence[str], gt_boxes: np.ndarray) -> np.ndarray:
     """Precision against recall at IoU 0.5, per class and mean, as the COCO metric interpolates it; RGB (H, W, 3).
 
     Args:
-        precision: at recall 0, 0.01, ... 1, (101, C); -1 where a class has no truth.
-        truths: per class, (C,).
+        precision: at recall 0, 0.01, ... 1, (101, C); -1 where a class has no ground-truth box.
+        ground-truth boxes: per class, (C,).
     """
     curves = np.where(precision > -1, precision, np.nan).T
     figure, (axes,) = new_figure((10, 6))
-    _draw_class_curves(axes, RECALLS, curves, mean_defined(curves), names, truths, mean_defined(curves.T))
+    _draw_class_curves(axes, RECALLS, curves, mean_defined(curves), names, gt_boxes, mean_defined(curves.T))
     axes.set_title("Precision against recall at IoU 0.5")
     axes.set_xlabel("recall")
     axes.set_ylabel("precision")
@@ -51,7 +51,7 @@ def draw_precision_recall(precision: np.ndarray, names: Sequence[str], truths: n
     return figure_pixels(figure)
 
 
-def draw_confidence_curves(curves: ConfidenceCurves, names: Sequence[str], truths: np.ndarray) -> np.ndarray:
+def draw_confidence_curves(curves: ConfidenceCurves, names: Sequence[str], gt_boxes: np.ndarray) -> np.ndarray:
     """F1, precision and recall against confidence at IoU 0.5, per class and mean; RGB (H, W, 3)."""
     best = float(curves.confidence[curves.best])
     figure, panels = new_figure((18, 5.5), 1, 3)
@@ -64,7 +64,7 @@ def draw_confidence_curves(curves: ConfidenceCurves, names: Sequence[str], truth
         (f1, precision, recall),
         strict=True,
     ):
-        _draw_class_curves(axes, curves.confidence, values, mean, names, truths, at_best)
+        _draw_class_curves(axes, curves.confidence, values, mean, names, gt_boxes, at_best)
         axes.axvline(best, color="black", linestyle=":", linewidth=1.5)
         axes.set_title(f"{name}: mean {mean[curves.best]:.3f} at confidence {best:.3f} (highest F1)")
         axes.set_xlabel("confidence")
@@ -80,12 +80,12 @@ def _draw_class_curves(
     curves: np.ndarray,
     mean: np.ndarray,
     names: Sequence[str],
-    truths: np.ndarray,
+    gt_boxes: np.ndarray,
     numbers: np.ndarray,
 ) -> None:
-    """Curves (C, S) and their mean; of many classes those with most truths have a colour, a name and their number."""
-    defined = np.flatnonzero(truths)
-    most_first = defined[np.argsort(-truths[defined], kind="stable")].tolist()
+    """Curves (C, S) and their mean; of many classes those with most ground-truth boxes have a colour, a name and their number."""
+    defined = np.flatnonzero(gt_boxes)
+    most_first = defined[np.argsort(-gt_boxes[defined], kind="stable")].tolist()
     named = most_first[: FEW_CLASSES if len(defined) <= FEW_CLASSES else NAMED_OF_MANY]
     others = [label for label in most_first if label not in named]
     for label in others:
@@ -97,14 +97,14 @@ def _draw_class_curves(
         x, mean, color="black", linewidth=2.5, label=f"mean of {len(defined)} classes  {numbers[defined].mean():.3f}"
     )
     if others:
-        axes.plot([], color="#b0b0b0", linewidth=0.6, label=f"{len(others)} classes with fewer truths")
+        axes.plot([], color="#b0b0b0", linewidth=0.6, label=f"{len(others)} classes with fewer ground-truth boxes")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
 
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) -> np.ndarray:
-    """The matrix of `confusion_matrix`, coloured by the share of each truth's row; RGB (H, W, 3)."""
+    """The matrix of `confusion_matrix`, coloured by the share of each ground-truth box's row; RGB (H, W, 3)."""
     count = len(matrix)
     side = min(max(7.0, 3 + 0.55 * count), 20.0)
     letters = 9.0 if count <= 2 * FEW_CLASSES else max(4.0, 0.5 * 72 * (side - 3) / count)
@@ -123,17 +123,19 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) 
         color = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=letters, color=color)
     axes.set_xticks(range(count), [*names, "missed"], rotation=90 if count > 6 else 0, fontsize=letters)
-    axes.set_yticks(range(count), [*names, "no truth"], fontsize=letters)
+    axes.set_yticks(range(count), [*names, "no ground-truth box"], fontsize=letters)
     axes.set_xlabel("found")
-    axes.set_ylabel("truth")
+    axes.set_ylabel("gt")
     numbers = "counts and shares" if count <= FEW_CLASSES else "shares in percent"
-    axes.set_title(f"Found classes of each truth, confidence at least {confidence:g}, IoU 0.5 ({numbers} of the row)")
+    axes.set_title(
+        f"Found classes of each ground-truth box, confidence at least {confidence:g}, IoU 0.5 ({numbers} of the row)"
+    )
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="share of the row")
     return figure_pixels(figure)
 
 
 def draw_groups(panels: Mapping[str, Mapping[str, GroupScore]]) -> np.ndarray:
-    """AP, AP50 and AR100 per group as bars with the number of truths below, one panel per property; RGB (H, W, 3)."""
+    """AP, AP50 and AR100 per group as bars with the number of ground-truth boxes below, one panel per property; RGB (H, W, 3)."""
     figure, all_axes = new_figure((8 * len(panels), 5), 1, len(panels))
     for axes, (title, groups) in zip(all_axes, panels.items(), strict=True):
         places = np.arange(len(groups))
@@ -147,13 +149,13 @@ def draw_groups(panels: Mapping[str, Mapping[str, GroupScore]]) -> np.ndarray:
             heights = [np.nan if value is None else value for value in values]
             bars = axes.bar(places + 0.27 * (offset - 1), heights, 0.25, label=name)
             axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-        labels = [f"{name}\n{group.truths}" for name, group in groups.items()]
+        labels = [f"{name}\n{group.gt_boxes}" for name, group in groups.items()]
         axes.set_xticks(places, labels, fontsize=9)
         axes.set_ylim(0, 1.15)
         axes.set_yticks(np.arange(6) / 5)
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set_title(f"Metrics by {title}")
-        axes.set_xlabel(f"{title}; below: truths")
+        axes.set_xlabel(f"{title}; below: ground-truth boxes")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(ncols=3, loc="upper left")
     return figure_pixels(figure)
@@ -179,8 +181,8 @@ def draw_comparison(
     }
     differences = {name: values for name, values in differences.items() if not np.isnan(values).all()}
     ranked = sorted(differences, key=lambda name: float(np.nanmean(differences[name])))
-    if len(ranked) > MOST_DIFFERENCES:
-        ranked = ranked[: MOST_DIFFERENCES // 2] + ranked[-MOST_DIFFERENCES // 2 :]
+    if len(ranked) > MAX_DIFFERENCES:
+        ranked = ranked[: MAX_DIFFERENCES // 2] + ranked[-MAX_DIFFERENCES // 2 :]
     figure, (left, right) = new_figure((16, max(6.0, 1.5 + 0.28 * len(ranked))), 1, 2)
     names = list(metrics[first])
     places, width, highest = np.arange(len(names)), 0.8 / len(detectors), 0.1

@@ -10,7 +10,7 @@ import numpy as np
 from detection.config.settings import Settings
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch
 from detection.data.build import DetectionDataset
-from detection.drawing.boxes import draw_boxes, make_grid, truth_beside_detections
+from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
 from detection.evaluation.coco_metric import ClassAP
 from detection.evaluation.detections import write_detections
 from detection.evaluation.evaluate import Evaluation
@@ -85,11 +85,11 @@ def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
 
 
 def class_lines(class_ap: ClassAP) -> list[str]:
-    """AP, AP50 and number of truths per class."""
+    """AP, AP50 and number of ground-truth boxes per class."""
     width = max(len("class"), *(len(name) for name in class_ap))
     lines = [f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'truths':>7}"]
-    for name, (ap, ap50, truths) in class_ap.items():
-        lines.append(f" {name:<{width}}  {_show(ap):>11}  {_show(ap50):>11}  {truths:>7}")
+    for name, (ap, ap50, gt_boxes) in class_ap.items():
+        lines.append(f" {name:<{width}}  {_show(ap):>11}  {_show(ap50):>11}  {gt_boxes:>7}")
     return lines
 
 
@@ -114,12 +114,13 @@ def write_evaluation(
     """
     write_detections(directory / "detections.json", dataset.annotations, evaluation.detections)
     class_ap = {
-        name: {"AP": ap, "AP50": ap50, "truths": truths} for name, (ap, ap50, truths) in evaluation.class_ap.items()
+        name: {"AP": ap, "AP50": ap50, "gt_boxes": gt_boxes}
+        for name, (ap, ap50, gt_boxes) in evaluation.class_ap.items()
     }
     content = {
         **evaluation.metrics,
         "boxes": len(evaluation.detections),
-        "dropped_not_finite": evaluation.dropped,
+        "dropped_non_finite": evaluation.dropped,
         "step": step,
         "losses": evaluation.losses,
         "class_AP": class_ap,
@@ -143,7 +144,7 @@ def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
 def draw_detections(
     dataset: DetectionDataset, evaluation: Evaluation, threshold: float, count: int
 ) -> np.ndarray | None:
-    """Truth beside detections with a score of at least `threshold`, for images spread evenly over the dataset."""
+    """Ground truth beside detections with a score of at least `threshold`, for images spread evenly over the dataset."""
     annotations = dataset.annotations
     pictures = []
     for index in np.linspace(0, len(annotations) - 1, min(count, len(annotations)), dtype=int).tolist():
@@ -153,7 +154,7 @@ def draw_detections(
         image = dataset.load_image(index)
         factor = max(1, round(READABLE_SIDE / max(image.shape[:2])))
         pictures.append(
-            truth_beside_detections(
+            ground_truth_beside_detections(
                 image.repeat(factor, axis=0).repeat(factor, axis=1),
                 annotations.boxes[rows] * factor,
                 np.where(annotations.crowd[rows], CROWD_LABEL, annotations.labels[rows]),

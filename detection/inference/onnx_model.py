@@ -18,7 +18,7 @@ OutputKind = Literal["raw", "decoded", "nms"]
 NEEDED = "pip install onnx onnxscript onnxruntime"
 # Settings that the graph holds; all others still apply to a file.
 NETWORK_SETTINGS = [
-    f"yolo.{name}" for name in ("encoder", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
+    f"yolo.{name}" for name in ("backbone", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
 ]
 DECODING_SETTINGS = ["evaluation.score", "evaluation.objectness_threshold"]
 NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
@@ -37,7 +37,7 @@ class Description(BaseModel):
     image_size: int  # pixels; side of the square input, with dynamic_size the one that validation uses
     dynamic_size: bool  # any height and width that are multiples of size_multiple
     size_multiple: int
-    half: bool  # the network computes in float16; inputs, outputs, decoding and suppression do not
+    half: bool  # the network computes in float16; inputs, outputs, decoding and NMS do not
     letterbox: dict[str, Any]  # keep_aspect, fill, interpolation, rounding: how an image is laid into the input
     pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1
     pixel_std: tuple[float, ...]
@@ -104,7 +104,7 @@ class OnnxModel(nn.Module):
         except Exception as error:  # noqa: BLE001  (a class of its own for each of its status codes)
             raise CheckpointError(f"{path} is not a usable ONNX file: {' '.join(str(error).split())[:200]}") from None
         self.path = path
-        self.description = read_description(self.session.get_modelmeta().custom_metadata_map, path)
+        self.description = read_cfg(self.session.get_modelmeta().custom_metadata_map, path)
         self.strides = self.description.strides
         self.size_multiple = self.description.size_multiple
         self.num_parameters = self.description.parameters
@@ -148,7 +148,7 @@ class OnnxModel(nn.Module):
 
 
 class DecodedPostprocess(YOLOPostprocess):
-    """For files with decoded outputs: the suppression alone."""
+    """For files with decoded outputs: the NMS alone."""
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         boxes, scores = outputs
@@ -183,7 +183,7 @@ def build_postprocess(description: Description, settings: Settings) -> nn.Module
     )
 
 
-def read_description(metadata: dict[str, str], path: Path) -> Description:
+def read_cfg(metadata: dict[str, str], path: Path) -> Description:
     """Raises CheckpointError: not the metadata of a file that export.py wrote."""
     if "program" not in metadata or "output_kind" not in metadata:
         raise CheckpointError(f"{path} has no metadata of export.py: only ONNX files that it wrote can be read here")

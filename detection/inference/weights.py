@@ -8,7 +8,7 @@ from typing import Any
 
 from detection.checkpoints import DETECTOR_FIELDS, load_fields
 from detection.config.command_line import DEFAULTS, device_flags
-from detection.config.loading import Flag, complete_settings, load_settings, read_description
+from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
@@ -83,7 +83,7 @@ def open_weights(
     """Build the detector a file belongs to and fill it.
 
     Args:
-        weights: our checkpoint (.pt; its moving average where it has one), an .onnx of export.py, or a Darknet file.
+        weights: our checkpoint (.pt; its EMA where it has one), an .onnx of export.py, or a Darknet file.
         cfg: description of a Darknet network; None: the YOLOv3 of the settings.
         names: class names of a Darknet file, one per line.
         defaults: args.yaml.
@@ -121,8 +121,8 @@ def _open_checkpoint(
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
-    kind = "moving average" if checkpoint["average"] else "weights"
-    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.encoder}, {len(names)} classes"]
+    kind = "EMA" if checkpoint["average"] else "weights"
+    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.backbone}, {len(names)} classes"]
     seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
@@ -147,7 +147,7 @@ def _open_onnx(
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
     lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
-    lines.append(f"{settings.yolo.encoder}, {count} classes, written by {description.program}")
+    lines.append(f"{settings.yolo.backbone}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
@@ -171,10 +171,10 @@ def _open_darknet(
     class_names = None if names is None else read_names(names)
     base: list[Flag] = []
     if cfg is not None:
-        text = read_description(str(cfg))
+        text = read_cfg(str(cfg))
         sections = parse_cfg(text)
         size = input_size(sections)
-        described = {"yolo.encoder": DARKNET_CFG, "yolo.cfg": text}
+        described = {"yolo.backbone": DARKNET_CFG, "yolo.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)

@@ -8,21 +8,21 @@ from torch import nn
 from detection.config.settings import DARKNET_CFG, EvaluationSettings, YoloSettings
 from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models.backbones.darknet import Darknet53, DarknetTiny, use_darknet_normalisation
-from detection.models.backbones.mobilenet import mobilenet_v3_large_encoder, mobilenet_v3_small_encoder
-from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_encoder
+from detection.models.backbones.darknet import Darknet53, DarknetTiny, use_darknet_batch_norm
+from detection.models.backbones.mobilenet import mobilenet_v3_large_backbone, mobilenet_v3_small_backbone
+from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_backbone
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.grid import Anchors
-from detection.models.yolo.network import Encoder, YOLOv3, spp_stage, tiny_stage, yolov3_stage
+from detection.models.yolo.network import Backbone, YOLOv3, spp_stage, tiny_stage, yolov3_stage
 from detection.models.yolo.postprocess import YOLOPostprocess
 
-ENCODERS: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Encoder`; beside these: timm/NAME
+BACKBONES: dict[str, Callable[[], Any]] = {  # each makes a module that is a `yolov3.Backbone`; beside these: timm/NAME
     "darknet": Darknet53,
     "darknet_tiny": DarknetTiny,
-    "mobilenet_v3_large": mobilenet_v3_large_encoder,
-    "mobilenet_v3_small": mobilenet_v3_small_encoder,
+    "mobilenet_v3_large": mobilenet_v3_large_backbone,
+    "mobilenet_v3_small": mobilenet_v3_small_backbone,
 }
 
 
@@ -30,7 +30,7 @@ def build_detector(yolo: YoloSettings, evaluation: EvaluationSettings, num_class
     """The detector that the settings describe, with random weights, on the CPU."""
     model = build_model(yolo, num_classes)
     if yolo.batch_norm == "darknet":
-        use_darknet_normalisation(model)
+        use_darknet_batch_norm(model)
     anchors, scales_xy = anchors_of(model, yolo)
     new_coords = isinstance(model, DarknetNetwork) and model.new_coords
     criterion = None
@@ -60,12 +60,12 @@ def anchors_of(model: nn.Module, yolo: YoloSettings) -> tuple[Anchors, Sequence[
 
 
 def build_model(yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork:
-    if yolo.encoder == DARKNET_CFG:
+    if yolo.backbone == DARKNET_CFG:
         assert yolo.cfg is not None, "checked by the settings"
         return DarknetNetwork(parse_cfg(yolo.cfg), num_classes, yolo.objectness_prior, yolo.batch_norm_momentum)
-    tiny = yolo.encoder == "darknet_tiny"
+    tiny = yolo.backbone == "darknet_tiny"
     return YOLOv3(
-        build_encoder(yolo),
+        build_backbone(yolo),
         yolo.neck_channels,
         [len(level) for level in yolo.anchors],
         num_classes,
@@ -75,22 +75,22 @@ def build_model(yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork
     )
 
 
-def build_encoder(yolo: YoloSettings) -> Encoder:
-    """The encoder that the settings name, with random weights.
+def build_backbone(yolo: YoloSettings) -> Backbone:
+    """The backbone that the settings name, with random weights.
 
     Raises:
         SettingsError: it does not have one map per level of anchors.
     """
-    if yolo.encoder.startswith(TIMM_PREFIX):
-        return timm_encoder(yolo.encoder.removeprefix(TIMM_PREFIX), len(yolo.anchors))
-    encoder = ENCODERS[yolo.encoder]()
-    if len(encoder.strides) != len(yolo.anchors):
+    if yolo.backbone.startswith(TIMM_PREFIX):
+        return timm_backbone(yolo.backbone.removeprefix(TIMM_PREFIX), len(yolo.anchors))
+    backbone = BACKBONES[yolo.backbone]()
+    if len(backbone.strides) != len(yolo.anchors):
         raise SettingsError(
-            f"yolo.anchors: has {len(yolo.anchors)} levels, but yolo.encoder={yolo.encoder} has {len(encoder.strides)}"
-            f" (strides {', '.join(map(str, encoder.strides))}); yolo.anchors and yolo.neck_channels need one each; "
+            f"yolo.anchors: has {len(yolo.anchors)} levels, but yolo.backbone={yolo.backbone} has {len(backbone.strides)}"
+            f" (strides {', '.join(map(str, backbone.strides))}); yolo.anchors and yolo.neck_channels need one each; "
             "for YOLOv3-tiny: --config recipes/yolov3_tiny.yaml"
         )
-    return encoder
+    return backbone
 
 
 def size_multiple(model: nn.Module) -> int:

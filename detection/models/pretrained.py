@@ -1,4 +1,4 @@
-"""`yolo.pretrained`: weights that a fresh run starts from, of the encoder or of a whole detector."""
+"""`yolo.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
 
 import http.client
 import pickle
@@ -13,7 +13,7 @@ from detection.checkpoints import is_checkpoint, read_file, verified
 from detection.config.settings import YoloSettings
 from detection.errors import CheckpointError, SettingsError
 from detection.models.backbones.mobilenet import STANDARD_WEIGHTS, MobileNetV3
-from detection.models.backbones.timm_backbone import TimmEncoder, classifier_state, download_weights, load_classifier
+from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import load_darknet_weights
 from detection.models.yolo.network import YOLOv3
@@ -24,7 +24,7 @@ NAMES_SHOWN = 3  # of the tensors that do not fit
 
 
 def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
-    """Fill the model, or its encoder, with what the settings name.
+    """Fill the model, or its backbone, with what the settings name.
 
     Only for a run that begins: a continued one has all weights in its checkpoint and needs none of these files.
 
@@ -33,13 +33,13 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
 
     Raises:
         CheckpointError: missing, damaged, foreign or not fitting weights; no network to fetch them.
-        SettingsError: the encoder has no standard weights.
+        SettingsError: the backbone has no standard weights.
     """
     if yolo.pretrained is False:
         return []
     assert isinstance(model, YOLOv3 | DarknetNetwork)
     if yolo.pretrained is True:
-        return load_standard_weights(model, yolo.encoder)
+        return load_standard_weights(model, yolo.backbone)
     path = Path(yolo.pretrained)
     if path.suffix == ".onnx":
         raise CheckpointError(
@@ -49,25 +49,25 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
         return load_darknet_weights(model, path).lines
     if not path.is_file():
         raise CheckpointError(f"yolo.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
-    encoder = model.encoder
-    if isinstance(encoder, TimmEncoder) and path.suffix == ".safetensors":
-        return load_timm_file(encoder, read_safetensors(path), path)
+    backbone = model.backbone
+    if isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors":
+        return load_timm_file(backbone, read_safetensors(path), path)
     content = read_file(path)
     if is_checkpoint(content):
         return load_checkpoint_weights(model, yolo, verified(content, path), path)
     state = find_state(content, path)
-    if isinstance(encoder, MobileNetV3):
-        return [load_torchvision(encoder, state, str(path))]
-    if isinstance(encoder, TimmEncoder):
-        return load_timm_file(encoder, state, path)
+    if isinstance(backbone, MobileNetV3):
+        return [load_torchvision(backbone, state, str(path))]
+    if isinstance(backbone, TimmBackbone):
+        return load_timm_file(backbone, state, path)
     raise CheckpointError(
-        f"yolo.pretrained={path} holds plain tensors; yolo.encoder={yolo.encoder} starts from Darknet files (.weights, "
+        f"yolo.pretrained={path} holds plain tensors; yolo.backbone={yolo.backbone} starts from Darknet files (.weights, "
         ".conv.N) or checkpoints of this program"
     )
 
 
 def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str]:
-    """The weights that an encoder is commonly started from."""
+    """The weights that an backbone is commonly started from."""
     if name == "darknet":
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
     if name in STANDARD_WEIGHTS:
@@ -81,33 +81,33 @@ def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str
                 f"yolo.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
                 "elsewhere and use yolo.pretrained=FILE"
             ) from None
-        assert isinstance(model.encoder, MobileNetV3)
-        return [load_torchvision(model.encoder, state, f"torchvision's {weights} ({Path(weights.url).name})")]
-    if isinstance(model.encoder, TimmEncoder):
-        where = download_weights(model.encoder)
-        return [f"encoder from timm's weights, {where}"]
-    raise SettingsError(f"yolo.pretrained = true: encoder {name} has no standard weights; name a FILE")
+        assert isinstance(model.backbone, MobileNetV3)
+        return [load_torchvision(model.backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
+    if isinstance(model.backbone, TimmBackbone):
+        where = download_weights(model.backbone)
+        return [f"backbone from timm's weights, {where}"]
+    raise SettingsError(f"yolo.pretrained = true: backbone {name} has no standard weights; name a FILE")
 
 
-def load_torchvision(encoder: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
-    """Fill the encoder from the state of torchvision's classifier, or of its `features` alone."""
+def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
+    """Fill the backbone from the state of torchvision's classifier, or of its `features` alone."""
     if any(name.startswith("features.") for name in state):
         state = {
             name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
         }
-    ours = encoder.torchvision_names()
-    own_state = encoder.state_dict()
+    ours = backbone.torchvision_names()
+    own_state = backbone.state_dict()
     check_fit(state, {name: own_state[own] for name, own in ours.items()}, source)
-    encoder.load_state_dict({ours[name]: value for name, value in state.items()})
-    return f"encoder, {len(ours)} tensors from {source}"
+    backbone.load_state_dict({ours[name]: value for name, value in state.items()})
+    return f"backbone, {len(ours)} tensors from {source}"
 
 
-def load_timm_file(encoder: TimmEncoder, state: Mapping[str, Tensor], path: Path) -> list[str]:
-    expected, classifier = classifier_state(encoder)
+def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path) -> list[str]:
+    expected, classifier = classifier_state(backbone)
     kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
     check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, str(path))
-    load_classifier(encoder, state)
-    return [f"encoder from {path}, a classifier timm/{encoder.name}"]
+    load_classifier(backbone, state)
+    return [f"backbone from {path}, a classifier timm/{backbone.name}"]
 
 
 def load_checkpoint_weights(
@@ -115,17 +115,17 @@ def load_checkpoint_weights(
 ) -> list[str]:
     """A whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
     try:
-        encoder = checkpoint["settings"]["yolo"]["encoder"]
+        backbone = checkpoint["settings"]["yolo"]["backbone"]
         names = checkpoint["categories"]["names"]
         anchors = [len(level) for level in checkpoint["settings"]["yolo"]["anchors"]]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"yolo.pretrained={path} is not the checkpoint of a run: no {error}") from None
-    if encoder != yolo.encoder:
-        raise CheckpointError(f"yolo.pretrained={path} has the encoder {encoder}, this run {yolo.encoder}")
-    kind = "moving average" if checkpoint["average"] else "weights"
-    lines = [f"encoder, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
+    if backbone != yolo.backbone:
+        raise CheckpointError(f"yolo.pretrained={path} has the backbone {backbone}, this run {yolo.backbone}")
+    kind = "EMA" if checkpoint["average"] else "weights"
+    lines = [f"backbone, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
     expected = model.state_dict()
     own_anchors = [len(level) for level in yolo.anchors]
     if len(names) != model.num_classes or anchors != own_anchors:

@@ -1,1 +1,1 @@
-"""Pure functions on tensors: boxes, non-maximum suppression, the letterbox."""
+"""Pure functions on tensors: boxes, NMS, the letterbox."""

@@ -1,4 +1,4 @@
-"""Greedy non-maximum suppression within groups of boxes (a class of an image), exact and without a call per group.
+"""Greedy NMS within groups of boxes (a class of an image), exact and without a call per group.
 
 Every path compares the same float32 numbers, IoU = common / (area + other area - common), as torchvision's `nms` does
 for one group. torchvision's `batched_nms` moves the groups apart by the largest coordinate instead, which changes what
@@ -19,14 +19,14 @@ PAIRS_AT_A_TIME_CPU = 2**17  # about 100 bytes each, as on an accelerator
 PAIRS_AT_A_TIME = 2**23
 
 
-def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None = None) -> Tensor:
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None = None) -> Tensor:
     """Numbers of the boxes to keep, by ascending group and falling score; equal scores by ascending number.
 
     A box goes when a better one of its group that stays overlaps it by more than the threshold. What a group's best
     boxes leave of one another depends on them alone: once `most` are found, the worse ones are not looked at.
 
     Args:
-        boxes: (N, 4) xyxy; not finite ones neither suppress nor go.
+        boxes: (N, 4) xyxy; non-finite ones neither suppress nor go.
         scores: (N,), no NaN.
         groups: (N,) int64, 0 or more.
         iou_threshold: largest IoU of two boxes that stay.
@@ -36,16 +36,16 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float
     if boxes.is_cuda:
         order = scores.argsort(descending=True, stable=True)
         order = order[groups[order].argsort(stable=True)]
-        return order[_suppress_on_device(boxes[order], groups[order].bincount(), iou_threshold, most)]
+        return order[_nms_on_device(boxes[order], groups[order].bincount(), iou_threshold, most)]
     order_array = np.argsort(-scores.numpy(), kind="stable")
     sorted_groups = groups.numpy()[order_array]
     by_group = np.argsort(sorted_groups.astype(np.min_scalar_type(sorted_groups.max(initial=0))), kind="stable")
     order = torch.from_numpy(order_array[by_group])
-    kept = _suppress_on_cpu(boxes[order], np.bincount(sorted_groups), iou_threshold, most)
+    kept = _nms_on_cpu(boxes[order], np.bincount(sorted_groups), iou_threshold, most)
     return order[torch.from_numpy(kept)]
 
 
-def _suppress_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: int | None) -> np.ndarray:
+def _nms_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: int | None) -> np.ndarray:
     """Rows to keep, of boxes sorted by group and falling score; `sizes` (groups,)."""
     ends = np.cumsum(sizes)
     keep = np.zeros(len(boxes), dtype=bool)
@@ -123,8 +123,8 @@ def _overlaps(first: np.ndarray, second: np.ndarray, iou_threshold: float) -> np
     return overlaps
 
 
-def _suppress_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int | None) -> Tensor:
-    """`_suppress_on_cpu` for an accelerator, all groups together; the host waits for a few counts of all of them.
+def _nms_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int | None) -> Tensor:
+    """`_nms_on_cpu` for an accelerator, all groups together; the host waits for a few counts of all of them.
 
     The next BLOCK boxes of every unfinished group are compared with those that stay so far, and with one another.
     """

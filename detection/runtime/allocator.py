@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 MEMORY_AHEAD = 2**26  # bytes
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Let this process use again what it has freed, instead of giving it back to the system.
 
     The GNU C library takes each large tensor anew from the system, which hands it over page by page and cleared: with

@@ -18,7 +18,7 @@ from torch import nn
 
 from detection.config.settings import RunSettings
 from detection.errors import SettingsError
-from detection.runtime.allocator import free_memory, keep_freed_memory
+from detection.runtime.allocator import disable_malloc_trim, free_memory
 from detection.runtime.habana import LAZY_MODE
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     available = available_devices()
     name = available[0] if name == "auto" else name
     if name == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     if name not in ("cuda" if other.startswith("cuda") else other for other in available) and name not in available:
         reason = f" ({_hpu_failure})" if name == "hpu" and _hpu_failure else ""
         raise SettingsError(f"device {name!r} is not available here{reason}; available: {', '.join(available)}")
@@ -136,7 +136,7 @@ def make_deterministic(device: torch.device) -> None:
             _hpu().setDeterministic(True)
 
 
-GRAPHS_PER_SIZE = 2  # with the encoder frozen, and without
+GRAPHS_PER_SIZE = 2  # with the backbone frozen, and without
 CUDA_GRAPHS = "reduce-overhead"  # the compiler's mode that records them
 
 
@@ -181,7 +181,7 @@ def pinning(device: torch.device) -> dict[str, Any]:
     return {"pin_memory": device.type == "cuda"}
 
 
-def suppression_device(device: torch.device) -> torch.device:
+def nms_device(device: torch.device) -> torch.device:
     """Where detections are picked: lists of changing length recompile graphs on HPU, and MPS lacks some operations."""
     return torch.device("cpu") if device.type in ("hpu", "mps") else device
 
@@ -225,7 +225,7 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, "hpu").synchronize()  # noqa: B009  (the device's package adds it)
 
 
-def comfortable_values(device: torch.device) -> int:
+def max_chunk_elements(device: torch.device) -> int:
     """Values of an intermediate tensor above which it pays to compute it in pieces.
 
     On the CPU the C library takes larger blocks than 32 MiB anew from the system each time, which costs more than the

@@ -20,7 +20,7 @@ from detection.errors import SettingsError, UserError
 T = TypeVar("T")
 EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
 JOIN_TIMEOUT = datetime.timedelta(minutes=1)
-MOST_LETTERS = 200  # of torch's messages: the cause comes first, advice after it
+MAX_MESSAGE_CHARS = 200  # of torch's messages: the cause comes first, advice after it
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -59,7 +59,7 @@ class Ranks:
             dist.init_process_group(backends, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
             self._patient: Any = dist.new_group(backend="gloo", timeout=EVALUATION_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:MOST_LETTERS]
+            reason = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
             raise SettingsError(
                 f"rank {self.rank}: the {self.size} processes do not find one another: {reason}"
             ) from None
@@ -73,10 +73,10 @@ class Ranks:
         """The user error behind a failed exchange with the other processes; None: it is something else."""
         if self.size == 1 or not is_exchange_failure(error):
             return None
-        reason = " ".join(str(error).split())[:MOST_LETTERS]
+        reason = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
         return RankError(f"rank {self.rank} of {self.size}, step {step}: another process failed or hangs: {reason}")
 
-    def agree(self, value: Callable[[], int]) -> Callable[[], int]:
+    def all_reduce_max_async(self, value: Callable[[], int]) -> Callable[[], int]:
         """Begin to exchange a number; the returned function waits and gives the largest of all ranks.
 
         Args:
@@ -180,10 +180,10 @@ def is_exchange_failure(error: Exception) -> bool:
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Every batch normalisation over the images of all processes.
+    """Every batch norm over the images of all processes.
 
     Raises:
-        SettingsError: the device, or a normalisation of the model, has no such form.
+        SettingsError: the device, or a batch norm of the model, has no such form.
     """
     if device.type != "cuda":
         raise SettingsError(f"train.sync_batch_norm needs CUDA devices, this is {device.type}")

@@ -30,7 +30,7 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
-        f"model       {settings.yolo.encoder}, {parameters:,} parameters",
+        f"model       {settings.yolo.backbone}, {parameters:,} parameters",
         f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
@@ -45,10 +45,10 @@ def plan_lines(run: Run) -> list[str]:
     if settings.yolo.cfg is not None:
         used = {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
         lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.yolo.cfg), used)]
-    if train.encoder_learning_rate_factor != 1 or train.encoder_batch_norm == "frozen" or run.unfreeze_step:
+    if train.backbone_learning_rate_factor != 1 or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
         lines.append(
-            f"encoder     frozen for {run.unfreeze_step} steps, then learning rate x "
-            f"{train.encoder_learning_rate_factor:g}, normalisation {train.encoder_batch_norm}"
+            f"backbone     frozen for {run.unfreeze_step} steps, then learning rate x "
+            f"{train.backbone_learning_rate_factor:g}, batch norm {train.backbone_batch_norm}"
         )
     lines += [f"pretrained  {line}" for line in run.pretrained]
     for name, annotations in (("training", training), ("validation", validation)):
@@ -66,7 +66,7 @@ def report_progress(logger: RunLogger, bar: tqdm, run: Run, state: RunState, siz
         NumericsError: fp16's scale has sunk.
     """
     for skipped in state.skipped.read(run.ranks.average_of):
-        logger.line(f"warning: step {skipped} was skipped, its loss or gradient was not finite; nothing changed")
+        logger.line(f"warning: step {skipped} was skipped, its loss or gradient was non-finite; nothing changed")
     values = run.ranks.average(state.meter.read())
     rate = run.schedule.at(state.step - 1 - state.skipped.total)
     values |= {"train/learning_rate": rate, "train/image_size": size, "train/skipped_steps": state.skipped.total}
@@ -115,14 +115,14 @@ def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Pa
     logger.evaluation(step, row)
     names = {"nms": "NMS", "metric": evaluation.backend}
     parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
-    weights = "moving average" if run.settings.train.ema_decay else "weights"
+    weights = "EMA" if run.settings.train.ema_decay else "weights"
     logger.line(f"evaluation of the {weights}: {protocol_line(run.settings)}")
     logger.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
         f"validation loss {loss:.3f}"
     )
     if evaluation.dropped:
-        logger.line(f"warning: {evaluation.dropped} detections were not finite numbers and were dropped")
+        logger.line(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     for line in metric_table(evaluation):
         logger.line(line)
     picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)

@@ -17,7 +17,7 @@ from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError
 from detection.evaluation.evaluate import evaluate
 from detection.runtime.devices import peak_memory_gib
 from detection.training.memory.estimate import estimate_memory
-from detection.training.optimizer import set_encoder_frozen
+from detection.training.optimizer import set_backbone_frozen
 from detection.training.run import Run
 from detection.training.state import RunState
 
@@ -37,7 +37,7 @@ def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
         raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
     positions = next(iter(run.sampler(state.step, state.step + 1)))
     batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
-    set_encoder_frozen(state.model, False, train.encoder_batch_norm)
+    set_backbone_frozen(state.model, False, train.backbone_batch_norm)
     # A second one adds to gradients that are there; more show nothing new.
     micro_batches = min(train.subdivisions, 2)
     scale = state.scaler.state_dict()

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""EMA of the weights."""
 
 import copy
 import math
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-class ExponentialAverage:
-    """Moving average of the weights and of the normalisations' statistics, for evaluation and for `best.pt`.
+class ExponentialMovingAverage:
+    """EMA of the weights and of the batch-norm layers' statistics, for evaluation and for `best.pt`.
 
     average += (1 - d) * (value - average) with d = decay * (1 - exp(-(step + 1) / ramp))
 
@@ -43,7 +43,7 @@ class ExponentialAverage:
                 difference = torch._foreach_sub(new, own)
                 torch._foreach_mul_(difference, share)
                 torch._foreach_add_(own, difference)
-        if self._pairs.others[0]:  # counters of the normalisations, kept by a skipped step themselves
+        if self._pairs.others[0]:  # counters of the batch-norm layers, kept by a skipped step themselves
             torch._foreach_copy_(*self._pairs.others)
 
 

@@ -15,20 +15,20 @@ FACTOR = "learning_rate_factor"  # key of an optimizer group
 def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
     """Adam, AdamW or SGD over three named groups; weight decay acts on convolution weights only.
 
-    Groups: "weights" (kernels), "norms" (scale of the normalisations and other factors per channel), "biases" (all
-    biases). With its own learning-rate factor the encoder has three more of the same names; they carry the factor.
+    Groups: "weights" (kernels), "norms" (scale of the batch-norm layers and other factors per channel), "biases" (all
+    biases). With its own learning-rate factor the backbone has three more of the same names; they carry the factor.
     """
-    factor = train.encoder_learning_rate_factor
-    encoder = [] if factor == 1 else cast(nn.Module, model.encoder).parameters()
-    of_encoder = {id(parameter) for parameter in encoder}
-    parts = (False, True) if of_encoder else (False,)
+    factor = train.backbone_learning_rate_factor
+    backbone = [] if factor == 1 else cast(nn.Module, model.backbone).parameters()
+    of_backbone = {id(parameter) for parameter in backbone}
+    parts = (False, True) if of_backbone else (False,)
     groups: dict[tuple[bool, str], list[nn.Parameter]] = {
         (part, kind): [] for part in parts for kind in ("weights", "norms", BIAS_GROUP)
     }
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = BIAS_GROUP if name == "bias" else "norms" if parameter.ndim == 1 else "weights"
-            groups[id(parameter) in of_encoder, kind].append(parameter)
+            groups[id(parameter) in of_backbone, kind].append(parameter)
     arguments = []
     for (part, kind), parameters in groups.items():
         decay = train.weight_decay if kind == "weights" else 0.0
@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
         if train.momentum:
-            # From the start: the kernel fails when an encoder that is unfrozen later has none beside a neck that has.
+            # From the start: the kernel fails when an backbone that is unfrozen later has none beside a neck that has.
             for parameter in model.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -54,20 +54,20 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rate_of_group: Callable
         group["lr"] = rate_of_group(group["name"]) * group.get(FACTOR, 1.0)
 
 
-def set_encoder_frozen(model: nn.Module, frozen: bool, batch_norm: str = "train") -> None:
-    """Freeze or unfreeze the encoder of a model in training mode.
+def set_backbone_frozen(model: nn.Module, frozen: bool, batch_norm: str = "train") -> None:
+    """Freeze or unfreeze the backbone of a model in training mode.
 
     Args:
-        frozen: its weights get no gradient and its normalisations keep their statistics.
+        frozen: its weights get no gradient and its batch-norm layers keep their statistics.
         batch_norm: "frozen": those statistics stay, and normalise, while the weights train too.
     """
-    encoder = cast(nn.Module, model.encoder)
-    for parameter in encoder.parameters():
+    backbone = cast(nn.Module, model.backbone)
+    for parameter in backbone.parameters():
         parameter.requires_grad_(not frozen)
         if frozen:
             parameter.grad = None
-    encoder.train(not frozen)
+    backbone.train(not frozen)
     if batch_norm == "frozen":
-        for module in encoder.modules():
+        for module in backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

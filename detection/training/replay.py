@@ -1,4 +1,4 @@
-"""Steps that were not finite: what is kept of them, and where in one of them numbers stop being finite."""
+"""Steps that were non-finite: what is kept of them, and where in one of them numbers stop being finite."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from detection.contract import Batch
 from detection.data.loaders import collate_samples, targets_to
 from detection.errors import CheckpointError, OutputError
 from detection.runtime.reproducibility import seed_step
-from detection.training.optimizer import set_encoder_frozen
+from detection.training.optimizer import set_backbone_frozen
 from detection.training.run import Run
 
 STATE, REPORT = "state.pt", "report.json"
-MOST_NAMES = 5  # of modules and parameters
+MAX_NAMES = 5  # of modules and parameters
 
 
 def write_bundle(
@@ -79,7 +79,7 @@ def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[lis
     """
     settings, state = run.settings, run.new_state()
     state.load(checkpoint)
-    set_encoder_frozen(state.model, step < run.unfreeze_step, settings.train.encoder_batch_norm)
+    set_backbone_frozen(state.model, step < run.unfreeze_step, settings.train.backbone_batch_norm)
     ids = run.training_set.annotations.image_ids
     for rank in range(run.processes):
         seed_step(settings.run.seed, step, rank)
@@ -105,7 +105,7 @@ def diagnose_batch(
     lines: list[str] = []
     # Before anything else: the forward pass moves the statistics, and they may be what it breaks.
     if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-        lines.append(f"weights that are not finite: {_shorten(bad)}")
+        lines.append(f"weights that are non-finite: {_shorten(bad)}")
     first: list[str] = []
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(first, name, output))
@@ -122,7 +122,7 @@ def diagnose_batch(
         for handle in handles:
             handle.remove()
     if first:
-        lines.append(f"first output that is not finite: of {first[0]}")
+        lines.append(f"first output that is non-finite: of {first[0]}")
     if bad := [f"{name} = {value.item():g}" for name, value in losses.items() if not value.isfinite()]:
         lines.append(f"loss: {', '.join(bad)}")
         for row, index in enumerate(batch["indices"].tolist()):
@@ -132,7 +132,7 @@ def diagnose_batch(
                 lines.append(f"loss of image id {image_ids[index]} alone: {', '.join(bad)}")
     torch.stack(list(losses.values())).sum().backward()
     if bad := [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]:
-        lines.append(f"gradients that are not finite: {_shorten(bad)}")
+        lines.append(f"gradients that are non-finite: {_shorten(bad)}")
     model.zero_grad(set_to_none=True)
     return lines
 
@@ -144,4 +144,4 @@ def _note(first: list[str], name: str, output: Any) -> None:
 
 
 def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")

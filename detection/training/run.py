@@ -19,7 +19,7 @@ from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.fit_checks import describe_network
 from detection.errors import SettingsError
 from detection.models import build_detector, check_image_size, size_multiple
-from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import (
     autocast,
@@ -91,7 +91,7 @@ class Run:
         detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
         self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
         if train.activation_checkpointing:
-            recompute_encoder(detector.model)
+            recompute_backbone(detector.model)
         if detector.criterion is None:
             raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
         for name, sizes in (
@@ -119,7 +119,7 @@ class Run:
         smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
         if train.micro_batch == 1 and smallest == size_multiple(detector.model):
             raise SettingsError(
-                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a normalisation "
+                f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a batch norm "
                 "needs more than one value; take train.batch_size=2 or larger images"
             )
 
@@ -207,7 +207,7 @@ class Run:
             model = self.compiled
         if self.ranks.size == 1:
             return model
-        # Statistics of normalisations are averaged once per step, see NormalisationStatistics: buffers stay.
+        # Statistics of batch-norm layers are averaged once per step, see BatchNormStatistics: buffers stay.
         names = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}

@@ -1,4 +1,4 @@
-"""A step happens whole or not at all: what a step that is not finite must leave alone, and how it is noticed.
+"""A step happens whole or not at all: what a step that is non-finite must leave alone, and how it is noticed.
 
 The decision is made on the device. The host reads it in arrears.
 """
@@ -42,14 +42,14 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
 
-class NormalisationStatistics:
-    """Running means and variances of all normalisations of a model in one tensor: one operation handles them all.
+class BatchNormStatistics:
+    """Running means and variances of all batch-norm layers of a model in one tensor: one operation handles them all.
 
     Made after the model is on its device; the modules keep using their buffers, which become views.
 
     Args:
         exchange: averages a tensor over the processes of a run in place: each sees other images, but all validate and
-            keep one moving average.
+            keep one EMA.
     """
 
     def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] | None = None) -> None:
@@ -95,12 +95,12 @@ class SkippedSteps:
     """Which steps were skipped, read from the device rarely: that read waits for it.
 
     Args:
-        most_in_a_row: so many steps one after the other, each with a loss that is not finite, stop the run.
+        max_in_a_row: so many steps one after the other, each with a loss that is non-finite, stop the run.
         ordinary: infinite gradients of finite losses are ordinary (fp16, whose scaler lowers its scale).
     """
 
-    def __init__(self, most_in_a_row: int, ordinary: bool = False) -> None:
-        self.most_in_a_row, self.ordinary = most_in_a_row, ordinary
+    def __init__(self, max_in_a_row: int, ordinary: bool = False) -> None:
+        self.max_in_a_row, self.ordinary = max_in_a_row, ordinary
         self.total = 0  # as far as it was read: what the schedule leaves out
         self.in_a_row: list[int] = []  # the newest steps, if they count
         self._pending: list[tuple[int, Tensor]] = []  # (step, (finite, loss parts ...) as float32)
@@ -136,7 +136,7 @@ class SkippedSteps:
             self.last[step] = dict(zip(self.parts, losses, strict=True))
         self._pending = []
         self.total += len(skipped)
-        if len(self.in_a_row) >= self.most_in_a_row:
+        if len(self.in_a_row) >= self.max_in_a_row:
             raise NonFiniteLoss(self.last)
         return skipped
 
@@ -162,5 +162,5 @@ class NonFiniteLoss(NumericsError):
     def __init__(self, losses: dict[int, dict[str, float]]) -> None:
         first, parts = next(iter(losses.items()))
         text = ", ".join(f"{name} = {value:g}" for name, value in parts.items())
-        super().__init__(f"{len(losses)} steps in a row were not finite, the first is step {first}: {text}")
+        super().__init__(f"{len(losses)} steps in a row were non-finite, the first is step {first}: {text}")
         self.losses = losses

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from detection.config.settings import TrainSettings
 from detection.errors import CheckpointError, NumericsError
-from detection.training.moving_average import ExponentialAverage
+from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
-from detection.training.skipped_steps import NormalisationStatistics, SkippedSteps
+from detection.training.skipped_steps import BatchNormStatistics, SkippedSteps
 from detection.training.throughput import Meter
 
 
 class RunState:
-    """Model, optimizer, moving average and counters after `step` optimizer steps.
+    """Model, optimizer, EMA and counters after `step` optimizer steps.
 
     Args:
         model: on its device, in the memory layout it is trained in.
         ema_ramp: `train.ema_ramp` in steps.
         scaler: of the loss, disabled where the precision needs none.
-        exchange: see `NormalisationStatistics`.
+        exchange: see `BatchNormStatistics`.
         images_per_step: of all processes, for the meter.
     """
 
@@ -37,9 +37,9 @@ class RunState:
         self.model = model.train()
         self.optimizer = build_optimizer(model, train)
         self.scaler = scaler
-        self.statistics = NormalisationStatistics(model, exchange)
-        self.average = ExponentialAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
-        self.skipped = SkippedSteps(train.most_skipped_steps, ordinary=scaler.is_enabled())
+        self.statistics = BatchNormStatistics(model, exchange)
+        self.average = ExponentialMovingAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
+        self.skipped = SkippedSteps(train.max_skipped_steps, ordinary=scaler.is_enabled())
         self.meter = Meter(images_per_step)
         self.step = 0
         self.best_ap50: float | None = None
@@ -49,7 +49,7 @@ class RunState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What is evaluated and what `best.pt` is chosen by: the moving average where there is one."""
+        """What is evaluated and what `best.pt` is chosen by: the EMA where there is one."""
         return self.average.model if self.average else self.model
 
     def record_evaluation(self, ap50: float) -> bool:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.contract import Batch
 from detection.data.loaders import targets_to
-from detection.training.skipped_steps import NormalisationStatistics, StepResult, step_if
+from detection.training.skipped_steps import BatchNormStatistics, StepResult, step_if
 
 
 def train_step(
@@ -23,21 +23,21 @@ def train_step(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
     clip_norm: float | None,
-    statistics: NormalisationStatistics | None = None,
+    statistics: BatchNormStatistics | None = None,
     discard: bool = False,
     mark_step: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, then move the weights once, or not at all.
 
     Each micro-batch's loss is divided by their number, so the sum is the gradient of one large batch. Where the loss or
-    the gradient is not finite, weights, optimizer state and statistics keep their values; that is decided on the
+    the gradient is non-finite, weights, optimizer state and statistics keep their values; that is decided on the
     device, the host waits for nothing. All processes of a run decide alike: the gradient they see is the same.
 
     Args:
         model: may be wrapped in DistributedDataParallel; gradients are then exchanged with the last micro-batch only.
         batches: the micro-batches of this step.
         clip_norm: largest L2 norm of the whole gradient; None: not clipped.
-        statistics: of the model's normalisations, to be kept in a skipped step; None: they move whatever happens.
+        statistics: of the model's batch-norm layers, to be kept in a skipped step; None: they move whatever happens.
         discard: skip the step whatever it is: everything is computed and all memory used, nothing changes.
         mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
     """

@@ -4,7 +4,7 @@ from detection.contract import Batch
 from detection.errors import DataReadError
 
 # What a process votes for when it wants all to stop for this; above any signal number.
-UNREADABLE_VOTE = 1000
+STOP_UNREADABLE = 1000
 
 
 class TooManyUnreadable(DataReadError):
@@ -16,7 +16,7 @@ class UnreadableImages:
 
     Args:
         num_images: of the training set.
-        most: share of them that may be unreadable, `data.most_unreadable`.
+        most: share of them that may be unreadable, `data.max_unreadable_fraction`.
     """
 
     def __init__(self, num_images: int, most: float) -> None:

@@ -10,7 +10,7 @@ from detection.data.augmentation.affine_and_pixels import MINIMUM_SIDE
 from detection.errors import DataError
 from detection.ops.letterbox import letterbox_geometry
 
-MOST_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
+MAX_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
 
 
 def shapes_at(
@@ -33,7 +33,7 @@ def shapes_at(
         [[_letterbox_scale(int(width), int(height), size, data) for width, height in image_sizes] for size in sizes]
     ).reshape(len(sizes), -1, 2)
     box_sizes, kind = corners[:, 2:] - corners[:, :2], kind.reshape(-1)
-    if len(box_sizes) * len(sizes) <= MOST_SHAPES:
+    if len(box_sizes) * len(sizes) <= MAX_SHAPES:
         shapes = (box_sizes * scales[:, kind]).reshape(-1, 2)
     else:
         shapes = box_sizes * scales[np.random.default_rng(seed).permutation(len(kind)) % len(sizes), kind]

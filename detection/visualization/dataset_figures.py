@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BAR_COLOR = "#3572b0"
 DENSITY_COLORS = "viridis"
-MOST_NAMES = 150  # of more classes the names would overlap
+MAX_NAMES = 150  # of more classes the names would overlap
 LONGEST_NAME = 24  # characters
 
 
@@ -46,7 +46,7 @@ def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     axes.grid(axis="y", alpha=0.35)
     images = len(statistics.boxes_per_image)
     axes.set_title(f"{counts.sum():,} boxes of {len(counts)} classes on {images:,} images")
-    if len(counts) <= MOST_NAMES:
+    if len(counts) <= MAX_NAMES:
         _name_bars(axes, [statistics.class_names[label] for label in order], counts)
         axes.bar_label(bars, fontsize=8 if len(counts) <= 100 else 6, padding=3, rotation=90 if len(counts) > 15 else 0)
     else:

@@ -1,4 +1,4 @@
-"""Pages of a dataset: grids of its images with their boxes, truth alone or beside detections."""
+"""Pages of a dataset: grids of its images with their boxes, ground truth alone or beside detections."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from detection.data.coco import CocoDataset
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid
 from detection.errors import DataReadError
-from detection.evaluation.matching import NO_TRUTH
+from detection.evaluation.matching import NO_GROUND_TRUTH
 from detection.visualization.dataset_figures import printable
 from detection.visualization.image_ranking import Findings
 
@@ -63,7 +63,7 @@ class Pages:
 
 
 def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | None) -> np.ndarray:
-    """An image with its truth, beside it its detections if there are any findings; `side` pixels long.
+    """An image with its ground truth, beside it its detections if there are any findings; `side` pixels long.
 
     Raises:
         DataReadError: the image cannot be read.
@@ -86,12 +86,12 @@ def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | 
     mine = np.flatnonzero(findings.detections.image_index == index)
     matches = findings.matches[mine]
     missed = ~np.isin(rows, matches) & ~annotations.crowd[rows]
-    truth = draw_boxes(
+    gt = draw_boxes(
         image,
         boxes,
         labels,
         names,
-        title=f"{head}  truth: {(~annotations.crowd[rows]).sum()}, missed {missed.sum()}",
+        title=f"{head}  ground truth: {(~annotations.crowd[rows]).sum()}, missed {missed.sum()}",
         notes=np.where(missed, "missed", "").tolist(),
     )
     found = draw_boxes(
@@ -100,10 +100,10 @@ def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | 
         findings.detections.labels[mine],
         names,
         findings.detections.scores[mine],
-        title=f"detections: {len(mine)}, false {(matches == NO_TRUTH).sum()}",
-        notes=np.where(matches == NO_TRUTH, "false", "").tolist(),
+        title=f"detections: {len(mine)}, false {(matches == NO_GROUND_TRUTH).sum()}",
+        notes=np.where(matches == NO_GROUND_TRUTH, "false", "").tolist(),
     )
-    return make_grid([truth, found], columns=2, padding=2)
+    return make_grid([gt, found], columns=2, padding=2)
 
 
 def lay_out(tiles: list[np.ndarray], columns: int) -> np.ndarray:

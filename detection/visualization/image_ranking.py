@@ -1,4 +1,4 @@
-"""Which images a detector does worst on: truths it missed and detections that are wrong, counted per image."""
+"""Which images a detector does worst on: ground-truth boxes it missed and detections that are wrong, counted per image."""
 
 import csv
 import functools
@@ -19,22 +19,22 @@ from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.evaluation.detections import Detections
 from detection.evaluation.evaluate import evaluate
-from detection.evaluation.matching import IN_CROWD, NO_TRUTH, match_detections
+from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH, match_detections
 from detection.evaluation.report import protocol_line
 from detection.inference.weights import OpenedDetector
 from detection.runtime.devices import autocast, choose_device, choose_precision, describe_device
 
-RULE = "worst first: most missed truths + false detections, then the surest false detection"
+RULE = "worst first: most missed ground-truth boxes + false detections, then the surest false detection"
 
 
 @dataclass(frozen=True)
 class ImageMistakes:
     """Counts of each image, all (M,)."""
 
-    truths: np.ndarray  # int64, without crowd regions
-    found: np.ndarray  # int64: truths with a detection
-    missed: np.ndarray  # int64: truths without
-    false: np.ndarray  # int64: detections without truth
+    gt_boxes: np.ndarray  # int64, without crowd regions
+    found: np.ndarray  # int64: ground-truth boxes with a detection
+    missed: np.ndarray  # int64: ground-truth boxes without
+    false: np.ndarray  # int64: detections without ground truth
     in_crowd: np.ndarray  # int64: detections that count neither way
     surest_false: np.ndarray  # float64: highest score of a false detection; 0 without
 
@@ -52,16 +52,16 @@ def count_mistakes(annotations: Annotations, detections: Detections, matches: np
     """
     images = len(annotations)
     image_of_box = np.repeat(np.arange(images), np.diff(annotations.first_box))
-    truths = np.bincount(image_of_box[~annotations.crowd], minlength=images)
+    gt_boxes = np.bincount(image_of_box[~annotations.crowd], minlength=images)
 
     def count(of: np.ndarray) -> np.ndarray:
         return np.bincount(detections.image_index[of], minlength=images)
 
     surest_false = np.zeros(images)
-    wrong = matches == NO_TRUTH
+    wrong = matches == NO_GROUND_TRUTH
     np.maximum.at(surest_false, detections.image_index[wrong], detections.scores[wrong])
     found = count(matches >= 0)
-    return ImageMistakes(truths, found, truths - found, count(wrong), count(matches == IN_CROWD), surest_false)
+    return ImageMistakes(gt_boxes, found, gt_boxes - found, count(wrong), count(matches == IN_CROWD), surest_false)
 
 
 def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
@@ -69,10 +69,10 @@ def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            ["rank", "image_id", "file_name", "truths", "found", "missed", "false", "in_crowd", "surest_false"]
+            ["rank", "image_id", "file_name", "gt_boxes", "found", "missed", "false", "in_crowd", "surest_false"]
         )
         for rank, index in enumerate(order.tolist(), start=1):
-            counts = (mistakes.truths, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
+            counts = (mistakes.gt_boxes, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
             writer.writerow(
                 [
                     rank,

@@ -1,4 +1,4 @@
-"""Which predictions learn which truth, as a table and as pictures: one panel per level of the network."""
+"""Which predictions learn which ground truth, as a table and as pictures: one panel per level of the network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ CELL_SHARE = 0.55  # of the class colour in a cell that learns
 
 @dataclass(frozen=True)
 class AssignedPrediction:
-    """One prediction of one image and the truth that it learns."""
+    """One prediction of one image and the ground truth that it learns."""
 
     image: int  # row of the batch
-    truth: int  # row of the image's truths
+    gt: int  # row of the image's ground-truth boxes
     level: int
     stride: int  # pixels per cell
     anchor: int  # number within the level
     anchor_size: tuple[float, float]  # width, height in pixels of the network input
     column: int
     row: int
-    overruled: bool  # a later truth of the same prediction gives the box; this one only adds its class
+    overruled: bool  # a later ground truth of the same prediction gives the box; this one only adds its class
 
 
 def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, size: int) -> list[AssignedPrediction]:
-    """What the criterion would teach on these truths, image by image, truth by truth.
+    """What the criterion would teach on these ground-truth boxes, image by image, ground truth by ground truth.
 
     Args:
         criterion: its anchors, strides and rule of assignment.
@@ -44,14 +44,14 @@ def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, si
         size: side of the network input in pixels.
     """
     table = criterion.tables([(size // stride, size // stride) for stride in criterion.strides]).anchors
-    if isinstance(criterion, MMDetectionLoss):  # several anchors may learn one truth
+    if isinstance(criterion, MMDetectionLoss):  # several anchors may learn one ground-truth box
         grid = assign_by_grid(boxes, labels, table, criterion.ignore_threshold)
-        positive, index, truth = grid.positive, grid.index, grid.truth
+        positive, index, gt = grid.positive, grid.index, grid.gt
         overruled = torch.zeros_like(positive)
     else:
         assignment = assign_targets(boxes, labels, table)
         positive, index, overruled = assignment.valid, assignment.index, ~assignment.last
-        truth = torch.arange(labels.shape[1]).expand_as(labels)
+        gt = torch.arange(labels.shape[1]).expand_as(labels)
     counts = [
         len(anchors) * (size // stride) ** 2
         for anchors, stride in zip(criterion.anchors, criterion.strides, strict=True)
@@ -68,7 +68,7 @@ def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, si
         found.append(
             AssignedPrediction(
                 image,
-                int(truth[image, place]),
+                int(gt[image, place]),
                 level,
                 stride,
                 anchor,
@@ -78,7 +78,7 @@ def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, si
                 bool(overruled[image, place]),
             )
         )
-    return sorted(found, key=lambda entry: (entry.image, entry.truth, entry.level, entry.anchor))
+    return sorted(found, key=lambda entry: (entry.image, entry.gt, entry.level, entry.anchor))
 
 
 def draw_level(
@@ -90,11 +90,11 @@ def draw_level(
     stride: int,
     title: str,
 ) -> np.ndarray:
-    """One level: its grid, the cells that learn in the colour of the class, anchors in black and white, truths.
+    """One level: its grid, the cells that learn in the colour of the class, anchors in black and white, ground-truth boxes.
 
     Args:
         image: the network input, RGB uint8 (S, S, 3).
-        boxes, labels: truths of the image, xyxy in pixels of the network input, (G, 4) and (G,).
+        boxes, labels: ground-truth boxes of the image, xyxy in pixels of the network input, (G, 4) and (G,).
         names: of the classes.
         assigned: the predictions of this image and level.
         stride: pixels per cell.
@@ -107,14 +107,14 @@ def draw_level(
     picture[:, ::cell] = _blend(picture[:, ::cell], WHITE, GRID_SHARE)
     for entry in assigned:
         place = np.s_[entry.row * cell : (entry.row + 1) * cell, entry.column * cell : (entry.column + 1) * cell]
-        picture[place] = _blend(picture[place], class_color(int(labels[entry.truth])), CELL_SHARE)
-    truths = sorted({entry.truth for entry in assigned})
+        picture[place] = _blend(picture[place], class_color(int(labels[entry.gt])), CELL_SHARE)
+    gt_boxes = sorted({entry.gt for entry in assigned})
     notes = []
-    for truth in truths:
+    for gt in gt_boxes:
         sizes = [
             f"{entry.anchor_size[0]:g} x {entry.anchor_size[1]:g}{' overruled' if entry.overruled else ''}"
             for entry in assigned
-            if entry.truth == truth
+            if entry.gt == gt
         ]
         notes.append(f"({', '.join(sizes)})")
     for entry in assigned:
@@ -123,10 +123,10 @@ def draw_level(
         start, end = np.rint(centre - half).astype(int).tolist(), np.rint(centre + half).astype(int).tolist()
         cv2.rectangle(picture, start, end, BLACK, 3)
         cv2.rectangle(picture, start, end, WHITE, 1)
-    return draw_boxes(picture, boxes[truths] * factor, labels[truths], names, title=title, notes=notes)
+    return draw_boxes(picture, boxes[gt_boxes] * factor, labels[gt_boxes], names, title=title, notes=notes)
 
 
-def truths_of(batch: Batch, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gt_boxes_of(batch: Batch, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image (S, S, 3), boxes (G, 4) and labels (G,) of one row of the batch, without padding."""
     labels = batch["labels"][place].numpy()
     real = labels != PADDING_LABEL
@@ -144,11 +144,13 @@ def draw_targets(
     """A row per image of the batch, a panel per level; arguments as of the other functions here."""
     panels = []
     for place, number in enumerate(image_ids):
-        image, boxes, labels = truths_of(batch, place)
+        image, boxes, labels = gt_boxes_of(batch, place)
         for level, stride in enumerate(criterion.strides):
             here = [entry for entry in assigned if (entry.image, entry.level) == (place, level)]
-            truths = len({entry.truth for entry in here})
-            title = f"id {number}  level {level}, stride {stride}: {truths} of {(labels >= 0).sum()} truths"
+            gt_boxes = len({entry.gt for entry in here})
+            title = (
+                f"id {number}  level {level}, stride {stride}: {gt_boxes} of {(labels >= 0).sum()} ground-truth boxes"
+            )
             panels.append(draw_level(image, boxes, labels, names, here, stride, title))
     return make_grid(panels, len(criterion.strides), padding=6)
 
@@ -164,7 +166,7 @@ def count_targets(criterion: Criterion, assigned: Sequence[AssignedPrediction]) 
         shown = ", ".join(f"{size}: {count}" for size, count in zip(sizes, counts, strict=True))
         lines.append(f"level {level}, stride {stride}: {sum(counts)} assignments; anchors {shown}")
     if overruled := sum(entry.overruled for entry in assigned):
-        lines.append(f"{overruled} truths share a prediction with another, which gives the box")
+        lines.append(f"{overruled} ground-truth boxes share a prediction with another, which gives the box")
     return lines
 
 

@@ -3,7 +3,7 @@
 #
 #   models/weights/download_darknet_weights.sh [NAME...]        default: darknet53.conv.74
 #
-#   darknet53.conv.74     162 MB   the encoder, trained on ImageNet: to start training from
+#   darknet53.conv.74     162 MB   the backbone, trained on ImageNet: to start training from
 #   yolov3.weights        248 MB   the detector, trained on COCO; also yolov3-tiny.weights (35 MB), yolov3-spp.weights
 #                                  (252 MB), yolov4.weights (258 MB), yolov4-tiny.weights (24 MB)
 #

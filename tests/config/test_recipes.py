@@ -65,7 +65,7 @@ def test_mmdetection_numbers(name: str, batch: int, rate: float, warmup: int, mi
     settings = load(*name.split())
     train = settings.train
     assert train.batch_size * train.subdivisions == batch and train.steps == "273ep"
-    assert (train.optimizer, train.clip_norm, train.encoder_batch_norm) == ("sgd", 35.0, "frozen")
+    assert (train.optimizer, train.clip_norm, train.backbone_batch_norm) == ("sgd", 35.0, "frozen")
     epoch = COCO_IMAGES / batch
     drops = [round(milestone * epoch) for milestone in milestones]
     found = rates(settings, 0, warmup, drops[0] - 1, drops[0], drops[1])

@@ -130,7 +130,7 @@ FLAT = [  # the names that issue 2 lists, and a value that is not the default
     ("evaluate_frequency", "evaluation.evaluate_frequency", 13),
     ("resize_frequency", "train.resize_frequency", 10),
     ("scheduler.strategy", "scheduler.strategy", "constant"),
-    ("yolo.encoder", "yolo.encoder", "mobilenet_v3_small"),
+    ("yolo.backbone", "yolo.backbone", "mobilenet_v3_small"),
 ]
 
 
@@ -174,7 +174,7 @@ def test_names_with_another_form_say_what_to_write(name: str, instead: str) -> N
         ("train.learning_rat", "train.learning_rate"),
         ("trian.steps", "train.steps"),
         ("schedular.T_0", "scheduler.T_0"),
-        ("yolo.encodr", "yolo.encoder"),
+        ("yolo.encodr", "yolo.backbone"),
         ("bach_size", "batch_size"),
         ("train.keep_aspect", "data.keep_aspect"),  # the right name in the wrong section
         ("data.augmentation.affine.scales", "data.augmentation.affine.scale"),
@@ -257,7 +257,7 @@ NAMES = "data.class_names"
         ([f"{NAMES}=[a, b, a]"], [NAMES, "twice"]),
         ([f"{NAMES}=[]"], [NAMES]),
         (["yolo.num_classes=0"], ["yolo.num_classes", "0"]),
-        (["yolo.encoder=resnet"], ["yolo.encoder", "resnet", "darknet"]),
+        (["yolo.backbone=resnet"], ["yolo.backbone", "resnet", "darknet"]),
         (["yolo.anchors=[]"], ["yolo.anchors"]),
         (["yolo.anchors=[[[1, 2]], [[1, 2]], []]"], ["yolo.anchors"]),
         (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1, 0]]]"], ["yolo.anchors"]),
@@ -333,8 +333,8 @@ def test_an_impossible_value_is_one_line(words: list[str], parts: list[str]) -> 
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    message = refusal("train.batch_size=0", "yolo.encoder=resnet")
-    assert "train.batch_size" in message and "yolo.encoder" in message
+    message = refusal("train.batch_size=0", "yolo.backbone=resnet")
+    assert "train.batch_size" in message and "yolo.backbone" in message
 
 
 def test_class_names_that_fit_the_class_count_are_accepted() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("msgspec")
 
 @pytest.fixture(autouse=True)
 def small_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_annotations, "LEAST_BYTES", 1)
+    monkeypatch.setattr(fast_annotations, "MIN_BYTES", 1)
 
 
 def content() -> dict[str, Any]:
@@ -85,8 +85,8 @@ UNUSUAL = {
     "text for a number": edited("annotations", 0, "image_id", value="1"),
     "true for a number": edited("annotations", 0, "category_id", value=True),
     "three numbers": edited("annotations", 0, "bbox", value=[1, 2, 3]),
-    "not finite": edited("annotations", 0, "bbox", value=[1, 2, 3, float("nan")]),
-    "not finite in what is skipped": edited("annotations", 0, "segmentation", value=[[float("inf")]]),
+    "non-finite": edited("annotations", 0, "bbox", value=[1, 2, 3, float("nan")]),
+    "non-finite in what is skipped": edited("annotations", 0, "segmentation", value=[[float("inf")]]),
     "crowd of 2": edited("annotations", 0, "iscrowd", value=2),
     "crowd of -1": edited("annotations", 0, "iscrowd", value=-1),
     "width of -1": edited("images", 0, "width", value=-1),
@@ -128,7 +128,7 @@ def test_what_is_no_json_is_left_to_the_slow_way(tmp_path: Path, text: str) -> N
 
 def test_files_that_are_not_there_or_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_fast(tmp_path / "none.json") is None
-    monkeypatch.setattr(fast_annotations, "LEAST_BYTES", 100_000)
+    monkeypatch.setattr(fast_annotations, "MIN_BYTES", 100_000)
     assert read_fast(write(tmp_path, content())) is None
 
 
@@ -142,7 +142,7 @@ def test_a_fault_of_a_plain_file_is_named(tmp_path: Path) -> None:
 def test_a_continued_run_finds_the_same_data_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, content())
     fast = annotations_digest(load_annotations(path))
-    monkeypatch.setattr(fast_annotations, "LEAST_BYTES", 100_000)
+    monkeypatch.setattr(fast_annotations, "MIN_BYTES", 100_000)
     assert annotations_digest(load_annotations(path)) == fast
 
 

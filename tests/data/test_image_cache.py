@@ -35,8 +35,8 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., ImageCache]:
-    def cache(kind: str = "disk", most_bytes: int = GIB) -> ImageCache:
-        return ImageCache(4, most_bytes, "opencv", tmp_path / "caches" / "a.images" if kind == "disk" else None)
+    def cache(kind: str = "disk", max_bytes: int = GIB) -> ImageCache:
+        return ImageCache(4, max_bytes, "opencv", tmp_path / "caches" / "a.images" if kind == "disk" else None)
 
     return cache
 
@@ -152,7 +152,7 @@ def test_a_full_cache_says_so_once_and_goes_on(make, pictures: list[Path], capfd
     for _ in range(2):
         for index, path in enumerate(pictures):
             assert np.array_equal(cache.read(index, path), read_image(path))
-    assert os.fstat(cache.descriptor).st_size <= cache.most_bytes
+    assert os.fstat(cache.descriptor).st_size <= cache.max_bytes
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and "image cache in memory is full at 0.00 GiB (data.cache_gib)" in line
 

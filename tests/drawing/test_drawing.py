@@ -10,9 +10,9 @@ from detection.drawing.boxes import (
     CROWD_DARK_COLOR,
     class_color,
     draw_boxes,
+    ground_truth_beside_detections,
     make_grid,
     save_png,
-    truth_beside_detections,
 )
 
 NAMES = [f"class {label}" for label in range(80)]
@@ -253,19 +253,19 @@ def test_grid_of_nothing_is_refused(count: int, columns: int) -> None:
         make_grid([blank()] * count, columns)
 
 
-def test_truth_beside_detections() -> None:
-    truth = np.array([[100, 90, 180, 150]]), np.array([3])
+def test_ground_truth_beside_detections() -> None:
+    gt = np.array([[100, 90, 180, 150]]), np.array([3])
     found = np.array([[110, 95, 190, 155]]), np.array([7]), np.array([0.5])
-    both = truth_beside_detections(blank(), *truth, *found, NAMES)
+    both = ground_truth_beside_detections(blank(), *gt, *found, NAMES)
     strip = both.shape[0] - 200 - 2 * 4  # the header; 4 pixels around each panel
     assert 12 <= strip <= 30 and both.shape[1] == 4 + 300 + 4 + 300 + 4
     left, right = both[4 + strip : -4, 4:304], both[4 + strip : -4, 308:608]
-    assert np.array_equal(left, draw_boxes(blank(), *truth, NAMES))
+    assert np.array_equal(left, draw_boxes(blank(), *gt, NAMES))
     assert np.array_equal(right, draw_boxes(blank(), found[0], found[1], NAMES, found[2]))
 
 
-def test_truth_beside_detections_without_any() -> None:
-    both = truth_beside_detections(blank(), *NO_BOXES, *NO_BOXES, np.zeros(0), NAMES)
+def test_ground_truth_beside_detections_without_any() -> None:
+    both = ground_truth_beside_detections(blank(), *NO_BOXES, *NO_BOXES, np.zeros(0), NAMES)
     assert not both[-204:-4, 4:304].any()
 
 

@@ -10,7 +10,7 @@ from detection.data.annotations import Annotations, flatten_annotations, load_an
 from detection.evaluation import coco_arrays, coco_metric
 from detection.evaluation.coco_metric import score, score_groups
 from detection.evaluation.detections import Detections, box_areas
-from tests.support.evaluation_cases import annotate, coco_content, detect, join, random_set, truth_as_detections
+from tests.support.evaluation_cases import annotate, coco_content, detect, ground_truth_as_detections, join, random_set
 
 RANGES = [[0, 30.0], [30.0, 90.0], [np.nextafter(90.0, 91), 1e9]]  # of another property
 
@@ -18,7 +18,7 @@ RANGES = [[0, 30.0], [30.0, 90.0], [np.nextafter(90.0, 91), 1e9]]  # of another 
 def hard_set(seed: int) -> tuple[Annotations, Detections]:
     """Boxes on a coarse grid: overlaps and scores are equal everywhere, thresholds are met exactly, crowds pile up.
 
-    Image ids descend, category ids are mixed; one class has truth in crowds only, one image (the last by id too) none.
+    Image ids descend, category ids are mixed; one class has ground truth in crowds only, one image (the last by id too) none.
     """
     generator = np.random.default_rng(seed)
     categories = (7, 2, 90, 5)
@@ -27,14 +27,14 @@ def hard_set(seed: int) -> tuple[Annotations, Detections]:
         corners, sides = generator.integers(0, 8, (count, 2)) * 10, generator.integers(1, 12, (count, 2)) * 10
         return np.concatenate([corners, sides], axis=1).astype(np.float64)
 
-    truths = [
+    gt_boxes = [
         (image, int(category), box.tolist())
         for image in range(1, 9)
         for category, box in zip(generator.choice(categories, 12), boxes(12), strict=True)
         if image not in (1, 4)
     ]
-    crowd = [number for number, (_, category, _) in enumerate(truths) if category == 5 or generator.random() < 0.3]
-    content = coco_content(truths, images=9, categories=categories, crowd=tuple(crowd))
+    crowd = [number for number, (_, category, _) in enumerate(gt_boxes) if category == 5 or generator.random() < 0.3]
+    content = coco_content(gt_boxes, images=9, categories=categories, crowd=tuple(crowd))
     for row in content["annotations"]:
         row["area"] = float(generator.choice([0, 32**2, 96**2, row["area"]]))  # on the borders of the size classes
         row["image_id"] = 100 - row["image_id"]
@@ -94,14 +94,14 @@ def test_nothing_found_and_boxes_without_area() -> None:
     assert_equal_arrays(annotations, detect([]))
     # without width; without both; a perfect one; outside everything
     found = detect([(0, 0, [5.0, 5, 0, 9], 0.5), (0, 0, [5.0, 5, 0, 0], 0.5), (3, 1, [900.0, 900, 5, 5], 0.9)])
-    assert_equal_arrays(annotations, join(found, truth_as_detections(annotations)))
+    assert_equal_arrays(annotations, join(found, ground_truth_as_detections(annotations)))
 
 
 @pytest.mark.parametrize(("second", "recall"), [(4, 0.5), (-2, 1.0)])
-def test_the_last_of_equal_truths_is_taken(second: int, recall: float) -> None:
-    """The first detection overlaps both truths by 9 / 11 and takes the last: only the other one is left."""
+def test_the_last_of_equal_gt_boxes_is_taken(second: int, recall: float) -> None:
+    """The first detection overlaps both ground-truth boxes by 9 / 11 and takes the last: only the other one is left."""
     annotations = annotate([(1, 1, [0, 0, 10, 10]), (1, 1, [2, 0, 10, 10])])
-    # 8 / 12 with the nearer truth, 6 / 14 or 4 / 16 with the farther one
+    # 8 / 12 with the nearer ground truth, 6 / 14 or 4 / 16 with the farther one
     found = detect([(0, 0, [1.0, 0, 10, 10], 0.9), (0, 0, [second, 0, 10, 10], 0.8)])
     _, recalls = coco_metric._accumulate(annotations, found, "arrays", annotations.areas, box_areas(found.boxes))
     assert recalls[0, 0, 0, -1] == recall
@@ -116,13 +116,13 @@ def test_groups_of_the_reference() -> None:
     )
 
 
-def test_real_truth_with_noisy_detections(shared_data: Callable[[str], Path]) -> None:
-    """A hundred images of COCO with their crowds; four noisy boxes per truth and some that match nothing."""
+def test_real_ground_truth_with_noisy_detections(shared_data: Callable[[str], Path]) -> None:
+    """A hundred images of COCO with their crowds; four noisy boxes per ground truth and some that match nothing."""
     annotations = load_annotations(shared_data("coco_eval_fixture") / "annotations" / "instances_val.json")
     generator = np.random.default_rng(0)
-    truth = truth_as_detections(annotations)
-    rows = np.sort(generator.integers(0, len(truth), 4 * len(truth)))
-    found = truth.take(rows)
+    gt = ground_truth_as_detections(annotations)
+    rows = np.sort(generator.integers(0, len(gt), 4 * len(gt)))
+    found = gt.take(rows)
     sides = found.boxes[:, 2:] - found.boxes[:, :2]
     corners = found.boxes[:, :2] + generator.normal(0, 0.15, (len(rows), 2)) * sides
     sides = sides * np.exp(generator.normal(0, 0.2, sides.shape))

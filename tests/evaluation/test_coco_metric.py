@@ -18,9 +18,9 @@ from tests.support.evaluation_cases import (
     annotate,
     coco_content,
     detect,
+    ground_truth_as_detections,
     join,
     random_set,
-    truth_as_detections,
 )
 
 
@@ -53,15 +53,15 @@ def all_at_once(annotations: Annotations, found: Detections, backend: str) -> tu
         }
         for number, image in enumerate(image_of_box)
     ]
-    truth = COCO()
-    truth.dataset = {
+    gt = COCO()
+    gt.dataset = {
         "info": {},
         "images": [{"id": int(number), "width": 1000, "height": 1000} for number in annotations.image_ids],
         "categories": [{"id": number, "name": str(number)} for number in ids],
         "annotations": rows,
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
+        gt.createIndex()
         results = [
             {
                 "image_id": int(annotations.image_ids[image]),
@@ -73,7 +73,7 @@ def all_at_once(annotations: Annotations, found: Detections, backend: str) -> tu
                 found.image_index, found.boxes.tolist(), found.scores, found.labels, strict=True
             )
         ]
-        evaluator = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluator = COCOeval(gt, gt.loadRes(results), "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -93,7 +93,7 @@ def assert_the_same(annotations: Annotations, found: Detections, backend: str) -
 def test_some_classes_at_a_time_is_all_at_once(
     backend: str, seed: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Crowd regions, classes without truth, images without boxes, equal scores, 150 boxes of one class in one image.
+    # Crowd regions, classes without ground truth, images without boxes, equal scores, 150 boxes of one class in one image.
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", rows)
     annotations, found = random_set(seed)
     handed = []
@@ -108,7 +108,9 @@ def test_some_classes_at_a_time_is_all_at_once(
     assert_the_same(annotations, found, backend)
     per_class = np.bincount(found.labels)
     assert max(handed) <= max(rows, per_class.max())
-    assert len(handed) == {1: 3, 100: 3, 10**6: 1}.get(rows, len(handed))  # three of the five classes have a truth
+    assert len(handed) == {1: 3, 100: 3, 10**6: 1}.get(
+        rows, len(handed)
+    )  # three of the five classes have a ground-truth box
 
 
 def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,13 +151,13 @@ def test_groups_by_area_are_small_medium_and_large(backend: str, seed: int) -> N
     assert [group.ap for group in groups] == pytest.approx([metrics[name] for name in ("APs", "APm", "APl")], abs=1e-9)
     recalls = [metrics[name] for name in ("ARs", "ARm", "ARl")]
     assert [group.recall for group in groups] == pytest.approx(recalls, abs=1e-9)
-    assert sum(group.truths for group in groups) == np.count_nonzero(~annotations.crowd)
+    assert sum(group.gt_boxes for group in groups) == np.count_nonzero(~annotations.crowd)
 
 
 def test_groups_by_another_property(backend: str) -> None:
-    # The value of a box is told here, not measured. Group 0: one truth, found. Group 1: two truths; one found, the
+    # The value of a box is told here, not measured. Group 0: one ground-truth box, found. Group 1: two ground-truth boxes; one found, the
     # other missed, and a false box of score 0.95 before it: precision 1/2 up to recall 0.5, so 51 of 101 points.
-    # Group 2: nothing; the false box of value 2 meets no truth there.
+    # Group 2: nothing; the false box of value 2 meets no ground-truth box there.
     annotations = annotate([(1, 1, [0, 0, 90, 100]), (1, 1, [200, 0, 100, 80]), (1, 1, [400, 0, 100, 70])])
     found = detect(
         [
@@ -169,9 +171,9 @@ def test_groups_by_another_property(backend: str) -> None:
         annotations, found, np.array([0.5, 1, 1.5]), np.array([0.1, 1.9, 1, 2]), (0, 1, 2, 3), backend
     )
     first, second, third = groups
-    assert (first.truths, first.ap, first.ap50, first.recall) == (1, *[pytest.approx(1.0)] * 3)
-    assert (second.truths, second.ap50, second.recall) == (2, pytest.approx(0.5 * 51 / 101), pytest.approx(0.5))
-    assert (third.truths, third.ap, third.ap50, third.recall) == (0, None, None, None)
+    assert (first.gt_boxes, first.ap, first.ap50, first.recall) == (1, *[pytest.approx(1.0)] * 3)
+    assert (second.gt_boxes, second.ap50, second.recall) == (2, pytest.approx(0.5 * 51 / 101), pytest.approx(0.5))
+    assert (third.gt_boxes, third.ap, third.ap50, third.recall) == (0, None, None, None)
 
 
 # Detections
@@ -197,7 +199,7 @@ def test_files_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["score"] for row in rows] == found.scores.tolist()
 
 
-def test_a_class_found_only_where_it_has_no_truth_costs_nothing(backend: str) -> None:
+def test_a_class_found_only_where_it_has_no_ground_truth_costs_nothing(backend: str) -> None:
     annotations = annotate([(1, 1, [0, 0, 50, 50])])
-    found = join(truth_as_detections(annotations), detect([(0, 2, [0, 0, 9, 9], 0.9)] * 3))
+    found = join(ground_truth_as_detections(annotations), detect([(0, 2, [0, 0, 9, 9], 0.9)] * 3))
     assert_the_same(annotations, found, backend)

@@ -28,7 +28,7 @@ def test_curves_by_hand() -> None:
             (0, 0, [600, 0, 100, 100], 0.6),  # false
             (0, 0, [200, 0, 100, 100], 0.3),
             (0, 1, [400, 0, 100, 100], 0.5),
-            (0, 2, [700, 0, 100, 100], 0.99),  # a class without truth
+            (0, 2, [700, 0, 100, 100], 0.99),  # a class without ground truth
         ]
     )
     curves = confidence_curves(annotations, found, 0.001)
@@ -37,14 +37,14 @@ def test_curves_by_hand() -> None:
     def at(confidence: float) -> int:
         return int(np.flatnonzero(curves.confidence == confidence)[0])
 
-    # class 0 at 0.3 (inclusive): 2 of 3 boxes right, 2 of 2 truths; F1 = 2 * 2 / (3 + 2)
+    # class 0 at 0.3 (inclusive): 2 of 3 boxes right, 2 of 2 ground-truth boxes; F1 = 2 * 2 / (3 + 2)
     assert curves.precision[0, at(0.3)] == pytest.approx(2 / 3)
     assert curves.recall[0, at(0.3)] == 1 and curves.f1[0, at(0.3)] == pytest.approx(0.8)
     assert (curves.precision[0, at(0.301)], curves.recall[0, at(0.301)]) == (0.5, 0.5)
     assert (curves.precision[0, at(0.9)], curves.recall[0, at(0.9)]) == (1, 0.5)
     assert np.isnan(curves.precision[0, at(0.901)]) and curves.f1[0, at(0.901)] == 0
     assert np.isnan(curves.f1[2]).all() and np.isnan(curves.precision[2]).all()
-    # Mean F1 over the two classes with truth: (0.8 + 1) / 2 up to 0.3, the lowest of equals wins.
+    # Mean F1 over the two classes with ground truth: (0.8 + 1) / 2 up to 0.3, the lowest of equals wins.
     precision, recall, f1 = curves.mean
     assert f1[curves.best] == pytest.approx(0.9) and curves.confidence[curves.best] == 0.001
     assert recall[at(0.6)] == pytest.approx((0.5 + 0) / 2)
@@ -60,14 +60,14 @@ def test_curves_equal_a_slow_count(seed: int) -> None:
         kept = found.take(found.scores >= curves.confidence[position])
         matched = match_detections(annotations, kept)  # from the start, with these alone
         for label in range(5):
-            truths = int(((annotations.labels == label) & ~annotations.crowd).sum())
+            gt_boxes = int(((annotations.labels == label) & ~annotations.crowd).sum())
             boxes = int(((kept.labels == label) & (matched != IN_CROWD)).sum())
             right = int(((kept.labels == label) & (matched >= 0)).sum())
-            if not truths:
+            if not gt_boxes:
                 assert np.isnan(curves.recall[label, position])
                 continue
-            assert curves.recall[label, position] == right / truths
-            assert curves.f1[label, position] == pytest.approx(2 * right / (boxes + truths))
+            assert curves.recall[label, position] == right / gt_boxes
+            assert curves.f1[label, position] == pytest.approx(2 * right / (boxes + gt_boxes))
             if boxes:
                 assert curves.precision[label, position] == right / boxes
 
@@ -83,7 +83,7 @@ def test_confusion_by_hand() -> None:
     found = detect(
         [
             (0, 0, [0, 0, 100, 100], 0.9),
-            (0, 1, [0, 0, 100, 100], 0.8),  # a second box there: its truth is taken
+            (0, 1, [0, 0, 100, 100], 0.8),  # a second box there: its ground truth is taken
             (0, 0, [200, 0, 100, 100], 0.7),  # another class
             (0, 1, [400, 0, 100, 100], 0.4),  # below the confidence
             (0, 2, [700, 0, 100, 100], 0.5),  # nothing there
@@ -100,11 +100,11 @@ def test_confusion_by_hand() -> None:
     assert confusion_matrix(annotations, detect([]), 0.5)[:, 3].tolist() == [1, 2, 0, 0]
 
 
-def test_confusion_counts_every_truth_once() -> None:
+def test_confusion_counts_every_ground_truth_once() -> None:
     annotations, found = random_set(2)
     matrix = confusion_matrix(annotations, found, 0.3)
-    truths = np.bincount(annotations.labels[~annotations.crowd], minlength=5)
-    assert matrix[:-1].sum(axis=1).tolist() == truths.tolist()
+    gt_boxes = np.bincount(annotations.labels[~annotations.crowd], minlength=5)
+    assert matrix[:-1].sum(axis=1).tolist() == gt_boxes.tolist()
 
 
 def test_sizes_and_aspects() -> None:
@@ -112,10 +112,10 @@ def test_sizes_and_aspects() -> None:
     annotations = annotate([(1, 1, [0, 0, 80, 20]), (1, 1, [200, 0, 10, 10])])
     found = detect([(0, 0, [0, 0, 80, 20], 0.9)])
     sizes = score_by_size(annotations, found, "pycocotools")
-    assert {name: group.truths for name, group in sizes.items() if group.truths} == {"0-16": 1, "32-64": 1}
+    assert {name: group.gt_boxes for name, group in sizes.items() if group.gt_boxes} == {"0-16": 1, "32-64": 1}
     assert sizes["0-16"].ap50 == 0 and sizes["32-64"].ap50 == pytest.approx(1)
     aspects = score_by_aspect(annotations, found, "pycocotools")
-    assert {name: group.recall for name, group in aspects.items() if group.truths} == {
+    assert {name: group.recall for name, group in aspects.items() if group.gt_boxes} == {
         "3:4-4:3": 0,
         "above 3:1": pytest.approx(1),
     }
@@ -127,7 +127,7 @@ def test_faster_evaluator_gives_the_same_groups() -> None:
     for groups, expected in ((faster.sizes, reference.sizes), (faster.aspects, reference.aspects)):
         for name, group in groups.items():
             wanted = expected[name]
-            assert (group.truths, group.ap is None) == (wanted.truths, wanted.ap is None)
+            assert (group.gt_boxes, group.ap is None) == (wanted.gt_boxes, wanted.ap is None)
             if group.ap is not None:
                 assert (group.ap, group.ap50, group.recall) == pytest.approx(
                     (wanted.ap, wanted.ap50, wanted.recall), abs=1e-9

@@ -20,16 +20,16 @@ from detection.data.transforms import Transform
 from detection.errors import SettingsError
 from detection.evaluation.coco_metric import METRIC_NAMES, choose_backend, score_detections
 from detection.evaluation.detections import Detections, write_detections
-from detection.evaluation.evaluate import Evaluation, drop_not_finite, evaluate
+from detection.evaluation.evaluate import Evaluation, drop_non_finite, evaluate
 from detection.runtime.devices import autocast
 from tests.support.evaluation_cases import (
     BACKENDS,
     annotate,
     coco_content,
     detect,
+    ground_truth_as_detections,
     random_content,
     random_set,
-    truth_as_detections,
 )
 from tests.support.paths import REPOSITORY
 
@@ -62,9 +62,9 @@ def test_twelve_published_numbers(backend: str) -> None:
     )
     metrics, class_ap = score_detections(annotations, detections, backend)
     assert {name: round(value, 3) for name, value in metrics.items() if value is not None} == expected
-    # AP is the mean over the classes that have a truth; 80 classes, 10 of them without (the fixture's table)
+    # AP is the mean over the classes that have a ground-truth box; 80 classes, 10 of them without (the fixture's table)
     defined = [ap for ap, _, _ in class_ap.values() if ap is not None]
-    assert len(class_ap) == 80 and len(defined) == 80 - sum(truths == 0 for _, _, truths in class_ap.values())
+    assert len(class_ap) == 80 and len(defined) == 80 - sum(gt_boxes == 0 for _, _, gt_boxes in class_ap.values())
     assert float(np.mean(defined)) == pytest.approx(metrics["AP"], abs=1e-12)
     assert class_ap["person"][2] + class_ap["book"][2] == 256 + 18 - person_and_book_crowds()
 
@@ -75,9 +75,9 @@ def person_and_book_crowds() -> int:
 
 
 @needs_fixture
-def test_fixture_with_truth_as_detections_is_perfect(backend: str) -> None:
+def test_fixture_with_ground_truth_as_detections_is_perfect(backend: str) -> None:
     annotations = load_annotations(FIXTURE / "annotations" / "instances_val.json")
-    metrics, _ = score_detections(annotations, truth_as_detections(annotations), backend)
+    metrics, _ = score_detections(annotations, ground_truth_as_detections(annotations), backend)
     assert [metrics[name] for name in ("AP", "AP50", "AR100")] == [ONE, ONE, ONE]
 
 
@@ -101,7 +101,7 @@ def test_class_ap_by_hand(backend: str) -> None:
             (0, 0, [200, 0, 100, 100], 0.7),
             # label 1: IoU 0.78 is enough for 0.50, 0.55, ... 0.75, six of the ten thresholds: AP 0.6, AP50 1.
             (0, 1, [400, 0, 100, 78], 0.5),
-            # label 2 has no truth: nothing to be said, whatever is found.
+            # label 2 has no ground-truth box: nothing to be said, whatever is found.
             (0, 2, [700, 0, 100, 100], 1.0),
         ]
     )
@@ -118,7 +118,7 @@ def test_class_ap_by_hand(backend: str) -> None:
     # One detection per image and class finds 1 of 2 and, at six of ten thresholds, 1 of 1; ten find both.
     assert metrics["AR1"] == pytest.approx((0.5 + 0.6) / 2)
     assert metrics["AR10"] == pytest.approx(0.8) and metrics["AR100"] == pytest.approx(0.8)
-    # 100 x 100 = 10,000 pixels: above 96 x 96, so all truths are large and the other two are not defined.
+    # 100 x 100 = 10,000 pixels: above 96 x 96, so all ground-truth boxes are large and the other two are not defined.
     assert (metrics["APs"], metrics["APm"], metrics["ARs"], metrics["ARm"]) == (None, None, None, None)
     assert metrics["APl"] == pytest.approx(metrics["AP"])
 
@@ -152,9 +152,9 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None
     assert metrics == {name: 0.0 if name in medium else None for name in METRIC_NAMES}
     assert class_ap == {"name 1": (None, None, 0), "name 5": (0.0, 0.0, 1), "name 90": (None, None, 0)}
 
-    without_truth = annotate([], images=2)
+    without_ground_truth = annotate([], images=2)
     for detections in (nothing, detect([(1, 0, [0, 0, 10, 10], 0.5)])):
-        metrics, class_ap = score_detections(without_truth, detections, backend)
+        metrics, class_ap = score_detections(without_ground_truth, detections, backend)
         assert metrics == dict.fromkeys(METRIC_NAMES)
         assert class_ap == dict.fromkeys(["name 1", "name 5", "name 90"], (None, None, 0))
 
@@ -186,7 +186,7 @@ def test_perfect_detections_score_1_whatever_the_annotation_ids(
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_content(MANY_BOXES, images=4, ids=ids)))
     annotations = load_annotations(path)
-    metrics, class_ap = score_detections(annotations, truth_as_detections(annotations), backend)
+    metrics, class_ap = score_detections(annotations, ground_truth_as_detections(annotations), backend)
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "APm", "AR100")] == [ONE] * 5
     # Three images with two boxes of class 1 and 90 each: a single detection finds half of them, and all of class 5.
     assert metrics["AR1"] == pytest.approx((0.5 + 1 + 0.5) / 3)
@@ -197,7 +197,7 @@ def test_class_ap_follows_the_names_when_labels_are_in_another_order(backend: st
     content = coco_content(MANY_BOXES, images=3)
     annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1"))
     assert annotations.categories.ids == (90, 1)
-    everything = truth_as_detections(annotations)
+    everything = ground_truth_as_detections(annotations)
     only_90 = everything.labels == 0
     found = Detections(*(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels")))
     metrics, class_ap = score_detections(annotations, found, backend)
@@ -228,11 +228,11 @@ def test_written_detections_score_the_same_with_the_official_program(tmp_path: P
 
     annotations, detections = random_set(3)
     content = random_content(3)
-    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "ground truth.json").write_text(json.dumps(content))
     write_detections(tmp_path / "detections.json", annotations, detections)
     with contextlib.redirect_stdout(None):
-        truth = COCO(str(tmp_path / "truth.json"))
-        evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "detections.json")), "bbox")
+        gt = COCO(str(tmp_path / "ground truth.json"))
+        evaluator = COCOeval(gt, gt.loadRes(str(tmp_path / "detections.json")), "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -259,8 +259,8 @@ def test_faster_evaluators_equal_the_reference(seed: int, name: str) -> None:
     for name in METRIC_NAMES:
         assert faster[name] == pytest.approx(reference[name], abs=1e-9), name
     assert faster_class.keys() == reference_class.keys()
-    for name, (ap, ap50, truths) in reference_class.items():
-        assert faster_class[name] == (pytest.approx(ap, abs=1e-9), pytest.approx(ap50, abs=1e-9), truths)
+    for name, (ap, ap50, gt_boxes) in reference_class.items():
+        assert faster_class[name] == (pytest.approx(ap, abs=1e-9), pytest.approx(ap50, abs=1e-9), gt_boxes)
     assert reference_class["name 3"][0] is None and reference_class["name 7"][0] is None
 
 
@@ -294,9 +294,9 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     for module in modules:
         overlap = module.iou  # both programs compute the overlap of boxes in a function of this module
 
-        def box_overlap(found: Any, truth: Any, crowd: Any, overlap: Callable[..., Any] = overlap) -> Any:
-            assert all(np.shape(box) == (4,) for box in [*found, *truth])
-            return overlap(found, truth, crowd)
+        def box_overlap(found: Any, gt: Any, crowd: Any, overlap: Callable[..., Any] = overlap) -> Any:
+            assert all(np.shape(box) == (4,) for box in [*found, *gt])
+            return overlap(found, gt, crowd)
 
         for name in ("encode", "decode", "merge", "area", "toBbox", "frPyObjects"):
             monkeypatch.setattr(module, name, refuse)
@@ -304,19 +304,19 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
         monkeypatch.setattr(module, "iou", box_overlap)
     assert len(replaced) == 6 * len(modules)
 
-    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "ground truth.json").write_text(json.dumps(content))
     for number in (1, 2, 3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((400, 400, 3), np.uint8))
-    dataset = CocoDataset(tmp_path, tmp_path / "truth.json", validation_transform(64))
+    dataset = CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
     assert len(dataset[0].labels) == 5
-    metrics, _ = score_detections(dataset.annotations, truth_as_detections(dataset.annotations), backend)
+    metrics, _ = score_detections(dataset.annotations, ground_truth_as_detections(dataset.annotations), backend)
     assert metrics["AP"] == ONE
 
 
 # Detections that are no numbers
 
 
-def test_not_finite_detections_are_dropped_and_counted() -> None:
+def test_non_finite_detections_are_dropped_and_counted() -> None:
     good = [(0, 0, [0.0, 0.0, 10.0, 10.0], 0.9), (2, 1, [5.0, 5.0, 10.0, 10.0], 0.1)]
     bad = [
         (0, 0, [NAN, 0.0, 10.0, 10.0], 0.9),
@@ -327,12 +327,12 @@ def test_not_finite_detections_are_dropped_and_counted() -> None:
         (1, 0, [0.0, 0.0, 10.0, 10.0], float("inf")),
     ]
     with np.errstate(invalid="ignore"):
-        kept, dropped = drop_not_finite(detect([bad[0], good[0], *bad[1:], good[1]]))
+        kept, dropped = drop_non_finite(detect([bad[0], good[0], *bad[1:], good[1]]))
     assert dropped == len(bad)
     expected = detect(good)
     for name in ("image_index", "boxes", "scores", "labels"):
         assert np.array_equal(getattr(kept, name), getattr(expected, name))
-    assert drop_not_finite(detect([]))[1] == 0
+    assert drop_non_finite(detect([]))[1] == 0
 
 
 # The pass over a validation set
@@ -368,16 +368,16 @@ def dataset(tmp_path: Path) -> CocoDataset:
                     "area": (x2 - x1) * (y2 - y1),
                 }
             )
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    return CocoDataset(tmp_path, tmp_path / "truth.json", validation_transform(64))
+    (tmp_path / "ground truth.json").write_text(json.dumps(content))
+    return CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
 
 
 class TruthTeller(nn.Module):
-    """A stand-in for model, criterion and postprocess that finds the truth of each image, told by its fill rows."""
+    """A stand-in for model, criterion and postprocess that finds the ground truth of each image, told by its fill rows."""
 
     def __init__(self, extra: Callable[[int], list[tuple[list[float], float]]] = lambda index: []) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+        self.backbone = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
         self.modes: list[list[bool]] = []
         self.seen = 0
         self.batch_sizes: list[int] = []
@@ -419,7 +419,7 @@ def run_evaluation(dataset: CocoDataset, model: TruthTeller, batch_size: int = 4
     )  # fmt: skip
 
 
-def test_truth_through_the_letterbox_scores_1(dataset: CocoDataset, backend: str) -> None:
+def test_ground_truth_through_the_letterbox_scores_1(dataset: CocoDataset, backend: str) -> None:
     model = TruthTeller()
     result = run_evaluation(dataset, model, backend=backend)
     assert model.batch_sizes == [4, 4, 2]
@@ -442,7 +442,7 @@ def test_losses_are_means_over_images_whatever_the_batch_size(dataset: CocoDatas
         assert losses == {"loss_box": pytest.approx(0.6), "loss_class": pytest.approx(6.0)}
 
 
-def test_not_finite_detections_never_raise_a_number(dataset: CocoDataset, backend: str) -> None:
+def test_non_finite_detections_never_raise_a_number(dataset: CocoDataset, backend: str) -> None:
     # On all images, the empty ones too, the best-scored detections are no numbers.
     infinite = float("inf")
     bad = [
@@ -485,11 +485,11 @@ def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("encoder_training", [True, False])
-def test_mode_of_every_module_is_restored(dataset: CocoDataset, training: bool, encoder_training: bool) -> None:
-    # A frozen encoder is in evaluation mode inside a model in training mode and must stay so.
+@pytest.mark.parametrize("backbone_training", [True, False])
+def test_mode_of_every_module_is_restored(dataset: CocoDataset, training: bool, backbone_training: bool) -> None:
+    # A frozen backbone is in evaluation mode inside a model in training mode and must stay so.
     model = TruthTeller().train(training)
-    model.encoder.train(encoder_training)
+    model.backbone.train(backbone_training)
     before = {name: module.training for name, module in model.named_modules()}
     run_evaluation(dataset, model)
     assert model.modes == [[False] * len(before)] * 3

@@ -1,4 +1,4 @@
-"""Detections matched to truths, against pycocotools' own matching."""
+"""Detections matched to ground-truth boxes, against pycocotools' own matching."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import pytest
 
 from detection.data.annotations import Annotations, flatten_annotations
 from detection.evaluation.detections import Detections
-from detection.evaluation.matching import IN_CROWD, NO_TRUTH, covered_share, match_detections
+from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH, covered_share, match_detections
 
 
 def annotations_of(boxes: list[tuple[int, int, list[float]]], images: int, crowd: tuple[int, ...] = ()) -> Annotations:
@@ -36,7 +36,7 @@ def detections_of(rows: list[tuple[int, int, list[float], float]]) -> Detections
     )
 
 
-def test_the_surer_detection_gets_the_truth() -> None:
+def test_the_surer_detection_gets_the_ground_truth() -> None:
     annotations = annotations_of([(1, 1, [0, 0, 100, 100]), (1, 2, [500, 500, 50, 50])], images=1)
     detections = detections_of(
         [
@@ -46,11 +46,16 @@ def test_the_surer_detection_gets_the_truth() -> None:
             (0, 1, [500, 500, 550, 525], 0.4),  # IoU exactly 0.5
         ]
     )
-    assert match_detections(annotations, detections).tolist() == [NO_TRUTH, 0, NO_TRUTH, 1]
-    # Any class: the truth is taken by the surest; the third finds nothing left.
-    assert match_detections(annotations, detections, same_class=False).tolist() == [NO_TRUTH, 0, NO_TRUTH, 1]
+    assert match_detections(annotations, detections).tolist() == [NO_GROUND_TRUTH, 0, NO_GROUND_TRUTH, 1]
+    # Any class: the ground truth is taken by the surest; the third finds nothing left.
+    assert match_detections(annotations, detections, same_class=False).tolist() == [
+        NO_GROUND_TRUTH,
+        0,
+        NO_GROUND_TRUTH,
+        1,
+    ]
     only = detections_of([(0, 2, [0, 0, 100, 100], 0.5)])
-    assert match_detections(annotations, only).tolist() == [NO_TRUTH]
+    assert match_detections(annotations, only).tolist() == [NO_GROUND_TRUTH]
     assert match_detections(annotations, only, same_class=False).tolist() == [0]
 
 
@@ -58,13 +63,13 @@ def test_inside_a_crowd_is_neither_right_nor_wrong() -> None:
     annotations = annotations_of([(1, 1, [0, 0, 400, 400]), (1, 1, [10, 10, 40, 40])], images=1, crowd=(0,))
     rows = [(0, 0, [10, 10, 50, 50], 0.9), (0, 0, [100, 100, 150, 150], 0.8), (0, 0, [350, 350, 550, 400], 0.7)]
     # The last one has a quarter of its own area inside.
-    assert match_detections(annotations, detections_of(rows)).tolist() == [1, IN_CROWD, NO_TRUTH]
+    assert match_detections(annotations, detections_of(rows)).tolist() == [1, IN_CROWD, NO_GROUND_TRUTH]
 
 
 def test_nothing_to_match() -> None:
     annotations = annotations_of([(2, 1, [0, 0, 10, 10])], images=2)
     assert match_detections(annotations, detections_of([])).tolist() == []
-    assert match_detections(annotations, detections_of([(0, 0, [0, 0, 10, 10], 0.9)])).tolist() == [NO_TRUTH]
+    assert match_detections(annotations, detections_of([(0, 0, [0, 0, 10, 10], 0.9)])).tolist() == [NO_GROUND_TRUTH]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -87,7 +92,7 @@ def test_same_matches_as_pycocotools(seed: int, threshold: float) -> None:
     found = match_detections(annotations, detections, threshold)
     expected = pycocotools_matches(annotations, detections, threshold)
     assert found.tolist() == expected
-    assert {NO_TRUTH, IN_CROWD} < set(expected), "matches, misses and crowd must occur"
+    assert {NO_GROUND_TRUTH, IN_CROWD} < set(expected), "matches, misses and crowd must occur"
 
 
 def pycocotools_matches(annotations: Annotations, detections: Detections, threshold: float) -> list[int]:
@@ -95,7 +100,7 @@ def pycocotools_matches(annotations: Annotations, detections: Detections, thresh
     from pycocotools.cocoeval import COCOeval
 
     image_of_box = np.repeat(annotations.image_ids, np.diff(annotations.first_box))
-    truths: list[dict[str, Any]] = [
+    gt_boxes: list[dict[str, Any]] = [
         {
             "id": row + 1,
             "image_id": int(image_of_box[row]),
@@ -124,20 +129,20 @@ def pycocotools_matches(annotations: Annotations, detections: Detections, thresh
         "categories": [{"id": n, "name": str(n)} for n in (1, 2, 3)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, result = COCO(), COCO()
-        truth.dataset, result.dataset = {**base, "annotations": truths}, {**base, "annotations": found}
-        truth.createIndex()
+        gt, result = COCO(), COCO()
+        gt.dataset, result.dataset = {**base, "annotations": gt_boxes}, {**base, "annotations": found}
+        gt.createIndex()
         result.createIndex()
-        evaluator = COCOeval(truth, result, "bbox")
+        evaluator = COCOeval(gt, result, "bbox")
         evaluator.params.iouThrs = np.array([threshold])
         evaluator.evaluate()
-    matches = [NO_TRUTH] * len(found)
+    matches = [NO_GROUND_TRUTH] * len(found)
     for image in evaluator.evalImgs:
         if image is None or image["aRng"] != evaluator.params.areaRng[0]:
             continue
-        for detection, truth_id in zip(image["dtIds"], image["dtMatches"][0], strict=True):
-            if truth_id:
-                row = int(truth_id) - 1
+        for detection, gt_id in zip(image["dtIds"], image["dtMatches"][0], strict=True):
+            if gt_id:
+                row = int(gt_id) - 1
                 matches[detection - 1] = IN_CROWD if annotations.crowd[row] else row
     return matches
 

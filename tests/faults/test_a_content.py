@@ -18,7 +18,7 @@ from detection.data.coco import CocoDataset
 from detection.errors import DataError
 from detection.evaluation.coco_metric import score_detections
 from detection.evaluation.detections import Detections, write_detections
-from detection.evaluation.evaluate import Found, score_found
+from detection.evaluation.evaluate import Found, compute_metrics
 from detection.models import build_detector
 from detection.models.yolo.darknet_loss import DarknetLoss
 from tests.support.fault_runs import NETWORK, Run
@@ -72,7 +72,7 @@ Read = Callable[..., tuple[CocoDataset, CocoDataset]]
 
 
 def perfect(annotations: Annotations) -> Detections:
-    """The truth as detections."""
+    """The ground truth as detections."""
     corners = annotations.coco_boxes.copy()
     corners[:, 2:] += corners[:, :2]
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
@@ -121,10 +121,10 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
 @pytest.mark.guard(
     "detection.models.yolo.darknet_loss:DarknetLoss.compute_losses",
     "loss_box / batch_size",
-    "loss_box / truth.valid.sum()",
+    "loss_box / ground truth.valid.sum()",
 )
 def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
-    settings = default_settings("yolo.encoder=darknet_cfg", f"yolo.cfg={network(tmp_path, 2)}")
+    settings = default_settings("yolo.backbone=darknet_cfg", f"yolo.cfg={network(tmp_path, 2)}")
     torch.manual_seed(0)
     detector = build_detector(settings.yolo, settings.evaluation, 2)
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -151,15 +151,15 @@ def test_A08_a_crowd_region_is_neither_object_nor_background() -> None:
     assert (gradient[..., 4][~inside] > 0).all()
 
 
-@pytest.mark.guard("detection.evaluation.coco_pycocotools:_truth_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
+@pytest.mark.guard("detection.evaluation.coco_pycocotools:_gt_dataset", '"iscrowd": int(crowd)', '"iscrowd": 0')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 def test_A08_a_crowd_region_is_no_miss(read: Read, backend: str) -> None:
     content = with_boxes([1, 1, 60, 60])
     content["annotations"][-1] |= {"iscrowd": 1, "area": 3600}
     annotations = read(CONTENT, content)[1].annotations
-    truth = perfect(annotations)
+    gt = perfect(annotations)
     kept = ~annotations.crowd
-    found = Detections(*(getattr(truth, name)[kept] for name in ("image_index", "boxes", "scores", "labels")))
+    found = Detections(*(getattr(gt, name)[kept] for name in ("image_index", "boxes", "scores", "labels")))
     assert score_detections(annotations, found, backend)[0]["AP"] == pytest.approx(1)
 
 
@@ -207,7 +207,7 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     assert line.startswith("warning") and "ninety" in line
 
 
-@pytest.mark.guard("detection.evaluation.coco_pycocotools:_truth_dataset", '"id": row + 1', '"id": row')
+@pytest.mark.guard("detection.evaluation.coco_pycocotools:_gt_dataset", '"id": row + 1', '"id": row')
 @pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 @pytest.mark.parametrize("ids", [(0, 1, 2), (7, 7, 7), (0, 0, 0)])
 def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...], backend: str) -> None:
@@ -237,16 +237,18 @@ def test_A14_nothing_to_train_on(read: Read, split: str, changes: dict[str, Any]
 
 
 @pytest.mark.guard(
-    "detection.evaluation.evaluate:score_found", "drop_not_finite(Detections(**joined))", "Detections(**joined), 0"
+    "detection.evaluation.evaluate:compute_metrics", "drop_non_finite(Detections(**joined))", "Detections(**joined), 0"
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_A16_detections_that_are_not_finite_score_nothing(read: Read, value: float) -> None:
+def test_A16_detections_that_are_non_finite_score_nothing(read: Read, value: float) -> None:
     annotations = read(CONTENT)[1].annotations
     wrong = Detections(np.arange(3), np.tile([1.0, 1, 4, 4], (3, 1)), np.full(3, 0.5), np.arange(3))
     boxes = wrong.boxes.copy()
     boxes[:, 2] = value
     broken = Detections(wrong.image_index, boxes, wrong.scores, wrong.labels)
-    honest, injected = (score_found([Found(found, {}, {})], annotations, "pycocotools") for found in (wrong, broken))
+    honest, injected = (
+        compute_metrics([Found(found, {}, {})], annotations, "pycocotools") for found in (wrong, broken)
+    )
     assert injected.dropped == 3 and len(injected.detections) == 0 and honest.dropped == 0
     for name, number in injected.metrics.items():
         assert (number or 0) <= (honest.metrics[name] or 0), name

@@ -1,4 +1,4 @@
-"""C: numbers that are not finite, sizes that do not fit, schedules at their edges, the metric."""
+"""C: numbers that are non-finite, sizes that do not fit, schedules at their edges, the metric."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from torch import Tensor
 from detection.checkpoints import load_checkpoint
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
-from detection.evaluation.evaluate import drop_not_finite, find_all
+from detection.evaluation.evaluate import drop_non_finite, run_inference
 from detection.models import build_detector
 from detection.ops.boxes import pairwise_iou
 from detection.ops.letterbox import Letterbox
-from detection.ops.nms import suppress
+from detection.ops.nms import grouped_nms
 from detection.runtime.devices import autocast
 from detection.training import dry_run as preflight
 from detection.training import run as run_parts
@@ -66,7 +66,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.guard("detection.training.step:train_step", "norm.isfinite() & (not discard)", "torch.tensor(True)")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_C01_C04_one_step_that_is_not_finite_changes_nothing(train: Train, tmp_path: Path, value: float) -> None:
+def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train: Train, tmp_path: Path, value: float) -> None:
     fault = functools.partial(break_loss, value=value, steps=range(3, 4))
     run = train("run", "train.save_frequency=1", "train.keep_checkpoints=9", "train.steps=6", fault=fault)
     run.ends_with(0)
@@ -89,8 +89,8 @@ def test_C01_C04_one_step_that_is_not_finite_changes_nothing(train: Train, tmp_p
 def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[..., Run], tmp_path: Path) -> None:
     fault = functools.partial(break_loss, value=math.nan, steps=range(2, 99))
     run = train("run", "train.most_skipped_steps=3", fault=fault)
-    line = run.ends_with(4, "3 steps in a row were not finite, the first is step 2", "loss_class = nan", "--replay")
-    bundle = tmp_path / "run" / "not_finite_000002"
+    line = run.ends_with(4, "3 steps in a row were non-finite, the first is step 2", "loss_class = nan", "--replay")
+    bundle = tmp_path / "run" / "non_finite_000002"
     assert str(bundle) in line and line in (tmp_path / "run" / "train.log").read_text()
     report = json.loads((bundle / "report.json").read_text())
     assert [step["step"] for step in report["steps"]] == [2, 3, 4] and report["seed"] == OVERLAY["run"]["seed"]
@@ -101,7 +101,7 @@ def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[...,
     assert replayed.out.splitlines()[-2:] == ["finite: loss, outputs and gradient"] * 2
     # The same images as in the run: with the hook it is not, and says for which image.
     again = launch("again", "--replay", bundle, fault=break_criterion_of_image)
-    again.ends_with(4, "step 2 is not finite here either")
+    again.ends_with(4, "step 2 is non-finite here either")
     assert f"loss of image id {report['steps'][0]['image_ids'][1]} alone: loss_class = nan" in again.out
 
 
@@ -131,11 +131,11 @@ def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
     train: Train, launch: Callable[..., Run], tmp_path: Path
 ) -> None:
     words = ["train.optimizer=sgd", "train.learning_rate=1e30", "scheduler.warmup=0", "train.most_skipped_steps=2"]
-    train("run", *words, "train.steps=20").ends_with(4, "2 steps in a row were not finite")
-    (bundle,) = (tmp_path / "run").glob("not_finite_*")
+    train("run", *words, "train.steps=20").ends_with(4, "2 steps in a row were non-finite")
+    (bundle,) = (tmp_path / "run").glob("non_finite_*")
     replayed = launch("replay", "--replay", bundle)
-    replayed.ends_with(4, "is not finite here either")
-    assert "first output that is not finite: of " in replayed.out or "loss: loss_" in replayed.out, replayed.out
+    replayed.ends_with(4, "is non-finite here either")
+    assert "first output that is non-finite: of " in replayed.out or "loss: loss_" in replayed.out, replayed.out
 
 
 def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> None:
@@ -182,7 +182,7 @@ def test_C03_a_scale_that_sinks_below_1_ends_with_4(train: Train, tmp_path: Path
 def settings_of(tmp_path: Path, *words: str) -> Settings:
     (tmp_path / "network.cfg").write_text(NETWORK)
     root = REPOSITORY
-    words = ("yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'network.cfg'}", *words)
+    words = ("yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'network.cfg'}", *words)
     return load_settings(root / "yolo-v3" / "args.yaml", words=words)[0]
 
 
@@ -200,12 +200,12 @@ def test_C05_huge_logits(tmp_path: Path, loss: str, bias: float) -> None:
     sum(losses.values()).backward()
     assert all(output.grad.isfinite().all() for output in outputs)
     # Boxes of e^10000 anchors are infinite: the evaluation counts them and scores the others.
-    found = find_all(detector.model, None, lambda _: detector.postprocess(outputs), [batch], CPU, nullcontext)
-    kept, dropped = drop_not_finite(found.detections)
+    found = run_inference(detector.model, None, lambda _: detector.postprocess(outputs), [batch], CPU, nullcontext)
+    kept, dropped = drop_non_finite(found.detections)
     assert np.isfinite(kept.boxes).all() and dropped == (len(found.detections) if bias > 0 else 0)
 
 
-def test_C06_a_normalisation_over_one_value_is_refused_before_the_first_step(train: Train, tmp_path: Path) -> None:
+def test_C06_a_batch_norm_over_one_value_is_refused_before_the_first_step(train: Train, tmp_path: Path) -> None:
     words = ["train.batch_size=1", "train.image_size=32", "train.resize_frequency=0", "evaluation.image_size=32"]
     train("run", *words, "run.preflight=true").ends_with(2, "train.batch_size", "32")
     train("more", *words, "train.batch_size=2", "train.steps=1", "run.preflight=true").ends_with(0)
@@ -214,7 +214,7 @@ def test_C06_a_normalisation_over_one_value_is_refused_before_the_first_step(tra
 @pytest.mark.guard("detection.training.step:train_step", "sum(losses.values()) / len(batches)", "sum(losses.values())")
 @pytest.mark.parametrize("subdivisions", [1, 2, 5])
 def test_C08_any_cut_into_micro_batches_trains_the_same(tmp_path: Path, subdivisions: int) -> None:
-    # An epoch of 10 images as 10/subdivisions per micro-batch; normalisation frozen.
+    # An epoch of 10 images as 10/subdivisions per micro-batch; batch norm frozen.
     def epoch(count: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
         settings = settings_of(tmp_path)
@@ -304,7 +304,7 @@ def count_graphs(main: ModuleType) -> None:
     main.train = lambda *arguments: (train(*arguments), report())
 
 
-def slow_suppression(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
+def slow_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
     """Best first, of equal ones the first; what overlaps a kept one too much goes."""
     order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
@@ -318,14 +318,14 @@ def slow_suppression(boxes: np.ndarray, scores: np.ndarray, threshold: float) ->
 
 
 @pytest.mark.parametrize("count", [0, 1, 2000])
-def test_C12_suppression_at_equal_scores_is_the_slow_one(count: int) -> None:
+def test_C12_nms_at_equal_scores_is_the_slow_one(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     # whole pixels and four scores: exact, ties everywhere
     corner = torch.randint(0, 200, (count, 2), generator=generator)
     boxes = torch.cat([corner, corner + torch.randint(8, 40, (count, 2), generator=generator)], 1).float()
     scores = torch.randint(1, 5, (count,), generator=generator) / 8
-    kept = suppress(boxes, scores, torch.zeros(count, dtype=torch.int64), 0.45)
-    assert kept.tolist() == slow_suppression(boxes.double().numpy(), scores.double().numpy(), 0.45)
+    kept = grouped_nms(boxes, scores, torch.zeros(count, dtype=torch.int64), 0.45)
+    assert kept.tolist() == slow_nms(boxes.double().numpy(), scores.double().numpy(), 0.45)
 
 
 def test_C12_very_many_boxes_give_the_same_result_twice() -> None:
@@ -333,7 +333,7 @@ def test_C12_very_many_boxes_give_the_same_result_twice() -> None:
     corner = torch.rand(200_000, 2, generator=generator) * 400
     boxes, scores = torch.cat([corner, corner + 60], 1), torch.full((200_000,), 0.5)
     labels = torch.zeros(200_000, dtype=torch.int64)
-    kept = suppress(boxes, scores, labels, 0.45)
-    assert torch.equal(suppress(boxes, scores, labels, 0.45), kept)
+    kept = grouped_nms(boxes, scores, labels, 0.45)
+    assert torch.equal(grouped_nms(boxes, scores, labels, 0.45), kept)
     overlaps = pairwise_iou(boxes[kept], boxes[kept]).fill_diagonal_(0)
     assert len(kept) > 50 and overlaps.max() <= 0.45 and kept[0] == 0

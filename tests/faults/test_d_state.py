@@ -363,7 +363,7 @@ def test_D06_pickled_code_is_not_run(launch: Launch, common: list[str], tmp_path
     for name in ("last.pt", "state.pt"):
         torch.save({"format": 1, "digest": "0" * 64, "model": Payload(marker)}, tmp_path / "run" / name)
     if place == "yolo.pretrained":
-        words = [*common, "yolo.cfg=null", "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+        words = [*common, "yolo.cfg=null", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
         run = launch("out", *words, f"yolo.pretrained={tmp_path / 'run' / 'last.pt'}")
     else:
         run = launch("out", place, tmp_path / "run")
@@ -595,13 +595,13 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
         real = main.build_training_loader
         main.build_training_loader = build
     if place == "evaluation":
-        find_all = main.find_all
+        run_inference = main.run_inference
 
         def found(*arguments: Any, **keywords: Any) -> Any:
             send()
-            return find_all(*arguments, **keywords)
+            return run_inference(*arguments, **keywords)
 
-        main.find_all = found
+        main.run_inference = found
     if place == "save":
         save = CheckpointWriter.save
 

@@ -404,11 +404,11 @@ def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: P
         "scheduler.warmup=0", "train.most_skipped_steps=2", "--output", tmp_path / "run",
     ]  # fmt: skip
     output = output_of(start(2, tmp_path / "work", *words))
-    assert "2 steps in a row were not finite" in output, output
-    (bundle,) = (tmp_path / "run").glob("not_finite_*")
+    assert "2 steps in a row were non-finite" in output, output
+    (bundle,) = (tmp_path / "run").glob("non_finite_*")
     step = json.loads((bundle / "report.json").read_text())["steps"][0]
     replayed = output_of(start(1, tmp_path / "work", "--replay", bundle))
-    assert f"step {step['step']} is not finite here either" in replayed and "warning" not in replayed, replayed
+    assert f"step {step['step']} is non-finite here either" in replayed and "warning" not in replayed, replayed
     named = {int(line.split("image id ")[1].split(" ")[0]) for line in replayed.splitlines() if "of image id " in line}
     assert named and named <= set(step["image_ids"])
     # Micro-batches of both ranks; each says something of its loss.

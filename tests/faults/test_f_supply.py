@@ -50,7 +50,7 @@ def test_F03_training_needs_no_optional_package(
 @pytest.mark.parametrize(
     ("package", "word", "message"),
     [
-        ("timm", "yolo.encoder=timm/resnet18", "timm"),
+        ("timm", "yolo.backbone=timm/resnet18", "timm"),
         ("habana_frameworks", "run.device=hpu", "hpu"),
         ("faster_coco_eval", "evaluation.backend=faster_coco_eval", "faster_coco_eval"),
     ],

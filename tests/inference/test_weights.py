@@ -53,7 +53,7 @@ def test_open_darknet(files: Files) -> None:
     opened = open_here(files, "net.weights", "net.cfg", "net.names")
     assert opened.names == opened.class_names() == ("aeroplane", "motorbike", "sofa")
     assert (opened.num_classes, opened.step, opened.seen) == (3, 0, SEEN)
-    assert (opened.settings.yolo.encoder, opened.settings.yolo.cfg) == ("darknet_cfg", CFG.rstrip() + "\n")
+    assert (opened.settings.yolo.backbone, opened.settings.yolo.cfg) == ("darknet_cfg", CFG.rstrip() + "\n")
     assert opened.settings.evaluation.image_size == 32
     assert not any(module.training for module in opened.detector.model.modules())
     assert opened.lines == [
@@ -80,7 +80,7 @@ def test_settings_of_the_command_line_win(files: Files) -> None:
     opened = open_here(files, "net.weights", "net.cfg", None, *words)
     assert opened.settings.evaluation.image_size == 96
     assert opened.detector.postprocess.confidence_threshold == 0.9
-    assert isinstance(opened.detector.model.encoder[0][1], DarknetBatchNorm2d)
+    assert isinstance(opened.detector.model.backbone[0][1], DarknetBatchNorm2d)
 
 
 def test_input_of_a_rectangular_description(files: Files) -> None:
@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit(files: Files) -> None:
 def test_without_a_description_the_file_tells_the_number_of_classes(files: Files) -> None:
     """A network of the settings; 3 anchors a level, so 3 * 3 filters more than for 2 classes at both outputs."""
     anchors = "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]"
-    words = ("yolo.encoder=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
+    words = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
     settings, _ = load_settings(ARGS, words=words)
     torch.manual_seed(0)
     model = build_detector(settings.yolo, settings.evaluation, 5).model
@@ -191,7 +191,7 @@ def test_bad_names(files: Files, content: str | bytes | None, word: str) -> None
 
 def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
     """Of the hand-made network after 5 steps of 4 x 2 images; average and model differ in the class they see."""
-    words = ["yolo.encoder=darknet_cfg", f"yolo.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
+    words = ["yolo.backbone=darknet_cfg", f"yolo.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
     words += ["train.batch_size=4", "train.subdivisions=2"]
     words += ["run.device=hpu", "run.lazy=true", "run.deterministic=true", "run.precision=off"]  # of another machine
     settings, _ = load_settings(ARGS, words=words)
@@ -217,7 +217,7 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("average", [True, False])
 def test_open_checkpoint(files: Files, average: bool) -> None:
-    """The moving average where there is one; the file carries its settings, description and names."""
+    """The EMA where there is one; the file carries its settings, description and names."""
     opened = open_here(files, checkpoint(files, average).name, None)
     assert opened.names == ("airplane", "motorcycle", "couch")
     assert (opened.num_classes, opened.step, opened.seen) == (3, 5, 5 * 8)
@@ -225,7 +225,7 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
     assert opened.settings.evaluation.image_size == 32
     run = opened.settings.run
     assert (run.device, run.lazy, run.deterministic, run.precision) == ("auto", False, False, "off")
-    kind = "moving average" if average else "weights"
+    kind = "EMA" if average else "weights"
     assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")
     with torch.no_grad():
         (found,) = opened.detector.postprocess(opened.detector.model(torch.rand(1, 3, 32, 32)))
@@ -270,7 +270,7 @@ def assert_everything_found(files: Files) -> None:
     assert found[2]["bbox"] == pytest.approx([16, 16, 32, 32], abs=1e-3)
     assert all(row["score"] == pytest.approx(SCORE, abs=1e-5) for row in detections)
     assert metrics["AP"] == pytest.approx(1) and metrics["AR1"] == pytest.approx(1)
-    assert metrics["boxes"] == 3 and metrics["dropped_not_finite"] == 0 and metrics["backend"] == "arrays"
+    assert metrics["boxes"] == 3 and metrics["dropped_non_finite"] == 0 and metrics["backend"] == "arrays"
     assert metrics["settings"]["image_size"] == 32
 
 
@@ -309,7 +309,7 @@ def test_validation_with_the_spelling_of_coco(files: Files, run: Run) -> None:
 
 def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
     code, out, err = run("--weights", checkpoint(files, average=True))
-    assert (code, err) == (0, "") and "moving average after 5 steps" in out
+    assert (code, err) == (0, "") and "EMA after 5 steps" in out
     assert_everything_found(files)
     assert results_of(files)[0]["step"] == 5
 
@@ -405,7 +405,7 @@ def test_validation_on_a_full_disk(
     assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
 
 
-# The Darknet program's own numbers
+# Darknet's own numbers
 
 PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
 

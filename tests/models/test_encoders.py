@@ -1,4 +1,4 @@
-"""Every encoder keeps one contract; the YOLOv3 family is that of the Darknet program's descriptions."""
+"""Every backbone keeps one contract; the YOLOv3 family is that of Darknet's descriptions."""
 
 import importlib.util
 import sys
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models import ENCODERS, build_detector, build_encoder
+from detection.models import BACKBONES, build_backbone, build_detector
 from detection.models.backbones.darknet import DarknetTiny
-from detection.models.backbones.timm_backbone import TimmEncoder, check_declaration
+from detection.models.backbones.timm_backbone import TimmBackbone, check_declaration
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
@@ -24,15 +24,15 @@ needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
 WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first
 TINY = [
-    "yolo.encoder=darknet_tiny",
+    "yolo.backbone=darknet_tiny",
     "yolo.neck_channels=[256, 128]",
     "yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]",
 ]
 
 
-def words(encoder: str, levels: int) -> list[str]:
+def words(backbone: str, levels: int) -> list[str]:
     anchors = [[[10 * 2**level, 12 * 2**level], [14 * 2**level, 9 * 2**level]] for level in range(levels)]
-    return [f"yolo.encoder={encoder}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
+    return [f"yolo.backbone={backbone}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
 
 
 def build(*settings: str, num_classes: int = 2) -> Detector:
@@ -40,12 +40,12 @@ def build(*settings: str, num_classes: int = 2) -> Detector:
     return build_detector(loaded.yolo, loaded.evaluation, num_classes)
 
 
-@pytest.fixture(scope="module", params=[*ENCODERS, *TIMM])
-def encoder(request: pytest.FixtureRequest) -> nn.Module:
+@pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
+def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with the statistics of a few batches, as after some training."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
-    module = build_encoder(load_settings(ARGS, words=words(request.param, levels))[0].yolo)
+    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].yolo)
     assert isinstance(module, nn.Module)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -59,51 +59,51 @@ def encoder(request: pytest.FixtureRequest) -> nn.Module:
 # The contract
 
 
-def test_maps_are_as_declared(encoder: nn.Module) -> None:
+def test_maps_are_as_declared(backbone: nn.Module) -> None:
     height, width = 64, 96
     with torch.no_grad():
-        maps = encoder.eval()(torch.rand(2, 3, height, width))
+        maps = backbone.eval()(torch.rand(2, 3, height, width))
     assert [tuple(feature.shape) for feature in maps] == [
         (2, channels, height // stride, width // stride)
-        for channels, stride in zip(encoder.out_channels, encoder.strides, strict=True)
+        for channels, stride in zip(backbone.out_channels, backbone.strides, strict=True)
     ]
     # the neck doubles the size from level to level, and image sizes are multiples of 32
-    assert list(encoder.strides) == [32 >> step for step in reversed(range(len(encoder.strides)))]
+    assert list(backbone.strides) == [32 >> step for step in reversed(range(len(backbone.strides)))]
 
 
-def test_pixel_statistics(encoder: nn.Module) -> None:
-    assert len(encoder.pixel_mean) == len(encoder.pixel_std) == 3
-    assert all(0 <= value <= 1 for value in encoder.pixel_mean)
-    assert all(0 < value <= 1 for value in encoder.pixel_std)
+def test_pixel_statistics(backbone: nn.Module) -> None:
+    assert len(backbone.pixel_mean) == len(backbone.pixel_std) == 3
+    assert all(0 <= value <= 1 for value in backbone.pixel_mean)
+    assert all(0 < value <= 1 for value in backbone.pixel_std)
 
 
-def test_batch_equals_singles(encoder: nn.Module) -> None:
+def test_batch_equals_singles(backbone: nn.Module) -> None:
     images = torch.rand(3, 3, 64, 96)
     with torch.no_grad():
-        together = encoder.eval()(images)
+        together = backbone.eval()(images)
         for index in range(3):
-            for feature, alone in zip(together, encoder(images[index : index + 1]), strict=True):
+            for feature, alone in zip(together, backbone(images[index : index + 1]), strict=True):
                 tolerance = 1e-4 * alone.abs().max().item()
                 torch.testing.assert_close(feature[index : index + 1], alone, atol=tolerance, rtol=1e-4)
 
 
-def test_every_parameter_gets_a_gradient(encoder: nn.Module) -> None:
+def test_every_parameter_gets_a_gradient(backbone: nn.Module) -> None:
     """No unused classifier, which a distributed run would wait for."""
     torch.manual_seed(1)
-    encoder.train().zero_grad()
+    backbone.train().zero_grad()
     # random factors: the sum of a normalised map would not depend on what was normalised
-    sum((feature * torch.randn_like(feature)).sum() for feature in encoder(torch.rand(2, 3, 64, 96))).backward()
-    for name, parameter in encoder.named_parameters():
+    sum((feature * torch.randn_like(feature)).sum() for feature in backbone(torch.rand(2, 3, 64, 96))).backward()
+    for name, parameter in backbone.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-    assert not any(len(value.shape) == 2 for value in encoder.state_dict().values())  # no fully connected layer
+    assert not any(len(value.shape) == 2 for value in backbone.state_dict().values())  # no fully connected layer
 
 
-def test_bfloat16_is_near_float32(encoder: nn.Module) -> None:
+def test_bfloat16_is_near_float32(backbone: nn.Module) -> None:
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        expected = encoder.eval()(images)
+        expected = backbone.eval()(images)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = encoder(images)
+            found = backbone(images)
     for feature, other in zip(found, expected, strict=True):
         assert (feature.float() - other).norm() < 0.1 * other.norm()
 
@@ -142,16 +142,16 @@ def refuse(*settings: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "own", "levels"), [("darknet_tiny", 2, 3), ("darknet", 3, 2), ("darknet", 3, 4)])
-def test_levels_must_be_the_encoders(name: str, own: int, levels: int) -> None:
+def test_levels_must_be_the_backbones(name: str, own: int, levels: int) -> None:
     message = refuse(*words(name, levels))
-    assert f"yolo.anchors: has {levels} levels" in message and f"yolo.encoder={name} has {own}" in message
+    assert f"yolo.anchors: has {levels} levels" in message and f"yolo.backbone={name} has {own}" in message
 
 
 def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").write_text("[net]")
-    described = ["yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    described = ["yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
     for settings, name in ((TINY, "darknet_tiny"), (described, "darknet_cfg")):
-        assert f"yolo.spp: encoder {name}" in refuse(*settings, "yolo.spp=true")
+        assert f"yolo.spp: backbone {name}" in refuse(*settings, "yolo.spp=true")
 
 
 # timm
@@ -173,27 +173,27 @@ def test_timm_models_that_do_not_serve(name: str, expected: str) -> None:
 
 @needs_timm
 def test_a_false_declaration_is_found() -> None:
-    encoder = build_encoder(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
-    assert isinstance(encoder, TimmEncoder)
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    assert isinstance(backbone, TimmBackbone)
     for name, value in (("out_channels", (48, 192, 97)), ("strides", (4, 8, 16))):
-        right = getattr(encoder, name)
-        setattr(encoder, name, value)
+        right = getattr(backbone, name)
+        setattr(backbone, name, value)
         with pytest.raises(SettingsError, match=r"timm/test_resnet.*are declared.*\(96, 2, 3\)"):
-            check_declaration(encoder)
-        setattr(encoder, name, right)
+            check_declaration(backbone)
+        setattr(backbone, name, right)
 
 
 @needs_timm
 def test_the_check_of_the_declaration_leaves_no_trace() -> None:
-    encoder = build_encoder(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
-    assert isinstance(encoder, TimmEncoder)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    assert isinstance(backbone, TimmBackbone)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(value == 0 for name, value in before.items() if name.endswith("num_batches_tracked"))
     random = torch.get_rng_state()
-    check_declaration(encoder)
-    assert torch.equal(torch.get_rng_state(), random) and all(module.training for module in encoder.modules())
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
+    check_declaration(backbone)
+    assert torch.equal(torch.get_rng_state(), random) and all(module.training for module in backbone.modules())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
 
 
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install timm" in refuse(*words("timm/resnet18", 3))
 
 
-# The family, as the Darknet program describes it
+# The family, as Darknet describes it
 
 
 def conv(filters: int, size: int, stride: int = 1) -> str:

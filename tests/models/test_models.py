@@ -8,7 +8,7 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.models import ENCODERS, build_detector
+from detection.models import BACKBONES, build_detector
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
 from detection.models.yolo import CRITERIA
@@ -38,7 +38,7 @@ def darknet() -> Detector:
 def small() -> Detector:
     """A quick one: MobileNetV3-small, narrow neck, 3 classes. Statistics of a few batches, as after some training."""
     torch.manual_seed(0)
-    detector = build(3, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
+    detector = build(3, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
     with torch.no_grad():
         for seed in range(3):
             detector.model(random_images(4, 64, 96, seed=seed))
@@ -55,7 +55,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def one_truth_per_level(height: int, width: int) -> dict[str, Tensor]:
+def one_gt_box_per_level(height: int, width: int) -> dict[str, Tensor]:
     """Shapes of anchors of the three strides: (16, 30), (62, 45) and (116, 90)."""
     boxes = [[0.0, 0, 16, 30], [10, 10, 72, 55], [0, 0, 116, 90]]
     assert height >= 90 and width >= 116
@@ -70,7 +70,7 @@ def one_truth_per_level(height: int, width: int) -> dict[str, Tensor]:
     [
         ([], 61_949_149),
         (["yolo.spp=true"], 62_998_749),
-        (["yolo.encoder=darknet_tiny", "yolo.neck_channels=[256, 128]", f"yolo.anchors={TINY_ANCHORS}"], 8_852_366),
+        (["yolo.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]", f"yolo.anchors={TINY_ANCHORS}"], 8_852_366),
     ],
 )
 def test_parameters_of_the_family(words: list[str], count: int) -> None:
@@ -86,7 +86,7 @@ def expected_darknet53() -> tuple[int, int]:
         rows += [(following, 3)] if following else []
     parameters, channels = 0, 3
     for filters, kernel_size in rows:
-        # weights without bias; scale and shift of the batch normalisation
+        # weights without bias; scale and shift of the batch norm
         parameters += filters * channels * kernel_size**2 + 2 * filters
         channels = filters
     return len(rows), parameters
@@ -95,16 +95,16 @@ def expected_darknet53() -> tuple[int, int]:
 def test_darknet53_is_that_of_table_1(darknet: Detector) -> None:
     convolutions, parameters = expected_darknet53()
     assert (convolutions, parameters) == (52, 40_584_928)
-    encoder = darknet.model.encoder
-    assert isinstance(encoder, Darknet53)
-    assert sum(isinstance(module, nn.Conv2d) for module in encoder.modules()) == convolutions
-    assert count_parameters(encoder) == parameters
+    backbone = darknet.model.backbone
+    assert isinstance(backbone, Darknet53)
+    assert sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) == convolutions
+    assert count_parameters(backbone) == parameters
 
 
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_class_count_changes_only_the_last_convolutions(num_classes: int, small: Detector) -> None:
     """Three anchors * (5 + C) filters per level on 2 * width channels, and a bias each."""
-    model = build(num_classes, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
+    model = build(num_classes, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
     difference = sum(3 * (num_classes - 3) * (2 * width + 1) for width in (24, 16, 8))
     assert count_parameters(model) == count_parameters(small.model) + difference
     assert [output.shape[-1] for output in model(random_images(2, 32, 32))] == [5 + num_classes] * 3
@@ -125,15 +125,15 @@ def test_neck_width_by_hand(neck_channels: list[int]) -> None:
         if level < 2:
             carried = neck_channels[level + 1]
             expected += block(width, carried, 1)
-    model = build(4, "yolo.encoder=mobilenet_v3_small", f"yolo.neck_channels={neck_channels}").model
-    assert count_parameters(model) - count_parameters(model.encoder) == expected
+    model = build(4, "yolo.backbone=mobilenet_v3_small", f"yolo.neck_channels={neck_channels}").model
+    assert count_parameters(model) - count_parameters(model.backbone) == expected
 
 
-# Encoders
+# Backbones
 
 
 def test_conv_block_by_hand() -> None:
-    """Convolution, batch normalisation, leaky ReLU of slope 0.1; halves the size with stride 2."""
+    """Convolution, batch norm, leaky ReLU of slope 0.1; halves the size with stride 2."""
     block = conv_block(1, 1, 3, stride=2).eval()
     with torch.no_grad():
         block[0].weight.fill_(1.0)
@@ -159,12 +159,12 @@ def test_mobilenet_maps_are_torchvisions_last_of_each_stride(name: str) -> None:
     """With torchvision's weights loaded by position, the maps are those of its own network, bit for bit in float32."""
     torch.manual_seed(0)
     features = TORCHVISION[name](weights=None).features.eval()
-    encoder = ENCODERS[name]().eval()
+    backbone = BACKBONES[name]().eval()
     # our keys are stages.<stage>.<key in torchvision's features>
-    weights = {key.split(".", 2)[2]: key for key in encoder.state_dict()}
+    weights = {key.split(".", 2)[2]: key for key in backbone.state_dict()}
     assert list(weights) == list(features.state_dict())
-    encoder.load_state_dict({weights[key]: value for key, value in features.state_dict().items()})
-    assert not any("classifier" in key for key in encoder.state_dict())
+    backbone.load_state_dict({weights[key]: value for key, value in features.state_dict().items()})
+    assert not any("classifier" in key for key in backbone.state_dict())
 
     images = torch.rand(2, 3, 64, 96)
     last_of_stride = {}
@@ -173,7 +173,7 @@ def test_mobilenet_maps_are_torchvisions_last_of_each_stride(name: str) -> None:
         for layer in features:
             x = layer(x)
             last_of_stride[64 // x.shape[2]] = x
-        for stride, feature in zip(encoder.strides, encoder(images), strict=True):
+        for stride, feature in zip(backbone.strides, backbone(images), strict=True):
             assert torch.equal(feature, last_of_stride[stride])
 
 
@@ -246,7 +246,7 @@ def test_darknet_output_shapes(darknet: Detector) -> None:
 def test_anchors_per_level_may_differ() -> None:
     """Levels are told apart: 2 anchors at stride 8, 4 at 16, 1 at 32."""
     anchors = "[[[10, 13], [16, 30]], [[30, 61], [62, 45], [59, 119], [40, 40]], [[116, 90]]]"
-    detector = build(2, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}")
+    detector = build(2, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}")
     outputs = detector.model(random_images(2, 64, 96))
     assert [tuple(output.shape[:4]) for output in outputs] == [(2, 2, 8, 12), (2, 4, 4, 6), (2, 1, 2, 3)]
     losses = detector.criterion(outputs, {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), -1)})
@@ -295,8 +295,8 @@ def test_uint8_equals_float(small: Detector) -> None:
 
 
 @pytest.mark.parametrize("name", ["darknet", "mobilenet_v3_small"])
-def test_pixel_scaling_is_the_encoders(name: str) -> None:
-    """What the encoder receives: (image / 255 - mean) / std; nothing but / 255 for Darknet-53."""
+def test_pixel_scaling_is_the_backbones(name: str) -> None:
+    """What the backbone receives: (image / 255 - mean) / std; nothing but / 255 for Darknet-53."""
     received: list[Tensor] = []
 
     class Probe(nn.Module):
@@ -336,7 +336,7 @@ def test_levels_see_the_coarser_ones(small: Detector) -> None:
         def add_noise(_: nn.Module, __: object, maps: list[Tensor]) -> list[Tensor]:
             return [feature + (number == level) for number, feature in enumerate(maps)]
 
-        handle = model.encoder.register_forward_hook(add_noise)
+        handle = model.backbone.register_forward_hook(add_noise)
         with torch.no_grad():
             changed = model(images)
         handle.remove()
@@ -355,7 +355,7 @@ def test_neck_by_hand(small: Detector) -> None:
     model = small.model.eval()
     images = random_images(1, 64, 96)
     with torch.no_grad():
-        features_8, features_16, features_32 = model.encoder(
+        features_8, features_16, features_32 = model.backbone(
             (images / 255 - torch.tensor(MobileNetV3.pixel_mean).view(1, 3, 1, 1))
             / torch.tensor(MobileNetV3.pixel_std).view(1, 3, 1, 1)
         )
@@ -377,7 +377,7 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
     """At every cell of every level, up to the small random weights of the last convolution."""
     torch.manual_seed(1)
     detector = build(
-        3, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
+        3, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
     )
     with torch.no_grad():
         outputs = detector.model(random_images(2, 64, 96))
@@ -393,17 +393,17 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
 def test_criterion_is_built_from_the_settings(loss: str) -> None:
     words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4"]
     words += ["yolo.box_weight=2.0", "yolo.objectness_weight=3.0", "yolo.class_weight=4.0"]
-    criterion = build(3, "yolo.encoder=mobilenet_v3_small", *words).criterion
+    criterion = build(3, "yolo.backbone=mobilenet_v3_small", *words).criterion
     assert type(criterion) is CRITERIA[loss]
     assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
-@pytest.mark.parametrize("encoder", ["mobilenet_v3_large", "mobilenet_v3_small"])
-def test_every_parameter_gets_a_gradient(encoder: str, num_classes: int) -> None:
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "mobilenet_v3_small"])
+def test_every_parameter_gets_a_gradient(backbone: str, num_classes: int) -> None:
     """No unused parameters, which a distributed run would wait for."""
     torch.manual_seed(2)
-    detector = build(num_classes, f"yolo.encoder={encoder}", "yolo.neck_channels=[24, 16, 8]")
+    detector = build(num_classes, f"yolo.backbone={backbone}", "yolo.neck_channels=[24, 16, 8]")
     assert_all_get_gradients(detector, 96, 128)
 
 
@@ -414,19 +414,19 @@ def test_every_parameter_of_darknet_gets_a_gradient() -> None:
 
 def assert_all_get_gradients(detector: Detector, height: int, width: int) -> None:
     outputs = detector.model(random_images(1, height, width))
-    losses = detector.criterion(outputs, one_truth_per_level(height, width))
+    losses = detector.criterion(outputs, one_gt_box_per_level(height, width))
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in detector.model.named_parameters():
         assert parameter.requires_grad
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-    # the levels' last convolutions learn the box, the objectness and the class of the truth
+    # the levels' last convolutions learn the box, the objectness and the class of the ground truth
     for head in detector.model.heads:
         assert head[1].bias.grad.unflatten(0, (3, -1)).ne(0).any(dim=0).all()
 
 
 def test_batch_norm_momentum_is_set_everywhere() -> None:
     model = build(
-        2, "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "yolo.batch_norm_momentum=0.03"
+        2, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "yolo.batch_norm_momentum=0.03"
     ).model
     momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(momenta) > 40 and set(momenta) == {0.03}
@@ -435,7 +435,7 @@ def test_batch_norm_momentum_is_set_everywhere() -> None:
 def test_settings_reach_the_parts() -> None:
     detector = build(
         2,
-        "yolo.encoder=mobilenet_v3_small",
+        "yolo.backbone=mobilenet_v3_small",
         "yolo.neck_channels=[24, 16, 8]",
         "yolo.ignore_threshold=0.6",
         "yolo.class_loss=cross_entropy",

@@ -21,10 +21,10 @@ from detection.models.pretrained import load_pretrained
 from tests.support.paths import ARGS
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-SMALL = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
-LARGE = ["yolo.encoder=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
-TIMM = ["yolo.encoder=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
-TINY = ["yolo.encoder=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
+SMALL = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
+LARGE = ["yolo.backbone=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
+TIMM = ["yolo.backbone=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
+TINY = ["yolo.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
 # Names by which torch's hub caches the weights in pytorch.org's list of torchvision models
 HUB_NAMES = {"small": "mobilenet_v3_small-047dcff4.pth", "large": "mobilenet_v3_large-8738ca79.pth"}
 
@@ -108,11 +108,11 @@ def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any
     assert HUB_NAMES[size] in line and "IMAGENET1K_V1" in line
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
-        maps = model.eval().encoder(images)
+        maps = model.eval().backbone(images)
     for found, expected in zip(maps, last_of_each_stride(classifier.features, images), strict=True):
         assert torch.equal(found, expected)
-    assert parts(changed(model, words)) == {"encoder"}
-    assert changed(model, words) == {name for name in model.state_dict() if name.startswith("encoder.")}
+    assert parts(changed(model, words)) == {"backbone"}
+    assert changed(model, words) == {name for name in model.state_dict() if name.startswith("backbone.")}
 
 
 def test_without_a_network(hub: Path) -> None:
@@ -135,9 +135,9 @@ def test_files_of_a_classifier(tmp_path: Path) -> None:
         (line,) = load_pretrained(model, yolo)
         assert str(tmp_path / "file.pth") in line and f"{len(features)} tensors" in line
         # the second stage begins with torchvision's layer 4
-        assert torch.equal(model.encoder.stages[1][0].block[0][0].weight, state["features.4.block.0.0.weight"])
-        assert torch.equal(model.encoder.stages[2][-1][1].running_var, state["features.12.1.running_var"])
-        assert parts(changed(model, SMALL)) == {"encoder"}
+        assert torch.equal(model.backbone.stages[1][0].block[0][0].weight, state["features.4.block.0.0.weight"])
+        assert torch.equal(model.backbone.stages[2][-1][1].running_var, state["features.12.1.running_var"])
+        assert parts(changed(model, SMALL)) == {"backbone"}
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: py
     model, yolo = build(words, True)
     lines = load_pretrained(model, yolo)
     assert any("first 52 of 75 convolutions" in line for line in lines)
-    assert parts(changed(model, words)) == {"encoder"}
-    for name, tensor in model.encoder.state_dict().items():
+    assert parts(changed(model, words)) == {"backbone"}
+    for name, tensor in model.backbone.state_dict().items():
         if tensor.is_floating_point():
-            assert torch.equal(tensor, source.encoder.state_dict()[name]), name
+            assert torch.equal(tensor, source.backbone.state_dict()[name]), name
 
 
 def test_darknet_file_of_other_classes(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
     write_darknet_weights(build(TINY)[0], tmp_path / "tiny.weights", Header())
     assert "darknet_tiny" in refuse(SMALL, tmp_path / "tiny.weights")
     torch.save(mobilenet_v3_small(weights=None).state_dict(), tmp_path / "small.pth")
-    assert "yolo.encoder=darknet_tiny starts from" in refuse(TINY, tmp_path / "small.pth")
+    assert "yolo.backbone=darknet_tiny starts from" in refuse(TINY, tmp_path / "small.pth")
     assert "darknet_tiny has no standard weights" in refuse(TINY, True, SettingsError)
 
 
@@ -228,7 +228,7 @@ def test_whole_detector(average: bool, tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", SMALL, 3, average)
     model, yolo = build(SMALL, tmp_path / "best.pt")
     (line,) = load_pretrained(model, yolo)
-    kind = "moving average" if average else "weights"
+    kind = "EMA" if average else "weights"
     assert f"{kind} after 40 steps, 3 classes" in line and str(tmp_path / "best.pt") in line
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -300,8 +300,8 @@ def test_timm_classifier_file(num_classes: int, suffix: str, tmp_path: Path) -> 
     with torch.no_grad():
         # the classifier's own last map, in front of its pooling
         expected = classifier.eval().forward_features(images)
-        torch.testing.assert_close(model.eval().encoder(images)[-1], expected)
-    assert parts(changed(model, TIMM)) == {"encoder"}
+        torch.testing.assert_close(model.eval().backbone(images)[-1], expected)
+    assert parts(changed(model, TIMM)) == {"backbone"}
 
 
 @needs_timm
@@ -332,7 +332,7 @@ def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     images = torch.rand(1, 3, 64, 96)
     classifier = timm_classifier().eval()
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().encoder(images)[-1], classifier.forward_features(images))
+        torch.testing.assert_close(model.eval().backbone(images)[-1], classifier.forward_features(images))
 
     class HubIsAway(Exception):
         """Such errors share no base."""
@@ -355,12 +355,12 @@ def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
             "filters=18", "filters=18\nactivation=linear"
         )
     )
-    words = ["yolo.encoder=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    words = ["yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
     assert "darknet_cfg has no standard weights" in refuse(words, True, SettingsError)
     # a checkpoint of the same description for other classes
     source = save_run(tmp_path / "best.pt", words, 4, average=False)
     shutil.copy(tmp_path / "best.pt", tmp_path / "copy.pt")
     model, yolo = build(words, tmp_path / "copy.pt", num_classes=1)
     assert "4 classes" in load_pretrained(model, yolo)[1]
-    assert changed(model, words, num_classes=1) == {"encoder.0.0.weight", "encoder.0.0.bias"}
-    assert torch.equal(model.state_dict()["encoder.0.0.weight"], source.state_dict()["encoder.0.0.weight"])
+    assert changed(model, words, num_classes=1) == {"backbone.0.0.weight", "backbone.0.0.bias"}
+    assert torch.equal(model.state_dict()["backbone.0.0.weight"], source.state_dict()["backbone.0.0.weight"])

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from detection.config.settings import Settings
 from detection.errors import SettingsError
 from detection.models import build_detector
-from detection.models.backbones.activation_checkpointing import recompute_encoder
+from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.runtime.devices import autocast, build_scaler
 from detection.training.memory.estimate import estimate_memory
-from detection.training.optimizer import set_encoder_frozen
+from detection.training.optimizer import set_backbone_frozen
 from detection.training.state import RunState
 from detection.training.step import train_step
 
@@ -29,9 +29,9 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     torch.manual_seed(0)
     detector = build_detector(settings.yolo, settings.evaluation, 3).to(CPU, channels_last=True)
     if recomputed:
-        recompute_encoder(detector.model)
+        recompute_backbone(detector.model)
     state = RunState(detector.model, settings.train, 10, build_scaler(CPU, dtype))
-    set_encoder_frozen(state.model, frozen, settings.train.encoder_batch_norm)
+    set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     boxes = torch.tensor([[[4.0, 4, 30, 30]], [[20.0, 10, 60, 60]]])
     found: dict[str, Any] = {}
     for number in range(2):
@@ -48,7 +48,7 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     return found | state.model.state_dict()
 
 
-@pytest.mark.parametrize("encoder", SMALL)
+@pytest.mark.parametrize("backbone", SMALL)
 @pytest.mark.parametrize(
     ("dtype", "frozen", "words"),
     [
@@ -60,26 +60,26 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     ],
 )
 def test_every_number_is_the_same(
-    default_settings: Callable[..., Settings], encoder: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
+    default_settings: Callable[..., Settings], backbone: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
 ) -> None:
-    settings = default_settings(f"yolo.encoder={encoder}", *SMALL[encoder], "train.ema_decay=0.9", *words)
+    settings = default_settings(f"yolo.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
     plain = state_after_steps(settings, False, dtype, frozen)
     recomputed = state_after_steps(settings, True, dtype, frozen)
     assert list(plain) == list(recomputed)
     for name, value in plain.items():
         other = recomputed[name]
         assert (value is None and other is None) or torch.equal(value, other), name
-    counters = [name for name in plain if name.endswith("num_batches_tracked") and "encoder" in name]
+    counters = [name for name in plain if name.endswith("num_batches_tracked") and "backbone" in name]
     moves = not frozen and "train.encoder_batch_norm=frozen" not in words
     assert {int(recomputed[name]) for name in counters} == {4 if moves else 0}
 
 
 def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: Callable[..., Settings]) -> None:
-    settings = default_settings("yolo.encoder=darknet_tiny", *SMALL["darknet_tiny"])
+    settings = default_settings("yolo.backbone=darknet_tiny", *SMALL["darknet_tiny"])
     model = build_detector(settings.yolo, settings.evaluation, 3).model
-    recompute_encoder(model)
+    recompute_backbone(model)
     calls: list[nn.Module] = []
-    block = model.encoder.stages[1][1]
+    block = model.backbone.stages[1][1]
     block.register_forward_pre_hook(lambda *_: calls.append(block))
     outputs: list[Tensor] = model(torch.zeros(2, 3, 64, 64))
     sum(output.sum() for output in outputs).backward()
@@ -90,21 +90,21 @@ def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: C
 
 
 def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
-    """By hand for Darknet-53: what is left of the encoder at 256 px, one image, float32."""
+    """By hand for Darknet-53: what is left of the backbone at 256 px, one image, float32."""
     settings = default_settings("train.batch_size=1")
     found = []
     for recomputed in (False, True):
         detector = build_detector(settings.yolo, settings.evaluation, 3)
         if recomputed:
-            recompute_encoder(detector.model)
+            recompute_backbone(detector.model)
         estimate = estimate_memory(
             detector.model, detector.criterion, settings.train, 1, 256, lambda: autocast(CPU, None), CPU
         )
         found.append(estimate.activations)
     # inputs of the blocks: (channels, side, number); those of the first of a stage is the output of the last
     inputs = [(32, 256, 1), (64, 128, 2), (128, 64, 3), (256, 32, 9), (512, 16, 9), (1024, 8, 4)]
-    least = 4 * sum(channels * side**2 * number for channels, side, number in inputs)
-    assert least < found[1] < 0.5 * found[0]
+    minimum = 4 * sum(channels * side**2 * number for channels, side, number in inputs)
+    assert minimum < found[1] < 0.5 * found[0]
 
 
 def test_refusals_are_one_line(default_settings: Callable[..., Settings]) -> None:
@@ -112,6 +112,6 @@ def test_refusals_are_one_line(default_settings: Callable[..., Settings]) -> Non
         with pytest.raises(SettingsError, match=f"must be false with {other}"):
             default_settings("train.activation_checkpointing=true", f"{other}=true")
     model = nn.Module()
-    model.encoder = nn.Conv2d(3, 3, 1)
-    with pytest.raises(SettingsError, match="needs an encoder with stages"):
-        recompute_encoder(model)
+    model.backbone = nn.Conv2d(3, 3, 1)
+    with pytest.raises(SettingsError, match="needs an backbone with stages"):
+        recompute_backbone(model)

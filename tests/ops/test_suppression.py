@@ -1,4 +1,4 @@
-"""Suppression of many groups at once against a call of torchvision's `nms` per group, and against a plain loop."""
+"""NMS of many groups at once against a call of torchvision's `nms` per group, and against a plain loop."""
 
 from collections.abc import Callable
 
@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from detection.ops import nms as suppression
-from detection.ops.nms import suppress
+from detection.ops import nms as nms
+from detection.ops.nms import grouped_nms
 
 Boxes = tuple[Tensor, Tensor, Tensor]
 
 
 def on_device(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None) -> Tensor:
-    """What `suppress` does with CUDA tensors, on the CPU."""
+    """What `grouped_nms` does with CUDA tensors, on the CPU."""
     order = scores.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
     sizes = groups.bincount()
-    return order[suppression._suppress_on_device(boxes[order], sizes, iou_threshold, most)]
+    return order[nms._nms_on_device(boxes[order], sizes, iou_threshold, most)]
 
 
-@pytest.fixture(params=[suppress, on_device], ids=["cpu", "accelerator"])
+@pytest.fixture(params=[grouped_nms, on_device], ids=["cpu", "accelerator"])
 def function(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     return request.param
 
@@ -82,13 +82,13 @@ def test_equal_to_a_call_per_group(
         expected = per_group(boxes, scores, groups, threshold, most)
         assert function(boxes, scores, groups, threshold, most).tolist() == expected
     if count == 6000:  # groups for pairs and groups for calls
-        assert groups.bincount().min() <= suppression.SMALL_GROUP < groups.bincount()[:10].min()
+        assert groups.bincount().min() <= nms.SMALL_GROUP < groups.bincount()[:10].min()
 
 
 def test_more_than_the_first_share_is_looked_at_where_it_is_too_few(function: Callable[..., Tensor]) -> None:
     boxes, scores, groups = crowded(2500, 1, objects=30)
     expected = per_group(boxes, scores, groups, 0.45, 100)
-    best = scores.argsort(descending=True)[: suppression.FIRST_SHARE * 100]
+    best = scores.argsort(descending=True)[: nms.FIRST_SHARE * 100]
     assert len(per_group(boxes[best], scores[best], groups[best], 0.45, 100)) < len(expected)
     assert function(boxes, scores, groups, 0.45, 100).tolist() == expected
 
@@ -107,7 +107,7 @@ def test_equal_to_a_plain_loop_on_whole_pixels(function: Callable[..., Tensor]) 
 
 @pytest.mark.parametrize("odd", [1e9, 1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("count", [300, 5000])
-def test_huge_and_not_finite_boxes_change_nothing_elsewhere(
+def test_huge_and_non_finite_boxes_change_nothing_elsewhere(
     function: Callable[..., Tensor], odd: float, count: int
 ) -> None:
     boxes, scores, groups = crowded(count, 20)
@@ -136,7 +136,7 @@ def test_half_precision_is_computed_in_float32(function: Callable[..., Tensor]) 
     boxes, scores, groups = crowded(500, 10)
     boxes, scores = boxes.half(), scores.half()
     expected = per_group(boxes.float(), scores.float(), groups, 0.45, 100)
-    assert function(boxes if function is suppress else boxes.float(), scores, groups, 0.45, 100).tolist() == expected
+    assert function(boxes if function is grouped_nms else boxes.float(), scores, groups, 0.45, 100).tolist() == expected
 
 
 def test_nothing(function: Callable[..., Tensor]) -> None:
@@ -149,9 +149,9 @@ def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monke
     boxes, scores, groups = crowded(800, 40)
     groups = groups * 3 + 2  # some numbers have no box
     for name in ("PAIRS_AT_A_TIME", "PAIRS_AT_A_TIME_CPU"):
-        monkeypatch.setattr(suppression, name, size)
+        monkeypatch.setattr(nms, name, size)
     for block in (1, 16, 256):
-        monkeypatch.setattr(suppression, "BLOCK", block)
+        monkeypatch.setattr(nms, "BLOCK", block)
         for most in (7, None):
             expected = per_group(boxes, scores, groups, 0.45, most)
             assert function(boxes, scores, groups, 0.45, most).tolist() == expected
@@ -170,6 +170,6 @@ def test_one_after_the_other_along_a_chain(function: Callable[..., Tensor]) -> N
 def test_cuda_equals_the_cpu() -> None:
     for count, classes in ((1000, 80), (20_000, 80)):
         boxes, scores, groups = crowded(count, classes, levels=200)
-        expected = suppress(boxes, scores, groups, 0.45, 100)
-        found = suppress(boxes.cuda(), scores.cuda(), groups.cuda(), 0.45, 100)
+        expected = grouped_nms(boxes, scores, groups, 0.45, 100)
+        found = grouped_nms(boxes.cuda(), scores.cuda(), groups.cuda(), 0.45, 100)
         assert torch.equal(found.cpu(), expected)

@@ -48,7 +48,7 @@ def evaluations_of(directory: Path) -> list[dict[str, float]]:
     [
         pytest.param(1, 0),
         pytest.param(4, 0, marks=pytest.mark.faults),
-        # The encoder's gradients are exchanged only from then on; the wrapper that exchanges them is another one.
+        # The backbone's gradients are exchanged only from then on; the wrapper that exchanges them is another one.
         pytest.param(1, 4, marks=pytest.mark.faults),
     ],
 )
@@ -86,7 +86,7 @@ def test_alone_every_exchange_returns_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = Ranks(CPU, lambda: pytest.fail("no backend is needed"), 1)
     value = 3
-    later = ranks.agree(lambda: value)
+    later = ranks.all_reduce_max_async(lambda: value)
     value = 15
     assert later() == 15, "a signal that comes during the step counts"
     tensor = torch.ones(2)
@@ -139,7 +139,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
         device_of_rank("cuda", 2, 4)
 
 
-def test_normalisation_over_all_processes_needs_a_device_that_has_it() -> None:
+def test_batch_norm_over_all_processes_needs_a_device_that_has_it() -> None:
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     with pytest.raises(SettingsError, match="needs CUDA devices, this is cpu"):
         synchronise_batch_norm(model, CPU)

@@ -13,7 +13,7 @@ import torch
 
 from detection.data import loaders
 from detection.runtime import allocator as host_memory
-from detection.runtime.allocator import free_memory, keep_freed_memory
+from detection.runtime.allocator import disable_malloc_trim, free_memory
 from detection.runtime.devices import available_memory
 
 MIB = 2**20
@@ -59,21 +59,21 @@ def test_what_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setattr(ctypes, "CDLL", Library)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
-    keep_freed_memory()
+    disable_malloc_trim()
     # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
     assert calls == [(-4, 0), (-1, 2**31 - 1), (-2, 64 * MIB)]
     calls.clear()
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    keep_freed_memory()
+    disable_malloc_trim()
     monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    keep_freed_memory()
+    disable_malloc_trim()
     assert not calls
 
 
 def test_loaders_and_their_workers_do_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(loaders, "keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(loaders, "disable_malloc_trim", lambda: calls.append(None))
     monkeypatch.setattr(loaders.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     loaders.prepare_worker(0)

@@ -30,11 +30,11 @@ from detection.runtime.devices import (
     compile_forward,
     describe_device,
     mark_step_of,
+    nms_device,
     open_device,
     peak_memory_gib,
     pinning,
     prepare_distributed,
-    suppression_device,
 )
 from detection.runtime.habana import LAZY_MODE, prepare_habana, wants_lazy
 from detection.training.optimizer import build_optimizer
@@ -44,7 +44,7 @@ from tests.support.paths import REPOSITORY
 STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
 SMALL = (
-    "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.encoder=mobilenet_v3_small",
+    "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small",
     "yolo.neck_channels=[8,8,8]", "train.batch_size=2", "train.image_size=64",
 )  # fmt: skip
 ENTERED = "autocast hpu torch.bfloat16"
@@ -279,8 +279,8 @@ def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypa
 
 
 def test_detections_are_picked_on_the_host() -> None:
-    assert suppression_device(HPU) == suppression_device(torch.device("mps")) == torch.device("cpu")
-    assert suppression_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert nms_device(HPU) == nms_device(torch.device("mps")) == torch.device("cpu")
+    assert nms_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 # Several devices

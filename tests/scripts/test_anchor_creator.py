@@ -128,7 +128,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
     cfg.write_text(darknet_descriptions.yolov3_tiny(64))
     shapes = flat(OTHER)[:6]
     boxes = write_boxes(tmp_path / "boxes.json", shapes * 3)
-    words = (f"data.train_annotations={boxes}", "yolo.encoder=darknet_cfg", f"yolo.cfg={cfg}")
+    words = (f"data.train_annotations={boxes}", "yolo.backbone=darknet_cfg", f"yolo.cfg={cfg}")
     result = run(*words, "--output", tmp_path / "out")
     assert result.returncode == 0 and "stride 16: 20 x 20" in result.stdout
     assert "current = YOLOv3-tiny for COCO" in result.stdout

@@ -11,7 +11,7 @@ import batch_overfit
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = (
-    "run.device=cpu", "run.precision=off", "data.num_workers=0", "yolo.encoder=mobilenet_v3_small",
+    "run.device=cpu", "run.precision=off", "data.num_workers=0", "yolo.backbone=mobilenet_v3_small",
     "yolo.neck_channels=[32, 32, 32]", "train.image_size=96", "train.learning_rate=3e-3",
     "yolo.anchors=[[[16, 14], [22, 20]], [[40, 40]], [[90, 90]]]",
 )  # fmt: skip
@@ -39,12 +39,12 @@ def test_coloured_rectangles_are_learned(run: Run, drawn_dataset: Path, tmp_path
     assert metrics["AP50"] >= 0.95 and metrics["step"] <= 150 and metrics["step"] % 10 == 0
     before, after = ((out / f"{name}.png").read_bytes() for name in ("before", "after"))
     assert before != after
-    # AP50 ranks and may be there while the scores are low: what is drawn is named and shows nearly every truth.
+    # AP50 ranks and may be there while the scores are low: what is drawn is named and shows nearly every ground-truth box.
     (drawn,) = re.findall(r"scores from (\d\.\d+), of the highest mean F1", text)
     shown = [row for row in json.loads((out / "detections.json").read_text()) if row["score"] >= float(drawn) - 0.005]
     assert 6 <= len(shown) <= 9
     # 4 of the images with boxes (k % 4 boxes on image k: 1, 2, 3 and, after the empty one, 1 again)
-    assert sum(row["truths"] for row in metrics["class_AP"].values()) == 1 + 2 + 3 + 1
+    assert sum(row["gt_boxes"] for row in metrics["class_AP"].values()) == 1 + 2 + 3 + 1
 
 
 def test_too_few_steps_do_not_open_the_gate(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_a_validation_set_without_boxes_is_a_warning(check: Check, tmp_path: Pat
     dataset = Dataset(tmp_path / "data")
     dataset.content["validation"]["annotations"] = []
     code, report, *_ = check(dataset)
-    assert code == 0 and found_in(report)["no_truth", "validation"] == ["annotations"]
+    assert code == 0 and found_in(report)["no_ground_truth", "validation"] == ["annotations"]
     assert check(dataset, "--strict")[0] == 1
 
 

@@ -506,7 +506,7 @@ def test_sizes_are_header_and_parameters() -> None:
     stated = dict(
         re.findall(r"^    (\S+)\)\n(?:        #.*\n)+        size=(\d+)", WEIGHTS_SCRIPT.read_text(), re.MULTILINE)
     )
-    # Darknet-53 without its classifier: convolutions without bias, each with 4 values per channel of normalisation
+    # Darknet-53 without its classifier: convolutions without bias, each with 4 values per channel of batch norm
     count, channels = 3 * 32 * 9 + 4 * 32, 32
     for blocks, out in ((1, 64), (2, 128), (8, 256), (8, 512), (4, 1024)):
         count += channels * out * 9 + 4 * out

@@ -11,13 +11,13 @@ from detection.config.settings import Settings
 from detection.models import build_detector
 from detection.models.yolo import CRITERIA
 from detection.runtime.devices import autocast, build_scaler
-from detection.training.optimizer import set_encoder_frozen
+from detection.training.optimizer import set_backbone_frozen
 from detection.training.state import RunState
 from detection.training.step import train_step
 from detection.training.throughput import Meter
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
+WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
 
 
 def make_batch(size: int = 64) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def make_batch(size: int = 64) -> dict[str, Any]:
 
 
 def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -> Callable[[], None]:
-    """Two micro-batches, clipping, the moving average and what the loop keeps of the step."""
+    """Two micro-batches, clipping, the EMA and what the loop keeps of the step."""
     torch.manual_seed(0)
     detector = build_detector(settings.yolo, settings.evaluation, 3).to(device, channels_last=True)
     state = RunState(detector.model, settings.train, 10, build_scaler(device, torch.bfloat16))
-    set_encoder_frozen(state.model, frozen, settings.train.encoder_batch_norm)
+    set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     meter, batches = Meter(4), [make_batch(), make_batch()]
     if device.type == "cuda":
         batches = [{name: value.pin_memory() for name, value in batch.items()} for batch in batches]

@@ -43,7 +43,7 @@ OVERLAY = {
         "num_workers": 2,
         "augmentation": {"multiplicative_noise": {"p": 0.5}, "gauss_noise": {"p": 0.5}, "color_jitter": {"p": 0.5}},
     },
-    "yolo": {"encoder": "mobilenet_v3_small", "neck_channels": [16, 16, 16]},
+    "yolo": {"backbone": "mobilenet_v3_small", "neck_channels": [16, 16, 16]},
     "train": {
         "batch_size": 2, "subdivisions": 2, "steps": STEPS, "image_size": 64, "resize_frequency": 2,
         "multiscale_sizes": [64, 96], "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2,
@@ -156,7 +156,7 @@ class Scenarios:
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
-        # Other features than in the first pair: SGD's momentum, cosine restarts, an encoder frozen for some steps.
+        # Other features than in the first pair: SGD's momentum, cosine restarts, an backbone frozen for some steps.
         self.bf16: list[str | Path] = [
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
             "train.encoder_learning_rate_factor=0.5", "train.encoder_batch_norm=frozen",
@@ -360,7 +360,7 @@ def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
     content = torch.load(scenarios.base / "whole" / "last.pt", weights_only=True)
     assert content["categories"] == {"names": ["blue", "green"], "ids": [1, 7]}
-    assert content["settings"]["yolo"]["encoder"] == "mobilenet_v3_small"
+    assert content["settings"]["yolo"]["backbone"] == "mobilenet_v3_small"
     assert len(content["pixel_mean"]) == len(content["pixel_std"]) == 3
     moved = [name for name, value in content["model"].items() if not torch.equal(value, content["average"][name])]
     assert moved  # the average is not just a copy
@@ -526,8 +526,8 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     state = mobilenet_v3_small(weights=None).state_dict()
     torch.save(state, "gone.pth")
     run = module.Run(settings, alone, fresh=True)
-    assert torch.equal(run.detector.model.encoder.stages[0][0][0].weight, state["features.0.0.weight"])
-    assert any(line.startswith("pretrained  encoder") and "gone.pth" in line for line in plan_lines(run))
+    assert torch.equal(run.detector.model.backbone.stages[0][0][0].weight, state["features.0.0.weight"])
+    assert any(line.startswith("pretrained  backbone") and "gone.pth" in line for line in plan_lines(run))
 
 
 # Small ways to run

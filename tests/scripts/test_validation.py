@@ -44,15 +44,15 @@ def test_everything_is_written(files: Files, run: Run) -> None:
     assert set(metrics["seconds"]) == {"load", "network", "loss", "nms", "metric", "analysis"}
     assert all(value >= 0 for value in metrics["seconds"].values()) and 0.05 < metrics["peak_memory_gib"] < 100
     # Boxes of 16 and 32 pixels
-    assert {name: group["truths"] for name, group in metrics["sizes"].items() if group["truths"]} == {
+    assert {name: group["gt_boxes"] for name, group in metrics["sizes"].items() if group["gt_boxes"]} == {
         "16-32": 1,
         "32-64": 1,
     }
-    assert metrics["aspects"]["3:4-4:3"]["truths"] == 2
+    assert metrics["aspects"]["3:4-4:3"]["gt_boxes"] == 2
     matrix = read_csv(directory / "confusion_matrix.csv")
     names = matrix[0][1:-1]
     row = {line[0]: dict(zip(matrix[0][1:], map(int, line[1:]), strict=True)) for line in matrix[1:]}
-    assert row["motorcycle"]["motorcycle"] == 2 and row["no truth"]["motorcycle"] == 1
+    assert row["motorcycle"]["motorcycle"] == 2 and row["no ground-truth box"]["motorcycle"] == 1
     assert sum(map(sum, (line.values() for line in row.values()))) == 3 and len(names) == 3
     classes = {line[0]: line[1:] for line in read_csv(directory / "classes.csv")}
     assert classes["motorcycle"] == ["2", "3", "1", "1", "0.666667", "1", "0.8"]
@@ -142,7 +142,7 @@ def test_detectors_on_different_data_are_not_compared() -> None:
     boxes = [(1, 1, [0.0, 0.0, 9.0, 9.0]), (2, 90, [0.0, 0.0, 9.0, 9.0])]
     first = annotate(boxes, images=2)
     check_same_data(first, annotate(boxes[::-1], images=2), Path("b.pt"))
-    # a class without truth more or less, and another order, change no number
+    # a class without ground truth more or less, and another order, change no number
     content = coco_content(boxes, images=2, categories=(1, 90, 91))
     check_same_data(first, flatten_annotations(content, "test", ("name 91", "name 90", "name 1")), Path("b.pt"))
     for other in (annotate(boxes, images=3), annotate(boxes[:1], images=2), annotate([*boxes, boxes[0]], images=2)):
@@ -200,8 +200,8 @@ def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word:
     assert not (files.root / "logs").exists()
 
 
-def test_data_without_truth_is_refused(files: Files, run: Run) -> None:
+def test_data_without_ground_truth_is_refused(files: Files, run: Run) -> None:
     path = files.root / "annotations" / "instances_val.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     code, _, err = run(*WEIGHTS)
-    assert code == 2 and err.count("\n") == 1 and "no truth: none of the 3 validation images" in err
+    assert code == 2 and err.count("\n") == 1 and "no ground-truth box: none of the 3 validation images" in err

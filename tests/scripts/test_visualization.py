@@ -23,7 +23,7 @@ from detection.data.annotations import flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.evaluation.detections import Detections
-from detection.evaluation.matching import IN_CROWD, NO_TRUTH
+from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH
 from detection.inference.weights import OpenedDetector
 from detection.visualization.dataset_figures import draw_box_statistics
 from detection.visualization.dataset_statistics import measure_dataset
@@ -222,11 +222,11 @@ def test_mistakes_by_hand() -> None:
         ],
     )  # fmt: skip
     annotations = flatten_annotations(content, "made up")
-    matches = np.array([0, 1, NO_TRUTH, 2, NO_TRUTH, NO_TRUTH, IN_CROWD, 5])
+    matches = np.array([0, 1, NO_GROUND_TRUTH, 2, NO_GROUND_TRUTH, NO_GROUND_TRUTH, IN_CROWD, 5])
     images, scores = np.array([0, 0, 0, 1, 2, 2, 2, 3]), np.array([0.9, 0.8, 0.6, 0.7, 0.9, 0.3, 0.5, 0.99])
     found = Detections(images, np.zeros((8, 4)), scores, np.zeros(8, np.int64))
     mistakes = count_mistakes(annotations, found, matches)
-    assert mistakes.truths.tolist() == [2, 2, 0, 1] and mistakes.found.tolist() == [2, 1, 0, 1]
+    assert mistakes.gt_boxes.tolist() == [2, 2, 0, 1] and mistakes.found.tolist() == [2, 1, 0, 1]
     assert mistakes.missed.tolist() == [0, 1, 0, 0] and mistakes.false.tolist() == [1, 0, 2, 0]
     assert mistakes.in_crowd.tolist() == [0, 0, 1, 0] and mistakes.surest_false.tolist() == [0.6, 0, 0.9, 0]
     assert mistakes.worst_first().tolist() == [2, 0, 1, 3]  # 2 mistakes, then 1 with a false one of 0.6, 1, 0
@@ -251,7 +251,7 @@ def test_worst_images_first(
     monkeypatch,
     no_statistics: None,
 ) -> None:
-    """A made-up detector finds every truth, but nothing on image 107 (3 truths); on 104 (no truth) it sees a dog."""
+    """A made-up detector finds every ground-truth box, but nothing on image 107 (3 ground-truth boxes); on 104 (no ground-truth box) it sees a dog."""
     root = tmp_path / "data"
     shutil.copytree(drawn_dataset, root)
     damage(root)
@@ -276,9 +276,12 @@ def test_worst_images_first(
     monkeypatch.setattr(visualization, "open_command_line", lambda *_: dataclasses.replace(opened, detector=detector))
     result = run("--weights", "made-up.pt", "--split", "train", "--pages", "all", "--per-page", 2)
     assert result.returncode == 0, result.stderr
-    # truths k % 4 of images 100, 101, 102, 104, 107, 108: 0, 1, 2, 0, 3, 0
-    assert "6 truths: 3 found, 3 missed; 4 detections: 1 false" in result.stdout
-    assert "worst first: most missed truths + false detections, then the surest false detection" in result.stdout
+    # ground-truth boxes k % 4 of images 100, 101, 102, 104, 107, 108: 0, 1, 2, 0, 3, 0
+    assert "6 ground-truth boxes: 3 found, 3 missed; 4 detections: 1 false" in result.stdout
+    assert (
+        "worst first: most missed ground-truth boxes + false detections, then the surest false detection"
+        in result.stdout
+    )
     with open(tmp_path / "out" / "worst_images.csv", encoding="utf-8") as file:
         rows = [[int(row[name]) for name in ("image_id", "missed", "false")] for row in csv.DictReader(file)]
     assert rows == [[107, 3, 0], [104, 0, 1], [100, 0, 0], [101, 0, 0], [102, 0, 0], [108, 0, 0]]
@@ -300,9 +303,9 @@ def test_a_trained_detector_on_real_photographs(
     annotations = load_annotations(root / "annotations" / "instances_val.json")
     with open(tmp_path / "out" / "worst_images.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    truths = sum(int(row["truths"]) for row in rows)
-    assert len(rows) == len(annotations) and truths == (~annotations.crowd).sum()
-    assert all(int(row["truths"]) == int(row["found"]) + int(row["missed"]) for row in rows)
+    gt_boxes = sum(int(row["gt_boxes"]) for row in rows)
+    assert len(rows) == len(annotations) and gt_boxes == (~annotations.crowd).sum()
+    assert all(int(row["gt_boxes"]) == int(row["found"]) + int(row["missed"]) for row in rows)
     mistakes = [int(row["missed"]) + int(row["false"]) for row in rows]
     assert mistakes == sorted(mistakes, reverse=True) and mistakes[0] > mistakes[-1]
 

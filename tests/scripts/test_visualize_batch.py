@@ -23,7 +23,7 @@ from tests.support.training_runs import load_main
 Run = Callable[..., Any]
 FILL = [124, 116, 104]
 SMALL = (
-    "run.device=cpu", "data.num_workers=0", "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
+    "run.device=cpu", "data.num_workers=0", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
     "train.image_size=96", "train.batch_size=4", "evaluation.image_size=96",
 )  # fmt: skip
 
@@ -99,8 +99,8 @@ def test_validation_is_letterboxed(run: Run, drawn_dataset: Path, tmp_path: Path
     rows = content_of(tmp_path)["images"]
     assert [row["image_id"] for row in rows] == [100, 101] and rows[0]["boxes"] == []
     annotations = json.loads((drawn_dataset / "annotations" / "instances_val.json").read_text())["annotations"]
-    (truth,) = [row for row in annotations if row["image_id"] == 101]
-    x, y, width, height = truth["bbox"]
+    (gt,) = [row for row in annotations if row["image_id"] == 101]
+    x, y, width, height = gt["bbox"]
     scale_x, scale_y = 71 / 68, 96 / 92
     by_hand = [x * scale_x + 12, y * scale_y, (x + width) * scale_x + 12, (y + height) * scale_y]
     assert rows[1]["boxes"][0] == pytest.approx(by_hand, abs=1e-3)
@@ -124,7 +124,7 @@ LABELS = torch.tensor([[1, 0, 1, -2, -1]])
 def rows_of(criterion_name: str, boxes: torch.Tensor, labels: torch.Tensor) -> list[tuple]:
     criterion = CRITERIA[criterion_name](ANCHORS, [8, 16, 32], 0.5)
     found = assigned_predictions(criterion, boxes, labels, 64)
-    return [(e.image, e.truth, e.level, e.anchor, e.anchor_size, e.column, e.row, e.overruled) for e in found]
+    return [(e.image, e.gt, e.level, e.anchor, e.anchor_size, e.column, e.row, e.overruled) for e in found]
 
 
 def test_assignment_by_hand() -> None:
@@ -158,7 +158,7 @@ def test_level_is_drawn_where_it_lies() -> None:
     picture = draw_level(np.zeros((64, 64, 3), np.uint8), BOXES[0].numpy(), LABELS[0].numpy(), "ab", found, 16, "title")
     picture = picture[-640:]
     inside, grid, outside = picture[250, 200], picture[400, 480], picture[400, 400]
-    # both truths fill the cell, one over the other
+    # both ground-truth boxes fill the cell, one over the other
     expected = np.rint(np.rint(np.array(class_color(1)) * 0.55) * 0.45 + np.array(class_color(0)) * 0.55)
     assert np.abs(inside - expected).max() <= 1
     assert grid.tolist() == [round(0.3 * 255)] * 3 and outside.tolist() == [0, 0, 0]
@@ -170,11 +170,11 @@ def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "level 1, stride 16:" in result.stdout and "anchors 20 x 20:" in result.stdout
     rows = content_of(tmp_path)["images"]
-    # Darknet's rule: each truth exactly once, in the cell of its centre
+    # Darknet's rule: each ground-truth box exactly once, in the cell of its centre
     for row in rows:
-        assert [target["truth"] for target in row["targets"]] == list(range(len(row["boxes"])))
+        assert [target["gt"] for target in row["targets"]] == list(range(len(row["boxes"])))
         for target in row["targets"]:
-            x1, y1, x2, y2 = row["boxes"][target["truth"]]
+            x1, y1, x2, y2 = row["boxes"][target["gt"]]
             assert target["column"] == (x1 + x2) / 2 // target["stride"]
             assert target["row"] == (y1 + y2) / 2 // target["stride"]
     assert any(row["targets"] for row in rows)
@@ -184,7 +184,7 @@ def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
 
 
 def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
-    words = ("yolo.encoder=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
+    words = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
     assert run("--targets", "--split", "val", *words).returncode == 0
     assert cv2.imread(str(tmp_path / "out" / "targets.png")).shape[1] == 2 * (96 * 7 + 6) + 6
     strides = {target["stride"] for row in content_of(tmp_path)["images"] for target in row["targets"]}
@@ -193,7 +193,7 @@ def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
 
 def test_targets_of_a_darknet_description(run: Run, tmp_path: Path, shared_weights) -> None:
     cfg = shared_weights("yolo-fastest-1.1-xl.cfg")
-    result = run("--targets", "yolo.encoder=darknet_cfg", f"yolo.cfg={cfg}")
+    result = run("--targets", "yolo.backbone=darknet_cfg", f"yolo.cfg={cfg}")
     assert result.returncode == 0 and "level 1, stride 32" in result.stdout, result.stderr
     sizes = {tuple(target["anchor_size"]) for row in content_of(tmp_path)["images"] for target in row["targets"]}
     # from the file's own line: anchors = 12, 18,  37, 49,  52,132, 115, 73, 119,199, 242,238
@@ -330,7 +330,7 @@ def test_synthetic_data_has_batches_too(run: Run, tmp_path: Path) -> None:
         (["--images", "0"], 2, "--images 0"),
         (["--step", "-1"], 2, "--step -1"),
         (["--split", "val", "--step", "1"], 2, "4 validation images make batches 0 to 0"),
-        (["--targets", "yolo.encoder=darknet_tiny"], 2, "yolo.anchors"),
+        (["--targets", "yolo.backbone=darknet_tiny"], 2, "yolo.anchors"),
         (["--show"], 2, "--show: there is no display"),
         (["data.root=/nowhere"], 2, "/nowhere"),
     ],

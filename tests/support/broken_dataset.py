@@ -17,7 +17,7 @@ from PIL import Image
 WIDTH, HEIGHT = 64, 48
 BOX = [20, 14, 20, 20]
 WORDS = (  # the anchors fit BOX, and 64 px is the images' own size: nothing is to be said of the sound dataset
-    *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "yolo.encoder=mobilenet_v3_small"),
+    *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "yolo.backbone=mobilenet_v3_small"),
     *("yolo.neck_channels=[8, 8, 8]", "yolo.anchors=[[[20, 20]], [[40, 40]], [[60, 44]]]"),
 )
 FOLDERS = {"training": "train", "validation": "val"}
@@ -156,7 +156,7 @@ def bad_box(d: Dataset) -> Expected:
     return {("bad_box", "training"): [d.box(bbox, image) for bbox in boxes]}
 
 
-def not_finite(d: Dataset) -> Expected:
+def non_finite(d: Dataset) -> Expected:
     image = d.image()
     return {
         ("bad_box", "training"): [d.box([float("nan"), 1, 2, 3], image)],
@@ -446,7 +446,7 @@ def leakage_by_look(d: Dataset) -> Expected:
 
 FAULTS: list[Callable[[Dataset], Expected]] = [
     *(byte_order_mark, json_key_twice, json_constant, not_an_object, missing_key, missing_id, bad_id, bad_value),
-    *(bad_image_size, bad_box, not_finite, bad_area, category_id_twice, category_name_twice, similar_category_names),
+    *(bad_image_size, bad_box, non_finite, bad_area, category_id_twice, category_name_twice, similar_category_names),
     *(unknown_category, unused_category, untrained_category, wrong_class_count, image_id_twice),
     *(file_name_twice, file_name_escapes, annotation_id_twice, annotation_id_zero, orphan_annotation, size_not_stated),
     *(degenerate_box, box_outside, box_cut, box_hair_over, duplicate_box, box_covers_image, area_disagrees, crowd),

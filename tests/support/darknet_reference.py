@@ -131,13 +131,13 @@ def pool(x: np.ndarray, size: int, stride: int, padding: int) -> np.ndarray:
     return result
 
 
-def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_normalisation: bool = False) -> list[np.ndarray]:
+def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm: bool = False) -> list[np.ndarray]:
     """What arrives at each [yolo], in the order of the file, (filters, rows, columns).
 
     Args:
         values: of the weights file, behind its header.
         image: RGB 0..1, (3, rows, columns).
-        darknet_normalisation: (x - mean) / (sqrt(variance) + 1e-6) instead of / sqrt(variance + 1e-5).
+        darknet_batch_norm: (x - mean) / (sqrt(variance) + 1e-6) instead of / sqrt(variance + 1e-5).
     """
     position = 0
 
@@ -163,7 +163,7 @@ def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_normalisat
             shift = np.zeros(filters) if normalised else beta
             x = convolve(x, kernel, number(options, "stride", 1), padding * dilation, dilation, groups, shift)
             if gamma is not None and mean is not None and variance is not None:
-                deviation = np.sqrt(variance) + 1e-6 if darknet_normalisation else np.sqrt(variance + 1e-5)
+                deviation = np.sqrt(variance) + 1e-6 if darknet_batch_norm else np.sqrt(variance + 1e-5)
                 x = gamma[:, None, None] * (x - mean[:, None, None]) / deviation[:, None, None] + beta[:, None, None]
             x = activation(x)
         elif name == "shortcut":

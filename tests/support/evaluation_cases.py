@@ -56,7 +56,7 @@ def detect(rows: list[tuple[int, int, list[float], float]]) -> Detections:
     )
 
 
-def truth_as_detections(annotations: Annotations) -> Detections:
+def ground_truth_as_detections(annotations: Annotations) -> Detections:
     count = len(annotations.labels)
     image_index = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     return Detections(image_index, annotations.boxes.astype(np.float64), np.ones(count), annotations.labels)
@@ -72,7 +72,7 @@ def join(*parts: Detections) -> Detections:
 
 
 def random_set(seed: int) -> tuple[Annotations, Detections]:
-    """Truth with category ids 1, 3, 5, 7, 90 (3 and 7 never occur) and noisy detections, many with equal scores."""
+    """Ground truth with category ids 1, 3, 5, 7, 90 (3 and 7 never occur) and noisy detections, many with equal scores."""
     annotations = flatten_annotations(random_content(seed), "test")
     generator = np.random.default_rng([seed, 1])
     rows = []
@@ -87,13 +87,13 @@ def random_set(seed: int) -> tuple[Annotations, Detections]:
     for _ in range(150):  # more than 100 of one class in one image
         x, y, width, height = generator.uniform([0, 0, 20, 20], [400, 400, 150, 150]).tolist()
         rows.append((0, 0, [x, y, width, height], float(generator.integers(0, 100)) / 100))
-    rows += [(4, 1, [10.0, 10.0, 20.0, 20.0], 0.5)]  # a class without truth
+    rows += [(4, 1, [10.0, 10.0, 20.0, 20.0], 0.5)]  # a class without ground truth
     rows.sort(key=lambda row: row[0])
     return annotations, detect(rows)
 
 
 def random_content(seed: int) -> dict[str, Any]:
-    """Crowd boxes, images without boxes, classes without truth or detections, boxes that touch and repeat."""
+    """Crowd boxes, images without boxes, classes without ground truth or detections, boxes that touch and repeat."""
     generator = np.random.default_rng(seed)
     boxes = []
     for image in range(1, 13):

@@ -1,8 +1,8 @@
 """Random heads and targets, and a slow loop over Darknet's per-logit gradients, from their published definitions:
 
 per image, delta = minus the gradient of the loss with respect to a raw value,
-    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any truth exceeds the threshold
-    class:      one-hot - sigmoid on positives; where a truth came before, only the true class of the next one is set
+    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any ground-truth box exceeds the threshold
+    class:      one-hot - sigmoid on positives; where a ground-truth box came before, only the true class of the next one is set
     xy:         s * (t - sigmoid),  wh: s * (t - raw),  s = 2 - w * h relative to the network input
 A crowd region (ours, Darknet has none) is never assigned; predictions inside it by more than the threshold carry none.
 """
@@ -40,10 +40,10 @@ class Case:
     Args:
         layout: key of `LEVELS`.
         num_classes: C.
-        counts: truths and crowd regions per image.
+        counts: ground-truth boxes and crowd regions per image.
         seed: of all that is random.
         threshold: the criterion's `ignore_threshold`.
-        planted: share of the truths for which some prediction nearly equals the truth.
+        planted: share of the ground-truth boxes for which some prediction nearly equals the ground truth.
         size: (width, height) of the network input in pixels, multiples of 32.
         scale_xy: of all levels.
         loss: name of the criterion.
@@ -85,7 +85,7 @@ class Case:
         ]
         for image, count in enumerate(counts):
             for number in range(count):
-                self._add_truth(image, number)
+                self._add_ground_truth(image, number)
             for number in range(count):
                 if self._uniform() < planted:
                     self._plant(image, number)
@@ -93,7 +93,7 @@ class Case:
     def _uniform(self) -> float:
         return torch.rand(1, generator=self.generator).item()
 
-    def _add_truth(self, image: int, number: int) -> None:
+    def _add_ground_truth(self, image: int, number: int) -> None:
         """A random box; one in five nearly repeats an earlier box, one in ten is a crowd region."""
         if number and self._uniform() < 0.2:
             earlier = int(self._uniform() * number)
@@ -146,7 +146,7 @@ class Case:
         return losses, [gradient for gradient in gradients if gradient is not None]
 
 
-# The oracle: plain Python numbers, one prediction and one truth at a time
+# The oracle: plain Python numbers, one prediction and one ground-truth box at a time
 
 
 def sigmoid(x: float) -> float:
@@ -165,23 +165,23 @@ def decode(case: Case, raw: list[float], level: int, anchor: int, row: int, colu
     return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
 
 
-def overlap(predicted: list[float], truth: list[float], crowd: bool) -> float:
+def overlap(predicted: list[float], gt: list[float], crowd: bool) -> float:
     """IoU; with a crowd region the share of the prediction inside it."""
-    width = min(predicted[2], truth[2]) - max(predicted[0], truth[0])
-    height = min(predicted[3], truth[3]) - max(predicted[1], truth[1])
+    width = min(predicted[2], gt[2]) - max(predicted[0], gt[0])
+    height = min(predicted[3], gt[3]) - max(predicted[1], gt[1])
     shared = width * height if width > 0 and height > 0 else 0.0
     predicted_area = (predicted[2] - predicted[0]) * (predicted[3] - predicted[1])
-    truth_area = (truth[2] - truth[0]) * (truth[3] - truth[1])
-    return shared / predicted_area if crowd else shared / (predicted_area + truth_area - shared)
+    gt_area = (gt[2] - gt[0]) * (gt[3] - gt[1])
+    return shared / predicted_area if crowd else shared / (predicted_area + gt_area - shared)
 
 
-def truths_of(case: Case, image: int) -> list[tuple[list[float], int]]:
+def gt_boxes_of(case: Case, image: int) -> list[tuple[list[float], int]]:
     pairs = zip(case.boxes[image].tolist(), case.labels[image].tolist(), strict=True)
     return [(box, label) for box, label in pairs if label != -1]
 
 
 def is_ignored(case: Case, image: int, predicted: list[float]) -> bool:
-    return any(overlap(predicted, box, label == -2) > case.threshold for box, label in truths_of(case, image))
+    return any(overlap(predicted, box, label == -2) > case.threshold for box, label in gt_boxes_of(case, image))
 
 
 def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
@@ -235,7 +235,7 @@ def darknet_deltas(case: Case) -> list[Tensor]:
             if not is_ignored(case, image, predicted):
                 deltas[level][image, anchor, row, column, 4] = 0 - sigmoid(raw[4])
         seen = set()
-        for box, label in truths_of(case, image):
+        for box, label in gt_boxes_of(case, image):
             if label == -2:
                 continue
             place = level, anchor, row, column = responsible(case, box)

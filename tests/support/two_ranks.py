@@ -1,4 +1,4 @@
-"""Started by torchrun in tests: yolo-v3/main.py with all normalisations frozen, so that the number of processes changes
+"""Started by torchrun in tests: yolo-v3/main.py with all batch-norm layers frozen, so that the number of processes changes
 no number. The first argument is a fault: of rank 1 at step 2, raise, kill or hang, or hang_in_evaluation; of
 rank 0, slow_evaluation; or none.
 """
@@ -31,7 +31,7 @@ def main() -> None:
     module = load_main()
     if "FAULTS_GUARD_OFF" in os.environ:
         switch_off(*json.loads(os.environ["FAULTS_GUARD_OFF"]), pytest.MonkeyPatch())
-    set_frozen, take_step = module.set_encoder_frozen, module.Run.take_step
+    set_frozen, take_step = module.set_backbone_frozen, module.Run.take_step
 
     def freeze_all(model, frozen, batch_norm="train"):
         set_frozen(model, frozen, batch_norm)
@@ -51,19 +51,19 @@ def main() -> None:
 
     def slow_score(*arguments):
         time.sleep(15)
-        return score_found(*arguments)
+        return compute_metrics(*arguments)
 
     def hanging_find(*arguments, **keywords):
         if int(os.environ["RANK"]) == 1:
             time.sleep(1000)
-        return find_all(*arguments, **keywords)
+        return run_inference(*arguments, **keywords)
 
-    score_found, find_all = module.score_found, module.find_all
+    compute_metrics, run_inference = module.compute_metrics, module.run_inference
     if fault == "hang_in_evaluation":
-        module.find_all = hanging_find
+        module.run_inference = hanging_find
     if fault == "slow_evaluation":
-        module.score_found = slow_score
-    module.set_encoder_frozen, module.Run.take_step = freeze_all, faulty_step
+        module.compute_metrics = slow_score
+    module.set_backbone_frozen, module.Run.take_step = freeze_all, faulty_step
     module.exit_with_message(module.main, module.OUT_OF_MEMORY)
 
 

@@ -22,7 +22,7 @@ from detection.training.memory import batch_size
 from detection.training.memory import estimate as memory
 from detection.training.memory.batch_size import find_batch_size, has_room, sizes_up_to
 from detection.training.memory.estimate import MemoryEstimate
-from detection.training.moving_average import ExponentialAverage
+from detection.training.moving_average import ExponentialMovingAverage
 from tests.support.tiny_models import OneConvolution, Sum
 
 CPU = torch.device("cpu")
@@ -35,7 +35,9 @@ WORDS = ("train.batch_size=auto", "train.image_size=64", "data.num_workers=2")
 def alone(size: int = 1, others: tuple[int, ...] = ()) -> Any:
     """Ranks of which the others have found these numbers."""
     return SimpleNamespace(
-        size=size, local_size=size, agree=lambda value: lambda: max(value(), *(-other for other in others or (64,)))
+        size=size,
+        local_size=size,
+        all_reduce_max_async=lambda value: lambda: max(value(), *(-other for other in others or (64,))),
     )
 
 
@@ -127,7 +129,7 @@ def test_a_tried_step_has_everything_and_changes_nothing(
 ) -> None:
     settings = default_settings(
         "train.image_size=64", "train.subdivisions=4", "train.ema_decay=0.9", "train.learning_rate=0.1",
-        "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
     )  # fmt: skip
     detector = build_detector(settings.yolo, settings.evaluation, 2)
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
@@ -140,9 +142,9 @@ def test_a_tried_step_has_everything_and_changes_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return real(model, *arguments)
 
-    update, updates = ExponentialAverage.update, []
+    update, updates = ExponentialMovingAverage.update, []
     monkeypatch.setattr(
-        ExponentialAverage, "update", lambda self, model, step: (updates.append(step), update(self, model, step))
+        ExponentialMovingAverage, "update", lambda self, model, step: (updates.append(step), update(self, model, step))
     )
     monkeypatch.setattr(batch_size, "train_step", step)
 
@@ -196,7 +198,7 @@ def main(run_script: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: Path) -> None:
     words = (
-        "data.fake=true", "yolo.num_classes=2", "yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "data.fake=true", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
         "train.image_size=64", "evaluation.image_size=64", "train.subdivisions=32", "train.steps=1",
         "data.num_workers=0", "run.device=cpu", "evaluation.max_images=2",
     )  # fmt: skip

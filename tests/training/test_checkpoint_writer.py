@@ -54,7 +54,7 @@ def test_memory_of_the_copy_is_used_again_and_follows_the_state(tmp_path: Path) 
 
 
 def test_views_are_written_alone(tmp_path: Path) -> None:
-    # Statistics of normalisations are views of one tensor; each must not carry the whole.
+    # Statistics of batch-norm layers are views of one tensor; each must not carry the whole.
     whole = torch.arange(100_000.0)
     with CheckpointWriter(tmp_path) as writer:
         writer.save({"part": whole[10:13]})

@@ -1,4 +1,4 @@
-"""Steps that were not finite: what is kept, and finding the place."""
+"""Steps that were non-finite: what is kept, and finding the place."""
 
 import json
 import math
@@ -50,10 +50,10 @@ def test_weights_and_first_output() -> None:
     with torch.no_grad():
         model.second.weight[0, 0] = math.inf
     lines = diagnose(model)
-    assert lines[0] == "weights that are not finite: second.weight"
-    assert lines[1] == "first output that is not finite: of second"
+    assert lines[0] == "weights that are non-finite: second.weight"
+    assert lines[1] == "first output that is non-finite: of second"
     assert lines[2].startswith("loss: loss_box = ")
-    assert any(line.startswith("gradients that are not finite: ") and "first.weight" in line for line in lines)
+    assert any(line.startswith("gradients that are non-finite: ") and "first.weight" in line for line in lines)
 
 
 def test_the_image_is_named() -> None:
@@ -72,7 +72,7 @@ def test_statistics_that_the_replay_itself_breaks_are_not_called_the_cause() -> 
     model.forward = forward
     lines = diagnose(model)
     assert not model[1].running_var.isfinite().all(), "now they are"
-    assert lines[0] == "first output that is not finite: of 0"
+    assert lines[0] == "first output that is non-finite: of 0"
 
 
 # What a checkpoint of a run must have.
@@ -82,11 +82,11 @@ CONTENT = {"step": 9, "settings": {}, "categories": {}, "data_digest": "", "prog
 def test_bundle_comes_back(tmp_path: Path, full_disk) -> None:
     checkpoint = CONTENT | {"settings": {"train": {"steps": 3}}, "model": {"w": torch.ones(2)}}
     losses = {7: {"loss_box": math.nan, "loss_class": 1.5}, 8: {"loss_box": math.inf, "loss_class": 2.0}}
-    write_bundle(tmp_path / "not_finite", checkpoint, 5, losses, {7: [1, 2], 8: [3, 4]})
-    content = json.loads((tmp_path / "not_finite" / "report.json").read_text(), parse_constant=pytest.fail)
+    write_bundle(tmp_path / "non_finite", checkpoint, 5, losses, {7: [1, 2], 8: [3, 4]})
+    content = json.loads((tmp_path / "non_finite" / "report.json").read_text(), parse_constant=pytest.fail)
     assert content["seed"] == 5 and content["settings"] == {"train": {"steps": 3}}
     assert content["steps"][1] == {"step": 8, "losses": {"loss_box": "inf", "loss_class": "2.0"}, "image_ids": [3, 4]}
-    state, report = read_bundle(tmp_path / "not_finite")
+    state, report = read_bundle(tmp_path / "non_finite")
     assert state["step"] == 9 and report["steps"][0]["step"] == 7
     with full_disk(50), pytest.raises(OutputError):
         write_bundle(tmp_path / "another", checkpoint, 5, losses, {7: [1], 8: [2]})

@@ -67,7 +67,7 @@ def test_evaluation_goes_everywhere(tmp_path: Path) -> None:
     assert "APs" not in read_events(tmp_path).Tags()["scalars"]
 
 
-def test_not_finite_numbers_become_null(tmp_path: Path, no_tensorboard: None) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path, no_tensorboard: None) -> None:
     with RunLogger(tmp_path) as logger:
         logger.scalars(1, {"loss": NAN, "grad": INFINITY, "lr": 0.1})
         logger.evaluation(2, {"AP": NAN, "AP50": -INFINITY, "AP75": 0.1})

@@ -48,9 +48,9 @@ def test_operations_of_darknet_53_are_the_published_ones(default_settings: Calla
     """65.86 billion at 416 px for YOLOv3 on COCO (the table of https://pjreddie.com/darknet/yolo), forward."""
     settings = default_settings()
     model = build_detector(settings.yolo, settings.evaluation, 80).model.train()
-    before = model.get_buffer("encoder.stem.1.running_mean").clone()
+    before = model.get_buffer("backbone.stem.1.running_mean").clone()
     assert flops_per_pixel(model) * 416**2 / 3 == pytest.approx(65.86e9, rel=0.01)
-    assert model.training and torch.equal(model.get_buffer("encoder.stem.1.running_mean"), before)
+    assert model.training and torch.equal(model.get_buffer("backbone.stem.1.running_mean"), before)
 
 
 def test_summary_by_hand() -> None:

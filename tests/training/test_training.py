@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, groups, clipping, freezing, averages, numbers that are not finite."""
+"""One optimizer step: accumulation, groups, clipping, freezing, averages, numbers that are non-finite."""
 
 import math
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
 from detection.runtime.devices import autocast, build_scaler
 from detection.training import step as training
-from detection.training.moving_average import ExponentialAverage
-from detection.training.optimizer import build_optimizer, set_encoder_frozen, set_learning_rates
-from detection.training.skipped_steps import NonFiniteLoss, NormalisationStatistics, SkippedSteps, StepResult
+from detection.training.moving_average import ExponentialMovingAverage
+from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
+from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss, SkippedSteps, StepResult
 from detection.training.step import train_step
 from detection.training.throughput import Meter
 from tests.support.paths import REPOSITORY
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.encoder=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
 
 
 def read_settings(*words: str) -> Settings:
@@ -68,7 +68,7 @@ def step(
     batches: list[dict[str, Any]],
     dtype: torch.dtype | None = None,
     clip_norm: float | None = None,
-    statistics: NormalisationStatistics | None = None,
+    statistics: BatchNormStatistics | None = None,
 ) -> StepResult:
     scaler = build_scaler(CPU, dtype)
     return train_step(
@@ -117,7 +117,7 @@ def test_micro_batches_have_the_gradient_of_one_large_batch(split: tuple[int, ..
     model, batch = detector.model, make_batch(8)
     for _ in range(20):
         model.train()(batch["images"])  # statistics with which signals neither vanish nor grow
-    model.eval()  # normalisation frozen: else each micro-batch has its own mean
+    model.eval()  # batch norm frozen: else each micro-batch has its own mean
     # Oracle: the mean over the images of each image's own loss, without `train_step`.
     expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     expected_losses: dict[str, float] = {}
@@ -216,7 +216,7 @@ def test_learning_rate_of_each_group() -> None:
 
 
 def test_only_one_axis_and_no_bias_is_a_norm() -> None:
-    """timm's encoders have other normalisations, factors per channel and fully connected layers."""
+    """timm's backbones have other batch-norm layers, factors per channel and fully connected layers."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -232,39 +232,39 @@ def test_only_one_axis_and_no_bias_is_a_norm() -> None:
     assert {id(value) for value in groups["biases"]} == {id(block.norm.bias), id(block.linear.bias)}
 
 
-# The encoder's learning rate
+# The backbone's learning rate
 
 
-def test_encoder_has_groups_of_its_own_with_a_factor_only() -> None:
+def test_backbone_has_groups_of_its_own_with_a_factor_only() -> None:
     model = small_detector().model
-    plain = build_optimizer(model, train_settings(encoder_learning_rate_factor=1.0))
+    plain = build_optimizer(model, train_settings(backbone_learning_rate_factor=1.0))
     assert [set(group) & {"name", "learning_rate_factor"} for group in plain.param_groups] == [{"name"}] * 3
 
-    optimizer = build_optimizer(model, train_settings(encoder_learning_rate_factor=0.1, weight_decay=0.01))
+    optimizer = build_optimizer(model, train_settings(backbone_learning_rate_factor=0.1, weight_decay=0.01))
     assert [group["name"] for group in optimizer.param_groups] == ["weights", "norms", "biases"] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0, 0.0] * 2
-    encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
     found = [id(parameter) for group in optimizer.param_groups[3:] for parameter in group["params"]]
     rest = [id(parameter) for group in optimizer.param_groups[:3] for parameter in group["params"]]
-    assert set(found) == encoder and len(found) == len(encoder)
+    assert set(found) == backbone and len(found) == len(backbone)
     assert sorted(found + rest) == sorted(id(parameter) for parameter in model.parameters())
 
 
 def test_factor_multiplies_every_rate_of_the_schedule() -> None:
-    optimizer = build_optimizer(small_detector().model, train_settings(encoder_learning_rate_factor=0.25))
+    optimizer = build_optimizer(small_detector().model, train_settings(backbone_learning_rate_factor=0.25))
     set_learning_rates(optimizer, {"weights": 0.4, "norms": 0.2, "biases": 8.0}.__getitem__)  # biases: their warm-up
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.2, 8.0, 0.1, 0.05, 2.0])
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 3.0])
-def test_encoder_moves_by_its_share(factor: float) -> None:
-    # SGD's first step is lr * gradient (no decay), so the same gradient moves the encoder by factor times as much.
+def test_backbone_moves_by_its_share(factor: float) -> None:
+    # SGD's first step is lr * gradient (no decay), so the same gradient moves the backbone by factor times as much.
     moved = {}
     for name, value in {"plain": 1.0, "own": factor}.items():
         detector = small_detector()
         model = detector.model.train()
         settings = train_settings(
-            optimizer="sgd", learning_rate=1e-3, weight_decay=0.0, encoder_learning_rate_factor=value
+            optimizer="sgd", learning_rate=1e-3, weight_decay=0.0, backbone_learning_rate_factor=value
         )
         optimizer = build_optimizer(model, settings)
         set_learning_rates(optimizer, lambda _: 1e-3)
@@ -272,10 +272,10 @@ def test_encoder_moves_by_its_share(factor: float) -> None:
         step(model, detector.criterion, optimizer, [make_batch(4)])
         moved[name] = {key: parameter.detach() - before[key] for key, parameter in model.named_parameters()}
     for key, change in moved["own"].items():
-        expected = moved["plain"][key] * (factor if key.startswith("encoder.") else 1.0)
+        expected = moved["plain"][key] * (factor if key.startswith("backbone.") else 1.0)
         torch.testing.assert_close(change, expected, rtol=1e-2, atol=1e-6)
         assert moved["plain"][key].any(), key
-        if factor == 0 and key.startswith("encoder."):
+        if factor == 0 and key.startswith("backbone."):
             assert not change.any()
 
 
@@ -284,7 +284,7 @@ def test_optimizer_with_a_factor_continues_exactly(name: str) -> None:
     def continued(interrupt: bool) -> dict[str, Tensor]:
         detector = small_detector()
         model = detector.model.train()
-        settings = train_settings(optimizer=name, learning_rate=1e-3, encoder_learning_rate_factor=0.3)
+        settings = train_settings(optimizer=name, learning_rate=1e-3, backbone_learning_rate_factor=0.3)
         optimizer = build_optimizer(model, settings)
         for number in range(4):
             if interrupt and number == 2:
@@ -356,7 +356,7 @@ def test_clipping_takes_the_norm_of_all_parameters_together() -> None:
     assert [model.w.item(), model.v.item()] == pytest.approx([-0.6, -0.8], abs=1e-5)
 
 
-# Numbers that are not finite
+# Numbers that are non-finite
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -371,7 +371,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("bad_micro_batch", [0, 1])
-def test_step_that_is_not_finite_changes_nothing(value: float, bad_micro_batch: int, optimizer_name: str) -> None:
+def test_step_that_is_non_finite_changes_nothing(value: float, bad_micro_batch: int, optimizer_name: str) -> None:
     model = Weights(1.0, 2.0)
     optimizer = OPTIMIZERS[optimizer_name](model)
 
@@ -415,11 +415,11 @@ def test_parts_that_cancel_are_noticed() -> None:
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd"])
 def test_skipped_step_in_a_real_network(optimizer_name: str) -> None:
-    # weights, optimizer, statistics of the normalisations and their counters, average: each bit stays
+    # weights, optimizer, statistics of the batch-norm layers and their counters, average: each bit stays
     detector = small_detector()
     model = detector.model.train()
     optimizer = build_optimizer(model, train_settings(optimizer=optimizer_name, learning_rate=1e-3))
-    statistics, average = NormalisationStatistics(model), ExponentialAverage(model, 0.9, 0)
+    statistics, average = BatchNormStatistics(model), ExponentialMovingAverage(model, 0.9, 0)
 
     def poisoned(outputs: list[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value * math.nan for name, value in detector.criterion(outputs, targets).items()}
@@ -446,7 +446,7 @@ def test_guarded_step_equals_the_plain_one() -> None:
         detector = small_detector()
         model = detector.model.train()
         optimizer = build_optimizer(model, train_settings(optimizer="adam", learning_rate=1e-3))
-        statistics = NormalisationStatistics(model) if guarded else None
+        statistics = BatchNormStatistics(model) if guarded else None
         for seed in range(3):
             step(model, detector.criterion, optimizer, [make_batch(4, seed=seed)], statistics=statistics)
         results.append(bits(model))
@@ -458,17 +458,17 @@ def result_of(finite: bool, **losses: float) -> StepResult:
 
 
 def test_skipped_steps_are_counted_when_they_are_read() -> None:
-    skipped = SkippedSteps(most_in_a_row=3)
+    skipped = SkippedSteps(max_in_a_row=3)
     for number, finite in enumerate([True, False, True, False, False]):
         skipped.add(number, result_of(finite, loss_box=math.nan if not finite else 1.0))
     assert skipped.total == 0
     assert skipped.read() == [1, 3, 4] and skipped.total == 3 and skipped.in_a_row == [3, 4]
-    copied = SkippedSteps(most_in_a_row=3)
+    copied = SkippedSteps(max_in_a_row=3)
     copied.load(skipped.state(), CPU)
     for counter in (skipped, copied):
         counter.add(5, result_of(False, loss_box=math.inf))
         with pytest.raises(
-            NonFiniteLoss, match="3 steps in a row were not finite, the first is step 3: loss_box = nan"
+            NonFiniteLoss, match="3 steps in a row were non-finite, the first is step 3: loss_box = nan"
         ) as raised:
             counter.read()
         assert raised.value.exit_code == 4 and list(raised.value.losses) == [3, 4, 5]
@@ -483,8 +483,8 @@ def test_a_checkpoint_between_two_readings_keeps_what_is_unread() -> None:
 
 
 def test_infinite_gradients_are_ordinary_in_half_precision() -> None:
-    # fp16: the scaler lowers its scale; only losses that are not finite count as in a row
-    skipped = SkippedSteps(most_in_a_row=2, ordinary=True)
+    # fp16: the scaler lowers its scale; only losses that are non-finite count as in a row
+    skipped = SkippedSteps(max_in_a_row=2, ordinary=True)
     for number in range(5):
         skipped.add(number, result_of(False, loss_box=1.0))
     assert skipped.read() == [0, 1, 2, 3, 4] and skipped.total == 5 and not skipped.in_a_row
@@ -497,32 +497,32 @@ def test_infinite_gradients_are_ordinary_in_half_precision() -> None:
 # Freezing
 
 
-def test_frozen_encoder_stays_exactly_as_it_is() -> None:
+def test_frozen_backbone_stays_exactly_as_it_is() -> None:
     detector = small_detector()
     model = detector.model.train()
     # Momentum and decay of earlier steps must not move it either.
     optimizer = build_optimizer(model, train_settings(optimizer="sgd", learning_rate=1e-3, weight_decay=0.1))
     step(model, detector.criterion, optimizer, [make_batch(4)])
-    set_encoder_frozen(model, True)
+    set_backbone_frozen(model, True)
     before = bits(model)
     for seed in (1, 2):
         step(model, detector.criterion, optimizer, [make_batch(4, seed=seed)])
     moved = changed(before, bits(model))
-    assert not [name for name in moved if name.startswith("encoder.")]
+    assert not [name for name in moved if name.startswith("backbone.")]
     # everything else moves: weights, statistics and their counters
-    assert moved == {name for name in before if not name.startswith("encoder.")}
-    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    assert moved == {name for name in before if not name.startswith("backbone.")}
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_encoder_frozen_from_the_start_trains_once_unfrozen(name: str) -> None:
-    # The optimizer then has a state for the neck and none for the encoder.
+def test_backbone_frozen_from_the_start_trains_once_unfrozen(name: str) -> None:
+    # The optimizer then has a state for the neck and none for the backbone.
     detector = small_detector()
     model = detector.model.train()
     optimizer = build_optimizer(model, train_settings(optimizer=name, learning_rate=1e-3))
-    set_encoder_frozen(model, True)
+    set_backbone_frozen(model, True)
     step(model, detector.criterion, optimizer, [make_batch(4)])
-    set_encoder_frozen(model, False)
+    set_backbone_frozen(model, False)
     before = bits(model)
     step(model, detector.criterion, optimizer, [make_batch(4)])
     assert changed(before, bits(model)) == set(before)
@@ -533,36 +533,36 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.mark.parametrize("frozen_before", [False, True])
-def test_frozen_normalisation_keeps_its_statistics_while_all_weights_train(frozen_before: bool) -> None:
+def test_frozen_batch_norm_keeps_its_statistics_while_all_weights_train(frozen_before: bool) -> None:
     detector = small_detector()
     model = detector.model.train()
     for _ in range(3):
         model(make_batch(4)["images"])  # statistics that are not those of a fresh module
     optimizer = build_optimizer(model, train_settings(learning_rate=1e-3))
     if frozen_before:  # train.unfreeze_step
-        set_encoder_frozen(model, True, "frozen")
+        set_backbone_frozen(model, True, "frozen")
         step(model, detector.criterion, optimizer, [make_batch(4)])
-    set_encoder_frozen(model, False, "frozen")
+    set_backbone_frozen(model, False, "frozen")
     before = bits(model)
     step(model, detector.criterion, optimizer, [make_batch(4)])
-    kept = {name for name in before if name.startswith("encoder.") and name.endswith(STATISTICS)}
+    kept = {name for name in before if name.startswith("backbone.") and name.endswith(STATISTICS)}
     assert len(kept) > 90 and changed(before, bits(model)) == set(before) - kept
     # they normalise: a second image in the batch changes nothing of the first one's maps
     images = make_batch(2)["images"].float() / 255
-    for found, alone in zip(model.encoder(images), model.encoder(images[:1]), strict=True):
+    for found, alone in zip(model.backbone(images), model.backbone(images[:1]), strict=True):
         torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-4)
-    # only normalisations of the encoder are in evaluation mode
+    # only batch-norm layers of the backbone are in evaluation mode
     for module_name, module in model.named_modules():
-        is_norm = isinstance(module, nn.BatchNorm2d) and module_name.startswith("encoder.")
+        is_norm = isinstance(module, nn.BatchNorm2d) and module_name.startswith("backbone.")
         assert module.training != is_norm, module_name
 
 
-def test_frozen_normalisation_survives_an_evaluation(drawn_dataset: Path) -> None:
+def test_frozen_batch_norm_survives_an_evaluation(drawn_dataset: Path) -> None:
     settings = read_settings(f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.image_size=64")
     _, validation_set = build_datasets(settings.data, 64, 64, 0, None)
     detector = small_detector(2)
     model = detector.model.train()
-    set_encoder_frozen(model, False, "frozen")
+    set_backbone_frozen(model, False, "frozen")
     modes, before = [module.training for module in model.modules()], bits(model)
     loader = build_evaluation_loader(validation_set, 4, 0, CPU)
     evaluate(
@@ -592,7 +592,7 @@ class Normalised(nn.Module):
 def test_average_is_the_slow_loop(decay: float, ramp: int) -> None:
     torch.manual_seed(0)
     model = Normalised()
-    average = ExponentialAverage(model, decay, ramp)
+    average = ExponentialMovingAverage(model, decay, ramp)
     expected = {name: value.double().clone() for name, value in model.state_dict().items()}
     for number in range(6):
         with torch.no_grad():
@@ -616,20 +616,20 @@ def test_average_is_the_slow_loop(decay: float, ramp: int) -> None:
 def test_average_by_hand() -> None:
     # decay 0.75 without ramp, the weight jumps from 0 to 8: 0 -> 2 -> 2 + 6 / 4 = 3.5
     model = Weights(0.0)
-    average = ExponentialAverage(model, 0.75, 0)
+    average = ExponentialMovingAverage(model, 0.75, 0)
     nn.init.constant_(model.w, 8.0)
     for number, expected in enumerate((2.0, 3.5)):
         average.update(model, number)
         assert average.model.w.item() == expected
     # ramp 1: d = 0.75 * (1 - 1/e) = 0.474 at step 0, so 0 -> 8 * 0.526 = 4.207
-    average = ExponentialAverage(Weights(0.0), 0.75, 1)
+    average = ExponentialMovingAverage(Weights(0.0), 0.75, 1)
     average.update(model, 0)
     assert average.model.w.item() == pytest.approx(8 * (1 - 0.75 * (1 - 1 / math.e)), rel=1e-6)
 
 
 def test_average_is_a_copy_that_only_evaluates() -> None:
     model = Normalised().train()
-    average = ExponentialAverage(model, 0.9, 0)
+    average = ExponentialMovingAverage(model, 0.9, 0)
     nn.init.constant_(model.linear.weight, 5.0)
     assert not (average.model.linear.weight == 5).any()
     assert not any(module.training for module in average.model.modules()) and model.training
@@ -641,7 +641,7 @@ def test_average_is_a_copy_that_only_evaluates() -> None:
 
 def test_average_of_a_constant_is_the_constant() -> None:
     model = Normalised()
-    average = ExponentialAverage(model, 0.9, 3)
+    average = ExponentialMovingAverage(model, 0.9, 3)
     before = bits(model)
     for number in range(20):
         average.update(model, number)
@@ -651,7 +651,7 @@ def test_average_of_a_constant_is_the_constant() -> None:
 def test_average_of_channels_last_weights() -> None:
     model = nn.Conv2d(2, 2, 3)
     nn.init.zeros_(model.weight)
-    average = ExponentialAverage(model.to(memory_format=torch.channels_last), 0.5, 0)
+    average = ExponentialMovingAverage(model.to(memory_format=torch.channels_last), 0.5, 0)
     values = torch.arange(36.0).view(2, 2, 3, 3)
     with torch.no_grad():
         model.weight.copy_(values)
@@ -664,17 +664,17 @@ def test_average_follows_tensors_that_are_exchanged_between_two_updates() -> Non
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, affine=False))
     model.register_buffer("constant", torch.ones(1), persistent=False)
-    average = ExponentialAverage(model, 0.5, 0)
+    average = ExponentialMovingAverage(model, 0.5, 0)
 
     def exchange(number: int) -> None:
         if number == 1:
-            NormalisationStatistics(model)
+            BatchNormStatistics(model)
         if number == 2:
             model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
         if number == 3:
             model[2].bias = nn.Parameter(torch.tensor([5.0, 6.0]))
         if number == 4:
-            NormalisationStatistics(average.model)
+            BatchNormStatistics(average.model)
 
     for number in range(5):
         exchange(number)

@@ -44,7 +44,7 @@ def test_many_boxes_are_taken_at_one_size_each(
 ) -> None:
     data = default_settings().data
     (small, _), (large, _) = (shapes_at(annotations, data, [size], 0) for size in (64, 128))
-    monkeypatch.setattr(box_shapes, "MOST_SHAPES", len(small))
+    monkeypatch.setattr(box_shapes, "MAX_SHAPES", len(small))
     shapes, _ = shapes_at(annotations, data, [64, 128], 0)
     at_small = np.isclose(shapes, small, rtol=0.02).all(axis=1)
     at_large = np.isclose(shapes, large, rtol=0.02).all(axis=1)

@@ -8,7 +8,7 @@ import numpy as np
 
 PARTICLES_PER_REGION = 10
 SHRINK = 0.1  # of the region's sides from one region to the next
-MOST_REGIONS = 10
+MAX_REGIONS = 10
 
 
 class RandomFog(A.RandomFog):
@@ -32,7 +32,7 @@ class RandomFog(A.RandomFog):
         counts: list[int] = []
         sides: list[tuple[int, int]] = []
         region_width, region_height = width, height
-        while region_width > region and region_height > region and len(counts) < MOST_REGIONS:
+        while region_width > region and region_height > region and len(counts) < MAX_REGIONS:
             counts.append(int(region_width * region_height / region**2 * intensity * PARTICLES_PER_REGION))
             sides.append((region_width // 2, region_height // 2))
             region_width, region_height = int(region_width * (1 - SHRINK)), int(region_height * (1 - SHRINK))

@@ -164,7 +164,7 @@ def turn_box(corners: Corners, size: ImageSize) -> Corners:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The exact number; None: there is none, it is not finite, or far from any box."""
+    """The exact number; None: there is none, it is non-finite, or far from any box."""
     try:
         value = Decimal(text) if "_" not in text and text.isascii() else None
     except InvalidOperation:

@@ -36,12 +36,12 @@ class Description:
 def describe(source: Path, split: str, findings: Findings) -> Description:
     """The source's own description, or what its folders tell."""
     if source.is_file():
-        return read_description(source, findings)
+        return read_cfg(source, findings)
     found = sorted(file for file in source.iterdir() if file.suffix in DESCRIPTIONS and file.is_file())
     usable = [file for file in found if file.suffix == ".data" or set(SPLIT_KEYS) & set(load_yaml(file))]
     if len(usable) > 1:
         raise DataError(f"{source}: has {', '.join(file.name for file in usable)}; name the one to take as SOURCE")
-    return read_description(usable[0], findings) if usable else describe_folders(source, split)
+    return read_cfg(usable[0], findings) if usable else describe_folders(source, split)
 
 
 def load_yaml(file: Path) -> dict[Any, Any]:
@@ -52,7 +52,7 @@ def load_yaml(file: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_description(file: Path, findings: Findings) -> Description:
+def read_cfg(file: Path, findings: Findings) -> Description:
     """data.yaml (path, train, val, test, names), or Darknet's .data (train, valid, names: files)."""
     if file.suffix == ".data":
         pairs = [line.split("=", 1) for line in file.read_text(encoding="utf-8-sig").splitlines() if "=" in line]

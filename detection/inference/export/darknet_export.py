@@ -1,4 +1,4 @@
-"""A network as a Darknet description (.cfg) that the Darknet program loads together with our .weights file."""
+"""A network as a Darknet description (.cfg) that Darknet loads together with our .weights file."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
         ignore_threshold: written for a training by that program.
 
     Raises:
-        CheckpointError: the Darknet program has no such encoder.
+        CheckpointError: Darknet has no such backbone.
     """
     if isinstance(model, DarknetNetwork):
         changed = {
@@ -32,14 +32,14 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
             CfgSection(section.name, section.line, {**section.options, **changed.get(section.name, {})})
             for section in model.sections
         ]
-    if not isinstance(model, YOLOv3) or not isinstance(model.encoder, Darknet53 | DarknetTiny):
+    if not isinstance(model, YOLOv3) or not isinstance(model.backbone, Darknet53 | DarknetTiny):
         raise CheckpointError(
-            "the Darknet program has no such network: only yolo.encoder darknet, darknet_tiny and darknet_cfg export"
+            "Darknet has no such network: only yolo.backbone darknet, darknet_tiny and darknet_cfg export"
         )
     writer = _Writer()
     size = str(image_size)
     writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")
-    maps = writer.encoder(model.encoder)  # layer of each of the encoder's maps, stride ascending
+    maps = writer.backbone(model.backbone)  # layer of each of the backbone's maps, stride ascending
     num_anchors = [len(level) for level in anchors]
     carried = maps[-1]
     for level, (stage, head) in enumerate(zip(model.neck, model.heads, strict=True)):
@@ -100,15 +100,15 @@ class _Writer:
             activation="leaky" if normalised else "linear",
         )
 
-    def encoder(self, encoder: Darknet53 | DarknetTiny) -> Sequence[int]:
-        """Layers of the maps that the encoder returns."""
-        if isinstance(encoder, Darknet53):
-            self.convolution(encoder.stem)
+    def backbone(self, backbone: Darknet53 | DarknetTiny) -> Sequence[int]:
+        """Layers of the maps that the backbone returns."""
+        if isinstance(backbone, Darknet53):
+            self.convolution(backbone.stem)
         ends = []
-        for stage in encoder.stages:
+        for stage in backbone.stages:
             self.sequence(stage)
             ends.append(self.last)
-        return ends[-len(encoder.out_channels) :]
+        return ends[-len(backbone.out_channels) :]
 
     def sequence(self, modules: nn.Module) -> None:
         for module in modules.children():

@@ -31,7 +31,7 @@ class Tolerance:
     logits: float  # absolute below 1, else relative
     boxes: float  # pixels; for coordinates beyond the image, relative to how far out they lie
     scores: float
-    unmatched: float  # share of final detections: suppression at a threshold turns on the last digit
+    unmatched: float  # share of final detections: NMS at a threshold turns on the last digit
 
 
 FLOAT32 = Tolerance(logits=1e-3, boxes=0.05, scores=1e-4, unmatched=0.01)
@@ -113,7 +113,7 @@ def compare_final(
 
     Both sides count. A detection whose score is within the tolerance of the confidence threshold needs no partner.
     """
-    least = opened.settings.evaluation.confidence_threshold + tolerance.scores
+    minimum = opened.settings.evaluation.confidence_threshold + tolerance.scores
     largest, counts = {"boxes": 0.0, "scores": 0.0}, [0, 0]
     for expected, found in zip(opened.detector.postprocess(levels), FinalDetections()(outputs), strict=True):
         for label in torch.cat([expected["labels"], found["labels"]]).unique():
@@ -126,7 +126,7 @@ def compare_final(
                 nearest = gap.where(partners, torch.inf).amin(1) if partners.numel() else gap.new_zeros(0)
                 largest[name] = max([largest[name], *nearest[nearest.isfinite()].tolist()])
             for has_partner, detections in ((partners.any(1), one), (partners.any(0), other)):
-                needed = has_partner | (detections["scores"] > least)
+                needed = has_partner | (detections["scores"] > minimum)
                 counts[0] += int(has_partner.sum())
                 counts[1] += int((needed & ~has_partner).sum())
     return Differences(largest, (counts[0], counts[1]))

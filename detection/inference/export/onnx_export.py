@@ -1,4 +1,4 @@
-"""From a detector to an ONNX model: traced by torch, then half precision, suppression and metadata put in place."""
+"""From a detector to an ONNX model: traced by torch, then half precision, NMS and metadata put in place."""
 
 import tomllib
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ OUTPUT_NAMES: dict[OutputKind, list[str]] = {
     "nms": ["all_boxes", "all_scores"],  # inside the graph
 }
 # Boxes need no change of order: swapping x and y in both changes no IoU. Best score first over all images.
-SUPPRESSION = """
+NMS_TEMPLATE = """
 <ir_version: {ir_version}, opset_import: ["" : {opset}]>
-suppression (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
+NMS (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
     => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image_index)
     <float[1] confidence = {{{confidence}}}, float[1] iou = {{{iou}}}, int64[1] most = {{{most}}},
      int64 column_image = {{0}}, int64 column_class = {{1}}, int64[2] columns_box = {{0, 2}}>
@@ -56,7 +56,7 @@ class OnnxOptions:
 
 
 class ExportedDetector(nn.Module):
-    """What the graph computes before half precision and suppression."""
+    """What the graph computes before half precision and NMS."""
 
     def __init__(self, opened: OpenedDetector, decode: bool) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
     model = without_traces(program.model_proto)
     lines = [f"graph as traced: {len(model.graph.node)} nodes, {model.ByteSize()} bytes"]
     if options.simplify:
-        program.optimize()  # constants are folded, normalisation goes into the convolutions (onnxscript's optimizer)
+        program.optimize()  # constants are folded, batch norm goes into the convolutions (onnxscript's optimizer)
         model = without_traces(program.model_proto)
         lines.append(f"simplified: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
     network = nodes_before(model, levels)
@@ -101,7 +101,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
         model = halve(model, network)
         lines.append(f"network in float16: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
     if options.outputs == "nms":
-        model = add_suppression(model, opened)
+        model = add_nms(model, opened)
     description = describe(opened, options)
     for key, value in description.to_metadata().items():
         model.metadata_props.add(key=key, value=value)
@@ -195,12 +195,12 @@ def halve(model: Any, network: set[str]) -> Any:
     return onnx.shape_inference.infer_shapes(result)
 
 
-def add_suppression(model: Any, opened: OpenedDetector) -> Any:
+def add_nms(model: Any, opened: OpenedDetector) -> Any:
     """`all_boxes`, `all_scores` to final detections by the standard operator NonMaxSuppression."""
     import onnx
 
     evaluation = opened.settings.evaluation
-    text = SUPPRESSION.format(
+    text = NMS_TEMPLATE.format(
         ir_version=model.ir_version,
         opset=read_opset(model),
         confidence=evaluation.confidence_threshold,

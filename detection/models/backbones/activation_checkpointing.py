@@ -1,4 +1,4 @@
-"""Activation checkpointing: the encoder's blocks are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: the backbone's blocks are computed again in the backward pass instead of being kept."""
 
 import contextlib
 import functools
@@ -24,16 +24,16 @@ class RecomputedStage(nn.Sequential):
         return x
 
 
-def recompute_encoder(model: nn.Module) -> None:
-    """Turn every stage of the encoder into the class above.
+def recompute_backbone(model: nn.Module) -> None:
+    """Turn every stage of the backbone into the class above.
 
     Raises:
-        SettingsError: the encoder has no stages.
+        SettingsError: the backbone has no stages.
     """
-    stages = getattr(model.encoder, "stages", None)
+    stages = getattr(model.backbone, "stages", None)
     if not isinstance(stages, nn.ModuleList) or any(type(stage) is not nn.Sequential for stage in stages):
         raise SettingsError(
-            "train.activation_checkpointing needs an encoder with stages: darknet, darknet_tiny or mobilenet_v3_*"
+            "train.activation_checkpointing needs an backbone with stages: darknet, darknet_tiny or mobilenet_v3_*"
         )
     for stage in stages:
         stage.__class__ = RecomputedStage
@@ -46,7 +46,7 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 
 @contextlib.contextmanager
 def _keep_statistics(block: nn.Module) -> Iterator[None]:
-    """The batch has been counted once: normalisations use its mean and variance again, but note them no more."""
+    """The batch has been counted once: batch-norm layers use its mean and variance again, but note them no more."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

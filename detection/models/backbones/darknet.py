@@ -1,4 +1,4 @@
-"""Darknet-53 and the small Darknet, the encoders of YOLOv3 and YOLOv3-tiny, written by hand."""
+"""Darknet-53 and the small Darknet, the backbones of YOLOv3 and YOLOv3-tiny, written by hand."""
 
 import math
 
@@ -10,7 +10,7 @@ DARKNET_EPSILON = 1e-6  # added to the standard deviation, not to the variance
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, batch normalisation, leaky ReLU; (B, in, H, W) to (B, out, H/stride, W/stride)."""
+    """Convolution without bias, batch norm, leaky ReLU; (B, in, H, W) to (B, out, H/stride, W/stride)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -77,14 +77,14 @@ class Darknet53(nn.Module):
         return maps[2:]
 
     def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
-        """In the order of the Darknet program's yolov3.cfg, in which its files store them."""
+        """In the order of Darknet's yolov3.cfg, in which its files store them."""
         return list_convolutions(self)
 
 
 class DarknetTiny(nn.Module):
     """(B, 3, H, W) to maps of 256 and 1024 channels at strides 16 and 32; 7 convolutions with pooling between them.
 
-    Source: yolov3-tiny.cfg of the Darknet program, layers 0 to 12.
+    Source: yolov3-tiny.cfg of Darknet, layers 0 to 12.
     """
 
     out_channels = (256, 1024)
@@ -115,7 +115,7 @@ class DarknetTiny(nn.Module):
         return [fine, self.stages[1](fine)]
 
     def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
-        """In the order of the Darknet program's yolov3-tiny.cfg, in which its files store them."""
+        """In the order of Darknet's yolov3-tiny.cfg, in which its files store them."""
         return list_convolutions(self)
 
 
@@ -133,8 +133,8 @@ class DarknetBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, squared, self.weight, self.bias, training=False, eps=0.0)
 
 
-def use_darknet_normalisation(model: nn.Module) -> None:
-    """Turn every batch normalisation of `model` into the class above."""
+def use_darknet_batch_norm(model: nn.Module) -> None:
+    """Turn every batch norm of `model` into the class above."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = DarknetBatchNorm2d

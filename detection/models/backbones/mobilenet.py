@@ -1,4 +1,4 @@
-"""MobileNetV3 from torchvision as an encoder, without its classifier."""
+"""MobileNetV3 from torchvision as an backbone, without its classifier."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torchvision.models import (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# `pretrained: true`: what torchvision's own detectors with this encoder start from.
+# `pretrained: true`: what torchvision's own detectors with this backbone start from.
 STANDARD_WEIGHTS: dict[str, WeightsEnum] = {
     "mobilenet_v3_large": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
     "mobilenet_v3_small": MobileNet_V3_Small_Weights.IMAGENET1K_V1,
@@ -71,9 +71,9 @@ class MobileNetV3(nn.Module):
         return {name.split(".", 2)[2]: name for name in self.state_dict()}
 
 
-def mobilenet_v3_large_encoder() -> MobileNetV3:
+def mobilenet_v3_large_backbone() -> MobileNetV3:
     return MobileNetV3(mobilenet_v3_large(weights=None).features, ends=(7, 13, 17), out_channels=(40, 112, 960))
 
 
-def mobilenet_v3_small_encoder() -> MobileNetV3:
+def mobilenet_v3_small_backbone() -> MobileNetV3:
     return MobileNetV3(mobilenet_v3_small(weights=None).features, ends=(4, 9, 13), out_channels=(24, 48, 576))

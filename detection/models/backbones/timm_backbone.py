@@ -1,4 +1,4 @@
-"""Any feature extractor of the optional package timm as an encoder, checked against what it declares."""
+"""Any feature extractor of the optional package timm as an backbone, checked against what it declares."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from detection.config.settings import SIZE_MULTIPLE
 from detection.errors import CheckpointError, SettingsError
 
-TIMM_PREFIX = "timm/"  # of the encoder's name in the settings
+TIMM_PREFIX = "timm/"  # of the backbone's name in the settings
 PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed
 
 
-class TimmEncoder(nn.Module):
+class TimmBackbone(nn.Module):
     """(B, 3, H, W) to one map per level, stride ascending up to 32.
 
     Source: https://github.com/huggingface/pytorch-image-models (`features_only`)
@@ -37,7 +37,7 @@ class TimmEncoder(nn.Module):
         return list(self.features(images))
 
 
-def timm_encoder(name: str, levels: int) -> TimmEncoder:
+def timm_backbone(name: str, levels: int) -> TimmBackbone:
     """The model's features at the `levels` coarsest strides (8, 16 and 32 for three), with random weights.
 
     Raises:
@@ -47,7 +47,7 @@ def timm_encoder(name: str, levels: int) -> TimmEncoder:
     try:
         import timm
     except ImportError:
-        raise SettingsError(f"yolo.encoder=timm/{name} needs the package timm: pip install timm") from None
+        raise SettingsError(f"yolo.backbone=timm/{name} needs the package timm: pip install timm") from None
     known = timm.list_models()
     names = (
         known
@@ -56,18 +56,18 @@ def timm_encoder(name: str, levels: int) -> TimmEncoder:
     )
     if name not in [*known, *names]:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-        raise SettingsError(f"yolo.encoder=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
+        raise SettingsError(f"yolo.backbone=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
     reductions = [feature["reduction"] for feature in create_features(name).feature_info.info]
     last_of_stride = {stride: index for index, stride in enumerate(reductions)}
     strides = [SIZE_MULTIPLE >> halvings for halvings in reversed(range(levels))]
     if not set(strides) <= set(reductions):
         raise SettingsError(
-            f"yolo.encoder=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
+            f"yolo.backbone=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
             f"{levels} levels of yolo.anchors need {', '.join(map(str, strides))}"
         )
-    encoder = TimmEncoder(name, [last_of_stride[stride] for stride in strides])
-    check_declaration(encoder)
-    return encoder
+    backbone = TimmBackbone(name, [last_of_stride[stride] for stride in strides])
+    check_declaration(backbone)
+    return backbone
 
 
 def create_features(name: str, **arguments: Any) -> Any:
@@ -77,11 +77,11 @@ def create_features(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, features_only=True, **arguments)
     except Exception as error:  # noqa: BLE001  (each family of models refuses in its own way)
-        raise SettingsError(f"yolo.encoder=timm/{name} gives no features: {one_line(error)}") from None
+        raise SettingsError(f"yolo.backbone=timm/{name} gives no features: {one_line(error)}") from None
 
 
 @torch.no_grad()
-def check_declaration(encoder: TimmEncoder) -> None:
+def check_declaration(backbone: TimmBackbone) -> None:
     """Run a small black image through; in evaluation mode, so that statistics stay.
 
     Raises:
@@ -89,64 +89,66 @@ def check_declaration(encoder: TimmEncoder) -> None:
     """
     height, width = PROBE_SIZE
     try:
-        maps = encoder.eval()(torch.zeros(1, 3, height, width))
+        maps = backbone.eval()(torch.zeros(1, 3, height, width))
     except Exception as error:  # noqa: BLE001  (models of fixed size assert, raise or fail in a product)
         raise SettingsError(
-            f"yolo.encoder=timm/{encoder.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
+            f"yolo.backbone=timm/{backbone.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
         ) from None
-    encoder.train()
+    backbone.train()
     found = [tuple(feature.shape[1:]) for feature in maps]
-    expected = [(c, height // s, width // s) for c, s in zip(encoder.out_channels, encoder.strides, strict=True)]
+    expected = [(c, height // s, width // s) for c, s in zip(backbone.out_channels, backbone.strides, strict=True)]
     if found != expected:
         raise SettingsError(
-            f"yolo.encoder=timm/{encoder.name}: maps of (channels, rows, columns) {expected} are declared, "
+            f"yolo.backbone=timm/{backbone.name}: maps of (channels, rows, columns) {expected} are declared, "
             f"{found} come out of {width} x {height} pixels"
         )
 
 
-def download_weights(encoder: TimmEncoder) -> str:
-    """Fill the encoder with the weights that timm names for it; returns where they are from.
+def download_weights(backbone: TimmBackbone) -> str:
+    """Fill the backbone with the weights that timm names for it; returns where they are from.
 
     Raises:
         CheckpointError: there are none, or they cannot be fetched.
     """
     import timm
 
-    hub = encoder.features.pretrained_cfg.get("hf_hub_id")
+    hub = backbone.features.pretrained_cfg.get("hf_hub_id")
     where = f"https://huggingface.co/{hub}" if hub else "the model's page"
     try:
-        features = timm.create_model(encoder.name, features_only=True, out_indices=encoder.out_indices, pretrained=True)
+        features = timm.create_model(
+            backbone.name, features_only=True, out_indices=backbone.out_indices, pretrained=True
+        )
     except Exception as error:  # noqa: BLE001  (hub, HTTP, socket and file errors share no base)
         raise CheckpointError(
-            f"yolo.pretrained=true: weights of timm/{encoder.name} could not be fetched ({one_line(error)}); without "
+            f"yolo.pretrained=true: weights of timm/{backbone.name} could not be fetched ({one_line(error)}); without "
             f"a network, fetch model.safetensors from {where} elsewhere and use yolo.pretrained=FILE"
         ) from None
-    encoder.features.load_state_dict(features.state_dict())
+    backbone.features.load_state_dict(features.state_dict())
     return where
 
 
-def classifier_state(encoder: TimmEncoder) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def classifier_state(backbone: TimmBackbone) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """State of the whole classifier, as files hold it, and the prefixes of its last layers, which a file may lack."""
     import timm
 
-    model: Any = timm.create_model(encoder.name)
+    model: Any = timm.create_model(backbone.name)
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
     return model.state_dict(), tuple(f"{name}." for name in names)
 
 
-def load_classifier(encoder: TimmEncoder, state: Mapping[str, Tensor]) -> None:
-    """Fill the encoder from a classifier's state, which `classifier_state` was compared with.
+def load_classifier(backbone: TimmBackbone, state: Mapping[str, Tensor]) -> None:
+    """Fill the backbone from a classifier's state, which `classifier_state` was compared with.
 
     timm itself finds what of it belongs to the features: the names differ.
     """
     features = create_features(
-        encoder.name,
-        out_indices=encoder.out_indices,
+        backbone.name,
+        out_indices=backbone.out_indices,
         pretrained=True,
         pretrained_cfg_overlay={"state_dict": dict(state)},
     )
-    encoder.features.load_state_dict(features.state_dict())
+    backbone.features.load_state_dict(features.state_dict())
 
 
 def one_line(error: Exception) -> str:

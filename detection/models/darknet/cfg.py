@@ -55,7 +55,7 @@ REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "yolo": {"map": ()},
 }
 REFUSED_EVERYWHERE = {"dontload": ("0",), "dontloadscales": ("0",)}  # such layers are not in the weights file
-# Keys of the two programs that decide about training, the picture's way into the network or non-maximum suppression.
+# Keys of the two programs that decide about training, the picture's way into the network or NMS.
 TRAINING_KEYS = {
     "net": """batch subdivisions momentum decay angle aspect saturation exposure hue learning_rate learning_rate_min
         burn_in max_batches policy steps scales seq_scales sgdr_cycle sgdr_mult step scale gamma power cutmix mosaic
@@ -73,7 +73,9 @@ TRAINING_KEYS = {
         label_smooth_eps objectness_smooth focal_loss show_details track_history_size sim_thresh dets_for_track
         dets_for_show track_ciou_norm embedding_layer""",
 }
-TRAINING_EVERYWHERE = "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip truth"
+TRAINING_EVERYWHERE = (
+    "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip ground truth"
+)
 ALIKE = 0.8  # difflib's ratio from which an unknown key is taken for a slip
 
 
@@ -94,10 +96,10 @@ class CfgSection:
             raise SettingsError(f"cfg: {self.where()} has no {key!r}")
         return value
 
-    def integer(self, key: str, default: int | None = None, least: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int | None = None) -> int:
         value = self._number(key, None if default is None else float(default))
-        if value != int(value) or value > LARGEST or (least is not None and value < least):
-            at_least = "" if least is None else f" of at least {least}"
+        if value != int(value) or value > LARGEST or (minimum is not None and value < minimum):
+            at_least = "" if minimum is None else f" of at least {minimum}"
             raise SettingsError(
                 f"cfg: {self.where()}: {key} = {self.shown(key)} must be a whole number{at_least} and at most {LARGEST}"
             )
@@ -241,7 +243,7 @@ def format_cfg(sections: Sequence[CfgSection]) -> str:
 def input_size(sections: Sequence[CfgSection]) -> int:
     """Side in pixels of the square input; of a rectangular one the longer side."""
     net = sections[0]
-    return max(net.integer("width", 416, least=1), net.integer("height", 416, least=1))
+    return max(net.integer("width", 416, minimum=1), net.integer("height", 416, minimum=1))
 
 
 def with_classes(sections: Sequence[CfgSection], num_classes: int) -> list[CfgSection]:

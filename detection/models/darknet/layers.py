@@ -122,7 +122,7 @@ def cfg_classes(sections: Sequence[CfgSection]) -> int:
     Raises:
         SettingsError: there is no [yolo] layer, or they disagree.
     """
-    counts = {section.integer("classes", 20, least=1) for section in sections if section.name == "yolo"}
+    counts = {section.integer("classes", 20, minimum=1) for section in sections if section.name == "yolo"}
     if len(counts) != 1:
         raise SettingsError(
             "cfg: has no [yolo] layer, so it is not a detector"
@@ -135,7 +135,11 @@ def cfg_classes(sections: Sequence[CfgSection]) -> int:
 def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[Shape], list[CfgLevel]]:
     """Modules, output shapes (at the description's input size) and levels of all sections behind [net]."""
     net = sections[0]
-    input_shape = (net.integer("channels", 3), net.integer("height", 416, least=1), net.integer("width", 416, least=1))
+    input_shape = (
+        net.integer("channels", 3),
+        net.integer("height", 416, minimum=1),
+        net.integer("width", 416, minimum=1),
+    )
     if input_shape[0] != 3:
         raise SettingsError(f"cfg: {net.where()}: channels = {input_shape[0]}: only RGB images (3) are supported")
     layers: list[nn.Module] = []
@@ -174,7 +178,7 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
 
 def read_level(section: CfgSection, number: int, before_section: CfgSection, before: Shape, image: Shape) -> CfgLevel:
     values = section.numbers("anchors")
-    total = section.integer("num", 1, least=1)
+    total = section.integer("num", 1, minimum=1)
     chosen = section.numbers("mask") if "mask" in section.options else range(len(values) // 2)
     mask = [int(index) for index in chosen if index == int(index) and 0 <= index < total]
     if len(values) != 2 * total or not mask or len(mask) != len(chosen) or min(values) <= 0:
@@ -182,7 +186,7 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
             f"cfg: {section.where()}: num = {total} anchors, {len(values)} anchor values (above 0) and mask = "
             f"{','.join(f'{index:g}' for index in chosen)} do not fit"
         )
-    classes = section.integer("classes", 20, least=1)
+    classes = section.integer("classes", 20, minimum=1)
     if before_section.name != "convolutional" or before[0] != len(mask) * (5 + classes):
         raise SettingsError(
             f"cfg: {section.where()}: needs a [convolutional] layer with filters = {len(mask)} * (5 + {classes}) = "
@@ -224,7 +228,7 @@ def read_activation(section: CfgSection, default: str) -> nn.Module | None:
 
 
 def read_stride(section: CfgSection) -> int:
-    stride = section.integer("stride", 1, least=1)
+    stride = section.integer("stride", 1, minimum=1)
     strides = {section.integer("stride_x", stride), section.integer("stride_y", stride)}
     if len(strides) != 1 or min(strides) < 1:
         raise SettingsError(f"cfg: {section.where()}: stride_x and stride_y must be equal")
@@ -255,10 +259,10 @@ def check_map(section: CfgSection, shape: Shape) -> None:
 
 def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
     channels, rows, columns = before
-    filters, size = section.integer("filters", 1, least=1), section.integer("size", 1, least=1)
-    stride, groups = read_stride(section), section.integer("groups", 1, least=1)
-    dilation = section.integer("dilation", 1, least=1) if size > 1 else 1
-    padding = size // 2 if section.integer("pad", 0) else section.integer("padding", 0, least=0)
+    filters, size = section.integer("filters", 1, minimum=1), section.integer("size", 1, minimum=1)
+    stride, groups = read_stride(section), section.integer("groups", 1, minimum=1)
+    dilation = section.integer("dilation", 1, minimum=1) if size > 1 else 1
+    padding = size // 2 if section.integer("pad", 0) else section.integer("padding", 0, minimum=0)
     if channels % groups or filters % groups:
         raise SettingsError(
             f"cfg: {section.where()}: groups = {groups} must divide {channels} channels and {filters} filters"
@@ -281,8 +285,8 @@ def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[S
 
 def build_maxpool(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
     stride = read_stride(section)
-    size = section.integer("size", stride, least=1)
-    padding = section.integer("padding", size - 1, least=0)
+    size = section.integer("size", stride, minimum=1)
+    padding = section.integer("padding", size - 1, minimum=0)
     channels, rows, columns = before
     check_map(section, (channels, rows + padding, columns + padding))
     if padding - padding // 2 >= size:
@@ -303,13 +307,13 @@ def build_dropout(section: CfgSection, _: int, before: Shape, __: Sequence[Shape
 
 
 def build_upsample(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
-    stride = section.integer("stride", 2, least=1)
+    stride = section.integer("stride", 2, minimum=1)
     return Upsample(stride, section.number("scale", 1.0)), (before[0], before[1] * stride, before[2] * stride)
 
 
 def build_route(section: CfgSection, number: int, _: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
     sources = read_sources(section, "layers", number)
-    groups, group = section.integer("groups", 1, least=1), section.integer("group_id", 0, least=0)
+    groups, group = section.integer("groups", 1, minimum=1), section.integer("group_id", 0, minimum=0)
     rows_columns = {shapes[source][1:] for source in sources}
     if len(rows_columns) != 1:
         raise SettingsError(

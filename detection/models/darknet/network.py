@@ -16,20 +16,20 @@ from detection.models.yolo.network import initialise_output
 class DarknetNetwork(nn.Module):
     """Images to raw predictions per level, stride ascending, as `YOLOv3` does it.
 
-    The encoder, for freezing and learning rates, is what comes before the neck: everything up to the last [shortcut] in
+    The backbone, for freezing and learning rates, is what comes before the neck: everything up to the last [shortcut] in
     front of the first [yolo], or, without any, up to the last layer that lowers the resolution.
 
     Args:
         sections: the description.
         num_classes: C; if it is not the description's, the output convolutions get another number of filters.
         objectness_prior: objectness the untrained network predicts.
-        batch_norm_momentum: of every batch normalisation.
+        batch_norm_momentum: of every batch norm.
 
     Raises:
         SettingsError: the description is not a detector, or contradicts itself; names the layer and its line.
     """
 
-    # The Darknet program scales RGB to 0..1 and does nothing else.
+    # Darknet scales RGB to 0..1 and does nothing else.
     PIXEL_MEAN = (0.0, 0.0, 0.0)
     PIXEL_STD = (1.0, 1.0, 1.0)
 
@@ -56,8 +56,8 @@ class DarknetNetwork(nn.Module):
         height = self.sections[0].integer("height", 416)
         # A map inside may be coarser than every level and must still divide the image.
         self.size_multiple = math.lcm(*(height // rows for _, rows, _ in shapes if height % rows == 0))
-        end = encoder_end(self.sections[1:], shapes)
-        self.encoder = nn.ModuleList(layers[:end])
+        end = backbone_end(self.sections[1:], shapes)
+        self.backbone = nn.ModuleList(layers[:end])
         self.decoder = nn.ModuleList(layers[end:])
 
         use_depthwise_class(self)
@@ -88,7 +88,7 @@ class DarknetNetwork(nn.Module):
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         kept: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
-        for number, layer in enumerate([*self.encoder, *self.decoder]):
+        for number, layer in enumerate([*self.backbone, *self.decoder]):
             if isinstance(layer, YoloOutput):
                 outputs[number] = layer(x)
                 continue
@@ -98,18 +98,18 @@ class DarknetNetwork(nn.Module):
         return [outputs[layer] for layer in self._level_layers]
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions (each with its normalisation and activation) in the order of a weights file."""
-        layers = [*self.encoder, *self.decoder]
+        """Convolutions (each with its batch norm and activation) in the order of a weights file."""
+        layers = [*self.backbone, *self.decoder]
         return [layer for layer in layers if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Conv2d)]
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending."""
-        layers = [*self.encoder, *self.decoder]
+        layers = [*self.backbone, *self.decoder]
         return [layers[number - 1][0] for number in self._level_layers]
 
 
-def encoder_end(sections: Sequence[CfgSection], shapes: Sequence[Shape]) -> int:
-    """Number of layers of the encoder; see `DarknetNetwork`."""
+def backbone_end(sections: Sequence[CfgSection], shapes: Sequence[Shape]) -> int:
+    """Number of layers of the backbone; see `DarknetNetwork`."""
     first_yolo = next(number for number, section in enumerate(sections) if section.name == "yolo")
     shortcuts = [number for number in range(first_yolo) if sections[number].name == "shortcut"]
     lower = [number for number in range(1, first_yolo) if shapes[number][1] < shapes[number - 1][1]]

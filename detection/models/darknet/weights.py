@@ -1,7 +1,7 @@
 """Darknet weight files (.weights, .conv.N): read into a network, written from one, bit for bit.
 
 Header: major, minor, revision as int32, then the images seen in training as uint64 (uint32 before version 0.2). Then
-float32 values, convolution by convolution in network order: with batch normalisation beta, gamma, running mean, running
+float32 values, convolution by convolution in network order: with batch norm beta, gamma, running mean, running
 variance, kernel; without it bias, kernel. All little-endian.
 
 Source: load_weights and save_weights of https://github.com/pjreddie/darknet, src/parser.c.
@@ -30,12 +30,12 @@ FETCHED = (
 
 @runtime_checkable
 class DarknetModel(Protocol):
-    """A network whose convolutions have an order in the Darknet program; `YOLOv3` and `DarknetNetwork` are."""
+    """A network whose convolutions have an order in Darknet; `YOLOv3` and `DarknetNetwork` are."""
 
     num_classes: int
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions, each alone or in a Sequential with its normalisation, in network order."""
+        """Convolutions, each alone or in a Sequential with its batch norm, in network order."""
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """Those that make the predictions."""
@@ -147,12 +147,11 @@ def as_darknet(model: nn.Module) -> DarknetModel:
     """The same network, known to have a Darknet order.
 
     Raises:
-        CheckpointError: the Darknet program has no such network.
+        CheckpointError: Darknet has no such network.
     """
     if not isinstance(model, DarknetModel) or not model.darknet_convolutions():
         raise CheckpointError(
-            "Darknet weights need a network that the Darknet program has: yolo.encoder darknet, darknet_tiny or "
-            "darknet_cfg"
+            "Darknet weights need a network that Darknet has: yolo.backbone darknet, darknet_tiny or darknet_cfg"
         )
     return model
 
@@ -198,7 +197,7 @@ def convolution_tensors(module: nn.Module) -> list[Tensor]:
     convolution = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
     norm = next((part for part in module.modules() if isinstance(part, nn.BatchNorm2d)), None)
     if norm is None:
-        assert convolution.bias is not None, "a convolution without normalisation has a bias in the Darknet program"
+        assert convolution.bias is not None, "a convolution without batch norm has a bias in Darknet"
         return [convolution.bias, convolution.weight]
     assert norm.running_mean is not None and norm.running_var is not None
     return [norm.bias, norm.weight, norm.running_mean, norm.running_var, convolution.weight]

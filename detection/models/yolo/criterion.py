@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from detection.contract import CROWD_LABEL, PADDING_LABEL
 from detection.models.yolo.grid import Anchors, anchor_table, flatten_levels, prediction_table
 from detection.ops.boxes import box_area, pairwise_intersection
-from detection.runtime.devices import comfortable_values
+from detection.runtime.devices import max_chunk_elements
 
-MOST_PIECES = 3  # of a batch: each costs about 20 operations, and a loss has at most 300 whatever it is given
+MAX_PIECES = 3  # of a batch: each costs about 20 operations, and a loss has at most 300 whatever it is given
 
 
 class Tables(NamedTuple):
@@ -142,41 +142,41 @@ def compare_objectness(logits: Tensor, positive: Tensor, ignored: Tensor) -> Ten
 
 @torch.no_grad()
 def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Predictions that overlap some truth too well to be called background.
+    """Predictions that overlap some ground truth too well to be called background.
 
-    Against a truth the overlap is the IoU; against a crowd region it is the share of the prediction that lies inside,
+    Against a ground-truth box the overlap is the IoU; against a crowd region it is the share of the prediction that lies inside,
     as the COCO evaluator counts it.
 
     Args:
         predicted: decoded predictions (x1, y1, x2, y2) in pixels, (B, P, 4) float32.
-        boxes: truths in the same unit, (B, G, 4).
+        boxes: ground-truth boxes in the same unit, (B, G, 4).
         labels: class, -1 padding, -2 crowd, (B, G).
         threshold: overlap above which a prediction is ignored.
 
     Returns:
         (B, P) bool.
 
-    Source: YOLOv3, section 2.1; Darknet compares decoded predictions, not anchors, with the truths.
+    Source: YOLOv3, section 2.1; Darknet compares decoded predictions, not anchors, with the ground-truth boxes.
     """
     # Padding becomes an empty box, which overlaps nothing.
     boxes = boxes * (labels != PADDING_LABEL)[..., None]
     crowd = (labels == CROWD_LABEL)[:, None, :]
     areas = box_area(predicted)[:, :, None], box_area(boxes)[:, None, :]
     values = predicted.shape[1] * boxes.shape[1]  # per image
-    pieces = split_batch(values, comfortable_values(boxes.device), predicted, boxes, crowd, *areas)
+    pieces = split_batch(values, max_chunk_elements(boxes.device), predicted, boxes, crowd, *areas)
     ignored = [_overlapped(threshold, *piece) for piece in pieces]
     return ignored[0] if len(ignored) == 1 else torch.cat(ignored)
 
 
-def split_batch(values: int, most_values: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut tensors along the batch so that what is computed of a piece stays small, into at most `MOST_PIECES`.
+def split_batch(values: int, max_values: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors along the batch so that what is computed of a piece stays small, into at most `MAX_PIECES`.
 
     Args:
         values: computed per image.
-        most_values: in a piece, where that many pieces suffice.
+        max_values: in a piece, where that many pieces suffice.
     """
     images = len(tensors[0])
-    pieces = max(min(MOST_PIECES, math.ceil(images * values / most_values)), 1)
+    pieces = max(min(MAX_PIECES, math.ceil(images * values / max_values)), 1)
     size = math.ceil(images / pieces)
     return [tensors] if pieces == 1 else list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
 

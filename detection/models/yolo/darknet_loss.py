@@ -17,29 +17,31 @@ from detection.ops.boxes import (
     xyxy_to_cxcywh,
 )
 
-# e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any truth, where an overlap has no gradient anyway
+# e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any ground-truth box, where an overlap has no gradient anyway
 LARGEST_EXPONENT = 10.0
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The positive prediction of every truth; all shapes (B, G) unless stated, padding and crowd carry valid = 0."""
+    """The positive prediction of every ground-truth box; all shapes (B, G) unless stated, padding and crowd carry valid = 0."""
 
-    valid: Tensor  # bool: a real truth
+    valid: Tensor  # bool: a real ground-truth box
     index: Tensor  # int64: flat index over all predictions in the order of `anchors.flatten_levels`; 0 where not valid
     anchor: Tensor  # (B, G, 2) float32: (width, height) of the assigned anchor, pixels
     cell: Tensor  # (B, G, 2) float32: (column, row)
     stride: Tensor  # float32: pixels per cell
     scale_xy: Tensor  # float32: of the level, see `box_coder.decode_cxcywh`
-    last: Tensor  # bool: valid, and no later truth of the image has the same index; this one gives the box
-    final: Tensor  # int64: number of the last valid truth of the image with the same index; its own where not valid
+    last: Tensor  # bool: valid, and no later ground truth of the image has the same index; this one gives the box
+    final: (
+        Tensor  # int64: number of the last valid ground truth of the image with the same index; its own where not valid
+    )
 
 
 def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
-    """Give each truth the anchor, of all levels, whose shape overlaps it most, in the cell of its centre.
+    """Give each ground-truth box the anchor, of all levels, whose shape overlaps it most, in the cell of its centre.
 
     Static shapes and no host synchronisation: everything is computed for padding too and masked. Equal overlaps: the
-    first anchor, as in the Darknet program.
+    first anchor, as in Darknet.
 
     Args:
         boxes: (x1, y1, x2, y2) in pixels of the network input, (B, G, 4) float32.
@@ -56,7 +58,7 @@ def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
     valid = labels >= 0
 
     numbers = torch.arange(labels.shape[1], device=labels.device)
-    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last truth.
+    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last ground-truth box.
     key = torch.where(valid, index, -1 - numbers)
     ascending, order = key.sort(dim=-1, stable=True)
     final = order.gather(-1, torch.searchsorted(ascending, key, right=True) - 1)
@@ -73,13 +75,13 @@ def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
 
 
 class DarknetLoss(Criterion):
-    """The loss whose gradients the Darknet program computes for YOLOv3, summed per image, averaged over the batch.
+    """The loss whose gradients Darknet computes for YOLOv3, summed per image, averaged over the batch.
 
     s * BCE(xy) + s/2 * (t_wh - raw_wh)^2 + BCE(objectness) + BCE(class), s = 2 - w*h with w, h relative to the input
 
-    Truths that share an anchor and cell: the last one gives the box, the classes unite (with "cross_entropy" the last
-    one gives the class too). The order of the truths is the dataset's (area descending, then annotation id), so it
-    does not depend on the order in the annotation file. Predictions whose decoded box overlaps a truth by more than
+    Ground-truth boxes that share an anchor and cell: the last one gives the box, the classes unite (with "cross_entropy" the last
+    one gives the class too). The order of the ground-truth boxes is the dataset's (area descending, then annotation id), so it
+    does not depend on the order in the annotation file. Predictions whose decoded box overlaps a ground-truth box by more than
     `ignore_threshold` carry no objectness loss. Arguments: see `Criterion`.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; gradients of Darknet's yolo layer.
@@ -92,40 +94,38 @@ class DarknetLoss(Criterion):
         batch_size, predictions, values = raw.shape
         tables = self.tables(sizes)
 
-        truth = assign_targets(boxes, labels, tables.anchors)
-        positive_raw = raw.gather(1, truth.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
+        gt = assign_targets(boxes, labels, tables.anchors)
+        positive_raw = raw.gather(1, gt.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
 
         boxes_cxcywh = xyxy_to_cxcywh(boxes)
         # Padding has no size; 1 keeps the logarithm finite there.
-        boxes_cxcywh = torch.where(truth.valid[..., None], boxes_cxcywh, 1.0)
+        boxes_cxcywh = torch.where(gt.valid[..., None], boxes_cxcywh, 1.0)
         scale = 2 - boxes_cxcywh[..., 2:].prod(-1) / input_area  # (B, G)
-        loss_box = (scale * self.compare_boxes(positive_raw[..., :4], boxes_cxcywh, truth) * truth.last).sum()
+        loss_box = (scale * self.compare_boxes(positive_raw[..., :4], boxes_cxcywh, gt) * gt.last).sum()
 
         decoded = decode_predictions(raw.detach(), tables.predictions)
         ignored = ignored_predictions(decoded, boxes, labels, self.ignore_threshold)
-        positive = mark_positives(truth.index, truth.valid, predictions)
+        positive = mark_positives(gt.index, gt.valid, predictions)
         loss_objectness = compare_objectness(raw[..., 4], positive, ignored)
 
         class_logits = positive_raw[..., 5:]  # (B, G, C)
         classes = labels.clamp(min=0)
-        # Classes of all truths of a prediction, written to the one that counts. Not F.one_hot: to check the labels it
+        # Classes of all ground-truth boxes of a prediction, written to the one that counts. Not F.one_hot: to check the labels it
         # makes the host wait for them, except on CUDA.
-        place = truth.final * class_logits.shape[-1] + classes
+        place = gt.final * class_logits.shape[-1] + classes
         united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)
-        loss_class = (self.compare_classes(class_logits, united, classes) * truth.last).sum()
+        loss_class = (self.compare_classes(class_logits, united, classes) * gt.last).sum()
         return loss_box / batch_size, loss_objectness / batch_size, loss_class / batch_size
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, truth: Assignment) -> Tensor:
-        """The box loss of each truth and its prediction before the factor s, (B, G), finite for padding too.
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
+        """The box loss of each ground-truth box and its prediction before the factor s, (B, G), finite for padding too.
 
         Args:
             raw: the four box values of the assigned prediction, (B, G, 4).
-            boxes_cxcywh: truths in pixels of the network input, (B, G, 4).
-            truth: their assignment.
+            boxes_cxcywh: ground-truth boxes in pixels of the network input, (B, G, 4).
+            ground truth: their assignment.
         """
-        target_xy, target_wh = encode_boxes(
-            boxes_cxcywh, truth.anchor, truth.cell, truth.stride, truth.scale_xy[..., None]
-        )
+        target_xy, target_wh = encode_boxes(boxes_cxcywh, gt.anchor, gt.cell, gt.stride, gt.scale_xy[..., None])
         loss_xy = F.binary_cross_entropy_with_logits(raw[..., :2], target_xy, reduction="none").sum(-1)
         loss_wh = (target_wh - raw[..., 2:4]).square().sum(-1) / 2
         return loss_xy + loss_wh
@@ -137,8 +137,8 @@ class GIoULoss(DarknetLoss):
     Source: https://arxiv.org/abs/1902.09630
     """
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, truth: Assignment) -> Tensor:
-        return 1 - generalized_iou(decode_assigned(raw, truth), boxes_cxcywh)
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
+        return 1 - generalized_iou(decode_assigned(raw, gt), boxes_cxcywh)
 
 
 class CIoULoss(DarknetLoss):
@@ -147,11 +147,11 @@ class CIoULoss(DarknetLoss):
     Source: https://arxiv.org/abs/1911.08287
     """
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, truth: Assignment) -> Tensor:
-        return 1 - complete_iou(decode_assigned(raw, truth), boxes_cxcywh)
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
+        return 1 - complete_iou(decode_assigned(raw, gt), boxes_cxcywh)
 
 
-def decode_assigned(raw: Tensor, truth: Assignment) -> Tensor:
+def decode_assigned(raw: Tensor, gt: Assignment) -> Tensor:
     """The boxes that the assigned predictions stand for, (B, G, 4) cxcywh in pixels; differentiable, always finite."""
     bounded = torch.cat([raw[..., :2], raw[..., 2:4].clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)], dim=-1)
-    return decode_cxcywh(bounded, truth.anchor, truth.cell, truth.stride[..., None], truth.scale_xy[..., None])
+    return decode_cxcywh(bounded, gt.anchor, gt.cell, gt.stride[..., None], gt.scale_xy[..., None])

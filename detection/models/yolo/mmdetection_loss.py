@@ -19,22 +19,24 @@ from detection.models.yolo.criterion import (
 from detection.models.yolo.grid import place_in_cell
 from detection.ops.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 
-MOST_OVERLAPS = 2**27  # of truths and priors at once: 512 MiB, reached by 64 images of 512 truths
+MAX_OVERLAPS = (
+    2**27
+)  # of ground-truth boxes and priors at once: 512 MiB, reached by 64 images of 512 ground-truth boxes
 
 WEIGHT_XY, WEIGHT_WH = 2.0, 2.0
-SMALLEST = 1e-6  # targets of xy stay this far from 0 and 1; the ratio of truth and anchor is at least this
+SMALLEST = 1e-6  # targets of xy stay this far from 0 and 1; the ratio of ground truth and anchor is at least this
 
 
 @dataclass(frozen=True)
 class GridAssignment:
-    """All anchors in the cells of all truths, N = G * all anchors; where truths share a cell, a prediction is repeated.
+    """All anchors in the cells of all ground-truth boxes, N = G * all anchors; where ground-truth boxes share a cell, a prediction is repeated.
 
     Shapes (B, N) unless stated. A repeated prediction is positive at most once.
     """
 
     positive: Tensor  # bool
     index: Tensor  # int64: flat index over all predictions in the order of `anchors.flatten_levels`
-    truth: Tensor  # int64: number of the truth it learns; 0 where not positive
+    gt: Tensor  # int64: number of the ground truth it learns; 0 where not positive
     anchor: Tensor  # (B, N, 2) float32: (width, height), pixels
     cell: Tensor  # (B, N, 2) float32: (column, row)
     stride: Tensor  # float32: pixels per cell
@@ -43,12 +45,12 @@ class GridAssignment:
 
 @torch.no_grad()
 def assign_by_grid(boxes: Tensor, labels: Tensor, table: Tensor, threshold: float) -> GridAssignment:
-    """Choose among the anchors in the cells of the truths, on every level, by the IoU of their prior boxes.
+    """Choose among the anchors in the cells of the ground-truth boxes, on every level, by the IoU of their prior boxes.
 
     A prior box is the anchor in the middle of its cell. It learns, the later rule before the earlier:
-    1. the truth it overlaps most (the first of equals), if the IoU exceeds the threshold;
-    2. a truth of which it is the best prior (any of equals) with an IoU above 0; the last such truth.
-    Both look at the priors in the cells of all truths of the image, so a truth may take one in another's cell.
+    1. the ground truth it overlaps most (the first of equals), if the IoU exceeds the threshold;
+    2. a ground-truth box of which it is the best prior (any of equals) with an IoU above 0; the last such ground truth.
+    Both look at the priors in the cells of all ground-truth boxes of the image, so a ground-truth box may take one in another's cell.
 
     Static shapes and no host synchronisation. Padding and crowd regions have no part in it.
 
@@ -60,28 +62,28 @@ def assign_by_grid(boxes: Tensor, labels: Tensor, table: Tensor, threshold: floa
 
     Source: GridAssigner of https://github.com/open-mmlab/mmdetection
     """
-    batch_size, truths = labels.shape
-    shape = (batch_size, truths * len(table))  # (B, N)
+    batch_size, gt_boxes = labels.shape
+    shape = (batch_size, gt_boxes * len(table))  # (B, N)
     valid = labels >= 0
-    # Empty boxes overlap nothing; a valid truth has a size.
+    # Empty boxes overlap nothing; a valid ground truth has a size.
     boxes = boxes * valid[..., None]
     centres = xyxy_to_cxcywh(boxes)[:, :, None, :2].expand(-1, -1, len(table), -1).reshape(*shape, 2)
     available = valid[..., None].expand(-1, -1, len(table)).reshape(shape)
-    rows = table.repeat(truths, 1).expand(batch_size, -1, -1)  # (B, N, 9)
+    rows = table.repeat(gt_boxes, 1).expand(batch_size, -1, -1)  # (B, N, 9)
     index, cell = place_in_cell(centres, rows)
     anchor, stride, _, scale_xy = rows.split([2, 1, 5, 1], dim=-1)
     priors = cxcywh_to_xyxy(torch.cat([(cell + 0.5) * stride, anchor], dim=-1))  # (B, N, 4)
 
-    pieces = split_batch(truths * shape[1], MOST_OVERLAPS, boxes, priors, available)
-    best_iou, best_truth, claimed_by = (
+    pieces = split_batch(gt_boxes * shape[1], MAX_OVERLAPS, boxes, priors, available)
+    best_iou, best_gt, claimed_by = (
         torch.cat(parts) if len(parts) > 1 else parts[0]
         for parts in zip(*itertools.starmap(_compare, pieces), strict=True)
     )
     claimed = claimed_by >= 0
-    repeated = _repeated(index.view(batch_size, truths, -1), valid)
+    repeated = _repeated(index.view(batch_size, gt_boxes, -1), valid)
     positive = (claimed | (best_iou > threshold)) & ~repeated
-    truth = torch.where(positive, torch.where(claimed, claimed_by, best_truth), 0)
-    return GridAssignment(positive, index, truth, anchor, cell, stride[..., 0], scale_xy[..., 0])
+    gt = torch.where(positive, torch.where(claimed, claimed_by, best_gt), 0)
+    return GridAssignment(positive, index, gt, anchor, cell, stride[..., 0], scale_xy[..., 0])
 
 
 class MMDetectionLoss(Criterion):
@@ -90,7 +92,7 @@ class MMDetectionLoss(Criterion):
     2 * BCE(xy) + 2 * (t_wh - raw_wh)^2 + BCE(objectness) + BCE(class)
 
     Positives: see `assign_by_grid`. Negatives by the prior boxes, not by what the network predicts: those that no
-    truth overlaps by more than `ignore_threshold`, which is the threshold of positives too (MMDetection: 0.5 both).
+    ground truth overlaps by more than `ignore_threshold`, which is the threshold of positives too (MMDetection: 0.5 both).
     Arguments: see `Criterion`.
 
     Differs from MMDetection: crowd regions (priors of which more than the threshold lies inside are ignored), and a
@@ -107,8 +109,8 @@ class MMDetectionLoss(Criterion):
         grid = assign_by_grid(boxes, labels, tables.anchors, self.ignore_threshold)
         positive_raw = raw.gather(1, grid.index[..., None].expand(-1, -1, values))  # (B, N, 5 + C)
 
-        boxes_of_truths = boxes.gather(1, grid.truth[..., None].expand(-1, -1, 4))  # (B, N, 4)
-        loss_box = (self._compare_boxes(positive_raw[..., :4], boxes_of_truths, grid) * grid.positive).sum()
+        boxes_of_gt = boxes.gather(1, grid.gt[..., None].expand(-1, -1, 4))  # (B, N, 4)
+        loss_box = (self._compare_boxes(positive_raw[..., :4], boxes_of_gt, grid) * grid.positive).sum()
 
         cells, anchors, stride, _ = tables.predictions.split([2, 2, 1, 1], dim=-1)
         priors = cxcywh_to_xyxy(torch.cat([(cells + 0.5) * stride, anchors], dim=-1))  # anchors in the middle of cells
@@ -117,7 +119,7 @@ class MMDetectionLoss(Criterion):
         loss_objectness = compare_objectness(raw[..., 4], positive, ignored)
 
         class_logits = positive_raw[..., 5:]  # (B, N, C)
-        classes = labels.clamp(min=0).gather(1, grid.truth)  # (B, N)
+        classes = labels.clamp(min=0).gather(1, grid.gt)  # (B, N)
         one_hot = torch.zeros_like(class_logits).scatter_(2, classes[..., None], 1.0)
         loss_class = (self.compare_classes(class_logits, one_hot, classes) * grid.positive).sum()
         return loss_box, loss_objectness, loss_class
@@ -142,10 +144,10 @@ class MMDetectionLoss(Criterion):
 
 
 def _compare(boxes: Tensor, priors: Tensor, available: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Overlaps of truths and priors, (B, G, 4), (B, N, 4), (B, N) bool.
+    """Overlaps of ground-truth boxes and priors, (B, G, 4), (B, N, 4), (B, N) bool.
 
     Returns:
-        IoU and number of the truth that each prior overlaps most, the first of equals; number of the last truth of
+        IoU and number of the ground truth that each prior overlaps most, the first of equals; number of the last ground-truth box of
         which it is the best prior, -1 for none; each (B, N).
     """
     iou = pairwise_iou(boxes, priors).mul_(available[:, None])  # (B, G, N)
@@ -155,7 +157,7 @@ def _compare(boxes: Tensor, priors: Tensor, available: Tensor) -> tuple[Tensor, 
 
 
 def _repeated(index: Tensor, valid: Tensor) -> Tensor:
-    """Whether an earlier truth has the same cell on that level; (B, G, all anchors), (B, G) to (B, N) bool."""
+    """Whether an earlier ground truth has the same cell on that level; (B, G, all anchors), (B, G) to (B, N) bool."""
     index = index.transpose(1, 2)  # (B, all anchors, G)
     same = (index[..., :, None] == index[..., None, :]) & valid[:, None, None, :]
     return same.tril(diagonal=-1).any(dim=-1).transpose(1, 2).flatten(1)

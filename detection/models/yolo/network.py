@@ -1,4 +1,4 @@
-"""The YOLOv3 family: an encoder, a top-down neck and one head per level, however many levels the encoder has."""
+"""The YOLOv3 family: an backbone, a top-down neck and one head per level, however many levels the backbone has."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
 
 
-class Encoder(Protocol):
+class Backbone(Protocol):
     """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending by 2."""
 
     out_channels: tuple[int, ...]
@@ -25,7 +25,7 @@ class Encoder(Protocol):
 class PyramidPooling(nn.Module):
     """The map beside its maxima over 13, 9 and 5 cells; (B, C, H, W) to (B, 4 C, H, W), the widest window first.
 
-    Source: yolov3-spp.cfg of the Darknet program, whose weights depend on this order.
+    Source: yolov3-spp.cfg of Darknet, whose weights depend on this order.
     """
 
     def __init__(self) -> None:
@@ -108,14 +108,14 @@ class YOLOv3(nn.Module):
     """Images to raw predictions per level, stride ascending.
 
     Args:
-        encoder: returns maps, stride ascending, and declares out_channels, strides, pixel_mean and pixel_std.
+        backbone: returns maps, stride ascending, and declares out_channels, strides, pixel_mean and pixel_std.
         neck_channels: width of the neck per level, from the coarsest stride to the finest (512, 256, 128 in the paper;
             256, 128 in YOLOv3-tiny): of the lateral convolution into the level, of its neck stage, and half that of
             its head.
         anchors_per_level: stride ascending.
         num_classes: C.
         objectness_prior: objectness the untrained network predicts.
-        batch_norm_momentum: of every batch normalisation, the encoder's too.
+        batch_norm_momentum: of every batch norm, the backbone's too.
         neck_stage: what makes the family's member: `yolov3_stage`, `spp_stage` or `tiny_stage`.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
@@ -123,7 +123,7 @@ class YOLOv3(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        backbone: Backbone,
         neck_channels: Sequence[int],
         anchors_per_level: Sequence[int],
         num_classes: int,
@@ -132,15 +132,15 @@ class YOLOv3(nn.Module):
         neck_stage: NeckStage = yolov3_stage,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.backbone = backbone
         self.num_classes = num_classes
-        self.strides = tuple(encoder.strides)
+        self.strides = tuple(backbone.strides)
         self.neck = nn.ModuleList()
         self.laterals = nn.ModuleList()
         self.heads = nn.ModuleList()
         carried = 0  # channels handed down from the coarser level
         for width, channels, num_anchors in zip(
-            neck_channels, reversed(encoder.out_channels), reversed(anchors_per_level), strict=True
+            neck_channels, reversed(backbone.out_channels), reversed(anchors_per_level), strict=True
         ):
             stage = neck_stage(carried + channels, width, not self.neck)
             stage_channels = width if len(stage) else carried + channels
@@ -157,8 +157,8 @@ class YOLOv3(nn.Module):
                 module.momentum = batch_norm_momentum
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(encoder.pixel_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(encoder.pixel_std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(backbone.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(backbone.pixel_std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Args:
@@ -178,7 +178,7 @@ class YOLOv3(nn.Module):
 
         outputs: list[Tensor] = []
         carried: Tensor | None = None
-        for level, features in enumerate(reversed(self.encoder(images))):
+        for level, features in enumerate(reversed(self.backbone(images))):
             if carried is not None:
                 upsampled = F.interpolate(self.laterals[level - 1](carried), scale_factor=2.0, mode="nearest")
                 features = torch.cat([upsampled, features], dim=1)
@@ -187,14 +187,14 @@ class YOLOv3(nn.Module):
         return outputs[::-1]
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions in the order of the Darknet program's .cfg, in which its files store them.
+        """Convolutions in the order of Darknet's .cfg, in which its files store them.
 
-        The encoder; then from the coarsest level to the finest its neck, its head and the lateral to the next level.
-        Empty where the program has no such encoder.
+        The backbone; then from the coarsest level to the finest its neck, its head and the lateral to the next level.
+        Empty where the program has no such backbone.
         """
-        if not isinstance(self.encoder, Darknet53 | DarknetTiny):
+        if not isinstance(self.backbone, Darknet53 | DarknetTiny):
             return []
-        found: list[nn.Module] = [*self.encoder.darknet_convolutions()]
+        found: list[nn.Module] = [*self.backbone.darknet_convolutions()]
         for level, (stage, head) in enumerate(zip(self.neck, self.heads, strict=True)):
             found += list_convolutions(stage) + list_convolutions(head)
             if level < len(self.laterals):

@@ -1,4 +1,4 @@
-"""Raw outputs -> detections: scores, class-wise non-maximum suppression, back to the original image."""
+"""Raw outputs -> detections: scores, class-wise NMS, back to the original image."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from detection.models.yolo.box_coder import decode_boxes
 from detection.models.yolo.grid import Anchors, flatten_levels
-from detection.ops.nms import suppress
-from detection.runtime.devices import suppression_device
+from detection.ops.nms import grouped_nms
+from detection.runtime.devices import nms_device
 
 SCORES_AT_A_TIME = 2**24  # of predictions times classes: 64 MiB for each of the few arrays that decoding makes
 
@@ -18,14 +18,14 @@ class YOLOPostprocess(nn.Module):
     """Boxes, scores and labels of each image from the raw outputs of all levels.
 
     Every class of a prediction whose score, objectness * class probability, exceeds the confidence threshold is a
-    candidate (multi-label); non-maximum suppression runs per class; then the best `max_detections` per class are kept,
+    candidate (multi-label); NMS runs per class; then the best `max_detections` per class are kept,
     which is all the COCO metric looks at.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
         strides: pixels per cell, per level.
         confidence_threshold: of the score.
-        iou_threshold: of the suppression.
+        iou_threshold: of the NMS.
         max_detections: per image and class; None: all.
         class_loss: "cross_entropy" makes the class probability a softmax.
         objectness_threshold: predictions with no more objectness than this are no candidates.
@@ -68,13 +68,13 @@ class YOLOPostprocess(nn.Module):
 
         Returns:
             Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first;
-            on `devices.suppression_device`.
+            on `devices.nms_device`.
         """
         scores_per_image = sum(level[0, ..., 5:].numel() for level in outputs)
         images_at_a_time = max(SCORES_AT_A_TIME // max(scores_per_image, 1), 1)
         found = []
         for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
-            boxes, scores = (values.to(suppression_device(values.device)) for values in self.decode(images))
+            boxes, scores = (values.to(nms_device(values.device)) for values in self.decode(images))
             # The host waits for a device as often for many images as for one; on the CPU one by one needs less memory.
             together = len(boxes) if boxes.is_cuda else 1
             for some in zip(boxes.split(together), scores.split(together), strict=True):
@@ -104,7 +104,7 @@ class YOLOPostprocess(nn.Module):
         num_images, num_classes = len(scores), scores.shape[2]
         boxes, scores = boxes[image, prediction], scores[image, prediction, label]
         group = image * num_classes + label
-        kept = suppress(boxes, scores, group, self.iou_threshold, self.max_detections)
+        kept = grouped_nms(boxes, scores, group, self.iou_threshold, self.max_detections)
         kept = kept[scores[kept].argsort(descending=True, stable=True)]  # of equals the lower class first
         kept = kept[image[kept].argsort(stable=True)]
         counts = image[kept].bincount(minlength=num_images).tolist()

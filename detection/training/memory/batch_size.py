@@ -15,7 +15,7 @@ from detection.errors import DeviceMemoryError, SettingsError, known_failure
 from detection.runtime.devices import synchronize
 from detection.runtime.distributed import Ranks
 from detection.training.memory.estimate import estimate_memory
-from detection.training.moving_average import ExponentialAverage
+from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
 
@@ -76,7 +76,7 @@ def find_batch_size(
         if has_room(detector, settings, fitting[-1], autocast, scaler(), one.available):
             break
         fitting.pop()
-    number = -ranks.agree(lambda: -fitting[-1] if fitting else 0)()
+    number = -ranks.all_reduce_max_async(lambda: -fitting[-1] if fitting else 0)()
     if not number:
         raise DeviceMemoryError(
             f"train.batch_size=auto: not even one image of {size} px fits into {one.available / 2**30:.1f} GiB of free "
@@ -111,7 +111,7 @@ def has_room(
     try:
         model = copy.deepcopy(detector.model).train()
         optimizer = build_optimizer(model, train)
-        average = ExponentialAverage(model, train.ema_decay, 0) if train.ema_decay else None
+        average = ExponentialMovingAverage(model, train.ema_decay, 0) if train.ema_decay else None
         for step in range(2):
             train_step(
                 model,

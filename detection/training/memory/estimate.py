@@ -22,7 +22,7 @@ FLOAT32 = 4  # bytes
 class MemoryEstimate:
     """Bytes that one training process needs on its device at the largest input size."""
 
-    state: int  # weights, gradients, optimizer, moving average
+    state: int  # weights, gradients, optimizer, EMA
     once: int  # kept for the backward pass, whatever the number of images
     per_image: float  # kept for each image of a micro-batch
     batch_size: int
@@ -68,7 +68,7 @@ def estimate_memory(
     coarsest = cast(tuple[int, ...], model.strides)[-1]
     sides = [coarsest * math.ceil(side / coarsest) for side in PROBE_SIDES]
     was_training = [(module, module.training) for module in model.modules()]
-    model.eval()  # normalisations keep their statistics; the same tensors are kept for the backward pass
+    model.eval()  # batch-norm layers keep their statistics; the same tensors are kept for the backward pass
     try:
         small, large = (_kept_bytes(model, criterion, side, autocast, device) for side in sides)
     finally:

@@ -136,13 +136,13 @@ def test_one_warp_is_nearer_to_the_picture_than_two_samplings(default_settings: 
         placed = Placed(image, 0, 26, 208, 156)
         augmentation.affine.set_random_state(np.random.default_rng(index), random.Random(index))
         matrix = augmentation.affine.get_params_dependent_on_data({"shape": (208, 208, 3)}, {})["bbox_matrix"]
-        truth = reference_warp(image, matrix @ placed.matrix(), 208, data.fill)
+        gt = reference_warp(image, matrix @ placed.matrix(), 208, data.fill)
         once = warp_placed(placed, matrix, 208, data.fill)
         letterboxed = letterbox_image(image, 208, True, data.fill, cv2.INTER_LINEAR)[0]
         still = Placed(letterboxed, 0, 0, 208, 208).matrix() @ matrix
         still[:2, 2] += still[:2, :2] @ (0.5, 0.5) - 0.5
         twice = cv2.warpAffine(letterboxed, still[:2], (208, 208), borderValue=data.fill)
-        errors.append([np.sqrt(((result - truth) ** 2).mean()) for result in (once, twice)])
+        errors.append([np.sqrt(((result - gt) ** 2).mean()) for result in (once, twice)])
     once_error, twice_error = np.mean(errors, axis=0)
     assert once_error < twice_error
 

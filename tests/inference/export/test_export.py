@@ -21,8 +21,8 @@ from detection.config.loading import changed_settings
 from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
-from detection.inference.export.onnx_export import SUPPRESSION, OnnxOptions, describe
-from detection.inference.onnx_model import read_description
+from detection.inference.export.onnx_export import NMS_TEMPLATE, OnnxOptions, describe
+from detection.inference.onnx_model import read_cfg
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
@@ -152,7 +152,7 @@ def test_darknet_export_describes_the_size_it_was_asked_for(
     assert first == second and any(row["detections"] for row in first)
 
 
-def test_backbone_export_ends_after_the_encoder(run: Run, files: Path, tmp_path: Path) -> None:
+def test_backbone_export_ends_after_the_backbone(run: Run, files: Path, tmp_path: Path) -> None:
     result = run("export.py", *weights_of(files), "--format", "backbone", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     # 3 convolutions of 3 x 3: biases, scales, means, variances and kernels behind a header of 20 bytes
@@ -217,7 +217,7 @@ def iou(one: np.ndarray, other: np.ndarray) -> float:
     return shared / (sum(areas) - shared)
 
 
-def slow_suppression(
+def slow_nms(
     boxes: np.ndarray, scores: np.ndarray, confidence: float, iou_threshold: float, most: int
 ) -> set[tuple[int, int]]:
     """(prediction, class) that are left of one image's boxes (P, 4) and scores (P, C)."""
@@ -255,8 +255,8 @@ def test_final_detections_are_those_of_a_slow_loop(
     assert (np.diff(found_scores) <= 0).all() and labels.dtype == image_index.dtype == np.int64
     limited = 0
     for image in range(3):
-        kept = slow_suppression(boxes[image], scores[image], 0.1, 0.3, 6)
-        limited += len(slow_suppression(boxes[image], scores[image], 0.1, 0.3, 10_000)) > len(kept)
+        kept = slow_nms(boxes[image], scores[image], 0.1, 0.3, 6)
+        limited += len(slow_nms(boxes[image], scores[image], 0.1, 0.3, 10_000)) > len(kept)
         rows = image_index == image
         assert rows.sum() == len(kept) > 0
         for box, score, label in zip(found_boxes[rows], found_scores[rows], labels[rows], strict=True):
@@ -267,9 +267,9 @@ def test_final_detections_are_those_of_a_slow_loop(
     assert limited, "the limit per class should matter in these images"
 
 
-def test_suppression_alone_by_hand() -> None:
+def test_nms_alone_by_hand() -> None:
     """Two images, two classes; IoU of the first two boxes 0.8, of the third with both 0."""
-    text = SUPPRESSION.format(ir_version=10, opset=18, confidence=0.25, iou=0.5, most=1)
+    text = NMS_TEMPLATE.format(ir_version=10, opset=18, confidence=0.25, iou=0.5, most=1)
     session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
     boxes = np.float32([[[0, 0, 10, 10], [0, 0, 8, 10], [20, 0, 30, 10]]] * 2)
     scores = np.zeros((2, 3, 2), np.float32)
@@ -329,7 +329,7 @@ def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> N
     source = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
     for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
         description = describe(opened, OnnxOptions(outputs="raw", half=True))
-        assert read_description(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
+        assert read_cfg(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
         assert description.anchors == (((10, 12), (30, 28)), ((60, 50),)) and description.scale_xy == (1.1, 1.0)
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
@@ -358,7 +358,7 @@ def test_validation_gives_the_numbers_of_the_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["off", "auto"])
-def test_real_detector_keeps_its_ap50_with_suppression_inside(
+def test_real_detector_keeps_its_ap50_with_nms_inside(
     run: Run, shared_data: Callable[[str], Path], shared_weights: Callable[[str], Path], tmp_path: Path, precision: str
 ) -> None:
     name = "yolo-fastest-1.1"
@@ -472,7 +472,7 @@ def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any])
     from detection.models import build_model
     from detection.models.pretrained import load_pretrained
 
-    yolo_settings = default_settings("yolo.encoder=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
+    yolo_settings = default_settings("yolo.backbone=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
     with pytest.raises(CheckpointError, match="cannot be trained"):
         load_pretrained(build_model(yolo_settings, 2), yolo_settings)
 

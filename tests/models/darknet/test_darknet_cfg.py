@@ -105,7 +105,7 @@ def test_the_first_of_two_equal_keys_counts() -> None:
     """As in the program, which searches its list from the front."""
     text = write_cfg(GOOD).replace("filters=4\n", "filters=4\nfilters=7\n", 1)
     network = DarknetNetwork(parse_cfg(text), 1)
-    assert network.encoder[0][0].out_channels == 4
+    assert network.backbone[0][0].out_channels == 4
 
 
 def test_comma_at_the_end_of_a_list() -> None:
@@ -277,7 +277,7 @@ def test_refused_keys_of_net_and_yolo() -> None:
     assert_refused(write_cfg([("net", {"width": 32, "height": 32, "time_steps": 4}), *GOOD[1:]]), -1, "time_steps = 4")
     assert_refused(changed(3, map="9k.map"), 3, "map = 9k.map")
     assert_refused(changed(0, dontload=1), 0, "dontload = 1")
-    for kind in ("greedynms", "diounms"):  # suppression is the evaluation's
+    for kind in ("greedynms", "diounms"):  # NMS is the evaluation's
         DarknetNetwork(parse_cfg(changed(3, nms_kind=kind)), 1)
 
 

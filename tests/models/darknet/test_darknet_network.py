@@ -22,7 +22,7 @@ from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import convolution_tensors, load_darknet_weights
 from detection.models.yolo.box_coder import decode_boxes
-from detection.training.optimizer import set_encoder_frozen
+from detection.training.optimizer import set_backbone_frozen
 from tests.support.darknet_descriptions import (
     COCO_ANCHORS_V4,
     TINY_ANCHORS,
@@ -169,13 +169,13 @@ def test_activations_at_their_bends() -> None:
     points = np.array([-30.0, -6, -3.5, -3, -2.5, -2, -1, -0.1, 0, 0.1, 1, 2.9, 3, 3.5, 5.9, 6, 6.1, 30])
     for name, formula in reference.ACTIVATIONS.items():
         text = single_level(conv(4, 1, 1, name))
-        layer = DarknetNetwork(parse_cfg(text), 2).encoder[0][2:]
+        layer = DarknetNetwork(parse_cfg(text), 2).backbone[0][2:]
         found = layer(torch.tensor(points, dtype=torch.float32)).double().numpy()
         np.testing.assert_allclose(found, formula(points), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("variance", [1e-10, 1e-6, 1e-4])
-def test_both_normalisations_at_small_variances(variance: float, tmp_path: Path) -> None:
+def test_both_batch_norms_at_small_variances(variance: float, tmp_path: Path) -> None:
     """Where sqrt(v + 1e-5) and sqrt(v) + 1e-6 differ much; the latter by the setting yolo.batch_norm."""
     text = single_level(conv(4, 3, 2))
     path = tmp_path / "small.weights"
@@ -187,7 +187,7 @@ def test_both_normalisations_at_small_variances(variance: float, tmp_path: Path)
     for setting in ("standard", "darknet"):
         model = build(text, tmp_path, f"yolo.batch_norm={setting}").model.eval()
         load_darknet_weights(model, path)
-        assert isinstance(model.encoder[0][1], DarknetBatchNorm2d) == (setting == "darknet")
+        assert isinstance(model.backbone[0][1], DarknetBatchNorm2d) == (setting == "darknet")
         assert_equals_reference(model, text, values, setting == "darknet")
 
 
@@ -267,7 +267,7 @@ def test_published_levels() -> None:
         ((30, 61), (62, 45), (59, 119)),
         ((116, 90), (156, 198), (373, 326)),
     )
-    assert len(network.encoder) == 75  # Darknet-53: 52 convolutions and 23 shortcuts
+    assert len(network.backbone) == 75  # Darknet-53: 52 convolutions and 23 shortcuts
     network = on_meta(yolov4())
     assert network.strides == (8, 16, 32) and network.scales_xy == (1.2, 1.1, 1.05)
     anchors = np.array([float(value) for value in COCO_ANCHORS_V4.split(",")]).reshape(3, 3, 2)
@@ -397,13 +397,13 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
 def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Detector:
     path = directory / "network.cfg"
     path.write_text(text)
-    words = ("yolo.encoder=darknet_cfg", f"yolo.cfg={path}", *words)
+    words = ("yolo.backbone=darknet_cfg", f"yolo.cfg={path}", *words)
     settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
     return build_detector(settings.yolo, settings.evaluation, num_classes)
 
 
 def test_contract(tmp_path: Path) -> None:
-    """Model, criterion and postprocess: a loss with a gradient everywhere, detections, no image without truths."""
+    """Model, criterion and postprocess: a loss with a gradient everywhere, detections, no image without ground-truth boxes."""
     torch.manual_seed(0)
     detector = build(CASES["two levels, coarse first"], tmp_path, num_classes=3)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
@@ -441,32 +441,32 @@ def test_untrained_objectness_is_the_prior(tmp_path: Path) -> None:
             assert level[..., 5:].sigmoid().mean().item() == pytest.approx(1 / 3, rel=0.1)
 
 
-def test_settings_reach_the_normalisations(tmp_path: Path) -> None:
+def test_settings_reach_the_batch_norms(tmp_path: Path) -> None:
     model = build(yolov4_tiny(64), tmp_path, "yolo.batch_norm_momentum=0.03", num_classes=80).model
     momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert momenta == [0.03] * 19  # all but the two output convolutions
 
 
-def test_encoder_can_be_frozen(tmp_path: Path) -> None:
-    """Up to the last shortcut before the first output; the rest learns, the encoder's statistics stay."""
+def test_backbone_can_be_frozen(tmp_path: Path) -> None:
+    """Up to the last shortcut before the first output; the rest learns, the backbone's statistics stay."""
     layers = (*DOWN, conv(8, 3), shortcut(-2), conv(8, 3, 2), conv(8, 3))
     model = build(single_level(*layers), tmp_path).model.train()
-    assert len(model.encoder) == 4 and len(model.decoder) == 4
-    set_encoder_frozen(model, frozen=True)
+    assert len(model.backbone) == 4 and len(model.decoder) == 4
+    set_backbone_frozen(model, frozen=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model(torch.rand(2, 3, 32, 32))[0].square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == name.startswith("encoder."), name
+        assert (parameter.grad is None) == name.startswith("backbone."), name
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed and all(key.startswith("decoder.") for key in changed)
-    set_encoder_frozen(model, frozen=False)
+    set_backbone_frozen(model, frozen=False)
     model(torch.rand(2, 3, 32, 32))[0].square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_encoder_without_shortcuts_ends_at_the_coarsest_map() -> None:
+def test_backbone_without_shortcuts_ends_at_the_coarsest_map() -> None:
     """YOLOv3-tiny: the fifth pooling, layer 9, is the last that lowers the resolution."""
-    assert len(on_meta(yolov3_tiny()).encoder) == 10
+    assert len(on_meta(yolov3_tiny()).backbone) == 10
 
 
 # new_coords: inference only
@@ -522,7 +522,7 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
 def test_training_with_new_coords_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
     path.write_text(NEW_COORDS.replace("height=24", "height=16"))
-    words = ["data.fake=true", "yolo.num_classes=2", "yolo.encoder=darknet_cfg", f"yolo.cfg={path}"]
+    words = ["data.fake=true", "yolo.num_classes=2", "yolo.backbone=darknet_cfg", f"yolo.cfg={path}"]
     words += ["train.image_size=16", "evaluation.image_size=16", "run.device=cpu", "--dry-run"]
     result = subprocess.run(
         [sys.executable, REPOSITORY / "yolo-v3" / "main.py", *words],

@@ -87,7 +87,7 @@ def hand_made(version: tuple[int, int, int] = (0, 2, 5), seen: int = 1234, wide:
 
 
 def assert_hand_made(network: DarknetNetwork) -> None:
-    convolution, norm, _ = network.encoder[0]
+    convolution, norm, _ = network.backbone[0]
     assert norm.bias.tolist() == [1, 2]
     assert norm.weight.tolist() == [3, 4]
     assert norm.running_mean.tolist() == [5, 6]
@@ -382,7 +382,7 @@ def test_well_known_files_name_the_command_that_fetches_them(name: str, tmp_path
 
 def test_networks_that_darknet_does_not_have(tmp_path: Path) -> None:
     for model in (nn.Conv2d(3, 3, 1), nn.Sequential()):
-        with pytest.raises(CheckpointError, match=r"yolo\.encoder"):
+        with pytest.raises(CheckpointError, match=r"yolo\.backbone"):
             as_darknet(model)
         with pytest.raises(CheckpointError):
             load_darknet_weights(model, tmp_path / "gone")

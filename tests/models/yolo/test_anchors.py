@@ -20,7 +20,7 @@ from detection.visualization.anchor_clustering import (
 )
 
 CPU = torch.device("cpu")
-# yolov3.cfg of the Darknet program
+# yolov3.cfg of Darknet
 COCO_ANCHORS = [(10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326)]
 
 # Grid and order

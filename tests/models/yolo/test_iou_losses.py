@@ -1,6 +1,6 @@
 """`GIoULoss` and `CIoULoss` against plain Python floats: values, and central differences for the box gradients.
 
-Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive with its (last) truth, s = 2 - w * h;
+Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive with its (last) ground truth, s = 2 - w * h;
 objectness and classes are Darknet's.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolo.darknet_loss import LARGEST_EXPONENT
-from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, responsible, truths_of
+from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, gt_boxes_of, responsible
 from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
 
 Place = tuple[int, int, int, int]
@@ -27,10 +27,10 @@ CASES: list[tuple[Any, ...]] = [  # arguments of `Case`
 ]
 
 
-def last_truths(case: Case) -> Iterator[tuple[int, Place, list[float]]]:
+def last_gt(case: Case) -> Iterator[tuple[int, Place, list[float]]]:
     """(image, place, box) of every positive."""
     for image in range(len(case.boxes)):
-        last = {responsible(case, box): box for box, label in truths_of(case, image) if label >= 0}
+        last = {responsible(case, box): box for box, label in gt_boxes_of(case, image) if label >= 0}
         for place, box in last.items():
             yield image, place, box
 
@@ -41,10 +41,10 @@ def to_cxcywh(box: list[float]) -> list[float]:
 
 def slow_box_loss(case: Case, raw: list[float], place: Place, box: list[float], alpha: float | None = None) -> float:
     _, s = box_targets(case, box)
-    predicted, truth = to_cxcywh(decode(case, raw, *place)), to_cxcywh(box)
+    predicted, gt = to_cxcywh(decode(case, raw, *place)), to_cxcywh(box)
     if case.loss == "giou":
-        return s * (1 - slow_generalized_iou(predicted, truth))
-    return s * (1 - slow_complete_iou(predicted, truth, alpha))
+        return s * (1 - slow_generalized_iou(predicted, gt))
+    return s * (1 - slow_complete_iou(predicted, gt, alpha))
 
 
 def slow_gradients(case: Case) -> list[Tensor]:
@@ -52,11 +52,11 @@ def slow_gradients(case: Case) -> list[Tensor]:
     gradients = [-delta for delta in darknet_deltas(case)]
     for gradient in gradients:
         gradient[..., :4] = 0
-    for image, place, box in last_truths(case):
+    for image, place, box in last_gt(case):
         level, *position = place
         raw = case.outputs[level][(image, *position)].tolist()
-        predicted, truth = to_cxcywh(decode(case, raw, *place)), to_cxcywh(box)
-        v, (intersection, union, _, _) = slow_v(predicted, truth), slow_overlap_and_hull(predicted, truth)
+        predicted, gt = to_cxcywh(decode(case, raw, *place)), to_cxcywh(box)
+        v, (intersection, union, _, _) = slow_v(predicted, gt), slow_overlap_and_hull(predicted, gt)
         alpha = v / (1 - intersection / union + v)
         for number in range(4):
             losses = []
@@ -75,7 +75,7 @@ def test_gradients_and_values_against_loop(arguments: tuple[Any, ...], loss: str
     for gradient, expected in zip(gradients, slow_gradients(case), strict=True):
         torch.testing.assert_close(gradient.double(), expected, atol=3e-5, rtol=1e-4)
     total = 0.0
-    for image, place, box in last_truths(case):
+    for image, place, box in last_gt(case):
         level, *position = place
         total += slow_box_loss(case, case.outputs[level][(image, *position)].tolist(), place, box)
     assert losses["loss_box"].item() == pytest.approx(total / len(case.boxes), rel=1e-5)
@@ -87,12 +87,12 @@ def test_cases_contain_every_kind_of_overlap() -> None:
     kinds = {"apart": 0, "overlapping": 0, "one inside the other": 0}
     for arguments in CASES:
         case = Case(*arguments)
-        for image, place, box in last_truths(case):
+        for image, place, box in last_gt(case):
             level, *position = place
             predicted = to_cxcywh(decode(case, case.outputs[level][(image, *position)].tolist(), *place))
-            truth = to_cxcywh(box)
-            intersection, *_ = slow_overlap_and_hull(predicted, truth)
-            smaller = min(predicted[2] * predicted[3], truth[2] * truth[3])
+            gt = to_cxcywh(box)
+            intersection, *_ = slow_overlap_and_hull(predicted, gt)
+            smaller = min(predicted[2] * predicted[3], gt[2] * gt[3])
             inside = intersection == pytest.approx(smaller)
             kinds["one inside the other" if inside else "overlapping" if intersection else "apart"] += 1
     assert min(kinds.values()) >= 1 and kinds["overlapping"] > 30, kinds
@@ -100,7 +100,7 @@ def test_cases_contain_every_kind_of_overlap() -> None:
 
 @pytest.mark.parametrize("loss", ["giou", "ciou"])
 def test_exact_prediction_has_no_box_loss(loss: str) -> None:
-    """One cell of 32, anchor and truth 16 x 16 in its middle, raw 0."""
+    """One cell of 32, anchor and ground truth 16 x 16 in its middle, raw 0."""
     case = Case("two levels", 2, [0], 0, loss=loss)
     case.anchors, case.strides = [[(16, 16)]], [32]
     output = torch.zeros(1, 1, 1, 1, 7, requires_grad=True)
@@ -111,8 +111,8 @@ def test_exact_prediction_has_no_box_loss(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["giou", "ciou"])
-def test_one_truth_by_hand(loss: str) -> None:
-    """Truth 8 x 16 inside the predicted 16 x 16: IoU 1/2, hull = union; s = 2 - 128 / 1024."""
+def test_one_ground_truth_by_hand(loss: str) -> None:
+    """Ground truth 8 x 16 inside the predicted 16 x 16: IoU 1/2, hull = union; s = 2 - 128 / 1024."""
     case = Case("two levels", 2, [0], 0, loss=loss)
     case.anchors, case.strides = [[(16, 16)]], [32]
     targets = {"boxes": torch.tensor([[[12.0, 8, 20, 24]]]), "labels": torch.tensor([[0]])}

@@ -23,10 +23,10 @@ from tests.support.loss_cases import (
     cross_entropy_of_bit,
     darknet_deltas,
     decode,
+    gt_boxes_of,
     is_ignored,
     overlap,
     responsible,
-    truths_of,
 )
 
 
@@ -35,7 +35,7 @@ def slow_losses(case: Case) -> dict[str, float]:
     for image in range(len(case.boxes)):
         last_box: dict[tuple[int, int, int, int], list[float]] = {}
         classes: dict[tuple[int, int, int, int], set[int]] = {}
-        for box, label in truths_of(case, image):
+        for box, label in gt_boxes_of(case, image):
             if label >= 0:
                 last_box[responsible(case, box)] = box
                 classes.setdefault(responsible(case, box), set()).add(label)
@@ -89,13 +89,13 @@ def met_rules(case: Case) -> Counter[str]:
     met: Counter[str] = Counter()
     deltas = darknet_deltas(case)
     for image in range(len(case.boxes)):
-        truths = truths_of(case, image)
-        met["empty image"] += not truths
-        met["crowd"] += sum(label == -2 for _, label in truths)
-        met["first class"] += sum(label == 0 for _, label in truths)
-        met["last class"] += sum(label == case.num_classes - 1 for _, label in truths)
+        gt_boxes = gt_boxes_of(case, image)
+        met["empty image"] += not gt_boxes
+        met["crowd"] += sum(label == -2 for _, label in gt_boxes)
+        met["first class"] += sum(label == 0 for _, label in gt_boxes)
+        met["last class"] += sum(label == case.num_classes - 1 for _, label in gt_boxes)
         places: dict[tuple[int, int, int, int], list[int]] = {}
-        for box, label in truths:
+        for box, label in gt_boxes:
             if label >= 0:
                 places.setdefault(responsible(case, box), []).append(label)
         for labels in places.values():
@@ -108,7 +108,7 @@ def met_rules(case: Case) -> Counter[str]:
             if is_ignored(case, image, predicted):
                 met["ignored and positive" if place in places else "ignored"] += 1
                 met["ignored for a crowd region only"] += not any(
-                    overlap(predicted, box, False) > case.threshold for box, _ in truths
+                    overlap(predicted, box, False) > case.threshold for box, _ in gt_boxes
                 )
     met["levels with a positive"] += sum(int((delta[..., 2] != 0).any()) for delta in deltas)
     return met
@@ -119,7 +119,7 @@ def test_cases_contain_every_rule() -> None:
     met: Counter[str] = Counter()
     for arguments in CASES:
         met += met_rules(Case(*arguments))
-    for rule, least in {
+    for rule, minimum in {
         "empty image": 2,
         "crowd": 5,
         "first class": 5,
@@ -131,7 +131,7 @@ def test_cases_contain_every_rule() -> None:
         "ignored for a crowd region only": 3,
         "levels with a positive": 18,
     }.items():
-        assert met[rule] >= least, f"{rule}: {met[rule]}"
+        assert met[rule] >= minimum, f"{rule}: {met[rule]}"
 
 
 @pytest.mark.parametrize(("arguments", "levels"), [(PUBLISHED[0], 3), (PUBLISHED[1], 2)])
@@ -143,7 +143,7 @@ def test_published_anchors_meet_every_rule(arguments: tuple[Any, ...], levels: i
 
 
 @pytest.mark.parametrize("layout", ["full", "tiny"])
-def test_three_truths_of_three_classes_in_one_prediction(layout: str) -> None:
+def test_three_gt_boxes_of_three_classes_in_one_prediction(layout: str) -> None:
     """The last gives the box, all three classes unite; a fourth shares the cell but not the anchor."""
     case = Case(layout, 5, [2, 0], seed=20, size=LARGE)
     centre = torch.tensor([103.0, 71.0])
@@ -161,14 +161,14 @@ def test_three_truths_of_three_classes_in_one_prediction(layout: str) -> None:
 # By hand
 
 
-def one_cell(truths: list[list[float]], labels: list[int], classes: int, **arguments: Any) -> dict[str, float]:
+def one_cell(gt_boxes: list[list[float]], labels: list[int], classes: int, **arguments: Any) -> dict[str, float]:
     """The losses of raw 0 everywhere: a 32 x 32 input, one cell, one anchor of 16 x 16."""
     criterion = DarknetLoss([[(16, 16)]], [32], 0.7, **arguments)
-    targets = {"boxes": torch.tensor([truths]), "labels": torch.tensor([labels])}
+    targets = {"boxes": torch.tensor([gt_boxes]), "labels": torch.tensor([labels])}
     return {name: loss.item() for name, loss in criterion([torch.zeros(1, 1, 1, 1, 5 + classes)], targets).items()}
 
 
-def test_one_truth_by_hand() -> None:
+def test_one_ground_truth_by_hand() -> None:
     # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
     # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness, 3 for the classes.
     losses = one_cell([[8.0, 8, 24, 24]], [1], classes=3)
@@ -183,13 +183,13 @@ def test_size_term_by_hand() -> None:
 
 
 def test_objectness_by_hand() -> None:
-    """No truth: BCE against 0. A truth that the prediction fits exactly stays positive although above the threshold."""
+    """No ground-truth box: BCE against 0. A ground-truth box that the prediction fits exactly stays positive although above the threshold."""
     assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
     assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
 
 
 def class_gradient(labels: list[int], classes: int) -> list[float]:
-    """d loss_class / d class logits at logit 0 of truths that all share one prediction."""
+    """d loss_class / d class logits at logit 0 of ground-truth boxes that all share one prediction."""
     output = torch.zeros(1, 1, 1, 1, 5 + classes, requires_grad=True)
     boxes = torch.tensor([[[8.0, 8, 24, 24]] * len(labels)])
     losses = DarknetLoss([[(16, 16)]], [32], 0.7)([output], {"boxes": boxes, "labels": torch.tensor([labels])})
@@ -199,7 +199,7 @@ def class_gradient(labels: list[int], classes: int) -> list[float]:
 
 
 def test_classes_of_a_shared_prediction_unite() -> None:
-    """sigmoid(0) - target: 1/2 for classes that no truth has, -1/2 once for each that one or more have."""
+    """sigmoid(0) - target: 1/2 for classes that no ground-truth box has, -1/2 once for each that one or more have."""
     assert class_gradient([1], 4) == [0.5, -0.5, 0.5, 0.5]
     assert class_gradient([1, 3], 4) == class_gradient([3, 1], 4) == [0.5, -0.5, 0.5, -0.5]
     assert class_gradient([2, 2, 2], 4) == [0.5, 0.5, -0.5, 0.5]
@@ -207,7 +207,7 @@ def test_classes_of_a_shared_prediction_unite() -> None:
     assert class_gradient([-1, -2], 4) == [0, 0, 0, 0]
 
 
-def test_last_of_shared_truths_gives_the_box() -> None:
+def test_last_of_shared_gt_boxes_gives_the_box() -> None:
     first, last = [8.0, 8, 24, 24], [4.0, 10, 28, 22]  # both centres and shapes belong to the only prediction
     for labels in ([0, 0], [0, 1]):
         both, alone = one_cell([first, last], labels, classes=2), one_cell([last], [0], classes=2)
@@ -219,7 +219,7 @@ def test_last_of_shared_truths_gives_the_box() -> None:
 def test_crowd_region_excuses_background_only() -> None:
     """Three 16 x 16 cells in a row, raw 0: boxes of 8 x 8 in the middle of each; the region covers the first two."""
     criterion = DarknetLoss([[(8, 8)]], [16], 0.7)
-    region, truth = [0.0, 0, 32, 16], [20.0, 4, 28, 12]
+    region, gt = [0.0, 0, 32, 16], [20.0, 4, 28, 12]
     output = torch.zeros(1, 1, 1, 3, 6, requires_grad=True)
     losses = criterion([output], {"boxes": torch.tensor([[region]]), "labels": torch.tensor([[-2]])})
     assert losses["loss_box"] == 0 and losses["loss_class"] == 0
@@ -228,9 +228,9 @@ def test_crowd_region_excuses_background_only() -> None:
     assert output.grad[0, 0, 0, :, 4].tolist() == [0, 0, 0.5]
 
     output.grad = None
-    losses = criterion([output], {"boxes": torch.tensor([[region, truth]]), "labels": torch.tensor([[-2, 0]])})
+    losses = criterion([output], {"boxes": torch.tensor([[region, gt]]), "labels": torch.tensor([[-2, 0]])})
     losses["loss_objectness"].backward()
-    assert output.grad[0, 0, 0, :, 4].tolist() == [0, -0.5, 0.5]  # a truth inside the region is learned
+    assert output.grad[0, 0, 0, :, 4].tolist() == [0, -0.5, 0.5]  # a ground-truth box inside the region is learned
 
 
 # Special targets
@@ -256,7 +256,7 @@ def test_batch_without_target_rows(rows_of_targets: int, loss: str) -> None:
     assert case.criterion()(case.outputs, targets) == expected
 
 
-def test_truths_on_the_border() -> None:
+def test_gt_boxes_on_the_border() -> None:
     """Centres on the right and lower border and in the corner belong to the last cell, with target share 1."""
     case = Case("three levels", 3, [5, 5], seed=8)
     case.boxes[0, 0] = torch.tensor([WIDTH - 2.0, 20, WIDTH + 2, 25])
@@ -270,7 +270,7 @@ def test_truths_on_the_border() -> None:
 
 
 @pytest.mark.parametrize(("layout", "counts"), [("three levels", [160]), ("two levels", [3, 190])])
-def test_very_many_truths(layout: str, counts: list[int]) -> None:
+def test_very_many_gt_boxes(layout: str, counts: list[int]) -> None:
     assert_matches_darknet(Case(layout, 5, counts, seed=9))
 
 
@@ -280,7 +280,7 @@ def test_padding_changes_nothing(loss: str) -> None:
     case = Case("three levels", 4, [6, 9], seed=10, loss=loss)
     expected = case.criterion()(case.outputs, case.targets())
     garbage = torch.rand(2, 40, 4, generator=case.generator) * 60
-    garbage[:, 20:] = case.boxes[:, :1]  # copies of a truth
+    garbage[:, 20:] = case.boxes[:, :1]  # copies of a ground-truth box
     targets = {
         "boxes": torch.cat([case.boxes, garbage], dim=1),
         "labels": torch.cat([case.labels, torch.full((2, 40), -1)], dim=1),
@@ -289,7 +289,7 @@ def test_padding_changes_nothing(loss: str) -> None:
         torch.testing.assert_close(loss, expected[name])
 
 
-def test_order_of_truths_that_share_nothing_does_not_matter() -> None:
+def test_order_of_gt_boxes_that_share_nothing_does_not_matter() -> None:
     case = Case("three levels", 4, [0, 0], seed=11)
     centres = torch.tensor([[12.0, 12], [44, 12], [76, 12], [12, 50], [44, 50], [76, 50]])  # more than a cell apart
     sizes = torch.tensor([[4.0, 5], [12, 24], [24, 18], [13, 9], [6, 12], [22, 26]])
@@ -383,7 +383,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit: float, loss: str
     if (
         logit == 1e4 and loss != "mmdetection"
     ):  # every background prediction costs log(1 + e^1e4) = 1e4, as none is ignored
-        positives = {(i, responsible(case, box)) for i in range(3) for box, label in truths_of(case, i) if label >= 0}
+        positives = {(i, responsible(case, box)) for i in range(3) for box, label in gt_boxes_of(case, i) if label >= 0}
         background = 3 * len(all_predictions(case)) - len(positives)
         assert losses["loss_objectness"].item() == pytest.approx(background * 1e4 / 3, rel=1e-5)
 
@@ -420,7 +420,7 @@ def test_trace_sees_what_waits() -> None:
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
 @pytest.mark.parametrize("rows_of_targets", [32, 160])
 def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: str) -> None:
-    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 truths per image."""
+    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 ground-truth boxes per image."""
     case = Case("three levels", 4, [30, 30], seed=16, loss=loss)
     criterion = case.criterion(class_loss=class_loss)
     criterion(case.outputs, case.targets())  # the first call at a size makes its table
@@ -447,7 +447,7 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}
     for whole_batch, comfortable in ((True, 2**40), (False, 1)):  # as on a machine where the batch is cut into pieces
-        monkeypatch.setattr(target_assignment, "comfortable_values", lambda device, most=comfortable: most)
+        monkeypatch.setattr(target_assignment, "max_chunk_elements", lambda device, most=comfortable: most)
         for batch_size, rows, boxes_per_image in ((2, 32, 7), (2, 32, 30), (2, 128, 93), (64, 128, 93)):
             outputs = [torch.randn(batch_size, 3, side, side, 8).bfloat16() for side in (12, 6, 3)]
             corner = torch.rand(batch_size, rows, 2) * 60
@@ -464,12 +464,12 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
 
 
 def test_cross_entropy_against_torch() -> None:
-    """Softmax cross-entropy of each truth that gives its prediction's box; crowd and padding count nothing."""
+    """Softmax cross-entropy of each ground-truth box that gives its prediction's box; crowd and padding count nothing."""
     case = Case("three levels", 5, [7, 0, 13], seed=17)
     losses = case.criterion(class_loss="cross_entropy")(case.outputs, case.targets())
     expected = 0.0
     for image in range(3):
-        last = {responsible(case, box): label for box, label in truths_of(case, image) if label >= 0}
+        last = {responsible(case, box): label for box, label in gt_boxes_of(case, image) if label >= 0}
         for (level, anchor, row, column), label in last.items():
             logits = case.outputs[level][image, anchor, row, column, 5:]
             expected += F.cross_entropy(logits, torch.tensor(label)).item()
@@ -479,7 +479,7 @@ def test_cross_entropy_against_torch() -> None:
 
 
 def test_cross_entropy_by_hand() -> None:
-    """Equal logits: log of the number of classes. Shared prediction: once, for the last truth."""
+    """Equal logits: log of the number of classes. Shared prediction: once, for the last ground-truth box."""
     box = [8.0, 8, 24, 24]
     arguments = {"classes": 4, "class_loss": "cross_entropy"}
     assert one_cell([box], [2], **arguments)["loss_class"] == pytest.approx(math.log(4))
@@ -488,7 +488,7 @@ def test_cross_entropy_by_hand() -> None:
     output[..., 5:] = torch.tensor([1.0, 2, 3, 4])
     targets = {"boxes": torch.tensor([[box, box]]), "labels": torch.tensor([[3, 0]])}
     loss = DarknetLoss([[(16, 16)]], [32], 0.7, "cross_entropy")([output], targets)["loss_class"]
-    # the last truth has class 0: log(e^1 + e^2 + e^3 + e^4) - 1
+    # the last ground-truth box has class 0: log(e^1 + e^2 + e^3 + e^4) - 1
     assert loss.item() == pytest.approx(math.log(sum(math.exp(value) for value in (1, 2, 3, 4))) - 1)
 
 
@@ -524,7 +524,7 @@ def test_scale_xy_changes_the_target_of_the_centre_by_hand() -> None:
 
 
 def test_every_level_has_its_own_scale() -> None:
-    """Each truth's gradient is that of a criterion with its level's scale everywhere."""
+    """Each ground-truth box's gradient is that of a criterion with its level's scale everywhere."""
     case = Case("three levels", 2, [20, 20], seed=22)
     scales = [1.05, 1.1, 1.2]
     outputs = [output.clone().requires_grad_() for output in case.outputs]

@@ -1,9 +1,9 @@
 """`MMDetectionLoss` and its assignment against plain loops over all prior boxes, from the rules of the original:
 
 every prior box (the anchor in the middle of its cell) of an image is
-    negative where no truth overlaps it by an IoU above the threshold,
-    positive, among those in a cell (of its level) that holds the centre of some truth, for the truth it overlaps
-        most if that IoU exceeds the threshold; then truth after truth takes those that it overlaps most, ties too,
+    negative where no ground-truth box overlaps it by an IoU above the threshold,
+    positive, among those in a cell (of its level) that holds the centre of some ground truth, for the ground truth it overlaps
+        most if that IoU exceeds the threshold; then ground truth after ground truth takes those that it overlaps most, ties too,
     ignored otherwise.
 d loss / d logit: sigmoid - target for objectness and classes, 2 * (sigmoid - target) for xy, 4 * (raw - target) for wh.
 A crowd region (ours): priors of which more than the threshold lies inside are not negative.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detection.models.yolo import mmdetection_loss as grid_assignment
 from detection.models.yolo.mmdetection_loss import MMDetectionLoss, assign_by_grid
-from tests.support.loss_cases import Case, all_predictions, cross_entropy_of_bit, overlap, sigmoid, truths_of
+from tests.support.loss_cases import Case, all_predictions, cross_entropy_of_bit, gt_boxes_of, overlap, sigmoid
 
 Place = tuple[int, int, int, int]
 LARGE = (224, 160)
@@ -53,13 +53,13 @@ def cell_of(case: Case, box: list[float], level: int) -> tuple[int, int]:
 
 
 def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[dict[Place, int], set[Place]]:
-    """The truth (its number among the rows of targets) of each positive, and the negatives."""
+    """The ground truth (its number among the rows of targets) of each positive, and the negatives."""
     met = Counter() if met is None else met
     boxes, labels = case.boxes[image].tolist(), case.labels[image].tolist()
-    truths = [number for number, label in enumerate(labels) if label >= 0]
+    gt_boxes = [number for number, label in enumerate(labels) if label >= 0]
     crowds = [number for number, label in enumerate(labels) if label == -2]
     iou = {
-        place: {number: overlap(prior_box(case, place), boxes[number], False) for number in truths}
+        place: {number: overlap(prior_box(case, place), boxes[number], False) for number in gt_boxes}
         for place in all_predictions(case)
     }
     negatives = {
@@ -71,16 +71,16 @@ def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[
     available = [
         (level, anchor, row, column)
         for level, anchor, row, column in iou
-        if any(cell_of(case, boxes[number], level) == (row, column) for number in truths)
+        if any(cell_of(case, boxes[number], level) == (row, column) for number in gt_boxes)
     ]
     positives: dict[Place, int] = {}
     for place in available:
-        number = max(truths, key=lambda number: iou[place][number])  # the first of equals
+        number = max(gt_boxes, key=lambda number: iou[place][number])  # the first of equals
         if iou[place][number] > case.threshold:
             positives[place] = number
             met["above the threshold"] += 1
     met["above the threshold, not the best"] += len(positives)
-    for number in truths:
+    for number in gt_boxes:
         best = max(iou[place][number] for place in available)
         for place in available:
             if best > 0 and iou[place][number] == best:
@@ -91,8 +91,8 @@ def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[
     met["in another's cell"] += sum(
         cell_of(case, boxes[number], place[0]) != place[2:] for place, number in positives.items()
     )
-    met["several for one truth"] += len(positives) - len(set(positives.values()))
-    met["truth without a prior"] += len(truths) - len(set(positives.values()))
+    met["several for one ground-truth box"] += len(positives) - len(set(positives.values()))
+    met["ground truth without a prior"] += len(gt_boxes) - len(set(positives.values()))
     met["ignored"] += sum(place not in negatives and place not in positives for place in iou)
     met["several levels"] += len({place[0] for place in positives}) > 1
     return positives, negatives - set(positives)
@@ -156,11 +156,11 @@ def test_cases_contain_every_rule() -> None:
     for arguments in CASES:
         case = make_case(arguments)
         for image in range(len(case.boxes)):
-            truths = truths_of(case, image)
-            met["empty image"] += not truths
-            met["crowd"] += sum(label == -2 for _, label in truths)
+            gt_boxes = gt_boxes_of(case, image)
+            met["empty image"] += not gt_boxes
+            met["crowd"] += sum(label == -2 for _, label in gt_boxes)
             slow_grid(case, image, met)
-    for rule, least in {
+    for rule, minimum in {
         "empty image": 4,
         "crowd": 5,
         "above the threshold": 40,
@@ -168,18 +168,18 @@ def test_cases_contain_every_rule() -> None:
         "best below the threshold": 20,
         "overridden": 5,
         "in another's cell": 5,
-        "several for one truth": 20,
-        "truth without a prior": 5,
+        "several for one ground-truth box": 20,
+        "ground truth without a prior": 5,
         "ignored": 100,
         "several levels": 8,
     }.items():
-        assert met[rule] >= least, f"{rule}: {met[rule]}"
+        assert met[rule] >= minimum, f"{rule}: {met[rule]}"
 
 
 @pytest.mark.parametrize("counts", [[84], [3, 133]])
-def test_many_truths_all_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+def test_many_gt_boxes_all_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
-    monkeypatch.setattr(grid_assignment, "MOST_OVERLAPS", 1)
+    monkeypatch.setattr(grid_assignment, "MAX_OVERLAPS", 1)
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
 
 
@@ -196,17 +196,19 @@ def test_centres_on_the_border_belong_to_the_last_cell() -> None:
 # By hand
 
 
-def two_cells(truths: list[list[float]], labels: list[int], threshold: float = 0.5) -> tuple[dict[str, Tensor], Tensor]:
+def two_cells(
+    gt_boxes: list[list[float]], labels: list[int], threshold: float = 0.5
+) -> tuple[dict[str, Tensor], Tensor]:
     """Losses and gradients of raw 0 in two cells of 16 in a row, anchors 12 x 12 and 6 x 6, three classes."""
     output = torch.zeros(1, 2, 1, 2, 8, requires_grad=True)
     criterion = MMDetectionLoss([[(12, 12), (6, 6)]], [16], threshold)
-    losses = criterion([output], {"boxes": torch.tensor([truths]), "labels": torch.tensor([labels])})
+    losses = criterion([output], {"boxes": torch.tensor([gt_boxes]), "labels": torch.tensor([labels])})
     torch.stack(list(losses.values())).sum().backward()
     assert output.grad is not None
     return losses, output.grad[0, :, 0]  # (anchor, column, 8)
 
 
-def test_one_truth_by_hand() -> None:
+def test_one_ground_truth_by_hand() -> None:
     # 12 x 9 in the middle of the first cell: IoU 108 / 144 = 3/4 with the large prior, 36 / 108 = 1/3 with the small
     losses, gradient = two_cells([[2.0, 3.5, 14, 12.5]], [2])
     log_2, t_h = math.log(2), math.log(9 / 12)
@@ -223,26 +225,26 @@ BETWEEN = [9.9, 2.0, 21.9, 14.0]
 
 
 def test_ignored_prior_by_hand() -> None:
-    """A prior that the truth overlaps by more than the threshold, in a cell without a centre."""
+    """A prior that the ground truth overlaps by more than the threshold, in a cell without a centre."""
     _, gradient = two_cells([BETWEEN], [0], threshold=0.15)
     assert gradient[:, :, 4].tolist() == [[-0.5, 0], [0.5, 0.5]]
 
 
-def test_truth_may_take_a_prior_in_the_cell_of_another() -> None:
+def test_ground_truth_may_take_a_prior_in_the_cell_of_another() -> None:
     """As the original does. 4 x 4 in the second cell: IoU 16 / 144 with its large prior, 16 / 36 with its small one."""
     _, gradient = two_cells([BETWEEN, [22.0, 6, 26, 10]], [0, 1], threshold=0.15)
     assert gradient[:, :, 4].tolist() == [[-0.5, -0.5], [0.5, -0.5]]
-    assert gradient[0, 1, 5:].tolist() == [-0.5, 0.5, 0.5]  # the second large prior learns the first truth
+    assert gradient[0, 1, 5:].tolist() == [-0.5, 0.5, 0.5]  # the second large prior learns the first ground-truth box
     assert gradient[1, 1, 5:].tolist() == [0.5, -0.5, 0.5]
     # its centre is left of that cell: target 0 (1e-6), gradient 2 * (1/2 - 0)
     assert gradient[0, 1, 0].item() == pytest.approx(1, abs=1e-5)
 
 
-def test_later_truth_overrides_and_gives_its_class() -> None:
-    """Two truths whose best prior is the same: the last one takes it, whatever it overlaps more."""
+def test_later_ground_truth_overrides_and_gives_its_class() -> None:
+    """Two ground-truth boxes whose best prior is the same: the last one takes it, whatever it overlaps more."""
     exact, loose = [2.0, 2, 14, 14], [2.0, 2, 14, 13]
-    for truths, labels, expected in [([exact, loose], [0, 1], 1), ([loose, exact], [2, 0], 0)]:
-        losses, gradient = two_cells(truths, labels)
+    for gt_boxes, labels, expected in [([exact, loose], [0, 1], 1), ([loose, exact], [2, 0], 0)]:
+        losses, gradient = two_cells(gt_boxes, labels)
         assert gradient[0, 0, 5:].tolist() == [-0.5 if number == expected else 0.5 for number in range(3)]
         assert losses["loss_class"].item() == pytest.approx(3 * math.log(2))  # counted once
     t_h = math.log(11 / 12)
@@ -276,7 +278,7 @@ def test_cross_entropy_against_torch() -> None:
     assert losses["loss_class"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_assignment_names_the_truths_and_repeats_no_positive() -> None:
+def test_assignment_names_the_gt_boxes_and_repeats_no_positive() -> None:
     """What the loss reads from the assignment, place by place."""
     case = make_case(("three levels", 4, [6, 0, 25], 10, 0.5))
     grid = assign_by_grid(
@@ -292,7 +294,7 @@ def test_assignment_names_the_truths_and_repeats_no_positive() -> None:
         for slot in grid.positive[image].nonzero().flatten().tolist():
             place = flat[grid.index[image, slot].item()]
             assert place not in found
-            found[place] = grid.truth[image, slot].item()
+            found[place] = grid.gt[image, slot].item()
             level, anchor, row, column = place
             assert tuple(grid.anchor[image, slot].tolist()) == case.anchors[level][anchor]
             assert grid.cell[image, slot].tolist() == [column, row]

@@ -82,7 +82,7 @@ def assert_equals_oracle(found: dict[str, Tensor], expected: list[tuple[float, i
 def test_detections_against_loop(
     classes: int, confidence: float, iou_threshold: float, most: int, class_loss: str
 ) -> None:
-    """Multi-label, suppression within a class only, at most so many per class, score descending."""
+    """Multi-label, NMS within a class only, at most so many per class, score descending."""
     outputs = random_outputs(2, classes, seed=classes)
     postprocess = build(
         confidence_threshold=confidence, iou_threshold=iou_threshold, max_detections=most, class_loss=class_loss

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolo import darknet_loss as target_assignment
-from detection.models.yolo.criterion import MOST_PIECES, ignored_predictions, split_batch
+from detection.models.yolo.criterion import MAX_PIECES, ignored_predictions, split_batch
 from detection.models.yolo.darknet_loss import assign_targets
 from detection.models.yolo.grid import anchor_table
 
@@ -84,17 +84,17 @@ def test_anchor_table_by_hand() -> None:
 
 def test_assignment_against_loop() -> None:
     boxes, labels = random_targets(3, 40, seed=0)
-    truth = assign_targets(boxes, labels, TABLE)
+    gt = assign_targets(boxes, labels, TABLE)
     levels = set()
     for image in range(3):
         for number, box in enumerate(boxes[image].tolist()):
             expected = slow_assignment(box)
-            assert truth.index[image, number] == expected["index"]
-            assert truth.anchor[image, number].tolist() == expected["anchor"]
-            assert truth.cell[image, number].tolist() == expected["cell"]
-            assert truth.stride[image, number] == expected["stride"]
+            assert gt.index[image, number] == expected["index"]
+            assert gt.anchor[image, number].tolist() == expected["anchor"]
+            assert gt.cell[image, number].tolist() == expected["cell"]
+            assert gt.stride[image, number] == expected["stride"]
             levels.add(expected["level"])
-    assert truth.valid.all()
+    assert gt.valid.all()
     assert levels == {0, 1, 2}  # the random boxes exercise every level
 
 
@@ -104,20 +104,20 @@ def test_best_anchor_is_sought_over_all_levels() -> None:
     # stride 16: 12 x 24: 96 / (240 + 288 - 96) = 0.22;  25 x 18: 72 / 618 = 0.12
     # stride 32: 46 x 36: 144 / 1752 = 0.08;  62 x 40: 160 / 2560 = 0.06;  80 x 60: 240 / 4800 = 0.05
     boxes = torch.tensor([[[50.0, 2.0, 54.0, 62.0]]])
-    truth = assign_targets(boxes, torch.tensor([[0]]), TABLE)
-    assert truth.anchor.tolist() == [[[12, 24]]]
+    gt = assign_targets(boxes, torch.tensor([[0]]), TABLE)
+    assert gt.anchor.tolist() == [[[12, 24]]]
     # level 1 begins at 8 * 12 * 3 = 288; centre (52, 32) / 16: column 3, row 2; (2 * 6 + 3) * 2 anchors + 0
-    assert truth.cell.tolist() == [[[3, 2]]]
-    assert truth.index.tolist() == [[288 + 30]]
+    assert gt.cell.tolist() == [[[3, 2]]]
+    assert gt.index.tolist() == [[288 + 30]]
 
 
 def test_centre_on_the_border_belongs_to_the_last_cell() -> None:
     """Boxes without the inner half: centres exactly on the right, the lower, and both borders of the input."""
     boxes = torch.tensor([[[94.0, 10, 98, 15], [10, 61.5, 14, 66.5], [94, 61.5, 98, 66.5], [-2, -2.5, 2, 2.5]]])
-    truth = assign_targets(boxes, torch.zeros(1, 4, dtype=torch.long), TABLE)
+    gt = assign_targets(boxes, torch.zeros(1, 4, dtype=torch.long), TABLE)
     # all are 4 x 5, the first anchor of stride 8: columns 0..11, rows 0..7
-    assert truth.cell.tolist() == [[[11, 1], [1, 7], [11, 7], [0, 0]]]
-    assert truth.index.tolist() == [[(1 * 12 + 11) * 3, (7 * 12 + 1) * 3, (7 * 12 + 11) * 3, 0]]
+    assert gt.cell.tolist() == [[[11, 1], [1, 7], [11, 7], [0, 0]]]
+    assert gt.index.tolist() == [[(1 * 12 + 11) * 3, (7 * 12 + 1) * 3, (7 * 12 + 11) * 3, 0]]
 
 
 def test_centre_on_a_cell_boundary_belongs_to_the_next_cell() -> None:
@@ -131,34 +131,34 @@ def test_equal_overlaps_take_the_first_anchor() -> None:
     table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)], [1, 1])
     # square: 15 * 10 shared with each; wide and tall: equal to one anchor of each level
     boxes = torch.tensor([[[0.0, 0, 15, 15], [0, 0, 20, 10], [0, 0, 10, 20]]])
-    truth = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
-    assert truth.stride.tolist() == [[8, 8, 8]]
-    assert truth.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
+    gt = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
+    assert gt.stride.tolist() == [[8, 8, 8]]
+    assert gt.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
 
 
 def test_padding_and_crowd_are_never_assigned() -> None:
-    """Labels decide: a padding row may hold any box, even a copy of a truth."""
+    """Labels decide: a padding row may hold any box, even a copy of a ground-truth box."""
     boxes, labels = random_targets(1, 6, seed=1)
     boxes[0, 1] = boxes[0, 0]
     boxes[0, 3] = boxes[0, 2]
     labels[0, 1], labels[0, 3] = -1, -2
-    truth = assign_targets(boxes, labels, TABLE)
-    assert truth.valid.tolist() == [[True, False, True, False, True, True]]
-    assert not truth.last[0, [1, 3]].any() and truth.last[0, [0, 2]].all()
-    assert truth.final[0, :4].tolist() == [0, 1, 2, 3]
-    assert truth.index[0, [1, 3]].tolist() == [0, 0]
+    gt = assign_targets(boxes, labels, TABLE)
+    assert gt.valid.tolist() == [[True, False, True, False, True, True]]
+    assert not gt.last[0, [1, 3]].any() and gt.last[0, [0, 2]].all()
+    assert gt.final[0, :4].tolist() == [0, 1, 2, 3]
+    assert gt.index[0, [1, 3]].tolist() == [0, 0]
 
 
 def test_padding_and_crowd_do_not_share_prediction_0() -> None:
-    """Their index is 0; a truth that really has index 0 (4 x 5 in the first cell) is alone with it all the same."""
+    """Their index is 0; a ground-truth box that really has index 0 (4 x 5 in the first cell) is alone with it all the same."""
     boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
-    truth = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
-    assert truth.index.tolist() == [[0, 0, 0]]
-    assert truth.last.tolist() == [[True, False, False]]
-    assert truth.final.tolist() == [[0, 1, 2]]
+    gt = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
+    assert gt.index.tolist() == [[0, 0, 0]]
+    assert gt.last.tolist() == [[True, False, False]]
+    assert gt.final.tolist() == [[0, 1, 2]]
 
 
-def test_padding_does_not_change_the_truths() -> None:
+def test_padding_does_not_change_the_gt_boxes() -> None:
     boxes, labels = random_targets(2, 5, seed=2)
     garbage, padding = random_targets(2, 7, seed=3)
     alone = assign_targets(boxes, labels, TABLE)
@@ -168,46 +168,46 @@ def test_padding_does_not_change_the_truths() -> None:
     assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any()
 
 
-def test_two_truths_in_one_cell_the_last_gives_the_box() -> None:
+def test_two_gt_boxes_in_one_cell_the_last_gives_the_box() -> None:
     first, second = [20.0, 20, 24, 25], [20.5, 20, 24.5, 25]  # anchor 4 x 5, centres in column 2, row 2 of stride 8
     elsewhere, other_anchor = [60.0, 20, 64, 25], [19.0, 16, 25, 28]  # 6 x 12, same cell as the first
     boxes = torch.tensor([[first, elsewhere, other_anchor, second]])
-    truth = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
-    assert truth.last.tolist() == [[False, True, True, True]]
-    assert truth.final.tolist() == [[3, 1, 2, 3]]
+    gt = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
+    assert gt.last.tolist() == [[False, True, True, True]]
+    assert gt.final.tolist() == [[3, 1, 2, 3]]
 
 
 def test_last_and_final_against_loop() -> None:
-    """Eighty truths drawn around a few places: many share a prediction, also three and more."""
+    """Eighty ground-truth boxes drawn around a few places: many share a prediction, also three and more."""
     generator = torch.Generator().manual_seed(4)
     places, _ = random_targets(2, 12, seed=5)
     boxes = places[:, torch.randint(0, 12, (80,), generator=generator)]
     labels = torch.randint(-2, 3, (2, 80), generator=generator)
-    truth = assign_targets(boxes, labels, TABLE)
+    gt = assign_targets(boxes, labels, TABLE)
     shared = 0
     for image in range(2):
-        index = truth.index[image].tolist()
+        index = gt.index[image].tolist()
         valid = [label >= 0 for label in labels[image].tolist()]
         for i in range(80):
             later = [j for j in range(i + 1, 80) if valid[j] and index[j] == index[i]]
-            assert truth.last[image, i].item() == (valid[i] and not later)
+            assert gt.last[image, i].item() == (valid[i] and not later)
             shared += bool(later)
-            assert truth.final[image, i] == (later[-1] if valid[i] and later else i)
+            assert gt.final[image, i] == (later[-1] if valid[i] and later else i)
     assert shared > 20
 
 
 def test_images_do_not_mix() -> None:
     """The same prediction in two images of a batch is not shared."""
     boxes = torch.tensor([[[20.0, 20, 24, 25]], [[20.0, 20, 24, 25]]])
-    truth = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
-    assert truth.last.all() and truth.index[0] == truth.index[1]
+    gt = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
+    assert gt.last.all() and gt.index[0] == gt.index[1]
 
 
 @pytest.mark.parametrize("labels", [[-1] * 6, [0, -1, -2, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
 def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
     boxes, _ = random_targets(2, 6, seed=6)
-    truth = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
-    shapes = {name: tuple(value.shape) for name, value in vars(truth).items()}
+    gt = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
+    shapes = {name: tuple(value.shape) for name, value in vars(gt).items()}
     assert shapes == {
         "valid": (2, 6),
         "index": (2, 6),
@@ -218,13 +218,13 @@ def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
         "last": (2, 6),
         "final": (2, 6),
     }
-    assert truth.valid.dtype == truth.last.dtype == torch.bool
-    assert truth.index.dtype == truth.final.dtype == torch.int64
+    assert gt.valid.dtype == gt.last.dtype == torch.bool
+    assert gt.index.dtype == gt.final.dtype == torch.int64
 
 
 def test_assignment_of_no_rows() -> None:
-    truth = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
-    assert truth.index.shape == truth.final.shape == (2, 0)
+    gt = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
+    assert gt.index.shape == gt.final.shape == (2, 0)
 
 
 # Ignored predictions
@@ -265,8 +265,8 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("count", [1, 9, 150])
 @pytest.mark.parametrize("at_once", [10**9, 1])
 def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
-    """Truths, crowd regions and padding in turn; the whole batch at once and in pieces."""
-    monkeypatch.setattr(target_assignment, "comfortable_values", lambda device: at_once)
+    """Ground-truth boxes, crowd regions and padding in turn; the whole batch at once and in pieces."""
+    monkeypatch.setattr(target_assignment, "max_chunk_elements", lambda device: at_once)
     boxes, labels = random_targets(4, count, seed=7)
     labels[:, 1::5] = -1
     labels[:, 3::5] = -2
@@ -278,7 +278,7 @@ def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, thres
 
 
 @pytest.mark.parametrize(
-    ("images", "most_values", "sizes"),
+    ("images", "max_values", "sizes"),
     [
         (8, 80, [8]),  # 10 values per image: all at once
         (8, 79, [4, 4]),
@@ -287,18 +287,18 @@ def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, thres
         (0, 1, [0]),
     ],
 )
-def test_pieces_of_a_batch(images: int, most_values: int, sizes: list[int]) -> None:
+def test_pieces_of_a_batch(images: int, max_values: int, sizes: list[int]) -> None:
     rows = torch.arange(images)
-    pieces = split_batch(10, most_values, rows, rows * 2)
-    assert [len(piece[0]) for piece in pieces] == sizes and len(pieces) <= MOST_PIECES
+    pieces = split_batch(10, max_values, rows, rows * 2)
+    assert [len(piece[0]) for piece in pieces] == sizes and len(pieces) <= MAX_PIECES
     assert torch.equal(torch.cat([first for first, _ in pieces]), rows)
     assert all(torch.equal(first * 2, second) for first, second in pieces)
 
 
 @pytest.mark.parametrize("position", [0, 63, 137])
 @pytest.mark.parametrize("label", [0, -2])
-def test_the_only_truth_may_stand_anywhere(position: int, label: int) -> None:
-    """A truth or crowd region counts wherever it stands, with padding around it."""
+def test_the_only_ground_truth_may_stand_anywhere(position: int, label: int) -> None:
+    """A ground-truth box or crowd region counts wherever it stands, with padding around it."""
     boxes, labels = torch.zeros(1, 138, 4), torch.full((1, 138), -1)
     boxes[0, position], labels[0, position] = torch.tensor([10.0, 10, 30, 30]), label
     predicted = torch.tensor([[[10.0, 10, 30, 28], [12.0, 12, 20, 20], [50.0, 10, 70, 28]]])
@@ -307,7 +307,7 @@ def test_the_only_truth_may_stand_anywhere(position: int, label: int) -> None:
 
 
 def test_crowd_counts_the_share_inside_by_hand() -> None:
-    """A small prediction inside a large crowd region is ignored, inside a large truth it is not."""
+    """A small prediction inside a large crowd region is ignored, inside a large ground truth it is not."""
     region = torch.tensor([[[0.0, 0, 90, 60]]])
     predicted = torch.tensor(
         [
@@ -320,9 +320,9 @@ def test_crowd_counts_the_share_inside_by_hand() -> None:
             ]
         ]
     )
-    crowd, truth = torch.tensor([[-2]]), torch.tensor([[3]])
+    crowd, gt = torch.tensor([[-2]]), torch.tensor([[3]])
     assert ignored_predictions(predicted, region, crowd, 0.7).tolist() == [[True, True, False, True, False]]
-    assert ignored_predictions(predicted, region, truth, 0.7).tolist() == [[False, False, False, True, False]]
+    assert ignored_predictions(predicted, region, gt, 0.7).tolist() == [[False, False, False, True, False]]
 
 
 def test_threshold_is_exclusive() -> None:
