@@ -121,7 +121,7 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
 @pytest.mark.guard(
     "detection.models.yolo.darknet_loss:DarknetLoss.compute_losses",
     "loss_box / batch_size",
-    "loss_box / ground truth.valid.sum()",
+    "loss_box / gt.valid.sum()",
 )
 def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
     settings = default_settings("yolo.backbone=darknet_cfg", f"yolo.cfg={network(tmp_path, 2)}")
