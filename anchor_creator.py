@@ -160,11 +160,11 @@ def parse_arguments() -> argparse.Namespace:
 def describe_network(settings: Settings) -> Network:
     """Anchors and strides without building the network, but for a Darknet description, which alone knows its own."""
     yolo = settings.yolo
-    if yolo.backbone != DARKNET_CFG:
+    if model.backbone != DARKNET_CFG:
         strides = tuple(SIZE_MULTIPLE >> level for level in reversed(range(len(yolo.anchors))))
         return Network(yolo.anchors, strides, SIZE_MULTIPLE, None)
-    assert yolo.cfg is not None, "checked by the settings"
-    sections = parse_cfg(yolo.cfg)
+    assert model.cfg is not None, "checked by the settings"
+    sections = parse_cfg(model.cfg)
     levels = sorted(build_layers(sections)[2], key=lambda level: level.stride)
     classes = sections[levels[0].layer + 1].integer("classes", 20)
     multiple = DarknetNetwork(sections, classes).size_multiple

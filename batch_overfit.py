@@ -2,7 +2,7 @@
 
 python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
 python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
-python batch_overfit.py yolo.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
+python batch_overfit.py model.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
 
 Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
 average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
@@ -88,13 +88,13 @@ def main() -> None:
     detector = build_detector(settings.yolo, settings.evaluation, len(names))
     check_image_size(detector.model, "train.image_size", settings.train.image_size)
     if detector.criterion is None:
-        raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+        raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
     for line in [*notices, *load_pretrained(detector.model, settings.yolo)]:
         print(line)
     detector = detector.to(device, settings.run.channels_last)
     overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
     boxes = len(dataset.annotations.labels)
-    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.yolo.backbone}")
+    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.model.backbone}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
 def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
     """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
     size = settings.train.image_size
-    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.yolo.num_classes)
+    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.model.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     with_boxes = np.unique(image_of_box[~annotations.crowd])

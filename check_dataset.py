@@ -184,8 +184,8 @@ def check_files(sources: list[Source], settings: Settings, findings: Findings) -
         compare_categories(found["training"], found["validation"], findings)
     if "training" in found:
         names = found["training"].categories.names
-        if settings.yolo.num_classes not in (None, len(names)):
-            findings.add("wrong_class_count", "training", [f"{len(names)}, not {settings.yolo.num_classes}"])
+        if settings.model.num_classes not in (None, len(names)):
+            findings.add("wrong_class_count", "training", [f"{len(names)}, not {settings.model.num_classes}"])
     return found
 
 

@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="instead of --weights: two or more, side by side")
     add("--confidence", nargs="+", default=[], metavar="C", help="confidence thresholds, compared in one pass")
-    add("--score", metavar="NAME", help="product (default) or objectness: the setting evaluation.score")
+    add("--score", metavar="NAME", help="product (default) or objectness: the setting yolo.score")
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
     if arguments.score is not None:
-        arguments.settings.append(f"evaluation.score={arguments.score}")
+        arguments.settings.append(f"yolo.score={arguments.score}")
     arguments.compare = [Path(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")

@@ -58,7 +58,7 @@ def main() -> None:
     dataset = open_dataset(settings, arguments.split)
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = None
-    if arguments.targets or (settings.train.resize_frequency and settings.yolo.cfg is not None):
+    if arguments.targets or (settings.train.resize_frequency and settings.model.cfg is not None):
         detector = open_detector(settings, arguments.split, len(names))
     positions = positions_of_step(settings, dataset, arguments.split, arguments.step, detector)
     if arguments.transform:
@@ -119,7 +119,7 @@ def open_dataset(settings: Settings, split: str) -> DetectionDataset:
     sizes = settings.train.image_size, settings.evaluation.image_size
     if split == "val" and not settings.data.fake:
         return build_validation_dataset(settings.data, sizes[1], None)
-    seed, num_classes = settings.run.seed, settings.yolo.num_classes
+    seed, num_classes = settings.run.seed, settings.model.num_classes
     if split == "val":
         return build_datasets(settings.data, *sizes, seed, num_classes)[1]
     return build_training_dataset(settings.data, sizes[0], seed, num_classes)
@@ -133,7 +133,7 @@ def open_detector(settings: Settings, split: str, num_classes: int) -> Detector:
     if split == "val":
         check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
     if detector.criterion is None:
-        raise SettingsError("yolo.cfg: a network with new_coords = 1 learns nothing here and has no targets")
+        raise SettingsError("model.cfg: a network with new_coords = 1 learns nothing here and has no targets")
     return detector
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={arguments.backbone}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={arguments.backbone}"])
     detector = build_detector(settings.yolo, settings.evaluation, CLASSES).to(device, channels_last=True)
     check_image_size(detector.model, "--size", arguments.size)
     batch = synthetic_batch(arguments.size, arguments.batch, CLASSES)

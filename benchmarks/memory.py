@@ -72,7 +72,7 @@ def main() -> None:
 def measure(
     backbone: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, size: int, recomputed: int
 ) -> None:
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={backbone}", f"train.batch_size={batch_size}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={backbone}", f"train.batch_size={batch_size}"])
     context = functools.partial(autocast, device, dtype)
     before = peak_memory_gib(device)
     detector = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True)

@@ -1,7 +1,7 @@
 """From `python3 yolo-v3/main.py` to its first optimizer step, on annotations of the size of COCO's train2017.
 
 python3 -m benchmarks.start_up                                     generated data, MobileNetV3-small at 320 px
-python3 -m benchmarks.start_up yolo.backbone=darknet --repeats 3    Darknet-53
+python3 -m benchmarks.start_up model.backbone=darknet --repeats 3    Darknet-53
 python3 -m benchmarks.start_up data.root=data/coco                 a real dataset
 
 The script runs in a process of its own, with a clock around its stages, and is stopped where its first step would
@@ -32,7 +32,7 @@ from detection.training.throughput import matmul_rates
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
 DEFAULTS = [
-    "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[128,96,64]", "train.image_size=320", "train.batch_size=16",
+    "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[128,96,64]", "train.image_size=320", "train.batch_size=16",
     "evaluation.image_size=320", "evaluation.batch_size=16", "data.num_workers=2",
 ]  # fmt: skip
 # stage -> where its function is called
@@ -71,7 +71,7 @@ def main() -> None:
     device = open_device(settings.run, settings.run.device)
     rate = max(matmul_rates(2048, torch.float32, device, 3)) / 1e12
     print(
-        f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.backbone}, annotations of {size:.0f} MB; "
+        f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, annotations of {size:.0f} MB; "
         f"matmul float32 {rate:.2f} TFLOP/s"
     )
     print(f"{'seconds':<36}{'median':>8}{'spread':>16}")

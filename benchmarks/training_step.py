@@ -2,7 +2,7 @@
 
 python3 -m benchmarks.training_step                                          Darknet-53 at 416 px, batch 2
 python3 -m benchmarks.training_step --sizes 320 416 608 --batch 64 --device cuda
-python3 -m benchmarks.training_step --batch 16 yolo.backbone=mobilenet_v3_small yolo.neck_channels=[128,96,64]
+python3 -m benchmarks.training_step --batch 16 model.backbone=mobilenet_v3_small yolo.neck_channels=[128,96,64]
 python3 -m benchmarks.training_step --peers                                  torchvision's detectors beside it
 python3 -m benchmarks.training_step --real --sizes 416 data.root=data/coco   with the loader: share of time it waits
 
@@ -77,7 +77,7 @@ def main() -> None:
         check_image_size(detector.model, "--sizes", size)
     flops = flops_per_pixel(detector.model)
     print(
-        f"{settings.yolo.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
+        f"{settings.model.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
         f"{arguments.batch}; {describe_device(device)}, torch {torch.__version__}"
     )
     print(f"{'':<34}{'size':>6}{'GFLOP':>8}{'images/s':>10}{'spread':>16}{'TFLOP/s':>9}{'of it':>8}{'waiting':>9}")
@@ -104,7 +104,7 @@ def main() -> None:
                 name = "compiled" if mode is None else "compiled, CUDA graphs"
                 forward = compile_forward(detector.model, device, len(arguments.sizes), mode)
                 show(name, size, precision, functools.partial(steps, batches, called=forward))
-        if settings.yolo.backbone.startswith("mobilenet") and device.type == "cpu" and dtype is not None:
+        if settings.model.backbone.startswith("mobilenet") and device.type == "cpu" and dtype is not None:
             show("depthwise too", size, precision, functools.partial(steps, batches, depthwise=True))
         if arguments.real:
             real = real_batches(settings, size, arguments, device)

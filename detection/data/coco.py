@@ -30,7 +30,7 @@ class CocoDataset(CocoDetection):
     Args:
         images: directory the file names are relative to.
         annotations: annotation file.
-        transform: from image and boxes to the network input.
+        transform: from image and boxes to the network input; also set later as `sample_transform`.
         class_names: restrict to these categories, in this order; None: all of the file, by ascending id.
         categories: labels of the training set that this (validation) set must follow, by name.
         fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
@@ -52,7 +52,7 @@ class CocoDataset(CocoDetection):
         self,
         images: Path,
         annotations: Path,
-        transform: Transform,
+        transform: Transform | None = None,
         class_names: Sequence[str] | None = None,
         categories: Categories | None = None,
         fraction: tuple[float, bool] | None = None,
@@ -112,6 +112,7 @@ class CocoDataset(CocoDetection):
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
         image, boxes = self.load_image(index), self.annotations.boxes[rows]
+        assert self.sample_transform is not None, "set before images are asked for"
         try:
             return self.sample_transform(image, boxes, labels, index, epoch, size)
         except Exception as error:

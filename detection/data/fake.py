@@ -14,8 +14,9 @@ from detection.data.transforms import Sample, Transform
 class FakeDataset(torch.utils.data.Dataset):
     """Random images with random boxes of the right shapes: measures speed and checks a set-up without a dataset."""
 
-    def __init__(self, num_images: int, class_names: Sequence[str], transform: Transform, seed: int) -> None:
-        self.sample_transform, self.seed = transform, seed
+    def __init__(self, num_images: int, class_names: Sequence[str], seed: int) -> None:
+        self.sample_transform: Transform | None = None
+        self.seed = seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
         first_box = np.concatenate([[0], np.cumsum(boxes_per_image)])
@@ -51,6 +52,7 @@ class FakeDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
+        assert self.sample_transform is not None, "set before images are asked for"
         return self.sample_transform(
             self.load_image(index), self.annotations.boxes[rows], self.annotations.labels[rows], index, epoch, size
         )

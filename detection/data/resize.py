@@ -5,7 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from detection.ops.letterbox import Letterbox, letterbox_geometry
+from detection.ops.letterbox import Letterbox, Placement, place_image
 
 CORNER_ALIGNED = -1  # no method of OpenCV, which aligns the outer edges of the pixels; `resize_image` has its own
 INTERPOLATIONS = {
@@ -36,13 +36,13 @@ class Placed(NamedTuple):
 def letterbox_image(
     image: np.ndarray,
     size: int,
-    keep_aspect: bool,
+    placement: Placement,
     fill: tuple[int, int, int],
     interpolation: int,
     rounding: str = "nearest",
 ) -> tuple[np.ndarray, Letterbox]:
     """Resize (H, W, 3) uint8 into the centre of a (size, size, 3) square; aspect kept, or squashed."""
-    letterbox, new_width, new_height = letterbox_geometry(image.shape[1], image.shape[0], size, keep_aspect, rounding)
+    letterbox, new_width, new_height = place_image(image.shape[1], image.shape[0], size, placement, rounding)
     placed = Placed(image, letterbox.left, letterbox.top, new_width, new_height)
     return resize_placed(placed, size, fill, interpolation), letterbox
 

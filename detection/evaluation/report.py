@@ -38,14 +38,14 @@ def protocol_line(settings: Settings) -> str:
     """What an evaluation's numbers rest on, in one line, with everything in which it is not the one protocol."""
     evaluation, data = settings.evaluation, settings.data
     product = "objectness x class probability"
-    objectness = f" of objectness above {evaluation.objectness_threshold:g}" if evaluation.objectness_threshold else ""
+    objectness = f" of objectness above {yolo.objectness_threshold:g}" if yolo.objectness_threshold else ""
     most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
-    geometry = "letterbox" if data.keep_aspect else "squashed"
+    geometry = "letterbox" if model.placement else "squashed"
     line = (
-        f"score = {product if evaluation.score == 'product' else 'objectness of the likeliest class'}, "
+        f"score = {product if yolo.score == 'product' else 'objectness of the likeliest class'}, "
         f"confidence above {evaluation.confidence_threshold:g}{objectness}, "
         f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, {evaluation.image_size} px {geometry} "
-        f"({data.interpolation})"
+        f"({model.interpolation})"
     )
     found = ", ".join(deviations(settings))
     return f"{line}; deviates from the protocol: {found}" if found else line
@@ -56,12 +56,12 @@ def deviations(settings: Settings) -> list[str]:
     evaluation, data = settings.evaluation, settings.data
     most = evaluation.max_detections
     parts = {
-        "scored by objectness alone": evaluation.score != "product",
+        "scored by objectness alone": yolo.score != "product",
         f"confidence {evaluation.confidence_threshold:g} instead of 0.001": evaluation.confidence_threshold != 0.001,
-        "an objectness threshold": evaluation.objectness_threshold > 0,
+        "an objectness threshold": yolo.objectness_threshold > 0,
         f"NMS {evaluation.iou_threshold:g} instead of 0.45": evaluation.iou_threshold != 0.45,
         f"{most or 'all'} boxes per class and image instead of 100": most != 100,
-        "squashed instead of letterboxed": not data.keep_aspect,
+        "squashed instead of letterboxed": not model.placement,
         f"at most {evaluation.max_images} images": evaluation.max_images is not None,
         f"a fraction of {data.validation_fraction} of the images": data.validation_fraction is not None,
         "chosen classes only": data.class_names is not None,

@@ -20,7 +20,7 @@ NEEDED = "pip install onnx onnxscript onnxruntime"
 NETWORK_SETTINGS = [
     f"yolo.{name}" for name in ("backbone", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
 ]
-DECODING_SETTINGS = ["evaluation.score", "evaluation.objectness_threshold"]
+DECODING_SETTINGS = ["yolo.score", "yolo.objectness_threshold"]
 NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
 
 
@@ -176,10 +176,10 @@ def build_postprocess(description: Description, settings: Settings) -> nn.Module
         evaluation.iou_threshold,
         evaluation.max_detections,
         settings.yolo.class_loss,
-        evaluation.objectness_threshold,
+        yolo.objectness_threshold,
         description.scale_xy,
         description.new_coords,
-        evaluation.score,
+        yolo.score,
     )
 
 

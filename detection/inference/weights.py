@@ -122,7 +122,7 @@ def _open_checkpoint(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.backbone}, {len(names)} classes"]
+    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.model.backbone}, {len(names)} classes"]
     seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
@@ -147,7 +147,7 @@ def _open_onnx(
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
     lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
-    lines.append(f"{settings.yolo.backbone}, {count} classes, written by {description.program}")
+    lines.append(f"{settings.model.backbone}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
@@ -174,23 +174,23 @@ def _open_darknet(
         text = read_cfg(str(cfg))
         sections = parse_cfg(text)
         size = input_size(sections)
-        described = {"yolo.backbone": DARKNET_CFG, "yolo.cfg": text}
+        described = {"model.backbone": DARKNET_CFG, "model.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
-    if settings.yolo.cfg is not None:
-        sections = parse_cfg(settings.yolo.cfg)
+    if settings.model.cfg is not None:
+        sections = parse_cfg(settings.model.cfg)
         num_classes = cfg_classes(sections)
         sizes = {"evaluation.image_size": settings.evaluation.image_size}
         lines += [f"cfg: {line}" for line in cfg_notices(sections, sizes)]
     else:
-        num_classes = len(class_names or ()) or settings.yolo.num_classes or COCO_CLASSES
+        num_classes = len(class_names or ()) or settings.model.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:
         raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
 
     detector = build_detector(settings.yolo, settings.evaluation, num_classes)
     loaded = load_darknet_weights(detector.model, weights)
-    if loaded.num_classes is not None and class_names is None and settings.yolo.cfg is None:
+    if loaded.num_classes is not None and class_names is None and settings.model.cfg is None:
         num_classes = loaded.num_classes
         detector = build_detector(settings.yolo, settings.evaluation, num_classes)
         loaded = load_darknet_weights(detector.model, weights)
@@ -199,7 +199,7 @@ def _open_darknet(
     if loaded.convolutions < len(as_darknet(detector.model).darknet_convolutions()):
         raise CheckpointError(
             f"{weights} holds backbone weights only ({loaded.convolutions} convolutions); they start a training "
-            f"(yolo.pretrained={weights}), they detect nothing"
+            f"(model.pretrained={weights}), they detect nothing"
         )
     return _finish(detector, settings, class_names, num_classes, 0, loaded.header.seen, [*lines, *loaded.lines])
 

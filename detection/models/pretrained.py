@@ -1,4 +1,4 @@
-"""`yolo.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
+"""`model.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
 
 import http.client
 import pickle
@@ -35,20 +35,20 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
         CheckpointError: missing, damaged, foreign or not fitting weights; no network to fetch them.
         SettingsError: the backbone has no standard weights.
     """
-    if yolo.pretrained is False:
+    if model.pretrained is False:
         return []
     assert isinstance(model, YOLOv3 | DarknetNetwork)
-    if yolo.pretrained is True:
-        return load_standard_weights(model, yolo.backbone)
-    path = Path(yolo.pretrained)
+    if model.pretrained is True:
+        return load_standard_weights(model, model.backbone)
+    path = Path(model.pretrained)
     if path.suffix == ".onnx":
         raise CheckpointError(
-            f"yolo.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
+            f"model.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
         )
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return load_darknet_weights(model, path).lines
     if not path.is_file():
-        raise CheckpointError(f"yolo.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
+        raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
     backbone = model.backbone
     if isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors":
         return load_timm_file(backbone, read_safetensors(path), path)
@@ -61,13 +61,13 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
     if isinstance(backbone, TimmBackbone):
         return load_timm_file(backbone, state, path)
     raise CheckpointError(
-        f"yolo.pretrained={path} holds plain tensors; yolo.backbone={yolo.backbone} starts from Darknet files (.weights, "
+        f"model.pretrained={path} holds plain tensors; model.backbone={model.backbone} starts from Darknet files (.weights, "
         ".conv.N) or checkpoints of this program"
     )
 
 
 def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str]:
-    """The weights that an backbone is commonly started from."""
+    """The weights that a backbone is commonly started from."""
     if name == "darknet":
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
     if name in STANDARD_WEIGHTS:
@@ -78,15 +78,15 @@ def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str
         except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"yolo.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
-                "elsewhere and use yolo.pretrained=FILE"
+                f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
+                "elsewhere and use model.pretrained=FILE"
             ) from None
         assert isinstance(model.backbone, MobileNetV3)
         return [load_torchvision(model.backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
     if isinstance(model.backbone, TimmBackbone):
         where = download_weights(model.backbone)
         return [f"backbone from timm's weights, {where}"]
-    raise SettingsError(f"yolo.pretrained = true: backbone {name} has no standard weights; name a FILE")
+    raise SettingsError(f"model.pretrained = true: backbone {name} has no standard weights; name a FILE")
 
 
 def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
@@ -121,9 +121,9 @@ def load_checkpoint_weights(
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"yolo.pretrained={path} is not the checkpoint of a run: no {error}") from None
-    if backbone != yolo.backbone:
-        raise CheckpointError(f"yolo.pretrained={path} has the backbone {backbone}, this run {yolo.backbone}")
+        raise CheckpointError(f"model.pretrained={path} is not the checkpoint of a run: no {error}") from None
+    if backbone != model.backbone:
+        raise CheckpointError(f"model.pretrained={path} has the backbone {backbone}, this run {model.backbone}")
     kind = "EMA" if checkpoint["average"] else "weights"
     lines = [f"backbone, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
     expected = model.state_dict()
@@ -166,7 +166,7 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"yolo.pretrained={path} holds no state dict (names and tensors)")
+        raise CheckpointError(f"model.pretrained={path} holds no state dict (names and tensors)")
     return content
 
 
@@ -177,4 +177,4 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"yolo.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"model.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -30,7 +30,7 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
-        f"model       {settings.yolo.backbone}, {parameters:,} parameters",
+        f"model       {settings.model.backbone}, {parameters:,} parameters",
         f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
@@ -42,9 +42,9 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
-    if settings.yolo.cfg is not None:
+    if settings.model.cfg is not None:
         used = {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
-        lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.yolo.cfg), used)]
+        lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.model.cfg), used)]
     if train.backbone_learning_rate_factor != 1 or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
         lines.append(
             f"backbone     frozen for {run.unfreeze_step} steps, then learning rate x "

@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
         if train.momentum:
-            # From the start: the kernel fails when an backbone that is unfrozen later has none beside a neck that has.
+            # From the start: the kernel fails when a backbone that is unfrozen later has none beside a neck that has.
             for parameter in model.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd

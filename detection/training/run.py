@@ -75,7 +75,7 @@ class Run:
             train.image_size,
             evaluation.image_size,
             settings.run.seed,
-            settings.yolo.num_classes,
+            settings.model.num_classes,
             evaluation.max_images,
         )
         if isinstance(self.training_set, CocoDataset):
@@ -88,12 +88,12 @@ class Run:
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
         seed_everything(settings.run.seed)
-        detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
-        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        detector = build_detector(settings, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.model) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:
-            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
+            raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
         for name, sizes in (
             ("train.image_size", [train.image_size]),
             ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),

@@ -120,7 +120,7 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
 
 @pytest.mark.parametrize("keep_aspect", ["true", "false"])
 def test_training_and_validation_lay_images_the_same_way(default_settings: Load, keep_aspect: str) -> None:
-    data = default_settings(f"data.keep_aspect={keep_aspect}", *probabilities()).data
+    data = default_settings(f"model.placement={keep_aspect}", *probabilities()).data
     image, boxes, labels = picture(90, 50), np.array([[9, 10, 45, 50]], np.float32), np.array([4])
     validation = Transform(data, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
     training = Transform(data, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
@@ -155,7 +155,7 @@ def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -
 # --- boxes follow pixels ---
 
 GEOMETRY = [
-    "data.fill=[0, 0, 0]",
+    "model.fill=[0, 0, 0]",
     "data.augmentation.min_visibility=0",
     *probabilities(affine=1, horizontal_flip=0.5, vertical_flip=0.5),
 ]
@@ -167,7 +167,7 @@ def bright_extent(image: np.ndarray) -> tuple[int, int, int, int] | None:
     return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
-@pytest.mark.parametrize("words", [[], STRAIGHT, ["data.keep_aspect=false"]], ids=["default", "straight", "squashed"])
+@pytest.mark.parametrize("words", [[], STRAIGHT, ["model.placement=squash"]], ids=["default", "straight", "squashed"])
 def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: list[str]) -> None:
     transform = Transform(default_settings(*GEOMETRY, *words).data, 128, 7, training=True)
     generator = np.random.default_rng(0)

@@ -56,7 +56,7 @@ def common(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[str]
     directory = tmp_path_factory.mktemp("settings")
     (directory / "network.cfg").write_text(runs.NETWORK)
     (directory / "overlay.yaml").write_text(yaml.safe_dump(runs.OVERLAY))
-    words = [f"yolo.cfg={directory / 'network.cfg'}", f"data.root={dataset}"]
+    words = [f"model.cfg={directory / 'network.cfg'}", f"data.root={dataset}"]
     return ["--config", str(directory / "overlay.yaml"), *words]
 
 

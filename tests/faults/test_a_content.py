@@ -87,7 +87,7 @@ def test_A01_boxes_without_a_side(read: Read, common: list[str], train: Callable
     assert training_set.annotations.counts.lines() == [
         "2 boxes without width or height (annotation ids [100, 101])",
     ]
-    words = [f"data.root={tmp_path / 'data'}", f"yolo.cfg={network(tmp_path, 3)}", "train.steps=4"]
+    words = [f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=4"]
     run = train("run", *words)
     run.ends_with(0)
     assert "left out: 2 boxes without width or height (annotation ids [100, 101])" in run.out
@@ -124,7 +124,7 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
     "loss_box / ground truth.valid.sum()",
 )
 def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
-    settings = default_settings("yolo.backbone=darknet_cfg", f"yolo.cfg={network(tmp_path, 2)}")
+    settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={network(tmp_path, 2)}")
     torch.manual_seed(0)
     detector = build_detector(settings.yolo, settings.evaluation, 2)
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -201,7 +201,7 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     training_set, _ = read(content, content)
     metrics, class_ap = score_detections(training_set.annotations, perfect(training_set.annotations))
     assert metrics["AP"] == pytest.approx(1) and class_ap["ninety"] == (None, None, 0)
-    run = train("run", f"data.root={tmp_path / 'data'}", f"yolo.cfg={network(tmp_path, 3)}", "train.steps=1")
+    run = train("run", f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=1")
     run.ends_with(0)
     (line,) = [line for line in run.out.splitlines() if "categories without a box" in line]
     assert line.startswith("warning") and "ninety" in line
@@ -279,7 +279,7 @@ def test_A19_a_link_out_of_the_image_directory(
     root = write_dataset(tmp_path / "data", CONTENT)
     (root / "train" / "2.png").rename(tmp_path / "secret.png")
     (root / "train" / "2.png").symlink_to(tmp_path / "secret.png")
-    run = train("run", f"data.root={root}", f"yolo.cfg={network(tmp_path, 3)}")
+    run = train("run", f"data.root={root}", f"model.cfg={network(tmp_path, 3)}")
     assert run.wait() in (2, 3) and "2.png" in run.err, run.err
 
 

@@ -182,7 +182,7 @@ def test_C03_a_scale_that_sinks_below_1_ends_with_4(train: Train, tmp_path: Path
 def settings_of(tmp_path: Path, *words: str) -> Settings:
     (tmp_path / "network.cfg").write_text(NETWORK)
     root = REPOSITORY
-    words = ("yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'network.cfg'}", *words)
+    words = ("model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'network.cfg'}", *words)
     return load_settings(root / "yolo-v3" / "args.yaml", words=words)[0]
 
 

@@ -356,15 +356,15 @@ def test_D05_a_damaged_last_names_what_is_whole(train: Train, launch: Launch, tm
 
 
 @pytest.mark.guard("detection.checkpoints:read_file", "weights_only=True", "weights_only=False")
-@pytest.mark.parametrize("place", ["--resume", "yolo.pretrained", "--replay"])
+@pytest.mark.parametrize("place", ["--resume", "model.pretrained", "--replay"])
 def test_D06_pickled_code_is_not_run(launch: Launch, common: list[str], tmp_path: Path, place: str) -> None:
     marker = tmp_path / "marker"
     (tmp_path / "run").mkdir()
     for name in ("last.pt", "state.pt"):
         torch.save({"format": 1, "digest": "0" * 64, "model": Payload(marker)}, tmp_path / "run" / name)
-    if place == "yolo.pretrained":
-        words = [*common, "yolo.cfg=null", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
-        run = launch("out", *words, f"yolo.pretrained={tmp_path / 'run' / 'last.pt'}")
+    if place == "model.pretrained":
+        words = [*common, "model.cfg=null", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+        run = launch("out", *words, f"model.pretrained={tmp_path / 'run' / 'last.pt'}")
     else:
         run = launch("out", place, tmp_path / "run")
     run.wait()

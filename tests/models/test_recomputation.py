@@ -56,13 +56,13 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
         (torch.bfloat16, False, []),
         (None, True, []),
         (None, False, ["train.encoder_batch_norm=frozen"]),
-        (None, False, ["yolo.batch_norm=darknet"]),
+        (None, False, ["model.batch_norm=darknet"]),
     ],
 )
 def test_every_number_is_the_same(
     default_settings: Callable[..., Settings], backbone: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
 ) -> None:
-    settings = default_settings(f"yolo.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
+    settings = default_settings(f"model.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
     plain = state_after_steps(settings, False, dtype, frozen)
     recomputed = state_after_steps(settings, True, dtype, frozen)
     assert list(plain) == list(recomputed)
@@ -75,7 +75,7 @@ def test_every_number_is_the_same(
 
 
 def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: Callable[..., Settings]) -> None:
-    settings = default_settings("yolo.backbone=darknet_tiny", *SMALL["darknet_tiny"])
+    settings = default_settings("model.backbone=darknet_tiny", *SMALL["darknet_tiny"])
     model = build_detector(settings.yolo, settings.evaluation, 3).model
     recompute_backbone(model)
     calls: list[nn.Module] = []
@@ -113,5 +113,5 @@ def test_refusals_are_one_line(default_settings: Callable[..., Settings]) -> Non
             default_settings("train.activation_checkpointing=true", f"{other}=true")
     model = nn.Module()
     model.backbone = nn.Conv2d(3, 3, 1)
-    with pytest.raises(SettingsError, match="needs an backbone with stages"):
+    with pytest.raises(SettingsError, match="needs a backbone with stages"):
         recompute_backbone(model)

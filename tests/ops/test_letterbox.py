@@ -102,7 +102,7 @@ def test_both_settings_reach_the_pixels(default_settings: Load, training: bool) 
     off = [f"data.augmentation.{name}.p=0" for name in sorted(names)]
     ramp = (np.arange(64) * 4).astype(np.uint8)[None, :, None].repeat(43, 0).repeat(3, 2)
     boxes = np.array([[0, 0, 64, 43]], np.float32)
-    words = ["data.interpolation=darknet", "data.letterbox_rounding=down", "data.fill=[1, 2, 3]"]
+    words = ["model.interpolation=darknet", "model.rounding=down", "model.fill=[1, 2, 3]"]
     sample = Transform(default_settings(*off, *words).data, 32, 0, training)(ramp, boxes, np.array([0]), 0, 0, 0)
     rows = np.flatnonzero((sample.image != (1, 2, 3)).any(axis=(1, 2)))
     assert (rows[0], len(rows)) == (5, 21)

@@ -44,7 +44,7 @@ from tests.support.paths import REPOSITORY
 STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
 SMALL = (
-    "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small",
+    "data.fake=true", "data.num_workers=0", "model.num_classes=2", "model.backbone=mobilenet_v3_small",
     "yolo.neck_channels=[8,8,8]", "train.batch_size=2", "train.image_size=64",
 )  # fmt: skip
 ENTERED = "autocast hpu torch.bfloat16"
@@ -78,7 +78,7 @@ def real_steps(settings: Settings, steps: int) -> None:
     dtype = choose_precision(device, settings.run.precision)
     scaler = build_scaler(device, dtype)
     assert not scaler.is_enabled()
-    dataset, _ = build_datasets(settings.data, train.image_size, train.image_size, 0, settings.yolo.num_classes)
+    dataset, _ = build_datasets(settings.data, train.image_size, train.image_size, 0, settings.model.num_classes)
     detector = build_detector(settings.yolo, settings.evaluation, 2).to(device, settings.run.channels_last)
     assert detector.criterion is not None
     sampler = TrainingBatchSampler(len(dataset), train.batch_size, train.subdivisions, (0, steps), 0, train.image_size)

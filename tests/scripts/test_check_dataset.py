@@ -153,7 +153,7 @@ def test_quick_sees_equal_files_of_one_name_in_both_splits(check: Check, tmp_pat
 def train_as_far_as_data_goes(words: list[str]) -> list[str]:
     """What yolo-v3/main.py does with a dataset: opens it, checks it, reads every image; the warnings of the plan."""
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *words])
-    sets = build_datasets(settings.data, 64, 64, 0, settings.yolo.num_classes)
+    sets = build_datasets(settings.data, 64, 64, 0, settings.model.num_classes)
     network = Network(settings.yolo.anchors, (8, 16, 32), None, 64, 64)
     warnings = check_before_training(*sets, settings.data, network)
     for dataset in sets:

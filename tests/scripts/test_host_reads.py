@@ -17,7 +17,7 @@ from detection.training.step import train_step
 from detection.training.throughput import Meter
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
+WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
 
 
 def make_batch(size: int = 64) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
         *(([f"train.optimizer={name}", "train.clip_norm=0.1"], False) for name in ("adam", "adamw", "sgd")),
         (["train.clip_norm=null"], False),
         (["train.encoder_batch_norm=frozen"], False),
-        (["yolo.batch_norm=darknet"], True),
+        (["model.batch_norm=darknet"], True),
     ],
 )
 def test_no_host_read_in_a_whole_step(

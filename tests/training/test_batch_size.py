@@ -129,7 +129,7 @@ def test_a_tried_step_has_everything_and_changes_nothing(
 ) -> None:
     settings = default_settings(
         "train.image_size=64", "train.subdivisions=4", "train.ema_decay=0.9", "train.learning_rate=0.1",
-        "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
     )  # fmt: skip
     detector = build_detector(settings.yolo, settings.evaluation, 2)
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
@@ -198,7 +198,7 @@ def main(run_script: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: Path) -> None:
     words = (
-        "data.fake=true", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "data.fake=true", "model.num_classes=2", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
         "train.image_size=64", "evaluation.image_size=64", "train.subdivisions=32", "train.steps=1",
         "data.num_workers=0", "run.device=cpu", "evaluation.max_images=2",
     )  # fmt: skip
@@ -216,7 +216,7 @@ def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: 
 
 
 def test_a_profile_needs_a_run(main: Callable[..., Any], tmp_path: Path) -> None:
-    result = main("--profile", "--dry-run", "data.fake=true", "yolo.num_classes=2")
+    result = main("--profile", "--dry-run", "data.fake=true", "model.num_classes=2")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "--profile belongs to a run, not to --dry-run\n"
 

@@ -26,7 +26,7 @@ from detection.training.throughput import Meter
 from tests.support.paths import REPOSITORY
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
 
 
 def read_settings(*words: str) -> Settings:

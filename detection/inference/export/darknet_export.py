@@ -34,7 +34,7 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
         ]
     if not isinstance(model, YOLOv3) or not isinstance(model.backbone, Darknet53 | DarknetTiny):
         raise CheckpointError(
-            "Darknet has no such network: only yolo.backbone darknet, darknet_tiny and darknet_cfg export"
+            "Darknet has no such network: only model.backbone darknet, darknet_tiny and darknet_cfg export"
         )
     writer = _Writer()
     size = str(image_size)

@@ -105,7 +105,7 @@ def test_jitter_stays_inside_the_square(width: int, height: int) -> None:
 def test_jittered_boxes_by_hand(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """640 x 480 at (0, 100), 416 x 236: x * 0.65, y * 236 / 480 + 100."""
     monkeypatch.setattr(placements, "jittered", lambda *arguments: Rectangle(0, 100, 416, 236))
-    transform = build(default_settings, "data.fill=[1, 2, 3]", size=416, darknet_jitter=1)
+    transform = build(default_settings, "model.fill=[1, 2, 3]", size=416, darknet_jitter=1)
     sample = transform(np.full((480, 640, 3), 200, np.uint8), array((100, 120, 300, 240)), np.array([79]), 0, 0, 0)
     assert np.allclose(sample.boxes, [[65, 100 + 59, 195, 100 + 118]], atol=1e-3) and sample.labels.tolist() == [79]
     expected = np.empty((416, 416, 3), np.uint8)
@@ -139,7 +139,7 @@ def test_expanded_boxes_by_hand() -> None:
 
 def test_expand_without_growth_is_the_letterbox(default_settings: Load) -> None:
     labels = np.array([1])
-    for words in ([], ["data.keep_aspect=false"], ["data.interpolation=darknet", "data.letterbox_rounding=down"]):
+    for words in ([], ["model.placement=squash"], ["model.interpolation=darknet", "model.rounding=down"]):
         plain = build(default_settings, *words)
         still = build(default_settings, *words, "data.augmentation.expand.ratio=[1, 1]", expand=1)
         for width, height in ((50, 31), (31, 50), (64, 64), (1, 9)):
@@ -267,14 +267,14 @@ def bright_extent(image: np.ndarray) -> np.ndarray | None:
         ({"expand": 1}, []),
         ({"iou_crop": 1}, []),
         ({"darknet_jitter": 1}, []),
-        ({"expand": 1, "iou_crop": 1}, ["data.keep_aspect=false"]),
-        (dict.fromkeys(GEOMETRIC, 1), ["data.interpolation=darknet", "data.letterbox_rounding=down"]),
-        ({**dict.fromkeys(GEOMETRIC, 0.5), "horizontal_flip": 0.5}, ["data.interpolation=area"]),
+        ({"expand": 1, "iou_crop": 1}, ["model.placement=squash"]),
+        (dict.fromkeys(GEOMETRIC, 1), ["model.interpolation=darknet", "model.rounding=down"]),
+        ({**dict.fromkeys(GEOMETRIC, 0.5), "horizontal_flip": 0.5}, ["model.interpolation=area"]),
     ],
 )
 def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, words: list[str]) -> None:
     """Within a pixel, or where the image is enlarged n times within n / 2 and a half: an edge is n pixels wide."""
-    words = ["data.fill=[0, 0, 0]", KEEP_EVERYTHING, *words]
+    words = ["model.fill=[0, 0, 0]", KEEP_EVERYTHING, *words]
     transform = build(default_settings, *words, size=128, seed=7, **chosen)
     generator = np.random.default_rng(0)
     places = set()
@@ -296,7 +296,7 @@ def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, 
 
 def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
     """First class, last class and a crowd region, each in its colour."""
-    words = ["data.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
+    words = ["model.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
     transform = build(default_settings, *words, size=96, **dict.fromkeys(GEOMETRIC, 0.7))
     image = np.zeros((80, 120, 3), np.uint8)
     drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}

@@ -14,7 +14,7 @@ from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, darknet_bytes, load_darknet_weights
 
-TINY = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]",
+TINY = ("model.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]",
         "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]")  # fmt: skip
 # bytes of the published 80-class files: header of 20 and 4 for each number
 FAMILY = [
@@ -82,4 +82,4 @@ def test_yolov3_refers_to_the_layers_of_the_public_description(default_settings)
 
 def test_a_network_that_the_program_lacks_is_refused(default_settings) -> None:
     with pytest.raises(CheckpointError, match="darknet_tiny"):
-        build(default_settings, ("yolo.backbone=mobilenet_v3_small",), 3)
+        build(default_settings, ("model.backbone=mobilenet_v3_small",), 3)
