@@ -40,7 +40,7 @@ from detection.errors import DataError, NumericsError, OutputError, SettingsErro
 from detection.evaluation.error_analysis import confidence_curves
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import autocast, build_scaler, choose_precision, describe_device, open_device
 from detection.runtime.reproducibility import seed_everything
@@ -71,7 +71,14 @@ class Overfit:
 
     def evaluate(self) -> Evaluation:
         return evaluate(
-            *self.detector, [self.batch], self.dataset.annotations, self.device, self.precision, "pycocotools"
+            self.detector.model,
+            self.detector.criterion,
+            self.detector.postprocess,
+            [self.batch],
+            self.dataset.annotations,
+            self.device,
+            self.precision,
+            "pycocotools",
         )
 
 
@@ -83,13 +90,14 @@ def main() -> None:
     device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     seed_everything(settings.run.seed)
-    dataset, batch = take_batch(settings, arguments.images)
-    names = dataset.annotations.categories.names
-    detector = build_detector(settings.yolo, settings.evaluation, len(names))
-    check_image_size(detector.model, "train.image_size", settings.train.image_size)
+    dataset = take_images(settings, arguments.images)
+    detector = build_detector(settings, len(dataset.annotations.categories.names))
+    detector.geometry.check_size("train.image_size", settings.train.image_size)
+    dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
+    batch = collate_samples([dataset[index] for index in range(arguments.images)])
     if detector.criterion is None:
         raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
-    for line in [*notices, *load_pretrained(detector.model, settings.yolo)]:
+    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
         print(line)
     detector = detector.to(device, settings.run.channels_last)
     overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
@@ -142,18 +150,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
-    """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
-    size = settings.train.image_size
-    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.model.num_classes)
+def take_images(settings: Settings, count: int) -> DetectionDataset:
+    """A dataset of the first training images that have boxes."""
+    dataset = build_training_dataset(settings.data, settings.run.seed, settings.model.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     with_boxes = np.unique(image_of_box[~annotations.crowd])
     if len(with_boxes) < count:
         raise DataError(f"--images {count}: only {len(with_boxes)} training images have boxes")
     dataset.annotations = select_images(annotations, with_boxes[:count])
-    dataset.sample_transform = Transform(settings.data, size, settings.run.seed, training=False)
-    return dataset, collate_samples([dataset[index] for index in range(count)])
+    return dataset
 
 
 def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.GradScaler) -> tuple[Evaluation, int]:

@@ -131,7 +131,7 @@ class Finder:
         self.device = open_device(settings.run)
         self.precision = functools.partial(autocast, self.device, choose_precision(self.device, settings.run.precision))
         self.detector = opened.detector.to(self.device, settings.run.channels_last)
-        self.transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
+        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
         if self.threshold < lowest:
             raise SettingsError(

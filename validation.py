@@ -44,6 +44,7 @@ from detection.config.command_line import Parser
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
+from detection.data.transforms import Transform
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
@@ -249,7 +250,8 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
         DataError: no data, or no ground-truth box in it.
     """
     evaluation = opened.settings.evaluation
-    dataset = build_validation_dataset(opened.settings.data, evaluation.image_size, opened.names, evaluation.max_images)
+    dataset = build_validation_dataset(opened.settings.data, opened.names, evaluation.max_images)
+    dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
     annotations = dataset.annotations
     if len(annotations.categories.names) != opened.num_classes:
         raise SettingsError(
@@ -267,7 +269,10 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
     device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    print(f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
+    print(
+        f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings, opened.detector)}",
+        flush=True,
+    )
     detector = opened.detector.to(device, settings.run.channels_last)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)

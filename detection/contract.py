@@ -147,6 +147,7 @@ class Detector:
         score: how a detection's score comes about, for the header of an evaluation.
         deviations: in what detections are not made by the one protocol of docs/contract.md.
         metadata: what a raw exported file must know to be decoded again, plain values.
+        held_settings: paths of settings that an exported graph holds, of the "network" and of the "decoding".
         anchors: for anchor-based detectors.
         check_fit: (boxes xyxy (K, 4) in pixels of the network input, image of each box (K,), input size) -> report.
     """
@@ -160,6 +161,7 @@ class Detector:
     score: str = "score"
     deviations: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    held_settings: Mapping[str, list[str]] = field(default_factory=lambda: {"network": [], "decoding": []})
     anchors: AnchorLayout | None = None
     check_fit: Callable[[np.ndarray, np.ndarray, int], FitReport] | None = None
 

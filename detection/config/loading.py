@@ -82,7 +82,7 @@ MOVED_NAMES = {
     "evaluation.objectness_threshold": "yolo.objectness_threshold",
 }
 MOVED_VALUES = {("data.keep_aspect", True): "letterbox", ("data.keep_aspect", False): "squash"}
-MOVED_RESULTS = {(key, new) for (key, _), new in MOVED_VALUES.items()}
+CONVERTED = {key for key, _ in MOVED_VALUES}
 
 
 class Flag(NamedTuple):
@@ -236,7 +236,7 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
         key = FLAT_NAMES[key]
     if key not in known and key in MOVED_NAMES:
         old, (key, value) = key, follow_move(key, value)
-        notices.append(f"{where}: {old} is now {key}{f' = {value}' if (old, value) in MOVED_RESULTS else ''}")
+        notices.append(f"{where}: {old} is now {key}{f' = {value}' if old in CONVERTED else ''}")
     if key not in known:
         if key in REPLACED_NAMES:
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")

@@ -37,8 +37,8 @@ def check_fit(
         return numbers, []
     report = detector.check_fit(boxes, image_of_box, size)
     for kind, items, texts in report.findings:
-        named = [item if isinstance(item, str) else int(ids[item]) for item in items]
-        findings.add(kind, split, sorted(named, key=str) if texts else sorted(named), texts or None)
+        boxes_named = sorted(int(ids[item]) for item in items if isinstance(item, int))
+        findings.add(kind, split, [*(item for item in items if isinstance(item, str)), *boxes_named], texts)
     return numbers | report.numbers, [report.line]
 
 

@@ -12,9 +12,9 @@ from detection.config.loading import Flag, complete_settings, load_settings, rea
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
-from detection.inference.onnx_model import OnnxModel, build_postprocess, refuse_changes
-from detection.models import build_detector, check_image_size
-from detection.models.darknet.cfg import cfg_notices, input_size, parse_cfg
+from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
+from detection.models import build_detector
+from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
@@ -115,7 +115,7 @@ def _open_checkpoint(
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
         settings, translated = load_settings(own, overlays, words, flags)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
-        detector = build_detector(settings.yolo, settings.evaluation, len(names))
+        detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -141,7 +141,7 @@ def _open_onnx(
     device = model.use_device(settings.run.device)
     used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
     settings, _ = load_settings(settings, flags=used)
-    detector = Detector(model, None, build_postprocess(description, settings))
+    detector = build_exported(model, settings)
     count = len(description.names)
     names = None if description.names == placeholder_names(count) else description.names
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
@@ -179,20 +179,18 @@ def _open_darknet(
         base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
     if settings.model.cfg is not None:
-        sections = parse_cfg(settings.model.cfg)
-        num_classes = cfg_classes(sections)
-        sizes = {"evaluation.image_size": settings.evaluation.image_size}
-        lines += [f"cfg: {line}" for line in cfg_notices(sections, sizes)]
+        num_classes = cfg_classes(parse_cfg(settings.model.cfg))
     else:
         num_classes = len(class_names or ()) or settings.model.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:
         raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
 
-    detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+    detector = build_detector(settings, num_classes)
+    lines += detector.notices({"evaluation.image_size": settings.evaluation.image_size})
     loaded = load_darknet_weights(detector.model, weights)
     if loaded.num_classes is not None and class_names is None and settings.model.cfg is None:
         num_classes = loaded.num_classes
-        detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+        detector = build_detector(settings, num_classes)
         loaded = load_darknet_weights(detector.model, weights)
     if loaded.num_classes is not None:
         raise CheckpointError(f"{weights} has {loaded.num_classes} classes, the network {num_classes}")
@@ -205,7 +203,7 @@ def _open_darknet(
 
 
 def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetector:
-    check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
+    detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)
     detector.model.eval()
     return OpenedDetector(detector, settings, *rest)
 

@@ -8,13 +8,15 @@ from torch import nn
 from detection.config.settings import EvaluationSettings, ModelSettings, Settings
 from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models.yolo.detector import build_yolo, postprocess_from_metadata
+from detection.models.yolo.detector import build_yolo, postprocess_from_metadata, upgrade_metadata
 
 # Name -> builder: (section `model`, the detector's own section, section `evaluation`, number of classes) -> Detector
 # with random weights, on the CPU.
 DETECTORS: dict[str, Callable[[ModelSettings, Any, EvaluationSettings, int], Detector]] = {"yolo": build_yolo}
 # Name -> what turns raw outputs of an exported file into detections: (`Detector.metadata`, settings) -> postprocess.
 POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {"yolo": postprocess_from_metadata}
+
+__all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "upgrade_metadata"]
 
 
 def build_detector(settings: Settings, num_classes: int) -> Detector:

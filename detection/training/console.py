@@ -9,7 +9,6 @@ from detection.drawing.boxes import save_jpeg
 from detection.evaluation.coco_metric import choose_backend
 from detection.evaluation.evaluate import Evaluation
 from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
-from detection.models.darknet.cfg import cfg_notices, parse_cfg
 from detection.runtime.devices import describe_device, peak_memory_gib
 from detection.training.loggers import RunLogger
 from detection.training.run import Run
@@ -20,7 +19,6 @@ from detection.training.throughput import Throughput, flops_per_pixel, matmul_ce
 def plan_lines(run: Run) -> list[str]:
     """What is about to happen, for the user to check before it costs days."""
     settings, train, names = run.settings, run.settings.train, run.categories.names
-    parameters = sum(parameter.numel() for parameter in run.detector.model.parameters())
     sizes = f"{train.image_size} px"
     if train.resize_frequency:
         smallest, largest = train.multiscale_sizes
@@ -30,7 +28,8 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
-        f"model       {settings.model.backbone}, {parameters:,} parameters",
+        *run.detector.plan,
+        f"input       {run.detector.geometry.describe()}",
         f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
@@ -42,12 +41,12 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
-    if settings.model.cfg is not None:
-        used = {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
-        lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.model.cfg), used)]
+    lines += run.detector.notices(
+        {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
+    )
     if train.backbone_learning_rate_factor != 1 or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
         lines.append(
-            f"backbone     frozen for {run.unfreeze_step} steps, then learning rate x "
+            f"backbone    frozen for {run.unfreeze_step} steps, then learning rate x "
             f"{train.backbone_learning_rate_factor:g}, batch norm {train.backbone_batch_norm}"
         )
     lines += [f"pretrained  {line}" for line in run.pretrained]
@@ -98,7 +97,7 @@ def report_speed(logger: RunLogger, run: Run, total: Throughput) -> None:
     peak = peak_memory_gib(run.device)  # before what is measured now
     mean = run.ranks.average({**vars(total), "ceiling": matmul_ceiling(run.device, run.dtype) or 0.0})
     ceiling = mean.pop("ceiling")
-    flops = flops_per_pixel(run.detector.model)
+    flops = flops_per_pixel(run.detector.model, run.detector.geometry.size_multiple)
     images_per_epoch = round(run.steps_per_epoch * run.images_per_step)
     lines = summary_lines(Throughput(**mean), run.ranks.size, flops, ceiling, run.precision, images_per_epoch, peak)
     for line in lines:
@@ -116,7 +115,7 @@ def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Pa
     names = {"nms": "NMS", "metric": evaluation.backend}
     parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
     weights = "EMA" if run.settings.train.ema_decay else "weights"
-    logger.line(f"evaluation of the {weights}: {protocol_line(run.settings)}")
+    logger.line(f"evaluation of the {weights}: {protocol_line(run.settings, run.detector)}")
     logger.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
         f"validation loss {loss:.3f}"

@@ -115,7 +115,7 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
 
 def try_evaluation(run: Run, state: RunState) -> str:
     """The first validation images through network and metric; returns a line for the plan."""
-    dataset, (_, criterion, postprocess) = run.validation_set, run.detector
+    dataset, criterion, postprocess = run.validation_set, run.detector.criterion, run.detector.postprocess
     count = min(EVALUATED_IMAGES, len(dataset))
     batch = collate_samples([dataset[index] for index in range(count)])
     few = select_images(dataset.annotations, np.arange(count))

@@ -2,23 +2,22 @@
 
 import functools
 import inspect
-import math
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.config.settings import SIZE_MULTIPLE, Settings
+from detection.config.settings import Settings
 from detection.contract import Batch
 from detection.data.annotations import annotations_digest, repeat_factors
 from detection.data.build import build_datasets, make_builtin
 from detection.data.coco import CocoDataset
 from detection.data.image_file import choose_decoder, describe_decoder
-from detection.data.sampler import TrainingBatchSampler
+from detection.data.sampler import TrainingBatchSampler, size_step
+from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
-from detection.dataset_checks.fit_checks import describe_network
 from detection.errors import SettingsError
-from detection.models import build_detector, check_image_size, size_multiple
+from detection.models import build_detector, check_input_sizes
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import (
@@ -71,12 +70,7 @@ class Run:
             make_builtin(settings.data)
         ranks.broadcast(None)  # the others wait for it
         self.training_set, self.validation_set = build_datasets(
-            settings.data,
-            train.image_size,
-            evaluation.image_size,
-            settings.run.seed,
-            settings.model.num_classes,
-            evaluation.max_images,
+            settings.data, settings.run.seed, settings.model.num_classes, evaluation.max_images
         )
         if isinstance(self.training_set, CocoDataset):
             self.training_set.substitutes = True
@@ -94,13 +88,10 @@ class Run:
             recompute_backbone(detector.model)
         if detector.criterion is None:
             raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
-        for name, sizes in (
-            ("train.image_size", [train.image_size]),
-            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
-            ("evaluation.image_size", [evaluation.image_size]),
-        ):
-            for size in sizes:
-                check_image_size(detector.model, name, size)
+        check_input_sizes(detector, settings)
+        geometry, seed = detector.geometry, settings.run.seed
+        self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)
+        self.validation_set.sample_transform = Transform(geometry, evaluation.image_size, seed)
         detector = detector.to(self.device, settings.run.channels_last)
         self.found_batch_size: list[str] = []
         if train.batch_size == "auto":
@@ -111,13 +102,13 @@ class Run:
             self.settings = settings = settings.model_copy(update={"train": train})
             self.found_batch_size = [line]
         if train.sync_batch_norm:
-            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
+            detector = detector.replace(model=synchronise_batch_norm(detector.model, self.device))
         self.detector = detector
         assert detector.criterion is not None
         self.criterion = detector.criterion
-        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
+        self.size_step = size_step(geometry.size_multiple)
         smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
-        if train.micro_batch == 1 and smallest == size_multiple(detector.model):
+        if train.micro_batch == 1 and smallest == geometry.size_multiple:
             raise SettingsError(
                 f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a batch norm "
                 "needs more than one value; take train.batch_size=2 or larger images"
@@ -134,8 +125,9 @@ class Run:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        network = describe_network(detector.model, settings.yolo, train)
-        self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
+        self.data_warnings = check_before_training(
+            self.training_set, self.validation_set, settings.data, train, detector
+        )
 
     def in_steps(self, duration: int | str) -> int:
         return resolve_steps(duration, self.steps_per_epoch)
@@ -182,15 +174,15 @@ class Run:
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
         """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
-        model = self.detector.model
+        geometry = self.detector.geometry
         return {
             "settings": self.settings.model_dump(mode="json"),
             "data_digest": self.data_digest,
             "validation_digest": self.validation_digest,
             "conditions": self.conditions(),
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
-            "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
-            "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
+            "pixel_mean": list(geometry.pixel_mean),
+            "pixel_std": list(geometry.pixel_std),
             **state.content(),
         }
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from detection.contract import Batch
-from detection.models import size_multiple
 from detection.training.skipped_steps import StepResult
 
 COUNTED_SIDE = 4  # cells of the coarsest map; the operations of convolutions grow with the area
@@ -28,10 +27,10 @@ class Throughput:
 
 
 @torch.no_grad()
-def flops_per_pixel(model: nn.Module) -> float:
+def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
     """Floating point operations of a training step per pixel of the network input: forward, and twice that backward."""
     device = next(model.parameters()).device
-    side = COUNTED_SIDE * size_multiple(model)
+    side = COUNTED_SIDE * size_multiple
     were_training = [(module, module.training) for module in model.modules()]
     model.eval()  # statistics stay
     try:

@@ -120,7 +120,11 @@ def strength_rows(
     for varied in VARIED.get(name, ()):
         tiles = []
         for value, label in values_of(varied, getattr(section, varied.name)):
-            sample = plain if label == NEUTRAL else _apply(augmentation, geometry, name, varied, value, size, seed, plain, through)
+            sample = (
+                plain
+                if label == NEUTRAL
+                else _apply(augmentation, geometry, name, varied, value, size, seed, plain, through)
+            )
             if name == "iou_crop" and sample is not plain and np.array_equal(sample.image, plain.image):
                 label += ": no such crop"
             tiles.append(Tile(varied.name, label, sample))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detection.config.settings import SIZE_MULTIPLE
 from detection.errors import CheckpointError, SettingsError
 
+COARSEST_STRIDE = 32  # pixels per cell of the last map
 TIMM_PREFIX = "timm/"  # of the backbone's name in the settings
 PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed
 
@@ -59,7 +59,7 @@ def timm_backbone(name: str, levels: int) -> TimmBackbone:
         raise SettingsError(f"model.backbone=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
     reductions = [feature["reduction"] for feature in create_features(name).feature_info.info]
     last_of_stride = {stride: index for index, stride in enumerate(reductions)}
-    strides = [SIZE_MULTIPLE >> halvings for halvings in reversed(range(levels))]
+    strides = [COARSEST_STRIDE >> halvings for halvings in reversed(range(levels))]
     if not set(strides) <= set(reductions):
         raise SettingsError(
             f"model.backbone=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "

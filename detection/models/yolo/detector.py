@@ -19,6 +19,10 @@ from detection.models.yolo.network import YOLOv3, spp_stage, tiny_stage, yolov3_
 from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
+HELD_SETTINGS: dict[str, list[str]] = {
+    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss")],
+    "decoding": ["yolo.score", "yolo.objectness_threshold"],
+}
 
 
 def build_yolo(
@@ -72,6 +76,7 @@ def build_yolo(
             if deviates
         ),
         metadata=metadata,
+        held_settings=HELD_SETTINGS,
         anchors=anchor_layout(model_settings, yolo, model, anchors),
         check_fit=AnchorFit(anchors, model.strides, scales_xy),
     )
@@ -139,6 +144,37 @@ def build_postprocess(
 def postprocess_from_metadata(metadata: Mapping[str, Any], settings: Settings) -> nn.Module:
     """`build_postprocess` for raw outputs of an exported file."""
     return build_postprocess(metadata, settings.yolo, settings.evaluation)
+
+
+def upgrade_metadata(entries: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of files written before detectors had a section each and a geometry of their own."""
+    if "geometry" in entries or "letterbox" not in entries:
+        return entries
+    letterbox, yolo, thresholds = (entries[key] for key in ("letterbox", "yolo", "thresholds"))
+    entries["geometry"] = {
+        "size_multiple": entries["size_multiple"],
+        "placement": "letterbox" if letterbox["keep_aspect"] else "squash",
+        "rounding": letterbox["rounding"],
+        "interpolation": letterbox["interpolation"],
+        "fill": letterbox["fill"],
+        "pixel_mean": entries["pixel_mean"],
+        "pixel_std": entries["pixel_std"],
+    }
+    entries["decoding"] = {key: entries[key] for key in ("strides", "anchors", "scale_xy", "new_coords")}
+    data = {
+        "keep_aspect": letterbox["keep_aspect"],
+        "letterbox_rounding": letterbox["rounding"],
+        "interpolation": letterbox["interpolation"],
+        "fill": letterbox["fill"],
+    }
+    entries["settings"] = {
+        "yolo": yolo | {"score": entries["score"], "objectness_threshold": thresholds["objectness"]},
+        "data": data,
+    }
+    entries["held_settings"] = HELD_SETTINGS
+    product = "objectness x class probability"
+    entries["score"] = product if entries["score"] == "product" else "objectness of the likeliest class"
+    return entries
 
 
 def anchor_layout(

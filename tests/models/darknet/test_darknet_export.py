@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detection.inference.export.darknet_export import describe_network
 from torch import nn
 
 from detection.errors import CheckpointError
-from detection.inference.export.darknet_export import describe_network
 from detection.models import build_detector
 from detection.models.darknet.cfg import format_cfg, parse_cfg
 from detection.models.darknet.layers import cfg_classes
