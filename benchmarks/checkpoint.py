@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.directory is not None and not arguments.directory.is_dir():
         raise OutputError(f"--directory {arguments.directory}: is no directory")
     device = choose_device(settings.run.device)
-    detector = build_detector(settings.yolo, settings.evaluation, settings.model.num_classes or 80)
+    detector = build_detector(settings, settings.model.num_classes or 80)
     state = RunState(detector.to(device, True).model, settings.train, 0, build_scaler(device, None))
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)

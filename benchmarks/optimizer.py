@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={arguments.backbone}"])
-    model = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True).model
+    model = build_detector(settings, 80).to(device, channels_last=True).model
     finite = torch.tensor(True, device=device)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)

@@ -32,7 +32,7 @@ from detection.data.fake import BOXES, synthetic_batch
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.errors import SettingsError, exit_with_message
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.runtime.devices import (
     CUDA_GRAPHS,
@@ -72,9 +72,9 @@ def main() -> None:
             raise SettingsError(f"{word}: here say --device, --batch or --sizes")
     settings, _ = load_settings(DEFAULTS, words=arguments.settings)
     device = choose_device(arguments.device)
-    detector = build_detector(settings.yolo, settings.evaluation, arguments.classes).to(device, channels_last=True)
+    detector = build_detector(settings, arguments.classes).to(device, channels_last=True)
     for size in arguments.sizes:
-        check_image_size(detector.model, "--sizes", size)
+        detector.geometry.check_size("--sizes", size)
     flops = flops_per_pixel(detector.model)
     print(
         f"{settings.model.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "

@@ -13,7 +13,6 @@ import torch
 
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations
-from detection.data.build import build_datasets
 from detection.data.coco import CocoDataset
 from detection.errors import DataError
 from detection.evaluation.coco_metric import score_detections
@@ -21,6 +20,7 @@ from detection.evaluation.detections import Detections, write_detections
 from detection.evaluation.evaluate import Found, compute_metrics
 from detection.models import build_detector
 from detection.models.yolo.darknet_loss import DarknetLoss
+from tests.support.detectors import datasets_of
 from tests.support.fault_runs import NETWORK, Run
 
 SIDE = 64
@@ -63,7 +63,7 @@ def read(tmp_path: Path, default_settings: Callable[..., Settings]) -> Callable[
 
     def datasets(train: dict[str, Any], val: dict[str, Any] | None = None, *words: str) -> Any:
         settings = default_settings(f"data.root={write_dataset(tmp_path / 'data', train, val)}", *words)
-        return build_datasets(settings.data, SIDE, SIDE, 0, None)
+        return datasets_of(settings, SIDE, SIDE, 0, None)
 
     return datasets
 
@@ -126,7 +126,7 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
 def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
     settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={network(tmp_path, 2)}")
     torch.manual_seed(0)
-    detector = build_detector(settings.yolo, settings.evaluation, 2)
+    detector = build_detector(settings, 2)
     images = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     targets = {"boxes": torch.zeros(4, 32, 4), "labels": torch.full((4, 32), -1)}
     losses = detector.criterion(detector.model.train()(images), targets)
@@ -292,7 +292,7 @@ def test_A22_a_read_only_dataset_stays_as_it_is(
     for path in [tmp_path / "data", *paths]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     settings = default_settings(f"data.root={tmp_path / 'data'}")
-    for dataset in build_datasets(settings.data, SIDE, SIDE, 0, None):
+    for dataset in datasets_of(settings, SIDE, SIDE, 0, None):
         assert len([dataset[index] for index in range(len(dataset))]) == 3
     assert sorted((tmp_path / "data").rglob("*")) == paths
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}

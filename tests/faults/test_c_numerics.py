@@ -190,7 +190,7 @@ def settings_of(tmp_path: Path, *words: str) -> Settings:
 @pytest.mark.parametrize("bias", [1e4, -1e4])
 def test_C05_huge_logits(tmp_path: Path, loss: str, bias: float) -> None:
     settings = settings_of(tmp_path, f"yolo.loss={loss}")
-    detector = build_detector(settings.yolo, settings.evaluation, 2)
+    detector = build_detector(settings, 2)
     boxes, labels = torch.tensor([[[5.0, 5, 30, 40]], [[0, 0, 64, 64]]]), torch.tensor([[0], [1]])
     batch = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "boxes": boxes, "labels": labels}
     batch |= {"indices": torch.arange(2), "letterboxes": [Letterbox(1, 1, 0, 0, 64, 64)] * 2}
@@ -218,7 +218,7 @@ def test_C08_any_cut_into_micro_batches_trains_the_same(tmp_path: Path, subdivis
     def epoch(count: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
         settings = settings_of(tmp_path)
-        model, criterion, _ = build_detector(settings.yolo, settings.evaluation, 2)
+        model, criterion, _ = build_detector(settings, 2)
         optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.01, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -28,7 +28,7 @@ from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.slow_samples import SlowSamples
-from detection.data.transforms import Transform
+from tests.support.detectors import datasets_of, transform_of
 from tests.support.fault_runs import Run, at_step
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port, losses_of, output_of, rows_of, start
@@ -64,7 +64,7 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
 def test_E02_an_augmentation_that_raises_names_its_image(
     dataset: Path, default_settings: Callable[..., Settings], workers: int
 ) -> None:
-    training_set, _ = build_datasets(default_settings(f"data.root={dataset}").data, 64, 64, 0, None)
+    training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     transform = training_set.sample_transform
 
     def raising(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
@@ -125,7 +125,7 @@ def test_E03_no_two_samples_share_their_random_numbers_whatever_the_workers(
     dataset: Path, default_settings: Callable[..., Settings]
 ) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
-    training_set, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training_set, _ = datasets_of(settings, 64, 64, 0, None)
     training_set.load_image = lambda index: np.full((64, 64, 3), 128, np.uint8)  # only augmentation tells them apart
     hashes: dict[int, list[str]] = {}
     for workers in (0, 1, 4):
@@ -156,7 +156,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
     ]
     content = {"images": images, "annotations": rows, "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    transform = Transform(default_settings().data, 64, 0, training=False)
+    transform = transform_of(default_settings(), 64, 0, training=False)
     training_set = CocoDataset(tmp_path, tmp_path / "a.json", transform)
     sampler = TrainingBatchSampler(len(training_set), 20, 1, (0, 100), 0, 64)  # one epoch
     grown: dict[int, list[int]] = {}
@@ -172,7 +172,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
 
 @pytest.mark.guard("detection.data.workers:prepare_worker", "cv2.setNumThreads(0)", "pass")
 def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
-    training_set, _ = build_datasets(default_settings(f"data.root={dataset}").data, 64, 64, 0, None)
+    training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     load_image = training_set.load_image
 
     def checked(index: int) -> np.ndarray:
@@ -192,7 +192,7 @@ def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: C
 @pytest.mark.faults
 def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
-    training_set, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training_set, _ = datasets_of(settings, 64, 64, 0, None)
     started = time.monotonic()
     for _ in range(50):
         cv2.setNumThreads(4)
@@ -215,7 +215,7 @@ def test_E08_each_image_is_evaluated_once_and_all_ranks_take_as_many_steps(
 ) -> None:
     make_sparse_dataset(tmp_path / "data", count)
     settings = default_settings(f"data.root={tmp_path / 'data'}")
-    _, validation_set = build_datasets(settings.data, 64, 64, 0, None)
+    _, validation_set = datasets_of(settings, 64, 64, 0, None)
     shares = [
         [index for batch in build_evaluation_loader(validation_set, 3, 0, CPU, rank, 2) for index in batch["indices"]]
         for rank in (0, 1)

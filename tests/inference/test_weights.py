@@ -128,7 +128,7 @@ def test_without_a_description_the_file_tells_the_number_of_classes(files: Files
     words = ("model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
     settings, _ = load_settings(ARGS, words=words)
     torch.manual_seed(0)
-    model = build_detector(settings.yolo, settings.evaluation, 5).model
+    model = build_detector(settings, 5).model
     write_darknet_weights(model, files.root / "tiny.weights", Header(seen=7))
     opened = open_here(files, "tiny.weights", None, None, *words)
     assert (opened.num_classes, opened.names, opened.seen) == (5, None, 7)
@@ -197,7 +197,7 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
     settings, _ = load_settings(ARGS, words=words)
     states = []
     for label in (0, 1):
-        model = build_detector(settings.yolo, settings.evaluation, 3).model
+        model = build_detector(settings, 3).model
         (last,) = model.output_convolutions()
         with torch.no_grad():
             last.weight.zero_()

@@ -37,7 +37,7 @@ def words(backbone: str, levels: int) -> list[str]:
 
 def build(*settings: str, num_classes: int = 2) -> Detector:
     loaded, _ = load_settings(ARGS, words=settings)
-    return build_detector(loaded.yolo, loaded.evaluation, num_classes)
+    return build_detector(loaded, num_classes)
 
 
 @pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])

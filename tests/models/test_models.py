@@ -24,7 +24,7 @@ TORCHVISION = {"mobilenet_v3_large": mobilenet_v3_large, "mobilenet_v3_small": m
 
 def build(num_classes: int, *words: str) -> Detector:
     settings, _ = load_settings(ARGS, words=words)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 @pytest.fixture(scope="module")

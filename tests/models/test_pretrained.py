@@ -34,7 +34,7 @@ def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int 
         ARGS, words=[*words, f"model.pretrained={str(value).lower() if value is True else value}"]
     )
     torch.manual_seed(seed)
-    return build_detector(settings.yolo, settings.evaluation, num_classes).model, settings.yolo
+    return build_detector(settings, num_classes).model, settings.yolo
 
 
 def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:

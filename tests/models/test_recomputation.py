@@ -27,7 +27,7 @@ SMALL = {
 def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype | None, frozen: bool) -> dict[str, Any]:
     """Two steps of two micro-batches; gradients of the last, weights, statistics, losses."""
     torch.manual_seed(0)
-    detector = build_detector(settings.yolo, settings.evaluation, 3).to(CPU, channels_last=True)
+    detector = build_detector(settings, 3).to(CPU, channels_last=True)
     if recomputed:
         recompute_backbone(detector.model)
     state = RunState(detector.model, settings.train, 10, build_scaler(CPU, dtype))
@@ -76,7 +76,7 @@ def test_every_number_is_the_same(
 
 def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: Callable[..., Settings]) -> None:
     settings = default_settings("model.backbone=darknet_tiny", *SMALL["darknet_tiny"])
-    model = build_detector(settings.yolo, settings.evaluation, 3).model
+    model = build_detector(settings, 3).model
     recompute_backbone(model)
     calls: list[nn.Module] = []
     block = model.backbone.stages[1][1]
@@ -94,7 +94,7 @@ def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
     settings = default_settings("train.batch_size=1")
     found = []
     for recomputed in (False, True):
-        detector = build_detector(settings.yolo, settings.evaluation, 3)
+        detector = build_detector(settings, 3)
         if recomputed:
             recompute_backbone(detector.model)
         estimate = estimate_memory(

@@ -133,7 +133,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0 and "stride 16: 20 x 20" in result.stdout
     assert "current = YOLOv3-tiny for COCO" in result.stdout
     settings, _ = load_settings(DEFAULTS, [tmp_path / "out" / "anchors.yaml"])
-    model = build_model(settings.yolo, 80)
+    model = build_model(settings.model, settings.yolo, 80)
     assert model.strides == (16, 32)
     assert [[list(anchor) for anchor in level] for level in model.anchors] == [shapes[:3], shapes[3:]]
     assert (tmp_path / "out" / "anchors.cfg").read_text().strip() == (settings.model.cfg or "").strip()

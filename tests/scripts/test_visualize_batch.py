@@ -12,12 +12,12 @@ import torch
 
 import visualize_batch
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
 from detection.visualization.augmentation_sheet import VARIED, Varied, augmentation_names, strength_rows, values_of
 from detection.visualization.target_pictures import assigned_predictions, draw_level
+from tests.support.detectors import datasets_of
 from tests.support.training_runs import load_main
 
 Run = Callable[..., Any]
@@ -84,7 +84,7 @@ def test_what_is_printed_repeats_it(
     content = content_of(tmp_path)
     assert "optimizer step 2: 4 images of 96 px, seed 0; 3 drawn" in result.stdout and len(content["images"]) == 3
     settings = default_settings(*SMALL, f"data.root={drawn_dataset}")
-    dataset, _ = build_datasets(settings.data, 96, 96, 0, None)
+    dataset, _ = datasets_of(settings, 96, 96, 0, None)
     for row in content["images"]:
         sample = dataset[row["index"], row["epoch"], row["size"]]
         assert np.array(row["boxes"]).reshape(-1, 4) == pytest.approx(sample.boxes, abs=1e-3)

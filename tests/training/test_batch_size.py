@@ -131,7 +131,7 @@ def test_a_tried_step_has_everything_and_changes_nothing(
         "train.image_size=64", "train.subdivisions=4", "train.ema_decay=0.9", "train.learning_rate=0.1",
         "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
     )  # fmt: skip
-    detector = build_detector(settings.yolo, settings.evaluation, 2)
+    detector = build_detector(settings, 2)
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
     state, real, taken = torch.get_rng_state(), batch_size.train_step, []
 
@@ -175,7 +175,7 @@ def test_what_is_found_on_cuda_trains(default_settings: Callable[..., Settings])
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     settings = default_settings("train.batch_size=auto", "train.image_size=608")
-    detector = build_detector(settings.yolo, settings.evaluation, 80).to(torch.device("cuda"), channels_last=True)
+    detector = build_detector(settings, 80).to(torch.device("cuda"), channels_last=True)
     number, line = find_batch_size(
         detector, settings, alone(), 1000, contextlib.nullcontext, lambda: build_scaler(torch.device("cuda"), None)
     )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.config.settings import Settings, TrainSettings
 from detection.contract import Detector
-from detection.data.build import build_datasets
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
@@ -23,6 +22,7 @@ from detection.training.optimizer import build_optimizer, set_backbone_frozen, s
 from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss, SkippedSteps, StepResult
 from detection.training.step import train_step
 from detection.training.throughput import Meter
+from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def train_settings(**values: Any) -> TrainSettings:
 def small_detector(num_classes: int = 3) -> Detector:
     settings = read_settings()
     torch.manual_seed(0)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 def make_batch(count: int, size: int = 64, seed: int = 0, first_index: int = 0) -> dict[str, Any]:
@@ -559,7 +559,7 @@ def test_frozen_batch_norm_keeps_its_statistics_while_all_weights_train(frozen_b
 
 def test_frozen_batch_norm_survives_an_evaluation(drawn_dataset: Path) -> None:
     settings = read_settings(f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.image_size=64")
-    _, validation_set = build_datasets(settings.data, 64, 64, 0, None)
+    _, validation_set = datasets_of(settings, 64, 64, 0, None)
     detector = small_detector(2)
     model = detector.model.train()
     set_backbone_frozen(model, False, "frozen")

@@ -25,7 +25,8 @@ from detection.data.augmentation.crop_and_scale import (
 )
 from detection.data.resize import resize_placed
 from detection.data.transforms import Sample, Transform
-from detection.ops.letterbox import letterbox_geometry
+from detection.ops.letterbox import place_image
+from tests.support.detectors import transform_of
 
 Load = Callable[..., Settings]
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
@@ -41,7 +42,7 @@ def probabilities(default_settings: Load, **chosen: float) -> list[str]:
 
 
 def build(default_settings: Load, *words: str, size: int = 64, seed: int = 0, **chosen: float) -> Transform:
-    return Transform(default_settings(*probabilities(default_settings, **chosen), *words).data, size, seed, True)
+    return transform_of(default_settings(*probabilities(default_settings, **chosen), *words), size, seed, True)
 
 
 def picture(width: int = 64, height: int = 48) -> np.ndarray:
@@ -342,7 +343,7 @@ def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.Mo
     for name in NAMED:
         built = build(default_settings, **{name: 0.1})
         assert (built.placement is not None) == (name in GEOMETRIC) and (built.color is None) == (name in GEOMETRIC)
-    validation = Transform(default_settings(*(f"data.augmentation.{name}.p=1" for name in NAMED)).data, 64, 0, False)
+    validation = transform_of(default_settings(*(f"data.augmentation.{name}.p=1" for name in NAMED)), 64, 0, False)
     assert validation.placement is None and validation.color is None
     # the jitter needs nothing of torch's
     monkeypatch.setattr(torch.random, "fork_rng", lambda **keywords: pytest.fail("forked for nothing"))
@@ -351,7 +352,7 @@ def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.Mo
 
 def test_the_letterbox_of_a_sample_is_the_images(default_settings: Load) -> None:
     sample = build(default_settings, **dict.fromkeys(GEOMETRIC, 1))(picture(90, 50), *NO_BOXES, 0, 0, 0)
-    assert sample.letterbox == letterbox_geometry(90, 50, 64, True)[0]
+    assert sample.letterbox == place_image(90, 50, 64, "letterbox")[0]
 
 
 # --- randomness ---

@@ -26,7 +26,7 @@ FAMILY = [
 
 def build(default_settings, words: tuple[str, ...], num_classes: int) -> tuple[nn.Module, list]:
     settings = default_settings(*words)
-    model = build_detector(settings.yolo, settings.evaluation, num_classes).model
+    model = build_detector(settings, num_classes).model
     return model, describe_network(model, settings.yolo.anchors, 416, settings.yolo.ignore_threshold)
 
 

@@ -399,7 +399,7 @@ def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Dete
     path.write_text(text)
     words = ("model.backbone=darknet_cfg", f"model.cfg={path}", *words)
     settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 def test_contract(tmp_path: Path) -> None:
