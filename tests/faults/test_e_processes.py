@@ -387,7 +387,7 @@ def test_E07_a_rank_that_hangs_in_the_evaluation(drawn_dataset: Path, tmp_path: 
 def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: Path, tmp_path: Path) -> None:
     words = [
         f"data.root={drawn_dataset}", "train.batch_size=2", "train.optimizer=sgd", "train.learning_rate=1e30",
-        "scheduler.warmup=0", "train.most_skipped_steps=2", "--output", tmp_path / "run",
+        "scheduler.warmup=0", "train.max_skipped_steps=2", "--output", tmp_path / "run",
     ]  # fmt: skip
     output = output_of(start(2, tmp_path / "work", *words))
     assert "2 steps in a row were non-finite" in output, output
