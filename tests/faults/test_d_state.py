@@ -195,9 +195,6 @@ def fill_disk(main: ModuleType, step: int) -> None:
     at_step(main, step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)))
 
 
-@pytest.mark.guard(
-    "detection.checkpoints:save_checkpoint", "os.getpid()", "[os.getpid(), path.unlink(missing_ok=True)]"
-)
 def test_D02_disk_full_at_a_checkpoint(train: Train, tmp_path: Path) -> None:
     # Log lines come every 1000 steps, so the checkpoint after step 6 is the first to be written on the full disk.
     words = ["run.log_frequency=1000", "train.save_frequency=3", "evaluation.evaluate_frequency=1000"]
@@ -612,7 +609,6 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
         CheckpointWriter.save = saved
 
 
-@pytest.mark.guard("detection.runtime.signals:StopRequest._receive", "if self.signal_number is None:", "if False:")
 @pytest.mark.parametrize(
     ("number", "place"),
     [
