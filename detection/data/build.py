@@ -1,4 +1,4 @@
-"""Datasets of a run: the training set and the validation set that follows its labels."""
+"""Building the training and validation datasets of a run from its settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,21 +29,21 @@ def build_datasets(
     num_classes: int | None,
     max_validation_images: int | None = None,
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Training and validation set of the settings.
+    """Build the training set and the validation set, which uses the training set's labels.
 
     Args:
         training_size, validation_size: side of the network input in pixels.
-        seed: of the run.
-        num_classes: what the settings demand; None: whatever the annotations have.
+        seed: seed of the run.
+        num_classes: required number of classes; None: as many as the annotations have.
         max_validation_images: see `keep_evenly`.
 
     Raises:
-        DataError: nothing found, unusable annotations, or another number of classes.
+        DataError: no dataset found, unusable annotations, or another number of classes.
     """
     validation_transform = Transform(data, validation_size, seed, False)
     make_builtin(data)
     if not data.fake:
-        find_dataset(data)  # what is missing of either is said before either is read
+        find_dataset(data)  # report a missing split before spending time on reading the other
     training_set = build_training_dataset(data, training_size, seed, num_classes)
     validation_set: DetectionDataset
     if isinstance(training_set, FakeDataset):
@@ -68,7 +68,7 @@ def build_datasets(
 
 
 def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes: int | None) -> DetectionDataset:
-    """The training images alone; the arguments and errors are those of `build_datasets`."""
+    """Build the training set alone; arguments and errors as in `build_datasets`."""
     transform = Transform(data, size, seed, training=True)
     if data.fake:
         names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
@@ -101,15 +101,15 @@ def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes
 def build_validation_dataset(
     data: DataSettings, size: int, names: Sequence[str] | None, max_images: int | None = None
 ) -> CocoDataset:
-    """The validation images alone, with the labels of a trained detector.
+    """Build the validation set alone, with the labels of a trained detector.
 
     Args:
         size: side of the network input in pixels.
-        names: classes of the detector, label by label; None: all categories of the file, by ascending id.
+        names: class names of the detector in label order; None: all categories of the file, by ascending id.
         max_images: see `keep_evenly`.
 
     Raises:
-        DataError: nothing found, unusable annotations, or categories that the detector does not know.
+        DataError: no dataset found, unusable annotations, or categories that the detector was not trained on.
     """
     make_builtin(data)
     file, images = find_validation_set(data)
@@ -128,9 +128,9 @@ def build_validation_dataset(
 
 
 def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
-    """Reduce a dataset to `count` images spread evenly over its order: the other ones are never read. None: all stay.
+    """Reduce a dataset in place to `count` images spread evenly over its order; None keeps all.
 
-    Not the first ones: a file's beginning may be one source, one camera, one day.
+    Not the first `count`: the beginning of a file may come from a single camera or day.
     """
     total = len(dataset.annotations)
     if count is not None and count < total:
@@ -138,7 +138,7 @@ def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
 
 
 def make_builtin(data: DataSettings) -> None:
-    """Make the built-in dataset of the settings, if there is one and it is not there yet."""
+    """Generate the built-in dataset if the settings ask for it and it does not exist yet."""
     if data.builtin != "digits" or data.fake:
         return
     try:
