@@ -28,7 +28,7 @@ from detection.config.loading import load_settings
 from detection.config.settings import Settings
 from detection.contract import Batch, Detector
 from detection.data.build import build_datasets
-from detection.data.fake import BOXES, synthetic_batch
+from detection.data.fake import MEAN_BOXES, synthetic_batch
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.errors import SettingsError, exit_with_message
@@ -184,7 +184,7 @@ def time_peer(name: str, size: int, arguments: Any, device: torch.device, dtype:
     batch = synthetic_batch(size, arguments.batch, arguments.classes)
     images = list(batch["images"].to(device).float() / 255)
     targets = [
-        {"boxes": boxes[:BOXES].to(device), "labels": labels[:BOXES].to(device).clamp(min=1)}
+        {"boxes": boxes[:MEAN_BOXES].to(device), "labels": labels[:MEAN_BOXES].to(device).clamp(min=1)}
         for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True)
     ]
 

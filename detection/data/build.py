@@ -1,4 +1,4 @@
-"""Datasets of a run: the training set and the validation set that follows its labels."""
+"""Building the training and validation datasets of a run from its settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def build_datasets(
         max_validation_images: see `keep_evenly`.
 
     Raises:
-        DataError: nothing found, unusable annotations, or another number of classes.
+        DataError: no dataset found, unusable annotations, or another number of classes.
     """
     make_builtin(data)
     if not data.fake:
@@ -97,7 +97,7 @@ def build_validation_dataset(
         max_images: see `keep_evenly`.
 
     Raises:
-        DataError: nothing found, unusable annotations, or categories that the detector does not know.
+        DataError: no dataset found, unusable annotations, or categories that the detector was not trained on.
     """
     make_builtin(data)
     file, images = find_validation_set(data)
@@ -115,9 +115,9 @@ def build_validation_dataset(
 
 
 def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
-    """Reduce a dataset to `count` images spread evenly over its order: the other ones are never read. None: all stay.
+    """Reduce a dataset in place to `count` images spread evenly over its order; None keeps all.
 
-    Not the first ones: a file's beginning may be one source, one camera, one day.
+    Not the first `count`: the beginning of a file may come from a single camera or day.
     """
     total = len(dataset.annotations)
     if count is not None and count < total:
@@ -125,7 +125,7 @@ def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
 
 
 def make_builtin(data: DataSettings) -> None:
-    """Make the built-in dataset of the settings, if there is one and it is not there yet."""
+    """Generate the built-in dataset if the settings ask for it and it does not exist yet."""
     if data.builtin != "digits" or data.fake:
         return
     try:

@@ -1,4 +1,4 @@
-"""From an image and its boxes to the network input: letterbox, and for training the augmentation."""
+"""Transform from an image and its boxes to the network input: letterbox and, in training, augmentation."""
 
 from dataclasses import dataclass
 
@@ -15,21 +15,22 @@ from detection.ops.letterbox import Letterbox
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as the collate function takes it."""
+    """One transformed image, the input of the collate function."""
 
     image: np.ndarray  # (S, S, 3) uint8 RGB
     boxes: np.ndarray  # (G, 4) float32 xyxy, pixels of the network input
     labels: np.ndarray  # (G,) int64: class, or -2 crowd
-    index: int  # of the image in its dataset
-    letterbox: Letterbox  # of the image; augmentation then moves it further
-    unreadable: tuple[str, ...] = ()  # what was wrong with the images that this one takes the place of
+    index: int  # position of the image in its dataset
+    letterbox: Letterbox  # before augmentation
+    unreadable: tuple[str, ...] = ()  # errors of unreadable images that this one replaces
 
 
 class Transform:
-    """Validation: the letterbox alone. Training: the letterbox or a random placement, then augmentation at the size of
-    the network input: albumentations, then the named colour distortions. What has no probability is not built.
+    """Maps an image and its boxes to the network input.
 
-    Every random choice is a pure function of (seed, epoch, index), whatever the worker, rank or order.
+    Validation letterboxes only. Training letterboxes or places the image at random, then applies albumentations and the
+    colour distortions at the size of the network input. Augmentations of probability 0 are not built. Every random
+    choice is a pure function of (seed, epoch, index), independent of worker, rank and order.
 
     Args:
         geometry: of the detector.
@@ -58,12 +59,14 @@ class Transform:
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, index: int, epoch: int, size: int
     ) -> Sample:
-        """Args:
-        image: RGB uint8, (H, W, 3).
-        boxes: xyxy in pixels of the image, (G, 4) float32.
-        labels: class or -2 crowd, (G,) int64.
-        index, epoch: choose the random stream.
-        size: side of the network input, 0 for the default.
+        """Transform one image.
+
+        Args:
+            image: RGB uint8, (H, W, 3).
+            boxes: xyxy in pixels of the image, (G, 4) float32.
+            labels: class, or -2 for crowd, (G,) int64.
+            index, epoch: select the random stream.
+            size: side of the network input in pixels, 0 for the default.
         """
         geometry, size = self.geometry, size or self.size
         letterbox, width, height = geometry.place(image.shape[1], image.shape[0], size)

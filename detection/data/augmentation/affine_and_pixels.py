@@ -1,4 +1,4 @@
-"""The albumentations of training: the library draws and changes pixels, the geometry of all of it is one warp."""
+"""Augmentation with albumentations: the library draws parameters and changes pixels; all geometry is one warp."""
 
 import os
 import random
@@ -11,14 +11,16 @@ from detection.config.augmentation import AugmentationSettings
 from detection.contract import Geometry
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
 
-# albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
+# Stop albumentations from asking the package index for a newer version on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-MINIMUM_SIDE = 1.0  # pixels of the network input; a box that augmentation leaves smaller is removed
+MINIMUM_SIDE = 1.0  # pixels of the network input; smaller boxes are removed after augmentation
 
 
 class Augmentation:
-    """Geometry first, so that noise is applied at network resolution. What has no probability is not built.
+    """Applies albumentations' transforms, geometry first so that noise has the resolution of the network input.
+
+    Transforms of probability 0 are not built.
 
     Args:
         settings: of all transforms.
@@ -36,16 +38,16 @@ class Augmentation:
     def __call__(
         self, placed: Placed, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The network input (size, size, 3) uint8, and the boxes and labels of what is left to see.
+        """Return the network input (size, size, 3) uint8, and the boxes and labels that remain visible.
 
         Args:
             boxes: xyxy in pixels of the square, (G, 4) float32.
         """
-        # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
-        # applied with equal probability would be applied to the same images.
+        # One shared stream: `set_random_seed` would give every transform the same stream, so those of equal probability
+        # would be applied to the same images.
         numbers, chance = self.streams(epoch, index)
         self.compose.set_random_state(numbers, chance)
-        chance.random()  # `Compose` draws whether to do anything at all
+        chance.random()  # the number that `Compose` draws for its own probability
         matrix = np.eye(3)
         moved = self.affine is not None and self.affine.should_apply()
         if moved:
@@ -81,20 +83,20 @@ class Augmentation:
 def move_boxes(
     boxes: np.ndarray, matrix: np.ndarray, size: int, rotate_method: str, min_visibility: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes around the moved boxes ("largest_box") or around the moved ellipses inside them ("ellipse").
+    """Enclose the transformed boxes ("largest_box") or the transformed ellipses inside them ("ellipse").
 
     Args:
-        boxes: xyxy in pixels of the square, (G, 4) float32; what is outside it does not count.
-        matrix: from the square to the square, (3, 3) affine.
-        min_visibility: share of the moved box that has to be inside the square.
+        boxes: xyxy in pixels of the square, (G, 4) float32; clipped to it first.
+        matrix: affine from square to square, (3, 3).
+        min_visibility: fraction of the transformed box that must be inside the square.
 
     Returns:
-        Boxes cut to the square, (G, 4) float32, and which of them stay, (G,) bool.
+        Boxes clipped to the square, (G, 4) float32, and which of them to keep, (G,) bool.
     """
     inside = boxes.astype(np.float64).clip(0, size)
     centre, half = (inside[:, 2:] + inside[:, :2]) / 2, (inside[:, 2:] - inside[:, :2]) / 2
     centre = centre @ matrix[:2, :2].T + matrix[:2, 2]
-    # The extent along an axis: of a parallelogram the sum over both half sides, of an ellipse the root of squares.
+    # Half extent along an axis: the sum over both half sides of a parallelogram, the root of squares of an ellipse.
     if rotate_method == "ellipse":
         half = np.sqrt(half**2 @ (matrix[:2, :2] ** 2).T)
     else:
@@ -107,7 +109,7 @@ def move_boxes(
 
 
 def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int, int]) -> Any:
-    """The transforms of albumentations as a `Compose`, which refuses arguments that they do not know."""
+    """Build albumentations' transforms as a strict `Compose`, which refuses unknown arguments."""
     import albumentations as A
 
     from detection.data.augmentation.fog import RandomFog
