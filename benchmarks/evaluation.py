@@ -144,6 +144,7 @@ def synthetic_ground_truth() -> Annotations:
         coco_boxes=np.concatenate([corners, sides], axis=1),
         crowd=crowd,
         annotation_ids=np.arange(1, GT_BOXES + 1),
+        file_order=np.arange(GT_BOXES),
         categories=Categories(tuple(map(str, range(CLASSES))), tuple(range(1, CLASSES + 1))),
         counts=AnnotationCounts(),
     )

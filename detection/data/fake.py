@@ -41,6 +41,7 @@ class FakeDataset(torch.utils.data.Dataset):
             coco_boxes=coco_boxes,
             crowd=np.zeros(first_box[-1], bool),
             annotation_ids=np.arange(1, first_box[-1] + 1),
+            file_order=np.arange(first_box[-1]),
             categories=Categories(tuple(class_names), tuple(range(1, len(class_names) + 1))),
             counts=AnnotationCounts(),
         )

@@ -182,9 +182,10 @@ def _groups_of_classes(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Labels with their rows of annotations and of detections, at most ROWS_AT_A_TIME or one class at once.
 
-    Classes without ground truth are left out: nothing is defined for them. Rows keep their order, which decides ties.
+    Classes without ground truth are left out: nothing is defined for them. The order decides ties: ground truth comes
+    as in the annotation file, detections as they are.
     """
-    gt_order = np.argsort(annotations.labels, kind="stable")
+    gt_order = np.lexsort((annotations.file_order, annotations.labels))
     detection_order = np.argsort(detections.labels, kind="stable")
     num_classes = len(annotations.categories.names)
     gt_ends = np.bincount(annotations.labels, minlength=num_classes).cumsum()
@@ -199,7 +200,7 @@ def _groups_of_classes(
             continue
         yield (
             np.array(group),
-            np.sort(np.concatenate([gt_order[slice(*_span(gt_ends, label))] for label in group])),
+            np.concatenate([gt_order[slice(*_span(gt_ends, label))] for label in group]),
             np.sort(np.concatenate([detection_order[slice(*_span(detection_ends, label))] for label in group])),
         )
         group = []
