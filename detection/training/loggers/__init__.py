@@ -13,10 +13,10 @@ from detection.errors import OutputError, SettingsError
 from detection.runtime.devices import describe_device
 from detection.runtime.reproducibility import environment_report
 from detection.runtime.run_directory import new_run_directory
-from detection.training.loggers.console import show_line
 from detection.training.loggers.files import STEP, FilesLogger
 from detection.training.loggers.protocol import Logger, Resumed
 from detection.training.loggers.tensorboard import TensorBoardLogger
+from detection.training.loggers.terminal import show_line
 from detection.training.run import Run
 
 LOGGERS: dict[str, Callable[[], Logger]] = {"files": FilesLogger, "tensorboard": TensorBoardLogger}
@@ -99,7 +99,7 @@ class Loggers:
             return
         try:
             call(logger)
-        except Exception as error:  # noqa: BLE001  (a tracking service may raise anything)
+        except Exception as error:
             if isinstance(logger, FilesLogger):
                 raise
             del self._loggers[name]

@@ -16,8 +16,8 @@ from detection.config.loading import dump_settings
 from detection.config.settings import Settings
 from detection.drawing.boxes import save_jpeg, save_png
 from detection.errors import OutputError
-from detection.training.loggers.console import show_line
 from detection.training.loggers.protocol import Resumed
+from detection.training.loggers.terminal import show_line
 
 STEP = "step"
 

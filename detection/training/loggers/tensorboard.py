@@ -77,7 +77,7 @@ class TensorBoardLogger:
 
 
 def _new_event_file(directory: Path) -> BinaryIO:
-    """Open a file under a name that TensorBoard looks for; it reads the files of a directory in order of their names."""
+    """Open a file whose name TensorBoard looks for; it reads the files of a directory in the order of their names."""
     name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
     number = 0
     while (directory / f"{name}.{number}").exists():
