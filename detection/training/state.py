@@ -113,9 +113,7 @@ class RunState:
         # A run whose precision has been changed to fp16, with the user's consent, begins with a new scale.
         was_fp16 = checkpoint.get("conditions", {}).get("precision", "float16") == "float16"
         if self.scaler.is_enabled() and was_fp16 and not checkpoint.get("scaler"):
-            raise CheckpointError(
-                "the checkpoint has no state of the gradient scaler, which a run in fp16 needs"
-            )
+            raise CheckpointError("the checkpoint has no state of the gradient scaler, which a run in fp16 needs")
         try:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema:
