@@ -171,7 +171,7 @@ def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.Grad
     evaluation = None
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
-            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate, step))
+            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
             batches = [overfit.batch]
             losses, finite = train_step(
                 model, criterion, optimizer, scaler, batches, overfit.precision, overfit.device, settings.clip_norm

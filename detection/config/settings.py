@@ -60,6 +60,7 @@ class RunSettings(Section):
     preflight: bool
     timeout_minutes: Positive
     log_frequency: Count
+    loggers: tuple[str, ...]
 
     @model_validator(mode="after")
     def check_modes(self) -> "RunSettings":

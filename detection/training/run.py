@@ -1,18 +1,19 @@
-"""What a run is made of: everything that its settings, data and device decide before the first step."""
+"""The parts of a run: everything that its settings, data and device determine before the first step."""
 
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.config.settings import Settings
-from detection.contract import Batch
 from detection.data.annotations import annotations_digest, repeat_factors
 from detection.data.build import build_datasets, make_builtin
 from detection.data.coco import CocoDataset
 from detection.data.image_file import choose_decoder, describe_decoder
+from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
@@ -32,14 +33,13 @@ from detection.runtime.devices import (
 from detection.runtime.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
+from detection.training.prefetch import Prefetcher
 from detection.training.schedules import build_schedule, resolve_steps
-from detection.training.skipped_steps import StepResult
 from detection.training.state import RunState
-from detection.training.step import train_step
 
 
 def join_ranks(settings: Settings) -> Ranks:
-    """This process among those that torchrun started, or alone, on its device."""
+    """Join the processes that torchrun started, if there are any, and open the device of this one."""
     _, local_rank, size = read_environment()
     device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
     if device.type == "cuda":
@@ -53,7 +53,7 @@ class Run:
     Args:
         ranks: this process among those of the run, with its device.
         fresh: false for a continued run, whose weights all come from its checkpoint.
-        processes: as many as the run had, where a step of it is looked into by one; None: as there are.
+        processes: how many the run had, if one process replays a step of several; None: as many as there are.
     """
 
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
@@ -129,11 +129,26 @@ class Run:
             self.training_set, self.validation_set, settings.data, train, detector
         )
 
+    @property
+    def patience(self) -> float:
+        """Evaluations without a higher AP50 that end the run."""
+        patience = self.settings.train.patience
+        return math.inf if patience is None else patience
+
     def in_steps(self, duration: int | str) -> int:
+        """Resolve a duration, in steps or epochs, to optimizer steps."""
         return resolve_steps(duration, self.steps_per_epoch)
 
+    def logs_at(self, step: int) -> bool:
+        """Whether progress is logged after this many steps."""
+        return step % self.settings.run.log_frequency == 0 or step == self.steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after this many steps."""
+        return step % self.evaluate_frequency == 0 or step == self.steps
+
     def sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
-        """Micro-batches of this process, or of another one of the run."""
+        """Return the micro-batches of this process, or of another one of the run, as positions in the dataset."""
         train = self.settings.train
         return TrainingBatchSampler(
             len(self.training_set),
@@ -150,15 +165,25 @@ class Run:
             self.processes,
         )
 
+    def training_batches(self, first_step: int) -> Prefetcher:
+        """Start the loader's workers; returns this process's micro-batches from `first_step` to the end of the run."""
+        sampler = self.sampler(first_step, self.steps)
+        loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
+        return Prefetcher(iter(loader), self.device)
+
     def image_ids_of_step(self, step: int) -> list[int]:
-        """Of all micro-batches and processes."""
+        """Return the image ids of a step, of all its micro-batches and processes."""
         images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
         sampler = self.sampler(step, step + 1)
         return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
 
-    def new_state(self) -> RunState:
-        """Before the first step."""
-        return RunState(
+    def new_state(self, checkpoint: dict[str, Any] | None = None) -> RunState:
+        """Build the state before the first step, or after that of a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit.
+        """
+        state = RunState(
             self.detector.model,
             self.settings.train,
             self.ema_ramp,
@@ -166,14 +191,19 @@ class Run:
             self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
         )
+        if checkpoint is not None:
+            state.load(checkpoint)
+            if self.ranks.size > 1:
+                state.meter.restart()  # the sums in the checkpoint are those of the first process
+        return state
 
     def conditions(self) -> dict[str, str | int]:
-        """What, besides settings and annotations, decides which numbers come out."""
+        """Return what influences the numbers besides settings and annotations."""
         decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
         return {"processes": self.processes, "precision": self.precision, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
-        """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
+        """Return all that a continued run, or a script with only this file, needs; the tensors are not copied."""
         geometry = self.detector.geometry
         return {
             "settings": self.settings.model_dump(mode="json"),
@@ -188,13 +218,16 @@ class Run:
 
     @functools.cached_property
     def compiled(self) -> torch.nn.Module:
-        """The network, compiled once for the preflight and the whole run."""
+        """The network, compiled once for the dry run and the whole run."""
         train = self.settings.train
         smallest, largest = train.multiscale_sizes if train.resize_frequency else (0, 0)
         return compile_forward(self.detector.model, self.device, (largest - smallest) // self.size_step + 1)
 
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
+        """Wrap the model for training: compiled, and exchanging gradients between processes.
+
+        Must be repeated when a part of the model is frozen or unfrozen.
+        """
         if self.settings.run.compile:
             model = self.compiled
         if self.ranks.size == 1:
@@ -204,20 +237,3 @@ class Run:
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, **options)
-
-    def take_step(
-        self, state: RunState, model: torch.nn.Module, micro_batches: list[Batch], discard: bool = False
-    ) -> StepResult:
-        return train_step(
-            model,
-            self.criterion,
-            state.optimizer,
-            state.scaler,
-            micro_batches,
-            self.autocast,
-            self.device,
-            self.settings.train.clip_norm,
-            state.statistics,
-            discard,
-            self.mark_step,
-        )

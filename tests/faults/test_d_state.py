@@ -27,11 +27,13 @@ from detection.config.loading import complete_settings, leaf_items, load_setting
 from detection.data.loaders import collate_samples
 from detection.errors import CheckpointError, OutputError, SettingsError
 from detection.runtime.run_directory import new_run_directory
+from detection.training import evaluation
+from detection.training import run as run_module
 from detection.training.checkpoint_writer import CheckpointWriter
-from detection.training.loggers import RunLogger
 from detection.training.resume import RESUMABLE, open_resumed_run
 from tests.support.checkpoint_cases import Payload, equal
 from tests.support.fault_runs import OVERLAY, Run, at_step, die, run_script
+from tests.support.run_logging import logging_to
 from tests.support.training_runs import first_difference
 
 Train = Callable[..., Run]
@@ -255,7 +257,7 @@ def test_D03_directory_that_is_lost_in_mid_run(train: Train, tmp_path: Path) -> 
     directory = tmp_path / "run"
     run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=Lose(str(directory)))
     run.ends_with(6, str(directory), "cannot be written")
-    run = train("run", "train.save_frequency=1000", fault=Lose(str(directory)))  # TensorBoard notices first
+    run = train("run", "train.save_frequency=1000", fault=Lose(str(directory)))  # noticed at the evaluation
     run.ends_with(6, str(directory), "cannot be written")
 
 
@@ -447,8 +449,8 @@ def kill_in_micro_step(main: ModuleType, step: int, micro_step: int) -> None:
     """Between two backward passes of one optimizer step."""
     real, seen = main.Run.new_state, 0
 
-    def new_state(run: Any) -> Any:
-        state = real(run)
+    def new_state(*arguments: Any) -> Any:
+        state = real(*arguments)
 
         def count(*_: Any) -> None:
             nonlocal seen
@@ -567,7 +569,7 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
     def send() -> None:
         os.kill(os.getpid(), number)
         if twice:
-            time.sleep(main.StopRequest.__init__.__globals__["ECHO_SECONDS"] + 0.1)
+            time.sleep(main.StopRequest._receive.__globals__["ECHO_SECONDS"] + 0.1)
             os.kill(os.getpid(), number)
             time.sleep(30)
 
@@ -589,16 +591,16 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
             loader.collate_fn = slow
             return loader
 
-        real = main.build_training_loader
-        main.build_training_loader = build
+        real = run_module.build_training_loader
+        run_module.build_training_loader = build
     if place == "evaluation":
-        run_inference = main.run_inference
+        run_inference = evaluation.run_inference
 
         def found(*arguments: Any, **keywords: Any) -> Any:
             send()
             return run_inference(*arguments, **keywords)
 
-        main.run_inference = found
+        evaluation.run_inference = found
     if place == "save":
         save = CheckpointWriter.save
 
@@ -686,7 +688,7 @@ def test_D12_killed_between_best_and_last(
 def claim(directory: Path, barrier: Any, codes: Any, number: int) -> None:
     barrier.wait()
     try:
-        with RunLogger(new_run_directory(directory.parent, "x", directory)) as logger:
+        with logging_to(new_run_directory(directory.parent, "x", directory)) as logger:
             logger.line(f"run {number}")
             codes[number] = 1
             barrier.wait()  # hold it until the other one has tried
@@ -744,10 +746,10 @@ def test_D15_logs_stay_small(whole: Callable[..., Path], default_settings: Calla
     step_of_row = row.pop("step")
     printed = max((whole() / "train.log").read_text().splitlines(), key=len)
     every = default_settings().run.log_frequency
-    with RunLogger(tmp_path / "logs") as logger:
+    with logging_to(tmp_path / "logs") as logger:
         for number in range(1, 1001):
             if number % every == 0:
-                logger.scalars(step_of_row + number, row)
+                logger.log(step_of_row + number, row)
                 logger.line(printed, show=False)
-    written = sum(path.stat().st_size for path in (tmp_path / "logs").iterdir())
+    written = sum(path.stat().st_size for path in (tmp_path / "logs").iterdir() if path.is_file())
     assert 1000 < written * 100 < 50e6  # of 100,000 steps

@@ -41,10 +41,10 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
             state.model, detector.criterion, state.optimizer, state.scaler, batches, lambda: autocast(CPU, dtype), CPU,
             None, state.statistics,
         )  # fmt: skip
-        state.average.update(state.model, number, result.finite)
+        state.ema.update(state.model, number, result.finite)
         found |= {f"{name} {number}": value for name, value in result.losses.items()}
     found |= {f"gradient {name}": value.grad for name, value in state.model.named_parameters()}
-    found |= {f"average {name}": value for name, value in state.average.model.state_dict().items()}
+    found |= {f"average {name}": value for name, value in state.ema.model.state_dict().items()}
     return found | state.model.state_dict()
 
 

@@ -44,7 +44,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
             state.model, detector.criterion, state.optimizer, state.scaler, batches,
             lambda: autocast(device, torch.bfloat16), device, settings.train.clip_norm, state.statistics,
         )  # fmt: skip
-        state.average.update(state.model, state.step, result.finite)
+        state.ema.update(state.model, state.step, result.finite)
         state.skipped.add(state.step, result)
         meter.add(result)
         state.step += 1

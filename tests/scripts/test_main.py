@@ -25,6 +25,8 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
 from detection.errors import CheckpointError, exit_with_message
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime.devices import choose_precision
@@ -517,7 +519,7 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     module = load_main()
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
     words = ["data.fake=true", "model.num_classes=3", "model.pretrained=gone.pth"]
-    settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
+    settings, _ = load_settings(DEFAULTS, [tmp_path / "overlay.yaml"], words)
     alone = module.join_ranks(settings)
     with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
         module.Run(settings, alone, fresh=True)

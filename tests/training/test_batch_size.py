@@ -218,7 +218,7 @@ def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: 
 def test_a_profile_needs_a_run(main: Callable[..., Any], tmp_path: Path) -> None:
     result = main("--profile", "--dry-run", "data.fake=true", "model.num_classes=2")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "--profile belongs to a run, not to --dry-run\n"
+    assert result.stderr == "--dry-run and --profile are both given\n"
 
 
 def test_other_scripts_ask_for_a_number(run_script: Callable[..., Any]) -> None:
