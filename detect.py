@@ -69,6 +69,7 @@ def main() -> None:
     finder = Finder(opened, arguments.classes)
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
     stop, start = StopRequest("frame or batch"), time.perf_counter()
+    stop.install()
     picture_format = None if arguments.no_pictures else arguments.format
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
     try:
@@ -131,7 +132,7 @@ class Finder:
         self.device = open_device(settings.run)
         self.precision = functools.partial(autocast, self.device, choose_precision(self.device, settings.run.precision))
         self.detector = opened.detector.to(self.device, settings.run.channels_last)
-        self.transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
+        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
         if self.threshold < lowest:
             raise SettingsError(

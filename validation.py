@@ -47,6 +47,7 @@ from detection.config.command_line import Parser
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
+from detection.data.transforms import Transform
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="instead of --weights: two or more, side by side")
     add("--confidence", nargs="+", default=[], metavar="C", help="confidence thresholds, compared in one pass")
-    add("--score", metavar="NAME", help="product (default) or objectness: the setting evaluation.score")
+    add("--score", metavar="NAME", help="product (default) or objectness: the setting yolo.score")
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
@@ -105,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
     if arguments.score is not None:
-        arguments.settings.append(f"evaluation.score={arguments.score}")
+        arguments.settings.append(f"yolo.score={arguments.score}")
     arguments.compare = [Path(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")
@@ -171,8 +172,8 @@ def validate(arguments: argparse.Namespace) -> None:
         "weights": str(arguments.weights),
         "images": len(dataset),
         "parameters": opened.num_parameters(),
-        "protocol": protocol_line(settings),
-        "deviations": deviations(settings),
+        "protocol": protocol_line(settings, opened.detector),
+        "deviations": deviations(settings, opened.detector),
         "thresholds": thresholds,
         "pycocotools": official,
         **analysis.summary(),
@@ -225,7 +226,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 len(evaluation.detections),
                 images_per_second(evaluation, len(dataset)),
                 opened.step,
-                protocol_line(opened.settings),
+                protocol_line(opened.settings, opened.detector),
             )
         )
     print("\n".join([*class_table(rows), *comparison_table(rows)]))
@@ -260,7 +261,8 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
         DataError: no data, or no ground-truth box in it.
     """
     evaluation = opened.settings.evaluation
-    dataset = build_validation_dataset(opened.settings.data, evaluation.image_size, opened.names, evaluation.max_images)
+    dataset = build_validation_dataset(opened.settings.data, opened.names, evaluation.max_images)
+    dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
     annotations = dataset.annotations
     if len(annotations.categories.names) != opened.num_classes:
         raise SettingsError(
@@ -278,7 +280,10 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
     device = open_device(settings.run)
     dtype = choose_precision(device, settings.run.precision)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    print(f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
+    print(
+        f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings, opened.detector)}",
+        flush=True,
+    )
     detector = opened.detector.to(device, settings.run.channels_last)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)

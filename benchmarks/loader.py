@@ -68,7 +68,7 @@ def main() -> None:
 
 def report(settings: Settings, count: int, repeats: int) -> None:
     data, size = settings.data, settings.train.image_size
-    dataset = build_training_dataset(data, size, 0, settings.yolo.num_classes)
+    dataset = build_training_dataset(data, size, 0, settings.model.num_classes)
     if not isinstance(dataset, CocoDataset):
         raise SettingsError("data.fake: there are no files whose loading could be measured")
     count = min(count, len(dataset))

@@ -33,7 +33,7 @@ Shapes = dict[nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]
 
 def main() -> None:
     settings, _ = load_settings(DEFAULTS)
-    model = cast(YOLOv3, build_model(settings.yolo, CLASSES).eval())
+    model = cast(YOLOv3, build_model(settings.model, settings.yolo, CLASSES).eval())
     shapes, outputs = trace(model)
     figure, (axes,) = new_figure((14, 8.4))
     draw_backbone(axes, cast(Darknet53, model.backbone), shapes)

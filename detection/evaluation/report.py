@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from detection.config.settings import Settings
-from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch
+from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
 from detection.evaluation.coco_metric import ClassAP
@@ -34,39 +34,33 @@ METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, a
 }
 
 
-def protocol_line(settings: Settings) -> str:
+def protocol_line(settings: Settings, detector: Detector) -> str:
     """Format the evaluation protocol as one line, with all deviations from the standard one."""
-    evaluation, data = settings.evaluation, settings.data
-    product = "objectness x class probability"
-    objectness = f" of objectness above {evaluation.objectness_threshold:g}" if evaluation.objectness_threshold else ""
+    evaluation, geometry = settings.evaluation, detector.geometry
     most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
-    geometry = "letterbox" if data.keep_aspect else "squashed"
     line = (
-        f"score = {product if evaluation.score == 'product' else 'objectness of the likeliest class'}, "
-        f"confidence above {evaluation.confidence_threshold:g}{objectness}, "
-        f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, {evaluation.image_size} px {geometry} "
-        f"({data.interpolation})"
+        f"score = {detector.score}, confidence above {evaluation.confidence_threshold:g}, "
+        f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, "
+        f"{evaluation.image_size} px {geometry.placement} ({geometry.interpolation})"
     )
-    differences = ", ".join(deviations(settings))
+    differences = ", ".join(deviations(settings, detector))
     return f"{line}; deviates from the protocol: {differences}" if differences else line
 
 
-def deviations(settings: Settings) -> list[str]:
+def deviations(settings: Settings, detector: Detector) -> list[str]:
     """List the deviations from the standard protocol (docs/contract.md), which make numbers incomparable."""
     evaluation, data = settings.evaluation, settings.data
     most = evaluation.max_detections
     parts = {
-        "scored by objectness alone": evaluation.score != "product",
         f"confidence {evaluation.confidence_threshold:g} instead of 0.001": evaluation.confidence_threshold != 0.001,
-        "an objectness threshold": evaluation.objectness_threshold > 0,
         f"NMS {evaluation.iou_threshold:g} instead of 0.45": evaluation.iou_threshold != 0.45,
         f"{most or 'all'} boxes per class and image instead of 100": most != 100,
-        "squashed instead of letterboxed": not data.keep_aspect,
+        "squashed instead of letterboxed": detector.geometry.placement == "squash",
         f"at most {evaluation.max_images} images": evaluation.max_images is not None,
         f"a fraction of {data.validation_fraction} of the images": data.validation_fraction is not None,
         "chosen classes only": data.class_names is not None,
     }
-    return [name for name, deviates in parts.items() if deviates]
+    return [*detector.deviations, *(name for name, deviates in parts.items() if deviates)]
 
 
 def metric_table(evaluation: Evaluation) -> list[str]:

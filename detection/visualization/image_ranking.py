@@ -138,7 +138,9 @@ def find_mistakes(opened: OpenedDetector, dataset: CocoDataset, unreadable: dict
             raise DataReadError(f"none of {len(dataset)} images can be read; {unreadable[0]}")
 
     found = evaluate(
-        *detector._replace(criterion=None),
+        detector.model,
+        None,
+        detector.postprocess,
         batches(),
         dataset.annotations,
         device,

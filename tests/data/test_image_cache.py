@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line(make, pictures: list[Path], capfd, full_disk) -
 
 def test_no_place_for_the_store(default_settings: Load, drawn_dataset: Path, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"image cache .* cannot be made"):
+    with pytest.raises(OutputError, match=r"image cache .* cannot be created"):
         ImageCache(4, GIB, "opencv", tmp_path / "file" / "a.images")
     data = default_settings("data.cache=memory", "data.cache_gib=1e9").data
     with pytest.raises(SettingsError, match=r"data\.cache_gib=1e\+09: only .* GiB are available"):

@@ -17,7 +17,8 @@ from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import build_augmentation
 from detection.data.resize import letterbox_image
 from detection.data.transforms import Sample, Transform
-from detection.ops.letterbox import Letterbox, letterbox_geometry
+from detection.ops.letterbox import Letterbox, place_image
+from tests.support.detectors import transform_of
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
@@ -76,14 +77,14 @@ def same(first: Sample, second: Sample) -> bool:
         (1, 1, 32, 32, 32, 0, 0),
     ],
 )
-def test_letterbox_geometry(width, height, size, new_width, new_height, left, top) -> None:
-    letterbox, *new = letterbox_geometry(width, height, size, keep_aspect=True)
+def test_place_image(width, height, size, new_width, new_height, left, top) -> None:
+    letterbox, *new = place_image(width, height, size)
     assert new == [new_width, new_height]
     assert letterbox == Letterbox(new_width / width, new_height / height, left, top, width, height)
 
 
 def test_squashing_fills_the_square() -> None:
-    letterbox, *new = letterbox_geometry(640, 480, 320, keep_aspect=False)
+    letterbox, *new = place_image(640, 480, 320, "squash")
     assert new == [320, 320]
     assert letterbox == Letterbox(0.5, 320 / 480, 0, 0, 640, 480)
 
@@ -92,7 +93,7 @@ def test_squashing_fills_the_square() -> None:
 def test_letterbox_has_an_exact_inverse(keep_aspect: bool) -> None:
     generator = np.random.default_rng(0)
     for width, height, size in ((640, 480, 320), (333, 201, 416), (201, 333, 608), (1, 5000, 320), (37, 37, 32)):
-        letterbox, *_ = letterbox_geometry(width, height, size, keep_aspect)
+        letterbox, *_ = place_image(width, height, size, keep_aspect)
         boxes = torch.from_numpy(generator.uniform(0, (width, height, width, height), (50, 4)))
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes)), boxes, rtol=0, atol=1e-9)
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes.float())).double(), boxes, atol=1e-2)
@@ -120,7 +121,7 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
 
 @pytest.mark.parametrize("keep_aspect", ["true", "false"])
 def test_training_and_validation_lay_images_the_same_way(default_settings: Load, keep_aspect: str) -> None:
-    data = default_settings(f"data.keep_aspect={keep_aspect}", *probabilities()).data
+    data = default_settings(f"model.placement={keep_aspect}", *probabilities()).data
     image, boxes, labels = picture(90, 50), np.array([[9, 10, 45, 50]], np.float32), np.array([4])
     validation = Transform(data, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
     training = Transform(data, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
@@ -137,7 +138,7 @@ def test_training_and_validation_lay_images_the_same_way(default_settings: Load,
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7)])
 def test_extreme_shapes(default_settings: Load, training: bool, width: int, height: int) -> None:
-    transform = Transform(default_settings().data, 64, 0, training)
+    transform = transform_of(default_settings(), 64, 0, training)
     boxes = np.array([[0, 0, width, height]], np.float32)
     for epoch in range(5):
         sample = transform(picture(width, height), boxes, np.array([0]), 0, epoch, 0)
@@ -147,7 +148,7 @@ def test_extreme_shapes(default_settings: Load, training: bool, width: int, heig
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -> None:
-    transform = Transform(default_settings().data, 64, 0, training)
+    transform = transform_of(default_settings(), 64, 0, training)
     for size in (32, 96, 64, 0):
         assert transform(picture(50, 70), *NO_BOXES, 0, 0, size).image.shape == (size or 64, size or 64, 3)
 
@@ -155,7 +156,7 @@ def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -
 # --- boxes follow pixels ---
 
 GEOMETRY = [
-    "data.fill=[0, 0, 0]",
+    "model.fill=[0, 0, 0]",
     "data.augmentation.min_visibility=0",
     *probabilities(affine=1, horizontal_flip=0.5, vertical_flip=0.5),
 ]
@@ -167,9 +168,9 @@ def bright_extent(image: np.ndarray) -> tuple[int, int, int, int] | None:
     return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
-@pytest.mark.parametrize("words", [[], STRAIGHT, ["data.keep_aspect=false"]], ids=["default", "straight", "squashed"])
+@pytest.mark.parametrize("words", [[], STRAIGHT, ["model.placement=squash"]], ids=["default", "straight", "squashed"])
 def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: list[str]) -> None:
-    transform = Transform(default_settings(*GEOMETRY, *words).data, 128, 7, training=True)
+    transform = transform_of(default_settings(*GEOMETRY, *words), 128, 7, training=True)
     generator = np.random.default_rng(0)
     seen = 0
     for epoch in range(150):
@@ -198,7 +199,7 @@ def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: l
 
 def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
     """Two rectangles, red is label 1 and green label 2, one crowd region in blue."""
-    transform = Transform(default_settings(*GEOMETRY).data, 96, 3, training=True)
+    transform = transform_of(default_settings(*GEOMETRY), 96, 3, training=True)
     image = np.zeros((96, 96, 3), np.uint8)
     drawn = {1: (10, 12, 34, 40), 2: (60, 8, 90, 30), -2: (20, 60, 70, 88)}
     for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
@@ -221,7 +222,7 @@ def test_mirrored_boxes(default_settings: Load) -> None:
         ("horizontal_flip", 1, [64 - 20, 10, 64 - 4, 40]),
         ("vertical_flip", 0, [4, 64 - 40, 20, 64 - 10]),
     ):
-        transform = Transform(default_settings(*probabilities(**{name: 1})).data, 64, 0, training=True)
+        transform = transform_of(default_settings(*probabilities(**{name: 1})), 64, 0, training=True)
         sample = transform(image, boxes, np.array([0]), 0, 0, 0)
         assert np.array_equal(sample.image, np.flip(image, axis))
         assert np.allclose(sample.boxes, [expected], atol=1e-3)
@@ -234,7 +235,7 @@ def test_boxes_of_which_little_is_left_are_removed(default_settings: Load) -> No
         "data.augmentation.affine={scale: [1, 1], translate_percent: [0.25, 0.25], rotate: [0, 0], shear: [0, 0]}",
         "data.augmentation.min_visibility=0.3",
     ]
-    transform = Transform(default_settings(*words).data, 256, 0, training=True)
+    transform = transform_of(default_settings(*words), 256, 0, training=True)
     # after the move x is 176..216, 226..266 (30 of 40 inside), 246..286 (10 of 40), 260..300 (none)
     boxes = np.array([[x, 20, x + 40, 60] for x in (112, 162, 182, 196)], np.float32)
     sample = transform(picture(256, 256), boxes, np.arange(4), 0, 0, 0)
@@ -245,7 +246,7 @@ def test_boxes_of_which_little_is_left_are_removed(default_settings: Load) -> No
 def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
     """10,000 boxes through everything at once; their edges lie on the image's, or a float32 step inside or outside."""
     everything = [*probabilities(**dict.fromkeys(CLASSES, 0.5)), "data.augmentation.random_fog.p=0"]
-    transform = Transform(default_settings(*everything).data, 64, 0, training=True)
+    transform = transform_of(default_settings(*everything), 64, 0, training=True)
     generator = np.random.default_rng(0)
     width, height, total = 97, 61, 0
     limit = np.array([width, height] * 2, np.float32)
@@ -267,7 +268,7 @@ def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bool) -> None:
-    sample = Transform(default_settings().data, 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
+    sample = transform_of(default_settings(), 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
     assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
     assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
     assert sample.index == 5
@@ -275,7 +276,7 @@ def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bo
 
 @pytest.mark.parametrize("training", [True, False])
 def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, training: bool) -> None:
-    transform = Transform(default_settings(*probabilities(horizontal_flip=0.5)).data, 64, 0, training)
+    transform = transform_of(default_settings(*probabilities(horizontal_flip=0.5)), 64, 0, training)
     boxes = np.array([[1, 1, 30, 30], [5, 5, 40, 50], [0, 0, 64, 64]], np.float32)
     sample = transform(picture(), boxes, np.array([79, -2, 0]), 0, 0, 0)
     assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [79, -2, 0]
@@ -288,7 +289,7 @@ def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, tra
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_transform_is_built_when_its_probability_says_so(default_settings: Load, name: str) -> None:
     def built(probability: float) -> Transform:
-        return Transform(default_settings(*probabilities(**{name: probability})).data, 64, 0, training=True)
+        return transform_of(default_settings(*probabilities(**{name: probability})), 64, 0, training=True)
 
     assert built(0).augmentation.compose.transforms == []
     transform = built(1)
@@ -312,7 +313,7 @@ def test_no_argument_is_ignored_or_warned_about(default_settings: Load) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for words in ([], probabilities(**dict.fromkeys(CLASSES, 1.0))):
-            transform = Transform(default_settings(*words).data, 64, 0, training=True)
+            transform = transform_of(default_settings(*words), 64, 0, training=True)
             transform(picture(), *NO_BOXES, 0, 0, 0)
             transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), 0, 0, 0)
 
@@ -331,7 +332,7 @@ def test_an_unknown_argument_raises(default_settings: Load) -> None:
 
 def one(default_settings: Load, name: str, image: np.ndarray, **strength: Any) -> np.ndarray:
     words = [f"data.augmentation.{name}.{key}={value}" for key, value in strength.items()]
-    transform = Transform(default_settings(*probabilities(**{name: 1}), *words).data, image.shape[0], 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**{name: 1}), *words), image.shape[0], 0, training=True)
     return transform(image, *NO_BOXES, 0, 0, 0).image
 
 

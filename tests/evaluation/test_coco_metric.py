@@ -110,8 +110,8 @@ def test_groups_by_area_are_small_medium_and_large(backend: str, seed: int) -> N
 
 
 def test_groups_by_another_property(backend: str) -> None:
-    # The values are given, not measured. Group 0: one ground-truth box, detected. Group 1: two; one detected, one missed,
-    # and a false box of score 0.95 first: precision 1/2 up to recall 0.5, 51 of 101 points. Group 2: no ground truth.
+    # The values are given. Group 0: one ground-truth box, detected. Group 1: two; one detected, one missed, and a false
+    # box of score 0.95 first: precision 1/2 up to recall 0.5, 51 of 101 points. Group 2: no ground truth.
     annotations = annotate([(1, 1, [0, 0, 90, 100]), (1, 1, [200, 0, 100, 80]), (1, 1, [400, 0, 100, 70])])
     found = detect(
         [

@@ -325,7 +325,7 @@ def dataset(tmp_path: Path) -> CocoDataset:
 
 
 class PerfectDetector(nn.Module):
-    """Stand-in for model, criterion and postprocess; detects the ground truth, which it tells by the image's padding."""
+    """Stand-in for model, criterion and postprocess; detects the ground truth, told by the image's padding."""
 
     def __init__(self, extra: Callable[[int], list[tuple[list[float], float]]] = lambda index: []) -> None:
         super().__init__()

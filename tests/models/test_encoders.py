@@ -24,7 +24,7 @@ needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
 WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first
 TINY = [
-    "yolo.backbone=darknet_tiny",
+    "model.backbone=darknet_tiny",
     "yolo.neck_channels=[256, 128]",
     "yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]",
 ]
@@ -32,12 +32,12 @@ TINY = [
 
 def words(backbone: str, levels: int) -> list[str]:
     anchors = [[[10 * 2**level, 12 * 2**level], [14 * 2**level, 9 * 2**level]] for level in range(levels)]
-    return [f"yolo.backbone={backbone}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
+    return [f"model.backbone={backbone}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
 
 
 def build(*settings: str, num_classes: int = 2) -> Detector:
     loaded, _ = load_settings(ARGS, words=settings)
-    return build_detector(loaded.yolo, loaded.evaluation, num_classes)
+    return build_detector(loaded, num_classes)
 
 
 @pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
@@ -144,12 +144,12 @@ def refuse(*settings: str) -> str:
 @pytest.mark.parametrize(("name", "own", "levels"), [("darknet_tiny", 2, 3), ("darknet", 3, 2), ("darknet", 3, 4)])
 def test_levels_must_be_the_backbones(name: str, own: int, levels: int) -> None:
     message = refuse(*words(name, levels))
-    assert f"yolo.anchors: has {levels} levels" in message and f"yolo.backbone={name} has {own}" in message
+    assert f"yolo.anchors: has {levels} levels" in message and f"model.backbone={name} has {own}" in message
 
 
 def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").write_text("[net]")
-    described = ["yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    described = ["model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'a.cfg'}"]
     for settings, name in ((TINY, "darknet_tiny"), (described, "darknet_cfg")):
         assert f"yolo.spp: backbone {name}" in refuse(*settings, "yolo.spp=true")
 

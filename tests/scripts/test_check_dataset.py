@@ -19,7 +19,6 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.data.annotation_file import sound_columns
 from detection.data.annotations import flatten_annotations
-from detection.data.build import build_datasets
 from detection.data.image_file import list_images, read_image
 from detection.dataset_checks.annotation_checks import check_annotations, check_categories, flatten_tolerantly
 from detection.dataset_checks.before_training import check_before_training
@@ -28,6 +27,7 @@ from detection.dataset_checks.fit_checks import Network, check_fit
 from detection.errors import DataError, DataReadError, UserError
 from detection.models import build_model
 from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
+from tests.support.detectors import datasets_of
 
 Check = Callable[..., tuple[int, dict[str, Any], str, str]]
 NAMES = [fault.__name__ for fault in FAULTS]
@@ -153,7 +153,7 @@ def test_quick_sees_equal_files_of_one_name_in_both_splits(check: Check, tmp_pat
 def train_as_far_as_data_goes(words: list[str]) -> list[str]:
     """What yolo-v3/main.py does with a dataset: opens it, checks it, reads every image; the warnings of the plan."""
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *words])
-    sets = build_datasets(settings.data, 64, 64, 0, settings.yolo.num_classes)
+    sets = datasets_of(settings, 64, 64, 0, settings.model.num_classes)
     network = Network(settings.yolo.anchors, (8, 16, 32), None, 64, 64)
     warnings = check_before_training(*sets, settings.data, network)
     for dataset in sets:
@@ -176,7 +176,7 @@ def test_training_refuses_errors_and_nothing_else(tmp_path: Path, fault) -> None
         return
     warnings = train_as_far_as_data_goes(dataset.words)
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
-    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training, _ = datasets_of(settings, 64, 64, 0, None)
     for kind, split in expected:
         if kind in ("degenerate_box", "box_outside", "orphan_annotation"):
             assert list(training.annotations.counts.ids.values()) == [expected[kind, split]]
@@ -244,7 +244,7 @@ def test_links_may_be_allowed(check: Check, tmp_path: Path) -> None:
 def test_a_link_is_not_followed_in_the_middle_of_a_run_either(tmp_path: Path) -> None:
     dataset = Dataset(tmp_path / "data").write()
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
-    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training, _ = datasets_of(settings, 64, 64, 0, None)
     path = dataset.path(dataset.content["training"]["images"][0])
     path.rename(tmp_path / "secret.png")
     path.symlink_to(tmp_path / "secret.png")

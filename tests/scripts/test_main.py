@@ -25,6 +25,8 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
 from detection.errors import CheckpointError, exit_with_message
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime.devices import choose_precision
@@ -156,7 +158,7 @@ class Scenarios:
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
-        # Other features than in the first pair: SGD's momentum, cosine restarts, an backbone frozen for some steps.
+        # Other features than in the first pair: SGD's momentum, cosine restarts, a backbone frozen for some steps.
         self.bf16: list[str | Path] = [
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
             "train.encoder_learning_rate_factor=0.5", "train.encoder_batch_norm=frozen",
@@ -248,7 +250,7 @@ class Scenarios:
         return run(self.base, *self.common, f"data.root={data}", "--output", self.base / "hole")
 
     def fake(self) -> Result:
-        words = ["data.fake=true", "yolo.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
+        words = ["data.fake=true", "model.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
         directory = self.base / "fake"
         directory.mkdir()
         return run(directory, "--config", self.overlay, *words, "evaluation.batch_size=16")
@@ -516,8 +518,8 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     module = load_main()
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    words = ["data.fake=true", "yolo.num_classes=3", "yolo.pretrained=gone.pth"]
-    settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
+    words = ["data.fake=true", "model.num_classes=3", "model.pretrained=gone.pth"]
+    settings, _ = load_settings(DEFAULTS, [tmp_path / "overlay.yaml"], words)
     alone = module.join_ranks(settings)
     with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
         module.Run(settings, alone, fresh=True)

@@ -81,7 +81,7 @@ def test_deviations_are_named(files: Files, run: Run) -> None:
 
 
 def test_images_are_spread_evenly(default_settings: Any) -> None:
-    settings = default_settings("data.fake=true", "yolo.num_classes=3")
+    settings = default_settings("data.fake=true", "model.num_classes=3")
     arguments = (settings.data, 64, 64, 0, 3)
     whole, part = build_datasets(*arguments)[1], build_datasets(*arguments, max_validation_images=5)[1]
     assert len(whole) == 64 and len(part) == 5
@@ -191,7 +191,7 @@ def test_pictures_are_shown_after_they_were_written(
         ([*WEIGHTS, "--confidence", "0.1", "1e-1"], "--confidence 1e-1: occurs twice"),
         ([*WEIGHTS, "--confidence", "0.1", "evaluation.confidence_threshold=0.2"], "contradict"),
         ([*WEIGHTS, "evaluation.max_images=0"], "evaluation.max_images"),
-        ([*WEIGHTS, "evaluation.score=class"], "evaluation.score"),
+        ([*WEIGHTS, "yolo.score=class"], "yolo.score"),
     ],
 )
 def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:

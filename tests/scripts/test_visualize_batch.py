@@ -12,18 +12,18 @@ import torch
 
 import visualize_batch
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
 from detection.visualization.augmentation_sheet import VARIED, Varied, augmentation_names, strength_rows, values_of
 from detection.visualization.target_pictures import assigned_predictions, draw_level
+from tests.support.detectors import datasets_of
 from tests.support.training_runs import load_main
 
 Run = Callable[..., Any]
 FILL = [124, 116, 104]
 SMALL = (
-    "run.device=cpu", "data.num_workers=0", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
+    "run.device=cpu", "data.num_workers=0", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
     "train.image_size=96", "train.batch_size=4", "evaluation.image_size=96",
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_what_is_printed_repeats_it(
     content = content_of(tmp_path)
     assert "optimizer step 2: 4 images of 96 px, seed 0; 3 drawn" in result.stdout and len(content["images"]) == 3
     settings = default_settings(*SMALL, f"data.root={drawn_dataset}")
-    dataset, _ = build_datasets(settings.data, 96, 96, 0, None)
+    dataset, _ = datasets_of(settings, 96, 96, 0, None)
     for row in content["images"]:
         sample = dataset[row["index"], row["epoch"], row["size"]]
         assert np.array(row["boxes"]).reshape(-1, 4) == pytest.approx(sample.boxes, abs=1e-3)
@@ -184,7 +184,7 @@ def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
 
 
 def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
-    words = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
+    words = ("model.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
     assert run("--targets", "--split", "val", *words).returncode == 0
     assert cv2.imread(str(tmp_path / "out" / "targets.png")).shape[1] == 2 * (96 * 7 + 6) + 6
     strides = {target["stride"] for row in content_of(tmp_path)["images"] for target in row["targets"]}
@@ -193,7 +193,7 @@ def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
 
 def test_targets_of_a_darknet_description(run: Run, tmp_path: Path, shared_weights) -> None:
     cfg = shared_weights("yolo-fastest-1.1-xl.cfg")
-    result = run("--targets", "yolo.backbone=darknet_cfg", f"yolo.cfg={cfg}")
+    result = run("--targets", "model.backbone=darknet_cfg", f"model.cfg={cfg}")
     assert result.returncode == 0 and "level 1, stride 32" in result.stdout, result.stderr
     sizes = {tuple(target["anchor_size"]) for row in content_of(tmp_path)["images"] for target in row["targets"]}
     # from the file's own line: anchors = 12, 18,  37, 49,  52,132, 115, 73, 119,199, 242,238
@@ -314,7 +314,7 @@ def test_transform_is_written(run: Run, tmp_path: Path) -> None:
 
 
 def test_synthetic_data_has_batches_too(run: Run, tmp_path: Path) -> None:
-    assert run("data.fake=true", "yolo.num_classes=2").returncode == 0
+    assert run("data.fake=true", "model.num_classes=2").returncode == 0
     assert len(content_of(tmp_path)["images"]) == 4
 
 
@@ -330,7 +330,7 @@ def test_synthetic_data_has_batches_too(run: Run, tmp_path: Path) -> None:
         (["--images", "0"], 2, "--images 0"),
         (["--step", "-1"], 2, "--step -1"),
         (["--split", "val", "--step", "1"], 2, "4 validation images make batches 0 to 0"),
-        (["--targets", "yolo.backbone=darknet_tiny"], 2, "yolo.anchors"),
+        (["--targets", "model.backbone=darknet_tiny"], 2, "yolo.anchors"),
         (["--show"], 2, "--show: there is no display"),
         (["data.root=/nowhere"], 2, "/nowhere"),
     ],

@@ -47,7 +47,7 @@ def test_operations_by_hand() -> None:
 def test_operations_of_darknet_53_are_the_published_ones(default_settings: Callable[..., Settings]) -> None:
     """65.86 billion at 416 px for YOLOv3 on COCO (the table of https://pjreddie.com/darknet/yolo), forward."""
     settings = default_settings()
-    model = build_detector(settings.yolo, settings.evaluation, 80).model.train()
+    model = build_detector(settings, 80).model.train()
     before = model.get_buffer("backbone.stem.1.running_mean").clone()
     assert flops_per_pixel(model) * 416**2 / 3 == pytest.approx(65.86e9, rel=0.01)
     assert model.training and torch.equal(model.get_buffer("backbone.stem.1.running_mean"), before)

@@ -20,7 +20,7 @@ def annotations(drawn_dataset: Path) -> Annotations:
     return load_annotations(drawn_dataset / "annotations" / "instances_train.json")
 
 
-@pytest.mark.parametrize("words", [(), ("data.keep_aspect=false",), ("data.letterbox_rounding=down",)])
+@pytest.mark.parametrize("words", [(), ("model.placement=squash",), ("model.rounding=down",)])
 def test_shapes_are_those_of_the_transform(
     drawn_dataset: Path, annotations: Annotations, default_settings: Callable, words: tuple[str, ...]
 ) -> None:

@@ -48,13 +48,13 @@ def random_boxes(width: int, height: int, count: int, seed: int) -> np.ndarray:
 def in_two_steps(data: DataSettings, size: int, seed: int, image: Any, boxes: Any, labels: Any, place: Any) -> Sample:
     """The letterbox, then albumentations' own `Compose` with its own boxes: what the program did before."""
     index, epoch = place
-    picture, letterbox = letterbox_image(image, size, data.keep_aspect, data.fill, INTERPOLATIONS[data.interpolation])
+    picture, letterbox = letterbox_image(image, size, model.placement, model.fill, INTERPOLATIONS[model.interpolation])
     scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
     boxes = boxes * scale + np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # boxes without a geometric transform
         compose = A.Compose(
-            build_augmentation(data.augmentation, data.fill).transforms,
+            build_augmentation(data.augmentation, model.fill).transforms,
             bbox_params=A.BboxParams(
                 format="pascal_voc",
                 label_fields=["labels"],
@@ -72,7 +72,7 @@ def in_two_steps(data: DataSettings, size: int, seed: int, image: Any, boxes: An
 
 
 @pytest.mark.parametrize("method", ["largest_box", "ellipse"])
-@pytest.mark.parametrize("words", [[], ["data.keep_aspect=false", "data.augmentation.min_visibility=0"]])
+@pytest.mark.parametrize("words", [[], ["model.placement=squash", "data.augmentation.min_visibility=0"]])
 def test_boxes_are_those_of_albumentations(default_settings: Load, method: str, words: list[str]) -> None:
     """To 0.01 px: there the boxes are float32 fractions of the size, and an ellipse has 360 points."""
     rotated = [f"data.augmentation.affine.rotate_method={method}", "data.augmentation.affine.rotate=[-30, 30]"]
@@ -105,14 +105,14 @@ def test_without_an_affine_every_pixel_is_that_of_albumentations(default_setting
 def test_the_warp_shows_what_two_steps_show(default_settings: Load, interpolation: str) -> None:
     """Where the picture has no fine detail, sampling once or twice is the same but for a second rounding."""
     chosen = {**GEOMETRY, "affine": 1.0}
-    data = settings(default_settings, f"data.interpolation={interpolation}", **chosen)
+    data = settings(default_settings, f"model.interpolation={interpolation}", **chosen)
     transform = Transform(data, 128, 5, training=True)
     for index in range(20):
         image = cv2.GaussianBlur(photograph(300, 200, index), (0, 0), 4)
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         ours = transform(image, *nothing, index, 0, 0).image.astype(int)
         theirs = in_two_steps(data, 128, 5, image, *nothing, (index, 0)).image
-        shown = np.pad((theirs != data.fill).any(axis=2), 1).astype(np.uint8)  # the border may lie in the last pixel
+        shown = np.pad((theirs != model.fill).any(axis=2), 1).astype(np.uint8)  # the border may lie in the last pixel
         away_from_the_border = cv2.erode(shown, np.ones((5, 5)))[1:-1, 1:-1] > 0
         difference = np.abs(ours - theirs)[away_from_the_border]
         assert difference.mean() < 1 and difference.max() <= 10, (index, difference.mean(), difference.max())
@@ -136,12 +136,12 @@ def test_one_warp_is_nearer_to_the_picture_than_two_samplings(default_settings: 
         placed = Placed(image, 0, 26, 208, 156)
         augmentation.affine.set_random_state(np.random.default_rng(index), random.Random(index))
         matrix = augmentation.affine.get_params_dependent_on_data({"shape": (208, 208, 3)}, {})["bbox_matrix"]
-        gt = reference_warp(image, matrix @ placed.matrix(), 208, data.fill)
-        once = warp_placed(placed, matrix, 208, data.fill)
-        letterboxed = letterbox_image(image, 208, True, data.fill, cv2.INTER_LINEAR)[0]
+        gt = reference_warp(image, matrix @ placed.matrix(), 208, model.fill)
+        once = warp_placed(placed, matrix, 208, model.fill)
+        letterboxed = letterbox_image(image, 208, True, model.fill, cv2.INTER_LINEAR)[0]
         still = Placed(letterboxed, 0, 0, 208, 208).matrix() @ matrix
         still[:2, 2] += still[:2, :2] @ (0.5, 0.5) - 0.5
-        twice = cv2.warpAffine(letterboxed, still[:2], (208, 208), borderValue=data.fill)
+        twice = cv2.warpAffine(letterboxed, still[:2], (208, 208), borderValue=model.fill)
         errors.append([np.sqrt(((result - gt) ** 2).mean()) for result in (once, twice)])
     once_error, twice_error = np.mean(errors, axis=0)
     assert once_error < twice_error

@@ -69,13 +69,13 @@ def weights_of(directory: Path) -> list[str | Path]:
 
 
 KINDS = {
-    "decoded": ["evaluation.objectness_threshold=0.45"],
+    "decoded": ["yolo.objectness_threshold=0.45"],
     "raw": ["--outputs", "raw", "--input", "float", "--dynamic-size", "--opset", "24", "--no-simplify"],
     "nms": [
         *("--nms", "--dynamic-size", "yolo.class_loss=cross_entropy", "evaluation.confidence_threshold=0.1"),
-        *("evaluation.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
+        *("yolo.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
     ],
-    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1", "evaluation.score=objectness"],
+    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1", "yolo.score=objectness"],
 }
 
 
@@ -380,7 +380,7 @@ def test_detect_draws_the_same_boxes_with_another_size(
 ) -> None:
     """Thresholds and, with --dynamic-size, the size are still the command line's."""
     common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
-    common += ["evaluation.visualization_threshold=0.2", "evaluation.score=objectness", "run.precision=off"]
+    common += ["evaluation.visualization_threshold=0.2", "yolo.score=objectness", "run.precision=off"]
     for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
         result = run("detect.py", *source, *common, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
@@ -419,8 +419,8 @@ def test_consumer_example_finds_what_detect_finds(
     [
         ("nms", ["evaluation.confidence_threshold=0.5"], "evaluation.confidence_threshold"),
         ("nms", ["evaluation.max_detections=null"], "evaluation.max_detections"),
-        ("decoded", ["evaluation.objectness_threshold=0.1"], "evaluation.objectness_threshold"),
-        ("decoded", ["evaluation.score=objectness"], "evaluation.score"),
+        ("decoded", ["yolo.objectness_threshold=0.1"], "yolo.objectness_threshold"),
+        ("decoded", ["yolo.score=objectness"], "yolo.score"),
         ("decoded", ["evaluation.image_size=96"], "--dynamic-size"),
         ("raw", ["evaluation.image_size=72"], "multiple of 32"),
         ("raw", ["yolo.class_loss=cross_entropy"], "yolo.class_loss"),
@@ -472,7 +472,7 @@ def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any])
     from detection.models import build_model
     from detection.models.pretrained import load_pretrained
 
-    yolo_settings = default_settings("yolo.backbone=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
+    yolo_settings = default_settings("model.backbone=mobilenet_v3_small", "model.pretrained=a.onnx").yolo
     with pytest.raises(CheckpointError, match="cannot be trained"):
         load_pretrained(build_model(yolo_settings, 2), yolo_settings)
 
@@ -509,7 +509,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
     kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel) * np.float32(1.01), kernel.name))
     monkeypatch.setattr(export, "build_onnx", lambda *_: (model, []))
-    words = ["evaluation.objectness_threshold=0.45", "--output", tmp_path]
+    words = ["yolo.objectness_threshold=0.45", "--output", tmp_path]
     result = run("export.py", *weights_of(files), *words)
     assert result.returncode == 1 and "does not compute what PyTorch does" in result.stderr
     assert list(tmp_path.iterdir()) == []
