@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from detection.config.loading import load_settings
+from detection.contract import Geometry
 from detection.data.annotations import flatten_annotations, load_annotations
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
@@ -34,6 +34,7 @@ from tests.support.evaluation_cases import (
 from tests.support.paths import REPOSITORY
 
 FIXTURE = REPOSITORY.parent / "shared" / "data" / "coco_eval_fixture"
+GEOMETRY = Geometry(size_multiple=32)
 CPU = torch.device("cpu")
 NAN = float("nan")
 ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
@@ -259,7 +260,7 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     (tmp_path / "ground truth.json").write_text(json.dumps(content))
     for number in (1, 2, 3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((400, 400, 3), np.uint8))
-    dataset = CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
+    dataset = CocoDataset(tmp_path, tmp_path / "ground truth.json", Transform(GEOMETRY, 64, seed=0))
     assert len(dataset[0].labels) == 5
     metrics = score(dataset.annotations, ground_truth_as_detections(dataset.annotations), backend).metrics
     assert metrics["AP"] == ONE
@@ -290,10 +291,6 @@ def test_non_finite_detections_are_dropped_and_counted() -> None:
 # The pass over a validation set
 
 
-def validation_transform(size: int) -> Transform:
-    return Transform(load_settings(REPOSITORY / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
-
-
 # 100 x 50 pixels into 64: scale 0.64, 32 rows high, 16 rows of padding above. 40 x 80: scale 0.8, 32 columns wide,
 # 16 columns of padding on the left. (x1, y1, x2, y2) in the image -> in the network input.
 WIDE, TALL = (100, 50), (40, 80)
@@ -321,7 +318,7 @@ def dataset(tmp_path: Path) -> CocoDataset:
                 }
             )
     (tmp_path / "ground truth.json").write_text(json.dumps(content))
-    return CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
+    return CocoDataset(tmp_path, tmp_path / "ground truth.json", Transform(GEOMETRY, 64, seed=0))
 
 
 class PerfectDetector(nn.Module):
