@@ -2,15 +2,15 @@
 
 python3 -m benchmarks.nms [--device cpu|cuda] [--boxes 1000 10000]
 
-80 classes. "clustered": ten boxes around each object, as a detector finds them; "uniform": anywhere. Prints one table,
-median and spread of the repeats:
+80 classes. "clustered": ten boxes around each object, as a detector predicts them; "uniform": anywhere. Prints one
+table, median and spread of the repeats:
 
 ours         `nms.grouped_nms`, at most 100 per class, as the COCO metric counts
 ours, all    the same without a limit
 batched_nms  torchvision's, all
 per class    one call of torchvision's `nms` for each, all; what the others are compared with
 
-The last column says which of the others find the same boxes in the same order: batched_nms gives equal scores in any
+The last column says which of the others keep the same boxes in the same order: batched_nms gives equal scores in any
 order, and up to 1,000 boxes (CUDA: 25,000) moves the classes apart, which rounds. About half a minute on 2 CPU cores.
 """
 

@@ -1,8 +1,12 @@
-"""Greedy NMS within groups of boxes (a class of an image), exact and without a call per group.
+"""Exact greedy NMS within groups of boxes (a class of an image), faster than a call of torchvision's `nms` per group.
 
 Every path compares the same float32 numbers, IoU = common / (area + other area - common), as torchvision's `nms` does
-for one group. torchvision's `batched_nms` moves the groups apart by the largest coordinate instead, which changes what
-float32 rounds to and next to one huge box leaves no digits for the others.
+for one group. torchvision's `batched_nms` shifts the groups apart by the largest coordinate instead, which changes the
+rounding; one huge box leaves the others no significant digits.
+
+Three paths, chosen by measurement (`benchmarks.nms`): on the CPU all pairs of small groups at once, a call of `nms` for
+each large one; on CUDA all groups together. A call per group alone takes 5 to 13 times as long for the hundreds of
+boxes of one image.
 """
 
 from collections.abc import Iterator
@@ -13,24 +17,26 @@ from torch import Tensor
 from torchvision.ops import nms
 
 SMALL_GROUP = 64  # boxes; up to here all pairs at once are faster on the CPU than a call per group
-FIRST_SHARE, GROWTH = 4, 4  # of a larger one the best 4 * most boxes are tried first, then four times as many
-BLOCK = 256  # boxes of every group that an accelerator looks at in one go
-PAIRS_AT_A_TIME_CPU = 2**17  # about 100 bytes each, as on an accelerator
-PAIRS_AT_A_TIME = 2**23
+FIRST_SHARE, GROWTH = 4, 4  # of a larger group the best 4 * limit boxes are tried first, then four times as many
+BLOCK = 256  # boxes of every group that an accelerator compares at once
+PAIRS_AT_A_TIME_CPU, PAIRS_AT_A_TIME = 2**17, 2**23  # about 100 bytes each
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None = None) -> Tensor:
-    """Numbers of the boxes to keep, by ascending group and falling score; equal scores by ascending number.
+    """Return the indices of the boxes to keep, by ascending group and falling score; equal scores by ascending index.
 
-    A box goes when a better one of its group that stays overlaps it by more than the threshold. What a group's best
-    boxes leave of one another depends on them alone: once `most` are found, the worse ones are not looked at.
+    A box is removed if a kept box of its group with a higher score overlaps it by more than the threshold. Boxes of
+    lower score cannot change that, so a group is not searched further once `most` boxes are kept.
 
     Args:
-        boxes: (N, 4) xyxy; non-finite ones neither suppress nor go.
+        boxes: (N, 4) xyxy; non-finite ones neither remove others nor are removed.
         scores: (N,), no NaN.
         groups: (N,) int64, 0 or more.
-        iou_threshold: largest IoU of two boxes that stay.
-        most: boxes per group that are kept; None: all.
+        iou_threshold: largest IoU of two kept boxes.
+        most: maximum number of boxes kept per group; None: no limit.
+
+    Returns:
+        (K,) int64.
     """
     boxes = boxes.float()
     if boxes.is_cuda:
@@ -46,7 +52,7 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
 
 
 def _nms_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: int | None) -> np.ndarray:
-    """Rows to keep, of boxes sorted by group and falling score; `sizes` (groups,)."""
+    """Return the rows to keep of boxes sorted by group and falling score; `sizes` (groups,)."""
     ends = np.cumsum(sizes)
     keep = np.zeros(len(boxes), dtype=bool)
     array = boxes.numpy()
@@ -56,7 +62,7 @@ def _nms_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: in
         part = np.flatnonzero(small & (piece == number))
         rows = _ranges(ends[part] - sizes[part], sizes[part])
         keep[rows] = _keep_by_pairs(array[rows], sizes[part], iou_threshold)
-    scores = torch.arange(sizes.max(initial=0), 0, -1, dtype=torch.float32)  # any that fall: the boxes are sorted
+    scores = torch.arange(sizes.max(initial=0), 0, -1, dtype=torch.float32)  # any falling values: the boxes are sorted
     for group in np.flatnonzero(sizes > SMALL_GROUP).tolist():
         start, size = int(ends[group] - sizes[group]), int(sizes[group])
         keep[start + _best_of_group(boxes[start:][:size], scores[-size:], iou_threshold, most).numpy()] = True
@@ -69,7 +75,7 @@ def _nms_on_cpu(boxes: Tensor, sizes: np.ndarray, iou_threshold: float, most: in
 
 
 def _best_of_group(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int | None) -> Tensor:
-    """Rows of one group, sorted, that stay; of a large one only as many as it takes to find `most`."""
+    """Return the kept rows of one sorted group, searching only as far as needed for `most`."""
     length = len(boxes) if most is None else FIRST_SHARE * most
     while True:
         kept = nms(boxes[:length], scores[:length], iou_threshold)
@@ -79,15 +85,15 @@ def _best_of_group(boxes: Tensor, scores: Tensor, iou_threshold: float, most: in
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each, joined."""
+    """Concatenate the ranges start, start + 1, ..., start + size - 1."""
     ends = np.cumsum(sizes)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + sizes, sizes)
 
 
 def _keep_by_pairs(boxes: np.ndarray, sizes: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Whether each box stays, (N,), of groups one after the other, no empty one, each sorted by falling score.
+    """Return whether each box is kept, (N,); groups one after the other, none empty, each sorted by falling score.
 
-    First the best of every group against the others, then all pairs of what is left.
+    Compares the best box of every group with the others first, then all pairs of the rest.
     """
     number = np.arange(len(boxes))
     best = np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -98,9 +104,9 @@ def _keep_by_pairs(boxes: np.ndarray, sizes: np.ndarray, iou_threshold: float) -
     left_ends = np.searchsorted(group[left], group[left], side="right")
     later = left_ends - np.arange(1, len(left) + 1)
     first, second = np.repeat(np.arange(len(left)), later), _ranges(np.arange(1, len(left) + 1), later)
-    found = np.flatnonzero(_overlaps(points[left][first], points[left][second], iou_threshold))
-    first, second = first[found], second[found]
-    # Each pass settles at least one more box of every group, so what no longer changes is what one by one would give.
+    overlapping = np.flatnonzero(_overlaps(points[left][first], points[left][second], iou_threshold))
+    first, second = first[overlapping], second[overlapping]
+    # Each pass settles at least one more box of every group, so the fixed point is the result of greedy NMS.
     stays = np.ones(len(left), dtype=bool)
     while True:
         now = np.ones(len(left), dtype=bool)
@@ -113,7 +119,7 @@ def _keep_by_pairs(boxes: np.ndarray, sizes: np.ndarray, iou_threshold: float) -
 
 
 def _overlaps(first: np.ndarray, second: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Whether pairs of boxes (N,) complex128 overlap by more than the threshold, (N,)."""
+    """Return whether pairs of boxes, (N,) complex128, overlap by more than the threshold, (N,)."""
     (x1, y1, x2, y2), (u1, v1, u2, v2) = (points.view(np.float32).reshape(-1, 4).T for points in (first, second))
     with np.errstate(all="ignore"):
         width, height = np.minimum(x2, u2) - np.maximum(x1, u1), np.minimum(y2, v2) - np.maximum(y1, v1)
@@ -124,9 +130,9 @@ def _overlaps(first: np.ndarray, second: np.ndarray, iou_threshold: float) -> np
 
 
 def _nms_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int | None) -> Tensor:
-    """`_nms_on_cpu` for an accelerator, all groups together; the host waits for a few counts of all of them.
+    """Do what `_nms_on_cpu` does on an accelerator, all groups together; the host waits for a few counts only.
 
-    The next BLOCK boxes of every unfinished group are compared with those that stay so far, and with one another.
+    Compares the next BLOCK boxes of every unfinished group with the kept ones so far and with one another.
     """
     device, num_boxes = boxes.device, len(boxes)
     starts = sizes.cumsum(0) - sizes
@@ -141,7 +147,7 @@ def _nms_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int
             break
         counts = torch.zeros_like(sizes).index_add_(0, group[rows], torch.ones_like(rows))
         place = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[group[rows]]
-        earlier = torch.where(new[rows], place, 0)  # boxes that may suppress it
+        earlier = torch.where(new[rows], place, 0)  # boxes that may remove it
         pairs = torch.zeros_like(sizes).index_add_(0, group[rows], earlier)
         for part, num_pairs in _parts(counts, pairs):
             keep[rows[part]] = _stay(boxes[rows[part]], earlier[part], num_pairs, iou_threshold)
@@ -155,7 +161,7 @@ def _nms_on_device(boxes: Tensor, sizes: Tensor, iou_threshold: float, most: int
 
 
 def _parts(counts: Tensor, pairs: Tensor) -> Iterator[tuple[slice, int]]:
-    """Slices of rows that hold whole groups and about PAIRS_AT_A_TIME pairs, and how many; one wait for all of them.
+    """Yield slices of rows that hold whole groups and about PAIRS_AT_A_TIME pairs, and the number of pairs.
 
     Args:
         counts, pairs: of each group, (groups,).
@@ -169,12 +175,12 @@ def _parts(counts: Tensor, pairs: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _stay(boxes: Tensor, earlier: Tensor, num_pairs: int, iou_threshold: float) -> Tensor:
-    """Whether each box stays, (N,).
+    """Return whether each box is kept, (N,).
 
     Args:
         boxes: of some groups, one after the other, each sorted.
-        earlier: how many just before each of them may suppress it, (N,); 0: it stays.
-        num_pairs: their sum.
+        earlier: number of boxes just before each one that may remove it, (N,); 0: it is kept.
+        num_pairs: sum of `earlier`.
     """
     device, count = boxes.device, len(boxes)
     second = torch.arange(count, device=device).repeat_interleave(earlier, output_size=num_pairs)
@@ -185,8 +191,8 @@ def _stay(boxes: Tensor, earlier: Tensor, num_pairs: int, iou_threshold: float) 
     shared = common[:, 0] * common[:, 1]
     sides = boxes[:, 2:] - boxes[:, :2]
     area = sides[:, 0] * sides[:, 1]
-    found = ((shared / (area[first] + area[second] - shared)).double() > iou_threshold).nonzero()[:, 0]
-    first, second = first[found], second[found]
+    overlapping = ((shared / (area[first] + area[second] - shared)).double() > iou_threshold).nonzero()[:, 0]
+    first, second = first[overlapping], second[overlapping]
     stays = torch.ones(count, dtype=torch.bool, device=device)
     while True:  # as in `_keep_by_pairs`
         now = torch.zeros(count, dtype=torch.int32, device=device).index_add_(0, second, stays[first].int()) == 0

@@ -53,7 +53,7 @@ def slow(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) ->
 
 
 def crowded(count: int, classes: int, seed: int = 0, objects: int | None = None, levels: int | None = None) -> Boxes:
-    """Boxes around a few places, as a detector finds them; with levels many scores are equal."""
+    """Boxes around a few places, as a detector predicts them; with levels many scores are equal."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.rand(objects or max(count // 8, 1), 4, generator=generator) * torch.tensor([400.0, 400, 80, 80])
     places[:, 2:] += 10
@@ -115,7 +115,7 @@ def test_huge_and_non_finite_boxes_change_nothing_elsewhere(
     boxes[::75] = torch.tensor([-odd, -odd, odd, odd])
     found = function(boxes, scores, groups, 0.45, 100).tolist()
     assert found == per_group(boxes, scores, groups, 0.45, 100)
-    if odd != odd:  # NaN: those boxes neither suppress nor go
+    if odd != odd:  # NaN: those boxes neither remove others nor are removed
         usual = torch.ones(count, dtype=torch.bool)
         usual[::50] = usual[::75] = False
         rows = usual.nonzero()[:, 0]
