@@ -164,8 +164,8 @@ def validate(arguments: argparse.Namespace) -> None:
         "weights": str(arguments.weights),
         "images": len(dataset),
         "parameters": opened.num_parameters(),
-        "protocol": protocol_line(settings),
-        "deviations": deviations(settings),
+        "protocol": protocol_line(settings, opened.detector),
+        "deviations": deviations(settings, opened.detector),
         "thresholds": thresholds,
         **analysis.summary(),
         "seconds": evaluation.seconds,
@@ -215,7 +215,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 len(evaluation.detections),
                 images_per_second(evaluation, len(dataset)),
                 opened.step,
-                protocol_line(opened.settings),
+                protocol_line(opened.settings, opened.detector),
             )
         )
     print("\n".join([*class_table(rows), *comparison_table(rows)]))

@@ -121,7 +121,7 @@ def find_mistakes(opened: OpenedDetector, dataset: CocoDataset, unreadable: dict
     settings = opened.settings
     device = choose_device(settings.run.device)
     dtype = choose_precision(device, settings.run.precision)
-    print(f"{describe_device(device)}; {protocol_line(settings)}", flush=True)
+    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)
     detector = opened.detector.to(device, settings.run.channels_last)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(Readable(dataset), batch_size, settings.data.num_workers, device)

@@ -22,6 +22,7 @@ from detection.evaluation.coco_metric import METRIC_NAMES, choose_backend, score
 from detection.evaluation.detections import Detections, write_detections
 from detection.evaluation.evaluate import Evaluation, drop_non_finite, evaluate
 from detection.runtime.devices import autocast
+from tests.support.detectors import transform_of
 from tests.support.evaluation_cases import (
     BACKENDS,
     annotate,
@@ -339,7 +340,7 @@ def test_non_finite_detections_are_dropped_and_counted() -> None:
 
 
 def validation_transform(size: int) -> Transform:
-    return Transform(load_settings(REPOSITORY / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
+    return transform_of(load_settings(REPOSITORY / "yolo-v3" / "args.yaml")[0], size)
 
 
 # 100 x 50 pixels into 64: scale 0.64, 32 rows high, 16 rows of padding above. 40 x 80: scale 0.8, 32 columns wide,

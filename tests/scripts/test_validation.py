@@ -13,10 +13,11 @@ import pytest
 
 import validation
 from detection.data.annotations import flatten_annotations
-from detection.data.build import build_datasets, keep_evenly
+from detection.data.build import keep_evenly
 from detection.errors import SettingsError
 from detection.evaluation.comparison import check_same_data
 from tests.support.darknet_files import CFG, NAMES, Files, Run, known_weights
+from tests.support.detectors import datasets_of
 from tests.support.evaluation_cases import annotate, coco_content
 
 WEIGHTS = ("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
@@ -82,8 +83,8 @@ def test_deviations_are_named(files: Files, run: Run) -> None:
 
 def test_images_are_spread_evenly(default_settings: Any) -> None:
     settings = default_settings("data.fake=true", "model.num_classes=3")
-    arguments = (settings.data, 64, 64, 0, 3)
-    whole, part = build_datasets(*arguments)[1], build_datasets(*arguments, max_validation_images=5)[1]
+    arguments = (settings, 64, 64, 0, 3)
+    whole, part = datasets_of(*arguments)[1], datasets_of(*arguments, max_validation_images=5)[1]
     assert len(whole) == 64 and len(part) == 5
     assert part.annotations.image_ids.tolist() == [1, 13, 26, 39, 52]  # 64 / 5 = 12.8 apart
     for place, index in enumerate((0, 12, 25, 38, 51)):
