@@ -104,7 +104,7 @@ def test_another_path_or_decoder_is_another_image(make, pictures: list[Path], mo
     cache = make()
     cache.read(0, pictures[0])
     assert np.array_equal(cache.read(0, pictures[1]), read_image(pictures[1]))
-    monkeypatch.setattr("detection.data.image_file.describe_decoder", lambda name: "another library 1.0")
+    monkeypatch.setattr("detection.data.image_cache.describe_decoder", lambda name: "another library 1.0")
     other = make()
     assert cache.key_of(pictures[0]) != other.key_of(pictures[0])
 
