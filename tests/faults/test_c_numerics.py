@@ -88,7 +88,7 @@ def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train: Train, tmp_p
 
 def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[..., Run], tmp_path: Path) -> None:
     fault = functools.partial(break_loss, value=math.nan, steps=range(2, 99))
-    run = train("run", "train.most_skipped_steps=3", fault=fault)
+    run = train("run", "train.max_skipped_steps=3", fault=fault)
     line = run.ends_with(4, "3 steps in a row were non-finite, the first is step 2", "loss_class = nan", "--replay")
     bundle = tmp_path / "run" / "non_finite_000002"
     assert str(bundle) in line and line in (tmp_path / "run" / "train.log").read_text()
@@ -130,7 +130,7 @@ def break_criterion_of_image(main: ModuleType) -> None:
 def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
     train: Train, launch: Callable[..., Run], tmp_path: Path
 ) -> None:
-    words = ["train.optimizer=sgd", "train.learning_rate=1e30", "scheduler.warmup=0", "train.most_skipped_steps=2"]
+    words = ["train.optimizer=sgd", "train.learning_rate=1e30", "scheduler.warmup=0", "train.max_skipped_steps=2"]
     train("run", *words, "train.steps=20").ends_with(4, "2 steps in a row were non-finite")
     (bundle,) = (tmp_path / "run").glob("non_finite_*")
     replayed = launch("replay", "--replay", bundle)
@@ -162,7 +162,7 @@ def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> Non
 
 def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train: Train, tmp_path: Path) -> None:
     fault = functools.partial(use_scaler, scale=2.0**16, overflow=(0, 1, 4))
-    words = ["scheduler.warmup=4", "train.most_skipped_steps=2", "train.save_frequency=1", "train.keep_checkpoints=9"]
+    words = ["scheduler.warmup=4", "train.max_skipped_steps=2", "train.save_frequency=1", "train.keep_checkpoints=9"]
     train("run", *words, fault=fault).ends_with(0)
     rows = rows_of(tmp_path / "run")
     assert [row["train/skipped_steps"] for row in rows] == [1, 2, 2, 2, 3, 3, 3, 3]

@@ -297,7 +297,7 @@ def test_E08_E09_E13_any_number_of_images_and_a_rank_without_boxes(images: int, 
 
 
 @pytest.mark.faults
-@pytest.mark.guard("detection.runtime.distributed:Ranks.agree", "if self.size == 1:", "if True:")
+@pytest.mark.guard("detection.runtime.distributed:Ranks.all_reduce_max_async", "if self.size == 1:", "if True:")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_E11_a_signal_to_one_rank_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path, number: int) -> None:
     stop_and_check(drawn_dataset, tmp_path, number, lambda launcher: children_of(launcher)[0])
@@ -401,7 +401,7 @@ def test_E07_a_rank_that_hangs_in_the_evaluation(drawn_dataset: Path, tmp_path: 
 def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: Path, tmp_path: Path) -> None:
     words = [
         f"data.root={drawn_dataset}", "train.batch_size=2", "train.optimizer=sgd", "train.learning_rate=1e30",
-        "scheduler.warmup=0", "train.most_skipped_steps=2", "--output", tmp_path / "run",
+        "scheduler.warmup=0", "train.max_skipped_steps=2", "--output", tmp_path / "run",
     ]  # fmt: skip
     output = output_of(start(2, tmp_path / "work", *words))
     assert "2 steps in a row were non-finite" in output, output
