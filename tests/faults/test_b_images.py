@@ -14,12 +14,13 @@ from PIL import Image
 
 from detection.checkpoints import load_checkpoint
 from detection.config.settings import Settings
+from detection.data.build import build_datasets
 from detection.data.image_file import read_image
 from detection.errors import DataReadError
-from tests.support.detectors import datasets_of
 from tests.support.fault_runs import Run
 
 
+@pytest.mark.guard("detection.data.image_file:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
@@ -67,16 +68,16 @@ def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
     assert len(named) == 2, run.out  # once each in three epochs
     assert {name for name in ("5.png", "6.png") for line in named if name in line} == {"5.png", "6.png"}
     assert "2 of 13 images so far, 2 are allowed" in named[1]
-    train("too_many", *words, "data.max_unreadable_fraction=0.1").ends_with(
-        3, "number 2 of them", "allows 1", "saved after"
-    )
+    train("too_many", *words, "data.max_unreadable_fraction=0.1").ends_with(3, "number 2 of them", "allows 1", "saved after")
 
 
 def test_B01_the_substitute_is_the_next_image_that_can_be_read(
     dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
 ) -> None:
     shutil.copytree(dataset, tmp_path / "data")
-    training_set, validation_set = datasets_of(default_settings(f"data.root={tmp_path / 'data'}"), 64, 64, 0, None)
+    training_set, validation_set = build_datasets(
+        default_settings(f"data.root={tmp_path / 'data'}").data, 64, 64, 0, None
+    )
     expected = training_set[(0, 4, 96)]
     for index in (11, 12):
         (tmp_path / "data" / "train" / training_set.annotations.file_name(index)).unlink()
@@ -96,6 +97,11 @@ def step_of(directory: Path) -> int:
     return load_checkpoint(directory / "last.pt")["step"]
 
 
+@pytest.mark.guard(
+    "detection.data.image_file:decode_with_opencv",
+    "cv2.IMREAD_COLOR_RGB",
+    "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION",
+)
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
 def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((40, 60, 3), np.uint8)
