@@ -63,6 +63,8 @@ REPLACED_NAMES = {
 }
 
 
+# Values that no longer exist -> the value that stands for them.
+REPLACED_VALUES = {("evaluation.backend", "faster_coco_eval"): "arrays"}
 # Earlier paths of settings -> where they live now. Overlays, command lines and checkpoints of any age keep working.
 MOVED_NAMES = {
     **{
@@ -249,6 +251,9 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
         nearest = next((path for path in known if by_last_part and path.endswith("." + by_last_part[0])), candidates[0])
         nearest = MOVED_NAMES.get(nearest, nearest)
         raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
+    if isinstance(value, str) and (key, value) in REPLACED_VALUES:
+        notices.append(f"{where}: {key}={value} no longer exists and is read as {REPLACED_VALUES[key, value]}")
+        value = REPLACED_VALUES[key, value]
     *sections, last = key.split(".")
     branch = tree
     for section in sections:

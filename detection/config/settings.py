@@ -228,7 +228,7 @@ class EvaluationSettings(Section):
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability
     max_detections: Count | None
-    backend: Literal["auto", "arrays", "pycocotools", "faster_coco_eval"]
+    backend: Literal["auto", "arrays", "pycocotools"]
     visualization_threshold: Probability
     visualize_images: Annotated[int, Field(ge=0)]
 

@@ -15,9 +15,9 @@ from detection.config.settings import Settings
 from detection.data.annotations import Annotations
 from detection.data.coco import CocoDataset
 from detection.errors import DataError
-from detection.evaluation.coco_metric import score_detections
+from detection.evaluation.coco_metric import score
 from detection.evaluation.detections import Detections, write_detections
-from detection.evaluation.evaluate import Found, compute_metrics
+from detection.evaluation.evaluate import InferenceResult, compute_metrics
 from detection.models import build_detector
 from detection.models.yolo.darknet_loss import DarknetLoss
 from tests.support.detectors import datasets_of
@@ -143,15 +143,14 @@ def test_A08_a_crowd_region_is_neither_object_nor_background() -> None:
     assert (gradient[..., 4][~inside] > 0).all()
 
 
-@pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
-def test_A08_a_crowd_region_is_no_miss(read: Read, backend: str) -> None:
+def test_A08_a_crowd_region_is_no_miss(read: Read) -> None:
     content = with_boxes([1, 1, 60, 60])
     content["annotations"][-1] |= {"iscrowd": 1, "area": 3600}
     annotations = read(CONTENT, content)[1].annotations
     gt = perfect(annotations)
     kept = ~annotations.crowd
     found = Detections(*(getattr(gt, name)[kept] for name in ("image_index", "boxes", "scores", "labels")))
-    assert score_detections(annotations, found, backend)[0]["AP"] == pytest.approx(1)
+    assert score(annotations, found).metrics["AP"] == pytest.approx(1)
 
 
 def test_A09_category_ids_come_back(read: Read, tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_A09_category_ids_come_back(read: Read, tmp_path: Path) -> None:
     assert training_set.annotations.labels.tolist() == [0, 1, 2]
     assert training_set.annotations.categories.ids == (1, 5, 90)
     found = perfect(validation_set.annotations)
-    assert score_detections(validation_set.annotations, found)[0]["AP"] == pytest.approx(1)
+    assert score(validation_set.annotations, found).metrics["AP"] == pytest.approx(1)
     write_detections(tmp_path / "found.json", validation_set.annotations, found)
     assert [row["category_id"] for row in json.loads((tmp_path / "found.json").read_text())] == [1, 5, 90]
 
@@ -180,13 +179,14 @@ def test_A10_the_same_names_under_other_ids(read: Read) -> None:
     training_set, validation_set = read(CONTENT, content)
     assert validation_set.annotations.labels.tolist() == training_set.annotations.labels.tolist()
     found = perfect(validation_set.annotations)
-    assert score_detections(validation_set.annotations, found)[0]["AP"] == pytest.approx(1)
+    assert score(validation_set.annotations, found).metrics["AP"] == pytest.approx(1)
 
 
 def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_path: Path) -> None:
     content = changed(annotations=CONTENT["annotations"][:2])
     training_set, _ = read(content, content)
-    metrics, class_ap = score_detections(training_set.annotations, perfect(training_set.annotations))
+    scores = score(training_set.annotations, perfect(training_set.annotations))
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert metrics["AP"] == pytest.approx(1) and class_ap["ninety"] == (None, None, 0)
     run = train("run", f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=1")
     run.ends_with(0)
@@ -194,12 +194,12 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     assert line.startswith("warning") and "ninety" in line
 
 
-@pytest.mark.parametrize("backend", ["pycocotools", "faster_coco_eval"])
 @pytest.mark.parametrize("ids", [(0, 1, 2), (7, 7, 7), (0, 0, 0)])
-def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...], backend: str) -> None:
+def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...]) -> None:
     rows = [row | {"id": number} for row, number in zip(CONTENT["annotations"], ids, strict=True)]
     annotations = read(CONTENT, changed(annotations=rows))[1].annotations
-    metrics, class_ap = score_detections(annotations, perfect(annotations), backend)
+    scores = score(annotations, perfect(annotations))
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert metrics["AP"] == pytest.approx(1) == metrics["AR100"]
     assert [values[2] for values in class_ap.values()] == [1, 1, 1]
 
@@ -229,7 +229,7 @@ def test_A16_detections_that_are_non_finite_score_nothing(read: Read, value: flo
     boxes[:, 2] = value
     broken = Detections(wrong.image_index, boxes, wrong.scores, wrong.labels)
     honest, injected = (
-        compute_metrics([Found(found, {}, {})], annotations, "pycocotools") for found in (wrong, broken)
+        compute_metrics([InferenceResult(found, {}, {})], annotations, "pycocotools") for found in (wrong, broken)
     )
     assert injected.dropped == 3 and len(injected.detections) == 0 and honest.dropped == 0
     for name, number in injected.metrics.items():

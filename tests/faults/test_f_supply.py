@@ -29,7 +29,6 @@ def hide(main: ModuleType, package: str) -> None:
     ("package", "line"),
     [
         ("tensorboard", "TensorBoard is not installed: no event files"),
-        ("faster_coco_eval", "every 4 steps by arrays"),
         ("onnx", ""),
         ("onnxruntime", ""),
         ("timm", ""),
@@ -52,7 +51,6 @@ def test_F03_training_needs_no_optional_package(
     [
         ("timm", "model.backbone=timm/resnet18", "timm"),
         ("habana_frameworks", "run.device=hpu", "hpu"),
-        ("faster_coco_eval", "evaluation.backend=faster_coco_eval", "faster_coco_eval"),
     ],
 )
 def test_F03_what_needs_a_missing_package_says_so_before_the_first_step(

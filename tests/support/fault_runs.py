@@ -22,7 +22,6 @@ from typing import Any
 
 import albumentations  # noqa: F401  (imported later by what is forked, once per process)
 import cv2
-import faster_coco_eval  # noqa: F401
 import numpy as np
 import pytest
 import torch
