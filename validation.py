@@ -23,7 +23,6 @@ minutes.
 """
 
 import argparse
-import functools
 import re
 import sys
 import time
@@ -44,6 +43,7 @@ from detection.config.command_line import Parser
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
@@ -69,7 +69,7 @@ from detection.evaluation.report import (
     write_evaluation,
 )
 from detection.inference.weights import OpenedDetector, open_command_line
-from detection.runtime.devices import autocast, choose_precision, describe_device, open_device, peak_memory_gib
+from detection.runtime.devices import Machine, describe_device, open_machine, peak_memory_gib
 from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -77,6 +77,7 @@ CARRY_THEIR_OWN = {".pt", ".onnx"}  # classes and description
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     if arguments.compare:
         compare(arguments)
@@ -139,10 +140,11 @@ def validate(arguments: argparse.Namespace) -> None:
     """One detector, looked at from all sides."""
     opened = open_command_line(arguments, arguments.settings)
     settings = opened.settings
+    machine = open_machine(settings.run)
     dataset = open_dataset(opened)
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
-    evaluation = evaluate_with_bar(opened, dataset)
+    evaluation = evaluate_with_bar(opened, dataset, machine)
     thresholds = compare_thresholds(arguments.confidence, evaluation, dataset)
     print("\n".join(class_lines(evaluation.class_ap)))
 
@@ -195,14 +197,15 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.names and not [file for file in files if file.suffix not in CARRY_THEIR_OWN]:
         raise SettingsError("--names belongs to Darknet weights; all files of --compare carry their own")
     detectors = [open_command_line(arguments_for(arguments, file), arguments.settings) for file in files]
+    machines = [open_machine(opened.settings.run) for opened in detectors]
     datasets = [open_dataset(opened) for opened in detectors]
     for file, dataset in zip(files, datasets, strict=True):
         check_same_data(datasets[0].annotations, dataset.annotations, file)
     directory = new_run_directory(Path(detectors[0].settings.run.logs_path), "compare", arguments.output)
     rows = []
-    for name, file, opened, dataset in zip(names, files, detectors, datasets, strict=True):
+    for name, file, opened, dataset, machine in zip(names, files, detectors, datasets, machines, strict=True):
         print(f"{name}: ", end="")
-        evaluation = evaluate_with_bar(opened, dataset)
+        evaluation = evaluate_with_bar(opened, dataset, machine)
         rows.append(
             Compared(
                 name,
@@ -261,14 +264,12 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
     return dataset
 
 
-def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluation:
-    """Every image of the dataset through the detector, on the device of the settings; a bar on a terminal."""
-    settings = opened.settings
-    device = open_device(settings.run)
-    dtype = choose_precision(device, settings.run.precision)
-    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    print(f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
-    detector = opened.detector.to(device, settings.run.channels_last)
+def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Machine) -> Evaluation:
+    """Run the detector on every image of the dataset and compute the metrics; shows a bar on a terminal."""
+    settings, device = opened.settings, machine.device
+    how = f"{describe_device(device)}, {machine.precision}"
+    print(f"{how}, {len(dataset)} images; {protocol_line(settings)}", flush=True)
+    detector = machine.place(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:
@@ -283,7 +284,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
             loader,
             dataset.annotations,
             device,
-            functools.partial(autocast, device, dtype),
+            machine.autocast,
             settings.evaluation.backend,
             on_batch=advance,
         )

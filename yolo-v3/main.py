@@ -33,7 +33,7 @@ from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import Flag, complete_settings, dump_settings, load_settings
 from detection.contract import Batch
 from detection.data.loaders import build_evaluation_loader, build_training_loader
-from detection.data.workers import restore_default_sigchld
+from detection.data.workers import prepare_process, restore_default_sigchld
 from detection.drawing.boxes import save_png
 from detection.errors import (
     OUT_OF_MEMORY,
@@ -95,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     flags = device_flags(arguments)
     if arguments.profile and (arguments.dry_run or arguments.replay is not None):
