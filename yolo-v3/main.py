@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     flags = device_flags(arguments)
     if arguments.replay is not None:
