@@ -41,10 +41,12 @@ from detection.data.build import DetectionDataset, build_datasets, build_trainin
 from detection.data.loaders import collate_samples
 from detection.data.sampler import TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.dataset_figures import printable

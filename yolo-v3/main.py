@@ -21,6 +21,7 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 from detection.config.command_line import Parser, device_flags
+from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
