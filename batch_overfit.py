@@ -14,7 +14,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from detection.runtime.habana import prepare_habana
 
@@ -22,7 +22,6 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from detection.data.annotations import select_images
 from detection.data.build import DetectionDataset, build_training_dataset
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
@@ -42,7 +42,7 @@ from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
 from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
-from detection.runtime.devices import autocast, build_scaler, choose_precision, describe_device, open_device
+from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
@@ -63,32 +63,32 @@ class Overfit:
     """One batch, its ground truth and the detector that should learn it."""
 
     settings: Settings
-    device: torch.device
-    precision: Any  # makes the autocast context
+    machine: Machine
     dataset: DetectionDataset  # only the images of the batch
     batch: Batch
     detector: Detector
 
     def evaluate(self) -> Evaluation:
+        machine = self.machine
         return evaluate(
             self.detector.model,
             self.detector.criterion,
             self.detector.postprocess,
             [self.batch],
             self.dataset.annotations,
-            self.device,
-            self.precision,
+            machine.device,
+            machine.autocast,
             "pycocotools",
         )
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
     settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
-    device = open_device(settings.run)
-    dtype = choose_precision(device, settings.run.precision)
+    machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
     dataset = take_images(settings, arguments.images)
     detector = build_detector(settings, len(dataset.annotations.categories.names))
@@ -99,14 +99,14 @@ def main() -> None:
         raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
     for line in [*notices, *load_pretrained(detector.model, settings.model)]:
         print(line)
-    detector = detector.to(device, settings.run.channels_last)
-    overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
+    overfit = Overfit(settings, machine, dataset, batch, machine.place(detector))
     boxes = len(dataset.annotations.labels)
-    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.model.backbone}")
+    images = f"{len(dataset.annotations)} images with {boxes} boxes"
+    print(f"{describe_device(machine.device)}; {images}, {settings.model.backbone}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
-    evaluation, step = train(overfit, arguments.steps, arguments.threshold, build_scaler(device, dtype))
+    evaluation, step = train(overfit, arguments.steps, arguments.threshold)
     # AP50 ranks; how sure the network is does not count. The picture shows what it finds at its own best threshold.
     curves = confidence_curves(dataset.annotations, evaluation.detections, settings.evaluation.confidence_threshold)
     drawn = float(curves.confidence[curves.best])
@@ -162,8 +162,9 @@ def take_images(settings: Settings, count: int) -> DetectionDataset:
     return dataset
 
 
-def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.GradScaler) -> tuple[Evaluation, int]:
-    """Steps on the one batch until AP50 is there; the last evaluation and the number of steps."""
+def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, int]:
+    """Train on the one batch until AP50 reaches the threshold; returns the last evaluation and the number of steps."""
+    machine, scaler = overfit.machine, overfit.machine.build_scaler()
     settings, model = overfit.settings.train, overfit.detector.model.train()
     criterion = cast(nn.Module, overfit.detector.criterion)
     set_backbone_frozen(model, False, settings.backbone_batch_norm)
@@ -172,9 +173,16 @@ def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.Grad
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
             set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
-            batches = [overfit.batch]
             losses, finite = train_step(
-                model, criterion, optimizer, scaler, batches, overfit.precision, overfit.device, settings.clip_norm
+                model,
+                criterion,
+                optimizer,
+                scaler,
+                [overfit.batch],
+                machine.autocast,
+                machine.device,
+                settings.clip_norm,
+                mark_step=machine.mark_step,
             )
             # A few steps more or less do not matter here, waiting for the device does not either.
             if not finite and not scaler.is_enabled():

@@ -26,6 +26,7 @@ from detection.config.settings import DataSettings, Settings
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
 from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
+from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (
     boxes_per_class,
     check_annotations,
@@ -64,6 +65,7 @@ class Source(NamedTuple):
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
     if settings.data.fake:

@@ -28,6 +28,7 @@ from typing import cast
 from torch import nn
 
 from detection.config.command_line import Parser
+from detection.data.workers import prepare_process
 from detection.errors import CheckpointError, OutputError, SettingsError, exit_with_message
 from detection.inference.export.onnx_comparison import compare_with_pytorch
 from detection.inference.export.onnx_export import OPSETS, OnnxOptions, build_onnx, require_packages
@@ -38,6 +39,7 @@ from detection.models.darknet.weights import Header, as_darknet, write_darknet_w
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     options = onnx_options(arguments)
     if arguments.weights.suffix == ".onnx":

@@ -26,7 +26,6 @@ images takes 3 seconds and 80 MiB; evaluation.backend=pycocotools gives the same
 """
 
 import argparse
-import functools
 import re
 import sys
 import time
@@ -48,6 +47,7 @@ from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
@@ -74,7 +74,7 @@ from detection.evaluation.report import (
     write_evaluation,
 )
 from detection.inference.weights import OpenedDetector, open_command_line
-from detection.runtime.devices import autocast, choose_precision, describe_device, open_device, peak_memory_gib
+from detection.runtime.devices import Machine, describe_device, open_machine, peak_memory_gib
 from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -82,6 +82,7 @@ CARRY_THEIR_OWN = {".pt", ".onnx"}  # classes and description
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     if arguments.compare:
         compare(arguments)
@@ -144,10 +145,11 @@ def validate(arguments: argparse.Namespace) -> None:
     """Evaluate one detector."""
     opened = open_command_line(arguments, arguments.settings)
     settings = opened.settings
+    machine = open_machine(settings.run)
     dataset = open_dataset(opened)
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
-    evaluation = evaluate_with_bar(opened, dataset)
+    evaluation = evaluate_with_bar(opened, dataset, machine)
     thresholds = compare_thresholds(arguments.confidence, evaluation, dataset)
     print("\n".join(class_lines(evaluation.class_ap)))
     official, official_line = check_with_pycocotools(
@@ -207,14 +209,15 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.names and not [file for file in files if file.suffix not in CARRY_THEIR_OWN]:
         raise SettingsError("--names belongs to Darknet weights; all files of --compare carry their own")
     detectors = [open_command_line(arguments_for(arguments, file), arguments.settings) for file in files]
+    machines = [open_machine(opened.settings.run) for opened in detectors]
     datasets = [open_dataset(opened) for opened in detectors]
     for file, dataset in zip(files, datasets, strict=True):
         check_same_data(datasets[0].annotations, dataset.annotations, file)
     directory = new_run_directory(Path(detectors[0].settings.run.logs_path), "compare", arguments.output)
     rows = []
-    for name, file, opened, dataset in zip(names, files, detectors, datasets, strict=True):
+    for name, file, opened, dataset, machine in zip(names, files, detectors, datasets, machines, strict=True):
         print(f"{name}: ", end="")
-        evaluation = evaluate_with_bar(opened, dataset)
+        evaluation = evaluate_with_bar(opened, dataset, machine)
         rows.append(
             Compared(
                 name,
@@ -274,17 +277,12 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
     return dataset
 
 
-def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluation:
-    """Evaluate the detector on all images, on the device of the settings, with a progress bar on a terminal."""
-    settings = opened.settings
-    device = open_device(settings.run)
-    dtype = choose_precision(device, settings.run.precision)
-    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    print(
-        f"{describe_device(device)}, {precision}, {len(dataset)} images; {protocol_line(settings, opened.detector)}",
-        flush=True,
-    )
-    detector = opened.detector.to(device, settings.run.channels_last)
+def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Machine) -> Evaluation:
+    """Run the detector on every image of the dataset and compute the metrics; shows a bar on a terminal."""
+    settings, device = opened.settings, machine.device
+    how = f"{describe_device(device)}, {machine.precision}"
+    print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector)}", flush=True)
+    detector = machine.place(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:
@@ -299,7 +297,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset) -> Evaluatio
             loader,
             dataset.annotations,
             device,
-            functools.partial(autocast, device, dtype),
+            machine.autocast,
             settings.evaluation.backend,
             on_batch=advance,
         )

@@ -17,10 +17,16 @@ directory below logs/.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
+
+from detection.runtime.habana import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import cv2
 import numpy as np
@@ -35,10 +41,12 @@ from detection.data.build import DetectionDataset, build_datasets, build_trainin
 from detection.data.loaders import collate_samples
 from detection.data.sampler import TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.dataset_figures import printable
@@ -53,9 +61,11 @@ Position = tuple[int, int, int]  # image index, epoch, size, as the datasets tak
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
     print("\n".join(notices), end="\n" if notices else "")
+    open_machine(settings.run)  # nothing is computed on it, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = open_detector(settings, arguments.split, len(names), arguments.targets)

@@ -94,7 +94,7 @@ def measure(
     criterion(outputs, targets)  # makes its tables
     with OperationTrace() as trace:
         criterion(outputs, targets)
-    table = criterion.tables([(output.shape[2], output.shape[3]) for output in outputs]).anchors
+    table = criterion.layout.tables([(output.shape[2], output.shape[3]) for output in outputs]).anchors
     assign = milliseconds(
         lambda: assign_targets(targets["boxes"], targets["labels"], table), device, 3 * arguments.repeats
     )

@@ -31,6 +31,7 @@ from detection.data.build import build_datasets
 from detection.data.fake import MEAN_BOXES, synthetic_batch
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
+from detection.data.transforms import Transform
 from detection.errors import SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
@@ -75,7 +76,7 @@ def main() -> None:
     detector = build_detector(settings, arguments.classes).to(device, channels_last=True)
     for size in arguments.sizes:
         detector.geometry.check_size("--sizes", size)
-    flops = flops_per_pixel(detector.model)
+    flops = flops_per_pixel(detector.model, detector.geometry.size_multiple)
     print(
         f"{settings.model.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
         f"{arguments.batch}; {describe_device(device)}, torch {torch.__version__}"
@@ -117,7 +118,9 @@ def main() -> None:
 
 def real_batches(settings: Settings, size: int, arguments: Any, device: torch.device) -> Iterator[Batch]:
     """Those of a training run."""
-    dataset, _ = build_datasets(settings.data, size, size, settings.run.seed, arguments.classes, 1)
+    dataset, _ = build_datasets(settings.data, settings.run.seed, arguments.classes, 1)
+    geometry = build_detector(settings, arguments.classes).geometry
+    dataset.sample_transform = Transform(geometry, size, settings.run.seed, settings.data.augmentation)
     steps = (0, WARM_UP + arguments.repeats + 1)
     sampler = TrainingBatchSampler(len(dataset), arguments.batch, 1, steps, 0, size, 0, (size, size))
     return iter(build_training_loader(dataset, sampler, settings.data.num_workers, device))

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 from detection.config.command_line import Parser, device_flags
+from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     flags = device_flags(arguments)
     if arguments.replay is not None:

@@ -21,15 +21,7 @@ from detection.errors import SettingsError
 from detection.models import build_detector, check_input_sizes
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
-from detection.runtime.devices import (
-    autocast,
-    build_scaler,
-    choose_precision,
-    compile_forward,
-    mark_step_of,
-    open_device,
-    prepare_distributed,
-)
+from detection.runtime.devices import compile_forward, machine_of, open_machine, prepare_distributed
 from detection.runtime.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
@@ -39,9 +31,9 @@ from detection.training.state import RunState
 
 
 def join_ranks(settings: Settings) -> Ranks:
-    """Join the processes that torchrun started, if there are any, and open the device of this one."""
+    """Open the device of this process and join those that torchrun started, if any."""
     _, local_rank, size = read_environment()
-    device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
+    device = open_machine(settings.run, device_of_rank(settings.run.device, local_rank, size)).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
@@ -59,12 +51,9 @@ class Run:
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings, self.ranks, self.processes = settings, ranks, processes or ranks.size
-        self.device = ranks.device
-        self.mark_step = mark_step_of(self.device, settings.run.lazy)
-        self.dtype = dtype = choose_precision(self.device, settings.run.precision)
-        self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-        self.autocast = functools.partial(autocast, self.device, dtype)
-        self.build_scaler = functools.partial(build_scaler, self.device, dtype)
+        self.device, machine = ranks.device, machine_of(ranks.device, settings.run)
+        self.dtype, self.precision, self.mark_step = machine.dtype, machine.precision, machine.mark_step
+        self.autocast, self.build_scaler = machine.autocast, machine.build_scaler
 
         if ranks.is_first:
             make_builtin(settings.data)
@@ -92,7 +81,7 @@ class Run:
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)
         self.validation_set.sample_transform = Transform(geometry, evaluation.image_size, seed)
-        detector = detector.to(self.device, settings.run.channels_last)
+        detector = machine.place(detector)
         self.found_batch_size: list[str] = []
         if train.batch_size == "auto":
             number, line = find_batch_size(

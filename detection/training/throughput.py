@@ -126,7 +126,7 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time until now, such as that of an evaluation; the losses since the last reading still count."""
+        """Leave out the time until now, such as an evaluation; the losses since the last reading still count."""
         self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.images = self.pixels = 0  # of this process
 

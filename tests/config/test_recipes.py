@@ -125,7 +125,7 @@ def test_the_pedl_variant() -> None:
 def test_the_darknet_protocol() -> None:
     settings = load("darknet_protocol")
     evaluation = settings.evaluation
-    assert (yolo.objectness_threshold, evaluation.confidence_threshold) == (0.005, 0.005)
+    assert (settings.yolo.objectness_threshold, evaluation.confidence_threshold) == (0.005, 0.005)
     assert (evaluation.iou_threshold, evaluation.max_detections) == (0.45, None)
     assert (settings.model.interpolation, settings.model.rounding) == ("darknet", "down")
     assert settings.model.fill == (127, 127, 127) and settings.model.batch_norm == "darknet"

@@ -941,7 +941,8 @@ def test_positions_choose_epoch_and_size(drawn_dataset: Path, default_settings: 
 
 def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
     transform = transform_of(default_settings(), 96, 0, training=True)
-    fake, again = (FakeDataset(20, ["a", "b", "c"], transform, seed=3) for _ in range(2))
+    fake, again = (FakeDataset(20, ["a", "b", "c"], seed=3) for _ in range(2))
+    fake.sample_transform = again.sample_transform = transform
     annotations = fake.annotations
     assert len(fake) == len(annotations) == 20 and annotations.categories.names == ("a", "b", "c")
     assert len(annotations.boxes) == len(annotations.labels) == annotations.first_box[-1] > 0
@@ -954,7 +955,7 @@ def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
         assert np.array_equal(first.image, second.image) and np.array_equal(first.boxes, second.boxes)
         assert first.image.shape == (64, 64, 3)
     assert not np.array_equal(fake.load_image(0), fake.load_image(1))
-    assert not np.array_equal(fake.load_image(0), FakeDataset(20, ["a"], transform, seed=4).load_image(0))
+    assert not np.array_equal(fake.load_image(0), FakeDataset(20, ["a"], seed=4).load_image(0))
 
 
 # --- real data ---

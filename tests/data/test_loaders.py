@@ -22,7 +22,7 @@ from detection.contract import Batch
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader, collate_samples, targets_to
 from detection.data.sampler import TrainingBatchSampler
-from detection.data.transforms import Sample, Transform
+from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
 from tests.support.detectors import transform_of
@@ -242,8 +242,8 @@ def digest(batch: Batch) -> str:
 def training_set(drawn_dataset: Path, default_settings: Load) -> CocoDataset:
     named = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
     names = ("gauss_noise", "multiplicative_noise", *named)
-    data = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names)).data
-    transform = Transform(data, 64, 11, training=True)
+    settings = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names))
+    transform = transform_of(settings, 64, 11, training=True)
     return CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
 
 

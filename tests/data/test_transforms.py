@@ -15,10 +15,9 @@ from pydantic import BaseModel
 
 from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import build_augmentation
-from detection.data.resize import letterbox_image
 from detection.data.transforms import Sample, Transform
 from detection.ops.letterbox import Letterbox, place_image
-from tests.support.detectors import transform_of
+from tests.support.detectors import letterbox_image, transform_of
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
@@ -89,11 +88,11 @@ def test_squashing_fills_the_square() -> None:
     assert letterbox == Letterbox(0.5, 320 / 480, 0, 0, 640, 480)
 
 
-@pytest.mark.parametrize("keep_aspect", [True, False])
-def test_letterbox_has_an_exact_inverse(keep_aspect: bool) -> None:
+@pytest.mark.parametrize("placement", ["letterbox", "squash", "top_left"])
+def test_letterbox_has_an_exact_inverse(placement: str) -> None:
     generator = np.random.default_rng(0)
     for width, height, size in ((640, 480, 320), (333, 201, 416), (201, 333, 608), (1, 5000, 320), (37, 37, 32)):
-        letterbox, *_ = place_image(width, height, size, keep_aspect)
+        letterbox, *_ = place_image(width, height, size, placement)
         boxes = torch.from_numpy(generator.uniform(0, (width, height, width, height), (50, 4)))
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes)), boxes, rtol=0, atol=1e-9)
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes.float())).double(), boxes, atol=1e-2)
@@ -105,7 +104,7 @@ def test_letterbox_has_an_exact_inverse(keep_aspect: bool) -> None:
 
 def test_the_border_has_the_fill_colour_and_the_picture_lies_inside() -> None:
     image, fill = np.full((48, 100, 3), (10, 20, 30), np.uint8), (124, 116, 104)
-    boxed, letterbox = letterbox_image(image, 64, True, fill, cv2.INTER_LINEAR)
+    boxed, letterbox = letterbox_image(image, 64, "letterbox", fill, cv2.INTER_LINEAR)
     # 48 * 0.64 = 30.72 -> 31 rows, 16 above and 17 below
     expected = np.empty((64, 64, 3), np.uint8)
     expected[:] = fill
@@ -116,21 +115,21 @@ def test_the_border_has_the_fill_colour_and_the_picture_lies_inside() -> None:
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:
     image = picture(64, 64)
-    assert np.array_equal(letterbox_image(image, 64, True, (0, 0, 0), cv2.INTER_CUBIC)[0], image)
+    assert np.array_equal(letterbox_image(image, 64, "letterbox", (0, 0, 0), cv2.INTER_CUBIC)[0], image)
 
 
-@pytest.mark.parametrize("keep_aspect", ["true", "false"])
-def test_training_and_validation_lay_images_the_same_way(default_settings: Load, keep_aspect: str) -> None:
-    data = default_settings(f"model.placement={keep_aspect}", *probabilities()).data
+@pytest.mark.parametrize("placement", ["letterbox", "squash"])
+def test_training_and_validation_lay_images_the_same_way(default_settings: Load, placement: str) -> None:
+    settings = default_settings(f"model.placement={placement}", *probabilities())
     image, boxes, labels = picture(90, 50), np.array([[9, 10, 45, 50]], np.float32), np.array([4])
-    validation = Transform(data, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
-    training = Transform(data, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
+    validation = transform_of(settings, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
+    training = transform_of(settings, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
     assert same(training, validation)
     # by hand: 64 / 90 in x; 50 px become 35.56 -> 36 rows below 14, or all 64
-    scale_y, top = (36 / 50, 14) if keep_aspect == "true" else (64 / 50, 0)
+    scale_y, top = (36 / 50, 14) if placement == "letterbox" else (64 / 50, 0)
     expected = [[9 * 64 / 90, 10 * scale_y + top, 45 * 64 / 90, 50 * scale_y + top]]
     assert np.allclose(validation.boxes, expected, atol=1e-4)
-    upright = Transform(data, 64, 0, training=False)(picture(50, 90), boxes[:, [1, 0, 3, 2]], labels, 0, 0, 0)
+    upright = transform_of(settings, 64, 0, training=False)(picture(50, 90), boxes[:, [1, 0, 3, 2]], labels, 0, 0, 0)
     assert np.allclose(upright.boxes, np.array(expected)[:, [1, 0, 3, 2]], atol=1e-4)
     assert torch.allclose(validation.letterbox.to_input(torch.from_numpy(boxes)), torch.tensor(validation.boxes))
 
@@ -380,9 +379,9 @@ def test_affine_scales_moves_and_fills(default_settings: Load) -> None:
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) -> None:
-    data = default_settings(*probabilities(**{**dict.fromkeys(CLASSES, 0.5), "random_fog": 0.05})).data
+    settings = default_settings(*probabilities(**{**dict.fromkeys(CLASSES, 0.5), "random_fog": 0.05}))
     image, boxes, labels = picture(80, 60), np.array([[10, 10, 60, 50]], np.float32), np.array([2])
-    transform = Transform(data, 64, 5, training=True)
+    transform = transform_of(settings, 64, 5, training=True)
     expected = {place: transform(image, boxes, labels, *place, 0) for place in itertools.product(range(4), range(3))}
 
     copy: Transform = pickle.loads(pickle.dumps(transform))  # as a loader worker gets it
@@ -390,27 +389,27 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) 
     for place in reversed(expected):  # another order, other random states, calls of other kinds between
         copy(picture(33, 44, seed=1), *NO_BOXES, 99, 99, 32)
         assert same(copy(image, boxes, labels, *place, 0), expected[place])
-        assert same(Transform(data, 64, 5, training=True)(image, boxes, labels, *place, 0), expected[place])
+        assert same(transform_of(settings, 64, 5, training=True)(image, boxes, labels, *place, 0), expected[place])
 
     # every (index, epoch) looks different, and so does every seed
     for (first, sample), (second, other) in itertools.combinations(expected.items(), 2):
         assert not np.array_equal(sample.image, other.image), (first, second)
-    other_seed = Transform(data, 64, 6, training=True)
+    other_seed = transform_of(settings, 64, 6, training=True)
     assert all(not same(other_seed(image, boxes, labels, *place, 0), sample) for place, sample in expected.items())
 
 
 def test_augmentation_leaves_the_global_random_states_alone(default_settings: Load) -> None:
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    transform = Transform(default_settings(*probabilities(**dict.fromkeys(CLASSES, 1.0))).data, 64, 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 1.0))), 64, 0, training=True)
     transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), 0, 0, 0)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_the_two_flips_are_independent(default_settings: Load) -> None:
     """One bright corner says which flips were made; 400 images, standard error of a quarter 0.022, of a half 0.025."""
-    transform = Transform(
-        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)).data, 32, 0, training=True
+    transform = transform_of(
+        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)), 32, 0, training=True
     )
     image = np.zeros((32, 32, 3), np.uint8)
     image[0, 0] = 255
@@ -425,7 +424,7 @@ def test_the_two_flips_are_independent(default_settings: Load) -> None:
 
 def test_no_two_transforms_are_applied_together_more_often_than_chance(default_settings: Load) -> None:
     """All twelve at p = 0.5: each pair fires together on a quarter of the images, not on a half."""
-    transform = Transform(default_settings(*probabilities(**dict.fromkeys(CLASSES, 0.5))).data, 32, 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 0.5))), 32, 0, training=True)
     fired: dict[str, bool] = {}
 
     def record(step: Any) -> None:

@@ -20,6 +20,7 @@ from detection.errors import DataReadError
 from tests.support.fault_runs import Run
 
 
+@pytest.mark.guard("detection.data.image_file:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
@@ -98,6 +99,11 @@ def step_of(directory: Path) -> int:
     return load_checkpoint(directory / "last.pt")["step"]
 
 
+@pytest.mark.guard(
+    "detection.data.image_file:decode_with_opencv",
+    "cv2.IMREAD_COLOR_RGB",
+    "cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION",
+)
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
 def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((40, 60, 3), np.uint8)

@@ -23,7 +23,6 @@ import torch
 
 from detection.checkpoints import load_checkpoint
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader
 from detection.data.sampler import TrainingBatchSampler
@@ -85,8 +84,8 @@ def test_E02_an_augmentation_that_raises_names_its_image(
 def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
     dataset: Path, default_settings: Callable[..., Settings], workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    data = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4").data
-    training_set, _ = build_datasets(data, 64, 64, 0, None)
+    settings = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4")
+    training_set, _ = datasets_of(settings, 64, 64, 0, None)
     transform = training_set.sample_transform
 
     def sleeping(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:

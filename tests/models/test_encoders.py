@@ -45,7 +45,7 @@ def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with the statistics of a few batches, as after some training."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
-    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].yolo)
+    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].model, levels, "yolo.anchors")
     assert isinstance(module, nn.Module)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -173,7 +173,7 @@ def test_timm_models_that_do_not_serve(name: str, expected: str) -> None:
 
 @needs_timm
 def test_a_false_declaration_is_found() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
     assert isinstance(backbone, TimmBackbone)
     for name, value in (("out_channels", (48, 192, 97)), ("strides", (4, 8, 16))):
         right = getattr(backbone, name)
@@ -185,7 +185,7 @@ def test_a_false_declaration_is_found() -> None:
 
 @needs_timm
 def test_the_check_of_the_declaration_leaves_no_trace() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
     assert isinstance(backbone, TimmBackbone)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(value == 0 for name, value in before.items() if name.endswith("num_batches_tracked"))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from detection.config.settings import Settings
-from detection.data.resize import INTERPOLATIONS, letterbox_image, resize_image
+from detection.data.resize import INTERPOLATIONS, resize_image
 from detection.ops.letterbox import place_image
-from tests.support.detectors import transform_of
+from tests.support.detectors import letterbox_image, transform_of
 
 Load = Callable[..., Settings]
 DARKNET = INTERPOLATIONS["darknet"]
@@ -88,7 +88,7 @@ def test_sides_are_rounded_as_said(width, height, size, down, nearest) -> None:
         assert (letterbox.left, letterbox.top) == ((size - new[0]) // 2, (size - new[1]) // 2)
         assert (letterbox.scale_x, letterbox.scale_y) == (new[0] / width, new[1] / height)
         image, same = letterbox_image(
-            np.zeros((height, width, 3), np.uint8), size, True, (9, 9, 9), cv2.INTER_LINEAR, rounding
+            np.zeros((height, width, 3), np.uint8), size, "letterbox", (9, 9, 9), cv2.INTER_LINEAR, rounding
         )
         assert same == letterbox
         assert (image[..., 0] == 0).any(axis=0).sum() == new[0] and (image[..., 0] == 0).any(axis=1).sum() == new[1]

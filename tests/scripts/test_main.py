@@ -31,7 +31,8 @@ from detection.errors import CheckpointError, exit_with_message
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime.devices import choose_precision
 from detection.training.console import plan_lines
-from tests.support.training_runs import MAIN, ROOT, first_difference, load_main
+from tests.support.paths import MAIN, REPOSITORY
+from tests.support.training_runs import first_difference, load_main
 
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
@@ -161,7 +162,7 @@ class Scenarios:
         # Other features than in the first pair: SGD's momentum, cosine restarts, a backbone frozen for some steps.
         self.bf16: list[str | Path] = [
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
-            "train.encoder_learning_rate_factor=0.5", "train.encoder_batch_norm=frozen",
+            "train.backbone_learning_rate_factor=0.5", "train.backbone_batch_norm=frozen",
             "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
         ]  # fmt: skip
         # (rows in metrics.jsonl, seconds more): the first after the evaluation of step 5, whose row is the sixth, has
@@ -441,7 +442,7 @@ def test_damaged_checkpoint(scenarios: Scenarios) -> None:
 
 def test_no_data(scenarios: Scenarios) -> None:
     assert_refused(scenarios["no_data"], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
-    assert (ROOT / "recipes" / "quickstart.yaml").is_file()
+    assert (REPOSITORY / "recipes" / "quickstart.yaml").is_file()
 
 
 def test_unknown_setting(scenarios: Scenarios) -> None:

@@ -16,8 +16,8 @@ from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
 from detection.visualization.augmentation_sheet import VARIED, Varied, augmentation_names, strength_rows, values_of
-from detection.visualization.target_pictures import assigned_predictions, draw_level
-from tests.support.detectors import datasets_of
+from detection.visualization.target_pictures import draw_level
+from tests.support.detectors import datasets_of, geometry_of
 from tests.support.training_runs import load_main
 
 Run = Callable[..., Any]
@@ -123,7 +123,7 @@ LABELS = torch.tensor([[1, 0, 1, -2, -1]])
 
 def rows_of(criterion_name: str, boxes: torch.Tensor, labels: torch.Tensor) -> list[tuple]:
     criterion = CRITERIA[criterion_name](ANCHORS, [8, 16, 32], 0.5)
-    found = assigned_predictions(criterion, boxes, labels, 64)
+    found = criterion.assigned_predictions(boxes, labels, 64)
     return [(e.image, e.gt, e.level, e.anchor, e.anchor_size, e.column, e.row, e.overruled) for e in found]
 
 
@@ -154,7 +154,7 @@ def test_assignment_of_mmdetection_by_hand() -> None:
 def test_level_is_drawn_where_it_lies() -> None:
     """640 px: ten times 64, so cell (1, 1) of stride 16 is 160..320 and its anchor of 18 px 150..330."""
     criterion = CRITERIA["darknet"](ANCHORS, [8, 16, 32], 0.5)
-    found = [entry for entry in assigned_predictions(criterion, BOXES, LABELS, 64) if entry.level == 1]
+    found = [entry for entry in criterion.assigned_predictions(BOXES, LABELS, 64) if entry.level == 1]
     picture = draw_level(np.zeros((64, 64, 3), np.uint8), BOXES[0].numpy(), LABELS[0].numpy(), "ab", found, 16, "title")
     picture = picture[-640:]
     inside, grid, outside = picture[250, 200], picture[400, 480], picture[400, 400]
@@ -237,9 +237,11 @@ def sheet(default_settings: Callable[..., Settings]) -> Callable[..., dict[tuple
     image[90:, 80:] = 0  # not symmetric
 
     def made(name: str, *words: str) -> dict[tuple[str, str], Any]:
-        data = default_settings(*words).data
+        settings = default_settings(*words)
         boxes = np.array([[30, 30, 70, 70]], np.float32)
-        rows = strength_rows(data, name, 100, 0, image, boxes, np.array([0]), 0, draws=3)
+        rows = strength_rows(
+            settings.data.augmentation, geometry_of(settings), name, 100, 0, image, boxes, np.array([0]), 0, draws=3
+        )
         return {(tile.setting, tile.value): tile.sample for row in rows for tile in row}
 
     return made

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
+
 from detection.config.settings import Settings
 from detection.contract import Geometry
 from detection.data.build import DetectionDataset, build_datasets
+from detection.data.resize import Placed, resize_placed
 from detection.data.transforms import Transform
+from detection.ops.letterbox import Letterbox, Placement, place_image
 
 
 def geometry_of(settings: Settings) -> Geometry:
@@ -34,3 +38,18 @@ def datasets_of(
     sets[0].sample_transform = transform_of(settings, training_size, seed, training=True)
     sets[1].sample_transform = transform_of(settings, validation_size, seed)
     return sets
+
+
+def letterbox_image(
+    image: np.ndarray,
+    size: int,
+    placement: Placement,
+    fill: tuple[int, int, int],
+    interpolation: int,
+    rounding: str = "nearest",
+) -> tuple[np.ndarray, Letterbox]:
+    """The image in its square, (size, size, 3), and where it lies there."""
+    letterbox, width, height = place_image(image.shape[1], image.shape[0], size, placement, rounding)
+    return resize_placed(
+        Placed(image, letterbox.left, letterbox.top, width, height), size, fill, interpolation
+    ), letterbox

@@ -63,7 +63,7 @@ def timm_backbone(name: str, levels: int) -> TimmBackbone:
     if not set(strides) <= set(reductions):
         raise SettingsError(
             f"model.backbone=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
-            f"{levels} levels of yolo.anchors need {', '.join(map(str, strides))}"
+            f"{levels} levels need maps of strides {', '.join(map(str, strides))}"
         )
     backbone = TimmBackbone(name, [last_of_stride[stride] for stride in strides])
     check_declaration(backbone)

@@ -26,7 +26,7 @@ from detection.data.augmentation.crop_and_scale import (
 from detection.data.resize import resize_placed
 from detection.data.transforms import Sample, Transform
 from detection.ops.letterbox import place_image
-from tests.support.detectors import transform_of
+from tests.support.detectors import geometry_of, transform_of
 
 Load = Callable[..., Settings]
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
@@ -78,6 +78,10 @@ def torch_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 # --- Darknet's jitter ---
+
+
+def placement_of(settings: Settings) -> RandomPlacement:
+    return RandomPlacement(settings.data.augmentation, geometry_of(settings), 0)
 
 
 def test_jitter_by_hand() -> None:
@@ -180,7 +184,7 @@ def test_crop_by_hand(torch_draws: Callable[..., None], iou_crop: v2.RandomIoUCr
 
 
 def test_a_crop_always_shows_an_object(default_settings: Load) -> None:
-    placement = RandomPlacement(default_settings(*SETTINGS).data, 0)
+    placement = placement_of(default_settings(*SETTINGS))
     boxes, labels = array((5, 5, 20, 20), (70, 50, 95, 75)), np.array([0, 79])
     cropped_once = 0
     for index in range(60):
@@ -195,7 +199,7 @@ def test_a_crop_always_shows_an_object(default_settings: Load) -> None:
 
 
 def test_crowd_is_no_reason_to_crop_and_is_not_judged_by_its_centre(default_settings: Load) -> None:
-    placement = RandomPlacement(default_settings(*SETTINGS).data, 0)
+    placement = placement_of(default_settings(*SETTINGS))
     crowd, small = (0, 0, 50, 80), (60, 50, 95, 78)
     for index in range(30):
         assert placement.draw_view(100, 80, array(crowd), np.array([-2]), 0, index)[0] == Rectangle(0, 0, 100, 80)
@@ -399,10 +403,9 @@ def test_the_global_random_states_are_left_alone(default_settings: Load, monkeyp
 
 def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:
     """At 0.5 each, all pairs are drawn together for a quarter of the images; 400, standard error 0.022."""
-    data = default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))).data
-    placement = RandomPlacement(data, 0)
+    placement = placement_of(default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))))
     alone = {
-        name: RandomPlacement(default_settings(*probabilities(default_settings, **{name: 1})).data, 0)
+        name: placement_of(default_settings(*probabilities(default_settings, **{name: 1})))
         for name in ("expand", "darknet_jitter")
     }
     whole, letterbox = Rectangle(0, 0, 100, 80), Rectangle(0, 6, 64, 51)

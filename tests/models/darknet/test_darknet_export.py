@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from detection.inference.export.darknet_export import describe_network
 from torch import nn
 
 from detection.errors import CheckpointError
 from detection.models import build_detector
 from detection.models.darknet.cfg import format_cfg, parse_cfg
+from detection.models.darknet.export import describe_detector
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, darknet_bytes, load_darknet_weights
@@ -26,8 +26,8 @@ FAMILY = [
 
 def build(default_settings, words: tuple[str, ...], num_classes: int) -> tuple[nn.Module, list]:
     settings = default_settings(*words)
-    model = build_detector(settings, num_classes).model
-    return model, describe_network(model, settings.yolo.anchors, 416, settings.yolo.ignore_threshold)
+    detector = build_detector(settings, num_classes)
+    return detector.model, describe_detector(detector, 416)
 
 
 @pytest.mark.parametrize(("words", "file_bytes", "layers"), FAMILY)

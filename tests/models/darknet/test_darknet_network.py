@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 import tests.support.darknet_reference as reference
 from detection.config.loading import load_settings
-from detection.contract import Detector
+from detection.contract import Detector, Geometry
 from detection.errors import SettingsError
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.backbones.darknet import DarknetBatchNorm2d
 from detection.models.darknet.cfg import parse_cfg, unused_keys
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import convolution_tensors, load_darknet_weights
-from detection.models.yolo.box_coder import decode_boxes
 from detection.training.optimizer import set_backbone_frozen
 from tests.support.darknet_descriptions import (
     COCO_ANCHORS_V4,
@@ -42,6 +41,7 @@ from tests.support.darknet_descriptions import (
     yolov4,
     yolov4_tiny,
 )
+from tests.support.loss_cases import decode_boxes
 from tests.support.paths import REPOSITORY
 
 SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
@@ -343,9 +343,9 @@ def test_a_map_coarser_than_every_level() -> None:
     assert network(torch.rand(1, 3, 48, 16))[0].shape == (1, 3, 12, 4, 7)
     with pytest.raises(ValueError, match="multiple of 16"):
         network(torch.rand(1, 3, 24, 32))
-    check_image_size(network, "evaluation.image_size", 48)
+    Geometry(network.size_multiple).check_size("evaluation.image_size", 48)
     with pytest.raises(SettingsError, match=r"evaluation.image_size = 24: must be a multiple of 16"):
-        check_image_size(network, "evaluation.image_size", 24)
+        Geometry(network.size_multiple).check_size("evaluation.image_size", 24)
 
 
 def test_another_size_than_the_description(tmp_path: Path) -> None:
