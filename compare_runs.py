@@ -5,10 +5,10 @@ python compare_runs.py logs/24* --x time --smooth 20
 python compare_runs.py logs/A logs/B --output comparison
 
 Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, also of runs
-that are still going on or were killed in the middle of a line. Draws learning rate, training and validation loss, AP50,
-AP and recall (AR100) over --x: step, epoch, images seen, or time of training without the evaluations. A star marks the
-best evaluation. What a run lacks is named and left out. --smooth N draws the mean of N logged training losses, N // 2
-before and behind, over the pale true values; nothing else is ever smoothed.
+that are still running or were killed in the middle of a line. Draws learning rate, training and validation loss, AP50,
+AP and recall (AR100) over --x: step, epoch, images seen, or training time without the evaluations. A star marks the best
+evaluation. Missing data is named and left out. --smooth N draws the mean of N logged training losses, N // 2 on either
+side, over the raw values in a pale colour; nothing else is smoothed.
 
 Writes compare.png, compare.csv (one row per run) and compare.json (the same, and the curves) into a new directory below
 logs/, in a few seconds.
@@ -66,7 +66,7 @@ class Run:
         return int(max((points[-1, 0] for points in self.columns.values() if len(points)), default=0))
 
     def at(self, steps: np.ndarray, axis: str) -> np.ndarray | None:
-        """Steps in the unit of an axis (time in hours); None where the run does not say."""
+        """Convert steps to the unit of an axis (time in hours); None if the run lacks the data for it."""
         if axis == "step":
             return steps
         if axis == "images":
@@ -82,7 +82,7 @@ class Run:
         return np.interp(steps, np.append(0, speed[:, 0]), np.append(0, seconds)) / 3600
 
     def best(self, column: str) -> tuple[int, float] | None:
-        """Step and value of the best evaluation, the first of equals."""
+        """Return step and value of the best evaluation, the first of equals."""
         points, choose = self.points(column), PANELS[column][1]
         if choose is None or not len(points):
             return None
@@ -90,7 +90,7 @@ class Run:
         return int(step), value
 
     def summary(self) -> dict[str, Any]:
-        """One row of the table; None where the run lacks the number."""
+        """Return one row of the table; None where the run lacks the number."""
         end = np.array([float(self.last_step)])
         row: dict[str, Any] = {"run": self.name, "steps": self.last_step}
         for name, axis in (("epochs", "epoch"), ("images", "images"), ("training hours", "time")):
@@ -111,11 +111,11 @@ def main() -> None:
     runs = [read_run(directory, name) for directory, name in zip(directories, names, strict=True)]
     notices = [f"{run.name}: {notice}" for run in runs for notice in run.notices]
     if len(directories) < len(arguments.runs):
-        notices.append(f"{len(arguments.runs) - len(directories)} directories were named twice")
+        notices.append(f"{len(arguments.runs) - len(directories)} directories were given twice")
     drawn = [run for run in runs if run.at(np.zeros(1), arguments.x) is not None]
-    notices += [f"{run.name}: does not say its {AXES[arguments.x]}, not drawn" for run in runs if run not in drawn]
+    notices += [f"{run.name}: has no {AXES[arguments.x]}, not drawn" for run in runs if run not in drawn]
     if not drawn:
-        raise SettingsError(f"--x {arguments.x}: no run says its {AXES[arguments.x]}; --x step always works")
+        raise SettingsError(f"--x {arguments.x}: no run has {AXES[arguments.x]}; --x step always works")
     if not any(len(run.points(column)) for run in drawn for column in PANELS):
         raise DataError(
             f"no run has a readable row in metrics.jsonl or results.csv: {', '.join(map(str, directories))}"
@@ -157,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """The shortest endings that tell the directories apart: without the time of the start, with it, with parents."""
+    """Return the shortest unique endings of the paths: without the start time, with it, with parents."""
     names = []
     for directory in directories:
         candidates = [shorten(directory, length) for length in range(len(directory.parts) + 1)]
@@ -173,17 +173,17 @@ def short_names(directories: Sequence[Path]) -> list[str]:
 
 
 def shorten(directory: Path, length: int) -> str:
-    """The last parts of a path; with length 0 the name without the time in front of it."""
+    """Return the last parts of a path; with length 0 the name without its leading start time."""
     if length == 0:
         return re.sub(r"^\d{6}-\d{6}_(?=.)", "", directory.name)
     return "/".join(directory.parts[-length:])
 
 
 def read_run(directory: Path, name: str) -> Run:
-    """All numbers of a run directory.
+    """Read all numbers of a run directory.
 
     Raises:
-        SettingsError: it is none, or cannot be read.
+        SettingsError: it is not a run directory, or cannot be read.
     """
     results, metrics = directory / "results.csv", directory / "metrics.jsonl"
     if not results.is_file() and not metrics.is_file():
@@ -204,7 +204,7 @@ def read_run(directory: Path, name: str) -> Run:
 
 
 def read_rows(path: Path, parse: Any, notices: list[str]) -> list[dict[str, float]]:
-    """The numbers of each line; torn or foreign lines are counted in `notices`, a missing file is one."""
+    """Read the numbers of each line; damaged lines and a missing file are reported in `notices`."""
     if not path.is_file():
         notices.append(f"no {path.name}")
         return []
@@ -212,7 +212,7 @@ def read_rows(path: Path, parse: Any, notices: list[str]) -> list[dict[str, floa
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
-            # Without its end a line may be torn inside its last number.
+            # A line without its end may be cut inside its last number.
             row = parse(line.strip()) if line.endswith("\n") else None
         except (ValueError, TypeError, AttributeError):
             row = None
@@ -221,7 +221,7 @@ def read_rows(path: Path, parse: Any, notices: list[str]) -> list[dict[str, floa
         elif row:
             rows.append(row)
     if bad:
-        end = " (still being written, or torn)" if bad == [number] else ""
+        end = " (still being written, or cut)" if bad == [number] else ""
         notices.append(f"{path.name}: left out line {', '.join(map(str, bad[:5]))}{' ...' * (len(bad) > 5)}{end}")
     return rows
 
@@ -231,7 +231,7 @@ def parse_json(line: str) -> dict[str, float]:
 
 
 class CsvParser:
-    """Rows of results.csv by their header, which gives no row itself."""
+    """Parse the lines of results.csv; the first one, the header, gives no row."""
 
     def __init__(self) -> None:
         self.header: list[str] | None = None
@@ -246,13 +246,13 @@ class CsvParser:
 
 
 def read_images_per_step(directory: Path) -> int | None:
-    """Images of an optimizer step, of all processes: from the plan in train.log, or from args.yaml for one process."""
+    """Read the images per optimizer step of all processes from train.log, or of one process from args.yaml."""
     log = directory / "train.log"
     if log.is_file():
         with open(log, encoding="utf-8", errors="replace") as file:
             for line in itertools.islice(file, 200):
-                if found := re.search(r"= (\d+) images per step", line):
-                    return int(found[1])
+                if match := re.search(r"= (\d+) images per step", line):
+                    return int(match[1])
     try:
         train = read_settings_file(directory / "args.yaml")["train"]
         return int(train["batch_size"]) * int(train["subdivisions"])
@@ -261,7 +261,7 @@ def read_images_per_step(directory: Path) -> int | None:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """The best numbers of each run, aligned for the terminal."""
+    """Format the best numbers of each run, aligned for the terminal."""
     rows = [["run", "steps", "epochs", "training", "best AP50", "at step", "last AP50", "best AP", "AR100"]]
     for run in runs:
         row = run.summary()
@@ -287,7 +287,7 @@ def shown(value: float | None) -> str:
 
 
 def draw(runs: Sequence[Run], axis: str, smooth: int) -> "Figure":
-    """One panel per column, one colour per run, the names once above all."""
+    """Draw one panel per column, one colour per run, and a common legend above."""
     figure, panels = new_figure((15, 8.5), rows=2, columns=3)
     factor, unit = 1.0, AXES[axis]
     if axis == "time":
@@ -325,7 +325,7 @@ def draw(runs: Sequence[Run], axis: str, smooth: int) -> "Figure":
 
 
 def centred_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """Mean of each value and `count // 2` on either side, fewer at the ends; same length."""
+    """Average each value with `count // 2` on either side, fewer at the ends; same length."""
     sums, index = np.cumsum(np.append(0, values)), np.arange(len(values))
     starts, ends = np.maximum(index - count // 2, 0), np.minimum(index + count // 2 + 1, len(values))
     means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)

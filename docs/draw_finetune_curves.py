@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from detection.drawing.figures import plot_curves
+from detection.drawing.figures import draw_curves, new_figure, save_figure
 
 
 def main() -> None:
@@ -18,7 +18,9 @@ def main() -> None:
         with open(Path(run) / "results.csv", encoding="utf-8") as file:
             curves[name] = [(float(row["step"]), float(row["val/AP50"])) for row in csv.DictReader(file)]
     title = "yolo-fastest-1.1-xl on 205 images of blood cells"
-    plot_curves(Path("docs/finetune.png"), curves, title, "optimizer step of 16 images", "AP50 on 87 images")
+    figure, (axes,) = new_figure()
+    draw_curves(axes, curves, title, "optimizer step of 16 images", "AP50 on 87 images")
+    save_figure(Path("docs/finetune.png"), figure)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from detection.drawing.figures import plot_curves
+from detection.drawing.figures import draw_curves, new_figure, save_figure
 
 STEPS = 60
 WORDS = [
@@ -37,7 +37,9 @@ def main() -> None:
         one, two = (losses(processes, Path(name) / str(processes)) for processes in (1, 2))
     curves = {"one process, 8 images": one, "two processes, 4 images each": two}
     title = "One process and two, the same images per step"
-    plot_curves(Path("docs/two_processes.png"), curves, title, "optimizer step", "training loss")
+    figure, (axes,) = new_figure()
+    draw_curves(axes, curves, title, "optimizer step", "training loss")
+    save_figure(Path("docs/two_processes.png"), figure)
     differences = [abs(b[1] - a[1]) / a[1] for a, b in zip(one, two, strict=True)]
     print(f"largest relative difference: {max(differences[:10]):.1e} in 10 steps, {max(differences):.1e} in {STEPS}")
 

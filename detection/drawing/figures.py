@@ -44,38 +44,6 @@ def figure_pixels(figure: "Figure") -> np.ndarray:
     return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
 
 
-def plot_curves(
-    path: Path,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    title: str,
-    x_label: str,
-    y_label: str,
-    logarithmic: bool = False,
-    second_x: tuple[float, str] | None = None,
-) -> None:
-    """Plot named curves into one figure.
-
-    Args:
-        path: file to write; its suffix chooses the format (.png, .svg, .pdf).
-        curves: (x, y) points of each name; a NaN leaves a gap.
-        title: text above the figure.
-        x_label: what x is, with its unit.
-        y_label: what y is, with its unit.
-        logarithmic: y axis in powers of ten; points at or below zero are left out.
-        second_x: (factor, label) of a second x axis above, whose values are x times the factor.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    figure, (axes,) = new_figure()
-    draw_curves(axes, curves, title, x_label, y_label)
-    if logarithmic:
-        axes.set_yscale("log", nonpositive="mask")
-    if second_x is not None:
-        add_second_x(axes, *second_x)
-    save_figure(path, figure)
-
-
 def add_second_x(axes: "Axes", factor: float, label: str) -> None:
     """A second x axis above, whose values are x times the factor."""
 
@@ -91,7 +59,12 @@ def add_second_x(axes: "Axes", factor: float, label: str) -> None:
 def draw_curves(
     axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str, y_label: str
 ) -> None:
-    """Named curves, a grid and a legend on axes; the arguments are those of `plot_curves`."""
+    """Draw named curves, a grid and a legend on axes.
+
+    Args:
+        curves: (x, y) points of each name; a NaN leaves a gap.
+        x_label, y_label: with their units.
+    """
     for index, (name, points) in enumerate(curves.items()):
         x, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
         line_style = ("-", "--", ":", "-.")[index // 10 % 4]  # matplotlib has ten colours

@@ -113,19 +113,19 @@ def test_only_the_training_loss_is_smoothed(two_runs: list[Path]) -> None:
     assert list(figure.axes[3].get_lines()[0].get_ydata()) == AP50["A"]
 
 
-def test_torn_lines_and_runs_that_have_not_been_evaluated(run: Run, two_runs: list[Path], tmp_path: Path) -> None:
+def test_cut_lines_and_runs_that_have_not_been_evaluated(run: Run, two_runs: list[Path], tmp_path: Path) -> None:
     """A is killed in the middle of a row of each file; B has no evaluation yet."""
     a, b = two_runs
-    for name, torn in (("results.csv", "40,0.9,0.9"), ("metrics.jsonl", '{"step": 40, "train/loss": 9')):
+    for name, cut in (("results.csv", "40,0.9,0.9"), ("metrics.jsonl", '{"step": 40, "train/loss": 9')):
         with open(a / name, "a", encoding="utf-8") as file:
-            file.write(torn)
+            file.write(cut)
     (b / "results.csv").write_text("")
     kept = [line for line in (b / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
     (b / "metrics.jsonl").write_text("\n".join(kept) + "\nno JSON\n")
     result = run(a, b, "--output", tmp_path / "out")
     assert result.returncode == 0 and result.stderr == ""
-    assert "A: results.csv: left out line 5 (still being written, or torn)" in result.stdout
-    assert "A: metrics.jsonl: left out line 7 (still being written, or torn)" in result.stdout
+    assert "A: results.csv: left out line 5 (still being written, or cut)" in result.stdout
+    assert "A: metrics.jsonl: left out line 7 (still being written, or cut)" in result.stdout
     assert "B: metrics.jsonl: left out line 4" in result.stdout
     assert "B: has no validation loss, AP50, AP, recall (AR100) (yet)" in result.stdout
     first, second = rows_of(tmp_path / "out" / "compare.csv")
@@ -133,9 +133,9 @@ def test_torn_lines_and_runs_that_have_not_been_evaluated(run: Run, two_runs: li
     assert (second["steps"], second["best AP50"], second["epochs"]) == ("30", "", "")
     # over epochs only A can be drawn; B alone cannot be at all
     result = run(a, b, "--x", "epoch", "--output", tmp_path / "epochs")
-    assert result.returncode == 0 and "B: does not say its epoch, not drawn" in result.stdout
+    assert result.returncode == 0 and "B: has no epoch, not drawn" in result.stdout
     result = run(b, "--x", "epoch", "--output", tmp_path / "none")
-    assert result.returncode == 2 and result.stderr.startswith("--x epoch: no run says its epoch")
+    assert result.returncode == 2 and result.stderr.startswith("--x epoch: no run has epoch")
 
 
 def test_run_of_other_columns(run: Run, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_short_names_are_unique() -> None:
 
 def test_a_directory_named_twice_counts_once(run: Run, two_runs: list[Path], tmp_path: Path) -> None:
     result = run(two_runs[0], str(two_runs[0]) + "/", "--output", tmp_path / "out")
-    assert result.returncode == 0 and "1 directories were named twice" in result.stdout
+    assert result.returncode == 0 and "1 directories were given twice" in result.stdout
     assert len(rows_of(tmp_path / "out" / "compare.csv")) == 1
 
 
