@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models import BACKBONES, build_backbone, build_detector
+from detection.models import build_detector
+from detection.models.backbones import BACKBONES, build_backbone
 from detection.models.backbones.darknet import DarknetTiny
 from detection.models.backbones.timm_backbone import TimmBackbone, check_declaration
 from detection.models.darknet.cfg import parse_cfg

@@ -8,7 +8,8 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.models import BACKBONES, build_detector
+from detection.models import build_detector
+from detection.models.backbones import BACKBONES
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
 from detection.models.yolo import CRITERIA

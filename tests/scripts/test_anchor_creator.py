@@ -11,7 +11,7 @@ import pytest
 import anchor_creator
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
-from detection.models import build_model
+from detection.models.yolo.detector import build_model
 from tests.support import darknet_descriptions
 
 COCO = [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]

@@ -27,7 +27,7 @@ from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.findings import KINDS, Findings
 from detection.dataset_checks.fit_checks import check_fit
 from detection.errors import DataError, DataReadError, UserError
-from detection.models import build_model
+from detection.models.yolo.detector import build_model
 from detection.models.yolo.fit import AnchorFit
 from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
 from tests.support.detectors import datasets_of

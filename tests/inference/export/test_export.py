@@ -22,7 +22,7 @@ from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
 from detection.inference.export.onnx_export import NMS_TEMPLATE, OnnxOptions, describe
-from detection.inference.onnx_model import read_cfg
+from detection.inference.onnx_model import read_metadata
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
@@ -329,7 +329,7 @@ def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> N
     source = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
     for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
         description = describe(opened, OnnxOptions(outputs="raw", half=True))
-        assert read_cfg(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
+        assert read_metadata(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
         assert description.anchors == (((10, 12), (30, 28)), ((60, 50),)) and description.scale_xy == (1.1, 1.0)
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
@@ -469,7 +469,7 @@ def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatc
 
 
 def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
-    from detection.models import build_model
+    from detection.models.yolo.detector import build_model
     from detection.models.pretrained import load_pretrained
 
     yolo_settings = default_settings("model.backbone=mobilenet_v3_small", "model.pretrained=a.onnx").yolo
