@@ -6,9 +6,9 @@ python compare_runs.py logs/A logs/B --output comparison
 
 Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, also of runs
 that are still running or were killed in the middle of a line. Draws learning rate, training and validation loss, AP50,
-AP and recall (AR100) over --x: step, epoch, images seen, or training time without the evaluations. A star marks the best
-evaluation. Missing data is named and left out. --smooth N draws the mean of N logged training losses, N // 2 on either
-side, over the raw values in a pale colour; nothing else is smoothed.
+AP and recall (AR100) over --x: step, epoch, images seen, or training time without the evaluations. A star marks the
+best evaluation. Missing data is named and left out. --smooth N draws the mean of N logged training losses, N // 2 on
+either side, over the raw values in a pale colour; nothing else is smoothed.
 
 Writes compare.png, compare.csv (one row per run) and compare.json (the same, and the curves) into a new directory below
 logs/, in a few seconds.

@@ -19,13 +19,15 @@ def make_set(kind: str, seed: int) -> tuple[Annotations, Detections]:
     return random_set(seed) if kind == "random" else tied_set(seed)[1:]
 
 
-def assert_equal_arrays(annotations: Annotations, found: Detections, ranges: list[list[float]] | None = None) -> None:
+def assert_equal_arrays(
+    annotations: Annotations, predictions: Detections, ranges: list[list[float]] | None = None
+) -> None:
     if ranges is None:
-        values = annotations.areas, box_areas(found.boxes)
+        values = annotations.areas, box_areas(predictions.boxes)
     else:
-        values = annotations.coco_boxes[:, 2], found.boxes[:, 2] - found.boxes[:, 0]
+        values = annotations.coco_boxes[:, 2], predictions.boxes[:, 2] - predictions.boxes[:, 0]
     expected, arrays = (
-        coco_metric._accumulate(annotations, found, name, *values, ranges) for name in ("pycocotools", "arrays")
+        coco_metric._accumulate(annotations, predictions, name, *values, ranges) for name in ("pycocotools", "arrays")
     )
     for reference, ours in zip(expected, arrays, strict=True):
         assert ours.dtype == reference.dtype and np.array_equal(ours, reference)
@@ -39,11 +41,15 @@ def test_arrays_of_the_reference(kind: str, seed: int, ranges: list[list[float]]
 
 
 def test_tied_set_is_hard() -> None:
-    annotations, found = make_set("tied", 0)
-    per_image_and_class = np.bincount(found.image_index * 4 + found.labels)
+    annotations, predictions = make_set("tied", 0)
+    per_image_and_class = np.bincount(predictions.image_index * 4 + predictions.labels)
     assert per_image_and_class.max() > 100 and annotations.crowd.mean() > 0.3
-    assert np.unique(found.scores).size == 8 and annotations.image_ids[0] > annotations.image_ids[-1]
-    assert score(annotations, found).class_ap["name 5"][2] == 0 < score(annotations, found).class_ap["name 7"][0]
+    assert np.unique(predictions.scores).size == 8 and annotations.image_ids[0] > annotations.image_ids[-1]
+    assert (
+        score(annotations, predictions).class_ap["name 5"][2]
+        == 0
+        < score(annotations, predictions).class_ap["name 7"][0]
+    )
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
@@ -53,19 +59,19 @@ def test_pieces_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal_arrays(*make_set("tied", 3))
 
 
-def test_nothing_found_and_boxes_without_area() -> None:
+def test_no_detections_and_boxes_without_area() -> None:
     annotations, _ = random_set(0)
     assert_equal_arrays(annotations, detect([]))
     # without width; without both; a perfect one; outside everything
-    found = detect([(0, 0, [5.0, 5, 0, 9], 0.5), (0, 0, [5.0, 5, 0, 0], 0.5), (3, 1, [900.0, 900, 5, 5], 0.9)])
-    assert_equal_arrays(annotations, join(found, ground_truth_as_detections(annotations)))
+    predictions = detect([(0, 0, [5.0, 5, 0, 9], 0.5), (0, 0, [5.0, 5, 0, 0], 0.5), (3, 1, [900.0, 900, 5, 5], 0.9)])
+    assert_equal_arrays(annotations, join(predictions, ground_truth_as_detections(annotations)))
 
 
 def test_groups_of_the_reference() -> None:
-    annotations, found = make_set("tied", 1)
-    arguments = (annotations.areas, box_areas(found.boxes), (0, 16**2, 32**2, 64**2, 96**2, np.inf))
-    assert score_groups(annotations, found, *arguments, "arrays") == score_groups(
-        annotations, found, *arguments, "pycocotools"
+    annotations, predictions = make_set("tied", 1)
+    arguments = (annotations.areas, box_areas(predictions.boxes), (0, 16**2, 32**2, 64**2, 96**2, np.inf))
+    assert score_groups(annotations, predictions, *arguments, "arrays") == score_groups(
+        annotations, predictions, *arguments, "pycocotools"
     )
 
 
@@ -75,16 +81,16 @@ def test_real_ground_truth_with_noisy_detections(shared_data: Callable[[str], Pa
     generator = np.random.default_rng(0)
     gt = ground_truth_as_detections(annotations)
     rows = np.sort(generator.integers(0, len(gt), 4 * len(gt)))
-    found = gt.take(rows)
-    sides = found.boxes[:, 2:] - found.boxes[:, :2]
-    corners = found.boxes[:, :2] + generator.normal(0, 0.15, (len(rows), 2)) * sides
+    predictions = gt.take(rows)
+    sides = predictions.boxes[:, 2:] - predictions.boxes[:, :2]
+    corners = predictions.boxes[:, :2] + generator.normal(0, 0.15, (len(rows), 2)) * sides
     sides = sides * np.exp(generator.normal(0, 0.2, sides.shape))
     wrong = generator.random(len(rows)) < 0.2
-    found = Detections(
-        found.image_index,
+    predictions = Detections(
+        predictions.image_index,
         np.concatenate([corners, corners + sides], axis=1),
         generator.random(len(rows)).round(2),
-        np.where(wrong, generator.integers(0, 80, len(rows)), found.labels),
+        np.where(wrong, generator.integers(0, 80, len(rows)), predictions.labels),
     )
     assert annotations.crowd.any()
-    assert_equal_arrays(annotations, found)
+    assert_equal_arrays(annotations, predictions)

@@ -25,9 +25,9 @@ from tests.support.evaluation_cases import (
 )
 
 
-def assert_official(content: dict[str, Any], annotations: Annotations, found: Detections, backend: str) -> None:
-    stats, precision = official_numbers(content, annotations, found)
-    scores = score(annotations, found, backend)
+def assert_official(content: dict[str, Any], annotations: Annotations, predictions: Detections, backend: str) -> None:
+    stats, precision = official_numbers(content, annotations, predictions)
+    scores = score(annotations, predictions, backend)
     assert [scores.metrics[name] for name in METRIC_NAMES] == stats
     assert np.array_equal(scores.precision, precision)
 
@@ -45,11 +45,11 @@ def test_the_file_order_decides_between_equal_ious(
     content = coco_content([(1, 1, list(map(float, box))) for box in gt_boxes])
     annotations = flatten_annotations(content, "test")
     assert annotations.coco_boxes[:, 2].tolist() == [200, 50]  # the loss's order: area descending
-    found = detect([(0, 0, [0.0, 0.0, 100.0, 100.0], 0.9), (0, 0, [0.0, 0.0, 50.0, 100.0], 0.8)])
-    assert score(annotations, found, backend).metrics["AP50"] == pytest.approx(ap50, abs=1e-9)
-    assert_official(content, annotations, found, backend)
+    predictions = detect([(0, 0, [0.0, 0.0, 100.0, 100.0], 0.9), (0, 0, [0.0, 0.0, 50.0, 100.0], 0.8)])
+    assert score(annotations, predictions, backend).metrics["AP50"] == pytest.approx(ap50, abs=1e-9)
+    assert_official(content, annotations, predictions, backend)
     narrow, wide = (annotations.coco_boxes[:, 2].tolist().index(width) for width in (50, 200))
-    matched = match_detections(annotations, found).tolist()
+    matched = match_detections(annotations, predictions).tolist()
     assert matched == ([wide, narrow] if ap50 == 1 else [narrow, NO_GROUND_TRUTH])
 
 
@@ -65,7 +65,7 @@ def test_some_classes_at_a_time_is_all_at_once(
 ) -> None:
     # Crowds, classes without ground truth, images without boxes, equal scores, 150 boxes of one class in one image.
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", rows)
-    annotations, found = random_set(seed)
+    annotations, predictions = random_set(seed)
     handed = []
     name = f"accumulate_{backend}"
     original = getattr(coco_metric, name)
@@ -75,8 +75,8 @@ def test_some_classes_at_a_time_is_all_at_once(
         return original(*arguments)
 
     monkeypatch.setattr(coco_metric, name, watch)
-    assert_official(random_content(seed), annotations, found, backend)
-    per_class = np.bincount(found.labels)
+    assert_official(random_content(seed), annotations, predictions, backend)
+    per_class = np.bincount(predictions.labels)
     assert max(handed) <= max(rows, per_class.max())
     assert len(handed) == {1: 3, 100: 3, 10**6: 1}.get(
         rows, len(handed)
@@ -87,10 +87,10 @@ def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch: pyte
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", 4)
     content = coco_content([(1, 1, [0, 0, 50, 50]), (1, 5, [100, 0, 50, 50]), (2, 90, [0, 0, 50, 50])], images=2)
     annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1", "name 5"))
-    found = detect([(0, 1, [0, 0, 50, 50], 0.9), (0, 2, [100, 0, 50, 40], 0.8), (1, 0, [0, 0, 50, 30], 0.7)])
-    assert_official(content, annotations, found, backend)
+    predictions = detect([(0, 1, [0, 0, 50, 50], 0.9), (0, 2, [100, 0, 50, 40], 0.8), (1, 0, [0, 0, 50, 30], 0.7)])
+    assert_official(content, annotations, predictions, backend)
     # IoU 0.6 (three of ten thresholds), 1 and 0.8 (seven)
-    ap = {name: values[0] for name, values in score(annotations, found, backend).class_ap.items()}
+    ap = {name: values[0] for name, values in score(annotations, predictions, backend).class_ap.items()}
     assert ap == pytest.approx({"name 90": 0.3, "name 1": 1.0, "name 5": 0.7}, abs=1e-9)
 
 
@@ -99,10 +99,10 @@ def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_by_area_are_small_medium_and_large(backend: str, seed: int) -> None:
-    annotations, found = random_set(seed)
-    metrics = score(annotations, found).metrics
+    annotations, predictions = random_set(seed)
+    metrics = score(annotations, predictions).metrics
     edges = (0, 32**2, 96**2, np.inf)
-    groups = score_groups(annotations, found, annotations.areas, box_areas(found.boxes), edges, backend)
+    groups = score_groups(annotations, predictions, annotations.areas, box_areas(predictions.boxes), edges, backend)
     assert [group.ap for group in groups] == pytest.approx([metrics[name] for name in ("APs", "APm", "APl")], abs=1e-9)
     recalls = [metrics[name] for name in ("ARs", "ARm", "ARl")]
     assert [group.recall for group in groups] == pytest.approx(recalls, abs=1e-9)
@@ -113,7 +113,7 @@ def test_groups_by_another_property(backend: str) -> None:
     # The values are given. Group 0: one ground-truth box, detected. Group 1: two; one detected, one missed, and a false
     # box of score 0.95 first: precision 1/2 up to recall 0.5, 51 of 101 points. Group 2: no ground truth.
     annotations = annotate([(1, 1, [0, 0, 90, 100]), (1, 1, [200, 0, 100, 80]), (1, 1, [400, 0, 100, 70])])
-    found = detect(
+    predictions = detect(
         [
             (0, 0, [0, 0, 90, 100], 0.9),
             (0, 0, [200, 0, 100, 80], 0.8),
@@ -122,7 +122,7 @@ def test_groups_by_another_property(backend: str) -> None:
         ]
     )
     groups = score_groups(
-        annotations, found, np.array([0.5, 1, 1.5]), np.array([0.1, 1.9, 1, 2]), (0, 1, 2, 3), backend
+        annotations, predictions, np.array([0.5, 1, 1.5]), np.array([0.1, 1.9, 1, 2]), (0, 1, 2, 3), backend
     )
     first, second, third = groups
     assert (first.gt_boxes, first.ap, first.ap50, first.recall) == (1, *[pytest.approx(1.0)] * 3)
@@ -138,23 +138,23 @@ def test_above_rounds_the_threshold_as_the_detector_does() -> None:
     for threshold in (0.7, 0.1):
         nearest = np.float32(threshold)
         scores = np.array([nearest, np.nextafter(nearest, np.float32(1))], dtype=np.float64)
-        found = Detections(np.arange(2), np.zeros((2, 4)), scores, np.zeros(2, dtype=np.int64))
-        assert found.above(threshold).image_index.tolist() == [1]
+        predictions = Detections(np.arange(2), np.zeros((2, 4)), scores, np.zeros(2, dtype=np.int64))
+        assert predictions.above(threshold).image_index.tolist() == [1]
     assert float(np.float32(0.7)) < 0.7 and float(np.float32(0.1)) > 0.1
 
 
 def test_files_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    annotations, found = random_set(1)
-    write_detections(tmp_path / "whole.json", annotations, found)
+    annotations, predictions = random_set(1)
+    write_detections(tmp_path / "whole.json", annotations, predictions)
     monkeypatch.setattr(detections, "WRITTEN_AT_A_TIME", 7)
-    write_detections(tmp_path / "pieces.json", annotations, found)
+    write_detections(tmp_path / "pieces.json", annotations, predictions)
     rows = json.loads((tmp_path / "pieces.json").read_text())
-    assert rows == json.loads((tmp_path / "whole.json").read_text()) and len(rows) == len(found)
-    assert [row["score"] for row in rows] == found.scores.tolist()
+    assert rows == json.loads((tmp_path / "whole.json").read_text()) and len(rows) == len(predictions)
+    assert [row["score"] for row in rows] == predictions.scores.tolist()
 
 
-def test_a_class_found_only_where_it_has_no_ground_truth_costs_nothing(backend: str) -> None:
+def test_a_class_detected_only_where_it_has_no_ground_truth_costs_nothing(backend: str) -> None:
     content = coco_content([(1, 1, [0, 0, 50, 50])])
     annotations = flatten_annotations(content, "test")
-    found = join(ground_truth_as_detections(annotations), detect([(0, 2, [0, 0, 9, 9], 0.9)] * 3))
-    assert_official(content, annotations, found, backend)
+    predictions = join(ground_truth_as_detections(annotations), detect([(0, 2, [0, 0, 9, 9], 0.9)] * 3))
+    assert_official(content, annotations, predictions, backend)

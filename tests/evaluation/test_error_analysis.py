@@ -21,7 +21,7 @@ from tests.support.evaluation_cases import annotate, detect, random_set
 
 def test_curves_by_hand() -> None:
     annotations = annotate([(1, 1, [0, 0, 100, 100]), (1, 1, [200, 0, 100, 100]), (1, 5, [400, 0, 100, 100])])
-    found = detect(
+    predictions = detect(
         [
             (0, 0, [0, 0, 100, 100], 0.9),
             (0, 0, [600, 0, 100, 100], 0.6),  # false
@@ -30,7 +30,7 @@ def test_curves_by_hand() -> None:
             (0, 2, [700, 0, 100, 100], 0.99),  # a class without ground truth
         ]
     )
-    curves = confidence_curves(annotations, found, 0.001)
+    curves = confidence_curves(annotations, predictions, 0.001)
     assert curves.confidence.tolist() == CONFIDENCES[1:].tolist()
 
     def at(confidence: float) -> int:
@@ -52,11 +52,11 @@ def test_curves_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_curves_equal_a_slow_count(seed: int) -> None:
-    annotations, found = random_set(seed)
-    curves = confidence_curves(annotations, found, 0.25)
+    annotations, predictions = random_set(seed)
+    curves = confidence_curves(annotations, predictions, 0.25)
     assert curves.confidence[0] == 0.25
     for position in range(0, len(curves.confidence), 97):
-        kept = found.take(found.scores >= curves.confidence[position])
+        kept = predictions.take(predictions.scores >= curves.confidence[position])
         matched = match_detections(annotations, kept)  # from the start, with these alone
         for label in range(5):
             gt_boxes = int(((annotations.labels == label) & ~annotations.crowd).sum())
@@ -79,7 +79,7 @@ def test_confusion_by_hand() -> None:
         (2, 90, [0, 0, 400, 400]),
     ]
     annotations = annotate(boxes, images=2, crowd=(3,))
-    found = detect(
+    predictions = detect(
         [
             (0, 0, [0, 0, 100, 100], 0.9),
             (0, 1, [0, 0, 100, 100], 0.8),  # a second box there: its ground truth is taken
@@ -89,19 +89,19 @@ def test_confusion_by_hand() -> None:
             (1, 0, [10, 10, 50, 50], 0.9),  # inside the crowd
         ]
     )
-    assert confusion_matrix(annotations, found, 0.5).tolist() == [
+    assert confusion_matrix(annotations, predictions, 0.5).tolist() == [
         [1, 0, 0, 0],
         [1, 0, 0, 1],
         [0, 0, 0, 0],
         [0, 1, 1, 0],
     ]
-    assert confusion_matrix(annotations, found, 0.4)[1].tolist() == [1, 1, 0, 0]
+    assert confusion_matrix(annotations, predictions, 0.4)[1].tolist() == [1, 1, 0, 0]
     assert confusion_matrix(annotations, detect([]), 0.5)[:, 3].tolist() == [1, 2, 0, 0]
 
 
 def test_confusion_counts_every_ground_truth_once() -> None:
-    annotations, found = random_set(2)
-    matrix = confusion_matrix(annotations, found, 0.3)
+    annotations, predictions = random_set(2)
+    matrix = confusion_matrix(annotations, predictions, 0.3)
     gt_boxes = np.bincount(annotations.labels[~annotations.crowd], minlength=5)
     assert matrix[:-1].sum(axis=1).tolist() == gt_boxes.tolist()
 
@@ -109,11 +109,11 @@ def test_confusion_counts_every_ground_truth_once() -> None:
 def test_sizes_and_aspects() -> None:
     # sizes 40 (root of 1600) and 10; aspects 4 (flat) and 1
     annotations = annotate([(1, 1, [0, 0, 80, 20]), (1, 1, [200, 0, 10, 10])])
-    found = detect([(0, 0, [0, 0, 80, 20], 0.9)])
-    sizes = score_by_size(annotations, found, "pycocotools")
+    predictions = detect([(0, 0, [0, 0, 80, 20], 0.9)])
+    sizes = score_by_size(annotations, predictions, "pycocotools")
     assert {name: group.gt_boxes for name, group in sizes.items() if group.gt_boxes} == {"0-16": 1, "32-64": 1}
     assert sizes["0-16"].ap50 == 0 and sizes["32-64"].ap50 == pytest.approx(1)
-    aspects = score_by_aspect(annotations, found, "pycocotools")
+    aspects = score_by_aspect(annotations, predictions, "pycocotools")
     assert {name: group.recall for name, group in aspects.items() if group.gt_boxes} == {
         "3:4-4:3": 0,
         "above 3:1": pytest.approx(1),

@@ -96,7 +96,7 @@ def test_class_ap_by_hand(backend: str) -> None:
             (0, 0, [200, 0, 100, 100], 0.7),
             # label 1: IoU 0.78 is enough for 0.50, 0.55, ... 0.75, six of the ten thresholds: AP 0.6, AP50 1.
             (0, 1, [400, 0, 100, 78], 0.5),
-            # label 2 has no ground-truth box: nothing to be said, whatever is found.
+            # label 2 has no ground-truth box: nothing to be said, whatever is detected.
             (0, 2, [700, 0, 100, 100], 1.0),
         ]
     )
@@ -130,19 +130,19 @@ def test_size_classes_follow_the_area_of_the_file(backend: str) -> None:
 
 def test_detections_in_a_crowd_are_neither_right_nor_wrong(backend: str) -> None:
     boxes = [(1, 1, [0, 0, 50, 50]), (1, 1, [100, 100, 400, 400])]
-    found = [(0, 0, [100 + 50 * number, 120, 40, 40], 0.9) for number in range(5)]  # inside the second box
-    found += [(0, 0, [0, 0, 50, 50], 0.5)]
-    scores = score(annotate(boxes, crowd=(1,)), detect(found), backend)
+    predictions = [(0, 0, [100 + 50 * number, 120, 40, 40], 0.9) for number in range(5)]  # inside the second box
+    predictions += [(0, 0, [0, 0, 50, 50], 0.5)]
+    scores = score(annotate(boxes, crowd=(1,)), detect(predictions), backend)
     metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap["name 1"] == (ONE, ONE, 1)
     assert (metrics["AP"], metrics["AR100"]) == (ONE, ONE)
     # Were it no crowd: the one right detection comes sixth, precision 1/6 up to recall 1/2, then 0.
-    scores = score(annotate(boxes), detect(found), backend)
+    scores = score(annotate(boxes), detect(predictions), backend)
     metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap["name 1"] == (pytest.approx(51 / 6 / 101), pytest.approx(51 / 6 / 101), 2)
 
 
-def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None:
+def test_no_detections_is_zero_and_no_ground_truth_is_none(backend: str) -> None:
     nothing = detect([])
     scores = score(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
     metrics, class_ap = scores.metrics, scores.class_ap
@@ -161,8 +161,8 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None
 
 def test_detection_of_another_class_or_image_does_not_count(backend: str) -> None:
     annotations = annotate([(1, 1, [0, 0, 50, 50]), (2, 5, [0, 0, 50, 50])], images=2)
-    found = detect([(1, 0, [0, 0, 50, 50], 1.0), (0, 1, [0, 0, 50, 50], 1.0)])
-    metrics = score(annotations, found, backend).metrics
+    predictions = detect([(1, 0, [0, 0, 50, 50], 1.0), (0, 1, [0, 0, 50, 50], 1.0)])
+    metrics = score(annotations, predictions, backend).metrics
     assert metrics["AP"] == metrics["AR100"] == 0.0
 
 
@@ -199,8 +199,10 @@ def test_class_ap_follows_the_names_when_labels_are_in_another_order(backend: st
     assert annotations.categories.ids == (90, 1)
     everything = ground_truth_as_detections(annotations)
     only_90 = everything.labels == 0
-    found = Detections(*(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels")))
-    scores = score(annotations, found, backend)
+    predictions = Detections(
+        *(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels"))
+    )
+    scores = score(annotations, predictions, backend)
     metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap == {"name 90": (ONE, ONE, 6), "name 1": (0.0, 0.0, 6)}
     assert metrics["AP"] == pytest.approx(0.5)
@@ -249,9 +251,9 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
 
     overlap = mask.iou  # pycocotools computes the overlap of boxes in a function of this module
 
-    def box_overlap(found: Any, gt: Any, crowd: Any) -> Any:
-        assert all(np.shape(box) == (4,) for box in [*found, *gt])
-        return overlap(found, gt, crowd)
+    def box_overlap(predictions: Any, gt: Any, crowd: Any) -> Any:
+        assert all(np.shape(box) == (4,) for box in [*predictions, *gt])
+        return overlap(predictions, gt, crowd)
 
     for name in ("encode", "decode", "merge", "area", "toBbox", "frPyObjects"):
         monkeypatch.setattr(mask, name, refuse)
@@ -343,13 +345,13 @@ class PerfectDetector(nn.Module):
         return {"loss_box": per_image.mean(), "loss_class": 10 * per_image.mean()}
 
     def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
-        found = []
+        predictions = []
         for image in outputs[0]:
             wide = (image[0, 0] == 124).all()  # the fill colour's red in the first row: padding above
             assert wide or (image[0, :, 0] == 124).all()
             boxes = [BOX_IN_WIDE_INPUT if wide else BOX_IN_TALL_INPUT] if self.seen % 3 else []
             rows = [(list(box), 0.75) for box in boxes] + self.extra(self.seen)
-            found.append(
+            predictions.append(
                 {
                     "boxes": torch.tensor([box for box, _ in rows]).reshape(-1, 4),
                     "scores": torch.tensor([score for _, score in rows]),
@@ -357,7 +359,7 @@ class PerfectDetector(nn.Module):
                 }
             )
             self.seen += 1
-        return found
+        return predictions
 
 
 def run_evaluation(dataset: CocoDataset, model: PerfectDetector, batch_size: int = 4, **arguments: Any) -> Evaluation:
@@ -413,12 +415,12 @@ def test_non_finite_detections_never_raise_a_number(dataset: CocoDataset, backen
 def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
     result = run_evaluation(dataset, PerfectDetector(lambda index: [([-5.0, -5.0, 70.0, 70.0], 0.3)]))
     for index in range(10):
-        found = result.detections.of_image(index)
+        predictions = result.detections.of_image(index)
         width, height = WIDE if index % 2 else TALL  # image id is index + 1
-        np.testing.assert_allclose(found.boxes[found.scores < 0.5], [[0, 0, width, height]], atol=1e-4)
+        np.testing.assert_allclose(predictions.boxes[predictions.scores < 0.5], [[0, 0, width, height]], atol=1e-4)
 
 
-def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
+def test_no_detections_is_no_crash(dataset: CocoDataset, backend: str) -> None:
     class Blind(PerfectDetector):
         def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
             nothing = {

@@ -113,16 +113,16 @@ def test_huge_and_non_finite_boxes_change_nothing_elsewhere(
     boxes, scores, groups = crowded(count, 20)
     boxes[::50, 2:] = odd
     boxes[::75] = torch.tensor([-odd, -odd, odd, odd])
-    found = function(boxes, scores, groups, 0.45, 100).tolist()
-    assert found == per_group(boxes, scores, groups, 0.45, 100)
+    kept = function(boxes, scores, groups, 0.45, 100).tolist()
+    assert kept == per_group(boxes, scores, groups, 0.45, 100)
     if odd != odd:  # NaN: those boxes neither remove others nor are removed
         usual = torch.ones(count, dtype=torch.bool)
         usual[::50] = usual[::75] = False
         rows = usual.nonzero()[:, 0]
         rest = per_group(boxes[rows], scores[rows], groups[rows], 0.45, None)
-        all_found = function(boxes, scores, groups, 0.45, None)
-        assert all_found[usual[all_found]].tolist() == rows[rest].tolist()
-        assert torch.isin((~usual).nonzero()[:, 0], all_found).all()
+        all_kept = function(boxes, scores, groups, 0.45, None)
+        assert all_kept[usual[all_kept]].tolist() == rows[rest].tolist()
+        assert torch.isin((~usual).nonzero()[:, 0], all_kept).all()
 
 
 def test_boxes_without_area_and_equal_boxes(function: Callable[..., Tensor]) -> None:
@@ -140,8 +140,8 @@ def test_half_precision_is_computed_in_float32(function: Callable[..., Tensor]) 
 
 
 def test_nothing(function: Callable[..., Tensor]) -> None:
-    found = function(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.45, 100)
-    assert (found.dtype, found.shape) == (torch.int64, (0,))
+    kept = function(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.45, 100)
+    assert (kept.dtype, kept.shape) == (torch.int64, (0,))
 
 
 @pytest.mark.parametrize("size", [1, 50, 3000])
@@ -171,5 +171,5 @@ def test_cuda_equals_the_cpu() -> None:
     for count, classes in ((1000, 80), (20_000, 80)):
         boxes, scores, groups = crowded(count, classes, levels=200)
         expected = grouped_nms(boxes, scores, groups, 0.45, 100)
-        found = grouped_nms(boxes.cuda(), scores.cuda(), groups.cuda(), 0.45, 100)
-        assert torch.equal(found.cpu(), expected)
+        kept = grouped_nms(boxes.cuda(), scores.cuda(), groups.cuda(), 0.45, 100)
+        assert torch.equal(kept.cpu(), expected)
