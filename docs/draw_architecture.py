@@ -18,8 +18,8 @@ from torch import nn
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.drawing.figures import new_figure, save_figure
-from detection.models.yolo.detector import build_model
 from detection.models.backbones.darknet import Darknet53, ResidualBlock
+from detection.models.yolo.detector import build_model
 from detection.models.yolo.network import YOLOv3
 
 SIZE, CLASSES = 416, 80

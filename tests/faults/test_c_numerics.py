@@ -24,6 +24,7 @@ from detection.models import build_detector
 from detection.ops.boxes import pairwise_iou
 from detection.ops.letterbox import Letterbox
 from detection.ops.nms import grouped_nms
+from detection.runtime import devices
 from detection.runtime.devices import autocast
 from detection.training import dry_run as preflight
 from detection.training import run as run_parts
@@ -139,7 +140,7 @@ def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
 
 def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> None:
     """fp16's scaler around float32; in these steps the gradients are infinite, the losses are not."""
-    run_parts.build_scaler = lambda device, dtype: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+    devices.build_scaler = lambda device, dtype: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
     taken = 0
     real = main.train_step
 
@@ -216,7 +217,8 @@ def test_C08_any_cut_into_micro_batches_trains_the_same(tmp_path: Path, subdivis
     def epoch(count: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
         settings = settings_of(tmp_path)
-        model, criterion, _ = build_detector(settings, 2)
+        detector = build_detector(settings, 2)
+        model, criterion = detector.model, detector.criterion
         optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.01, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -469,8 +469,8 @@ def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatc
 
 
 def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
-    from detection.models.yolo.detector import build_model
     from detection.models.pretrained import load_pretrained
+    from detection.models.yolo.detector import build_model
 
     yolo_settings = default_settings("model.backbone=mobilenet_v3_small", "model.pretrained=a.onnx").yolo
     with pytest.raises(CheckpointError, match="cannot be trained"):
