@@ -2,7 +2,7 @@
 
 python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
 python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
-python batch_overfit.py yolo.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
+python batch_overfit.py model.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
 
 Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
 average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
@@ -40,7 +40,7 @@ from detection.errors import DataError, NumericsError, OutputError, SettingsErro
 from detection.evaluation.error_analysis import confidence_curves
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
@@ -71,7 +71,14 @@ class Overfit:
     def evaluate(self) -> Evaluation:
         machine = self.machine
         return evaluate(
-            *self.detector, [self.batch], self.dataset.annotations, machine.device, machine.autocast, "pycocotools"
+            self.detector.model,
+            self.detector.criterion,
+            self.detector.postprocess,
+            [self.batch],
+            self.dataset.annotations,
+            machine.device,
+            machine.autocast,
+            "pycocotools",
         )
 
 
@@ -83,18 +90,19 @@ def main() -> None:
     settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
     machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
-    dataset, batch = take_batch(settings, arguments.images)
-    names = dataset.annotations.categories.names
-    detector = build_detector(settings.yolo, settings.evaluation, len(names))
-    check_image_size(detector.model, "train.image_size", settings.train.image_size)
+    dataset = take_images(settings, arguments.images)
+    detector = build_detector(settings, len(dataset.annotations.categories.names))
+    detector.geometry.check_size("train.image_size", settings.train.image_size)
+    dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
+    batch = collate_samples([dataset[index] for index in range(arguments.images)])
     if detector.criterion is None:
-        raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
-    for line in [*notices, *load_pretrained(detector.model, settings.yolo)]:
+        raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.place(detector))
     boxes = len(dataset.annotations.labels)
     images = f"{len(dataset.annotations)} images with {boxes} boxes"
-    print(f"{describe_device(machine.device)}; {images}, {settings.yolo.backbone}")
+    print(f"{describe_device(machine.device)}; {images}, {settings.model.backbone}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
@@ -142,18 +150,16 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
-    """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
-    size = settings.train.image_size
-    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.yolo.num_classes)
+def take_images(settings: Settings, count: int) -> DetectionDataset:
+    """A dataset of the first training images that have boxes."""
+    dataset = build_training_dataset(settings.data, settings.run.seed, settings.model.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     with_boxes = np.unique(image_of_box[~annotations.crowd])
     if len(with_boxes) < count:
         raise DataError(f"--images {count}: only {len(with_boxes)} training images have boxes")
     dataset.annotations = select_images(annotations, with_boxes[:count])
-    dataset.sample_transform = Transform(settings.data, size, settings.run.seed, training=False)
-    return dataset, collate_samples([dataset[index] for index in range(count)])
+    return dataset
 
 
 def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, int]:
@@ -166,7 +172,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
     evaluation = None
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
-            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate, step))
+            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
             losses, finite = train_step(
                 model,
                 criterion,

@@ -70,6 +70,7 @@ def main() -> None:
     finder = Finder(opened, open_machine(settings.run), arguments.classes)
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
     stop, start = StopRequest("frame or batch"), time.perf_counter()
+    stop.install()
     picture_format = None if arguments.no_pictures else arguments.format
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
     try:
@@ -135,7 +136,7 @@ class Finder:
         if unknown := [name for name in wanted if name not in self.names]:
             raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
         self.machine, self.detector = machine, machine.place(opened.detector)
-        self.transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
+        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
         if self.threshold < lowest:
             raise SettingsError(

@@ -160,7 +160,7 @@ def open_dataset(
     dataset = CocoDataset(
         images,
         file,
-        Transform(data, settings.evaluation.image_size, seed=0, training=False),
+        None if opened is None else Transform(opened.detector.geometry, settings.evaluation.image_size),
         data.class_names,
         categories=None if names is None else Categories(names, tuple(range(len(names)))),
         fraction=fraction,

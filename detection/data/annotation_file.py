@@ -1,6 +1,6 @@
-"""COCO annotation files: JSON to one array per key, and every fault that makes a file useless for training.
+"""Parsing and validation of COCO annotation files: JSON to one array per key.
 
-The loader raises the first fault (`read_columns`); check_dataset.py collects all of them (`sound_columns`).
+Training raises on the first fault (`read_columns`); check_dataset.py reports all of them (`sound_columns`).
 """
 
 import itertools
@@ -20,24 +20,24 @@ REQUIRED_KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
-CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # characters that no file name should have
+CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and surrogates, refused in file names
 BYTE_ORDER_MARK = "\ufeff"
-LARGEST = {"id": 2**63, "side": 2**31}  # what the arrays hold
+LARGEST = {"id": 2**63, "side": 2**31}  # exclusive limits of the arrays' integer types
 
-Place = tuple[str, int]  # list and position in it
+Place = tuple[str, int]  # name of a list of the file, position in it
 
 
 class Fault(NamedTuple):
-    """One thing that makes training refuse the file."""
+    """One reason for training to refuse the file."""
 
-    kind: str  # a name of `findings.KINDS`
-    item: int | str  # what is listed: id, file name, category name
+    kind: str  # key of `findings.KINDS`
+    item: int | str  # id, file name or category name to list
     message: str
-    place: Place | None = None  # of the entry that has to go; None: of no single entry
+    place: Place | None = None  # the faulty entry; None if the fault is not of a single entry
 
 
 class Columns(NamedTuple):
-    """The file's entries, one array per key, as they are in the file."""
+    """Entries of an annotation file, one array per key, in the file's order and units."""
 
     image_ids: np.ndarray  # (M,)
     file_names: list[str]
@@ -57,15 +57,18 @@ class Columns(NamedTuple):
 
 
 def read_json(path: Path) -> tuple[Any, list[Fault]]:
-    """The parsed file without its segmentations (half of its memory), and what JSON does not allow but Python reads.
+    """Parse a file without its segmentations, which take half of the memory.
+
+    Returns:
+        The parsed content, and faults for what Python accepts but JSON does not allow.
 
     Raises:
-        DataError: it cannot be read, or is no JSON at all.
+        DataError: the file cannot be read or is not JSON.
     """
     faults: list[Fault] = []
 
     def constant(name: str) -> float:
-        faults.append(Fault("json_constant", name, f"contains {name}, which is no JSON"))
+        faults.append(Fault("json_constant", name, f"contains {name}, which is not JSON"))
         return float(name)
 
     def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def read_json(path: Path) -> tuple[Any, list[Fault]]:
 
 
 def read_columns(content: Any, where: str) -> Columns:
-    """Arrays of the parsed JSON, or the arrays themselves, checked.
+    """Build the arrays of the parsed JSON, unless they are built already, and check them.
 
     Raises:
         DataError: the first fault of the file.
@@ -104,7 +107,7 @@ def read_columns(content: Any, where: str) -> Columns:
             check_lists(content, where)
             columns = build_columns(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        # The fast path reads whole columns and does not know which entry it was.
+        # `build_columns` converts whole columns; search for the entry at fault.
         fault = next(entry_faults(content), None)
         reason = fault.message if fault else f"cannot be read: {type(error).__name__}: {error}"
         raise DataError(f"{where}: {reason}") from None
@@ -114,12 +117,12 @@ def read_columns(content: Any, where: str) -> Columns:
 
 
 def sound_columns(content: Any, where: str, report: Callable[[Fault], None]) -> dict[str, list[Any]]:
-    """Report every fault of the parsed JSON; what is left has none of them that belongs to an entry.
+    """Report every fault of the parsed JSON and return it without the faulty entries.
 
-    Boxes of an image or category that is taken out for its fault go with it, unreported.
+    Boxes of an image or category removed for its fault are removed too, without a report.
 
     Raises:
-        DataError: the lists of a COCO file are not there.
+        DataError: the lists of a COCO file are missing.
     """
     check_lists(content, where)
     content = {key: list(content[key]) for key in LISTS}
@@ -140,19 +143,23 @@ def sound_columns(content: Any, where: str, report: Callable[[Fault], None]) -> 
 
 def check_lists(content: Any, where: str) -> None:
     if not isinstance(content, dict):
-        raise DataError(f"{where}: is not a COCO annotation file, which is an object with the lists {', '.join(LISTS)}")
+        raise DataError(f"{where}: not a COCO annotation file, which is an object with the lists {', '.join(LISTS)}")
     for key in LISTS:
         if not isinstance(content.get(key), list):
             raise DataError(f"{where}: has no list {key!r}; is this a COCO annotation file?")
 
 
 def build_columns(content: dict[str, list[Any]]) -> Columns:
-    """Raises KeyError, TypeError, ValueError, AttributeError or OverflowError where `entry_faults` finds something."""
+    """Convert the parsed lists to arrays.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: `entry_faults` finds the entry at fault.
+    """
     images, rows, categories = content["images"], content["annotations"], content["categories"]
     boxes = _number_array([row["bbox"] for row in rows], (len(rows), 4))
     areas = [row.get("area") for row in rows]
     stated = np.array([area is not None for area in areas], dtype=bool)
-    with np.errstate(over="ignore"):  # an infinite area is found later
+    with np.errstate(over="ignore"):  # `column_faults` reports an infinite area
         areas_of_boxes = boxes[:, 2:].prod(axis=1)
     sizes = _number_array([side or 0 for entry in images for side in (entry.get("width"), entry.get("height"))])
     if not ((sizes >= 0) & (sizes < LARGEST["side"]) & (sizes == np.floor(sizes))).all():
@@ -160,7 +167,7 @@ def build_columns(content: dict[str, list[Any]]) -> Columns:
     crowd = [row.get("iscrowd") for row in rows]
     names = [entry["file_name"] for entry in images]
     if not all(value in (0, 1, None) for value in crowd) or not all(isinstance(name, str) for name in names):
-        raise ValueError("an iscrowd or a file_name is of another type")
+        raise ValueError("an iscrowd or a file_name has the wrong type")
     return Columns(
         image_ids=_id_array([entry["id"] for entry in images]),
         file_names=names,
@@ -177,7 +184,7 @@ def build_columns(content: dict[str, list[Any]]) -> Columns:
 
 
 def entry_faults(content: dict[str, list[Any]]) -> Iterator[Fault]:
-    """What is wrong with the type of single entries; one fault per entry."""
+    """Find entries with missing keys or values of the wrong type; one fault per entry."""
     for key, kind in LISTS.items():
         for number, entry in enumerate(content[key]):
             if found := _entry_fault(key, entry):
@@ -188,7 +195,7 @@ def entry_faults(content: dict[str, list[Any]]) -> Iterator[Fault]:
 
 
 def _entry_fault(key: str, entry: Any) -> tuple[str, str] | None:
-    """(kind, message), or None for a sound entry."""
+    """Return (kind, message), or None for a valid entry."""
     if not isinstance(entry, dict):
         return "not_an_object", "is not an object"
     for name in REQUIRED_KEYS[key]:
@@ -215,7 +222,7 @@ def _entry_fault(key: str, entry: Any) -> tuple[str, str] | None:
 
 
 def column_faults(columns: Columns) -> Iterator[Fault]:
-    """What is wrong with numbers, names and references once every entry has the right types."""
+    """Find invalid numbers, names and references; every entry must have the right types."""
     ids = columns.annotation_ids
     if not len(columns.image_ids):
         yield Fault("no_images", "images", "no images")
@@ -270,7 +277,7 @@ def _id_array(values: list[Any]) -> np.ndarray:
 
 
 def _number_array(values: list[Any], shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """float64 of real numbers only: asked for that type at once, NumPy would also convert text and null."""
+    """Convert to float64, refusing what `np.array(..., dtype=float64)` would accept: text and null."""
     shape = shape or (len(values),)
     array = np.array(values) if values else np.zeros(shape)
     if array.dtype.kind not in "iuf" or array.shape != shape:

@@ -1,4 +1,4 @@
-"""From the columns of an annotation file to checked arrays: boxes, labels, classes, what was left out."""
+"""Annotations of a dataset as checked flat arrays: boxes, labels, categories, and the boxes that were left out."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ from detection.data.annotation_file import Columns, Fault, read_columns, read_js
 from detection.data.fast_annotation_file import read_fast
 from detection.errors import DataError
 
+HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
 DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -> COCO's own
     "motorbike": "motorcycle",
     "aeroplane": "airplane",
@@ -24,23 +25,16 @@ DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -
     "tvmonitor": "tv",
 }
 
-
-HASH_BUCKETS = 1_000_000
-
-
-# Why boxes are left out.
+# Reasons for leaving out a box.
 ORPHAN = "annotations of images that are not listed"
-
 NOT_CHOSEN = "boxes of categories that are not chosen"
-
 DEGENERATE = "boxes without width or height"
-
 OUTSIDE = "boxes outside their image"
 
 
 @dataclass(frozen=True)
 class Categories:
-    """Dense labels 0..C-1: label k has the name names[k] and the category id ids[k] of the training annotations."""
+    """Classes of a dataset; label k (0..C-1) has the name `names[k]` and the category id `ids[k]`."""
 
     names: tuple[str, ...]
     ids: tuple[int, ...]
@@ -48,7 +42,7 @@ class Categories:
 
 @dataclass
 class AnnotationCounts:
-    """What was left out of a dataset: how many boxes for which reason, and the annotation ids of these."""
+    """Number and annotation ids of the boxes left out of a dataset, by reason."""
 
     dropped: dict[str, int] = field(default_factory=dict)
     ids: dict[str, list[int]] = field(default_factory=dict)
@@ -67,22 +61,23 @@ class AnnotationCounts:
 
 @dataclass(frozen=True)
 class Annotations:
-    """Flat arrays of N boxes on M images; box rows are grouped by image, area descending, then annotation id.
+    """Flat arrays of N boxes on M images. Boxes are grouped by image and sorted by descending area, then annotation id.
 
-    That order is the loss's rule for ground-truth boxes that share a prediction, so it does not depend on the order in the file.
+    The loss resolves ground-truth boxes that share a prediction by this order, so it must not depend on the file's.
     """
 
     image_ids: np.ndarray  # (M,) int64
-    image_sizes: np.ndarray  # (M, 2) int32 width, height; 0 where the file does not say
-    file_names: np.ndarray  # UTF-8 bytes of all names, one after the other
+    image_sizes: np.ndarray  # (M, 2) int32 width, height; 0 where the file does not state it
+    file_names: np.ndarray  # uint8, concatenated UTF-8 of all names
     file_name_ends: np.ndarray  # (M,) int64
     first_box: np.ndarray  # (M + 1,) int64: boxes of image m are first_box[m]:first_box[m + 1]
     boxes: np.ndarray  # (N, 4) float32 xyxy, original pixels, clipped to the image
     labels: np.ndarray  # (N,) int64 dense label
-    areas: np.ndarray  # (N,) float64: the file's `area`, which decides small, medium and large in the metric
+    areas: np.ndarray  # (N,) float64 `area` of the file; the metric's small, medium and large
     coco_boxes: np.ndarray  # (N, 4) float64 x, y, width, height as in the file, for the metric
     crowd: np.ndarray  # (N,) bool
     annotation_ids: np.ndarray  # (N,) int64 as in the file, for messages only
+    file_order: np.ndarray  # (N,) int64 position in the file, which decides between equal IoUs in the COCO metric
     categories: Categories
     counts: AnnotationCounts
 
@@ -95,7 +90,7 @@ class Annotations:
 
 
 def read_annotations(path: Path) -> tuple[Columns | Any, list[Fault]]:
-    """The columns of a plain file at once, else what `read_json` returns."""
+    """Read a file by the fast path if it is a plain COCO file, else as `read_json` does."""
     columns = read_fast(path)
     return read_json(path) if columns is None else (columns, [])
 
@@ -108,7 +103,7 @@ def flatten_annotations(
     fraction: tuple[float, bool] | None = None,
     strict: bool = False,
 ) -> Annotations:
-    """Turn columns or the parsed JSON into flat, checked arrays; see `CocoDataset` for the arguments, `Annotations`."""
+    """Turn the columns or the parsed JSON into `Annotations`; arguments as in `CocoDataset`, `where` names the file."""
     columns = read_columns(content, where)
     chosen = choose_categories(columns.categories, class_names, categories, where)
     chosen_ids = id_of_name(columns.categories, chosen)
@@ -162,13 +157,14 @@ def flatten_annotations(
         coco_boxes=columns.coco_boxes[kept],
         crowd=columns.crowd[kept],
         annotation_ids=columns.annotation_ids[kept],
+        file_order=kept,
         categories=Categories(tuple(chosen), tuple(chosen_ids)),
         counts=counts,
     )
 
 
 def clip_to_images(coco_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """[x, y, width, height] to corners cut to the image, (N, 4) float32; a size of 0 is unknown and does not cut."""
+    """Convert (x, y, width, height) to xyxy clipped to the image, (N, 4) float32. An unknown size (0) does not clip."""
     boxes = coco_boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
     limit = np.where(sizes > 0, sizes, np.iinfo(np.int32).max)
@@ -176,7 +172,10 @@ def clip_to_images(coco_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def in_fraction(image_ids: np.ndarray, fraction: tuple[float, bool] | None) -> np.ndarray:
-    """Which images belong to this part of a split, by a hash of the id; (M,) bool. Other images do not matter."""
+    """Select the images of one part of a split by a hash of their ids, (M,) bool.
+
+    An image's part does not depend on which other images there are.
+    """
     if fraction is None:
         return np.ones(len(image_ids), bool)
     share, inside = fraction
@@ -187,7 +186,12 @@ def in_fraction(image_ids: np.ndarray, fraction: tuple[float, bool] | None) -> n
 def choose_categories(
     file_categories: dict[int, str], class_names: Sequence[str] | None, training: Categories | None, where: str
 ) -> tuple[str, ...]:
-    """Names of the dense labels, in order. A validation file must know no name that training does not have."""
+    """Return the class names in label order.
+
+    Raises:
+        DataError: `class_names` has a name that the file lacks, or a validation file has a category that the training
+            set lacks.
+    """
     names = [file_categories[number] for number in sorted(file_categories)]
     if training is not None:
         followed = follow_spelling(training.names, names)
@@ -205,13 +209,13 @@ def choose_categories(
 
 
 def untrained_names(trained: Sequence[str], file_names: Sequence[str]) -> list[str]:
-    """Names of a file that a detector with these names does not know."""
+    """Return the category names of a file that a detector was not trained on."""
     followed = follow_spelling(trained, file_names)
     return [name for name in file_names if name not in followed]
 
 
 def follow_spelling(names: Sequence[str], file_names: Sequence[str]) -> tuple[str, ...]:
-    """The names as the file spells them: Darknet's coco.names and COCO itself write six classes differently."""
+    """Spell names as the file does: Darknet's coco.names and COCO differ in six classes."""
     other = DARKNET_SPELLINGS | {coco: darknet for darknet, coco in DARKNET_SPELLINGS.items()}
     return tuple(
         other[name]
@@ -222,7 +226,7 @@ def follow_spelling(names: Sequence[str], file_names: Sequence[str]) -> tuple[st
 
 
 def id_of_name(file_categories: dict[int, str], names: Sequence[str]) -> list[int]:
-    """Category ids of the names in this file; a name that the file lacks gets a new id above all others."""
+    """Return the category ids of the names. A name that the file lacks gets a new id above all others."""
     ids = {name: number for number, name in file_categories.items()}
     free = max(ids.values(), default=0)
     result = []
@@ -238,9 +242,9 @@ def load_annotations(
     fraction: tuple[float, bool] | None = None,
     strict: bool = False,
 ) -> Annotations:
-    """Annotations of a file alone, without images: for statistics and for scoring stored detections.
+    """Read annotations without their images, for statistics and for evaluating stored detections.
 
-    The arguments are those of `CocoDataset`.
+    Arguments and errors as in `CocoDataset`.
     """
     content, faults = read_annotations(path)
     annotations = flatten_annotations(content, str(path), class_names, None, fraction, strict)
@@ -250,7 +254,7 @@ def load_annotations(
 
 
 def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
-    """The annotations of some images alone, in the given order.
+    """Return the annotations of some images, in the given order.
 
     Args:
         indices: positions of the images, (K,) int64.
@@ -258,7 +262,7 @@ def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
     names = [annotations.file_name(index).encode() for index in indices.tolist()]
     counts = np.diff(annotations.first_box)[indices]
     rows = np.concatenate([np.arange(*annotations.first_box[index : index + 2]) for index in indices.tolist()])
-    per_box = ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids")
+    per_box = ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids", "file_order")
     return dataclasses.replace(
         annotations,
         image_ids=annotations.image_ids[indices],
@@ -271,7 +275,7 @@ def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
 
 
 def annotations_digest(annotations: Annotations) -> str:
-    """SHA-256 of what is trained on: images, boxes, labels and class names; a continued run must find the same."""
+    """SHA-256 of images, boxes, labels and class names, so that a resumed run can refuse a changed dataset."""
     digest = hashlib.sha256("\n".join(annotations.categories.names).encode())
     for array in (annotations.image_ids, annotations.file_names, annotations.first_box, annotations.boxes):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -280,9 +284,9 @@ def annotations_digest(annotations: Annotations) -> str:
 
 
 def repeat_factors(annotations: Annotations, threshold: float) -> np.ndarray:
-    """How often each image should be seen per epoch so that rare classes are not lost; (M,) float64, at least 1.
+    """Compute how often to show each image per epoch so that rare classes are seen more often; (M,) float64, >= 1.
 
-    r(image) = max over its classes of max(1, sqrt(threshold / share of images with the class))
+    r(image) = max over its classes of max(1, sqrt(threshold / fraction of images with the class))
 
     Source: LVIS, section 5.1 (repeat factor sampling), https://arxiv.org/abs/1908.03195
     """

@@ -1,7 +1,7 @@
-"""COCO-format datasets: the only place, with evaluation, that knows category ids.
+"""Dataset of images with COCO annotations. Only this package and the evaluation know category ids.
 
-The annotation file is read once into flat arrays; no Python object per annotation is left, so loader workers share the
-memory instead of copying it by reference counting.
+The annotation file is read once into flat arrays. Without a Python object per annotation, reference counts do not make
+forked loader workers copy the memory.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import CocoDetection
+from torch.utils.data import Dataset
 
 from detection.contract import CROWD_LABEL
 from detection.data.annotations import Categories, flatten_annotations, read_annotations
@@ -19,40 +19,40 @@ from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
 
-MAX_UNREADABLE_IN_A_ROW = 8  # more means that the disk is gone
+MAX_UNREADABLE_IN_A_ROW = 8  # beyond this the disk has failed, not single images
 
 
-class CocoDataset(CocoDetection):
-    """torchvision's `CocoDetection` with flat annotations, dense labels and strict image decoding.
+class CocoDataset(Dataset):
+    """Map-style dataset of images with COCO annotations, contiguous labels and strict image decoding.
 
-    Indexed by an int or by (index, epoch, size) as the batch sampler gives it; see `__getitem__`.
+    Indexed by an int or by the batch sampler's (index, epoch, size); see `__getitem__`.
 
     Args:
         images: directory the file names are relative to.
         annotations: annotation file.
-        transform: from image and boxes to the network input.
-        class_names: restrict to these categories, in this order; None: all of the file, by ascending id.
-        categories: labels of the training set that this (validation) set must follow, by name.
-        fraction: (fraction, inside): keep the images whose hash lies inside, or outside, the validation share.
-        strict: refuse degenerate and outside boxes instead of dropping them.
-        follow_links: whether image files may be links that lead out of the image directory.
-        decoder: of JPEG files, a name of `JPEG_DECODERS`.
-        slow_seconds: an image that takes longer is named on stderr; None: never.
+        transform: maps image and boxes to the network input.
+        class_names: use only these categories, in this order; None: all of the file, by ascending id.
+        categories: classes of the training set, whose labels this validation set takes over by name.
+        fraction: (fraction, inside); keep the images whose hash lies inside (validation) or outside (training) it.
+        strict: raise on degenerate boxes and boxes outside their image instead of dropping them.
+        follow_links: whether image files may be symbolic links that lead out of the image directory.
+        decoder: decoder of JPEG files, a key of `JPEG_DECODERS`.
+        slow_seconds: print the name of an image that takes longer than this; None: never.
 
     Attributes:
-        cache: of decoded images, if there is one.
-        substitutes: an image that cannot be read is replaced by the next one that can; the sample says so. Only
-            training may do that: an evaluation without some of its images would be of another dataset.
+        cache: cache of decoded images, or None.
+        substitutes: whether an unreadable image is replaced by the next readable one, which the sample records. For
+            training only: an evaluation that skips images would be of another dataset.
 
     Raises:
-        DataError: the file is not a COCO annotation file, or holds nothing to use; one line with file and place.
+        DataError: the file is not a COCO annotation file or has no usable images; one line with file and entry.
     """
 
     def __init__(
         self,
         images: Path,
         annotations: Path,
-        transform: Transform,
+        transform: Transform | None = None,
         class_names: Sequence[str] | None = None,
         categories: Categories | None = None,
         fraction: tuple[float, bool] | None = None,
@@ -61,8 +61,6 @@ class CocoDataset(CocoDetection):
         decoder: str = "opencv",
         slow_seconds: float | None = None,
     ) -> None:
-        # Without the index that CocoDetection would build: everything is in the arrays.
-        super(CocoDetection, self).__init__(str(images))
         content, faults = read_annotations(annotations)
         if not images.is_dir():
             raise DataError(f"image directory {images} does not exist")
@@ -84,18 +82,19 @@ class CocoDataset(CocoDetection):
         return f"image id {self.annotations.image_ids[index]} ({self.annotations.file_name(index)})"
 
     def __getitems__(self, positions: list[int | tuple[int, int, int]]) -> list[Sample]:
-        """What a loader asks for: the samples of a batch, each on the clock."""
+        """Load the samples of a batch, timing each. `DataLoader` prefers this method to single items."""
         return [self.slow_samples.time(self.__getitem__, position) for position in positions]
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
-        """One image through the transform.
+        """Load and transform one image.
 
         Args:
-            position: image index, or (index, epoch, size): the augmentation is a pure function of seed, epoch and
-                index; size is the side of the network input, 0 the transform's own.
+            position: image index, or (index, epoch, size). Augmentation is a pure function of seed, epoch and index;
+                size is the side of the network input in pixels, 0 for the transform's default.
 
         Raises:
-            DataReadError: the image is missing, damaged, elsewhere or not of the size that the annotations state.
+            DataReadError: the image is missing, damaged, outside the image directory, or its size differs from the
+                annotated one.
         """
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         unreadable: list[str] = []
@@ -112,6 +111,7 @@ class CocoDataset(CocoDetection):
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
         image, boxes = self.load_image(index), self.annotations.boxes[rows]
+        assert self.sample_transform is not None, "set before images are asked for"
         try:
             return self.sample_transform(image, boxes, labels, index, epoch, size)
         except Exception as error:
@@ -120,7 +120,7 @@ class CocoDataset(CocoDetection):
             raise
 
     def load_image(self, index: int) -> np.ndarray:
-        """RGB uint8, (height, width, 3)."""
+        """Read an image from the cache or its file: RGB uint8, (height, width, 3)."""
         path = self.image_root / self.annotations.file_name(index)
         if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
             raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")

@@ -1,13 +1,13 @@
-"""The built-in dataset: handwritten digits on photographs, written once as ordinary COCO files.
+"""Generator of the built-in dataset: handwritten digits on photographs, written once as ordinary COCO files.
 
-Everything comes from installed packages, so it needs no download: scikit-learn's 1797 handwritten digits are painted
-on photographs that scikit-learn, scikit-image and matplotlib carry in their wheels (`docs/data_sources.md`).
-Validation uses neither a glyph nor a photograph that training has seen, or its score would be a test of memory.
+No download is needed: scikit-learn's 1797 handwritten digits are painted on photographs that scikit-learn,
+scikit-image and matplotlib ship in their wheels (`docs/data_sources.md`). The splits share neither glyphs nor
+photographs, so the validation score does not measure memorisation.
 
     ROOT/annotations/instances_train.json   ROOT/train/digits_train_0000.jpg ...
     ROOT/annotations/instances_val.json     ROOT/val/digits_val_0000.jpg ...
 
-Annotations carry `glyph` (row of `load_digits`) and images carry `photograph` beside the usual COCO keys.
+Besides the COCO keys, annotations have `glyph` (row of `load_digits`) and images have `photograph`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GENERATOR = "detection/data/digits.py"
-GENERATOR_VERSION = 3  # raise it whenever the pictures or the files change: older directories are then rebuilt
+GENERATOR_VERSION = 3  # increment whenever images or files change, so that existing directories are rebuilt
 SEED = 20240224
 IMAGE_COUNTS: Mapping[str, int] = MappingProxyType({"train": 1000, "val": 200})
 IMAGE_SIZE_PX = 320
@@ -37,28 +37,28 @@ DIGITS_PER_IMAGE = (5, 14)
 DIGIT_HEIGHT_PX = (28, 76)
 MAX_ROTATION_DEGREES = 12.0
 TRAIN_GLYPH_FRACTION = 0.8
-BOX_ALPHA = 0.5  # a pixel belongs to the digit, and so to its box, from this opacity on
+BOX_ALPHA = 0.5  # minimum opacity of the pixels that a box encloses
 MIN_CONTRAST = 72  # grey levels by which the ink is lighter than the background ...
-MIN_CONTRAST_FRACTION = 0.92  # ... on at least this part of the area that the digit covers
-BRIGHTNESS = (0.35, 0.75)  # of the photographs; dark ones let light ink be read almost everywhere
+MIN_CONTRAST_FRACTION = 0.92  # ... on at least this fraction of the digit's area
+BRIGHTNESS = (0.35, 0.75)  # factor for photographs; light ink is readable almost everywhere on dark ones
 DARKEST_INK = 140  # of 255, per channel
 JPEG_QUALITY = 90
 
 SOURCE_GLYPH_PX = 8  # scikit-learn's digits are 8 x 8
-FIELD_PADDING_PX = 2  # in source pixels, so that interpolation fades to nothing before the border
+FIELD_PADDING_PX = 2  # in source pixels, so that interpolation fades to zero before the border
 FIELD_SCALE = 16  # pixels of the ink field per source pixel
-INK_RAMP = (0.35, 0.85)  # ink density that is fully transparent, fully opaque
-MIN_CROP_PX = 160  # smaller crops of a photograph would be blurred by more than a factor of two
+INK_RAMP = (0.35, 0.85)  # ink densities that are fully transparent and fully opaque
+MIN_CROP_PX = 160  # smaller crops would be enlarged by more than a factor of two
 LUMINANCE_RGB = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
-# name: (package, path inside it). The files are read directly: `skimage.data` would download one that is missing.
+# name: (package, path inside it). Files are read directly, because `skimage.data` would download a missing one.
 TRAIN_PHOTOGRAPHS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "china": ("sklearn", "datasets/images/china.jpg"),
         "astronaut": ("skimage", "data/astronaut.png"),
         "coffee": ("skimage", "data/coffee.png"),
         "rocket": ("skimage", "data/rocket.jpg"),
-        # The two views of one stereo pair: nearly the same picture, so they stay in one split.
+        # The two views of a stereo pair are nearly equal, so they stay in one split.
         "motorcycle_left": ("skimage", "data/motorcycle_left.png"),
         "motorcycle_right": ("skimage", "data/motorcycle_right.png"),
         "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
@@ -82,7 +82,7 @@ PHOTOGRAPHS = MappingProxyType({"train": TRAIN_PHOTOGRAPHS, "val": VALIDATION_PH
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "skimage": "scikit-image", "matplotlib": "matplotlib"}
 OWN_FILES = re.compile(r"annotations(/instances_(train|val)\.json)?|(train|val)(/digits_(train|val)_\d{4,}\.jpg)?")
-STALE_SECONDS = 3600  # no generation takes this long: what is older was left by one that was killed
+STALE_SECONDS = 3600  # generation takes less; older temporary directories belong to killed processes
 
 UInt8Array = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
@@ -90,7 +90,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Sources:
-    """What the pictures are made from: photographs by split and name, glyphs with labels, glyph indices by split."""
+    """Material of the images: photographs by split and name, glyphs with labels, glyph indices by split."""
 
     photographs: Mapping[str, Mapping[str, UInt8Array]]  # RGB (H, W, 3)
     glyphs: FloatArray  # ink density 0..1, (1797, 8, 8)
@@ -100,7 +100,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class PaintedDigit:
-    """One digit of a scene. `alpha` is the opacity that is painted; its first row and column lie at (left, top)."""
+    """One digit of a scene; the first row and column of its opacity `alpha` are at (top, left) of the image."""
 
     glyph: int
     label: int
@@ -111,7 +111,7 @@ class PaintedDigit:
 
     @property
     def box_xywh(self) -> tuple[int, int, int, int]:
-        """COCO box (left, top, width, height) in pixels: tight around all pixels of opacity `BOX_ALPHA` or more."""
+        """COCO box (left, top, width, height) in pixels, tight around all pixels of opacity `BOX_ALPHA` or more."""
         rows, columns = np.nonzero(self.alpha >= BOX_ALPHA)
         left, top = int(columns.min()), int(rows.min())
         width, height = int(columns.max()) + 1 - left, int(rows.max()) + 1 - top
@@ -120,7 +120,7 @@ class PaintedDigit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is painted: the background and what goes on it."""
+    """Specification of one image: background and digits."""
 
     photograph: str
     background: UInt8Array  # RGB (320, 320, 3)
@@ -128,20 +128,20 @@ class Scene:
 
 
 def ensure_digits(root: Path, counts: Mapping[str, int] = IMAGE_COUNTS) -> bool:
-    """Make the dataset in `root` unless it is already there, complete and of this `GENERATOR_VERSION`.
+    """Generate the dataset in `root` unless it exists, complete and of this `GENERATOR_VERSION`.
 
-    It is built beside `root` and renamed, so a killed generation leaves nothing that looks like a dataset, and several
-    processes may start at once: the first to finish wins. What an older version or a damaged copy left is replaced.
+    The dataset is built beside `root` and renamed, so a killed process leaves no partial dataset. Several processes may
+    start at once; the first to finish wins. An outdated or damaged dataset is replaced.
 
     Args:
-        counts: images per split ("train" and "val"); tests ask for few.
+        counts: images per split ("train" and "val").
 
     Returns:
-        True if it generated, False if there was nothing to do.
+        True if it was generated, False if it already existed.
 
     Raises:
-        ValueError: if `root` holds files of somebody else, or an installed package lacks a photograph.
-        OSError: if nothing can be written beside `root`.
+        ValueError: `root` has files that this generator did not write, or an installed package lacks a photograph.
+        OSError: the directory beside `root` cannot be written.
     """
     root = Path(root).resolve()
     if is_complete(root, counts):
@@ -154,12 +154,12 @@ def ensure_digits(root: Path, counts: Mapping[str, int] = IMAGE_COUNTS) -> bool:
     try:
         write_dataset(staging / "new", counts)
         if is_complete(root, counts):
-            return False  # another process was faster
+            return False  # another process finished first
         if root.exists():
             root.rename(staging / "old")
         (staging / "new").rename(root)
     except OSError:
-        # Two renames can meet. The dataset of the other process is the same, byte for byte.
+        # Another process may rename at the same time; its dataset is identical.
         if not is_complete(root, counts):
             raise
         return False
@@ -169,7 +169,7 @@ def ensure_digits(root: Path, counts: Mapping[str, int] = IMAGE_COUNTS) -> bool:
 
 
 def remove_left_overs(folder: Path, prefix: str) -> None:
-    """Delete what killed generations left, but not what another process may be building at this moment."""
+    """Delete temporary directories of killed processes, but none that may be in use."""
     for path in folder.iterdir():
         if path.name.startswith(prefix):
             with contextlib.suppress(FileNotFoundError):  # another process may delete it, too
@@ -178,7 +178,7 @@ def remove_left_overs(folder: Path, prefix: str) -> None:
 
 
 def is_complete(root: Path, counts: Mapping[str, int] = IMAGE_COUNTS) -> bool:
-    """Whether `root` holds all files of this generator version, none of them empty."""
+    """Return whether `root` has all files of this generator version, none of them empty."""
     for split, count in counts.items():
         annotations = read_annotations(root, split)
         if not is_own(annotations) or annotations["info"].get("generator_version") != GENERATOR_VERSION:
@@ -191,7 +191,7 @@ def is_complete(root: Path, counts: Mapping[str, int] = IMAGE_COUNTS) -> bool:
 
 
 def read_annotations(root: Path, split: str) -> dict[str, Any]:
-    """The COCO dictionary of one split; empty if the file is missing or damaged."""
+    """Read the COCO dictionary of one split; empty if the file is missing or damaged."""
     try:
         content = json.loads((root / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -205,7 +205,7 @@ def is_own(annotations: dict[str, Any]) -> bool:
 
 
 def refuse_foreign(root: Path) -> None:
-    """Raise ValueError unless all that `root` holds was made by this generator and may be deleted."""
+    """Raise ValueError unless everything in `root` was written by this generator and may be deleted."""
     advice = "move it away or choose another data.root"
     if not root.exists():
         return
@@ -215,9 +215,9 @@ def refuse_foreign(root: Path) -> None:
     for name in names:
         if not OWN_FILES.fullmatch(name):
             raise ValueError(f"{root} holds {name}, which the digits generator did not write: {advice}")
-    # The names of COCO annotation files are everybody's, so their content has to tell whose they are.
+    # The names of annotation files are COCO's, so only their content identifies the generator.
     for split in PHOTOGRAPHS:
-        # A damaged one is taken for ours if images with our names lie beside it.
+        # A damaged file counts as our own if images with our names are beside it.
         annotations = read_annotations(root, split)
         own = is_own(annotations) if annotations else any(name.endswith(".jpg") for name in names)
         if f"annotations/instances_{split}.json" in names and not own:
@@ -271,7 +271,7 @@ def write_dataset(root: Path, counts: Mapping[str, int]) -> None:
 
 
 def describe_dataset(split: str) -> dict[str, Any]:
-    """The `info` block; it holds no date, so that the file is the same on every run."""
+    """Build the `info` block, without a date so that the file is reproducible."""
     import sklearn
 
     return {
@@ -308,7 +308,7 @@ def load_sources() -> Sources:
 
 
 def load_photograph(package: str, path: str) -> UInt8Array:
-    """Read a photograph that an installed package ships. RGB (H, W, 3); a grey one has three equal channels."""
+    """Read a photograph from an installed package as RGB (H, W, 3); a grey one has three equal channels."""
     specification = find_spec(package)  # finds the directory without importing the package
     folders = specification.submodule_search_locations if specification else None
     image = cv2.imread(str(Path(folders[0]) / path), cv2.IMREAD_COLOR) if folders else None
@@ -319,7 +319,7 @@ def load_photograph(package: str, path: str) -> UInt8Array:
 
 
 def split_glyphs(labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """Divide the glyph indices between the splits, class by class, so that both hold the ten digits alike."""
+    """Divide the glyph indices between the splits, class by class, so that both have the same class distribution."""
     generator = np.random.default_rng(SEED)
     train, validation = [], []
     for label in range(10):
@@ -331,21 +331,21 @@ def split_glyphs(labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
 
 
 def compose_scene(sources: Sources, split: str, index: int) -> Scene:
-    """Choose background, digits, places and colours of one image: a pure function of its split and index."""
+    """Choose background, digits, positions and colours of one image, a pure function of split and index."""
     generator = np.random.default_rng([SEED, list(PHOTOGRAPHS).index(split), index])
     photographs = sources.photographs[split]
-    photograph = list(photographs)[index % len(photographs)]  # in turn, so that each one is used equally often
+    photograph = list(photographs)[index % len(photographs)]  # in turn, so that each is used equally often
     fewest, most = DIGITS_PER_IMAGE
     while True:
         background = crop_photograph(photographs[photograph], generator)
         digits = place_digits(sources, split, background, int(generator.integers(fewest, most + 1)), generator)
-        # Some crops (a flower's petals all over) leave too few places with contrast for any ink.
+        # Some crops, such as a flower's petals, have too few places with enough contrast.
         if len(digits) >= fewest:
             return Scene(photograph, background, digits)
 
 
 def crop_photograph(photograph: UInt8Array, generator: np.random.Generator) -> UInt8Array:
-    """A random square of the photograph, perhaps mirrored, in random brightness. RGB (320, 320, 3)."""
+    """Crop a random square, flip it at random and change its brightness, RGB (320, 320, 3)."""
     height, width = photograph.shape[:2]
     longest = min(height, width)
     side = int(generator.integers(max(MIN_CROP_PX, longest * 2 // 5), longest + 1))
@@ -363,7 +363,7 @@ def crop_photograph(photograph: UInt8Array, generator: np.random.Generator) -> U
 def place_digits(
     sources: Sources, split: str, background: UInt8Array, wanted: int, generator: np.random.Generator
 ) -> tuple[PaintedDigit, ...]:
-    """Up to `wanted` digits that touch neither one another nor the border and contrast with what lies beneath them."""
+    """Place up to `wanted` digits that contrast with the background and touch neither each other nor the border."""
     luminance = background.astype(np.float32) @ LUMINANCE_RGB  # (320, 320)
     free = np.ones(luminance.shape, bool)
     shortest, tallest = DIGIT_HEIGHT_PX
@@ -392,18 +392,18 @@ def place_digits(
 
 
 def render_glyph(glyph: FloatArray, height: float, degrees: float) -> FloatArray:
-    """Enlarge and turn a glyph.
+    """Enlarge and rotate a glyph.
 
     Args:
         glyph: ink density 0..1, (8, 8).
-        height: wanted height of the tight box in pixels.
-        degrees: rotation, counter-clockwise.
+        height: target height of the tight box in pixels.
+        degrees: counter-clockwise rotation.
 
     Returns:
-        Opacity 0..1, cut to its non-zero part, which is a few pixels larger than the tight box: the edge is soft.
+        Opacity 0..1, cropped to its non-zero part, which exceeds the tight box by a few pixels of soft edge.
     """
     density = np.pad(glyph, FIELD_PADDING_PX)
-    # The 8 x 8 source is a box average; undoing some of that blur opens the holes of 6, 8 and 9 again.
+    # The 8 x 8 source is a box average; sharpening reopens the holes of 6, 8 and 9.
     density = 2 * density - np.asarray(cv2.GaussianBlur(density, (0, 0), 1.0), np.float32)
     field = cv2.resize(density, None, fx=FIELD_SCALE, fy=FIELD_SCALE, interpolation=cv2.INTER_LANCZOS4)
 
@@ -423,10 +423,10 @@ def render_glyph(glyph: FloatArray, height: float, degrees: float) -> FloatArray
 
 
 def choose_ink(luminance: FloatArray, generator: np.random.Generator) -> FloatArray | None:
-    """A random light colour that a reader can tell from the background of this luminance; None if none was found.
+    """Draw a light colour that contrasts with a background of this luminance; None after 24 failed attempts.
 
-    Always lighter than the background: with either polarity a detector needs far longer than a few minutes of CPU
-    time before it begins to tell the classes apart.
+    Always lighter than the background: with both polarities a detector needs far longer than a few minutes on a CPU to
+    begin to separate the classes.
     """
     for _ in range(24):
         ink_rgb = generator.uniform(DARKEST_INK, 255, size=3).astype(np.float32)
@@ -437,7 +437,7 @@ def choose_ink(luminance: FloatArray, generator: np.random.Generator) -> FloatAr
 
 
 def paint_scene(scene: Scene) -> UInt8Array:
-    """The finished picture, RGB (320, 320, 3)."""
+    """Render a scene, RGB (320, 320, 3)."""
     image = scene.background.astype(np.float32)
     for digit in scene.digits:
         height, width = digit.alpha.shape
@@ -447,7 +447,7 @@ def paint_scene(scene: Scene) -> UInt8Array:
 
 
 def write_jpeg(path: Path, image_rgb: UInt8Array) -> None:
-    # Encoded in memory: cv2.imwrite cannot open every path on every system, and reports it only by its result.
+    # Encode in memory: cv2.imwrite cannot open every path on every system and does not raise.
     encoded, data = cv2.imencode(".jpg", image_rgb[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     assert encoded
     path.write_bytes(data.tobytes())

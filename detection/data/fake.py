@@ -1,4 +1,4 @@
-"""Synthetic images of the right shapes: no dataset needed."""
+"""Random images and boxes of the right shapes, to measure speed or try a set-up without a dataset."""
 
 from collections.abc import Sequence
 
@@ -6,26 +6,26 @@ import cv2
 import numpy as np
 import torch
 
-from detection.contract import Batch
+from detection.contract import PADDING_LABEL, Batch
 from detection.data.annotations import AnnotationCounts, Annotations, Categories
 from detection.data.transforms import Sample, Transform
 
+MEAN_BOXES = 7  # per image, as in COCO
+
 
 class FakeDataset(torch.utils.data.Dataset):
-    """Random images with random boxes of the right shapes: measures speed and checks a set-up without a dataset."""
+    """Map-style dataset of random images of 640 x 480 pixels with random boxes; indexed like `CocoDataset`."""
 
-    def __init__(self, num_images: int, class_names: Sequence[str], transform: Transform, seed: int) -> None:
-        self.sample_transform, self.seed = transform, seed
+    def __init__(self, num_images: int, class_names: Sequence[str], seed: int) -> None:
+        self.sample_transform: Transform | None = None
+        self.seed = seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
         first_box = np.concatenate([[0], np.cumsum(boxes_per_image)])
-        centre, size = (
-            generator.uniform(0, (640, 480), (first_box[-1], 2)),
-            generator.uniform(8, 300, (first_box[-1], 2)),
-        )
-        corners = np.clip(
-            np.concatenate([centre - size / 2, centre + size / 2], axis=1), 0, (640, 480, 640, 480)
-        ).astype(np.float32)
+        centre = generator.uniform(0, (640, 480), (first_box[-1], 2))
+        size = generator.uniform(8, 300, (first_box[-1], 2))
+        corners = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+        corners = corners.clip(0, (640, 480, 640, 480)).astype(np.float32)
         area = (corners[:, 2:] - corners[:, :2]).prod(axis=1)
         corners = corners[np.lexsort((-area, np.repeat(np.arange(num_images), boxes_per_image)))]
         coco_boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).astype(np.float64)
@@ -41,6 +41,7 @@ class FakeDataset(torch.utils.data.Dataset):
             coco_boxes=coco_boxes,
             crowd=np.zeros(first_box[-1], bool),
             annotation_ids=np.arange(1, first_box[-1] + 1),
+            file_order=np.arange(first_box[-1]),
             categories=Categories(tuple(class_names), tuple(range(1, len(class_names) + 1))),
             counts=AnnotationCounts(),
         )
@@ -51,25 +52,24 @@ class FakeDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
+        assert self.sample_transform is not None, "set before images are asked for"
         return self.sample_transform(
             self.load_image(index), self.annotations.boxes[rows], self.annotations.labels[rows], index, epoch, size
         )
 
     def load_image(self, index: int) -> np.ndarray:
-        """Smooth noise, RGB uint8, (480, 640, 3)."""
+        """Generate smooth noise, RGB uint8, (480, 640, 3)."""
         coarse = np.random.default_rng([self.seed, index]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         return cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_LINEAR)
 
 
-BOXES = 7  # per image, the mean of COCO
-
-
 def synthetic_batch(size: int, batch_size: int, num_classes: int) -> Batch:
+    """Generate a collated batch of random images with `MEAN_BOXES` boxes each, padded to 32."""
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(batch_size, 32, 2, generator=generator) * size * 0.8
     boxes = torch.cat([corners, corners + 8 + torch.rand(corners.shape, generator=generator) * size * 0.2], dim=-1)
     labels = torch.randint(num_classes, (batch_size, 32), generator=generator)
-    labels[:, BOXES:] = -1
+    labels[:, MEAN_BOXES:] = PADDING_LABEL
     images = torch.randint(0, 256, (batch_size, size, size, 3), dtype=torch.uint8, generator=generator)
     return {
         "images": images.permute(0, 3, 1, 2),

@@ -1,7 +1,7 @@
-"""The annotation file of a large dataset, read in a fraction of the time; whatever is unusual is left to the slow way.
+"""Fast path for large annotation files; anything unusual is left to `annotation_file`, which reports faults.
 
-COCO's train2017 is mostly outlines, which training does not use: msgspec skips them, where `json` makes a Python number
-of each coordinate. The arrays are the same, and a file with a fault is refused by the slow way, which names it.
+COCO's train2017 consists mostly of segmentations, which training does not use. msgspec skips them, while `json` creates
+a Python number for each coordinate. The resulting arrays are the same.
 """
 
 import itertools
@@ -15,10 +15,10 @@ import numpy as np
 
 from detection.data.annotation_file import LARGEST, Columns
 
-MIN_BYTES = 1_000_000  # of a file that is worth it
+MIN_BYTES = 1_000_000  # smaller files are fast anyway
 QUOTE = ord('"')
-NOT_THERE = -1  # in place of an optional value; written out it looks like a key too many
-NOT_USED = ("info", "licenses")  # lists and objects of COCO whose keys have the same names
+NOT_THERE = -1  # default of an optional value; a file that states it has one key more than expected and is left alone
+NOT_USED = ("info", "licenses")  # COCO's other members; their keys may have the same names
 FIELDS: dict[str, list[tuple[Any, ...]]] = {
     "images": [("id", int), ("file_name", str), ("width", int, NOT_THERE), ("height", int, NOT_THERE)],
     "annotations": [
@@ -34,10 +34,10 @@ FIELDS: dict[str, list[tuple[Any, ...]]] = {
 
 
 def read_fast(path: Path) -> Columns | None:
-    """Columns of a plain COCO file; None where msgspec is not installed or anything about the file is unusual.
+    """Read the columns of a plain COCO file; None if msgspec is not installed or the file is unusual.
 
-    Plain: ASCII without a backslash, every value of the type that COCO writes, none of the keys used twice in an
-    object. The columns may still have faults, see `column_faults`.
+    Plain means: ASCII without a backslash, every value of COCO's type, no duplicate keys in an object. The columns may
+    still have faults, see `column_faults`.
     """
     try:
         import msgspec
@@ -73,9 +73,9 @@ def read_fast(path: Path) -> Columns | None:
 
 
 def count_strings(content: bytes, words: Iterable[str]) -> dict[str, int]:
-    """How often each word is a string of JSON without a backslash: there every second quote ends a string.
+    """Count how often each word occurs as a string in JSON without backslashes, where every second quote ends one.
 
-    A string as long as the word and with its first 8 characters counts as one: too many, never too few.
+    Compares length and the first 8 characters only, so a count may be too high but never too low.
     """
     quotes = np.flatnonzero(np.frombuffer(content, np.uint8) == QUOTE)
     lengths = quotes[1::2] - quotes[::2] - 1
@@ -91,14 +91,14 @@ def count_strings(content: bytes, words: Iterable[str]) -> dict[str, int]:
 
 
 def build_columns(file: Any, arrays: dict[tuple[str, str], np.ndarray]) -> Columns | None:
-    """None where a value is out of its range."""
+    """Assemble the columns; None if a value is out of range."""
     sizes = np.stack([arrays["images", "width"], arrays["images", "height"]], axis=1)
     crowd, area = arrays["annotations", "iscrowd"], arrays["annotations", "area"]
     if ((sizes < NOT_THERE) | (sizes >= LARGEST["side"])).any() or ((crowd < NOT_THERE) | (crowd > 1)).any():
         return None
     numbers = itertools.chain.from_iterable(map(attrgetter("bbox"), file.annotations))
     boxes = np.fromiter(numbers, np.float64, 4 * len(file.annotations)).reshape(-1, 4)
-    with np.errstate(over="ignore"):  # an infinite area is found later
+    with np.errstate(over="ignore"):  # `column_faults` reports an infinite area
         areas_of_boxes = boxes[:, 2:].prod(axis=1)
     return Columns(
         image_ids=arrays["images", "id"],

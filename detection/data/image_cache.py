@@ -1,6 +1,6 @@
-"""Decoded images, kept for all loader workers together in memory or in one file.
+"""Cache of decoded images that all loader workers share, in memory or in one file.
 
-The pixels are those of the file, before any resize: a training image is sampled once, straight from them.
+Images are cached at their original size, so a training image is still resampled only once.
 """
 
 import fcntl
@@ -24,28 +24,28 @@ from detection.errors import DataReadError, OutputError, SettingsError
 from detection.runtime.devices import available_memory
 
 MAGIC = b"images 1"
-# The file: the head, a row per image, the pixels in the order in which they came.
-HEAD = np.dtype([("magic", "S8"), ("end", "<i8"), ("closed", "<i8")])  # end: of the pixels; closed: nothing more fits
+# Layout of the store: head, one row per image, then the pixels in the order of caching.
+HEAD = np.dtype([("magic", "S8"), ("end", "<i8"), ("closed", "<i8")])  # end of the pixels; 1 if the store is full
 ROW = np.dtype(
     [("key", "S16"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("pixels", "<u4"), ("row", "<u4")]
-)  # the last two: checksums of the pixels, and of the row before it
+)  # the last two are checksums, of the pixels and of the preceding fields
 
 
 class ImageCache:
-    """Reads images through a store that all workers share: what is in it is not decoded again.
+    """Read-through cache of decoded images, shared between processes.
 
-    A row is written after its pixels and both have checksums, so a reader finds a whole image or none, whatever was
-    killed in between. The key of an image is its path, size, time of change and inode and the decoder: an edited file
-    is decoded anew. A full store or disk stops the growth, with one line; what is not in it is decoded.
+    A row is written after its pixels and both have checksums, so a reader finds a complete image or none, even if the
+    writer was killed. The key of an image is made of its path, size, modification time, inode and decoder, so an edited
+    file is decoded again. When the store or disk is full, one warning is printed and further images are not cached.
 
     Args:
-        count: of images.
-        max_bytes: of the store.
-        decoder: a name of `JPEG_DECODERS`.
-        file: of the store, made with its directory; None: in memory, gone when the last process that has it ends.
+        count: number of images.
+        max_bytes: maximum size of the store.
+        decoder: key of `JPEG_DECODERS`.
+        file: file of the store, created with its directory; None: in memory, freed when the last process exits.
 
     Raises:
-        OutputError: the file cannot be made.
+        OutputError: the store cannot be created.
     """
 
     def __init__(self, count: int, max_bytes: int, decoder: str, file: Path | None) -> None:
@@ -60,7 +60,7 @@ class ImageCache:
                     os.ftruncate(self.descriptor, self.first_pixel)
                     self.write_head(self.first_pixel, closed=0)
         except OSError as error:
-            raise OutputError(f"image cache {file or 'in memory'} cannot be made: {error.strerror}") from None
+            raise OutputError(f"image cache {file or 'in memory'} cannot be created: {error.strerror}") from None
 
     @property
     def first_pixel(self) -> int:
@@ -76,7 +76,7 @@ class ImageCache:
             return os.dup(file.fileno())
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers that are not forked: they open the file, or get the memory handed over."""
+        """Support workers that are not forked: they reopen the file or inherit the descriptor of the memory."""
         state = self.__dict__.copy()
         state["descriptor"] = None if self.file is not None else multiprocessing.reduction.DupFd(self.descriptor)
         return state
@@ -87,12 +87,12 @@ class ImageCache:
         self.descriptor = self.open_store() if handed is None else handed.detach()
 
     def read(self, index: int, path: Path) -> np.ndarray:
-        """RGB uint8, (height, width, 3), as `read_image` gives it; raises as it does.
+        """Return the decoded image as `read_image` does; raises as it does.
 
         Args:
-            index: of the image, below `count`.
+            index: index of the image, below `count`.
         """
-        key = self.key_of(path)  # before decoding: of an edit in between the new key would not be this one
+        key = self.key_of(path)  # before decoding, so that an edit in between does not get the new file's key
         image = self.find(index, key)
         if image is None:
             image = read_image(path, self.decoder)
@@ -106,11 +106,11 @@ class ImageCache:
         except OSError as error:
             raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
         parts = path, status.st_size, status.st_mtime_ns, status.st_ino, self.libraries
-        # NumPy cuts zero bytes off the end of such a field; hexadecimal digits have none.
+        # NumPy strips trailing zero bytes from such a field; hexadecimal digits have none.
         return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=8).hexdigest().encode()
 
     def find(self, index: int, key: bytes) -> np.ndarray | None:
-        """None where the image is not there, or not as it was written."""
+        """Return a cached image; None if it is absent or its checksums do not match."""
         stored = os.pread(self.descriptor, ROW.itemsize, HEAD.itemsize + index * ROW.itemsize)
         if len(stored) < ROW.itemsize:
             return None
@@ -123,6 +123,7 @@ class ImageCache:
         return image if zlib.crc32(image.data) == row["pixels"] else None
 
     def keep(self, index: int, key: bytes, image: np.ndarray) -> None:
+        """Append an image to the store, or stop growing if it does not fit."""
         pixels = np.ascontiguousarray(image).data
         try:
             with self.locked():
@@ -133,7 +134,7 @@ class ImageCache:
             if not fits:
                 self.growing = False
                 if not head["closed"]:
-                    self.say(f"is full at {offset / 2**30:.2f} GiB (data.cache_gib)")
+                    self.warn(f"is full at {offset / 2**30:.2f} GiB (data.cache_gib)")
                 return
             write_all(self.descriptor, pixels, offset)
             row = np.zeros(1, ROW)
@@ -147,11 +148,11 @@ class ImageCache:
                 closed = self.read_head()["closed"]
                 self.write_head(int(self.read_head()["end"]), closed=1)
             if not closed:
-                self.say(f"cannot grow: {error.strerror}")
+                self.warn(f"cannot grow: {error.strerror}")
 
-    def say(self, what: str) -> None:
+    def warn(self, what: str) -> None:
         where = self.file or "in memory"
-        print(f"warning: image cache {where} {what}; further images are decoded", file=sys.stderr, flush=True)
+        print(f"warning: image cache {where} {what}; further images are not cached", file=sys.stderr, flush=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -180,15 +181,15 @@ def write_all(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def build_cache(data: DataSettings, decoder: str, root: Path, names: np.ndarray, count: int) -> ImageCache | None:
-    """The cache that the settings ask for, of the images of one dataset.
+    """Create the cache of a dataset's images that the settings ask for, or None.
 
     Args:
-        root: directory of the images.
-        names: bytes of all their names, which with the directory name the file of the cache.
+        root: image directory.
+        names: concatenated bytes of all file names; with the directory they determine the cache's file name.
 
     Raises:
-        SettingsError: there is less memory than it may take.
-        OutputError: its file cannot be made.
+        SettingsError: the cache may take more memory than is available.
+        OutputError: the cache's file cannot be created.
     """
     max_bytes = int(data.cache_gib * 2**30)
     if data.cache == "none":

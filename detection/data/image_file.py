@@ -1,6 +1,6 @@
-"""Image files: what the header says, strict decoding to RGB, and which files of a dataset are not there.
+"""Image files: headers, strict decoding to RGB, and the search for missing files of a dataset.
 
-Everything that could hang or fill the memory is refused before it is opened or decoded.
+Whatever could block or exhaust the memory is refused before it is opened or decoded.
 """
 
 import importlib.metadata
@@ -23,38 +23,38 @@ from detection.errors import DataReadError, SettingsError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
-MAX_PIXELS = 100_000_000  # decoded, 300 MB; a file of 190 kB can unpack to more
+MAX_PIXELS = 100_000_000  # 300 MB decoded; a file of 190 kB can decompress to more
 MAX_BYTES = 2**30
-ORIENTATION_TAG = 0x0112  # of EXIF
-MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # begin and end of a whole file
-DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # what Pillow raises
+ORIENTATION_TAG = 0x0112  # EXIF tag of the orientation
+MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG", b"IEND")}  # start and end of a complete file
+DAMAGED_HEADER = (OSError, ValueError, SyntaxError, EOFError, OverflowError, KeyError)  # raised by Pillow
 
 
 class Header(NamedTuple):
-    """What an image file says about itself."""
+    """Header of an image file."""
 
-    format: str  # Pillow's name
+    format: str  # Pillow's name of the format
     width: int  # as stored, before the EXIF orientation
     height: int
-    mode: str  # Pillow's
+    mode: str  # Pillow's mode
     bits: int  # per channel
-    orientation: int  # of EXIF, 1..8
+    orientation: int  # EXIF orientation, 1..8
     transparent: bool
     exif: bool
 
     def turned_size(self) -> tuple[int, int]:
-        """Width and height after the EXIF orientation, as it is decoded."""
+        """Width and height after applying the EXIF orientation, as decoded."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
     """Decode an image file to RGB uint8, (height, width, 3).
 
-    EXIF orientation is applied; grey, palette and CMYK are converted; 16 bits are scaled to 8; transparent pixels are
-    laid over mid grey. A truncated file is an error, never a half-grey picture.
+    The EXIF orientation is applied; grey, palette and CMYK images are converted; 16 bits are scaled to 8; transparent
+    pixels are blended with mid grey. A truncated file raises instead of yielding a partly grey image.
 
     Args:
-        decoder: of JPEG files, a name of `JPEG_DECODERS`; neither pixels nor errors depend on it.
+        decoder: decoder of JPEG files, a key of `JPEG_DECODERS`; neither pixels nor errors depend on it.
 
     Raises:
         DataReadError: the file is missing, not a regular file, not an image, too large, or damaged.
@@ -65,10 +65,10 @@ def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
 
 
 def read_file(path: Path) -> np.ndarray:
-    """The bytes of a regular file; a pipe, a device or a directory is not opened.
+    """Read the bytes of a regular file without opening pipes, devices or directories.
 
     Raises:
-        DataReadError: see `read_image`.
+        DataReadError: as in `read_image`.
     """
     try:
         status = path.stat()
@@ -82,14 +82,14 @@ def read_file(path: Path) -> np.ndarray:
 
 
 def read_header(encoded: np.ndarray, path: Path) -> Header | None:
-    """Header of an image without decoding it; None where Pillow does not know the format (OpenCV may).
+    """Read the header of an image; None if Pillow does not know the format (OpenCV may).
 
     Raises:
-        DataReadError: the image would have more than MAX_PIXELS pixels.
+        DataReadError: the image has more than MAX_PIXELS pixels.
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded.tobytes())) as file:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS applies instead
             header = Header(
                 format=str(file.format),
                 width=file.width,
@@ -112,9 +112,9 @@ def read_header(encoded: np.ndarray, path: Path) -> Header | None:
 
 
 def _orientation(file: Image.Image) -> int:
-    """1..8; 1 where the EXIF data is absent or damaged."""
+    """Return the EXIF orientation, 1..8; 1 if the EXIF data is absent or damaged."""
     if file.format == "PNG" and "exif" not in file.info:
-        return 1  # Pillow would decode the whole image in search of EXIF data behind the pixels
+        return 1  # Pillow would decode the whole image to look for EXIF data after the pixels
     try:
         orientation = file.getexif().get(ORIENTATION_TAG, 1)
     except (*DAMAGED_HEADER, struct.error, TypeError, IndexError):
@@ -123,19 +123,19 @@ def _orientation(file: Image.Image) -> int:
 
 
 def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
-    """Pillow shows colour PNG of 16 bits as 8."""
+    """Return the bits per channel, also of 16-bit colour PNG, which Pillow opens with 8."""
     if file.format == "PNG":
         return int(encoded[24])  # bit depth of the header chunk
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
 def decode_image(encoded: np.ndarray, header: Header | None, path: Path, decoder: str = "opencv") -> np.ndarray:
-    """See `read_image`."""
-    # OpenCV fills the missing rest of some truncated files with grey; a complete one holds its end marker.
+    """Decode the bytes of an image file; arguments, result and errors as in `read_image`."""
+    # OpenCV fills the missing rest of some truncated files with grey; a complete file has its end marker.
     for name, (start, end) in MARKERS.items():
         if encoded[: len(start)].tobytes() == start and encoded.tobytes().rfind(end) < 0:
             raise DataReadError(f"image {path} is damaged: the {name} data ends early")
-    # OpenCV turns by the EXIF orientation and reads the rest: CMYK, other formats.
+    # Only OpenCV applies the EXIF orientation and reads CMYK and other formats.
     plain = header is not None and header.format == "JPEG" and header.mode in ("RGB", "L") and not header.exif
     image = JPEG_DECODERS[decoder if plain else "opencv"](encoded)
     if image is None:
@@ -147,9 +147,9 @@ def decode_image(encoded: np.ndarray, header: Header | None, path: Path, decoder
 
 
 def read_alpha(encoded: np.ndarray) -> np.ndarray | None:
-    """Opacity 0..1 of a picture with transparency, (height, width, 1) float32; None where it cannot be read.
+    """Read the opacity 0..1 of an image with transparency, (height, width, 1) float32; None if Pillow cannot.
 
-    By Pillow: OpenCV does not turn the alpha channel by the EXIF orientation and knows no transparent grey.
+    Not with OpenCV, which does not apply the EXIF orientation to the alpha channel or support transparent grey.
     """
     try:
         with Image.open(io.BytesIO(encoded.tobytes())) as file:
@@ -160,17 +160,17 @@ def read_alpha(encoded: np.ndarray) -> np.ndarray | None:
 
 @dataclass
 class Listing:
-    """The files of a dataset against the image directory; positions are those of the names asked for."""
+    """Result of looking up a dataset's files; positions are indices into the requested names."""
 
     missing: list[int] = field(default_factory=list)
     not_regular: list[int] = field(default_factory=list)  # directory, pipe, socket, device
-    outside: list[int] = field(default_factory=list)  # behind links that lead out of the image directory
-    present: dict[Path, set[str]] = field(default_factory=dict)  # regular files of each directory that was looked at
-    listed: dict[Path, set[str]] = field(default_factory=dict)  # of these, what was asked for
+    outside: list[int] = field(default_factory=list)  # links that lead out of the image directory
+    present: dict[Path, set[str]] = field(default_factory=dict)  # regular files of each visited directory
+    listed: dict[Path, set[str]] = field(default_factory=dict)  # requested names of each visited directory
 
 
 def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing:
-    """Look up all names by one listing per directory: a question per file takes long on a network drive.
+    """Look up all names with one listing per directory: a stat per file is slow on a network drive.
 
     Args:
         root: image directory.
@@ -191,7 +191,7 @@ def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing
             if name in regular and inside:
                 continue
             path = directory / name
-            if not path.exists():  # asked again: file systems spell some names in several ways
+            if not path.exists():  # ask the file system too: it may normalise names
                 listing.missing.append(position)
             elif not follow_links and not path.resolve().is_relative_to(real_root):
                 listing.outside.append(position)
@@ -201,7 +201,7 @@ def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing
 
 
 def regular_files(directory: Path) -> set[str]:
-    """Names in a directory, without links; none where it cannot be listed."""
+    """Return the names of regular files in a directory, without links; empty if it cannot be listed."""
     try:
         with os.scandir(directory) as entries:
             return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
@@ -210,10 +210,7 @@ def regular_files(directory: Path) -> set[str]:
 
 
 class UniqueNames:
-    """Hands out names for files without suffix: the wanted one, or with _2, _3, ... behind it if that is taken.
-
-    Upper and lower case do not differ, as on some file systems.
-    """
+    """Allocator of unique file stems: appends _2, _3, ... to a stem that is taken, ignoring case."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -231,7 +228,7 @@ Decode = Callable[[np.ndarray], np.ndarray | None]
 
 
 def decode_with_opencv(encoded: np.ndarray) -> np.ndarray | None:
-    """RGB uint8, (height, width, 3), turned by EXIF; None where the bytes are damaged or in no known format."""
+    """Decode to RGB uint8, (height, width, 3), with the EXIF orientation applied; None if damaged or unsupported."""
     try:
         return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
     except cv2.error:
@@ -239,12 +236,12 @@ def decode_with_opencv(encoded: np.ndarray) -> np.ndarray | None:
 
 
 def decode_with_simplejpeg(encoded: np.ndarray) -> np.ndarray | None:
-    """As `decode_with_opencv` for a JPEG without EXIF, in 0.92 of its time."""
+    """Decode a JPEG without EXIF; same pixels as `decode_with_opencv` in 0.92 of its time."""
     import simplejpeg
 
     try:
         return simplejpeg.decode_jpeg(encoded, "RGB", strict=True)
-    except ValueError:  # damage, be it as little as OpenCV would only warn of
+    except ValueError:  # also for damage that OpenCV tolerates
         return decode_with_opencv(encoded)
 
 
@@ -252,10 +249,10 @@ JPEG_DECODERS: dict[str, Decode] = {"opencv": decode_with_opencv, "simplejpeg": 
 
 
 def choose_decoder(name: str) -> str:
-    """A name of JPEG_DECODERS; "auto" is simplejpeg where it is installed, else OpenCV.
+    """Resolve `data.decoder` to a key of `JPEG_DECODERS`; "auto" is simplejpeg if installed, else OpenCV.
 
     Raises:
-        SettingsError: simplejpeg was asked for by name and is not installed.
+        SettingsError: simplejpeg is requested explicitly but not installed.
     """
     if name == "opencv":
         return name
@@ -269,6 +266,6 @@ def choose_decoder(name: str) -> str:
 
 
 def describe_decoder(name: str) -> str:
-    """The libraries that decode under this name of JPEG_DECODERS, with their versions, for a checkpoint."""
+    """Name the libraries that a key of `JPEG_DECODERS` uses, with their versions."""
     other = "" if name == "opencv" else f"simplejpeg {importlib.metadata.version('simplejpeg')}, "
     return f"{other}OpenCV {cv2.__version__}"

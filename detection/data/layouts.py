@@ -1,4 +1,4 @@
-"""Where a dataset's annotation files and images lie: named by the settings, or found in one of the usual layouts."""
+"""Locating annotation files and image directories: set explicitly, or in COCO's or Roboflow's directory layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ VALIDATION_LAYOUTS: Layouts = [
 
 
 def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Path]]:
-    """(annotation file, image directory) of training and of validation; the same file twice where a fraction splits it.
+    """Find (annotation file, image directory) of training and validation; equal if a fraction splits one file.
 
     Raises:
-        DataError: nothing found; names what was looked for and how to get data.
+        DataError: nothing found; lists the paths tried and how to get data.
     """
     train = find_training_set(data)
     if data.validation_fraction is not None:
@@ -36,20 +36,20 @@ def find_dataset(data: DataSettings) -> tuple[tuple[Path, Path], tuple[Path, Pat
 
 
 def find_training_set(data: DataSettings) -> tuple[Path, Path]:
-    """(annotation file, image directory) of the training images alone; no validation annotations are needed.
+    """Find (annotation file, image directory) of the training set; needs no validation annotations.
 
     Raises:
-        DataError: nothing found; names what was looked for and how to get data.
+        DataError: as in `find_dataset`.
     """
     root = existing_root(data, data.train_annotations)
     return _locate(root, TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
 
 
 def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
-    """(annotation file, image directory) of the validation images alone; no training annotations are needed.
+    """Find (annotation file, image directory) of the validation set; needs no training annotations.
 
     Raises:
-        DataError: nothing found; names what was looked for and how to get data.
+        DataError: as in `find_dataset`.
     """
     if data.validation_fraction is not None:
         return find_dataset(data)[1]
@@ -58,13 +58,13 @@ def find_validation_set(data: DataSettings) -> tuple[Path, Path]:
 
 
 def find_split(data: DataSettings, split: str) -> tuple[Path, Path | None]:
-    """(annotation file, image directory) of one split alone; no directory where there are annotations only.
+    """Find (annotation file, image directory) of one split; the directory is None if there are no images.
 
     Args:
         split: "train" or "val".
 
     Raises:
-        DataError: no annotation file found; names what was looked for and how to get data.
+        DataError: no annotation file found; lists the paths tried and how to get data.
     """
     if split == "train" or data.validation_fraction is not None:
         layouts, name, annotations, images = TRAIN_LAYOUTS, "train", data.train_annotations, data.train_images
@@ -97,10 +97,10 @@ def _locate(root: Path, layouts: Layouts, annotations: str | None, images: str |
 def locate_annotations(
     root: Path, layouts: Layouts, annotations: str | None, split: str
 ) -> tuple[Path, tuple[str, ...]]:
-    """Annotation file of a split, and where its images usually lie below root.
+    """Find the annotation file of a split, and the directories below root that may hold its images.
 
     Raises:
-        DataError: nothing found; names what was looked for and how to get data.
+        DataError: nothing found; lists the paths tried and how to get data.
     """
     if annotations is not None:
         names = next((names for file, names in layouts if annotations.endswith(file)), layouts[1][1])
@@ -119,7 +119,7 @@ def locate_annotations(
 def locate_images(
     root: Path, file: Path, directories: Sequence[str], annotations: str | None, images: str | None
 ) -> Path | None:
-    """Image directory of an annotation file; None where there is none."""
+    """Find the image directory of an annotation file; None if there is none."""
     if images is not None:
         return _below(root, images)
     for directory in directories:
@@ -129,5 +129,5 @@ def locate_images(
 
 
 def _below(root: Path, path: str) -> Path:
-    """Explicit paths are absolute, relative to the working directory, or below root."""
+    """Resolve an explicit path: absolute, relative to the working directory, or relative to root."""
     return Path(path) if Path(path).exists() else root / path

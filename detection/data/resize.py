@@ -1,13 +1,11 @@
-"""Resize, and how an image is laid into the square of the network input."""
+"""Resizing and warping an image into the square of the network input."""
 
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from detection.ops.letterbox import Letterbox, letterbox_geometry
-
-CORNER_ALIGNED = -1  # no method of OpenCV, which aligns the outer edges of the pixels; `resize_image` has its own
+CORNER_ALIGNED = -1  # implemented in `resize_image`: OpenCV's methods align pixel edges, not corner pixel centres
 INTERPOLATIONS = {
     "linear": cv2.INTER_LINEAR,
     "area": cv2.INTER_AREA,
@@ -15,40 +13,26 @@ INTERPOLATIONS = {
     "darknet": CORNER_ALIGNED,
 }
 
-HALVED_BELOW = 0.6  # scale; bilinear samples of a finer image would miss pixels. Lowest error of 0.5, 0.6, 0.67, ...
+HALVED_BELOW = 0.6  # scale below which bilinear sampling misses pixels; lowest error among 0.5, 0.6, 0.67, ...
 
 
 class Placed(NamedTuple):
-    """A part of an image and the rectangle of the square that it fills; its pixels have not been touched yet."""
+    """A part of an image and the rectangle of the network input that it fills, before any resampling."""
 
     part: np.ndarray  # (height, width, 3) uint8
-    left: int  # whole pixels of the square
+    left: int  # rectangle in whole pixels of the square
     top: int
     width: int
     height: int
 
     def matrix(self) -> np.ndarray:
-        """From coordinates of the part to those of the square, (3, 3) float64; pixel k reaches from k to k + 1."""
+        """Affine matrix from coordinates of the part to the square, (3, 3) float64; pixel k spans k to k + 1."""
         scale_x, scale_y = self.width / self.part.shape[1], self.height / self.part.shape[0]
         return np.array([[scale_x, 0, self.left], [0, scale_y, self.top], [0, 0, 1]], dtype=np.float64)
 
 
-def letterbox_image(
-    image: np.ndarray,
-    size: int,
-    keep_aspect: bool,
-    fill: tuple[int, int, int],
-    interpolation: int,
-    rounding: str = "nearest",
-) -> tuple[np.ndarray, Letterbox]:
-    """Resize (H, W, 3) uint8 into the centre of a (size, size, 3) square; aspect kept, or squashed."""
-    letterbox, new_width, new_height = letterbox_geometry(image.shape[1], image.shape[0], size, keep_aspect, rounding)
-    placed = Placed(image, letterbox.left, letterbox.top, new_width, new_height)
-    return resize_placed(placed, size, fill, interpolation), letterbox
-
-
 def resize_placed(placed: Placed, size: int, fill: tuple[int, int, int], interpolation: int) -> np.ndarray:
-    """The square (size, size, 3) uint8: the part resized onto its rectangle, the rest in the fill colour."""
+    """Resize the part onto its rectangle and fill the rest of the square, (size, size, 3) uint8."""
     part, left, top, width, height = placed
     image = resize_image(part, width, height, interpolation)
     if (width, height) == (size, size):
@@ -58,12 +42,12 @@ def resize_placed(placed: Placed, size: int, fill: tuple[int, int, int], interpo
 
 
 def warp_placed(placed: Placed, matrix: np.ndarray, size: int, fill: tuple[int, int, int]) -> np.ndarray:
-    """As `resize_placed` and then the matrix, but the image is sampled only once, bilinear.
+    """Apply `resize_placed` and an affine matrix with a single bilinear resampling, (size, size, 3) uint8.
 
-    A part that becomes much smaller is first halved, averaging, as often as needed: the samples would miss pixels.
+    A part that shrinks much is first halved by area averaging as often as needed, to avoid aliasing.
 
     Args:
-        matrix: from the square to the square, (3, 3) affine; pixel k reaches from k to k + 1.
+        matrix: affine from square to square, (3, 3); pixel k spans k to k + 1.
     """
     part = placed.part
     while min(part.shape[:2]) > 1:
@@ -72,7 +56,7 @@ def warp_placed(placed: Placed, matrix: np.ndarray, size: int, fill: tuple[int, 
             break
         part = cv2.resize(part, (part.shape[1] // 2, part.shape[0] // 2), interpolation=cv2.INTER_AREA)
     to_square = matrix @ placed._replace(part=part).matrix()
-    to_square[:2, 2] += to_square[:2, :2] @ (0.5, 0.5) - 0.5  # OpenCV counts from the centres of the pixels
+    to_square[:2, 2] += to_square[:2, :2] @ (0.5, 0.5) - 0.5  # OpenCV's origin is the centre of the first pixel
     return cv2.warpAffine(
         part,
         to_square[:2],
@@ -84,7 +68,7 @@ def warp_placed(placed: Placed, matrix: np.ndarray, size: int, fill: tuple[int, 
 
 
 def resize_image(image: np.ndarray, width: int, height: int, interpolation: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3); `interpolation` is a value of INTERPOLATIONS."""
+    """Resize (H, W, 3) uint8 to (height, width, 3); `interpolation` is a value of INTERPOLATIONS."""
     if (width, height) == (image.shape[1], image.shape[0]):
         return image
     if interpolation != CORNER_ALIGNED:
@@ -94,11 +78,11 @@ def resize_image(image: np.ndarray, width: int, height: int, interpolation: int)
 
 
 def _blend_rows(image: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows between the first and the last row of (H, W, 3), each bilinear from its two neighbours; float32.
+    """Interpolate (H, W, 3) linearly to `count` rows from the first to the last, float32.
 
     source = row * (H - 1) / (count - 1); a single row is the last one.
 
-    cv2.warpAffine does the same in a third of the time, but before OpenCV 5 only to 1/32 of a pixel.
+    cv2.warpAffine takes a third of the time, but its sample positions are rounded to 1/32 of a pixel before OpenCV 5.
 
     Source: resize_image in src/image.c of https://github.com/pjreddie/darknet; differs: a single row is undefined
     there (a division by zero), a single column is the last one.

@@ -1,34 +1,38 @@
-"""Which images, at which size, in which order: a pure function of seed and step."""
+"""Batch sampler of training: image order and input size as a pure function of seed and step."""
 
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from detection.config.settings import SIZE_MULTIPLE
-
+SIZE_STEP = 32  # pixels between the sizes of multiscale training, at least
 # Streams of the one seed; the numbers only have to differ.
 ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
 
 
-class TrainingBatchSampler:
-    """Positions (image index, epoch, size) of every micro-batch from `first_step` to the end of the run.
+def size_step(size_multiple: int) -> int:
+    """Pixels between the sizes of multiscale training of a detector with this `Geometry.size_multiple`."""
+    return math.lcm(SIZE_STEP, size_multiple)
 
-    The stream of images runs on across epochs, each epoch in its own order, and is cut into batches regardless of
-    where an epoch ends: no tail, nothing dropped, and any step can be computed without the ones before.
+
+class TrainingBatchSampler:
+    """Yields lists of (image index, epoch, size), one per micro-batch, for a range of optimizer steps.
+
+    Epochs, each shuffled on its own, form one endless stream that is cut into batches regardless of epoch boundaries.
+    There is no partial batch, no image is dropped, and any step can be computed without the ones before it.
 
     Args:
-        num_images: of the dataset.
-        batch_size: images per micro-batch.
+        num_images: number of images in the dataset.
+        batch_size: images per micro-batch and process.
         subdivisions: micro-batches per optimizer step.
-        steps: (first, end): optimizer steps to produce.
-        seed: of the run.
+        steps: (first, end) optimizer steps to produce, end excluded.
+        seed: seed of the run.
         size: side of the network input in pixels.
-        resize_frequency: optimizer steps between changes of the size; 0: always `size`.
-        multiscale_sizes: smallest and largest size of the changes.
+        resize_frequency: optimizer steps between random changes of the size; 0: always `size`.
+        multiscale_sizes: smallest and largest random size in pixels.
         repeat_factors: how often each image is seen per epoch, (num_images,); None: once.
-        size_step: pixels between the sizes; what the network's sizes must be a multiple of divides it.
-        rank, ranks: of this process; each takes its share of every micro-batch of batch_size * ranks images.
+        size_step: pixels between random sizes, a multiple of the network's size multiple.
+        rank, ranks: rank of this process and number of processes, which share micro-batches of batch_size * ranks.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class TrainingBatchSampler:
         resize_frequency: int = 0,
         multiscale_sizes: tuple[int, int] = (320, 608),
         repeat_factors: np.ndarray | None = None,
-        size_step: int = SIZE_MULTIPLE,
+        size_step: int = SIZE_STEP,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -73,18 +77,18 @@ class TrainingBatchSampler:
             yield [(*self.image_at(position), size) for position in positions]
 
     def image_at(self, position: int) -> tuple[int, int]:
-        """(image index, epoch) of a position in the endless stream of images."""
+        """Return (image index, epoch) at a position of the endless stream."""
         epoch, place = divmod(position, self.images_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self.order_of_epoch(epoch))
         return int(self._order[1][place]), epoch
 
     def order_of_epoch(self, epoch: int) -> np.ndarray:
-        """Image indices of one epoch, shuffled; (images_per_epoch,) int64."""
+        """Return the shuffled image indices of one epoch, (images_per_epoch,) int64."""
         indices = np.arange(self.num_images)
         if self.repeat_factors is not None:
-            # Systematic sampling: an image with factor 1.3 comes once or twice, 1.3 times on average, and the total
-            # is the same in every epoch.
+            # Systematic sampling: an image with factor 1.3 is drawn once or twice, 1.3 times on average, and every
+            # epoch has the same length.
             ends = np.cumsum(self.repeat_factors) * (self.images_per_epoch / self.repeat_factors.sum())
             ends[-1] = self.images_per_epoch
             start = np.random.default_rng([self.seed, BALANCE_STREAM, epoch]).random()
@@ -92,7 +96,7 @@ class TrainingBatchSampler:
         return np.random.default_rng([self.seed, ORDER_STREAM, epoch]).permutation(indices)
 
     def size_of_step(self, step: int) -> int:
-        """Side of the network input in optimizer step `step`, pixels."""
+        """Return the side of the network input in pixels at an optimizer step."""
         if not self.resize_frequency:
             return self.size
         smallest, largest = self.multiscale_sizes

@@ -1,4 +1,4 @@
-"""Names the images that take too long to load and augment, also one that never ends."""
+"""Warnings about images that take too long to load and augment, even those that never finish."""
 
 import os
 import sys
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class SlowSamples:
-    """A clock for each process that loads images; costs two assignments per image.
+    """Times the loading of images in each process and warns about slow ones.
 
-    A thread looks at the clock: it names an image while that still runs. Where the thread cannot run because other
-    code holds Python's lock, the image is named when it is done. Each image at most once per process.
+    A thread reports an image while it is still loading. If other code holds the GIL, the image is reported when it is
+    done. Each image is reported at most once per process. The overhead is two assignments per image.
 
     Args:
-        seconds: limit for one image; None: no limit.
-        describe: image index -> how to name it.
+        seconds: time limit of one image; None: no limit.
+        describe: maps an image index to its description.
     """
 
     def __init__(self, seconds: float | None, describe: Callable[[int], str]) -> None:
@@ -24,8 +24,8 @@ class SlowSamples:
         self.forget()
 
     def forget(self) -> None:
-        self.process = 0  # whose thread looks at the clock
-        self.running: tuple[int, float] | None = None  # image index, time of its start
+        self.process = 0  # id of the process that the watching thread runs in
+        self.running: tuple[int, float] | None = None  # image index, start time
         self.named: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,10 +35,10 @@ class SlowSamples:
         self.__init__(**state)  # type: ignore[misc]
 
     def time(self, load: Callable[[Any], Any], position: int | tuple[int, int, int]) -> Any:
-        """`load(position)`, on the clock."""
+        """Return `load(position)` and warn if it takes too long."""
         if self.seconds is None:
             return load(position)
-        if self.process != os.getpid():  # a forked worker has the object, but no thread
+        if self.process != os.getpid():  # a forked worker inherits the object but not its thread
             self.forget()
             self.process = os.getpid()
             threading.Thread(target=self.look, name="slow samples", daemon=True).start()

@@ -1,65 +1,75 @@
-"""From an image and its boxes to the network input: letterbox, and for training the augmentation."""
+"""Transform from an image and its boxes to the network input: letterbox and, in training, augmentation."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from detection.config.settings import DataSettings
+from detection.config.augmentation import AugmentationSettings
+from detection.contract import Geometry
 from detection.data.augmentation.affine_and_pixels import Augmentation
 from detection.data.augmentation.color import ColorDistortion, has_color
 from detection.data.augmentation.crop_and_scale import RandomPlacement, has_placement
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed
-from detection.ops.letterbox import Letterbox, letterbox_geometry
+from detection.ops.letterbox import Letterbox
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as the collate function takes it."""
+    """One transformed image, the input of the collate function."""
 
     image: np.ndarray  # (S, S, 3) uint8 RGB
     boxes: np.ndarray  # (G, 4) float32 xyxy, pixels of the network input
     labels: np.ndarray  # (G,) int64: class, or -2 crowd
-    index: int  # of the image in its dataset
-    letterbox: Letterbox  # of the image; augmentation then moves it further
-    unreadable: tuple[str, ...] = ()  # what was wrong with the images that this one takes the place of
+    index: int  # position of the image in its dataset
+    letterbox: Letterbox  # before augmentation
+    unreadable: tuple[str, ...] = ()  # errors of unreadable images that this one replaces
 
 
 class Transform:
-    """Validation: the letterbox alone. Training: the letterbox or a random placement, then augmentation at the size of
-    the network input: albumentations, then the named colour distortions. What has no probability is not built.
+    """Maps an image and its boxes to the network input.
 
-    Every random choice is a pure function of (seed, epoch, index), whatever the worker, rank or order.
+    Validation letterboxes only. Training letterboxes or places the image at random, then applies albumentations and the
+    colour distortions at the size of the network input. Augmentations of probability 0 are not built. Every random
+    choice is a pure function of (seed, epoch, index), independent of worker, rank and order.
 
     Args:
-        data: fill, aspect, interpolation and, for training, the augmentation.
+        geometry: of the detector.
         size: side of the network input in pixels, where the position gives none.
         seed: of the run.
-        training: whether to augment.
+        augmentation: of training; None: the geometry alone.
     """
 
-    def __init__(self, data: DataSettings, size: int, seed: int, training: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, size: int, seed: int = 0, augmentation: AugmentationSettings | None = None
+    ) -> None:
         self.size = size
         self.seed = seed
-        self.data = data
-        augmentation = data.augmentation
-        self.placement = RandomPlacement(data, seed) if training and has_placement(augmentation) else None
-        self.augmentation = Augmentation(data, seed) if training else None
-        self.color = ColorDistortion(augmentation, seed) if training and has_color(augmentation) else None
+        self.geometry = geometry
+        self.placement: RandomPlacement | None = None
+        self.augmentation: Augmentation | None = None
+        self.color: ColorDistortion | None = None
+        if augmentation is None:
+            return
+        self.augmentation = Augmentation(augmentation, geometry, seed)
+        if has_placement(augmentation):
+            self.placement = RandomPlacement(augmentation, geometry, seed)
+        if has_color(augmentation):
+            self.color = ColorDistortion(augmentation, seed)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, index: int, epoch: int, size: int
     ) -> Sample:
-        """Args:
-        image: RGB uint8, (H, W, 3).
-        boxes: xyxy in pixels of the image, (G, 4) float32.
-        labels: class or -2 crowd, (G,) int64.
-        index, epoch: choose the random stream.
-        size: side of the network input, 0 for the default.
+        """Transform one image.
+
+        Args:
+            image: RGB uint8, (H, W, 3).
+            boxes: xyxy in pixels of the image, (G, 4) float32.
+            labels: class, or -2 for crowd, (G,) int64.
+            index, epoch: select the random stream.
+            size: side of the network input in pixels, 0 for the default.
         """
-        data, size = self.data, size or self.size
-        letterbox, width, height = letterbox_geometry(
-            image.shape[1], image.shape[0], size, data.keep_aspect, data.letterbox_rounding
-        )
+        geometry, size = self.geometry, size or self.size
+        letterbox, width, height = geometry.place(image.shape[1], image.shape[0], size)
         if self.placement is not None:
             placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
         else:
@@ -70,7 +80,7 @@ class Transform:
         if self.augmentation is not None:
             image, boxes, labels = self.augmentation(placed, boxes, labels, size, epoch, index)
         else:
-            image = resize_placed(placed, size, data.fill, INTERPOLATIONS[data.interpolation])
+            image = resize_placed(placed, size, geometry.fill, INTERPOLATIONS[geometry.interpolation])
         if self.color is not None:
             image = self.color(image, epoch, index)
         return Sample(image, boxes, labels, index, letterbox)

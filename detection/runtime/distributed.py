@@ -190,7 +190,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     if others := sorted(kind.__name__ for kind in kinds - {nn.BatchNorm2d, nn.SyncBatchNorm}):
         raise SettingsError(
-            f"train.sync_batch_norm: {', '.join(others)} cannot be synchronised (yolo.batch_norm=standard)"
+            f"train.sync_batch_norm: {', '.join(others)} cannot be synchronised (model.batch_norm=standard)"
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

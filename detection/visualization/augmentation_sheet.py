@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import v2
 
 from detection.config.augmentation import AugmentationSettings
-from detection.config.settings import DataSettings
+from detection.contract import Geometry
 from detection.data.augmentation.color import distort_hsv
 from detection.data.augmentation.crop_and_scale import build_iou_crop
 from detection.data.transforms import Sample, Transform
@@ -81,19 +81,19 @@ def augmentation_names() -> list[str]:
     return [name for name in AugmentationSettings.model_fields if name != "min_visibility"]
 
 
-def only(data: DataSettings, name: str, **settings: Any) -> DataSettings:
+def only(augmentation: AugmentationSettings, name: str, **settings: Any) -> AugmentationSettings:
     """The settings with one augmentation on every image, changed if asked, and all others off; not validated again."""
-    augmentation = data.augmentation
     sections: dict[str, Any] = {
         other: getattr(augmentation, other).model_copy(update={"p": 0.0}) for other in augmentation_names()
     }
     if name:
         sections[name] = sections[name].model_copy(update={"p": 1.0, **settings})
-    return data.model_copy(update={"augmentation": augmentation.model_copy(update=sections)})
+    return augmentation.model_copy(update=sections)
 
 
 def strength_rows(
-    data: DataSettings,
+    augmentation: AugmentationSettings,
+    geometry: Geometry,
     name: str,
     size: int,
     seed: int,
@@ -106,7 +106,7 @@ def strength_rows(
     """Rows of tiles: one per setting of the augmentation, the others of it off; at last draws with all of them.
 
     Args:
-        data, size, seed: of the training, see `Transform`.
+        augmentation, geometry, size, seed: of the training, see `Transform`.
         name: of the augmentation.
         image, boxes, labels, index: as `Transform` takes them.
         draws: of epochs 0, 1, ... in the last row.
@@ -115,12 +115,16 @@ def strength_rows(
     def through(transform: Transform, epoch: int = 0) -> Sample:
         return transform(image, boxes, labels, index, epoch, size)
 
-    plain = through(Transform(only(data, ""), size, seed, training=False))
-    section = getattr(data.augmentation, name)
+    plain = through(Transform(geometry, size))
+    section = getattr(augmentation, name)
     for varied in VARIED.get(name, ()):
         tiles = []
         for value, label in values_of(varied, getattr(section, varied.name)):
-            sample = plain if label == NEUTRAL else _apply(data, name, varied, value, size, seed, plain, through)
+            sample = (
+                plain
+                if label == NEUTRAL
+                else _apply(augmentation, geometry, name, varied, value, size, seed, plain, through)
+            )
             if name == "iou_crop" and sample is not plain and np.array_equal(sample.image, plain.image):
                 label += ": no such crop"
             tiles.append(Tile(varied.name, label, sample))
@@ -132,7 +136,7 @@ def strength_rows(
             Tile("channels", "".join("RGB"[channel] for channel in order), _recolored(plain, plain.image[..., order]))
             for order in orders
         ]
-    transform = _training(only(data, name), size, seed)
+    transform = _training(only(augmentation, name), geometry, size, seed)
     if VARIED.get(name):
         yield [Tile("draw", f"epoch {epoch}", through(transform, epoch)) for epoch in range(draws)]
     else:
@@ -180,7 +184,8 @@ def _named(varied: Varied, scaled: Sequence[tuple[float, float]]) -> list[tuple[
 
 
 def _apply(
-    data: DataSettings,
+    augmentation: AugmentationSettings,
+    geometry: Geometry,
     name: str,
     varied: Varied,
     value: Any,
@@ -204,23 +209,24 @@ def _apply(
     }
     exact = value if varied.kind in ("amount", "choices") else (value, value)
     if name == "iou_crop":
-        return _crop(data, varied, value, size, seed, through)
-    changed = only(data, name, **{**neutral, varied.name: exact})
-    return through(_training(changed, size, seed))
+        return _crop(augmentation, geometry, varied, value, size, seed, through)
+    changed = only(augmentation, name, **{**neutral, varied.name: exact})
+    return through(_training(changed, geometry, size, seed))
 
 
 def _crop(
-    data: DataSettings,
+    augmentation: AugmentationSettings,
+    geometry: Geometry,
     varied: Varied,
     value: float,
     size: int,
     seed: int,
     through: Callable[[Transform], Sample],
 ) -> Sample:
-    settings = data.augmentation.iou_crop
+    settings = augmentation.iou_crop
     if varied.name == "min_crop_size":
         settings = settings.model_copy(update={"min_crop_size": value})
-    transform = _training(only(data, "iou_crop"), size, seed)
+    transform = _training(only(augmentation, "iou_crop"), geometry, size, seed)
     assert transform.placement is not None, "iou_crop is on"
     crop = build_iou_crop(settings)
     # Without the choice to keep the image; but no crop overlaps a small object much, and torchvision never gives up.
@@ -230,10 +236,10 @@ def _crop(
     return through(transform)
 
 
-def _training(data: DataSettings, size: int, seed: int) -> Transform:
+def _training(augmentation: AugmentationSettings, geometry: Geometry, size: int, seed: int) -> Transform:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Pydantic serializer")  # a pair stands where a number was
-        return Transform(data, size, seed, training=True)
+        return Transform(geometry, size, seed, augmentation)
 
 
 def _recolored(sample: Sample, image: np.ndarray) -> Sample:

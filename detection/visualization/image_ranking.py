@@ -126,7 +126,7 @@ def find_mistakes(
         unreadable: gets the position and the reason of every other image.
     """
     settings, device = opened.settings, machine.device
-    print(f"{describe_device(device)}; {protocol_line(settings)}", flush=True)
+    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)
     detector = machine.place(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(
@@ -144,7 +144,9 @@ def find_mistakes(
             raise DataReadError(f"none of {len(dataset)} images can be read; {unreadable[0]}")
 
     found = evaluate(
-        *detector._replace(criterion=None),
+        detector.model,
+        None,
+        detector.postprocess,
         batches(),
         dataset.annotations,
         device,

@@ -1,4 +1,4 @@
-"""The albumentations of training: the library draws and changes pixels, the geometry of all of it is one warp."""
+"""Augmentation with albumentations: the library draws parameters and changes pixels; all geometry is one warp."""
 
 import os
 import random
@@ -8,26 +8,29 @@ import cv2
 import numpy as np
 
 from detection.config.augmentation import AugmentationSettings
-from detection.config.settings import DataSettings
+from detection.contract import Geometry
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
 
-# albumentations asks the package index for a newer version when it is imported; nothing here may need a network.
+# Stop albumentations from asking the package index for a newer version on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-MINIMUM_SIDE = 1.0  # pixels of the network input; a box that augmentation leaves smaller is removed
+MINIMUM_SIDE = 1.0  # pixels of the network input; smaller boxes are removed after augmentation
 
 
 class Augmentation:
-    """Geometry first, so that noise is applied at network resolution. What has no probability is not built.
+    """Applies albumentations' transforms, geometry first so that noise has the resolution of the network input.
+
+    Transforms of probability 0 are not built.
 
     Args:
-        data: the sections of its augmentation, min_visibility, fill and interpolation.
+        settings: of all transforms.
+        geometry: of the detector; its fill and interpolation.
         seed: of the run.
     """
 
-    def __init__(self, data: DataSettings, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.compose = build_augmentation(data.augmentation, data.fill)
+    def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
+        self.settings, self.geometry, self.seed = settings, geometry, seed
+        self.compose = build_augmentation(settings, geometry.fill)
         steps = {type(step).__name__: step for step in self.compose.transforms}
         self.affine, *self.flips = (steps.pop(name, None) for name in ("Affine", "HorizontalFlip", "VerticalFlip"))
         self.pixelwise = list(steps.values())
@@ -35,16 +38,16 @@ class Augmentation:
     def __call__(
         self, placed: Placed, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The network input (size, size, 3) uint8, and the boxes and labels of what is left to see.
+        """Return the network input (size, size, 3) uint8, and the boxes and labels that remain visible.
 
         Args:
             boxes: xyxy in pixels of the square, (G, 4) float32.
         """
-        # One shared stream: `set_random_seed` would give every transform the same stream, so that all that are
-        # applied with equal probability would be applied to the same images.
+        # One shared stream: `set_random_seed` would give every transform the same stream, so those of equal probability
+        # would be applied to the same images.
         numbers, chance = self.streams(epoch, index)
         self.compose.set_random_state(numbers, chance)
-        chance.random()  # `Compose` draws whether to do anything at all
+        chance.random()  # the number that `Compose` draws for its own probability
         matrix = np.eye(3)
         moved = self.affine is not None and self.affine.should_apply()
         if moved:
@@ -54,8 +57,8 @@ class Augmentation:
             matrix[axis] = (0, 0, size) - matrix[axis]
 
         image = self.transform_image(placed, matrix, moved, mirrored, size)
-        rotate_method = self.data.augmentation.affine.rotate_method if moved else "largest_box"
-        boxes, kept = move_boxes(boxes, matrix, size, rotate_method, self.data.augmentation.min_visibility)
+        rotate_method = self.settings.affine.rotate_method if moved else "largest_box"
+        boxes, kept = move_boxes(boxes, matrix, size, rotate_method, self.settings.min_visibility)
         for step in self.pixelwise:
             image = step(image=image)["image"]
         return image, boxes[kept], labels[kept]
@@ -66,12 +69,12 @@ class Augmentation:
     def transform_image(
         self, placed: Placed, matrix: np.ndarray, moved: bool, mirrored: list[bool], size: int
     ) -> np.ndarray:
-        """Letterbox and matrix; with an affine sampled once, where `data.interpolation` is what a warp does."""
-        if moved and self.data.interpolation == "linear":
-            return warp_placed(placed, matrix, size, self.data.fill)
-        image = resize_placed(placed, size, self.data.fill, INTERPOLATIONS[self.data.interpolation])
+        """Letterbox and matrix; with an affine sampled once, where `Geometry.interpolation` is what a warp does."""
+        if moved and self.geometry.interpolation == "linear":
+            return warp_placed(placed, matrix, size, self.geometry.fill)
+        image = resize_placed(placed, size, self.geometry.fill, INTERPOLATIONS[self.geometry.interpolation])
         if moved:
-            return warp_placed(Placed(image, 0, 0, size, size), matrix, size, self.data.fill)
+            return warp_placed(Placed(image, 0, 0, size, size), matrix, size, self.geometry.fill)
         if any(mirrored):
             return cv2.flip(image, -1 if all(mirrored) else 1 if mirrored[0] else 0)
         return image
@@ -80,20 +83,20 @@ class Augmentation:
 def move_boxes(
     boxes: np.ndarray, matrix: np.ndarray, size: int, rotate_method: str, min_visibility: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes around the moved boxes ("largest_box") or around the moved ellipses inside them ("ellipse").
+    """Enclose the transformed boxes ("largest_box") or the transformed ellipses inside them ("ellipse").
 
     Args:
-        boxes: xyxy in pixels of the square, (G, 4) float32; what is outside it does not count.
-        matrix: from the square to the square, (3, 3) affine.
-        min_visibility: share of the moved box that has to be inside the square.
+        boxes: xyxy in pixels of the square, (G, 4) float32; clipped to it first.
+        matrix: affine from square to square, (3, 3).
+        min_visibility: fraction of the transformed box that must be inside the square.
 
     Returns:
-        Boxes cut to the square, (G, 4) float32, and which of them stay, (G,) bool.
+        Boxes clipped to the square, (G, 4) float32, and which of them to keep, (G,) bool.
     """
     inside = boxes.astype(np.float64).clip(0, size)
     centre, half = (inside[:, 2:] + inside[:, :2]) / 2, (inside[:, 2:] - inside[:, :2]) / 2
     centre = centre @ matrix[:2, :2].T + matrix[:2, 2]
-    # The extent along an axis: of a parallelogram the sum over both half sides, of an ellipse the root of squares.
+    # Half extent along an axis: the sum over both half sides of a parallelogram, the root of squares of an ellipse.
     if rotate_method == "ellipse":
         half = np.sqrt(half**2 @ (matrix[:2, :2] ** 2).T)
     else:
@@ -106,7 +109,7 @@ def move_boxes(
 
 
 def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int, int]) -> Any:
-    """The transforms of albumentations as a `Compose`, which refuses arguments that they do not know."""
+    """Build albumentations' transforms as a strict `Compose`, which refuses unknown arguments."""
     import albumentations as A
 
     from detection.data.augmentation.fog import RandomFog

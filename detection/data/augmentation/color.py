@@ -1,4 +1,4 @@
-"""Training's named colour distortions: as the program Darknet does it, and as SSD and mmdetection do."""
+"""Colour distortions of other systems: HSV as in Darknet, photometric as in SSD and mmdetection."""
 
 import cv2
 import numpy as np
@@ -8,9 +8,9 @@ from torchvision.transforms import v2
 from detection.config.augmentation import AugmentationSettings
 from detection.runtime.reproducibility import sample_stream, torch_stream
 
-# Streams of the one seed; the numbers only have to differ, here and in placements.py, and not be 0.
+# Random streams of an image; unlike 0 and those in crop_and_scale.py.
 HSV_STREAM, PHOTOMETRIC_STREAM = 4, 5
-# OpenCV's two 8-bit conversions "FULL" disagree: to HSV the circle has 256 levels, from HSV it has 255.
+# OpenCV's 8-bit "FULL" conversions disagree: the hue circle has 256 levels to HSV, but 255 from HSV.
 HUE_LEVELS_TO_HSV, HUE_LEVELS_FROM_HSV = 256, 255
 
 
@@ -19,11 +19,11 @@ def has_color(augmentation: AugmentationSettings) -> bool:
 
 
 class ColorDistortion:
-    """`darknet_hsv`, then `photometric_distortion`, on (S, S, 3) uint8 RGB.
+    """Applies `darknet_hsv`, then `photometric_distortion`, to (S, S, 3) uint8 RGB.
 
     Args:
-        augmentation: the two sections.
-        seed: of the run.
+        augmentation: settings of both.
+        seed: seed of the run.
     """
 
     def __init__(self, augmentation: AugmentationSettings, seed: int) -> None:
@@ -46,17 +46,17 @@ class ColorDistortion:
 
 
 def draw_scale(largest: float, generator: np.random.Generator) -> float:
-    """A factor in 1..largest, or with probability 1/2 its inverse."""
+    """Draw a factor from 1 to `largest`, or with probability 1/2 its inverse."""
     scale = generator.uniform(1, largest)
     return scale if generator.random() < 0.5 else 1 / scale
 
 
 def distort_hsv(image: np.ndarray, hue: float, saturation: float, exposure: float) -> np.ndarray:
-    """Turn the hue by a fraction of the circle, multiply saturation and value; (H, W, 3) uint8 RGB.
+    """Shift the hue by a fraction of the circle and multiply saturation and value; (H, W, 3) uint8 RGB.
 
-    Hue and saturation are rounded to 8 bits, the hue thereby to 1/256 of the circle. The value is the size of the
-    colour, so it is multiplied in RGB, which is exact and cut at 255 as in Darknet. Differs: saturation is cut at 1
-    before the conversion back, there the colour is cut after it.
+    Hue and saturation are rounded to 8 bits, the hue to 1/256 of the circle. The value scales the colour, so it is
+    multiplied in RGB, exactly and clipped at 255 as in Darknet. Differs: saturation is clipped at 1 before the
+    conversion back to RGB; Darknet clips the colour after it.
 
     Source: distort_image in src/image.c of https://github.com/pjreddie/darknet
     """

@@ -1,8 +1,8 @@
-"""Training's named ways to lay an image into the network input: which part of it, and where.
+"""Random placement of an image in the network input: which part of it is shown, and where.
 
-`expand` and `iou_crop` choose a rectangle of the image, in its own pixels, which may reach beyond it; the letterbox or
-`darknet_jitter` says where that rectangle lies in the square. No pixel is touched here: whatever was chosen, an image
-is resampled once, and no canvas larger than the network input is ever made.
+`expand` and `iou_crop` choose a view, a rectangle in pixels of the image that may exceed it. The letterbox or
+`darknet_jitter` chooses the target, the rectangle of the square that the view fills. Pixels are not touched here, so an
+image is resampled only once and no canvas larger than the network input is needed.
 """
 
 from typing import NamedTuple
@@ -13,18 +13,16 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 from detection.config.augmentation import AugmentationSettings, IoUCrop
-from detection.config.settings import DataSettings
-from detection.contract import CROWD_LABEL
+from detection.contract import CROWD_LABEL, Geometry
 from detection.data.resize import Placed
-from detection.ops.letterbox import letterbox_geometry
 from detection.runtime.reproducibility import sample_stream, torch_stream
 
-# Streams of the one seed; the numbers only have to differ, here and in color.py, and not be 0.
+# Random streams of an image; unlike 0 and those in color.py.
 EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM = 1, 2, 3
 
 
 class Rectangle(NamedTuple):
-    """Whole pixels, of the image or of the network input."""
+    """Rectangle in whole pixels of the image or of the network input."""
 
     left: int
     top: int
@@ -37,84 +35,87 @@ def has_placement(augmentation: AugmentationSettings) -> bool:
 
 
 class RandomPlacement:
-    """From an image and its boxes to the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
+    """Places an image and its boxes in the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
 
     Args:
-        data: the three sections of its augmentation, min_visibility, and how images are laid into the square.
+        settings: of all transforms.
+        geometry: of the detector: where an image lies in the square without a jitter.
         seed: of the run.
     """
 
-    def __init__(self, data: DataSettings, seed: int) -> None:
-        self.data = data
-        self.seed = seed
-        augmentation = data.augmentation
-        self.expand = v2.RandomZoomOut(side_range=augmentation.expand.ratio)
-        self.iou_crop = build_iou_crop(augmentation.iou_crop)
+    def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
+        self.settings, self.geometry, self.seed = settings, geometry, seed
+        self.expand = v2.RandomZoomOut(side_range=settings.expand.ratio)
+        self.iou_crop = build_iou_crop(settings.iou_crop)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
     ) -> tuple[Placed, np.ndarray, np.ndarray]:
-        """As `Transform`, for a square of `size`: which part of the image goes where, boxes and labels of the rest."""
+        """Return the part of the image with its place in a square of `size`, and the boxes and labels kept.
+
+        Arguments as in `Transform.__call__`.
+        """
         view, inside = self.draw_view(image.shape[1], image.shape[0], boxes, labels, epoch, index)
         target = self.draw_target(view, size, epoch, index)
         placed, visible, boxes = place_view(image, boxes, view, target, size)
-        kept = inside & (visible > 0) & (visible >= self.data.augmentation.min_visibility)
+        kept = inside & (visible > 0) & (visible >= self.settings.min_visibility)
         return placed, boxes[kept], labels[kept]
 
     def draw_view(
         self, width: int, height: int, boxes: np.ndarray, labels: np.ndarray, epoch: int, index: int
     ) -> tuple[Rectangle, np.ndarray]:
-        """The rectangle to look at in pixels of the image, and which boxes count there, (G,) bool.
+        """Draw the view in pixels of the image, and which boxes it keeps, (G,) bool.
 
-        A crowd region is no object: no crop is chosen for its sake, and its centre may lie outside.
+        A crowd region is not an object: no crop is chosen for it, and its centre may be outside the crop.
         """
         view, counts = Rectangle(0, 0, width, height), np.ones(len(boxes), bool)
         generator = sample_stream(self.seed, epoch, index, EXPAND_STREAM)
-        if generator.random() < self.data.augmentation.expand.p:
+        if generator.random() < self.settings.expand.p:
             with torch_stream(generator):
                 view = expanded(view, self.expand)
-        inside = boxes.clip(0, np.array([width, height] * 2, np.float32))  # the file may not say the image's size
+        inside = boxes.clip(0, np.array([width, height] * 2, np.float32))  # unclipped if the file states no image size
         objects = (labels != CROWD_LABEL) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
         generator = sample_stream(self.seed, epoch, index, IOU_CROP_STREAM)
-        if generator.random() < self.data.augmentation.iou_crop.p:
+        if generator.random() < self.settings.iou_crop.p:
             with torch_stream(generator):
                 view, counts[objects] = cropped(view, inside[objects], self.iou_crop)
         return view, counts
 
     def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> Rectangle:
         """Where the view lies in the square."""
-        settings = self.data.augmentation.darknet_jitter
+        settings = self.settings.darknet_jitter
         generator = sample_stream(self.seed, epoch, index, JITTER_STREAM)
         if generator.random() < settings.p:
             return jittered(view.width, view.height, size, settings.jitter, generator)
-        letterbox, width, height = letterbox_geometry(
-            view.width, view.height, size, self.data.keep_aspect, self.data.letterbox_rounding
-        )
+        letterbox, width, height = self.geometry.place(view.width, view.height, size)
         return Rectangle(letterbox.left, letterbox.top, width, height)
 
 
 def build_iou_crop(settings: IoUCrop) -> v2.RandomIoUCrop:
-    """torchvision's crop, with the choices of mmdetection: 1 keeps the image, 0 asks for no overlap."""
+    """Build torchvision's crop with mmdetection's options: 1 keeps the image, 0 requires no overlap."""
     return v2.RandomIoUCrop(min_scale=settings.min_crop_size, sampler_options=[1.0, *settings.min_ious, 0.0])
 
 
 def expanded(view: Rectangle, zoom_out: v2.RandomZoomOut) -> Rectangle:
-    """A larger canvas around the view, the view at a random place on it."""
+    """Extend the view to a larger canvas at a random position around it."""
     canvas = BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(view.height, view.width))
     left, top, right, bottom = zoom_out.make_params([canvas])["padding"]
     return Rectangle(view.left - left, view.top - top, view.width + left + right, view.height + top + bottom)
 
 
 def cropped(view: Rectangle, boxes: np.ndarray, iou_crop: v2.RandomIoUCrop) -> tuple[Rectangle, np.ndarray]:
-    """A part of the view that overlaps an object as far as drawn, and which boxes have their centre in it.
+    """Crop the view so that it overlaps an object by a drawn IoU.
 
     Args:
-        view: in pixels of the image.
-        boxes: of the objects, xyxy in pixels of the image, inside it, (G, 4) float32.
+        view: rectangle in pixels of the image.
+        boxes: boxes of objects, xyxy in pixels of the image and inside it, (G, 4) float32.
         iou_crop: draws from torch's global generator.
+
+    Returns:
+        The crop, and which boxes have their centre in it, (G,) bool.
     """
     everything = np.ones(len(boxes), bool)
-    # torchvision divides by the height of its crop, which is 0 where a few pixels are scaled down.
+    # torchvision divides by the height of its crop, which rounds to 0 for views of a few pixels.
     if len(boxes) == 0 or min(view.width, view.height) * iou_crop.min_scale < 2:
         return view, everything
     on_canvas = torch.from_numpy(boxes - np.array([view.left, view.top] * 2, np.float32))
@@ -128,12 +129,12 @@ def cropped(view: Rectangle, boxes: np.ndarray, iou_crop: v2.RandomIoUCrop) -> t
 
 
 def jittered(width: int, height: int, size: int, jitter: float, generator: np.random.Generator) -> Rectangle:
-    """The place in the square of an image whose aspect ratio is changed at random; it touches two opposite sides.
+    """Draw a target with a random change of aspect ratio; it touches two opposite sides of the square.
 
     aspect = (width + U(-1, 1) * jitter * width) / (height + U(-1, 1) * jitter * height)
 
-    Source: load_data_detection in src/data.c of https://github.com/pjreddie/darknet (scale = 1). Differs: there
-    the boxes keep the fractions of a pixel that the image loses.
+    Source: load_data_detection in src/data.c of https://github.com/pjreddie/darknet (scale = 1). Differs: Darknet does
+    not round the boxes to the whole pixels of the image.
     """
     aspect = (width + generator.uniform(-jitter * width, jitter * width)) / (
         height + generator.uniform(-jitter * height, jitter * height)
@@ -151,17 +152,17 @@ def place_view(
     target: Rectangle,
     size: int,
 ) -> tuple[Placed, np.ndarray, np.ndarray]:
-    """Where in a square what the view shows of an image lies, if the view is laid onto the target rectangle.
+    """Map the view of an image onto the target rectangle of the square.
 
     Args:
         image: (H, W, 3) uint8.
         boxes: xyxy in pixels of the image, (G, 4) float32.
-        view: in pixels of the image; must overlap it.
-        target: in pixels of the square; inside it.
+        view: rectangle in pixels of the image; must overlap it.
+        target: rectangle in pixels of the square; inside it.
 
     Returns:
-        The part of the image and its place; the share of each box's area that the view shows, (G,) float64; and that
-        part of each box in pixels of the square, (G, 4) float32. Where nothing is shown the box has no meaning.
+        The visible part of the image with its place; the visible fraction of each box's area, (G,) float64; and the
+        visible part of each box in pixels of the square, (G, 4) float32, undefined if the fraction is 0.
     """
     x1, x2, left, right = _span(view.left, view.width, target.left, target.width, image.shape[1], size)
     y1, y2, top, bottom = _span(view.top, view.height, target.top, target.height, image.shape[0], size)
@@ -176,7 +177,7 @@ def place_view(
 def _span(
     view: int, view_length: int, target: int, target_length: int, length: int, size: int
 ) -> tuple[int, int, int, int]:
-    """Along one axis: what the view shows of the image's pixels (first, end), and its place in the square."""
+    """Return, along one axis, the visible range (first, end) of the image's pixels and its place in the square."""
     first, end = max(view, 0), min(view + view_length, length)
     scale = target_length / view_length
     start = min(round(target + (first - view) * scale), size - 1)

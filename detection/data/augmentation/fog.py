@@ -1,4 +1,4 @@
-"""The fog of albumentations, drawn in one go instead of circle by circle. Imports albumentations: import it late."""
+"""Vectorised version of albumentations' RandomFog. Imports albumentations, so import this module lazily."""
 
 from typing import Any
 
@@ -7,20 +7,19 @@ import cv2
 import numpy as np
 
 PARTICLES_PER_REGION = 10
-SHRINK = 0.1  # of the region's sides from one region to the next
+SHRINK = 0.1  # relative decrease of the region's sides from one region to the next
 MAX_REGIONS = 10
 
 
 class RandomFog(A.RandomFog):
-    """`A.RandomFog` with its settings and its kind of picture: white discs of random place and radius over the image,
-    denser towards the centre, then a blur.
+    """`A.RandomFog` without a loop over discs: white discs at random positions, denser in the centre, blurred.
 
-    There each of about a thousand discs is blended into a copy of the image. A disc takes a pixel the same share
-    `alpha` of the way to white each time, so only their number k counts:
+    albumentations blends about a thousand discs into the image one by one. Each moves a pixel by the same fraction
+    `alpha` towards white, so the result depends only on the number k of discs that cover it:
 
         pixel = 255 - (255 - pixel) * (1 - alpha)^k
 
-    Differs: rounded once instead of k times; places and radii come from other numbers of the same random stream.
+    Differs: rounded once instead of k times; positions and radii use other numbers of the same random stream.
 
     Source: RandomFog and add_fog of albumentations 2.0.8 (MIT)
     """
@@ -53,11 +52,11 @@ class RandomFog(A.RandomFog):
 
 
 def count_discs(centres: np.ndarray, radii: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How many discs cover each pixel, (height, width) int64.
+    """Count the discs that cover each pixel, (height, width) int64.
 
     Args:
         centres: x, y in whole pixels, (K, 2).
-        radii: in whole pixels, (K,).
+        radii: radii in whole pixels, (K,).
     """
     heights = 2 * radii + 1  # rows of each disc
     disc = np.repeat(np.arange(len(radii)), heights)
@@ -66,21 +65,21 @@ def count_discs(centres: np.ndarray, radii: np.ndarray, height: int, width: int)
     row, centre = centres[disc, 1] + offset, centres[disc, 0]
     first, end = np.clip(centre - reach, 0, width), np.clip(centre + reach + 1, 0, width)
     inside = (row >= 0) & (row < height)
-    start = row[inside] * (width + 1)  # a column more: where the rows that reach the border end
+    start = row[inside] * (width + 1)  # one extra column for ends at the right border
     length = height * (width + 1)
     changes = np.bincount(start + first[inside], minlength=length) - np.bincount(start + end[inside], minlength=length)
     return np.cumsum(changes.reshape(height, width + 1), axis=1)[:, :-1]
 
 
 def thicken(image: np.ndarray, counts: np.ndarray, alpha: float) -> np.ndarray:
-    """White discs of this opacity over (H, W, 3) uint8, as many as the counts (H, W) say."""
+    """Blend `counts` (H, W) white discs of opacity `alpha` into each pixel of (H, W, 3) uint8."""
     shares = ((1 - alpha) ** np.arange(counts.max(initial=0) + 1)).astype(np.float32)
     clear = cv2.merge([shares[counts]] * 3)
     return cv2.bitwise_not(cv2.multiply(cv2.bitwise_not(image), clear, dtype=cv2.CV_8U))
 
 
 def blur_fog(image: np.ndarray) -> np.ndarray:
-    """As albumentations does at last: a Gaussian over a thirtieth of the shorter side."""
+    """Blur with a Gaussian kernel of a thirtieth of the shorter side, as albumentations does last."""
     side = max(3, min(image.shape[:2]) // 30)
     side += side % 2 == 0
     return cv2.GaussianBlur(image, (side, side), 0)
