@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.support.synthetic_dataset import TRAIN2017, write_annotations, write_links
-from detection.config.command_line import DEFAULTS, Parser, at_least_one
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, at_least_one
 from detection.contract import Geometry
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_training_loader
@@ -43,7 +42,6 @@ def main() -> None:
         file = root / "annotations.json"
         write_annotations(file, count, TRAIN2017[1] * count // TRAIN2017[0])
         write_links(root / "images", count, np.zeros((16, 16, 3), np.uint8))
-        data = load_settings(DEFAULTS)[0].data
         before, started = memory_of("self"), time.perf_counter()
         dataset = CocoDataset(root / "images", file, Transform(Geometry(32), SIZE))
         seconds = time.perf_counter() - started
