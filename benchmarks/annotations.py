@@ -14,24 +14,24 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from benchmarks.support.synthetic_dataset import TRAIN2017, write_annotations, write_links
-from detection.config.command_line import DEFAULTS, Parser, at_least_one
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, at_least_one
 from detection.contract import Geometry
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 
 BATCH, SIZE, WARM_UP = 64, 32, 20  # SIZE: of the network input, small: the time is not what is measured
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.annotations", __doc__)
     parser.add_argument("--images", type=at_least_one, default=TRAIN2017[0])
     parser.add_argument("--workers", type=at_least_one, default=2)
@@ -42,8 +42,6 @@ def main() -> None:
         file = root / "annotations.json"
         write_annotations(file, count, TRAIN2017[1] * count // TRAIN2017[0])
         write_links(root / "images", count, np.zeros((16, 16, 3), np.uint8))
-        data = load_settings(DEFAULTS)[0].data
-        cv2.setNumThreads(0)
         before, started = memory_of("self"), time.perf_counter()
         dataset = CocoDataset(root / "images", file, Transform(Geometry(32), SIZE))
         seconds = time.perf_counter() - started

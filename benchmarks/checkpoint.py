@@ -16,6 +16,7 @@ import torch
 from detection.checkpoints import load_checkpoint
 from detection.config.command_line import DEFAULTS, Parser, at_least_one, device_flags
 from detection.config.loading import load_settings
+from detection.data.workers import prepare_process
 from detection.errors import OutputError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import build_scaler, choose_device, describe_device
@@ -25,6 +26,7 @@ from detection.training.state import RunState
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.checkpoint", __doc__)
     parser.add_settings()
     parser.add_argument("--repeats", type=at_least_one, default=5, metavar="N", help="saves measured (default: 5)")

@@ -30,6 +30,7 @@ from detection.config.command_line import Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
 from detection.contract import Detector
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.inference.export.onnx_export import OnnxOptions, build_onnx
 from detection.inference.onnx_model import OnnxModel
@@ -50,6 +51,7 @@ HEADER = (
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.inference", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", nargs="+", type=at_least_one, help="default: 1 4 on the CPU, 1 8 32 elsewhere")

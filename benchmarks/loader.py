@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torchvision
@@ -35,6 +34,7 @@ from detection.data.image_file import JPEG_DECODERS, choose_decoder, describe_de
 from detection.data.loaders import build_training_loader, collate_samples
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.errors import SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.visualization.augmentation_sheet import augmentation_names, only
@@ -45,6 +45,7 @@ LOADED = 384  # images for each row of the loader
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.loader", __doc__)
     parser.add_settings(device=False)
     parser.add_argument("--images", type=at_least_one, default=96, metavar="N", help="different images (default: 96)")
@@ -55,7 +56,6 @@ def main() -> None:
     places = ("root", "builtin", "fake", "train_annotations", "train_images")
     generated = all(getattr(settings.data, place) == getattr(unchanged, place) for place in places)
     generated = generated and not any(word.startswith("data.root=") for word in arguments.settings)
-    cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         if generated:

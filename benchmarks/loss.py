@@ -19,6 +19,7 @@ from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
 from detection.data.loaders import SMALLEST_BUCKET, targets_to
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.models import build_detector
 from detection.models.yolo import CRITERIA
@@ -32,6 +33,7 @@ CLASSES = 80
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.loss", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backbone", default="mobilenet_v3_small", help="of the step (default: mobilenet_v3_small)")

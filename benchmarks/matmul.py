@@ -10,12 +10,14 @@ import statistics
 import torch
 
 from detection.config.command_line import Parser, at_least_one
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.runtime.devices import choose_device
 from detection.training.throughput import matmul_rates
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.matmul", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=at_least_one, default=4096, help="rows and columns")

@@ -19,6 +19,7 @@ import torch
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.models import build_detector
 from detection.models.backbones.activation_checkpointing import recompute_backbone
@@ -40,6 +41,7 @@ STEPS = 2  # the second has the optimizer's state
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.memory", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "off"])

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
 from detection.config.command_line import Parser, at_least_one
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.ops.nms import grouped_nms
 from detection.runtime.devices import choose_device, describe_device, peak_memory_gib, synchronize
@@ -35,6 +36,7 @@ BOXES_PER_OBJECT = 10
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.nms", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--boxes", nargs="+", type=at_least_one, default=[1000, 10_000, 25_000, 100_000])

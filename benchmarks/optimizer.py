@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.support.timing import milliseconds
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device, describe_device
@@ -28,6 +29,7 @@ FORMS = ("fused", "foreach", "per tensor")
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.optimizer", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backbone", default="darknet")

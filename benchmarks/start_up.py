@@ -25,8 +25,9 @@ from typing import Any
 from benchmarks.support.synthetic_dataset import TRAIN2017, VAL2017, write_annotations, write_links
 from detection.config.command_line import Parser, at_least_one
 from detection.config.loading import load_settings
+from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
-from detection.runtime.devices import describe_device, open_device
+from detection.runtime.devices import describe_device, open_machine
 from detection.training.throughput import matmul_rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,7 @@ STARTED = "START_UP_BENCHMARK"  # environment variable: time at which the proces
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.start_up", __doc__)
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     parser.add_argument("--device", default="auto", help="(default: the first accelerator, else the CPU)")
@@ -68,7 +70,7 @@ def main() -> None:
         size = (root / "annotations" / "instances_train2017.json").stat().st_size / 1e6
     import torch
 
-    device = open_device(settings.run, settings.run.device)
+    device = open_machine(settings.run).device
     rate = max(matmul_rates(2048, torch.float32, device, 3)) / 1e12
     print(
         f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, annotations of {size:.0f} MB; "

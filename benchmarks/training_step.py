@@ -32,6 +32,7 @@ from detection.data.fake import MEAN_BOXES, synthetic_batch
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.errors import SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
@@ -57,6 +58,7 @@ PEERS = ("ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn")
 
 
 def main() -> None:
+    prepare_process()
     parser = Parser("benchmarks.training_step", __doc__)
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
     parser.add_argument("--device", default="cpu")
