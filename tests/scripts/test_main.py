@@ -491,6 +491,13 @@ def test_output_directory_in_use(
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
 
 
+def test_unknown_logger(scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path) -> None:
+    for word, words in (("[files,mlflw]", ["'mlflw'", "files, tensorboard"]), ("[]", ["files must be among them"])):
+        for mode in ([], ["--dry-run"]):
+            refused_here([*scenarios.common, f"run.loggers={word}", *mode], 2, "run.loggers", *words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_without_any_run(refused_here: Callable[..., None]) -> None:
     refused_here(["--resume"], 2, "logs/*/last.pt")
     refused_here(["--resume", "nowhere"], 7, "nowhere/last.pt", "does not exist")
