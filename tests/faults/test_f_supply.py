@@ -56,7 +56,7 @@ def test_F03_training_needs_no_optional_package(
 def test_F03_what_needs_a_missing_package_says_so_before_the_first_step(
     train: Callable[..., Run], package: str, word: str, message: str
 ) -> None:
-    words = [word, "model.cfg=null"] if word.startswith("yolo") else [word]
+    words = [word, "model.cfg=null"] if word.startswith("model") else [word]
     run = train("run", *words, fault=functools.partial(hide, package=package))
     run.ends_with(2, message)
     assert "from step 0" not in run.out

@@ -42,7 +42,7 @@ NETWORK = write_cfg([net(64), *LAYERS, *HEADS, yolo("0,1,2", ANCHORS, 2)])
 OVERLAY: dict[str, Any] = {
     "run": {"device": "cpu", "precision": "off", "log_frequency": 1, "seed": 3, "preflight": False},
     "data": {"num_workers": 0},
-    "yolo": {"backbone": "darknet_cfg"},
+    "model": {"backbone": "darknet_cfg"},
     "train": {
         "batch_size": 2, "subdivisions": 2, "steps": 8, "image_size": 64, "resize_frequency": 2,
         "multiscale_sizes": [64, 96], "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2, "save_frequency": 1000,
