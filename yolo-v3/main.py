@@ -25,7 +25,6 @@ from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
-from detection.training.checkpoint_writer import Saver
 from detection.training.console import plan_lines, report_end, report_first_batch, report_progress
 from detection.training.dry_run import dry_run, preflight
 from detection.training.endings import joint_work, logged_end
@@ -101,8 +100,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
     stop.install()
     loggers = open_loggers(run, directory, checkpoint)
     state = run.new_state(checkpoint)
-    saver = Saver(run, state, loggers)
-    with logged_end(run, state, saver, loggers):
+    with logged_end(run, state, loggers) as saver:
         for line in plan:
             loggers.line(line)
         if run.settings.run.preflight:

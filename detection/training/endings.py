@@ -43,16 +43,19 @@ def joint_work(ranks: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logged_end(run: Run, state: RunState, saver: Saver, loggers: Loggers) -> Iterator[None]:
+def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
     """Context of the steps of a run: saves and logs when it ends early, and finishes the loggers.
+
+    Yields:
+        The saver of the run's checkpoints.
 
     Raises:
         UserError: the run ends early; the line says what was saved and how to continue.
     """
-    status = FAILED
+    saver, status = Saver(run, state, loggers), FAILED
     try:
         try:
-            yield
+            yield saver
             status = FINISHED
         except (UserError, RuntimeError) as error:
             failure = explain(error, run, state, saver, loggers)

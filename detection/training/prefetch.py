@@ -9,8 +9,6 @@ from detection.contract import Batch
 from detection.data.loaders import targets_to
 from detection.errors import UserError
 
-COPIED = ("images", "boxes", "labels")
-
 
 class Prefetcher:
     """Iterates over batches; on CUDA, `prefetch` copies the next ones on a separate stream.
@@ -34,7 +32,8 @@ class Prefetcher:
                 batch = next(self.batches)
                 with torch.cuda.stream(self.stream):
                     images, targets = targets_to(batch, self.device)
-                self._ready.append((batch | {"images": images, **targets}, self.stream.record_event()))
+                copied: Batch = {**batch, "images": images, "boxes": targets["boxes"], "labels": targets["labels"]}
+                self._ready.append((copied, self.stream.record_event()))
         except (StopIteration, UserError, RuntimeError, OSError) as error:
             self._error = error
 
@@ -51,8 +50,8 @@ class Prefetcher:
             batch, copied = self._ready.popleft()
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
-            for name in COPIED:
-                batch[name].record_stream(stream)  # the next copy must not reuse its memory before that stream is done
+            for tensor in (batch["images"], batch["boxes"], batch["labels"]):
+                tensor.record_stream(stream)  # the next copy must not reuse its memory before that stream is done
             return batch
         if self._error is not None:
             raise self._error

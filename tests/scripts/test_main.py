@@ -46,7 +46,8 @@ OVERLAY = {
         "num_workers": 2,
         "augmentation": {"multiplicative_noise": {"p": 0.5}, "gauss_noise": {"p": 0.5}, "color_jitter": {"p": 0.5}},
     },
-    "yolo": {"backbone": "mobilenet_v3_small", "neck_channels": [16, 16, 16]},
+    "model": {"backbone": "mobilenet_v3_small"},
+    "yolo": {"neck_channels": [16, 16, 16]},
     "train": {
         "batch_size": 2, "subdivisions": 2, "steps": STEPS, "image_size": 64, "resize_frequency": 2,
         "multiscale_sizes": [64, 96], "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2,
@@ -363,7 +364,7 @@ def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
     content = torch.load(scenarios.base / "whole" / "last.pt", weights_only=True)
     assert content["categories"] == {"names": ["blue", "green"], "ids": [1, 7]}
-    assert content["settings"]["yolo"]["backbone"] == "mobilenet_v3_small"
+    assert content["settings"]["model"]["backbone"] == "mobilenet_v3_small"
     assert len(content["pixel_mean"]) == len(content["pixel_std"]) == 3
     moved = [name for name, value in content["model"].items() if not torch.equal(value, content["average"][name])]
     assert moved  # the average is not just a copy
@@ -489,6 +490,13 @@ def test_output_directory_in_use(
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's Ctrl-C is its own
     refused_here([*scenarios.common, "--output", "used"], 6, "used", "not empty", "--resume")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_unknown_logger(scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path) -> None:
+    for word, words in (("[files,mlflw]", ["'mlflw'", "files, tensorboard"]), ("[]", ["files must be among them"])):
+        for mode in ([], ["--dry-run"]):
+            refused_here([*scenarios.common, f"run.loggers={word}", *mode], 2, "run.loggers", *words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_without_any_run(refused_here: Callable[..., None]) -> None:

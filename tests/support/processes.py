@@ -17,7 +17,8 @@ STEPS = 10
 OVERLAY: dict[str, Any] = {
     "run": {"log_frequency": 1, "precision": "off", "preflight": False, "device": "cpu"},
     "data": {"num_workers": 0},
-    "yolo": {"backbone": "mobilenet_v3_small", "neck_channels": [8, 8, 8]},
+    "model": {"backbone": "mobilenet_v3_small"},
+    "yolo": {"neck_channels": [8, 8, 8]},
     "train": {
         "steps": STEPS, "image_size": 64, "learning_rate": 1e-3, "ema_decay": 0.9, "ema_ramp": 2, "clip_norm": 10.0,
         "save_frequency": 4, "resize_frequency": 2, "multiscale_sizes": [64, 96],

@@ -14,7 +14,7 @@ from torch import nn
 
 import lr_scheduler_creator
 from detection.config.settings import Settings
-from detection.contract import Detector
+from detection.contract import Detector, Geometry
 from detection.errors import DeviceMemoryError, SettingsError
 from detection.models import build_detector
 from detection.runtime.devices import build_scaler
@@ -42,7 +42,7 @@ def alone(size: int = 1, others: tuple[int, ...] = ()) -> Any:
 
 
 def find(settings: Settings, ranks: Any = None, images: int = 1000, model: nn.Module | None = None) -> tuple[int, str]:
-    detector = Detector(model or OneConvolution(), Sum(), nn.Identity())  # type: ignore[arg-type]
+    detector = Detector(model or OneConvolution(), Sum(), nn.Identity(), Geometry(32))  # type: ignore[arg-type]
     scaler = lambda: build_scaler(CPU, None)  # noqa: E731
     return find_batch_size(detector, settings, ranks or alone(), images, contextlib.nullcontext, scaler)
 

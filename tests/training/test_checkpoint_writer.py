@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.errors import OutputError
 from detection.training import checkpoint_writer
-from detection.training.checkpoint_writer import CheckpointWriter
+from detection.training.checkpoint_writer import CheckpointWriter, Saver
 
 
 def content(value: float = 1.0) -> dict[str, Any]:
@@ -148,3 +149,22 @@ def test_damage_on_the_way_to_the_disk_keeps_the_old_file(tmp_path: Path, monkey
         save_checkpoint(tmp_path / "last.pt", content(2.0))
     assert load_checkpoint(tmp_path / "last.pt")["model"]["w"][0, 0] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_best_is_announced_once_when_it_is_on_the_disk(tmp_path: Path, held_back: threading.Event) -> None:
+    announced: list[Path] = []
+    loggers = SimpleNamespace(directory=tmp_path, artifact=announced.append)
+    settings = SimpleNamespace(train=SimpleNamespace(keep_checkpoints=0, save_minutes=None))
+    run = SimpleNamespace(
+        settings=settings, ranks=SimpleNamespace(is_first=True), save_frequency=10, checkpoint=lambda _: content()
+    )
+    saver = Saver(run, SimpleNamespace(step=20), loggers)
+    assert saver.due()
+    saver.save(best=True)
+    saver.check()
+    assert not announced, "it is still being written"
+    held_back.set()
+    saver.wait()
+    saver.save()  # last.pt alone is no news
+    saver.wait()
+    assert announced == [tmp_path / "best.pt"]
