@@ -154,10 +154,11 @@ def _labelled(section: Section, name: str, scaled: list[tuple[float, float]]) ->
 
 
 def _is_valid(section: Section, name: str, value: float) -> bool:
-    if isinstance(getattr(section, name), tuple):
+    current = getattr(section, name)
+    if isinstance(current, tuple):
         setting: Any = (value, value)
-    else:  # a single number stands for both directions
-        setting = max(value, 1 / value) if name in FACTORS else abs(value)
+    else:  # a single number stands for both directions, and is validated strictly as an int or a float
+        setting = type(current)(max(value, 1 / value) if name in FACTORS else abs(value))
     try:
         type(section).model_validate(section.model_dump() | {name: setting})
     except ValidationError:
