@@ -31,20 +31,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from detection.config.command_line import DEFAULTS, Parser
 from detection.config.loading import load_settings
-from detection.config.settings import DARKNET_CFG, SIZE_MULTIPLE, Settings
+from detection.config.settings import DARKNET_CFG, Settings
+from detection.contract import AnchorLayout, Anchors, Detector
 from detection.data.annotations import load_annotations
 from detection.data.build import make_builtin
 from detection.data.layouts import find_split
+from detection.data.sampler import size_step
 from detection.drawing.figures import figure_pixels, save_figure
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.models.darknet.cfg import CfgSection, format_cfg, parse_cfg, with_anchors
-from detection.models.darknet.layers import build_layers
-from detection.models.darknet.network import DarknetNetwork
-from detection.models.yolo.grid import Anchors
+from detection.models import build_detector
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.anchor_clustering import (
     best_ious,
@@ -69,16 +69,6 @@ SMALL_GAIN = 0.02
 
 
 @dataclass(frozen=True)
-class Network:
-    """What anchors are made for."""
-
-    anchors: Anchors  # the current ones
-    strides: tuple[int, ...]
-    size_step: int  # pixels between the sizes of multiscale training
-    sections: list[CfgSection] | None  # of its Darknet description, if it has one
-
-
-@dataclass(frozen=True)
 class Fit:
     """How well a set of anchors covers the boxes."""
 
@@ -92,41 +82,41 @@ class Fit:
 def main() -> None:
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
-    network = describe_network(settings)
-    counts = counts_per_level(arguments.per_level, network)
+    detector, layout = open_detector(settings)
+    counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:
         raise SettingsError("data.fake: anchors for random boxes serve nobody; name a dataset with data.root=DIRECTORY")
     make_builtin(settings.data)
     path = find_split(settings.data, "train")[0]
     share = settings.data.validation_fraction
     annotations = load_annotations(path, settings.data.class_names, None if share is None else (share, False))
-    sizes = input_sizes(settings, network)
-    shapes, left_out = shapes_at(annotations, settings.data, sizes, settings.run.seed)
+    sizes = input_sizes(settings, size_step(detector.geometry.size_multiple))
+    shapes, left_out = shapes_at(annotations, detector.geometry, sizes, settings.run.seed)
     at = f"{sizes[0]} px" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
     print("\n".join([*notices, f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]))
     print("\n".join(f"    left out: {line}" for line in left_out + annotations.counts.lines()) or "    none left out")
 
-    known = np.array([anchor for level in network.anchors for anchor in level])
+    known = np.array([anchor for level in layout.levels for anchor in level])
     try:
         anchors = fit_anchors(shapes, sum(counts), settings.run.seed, arguments.restarts, known)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     levels = deal(anchors.round(1), counts)
-    fits = compare(shapes, levels, network.anchors, arguments)
+    fits = compare(shapes, levels, layout.levels, arguments)
     verdict = judge(fits)
-    print("\n".join([*table(fits, arguments), *level_lines(levels, network.strides, shapes), verdict]))
+    print("\n".join([*table(fits, arguments), *level_lines(levels, layout.strides, shapes), verdict]))
 
     directory = new_run_directory(Path(settings.run.logs_path), "anchors", arguments.output)
     sets = [
         (name, f"{fit.name}, mean IoU {fit.mean_iou:.3f}", anchors)
-        for name, fit, anchors in (("new", fits[0], levels), ("current", fits[1], network.anchors))
+        for name, fit, anchors in (("new", fits[0], levels), ("current", fits[1], layout.levels))
     ]
     title = f"{path.name}: {len(annotations)} images at {at}"
-    figure = draw_anchors(shapes, sets, network.strides, max(sizes), title)
+    figure = draw_anchors(shapes, sets, layout.strides, max(sizes), title)
     try:
         save_figure(directory / "anchors.png", figure)
-        write_overlay(directory, levels, network, [f"{path}, {at}", verdict])
-        write_report(directory / "anchors.json", levels, network, fits, verdict, path, sizes, arguments)
+        write_overlay(directory, levels, layout, [f"{path}, {at}", verdict])
+        write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error}") from None
     print(f"overlay, figure and numbers in {directory}; train with --config {directory / 'anchors.yaml'}")
@@ -157,28 +147,22 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def describe_network(settings: Settings) -> Network:
-    """Anchors and strides without building the network, but for a Darknet description, which alone knows its own."""
-    yolo = settings.yolo
-    if yolo.backbone != DARKNET_CFG:
-        strides = tuple(SIZE_MULTIPLE >> level for level in reversed(range(len(yolo.anchors))))
-        return Network(yolo.anchors, strides, SIZE_MULTIPLE, None)
-    assert yolo.cfg is not None, "checked by the settings"
-    sections = parse_cfg(yolo.cfg)
-    levels = sorted(build_layers(sections)[2], key=lambda level: level.stride)
-    classes = sections[levels[0].layer + 1].integer("classes", 20)
-    multiple = DarknetNetwork(sections, classes).size_multiple
-    return Network(
-        tuple(level.anchors for level in levels),
-        tuple(level.stride for level in levels),
-        math.lcm(SIZE_MULTIPLE, multiple),
-        sections,
-    )
+def open_detector(settings: Settings) -> tuple[Detector, AnchorLayout]:
+    """The detector of the settings without weights, and its anchors.
+
+    Raises:
+        SettingsError: it has none.
+    """
+    with torch.device("meta"):
+        detector = build_detector(settings, settings.model.num_classes or 1)
+    if detector.anchors is None:
+        raise SettingsError(f"model.detector = {settings.model.detector!r}: this detector has no anchors")
+    return detector, detector.anchors
 
 
-def counts_per_level(text: str | None, network: Network) -> list[int]:
+def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
     """Anchors per level, stride ascending."""
-    current = [len(level) for level in network.anchors]
+    current = [len(level) for level in layout.levels]
     if text is None:
         return current
     try:
@@ -191,20 +175,20 @@ def counts_per_level(text: str | None, network: Network) -> list[int]:
             f"--per-level {text}: one whole number above 0 for all {len(current)} levels of the network, or one each: "
             f"{','.join(map(str, current))}"
         )
-    if network.sections is not None and counts != current:
+    if layout.with_anchors is not None and counts != current:
         raise SettingsError(
             f"--per-level {text}: the Darknet description has {','.join(map(str, current))}; change its filters first"
         )
     return counts
 
 
-def input_sizes(settings: Settings, network: Network) -> list[int]:
+def input_sizes(settings: Settings, step: int) -> list[int]:
     """Sides in pixels at which training meets the boxes, all equally often."""
     train = settings.train
     if not train.resize_frequency:
         return [train.image_size]
     smallest, largest = train.multiscale_sizes
-    return list(range(smallest, largest + 1, network.size_step))
+    return list(range(smallest, largest + 1, step))
 
 
 def deal(anchors: np.ndarray, counts: Sequence[int]) -> list[list[tuple[float, float]]]:
@@ -262,23 +246,23 @@ def judge(fits: Sequence[Fit]) -> str:
     return text
 
 
-def write_overlay(directory: Path, levels: Anchors, network: Network, comments: Sequence[str]) -> None:
+def write_overlay(directory: Path, levels: Anchors, layout: AnchorLayout, comments: Sequence[str]) -> None:
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
-    if network.sections is None:
+    if layout.with_anchors is None:
+        section, _, key = layout.setting.partition(".")
         rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
-        lines += ["yolo:", "  anchors:", *rows]
+        lines += [f"{section}:", f"  {key}:", *rows]
     else:
-        layers = [level.layer for level in sorted(build_layers(network.sections)[2], key=lambda level: level.stride)]
-        text = format_cfg(with_anchors(network.sections, dict(zip(layers, levels, strict=True))))
+        text = layout.with_anchors(levels)
         (directory / "anchors.cfg").write_text(text, encoding="utf-8")
-        lines += ["yolo:", f"  backbone: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
+        lines += ["model:", f"  backbone: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
     (directory / "anchors.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_report(
     path: Path,
     levels: Anchors,
-    network: Network,
+    layout: AnchorLayout,
     fits: Sequence[Fit],
     verdict: str,
     annotations: Path,
@@ -288,7 +272,7 @@ def write_report(
     content = {
         "annotations": str(annotations),
         "sizes": list(sizes),
-        "strides": network.strides,
+        "strides": layout.strides,
         "anchors": levels,
         "fits": {
             fit.name: {

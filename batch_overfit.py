@@ -2,7 +2,7 @@
 
 python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
 python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
-python batch_overfit.py yolo.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
+python batch_overfit.py model.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
 
 Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
 average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
@@ -14,7 +14,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from detection.runtime.habana import prepare_habana
 
@@ -22,7 +22,6 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -34,15 +33,16 @@ from detection.data.annotations import select_images
 from detection.data.build import DetectionDataset, build_training_dataset
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
 from detection.evaluation.error_analysis import confidence_curves
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
-from detection.runtime.devices import autocast, build_scaler, choose_precision, describe_device, open_device
+from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
@@ -63,42 +63,50 @@ class Overfit:
     """One batch, its ground truth and the detector that should learn it."""
 
     settings: Settings
-    device: torch.device
-    precision: Any  # makes the autocast context
+    machine: Machine
     dataset: DetectionDataset  # only the images of the batch
     batch: Batch
     detector: Detector
 
     def evaluate(self) -> Evaluation:
+        machine = self.machine
         return evaluate(
-            *self.detector, [self.batch], self.dataset.annotations, self.device, self.precision, "pycocotools"
+            self.detector.model,
+            self.detector.criterion,
+            self.detector.postprocess,
+            [self.batch],
+            self.dataset.annotations,
+            machine.device,
+            machine.autocast,
+            "pycocotools",
         )
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
     settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
-    device = open_device(settings.run)
-    dtype = choose_precision(device, settings.run.precision)
+    machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
-    dataset, batch = take_batch(settings, arguments.images)
-    names = dataset.annotations.categories.names
-    detector = build_detector(settings.yolo, settings.evaluation, len(names))
-    check_image_size(detector.model, "train.image_size", settings.train.image_size)
+    dataset = take_images(settings, arguments.images)
+    detector = build_detector(settings, len(dataset.annotations.categories.names))
+    detector.geometry.check_size("train.image_size", settings.train.image_size)
+    dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
+    batch = collate_samples([dataset[index] for index in range(arguments.images)])
     if detector.criterion is None:
-        raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
-    for line in [*notices, *load_pretrained(detector.model, settings.yolo)]:
+        raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
         print(line)
-    detector = detector.to(device, settings.run.channels_last)
-    overfit = Overfit(settings, device, functools.partial(autocast, device, dtype), dataset, batch, detector)
+    overfit = Overfit(settings, machine, dataset, batch, machine.place(detector))
     boxes = len(dataset.annotations.labels)
-    print(f"{describe_device(device)}; {len(dataset.annotations)} images with {boxes} boxes, {settings.yolo.backbone}")
+    images = f"{len(dataset.annotations)} images with {boxes} boxes"
+    print(f"{describe_device(machine.device)}; {images}, {settings.model.backbone}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
-    evaluation, step = train(overfit, arguments.steps, arguments.threshold, build_scaler(device, dtype))
+    evaluation, step = train(overfit, arguments.steps, arguments.threshold)
     # AP50 ranks; how sure the network is does not count. The picture shows what it finds at its own best threshold.
     curves = confidence_curves(dataset.annotations, evaluation.detections, settings.evaluation.confidence_threshold)
     drawn = float(curves.confidence[curves.best])
@@ -142,22 +150,21 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def take_batch(settings: Settings, count: int) -> tuple[DetectionDataset, Batch]:
-    """The first training images that have boxes, letterboxed only, and a dataset of them alone."""
-    size = settings.train.image_size
-    dataset = build_training_dataset(settings.data, size, settings.run.seed, settings.yolo.num_classes)
+def take_images(settings: Settings, count: int) -> DetectionDataset:
+    """A dataset of the first training images that have boxes."""
+    dataset = build_training_dataset(settings.data, settings.run.seed, settings.model.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     with_boxes = np.unique(image_of_box[~annotations.crowd])
     if len(with_boxes) < count:
         raise DataError(f"--images {count}: only {len(with_boxes)} training images have boxes")
     dataset.annotations = select_images(annotations, with_boxes[:count])
-    dataset.sample_transform = Transform(settings.data, size, settings.run.seed, training=False)
-    return dataset, collate_samples([dataset[index] for index in range(count)])
+    return dataset
 
 
-def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.GradScaler) -> tuple[Evaluation, int]:
-    """Steps on the one batch until AP50 is there; the last evaluation and the number of steps."""
+def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, int]:
+    """Train on the one batch until AP50 reaches the threshold; returns the last evaluation and the number of steps."""
+    machine, scaler = overfit.machine, overfit.machine.build_scaler()
     settings, model = overfit.settings.train, overfit.detector.model.train()
     criterion = cast(nn.Module, overfit.detector.criterion)
     set_backbone_frozen(model, False, settings.backbone_batch_norm)
@@ -165,10 +172,17 @@ def train(overfit: Overfit, steps: int, threshold: float, scaler: torch.amp.Grad
     evaluation = None
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
-            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate, step))
-            batches = [overfit.batch]
+            set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
             losses, finite = train_step(
-                model, criterion, optimizer, scaler, batches, overfit.precision, overfit.device, settings.clip_norm
+                model,
+                criterion,
+                optimizer,
+                scaler,
+                [overfit.batch],
+                machine.autocast,
+                machine.device,
+                settings.clip_norm,
+                mark_step=machine.mark_step,
             )
             # A few steps more or less do not matter here, waiting for the device does not either.
             if not finite and not scaler.is_enabled():

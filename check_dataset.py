@@ -26,6 +26,7 @@ from detection.config.settings import DataSettings, Settings
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
 from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
+from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (
     boxes_per_class,
     check_annotations,
@@ -35,7 +36,7 @@ from detection.dataset_checks.annotation_checks import (
     read_tolerantly,
 )
 from detection.dataset_checks.findings import KINDS, Finding, Findings
-from detection.dataset_checks.fit_checks import check_fit, describe_network
+from detection.dataset_checks.fit_checks import check_fit
 from detection.dataset_checks.image_checks import (
     Split,
     check_images,
@@ -45,7 +46,7 @@ from detection.dataset_checks.image_checks import (
     inspect_images,
 )
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
-from detection.models import build_model, check_image_size
+from detection.models import build_detector
 from detection.runtime.run_directory import new_run_directory
 
 SPLITS = ("training", "validation")
@@ -64,6 +65,7 @@ class Source(NamedTuple):
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
     if settings.data.fake:
@@ -88,7 +90,7 @@ def main() -> None:
             check_images(split, findings)
             check_unstated_sizes(split, findings)
         check_same_images(splits, findings)
-    fit = fit_to_network(annotations, settings, findings)
+    fit, fit_lines = fit_to_detector(annotations, settings, findings)
 
     directory = new_run_directory(Path(settings.run.logs_path), "check_dataset", arguments.output)
     depth = "quick" if arguments.quick else "headers" if arguments.headers else "full"
@@ -97,7 +99,7 @@ def main() -> None:
         (directory / "check.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
-    print("\n".join(text_lines(report, findings)))
+    print("\n".join(text_lines(report, fit_lines, findings)))
     print(f"all ids in {directory / 'check.json'}")
     errors, warnings = len(findings.of("error")), len(findings.of("warning"))
     if errors or (arguments.strict and warnings):
@@ -184,8 +186,8 @@ def check_files(sources: list[Source], settings: Settings, findings: Findings) -
         compare_categories(found["training"], found["validation"], findings)
     if "training" in found:
         names = found["training"].categories.names
-        if settings.yolo.num_classes not in (None, len(names)):
-            findings.add("wrong_class_count", "training", [f"{len(names)}, not {settings.yolo.num_classes}"])
+        if settings.model.num_classes not in (None, len(names)):
+            findings.add("wrong_class_count", "training", [f"{len(names)}, not {settings.model.num_classes}"])
     return found
 
 
@@ -199,17 +201,17 @@ def check_unstated_sizes(split: Split, findings: Findings) -> None:
     check_image_sizes(split.names, sizes, split.name, findings)
 
 
-def fit_to_network(annotations: dict[str, Annotations], settings: Settings, findings: Findings) -> dict[str, float]:
-    """Numbers of the training set (or of what there is) against the network of the settings."""
+def fit_to_detector(
+    annotations: dict[str, Annotations], settings: Settings, findings: Findings
+) -> tuple[dict[str, float], list[str]]:
+    """Numbers and summary lines of the training set (or of what there is) against the detector of the settings."""
     if not annotations:
-        return {}
+        return {}, []
     split = next(iter(annotations))
-    train = settings.train
-    with torch.device("meta"):  # the strides and the anchors, but no weights
-        model = build_model(settings.yolo, 1)
-    check_image_size(model, "train.image_size", train.image_size)
-    network = describe_network(model, settings.yolo, train)
-    return check_fit(annotations[split], network, settings.data, split, findings)
+    with torch.device("meta"):  # what the detector knows about itself, but no weights
+        detector = build_detector(settings, 1)
+    detector.geometry.check_size("train.image_size", settings.train.image_size)
+    return check_fit(annotations[split], detector, settings.train, split, findings)
 
 
 def describe(
@@ -235,18 +237,14 @@ def describe(
     return {"splits": report, "fit": fit, **severities, "findings": [finding.row() for finding in findings.ordered()]}
 
 
-def text_lines(report: dict[str, Any], findings: Findings) -> list[str]:
+def text_lines(report: dict[str, Any], fit_lines: list[str], findings: Findings) -> list[str]:
     """What the terminal shows: the dataset, then errors, warnings and notes, each with what to do."""
     lines = [
         f"{split:<12}{values['images']} images, {values['boxes']} boxes, {len(values['boxes_per_class'])} classes, "
         f"{values['images_opened']} images opened: {values['annotations']}"
         for split, values in report["splits"].items()
     ]
-    if fit := report["fit"]:
-        lines.append(
-            f"{'anchors':<12}mean best IoU {fit['mean_best_iou']:.3f}, {fit['recall_at_iou_0.5']:.1%} of the boxes at "
-            f"0.5 or more, at {fit['image_size']} px"
-        )
+    lines += fit_lines
     for finding in findings.ordered():
         lines += finding_lines(finding)
     if not findings.of("error") and not findings.of("warning"):

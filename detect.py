@@ -16,7 +16,6 @@ About 30 images per second on 2 CPU cores with a network of a million parameters
 """
 
 import argparse
-import functools
 import os
 import re
 import sys
@@ -40,6 +39,7 @@ from detection.config.command_line import Parser
 from detection.data.image_file import read_image
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Sample, Transform
+from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
 from detection.inference.results import Found, Results
@@ -47,7 +47,7 @@ from detection.inference.sources import Source, batches, find_sources, read_ahea
 from detection.inference.video import VideoReader, VideoWriter
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.ops.letterbox import boxes_to_original
-from detection.runtime.devices import autocast, choose_precision, open_device
+from detection.runtime.devices import Machine, open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.runtime.signals import StopRequest
 
@@ -59,6 +59,7 @@ STOP_KEYS = ("q", "escape")
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     words = [word for word in arguments.settings if SETTING.match(word) and not os.path.exists(word)]
     sources = find_sources([word for word in arguments.settings if word not in words], arguments.recursive)
@@ -66,9 +67,10 @@ def main() -> None:
         words.append(f"evaluation.visualization_threshold={arguments.confidence}")
     opened = open_command_line(arguments, words)
     settings = opened.settings
-    finder = Finder(opened, arguments.classes)
+    finder = Finder(opened, open_machine(settings.run), arguments.classes)
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
     stop, start = StopRequest("frame or batch"), time.perf_counter()
+    stop.install()
     picture_format = None if arguments.no_pictures else arguments.format
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
     try:
@@ -118,20 +120,23 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Finder:
-    """Detections of images, on the device of the settings.
+    """Detects objects on images.
+
+    Args:
+        opened: trained weights with their settings.
+        machine: that computes.
+        wanted: class names; none: all.
 
     Raises:
         SettingsError: a wanted class is none of the detector's, or the wanted scores are below what it gives.
     """
 
-    def __init__(self, opened: OpenedDetector, wanted: Sequence[str]) -> None:
+    def __init__(self, opened: OpenedDetector, machine: Machine, wanted: Sequence[str]) -> None:
         settings, self.names = opened.settings, opened.class_names()
         if unknown := [name for name in wanted if name not in self.names]:
             raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.device = open_device(settings.run)
-        self.precision = functools.partial(autocast, self.device, choose_precision(self.device, settings.run.precision))
-        self.detector = opened.detector.to(self.device, settings.run.channels_last)
-        self.transform = Transform(settings.data, settings.evaluation.image_size, seed=0, training=False)
+        self.machine, self.detector = machine, machine.place(opened.detector)
+        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
         if self.threshold < lowest:
             raise SettingsError(
@@ -146,8 +151,8 @@ class Finder:
         return self.transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0, 0, 0)
 
     def find(self, samples: Sequence[Sample]) -> list[Found]:
-        with torch.no_grad(), self.precision():
-            outputs = self.detector.model(collate_samples(samples)["images"].to(self.device))
+        with torch.no_grad(), self.machine.autocast():
+            outputs = self.detector.model(collate_samples(samples)["images"].to(self.machine.device))
         detections = zip(self.detector.postprocess(outputs), samples, strict=True)
         return [self._of_image(found, sample) for found, sample in detections]
 

@@ -28,16 +28,18 @@ from typing import cast
 from torch import nn
 
 from detection.config.command_line import Parser
+from detection.data.workers import prepare_process
 from detection.errors import CheckpointError, OutputError, SettingsError, exit_with_message
-from detection.inference.export.darknet_export import describe_network
 from detection.inference.export.onnx_comparison import compare_with_pytorch
 from detection.inference.export.onnx_export import OPSETS, OnnxOptions, build_onnx, require_packages
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.models.darknet.cfg import format_cfg
+from detection.models.darknet.export import describe_detector
 from detection.models.darknet.weights import Header, as_darknet, write_darknet_weights
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     options = onnx_options(arguments)
     if arguments.weights.suffix == ".onnx":
@@ -107,10 +109,7 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
     weights, cfg, names = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".weights", ".cfg", ".names"))
     for path in (weights, cfg, names):
         refuse_overwriting(path)
-    settings = opened.settings
-    sections = describe_network(
-        opened.detector.model, settings.yolo.anchors, settings.evaluation.image_size, settings.yolo.ignore_threshold
-    )
+    sections = describe_detector(opened.detector, opened.settings.evaluation.image_size)
     write_darknet_weights(opened.detector.model, weights, Header(seen=opened.seen))
     cfg.write_text(format_cfg(sections), encoding="utf-8")
     names.write_text("\n".join(opened.class_names()) + "\n", encoding="utf-8")

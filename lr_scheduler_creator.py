@@ -56,7 +56,7 @@ class Curve:
 
     def turns(self) -> list[int]:
         """Steps at which the rate drops or a cosine cycle begins."""
-        return self.schedule.changes(self.total_steps, most=self.total_steps)
+        return self.schedule.changes(self.total_steps, limit=self.total_steps)
 
     def marks(self) -> dict[str, tuple[str, list[int]]]:
         """Marker -> its meaning and the steps it marks; none of so many that they would hide the curve."""

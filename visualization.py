@@ -17,8 +17,14 @@ detector takes as long as in validation.py.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from detection.runtime.habana import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
 from tqdm import tqdm
@@ -32,11 +38,13 @@ from detection.data.coco import CocoDataset
 from detection.data.image_file import read_image
 from detection.data.layouts import find_split
 from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
 from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
 from detection.inference.weights import OpenedDetector, open_command_line
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
 from detection.visualization.dataset_pages import Pages
@@ -49,6 +57,7 @@ PAGE_FLAGS = ("page", "pages", "images", "class_name", "random", "weights")
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
@@ -56,6 +65,7 @@ def main() -> None:
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings
+    machine = open_machine(settings.run)  # though only --weights computes: every script refuses an absent device
     split = arguments.split or ("train" if opened is None else "val")
     file, annotations, dataset = open_dataset(settings, split, opened)
     statistics = measure_dataset(annotations)
@@ -77,7 +87,7 @@ def main() -> None:
         write_statistics(directory, report, statistics, facts)
         if dataset is not None:
             unreadable: dict[int, str] = {}
-            findings = None if opened is None else find_mistakes(opened, dataset, unreadable)
+            findings = None if opened is None else find_mistakes(opened, machine, dataset, unreadable)
             if findings is not None:
                 readable = chosen[~np.isin(chosen, list(unreadable))]
                 if not len(readable):
@@ -150,7 +160,7 @@ def open_dataset(
     dataset = CocoDataset(
         images,
         file,
-        Transform(data, settings.evaluation.image_size, seed=0, training=False),
+        None if opened is None else Transform(opened.detector.geometry, settings.evaluation.image_size),
         data.class_names,
         categories=None if names is None else Categories(names, tuple(range(len(names)))),
         fraction=fraction,

@@ -17,31 +17,40 @@ directory below logs/.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from detection.runtime.habana import prepare_habana
+
+if __name__ == "__main__":
+    prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
+
 import cv2
 import numpy as np
+import torch
 
 from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import load_settings
-from detection.config.settings import SIZE_MULTIPLE, Settings
-from detection.contract import Detector
+from detection.config.settings import Settings
+from detection.contract import Detector, DetectorModel, Geometry
 from detection.data.annotations import repeat_factors
 from detection.data.build import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
 from detection.data.loaders import collate_samples
-from detection.data.sampler import TrainingBatchSampler
+from detection.data.sampler import TrainingBatchSampler, size_step
+from detection.data.transforms import Transform
+from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.models import build_detector, check_image_size, size_multiple
-from detection.models.yolo.criterion import Criterion
+from detection.models import build_detector
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.dataset_figures import printable
-from detection.visualization.target_pictures import assigned_predictions, count_targets, draw_targets, gt_boxes_of
+from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
 IMAGES, IMAGES_WITH_TARGETS = 16, 3  # drawn without --images
 COLUMNS = 4
@@ -52,17 +61,18 @@ Position = tuple[int, int, int]  # image index, epoch, size, as the datasets tak
 
 
 def main() -> None:
+    prepare_process()
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
     print("\n".join(notices), end="\n" if notices else "")
+    open_machine(settings.run)  # nothing is computed on it, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
     names = [printable(name) for name in dataset.annotations.categories.names]
-    detector = None
-    if arguments.targets or (settings.train.resize_frequency and settings.yolo.cfg is not None):
-        detector = open_detector(settings, arguments.split, len(names))
+    detector = open_detector(settings, arguments.split, len(names), arguments.targets)
+    use_geometry(dataset, detector.geometry, settings, arguments.split)
     positions = positions_of_step(settings, dataset, arguments.split, arguments.step, detector)
     if arguments.transform:
-        pictures, content = show_transform(arguments, settings, dataset, names, positions)
+        pictures, content = show_transform(arguments, settings, dataset, names, positions, detector.geometry)
         name = "transform"
     else:
         count = arguments.images or (IMAGES_WITH_TARGETS if arguments.targets else IMAGES)
@@ -116,34 +126,45 @@ def parse_arguments() -> argparse.Namespace:
 
 def open_dataset(settings: Settings, split: str) -> DetectionDataset:
     """The training set, or the validation set, for which no training annotations are needed."""
-    sizes = settings.train.image_size, settings.evaluation.image_size
     if split == "val" and not settings.data.fake:
-        return build_validation_dataset(settings.data, sizes[1], None)
-    seed, num_classes = settings.run.seed, settings.yolo.num_classes
+        return build_validation_dataset(settings.data, None)
+    seed, num_classes = settings.run.seed, settings.model.num_classes
     if split == "val":
-        return build_datasets(settings.data, *sizes, seed, num_classes)[1]
-    return build_training_dataset(settings.data, sizes[0], seed, num_classes)
+        return build_datasets(settings.data, seed, num_classes)[1]
+    return build_training_dataset(settings.data, seed, num_classes)
 
 
-def open_detector(settings: Settings, split: str, num_classes: int) -> Detector:
-    """The network of the settings with random weights: its levels, anchors and rule of assignment are wanted."""
-    detector = build_detector(settings.yolo, settings.evaluation, num_classes)
-    train = settings.train
-    check_image_size(detector.model, "train.image_size", train.image_size)
+def open_detector(settings: Settings, split: str, num_classes: int, targets: bool) -> Detector:
+    """The detector of the settings, for its geometry; with `targets` also for its rule of assignment.
+
+    Its weights are not made: they are on the device "meta" unless targets are asked for.
+    """
+    with torch.device("cpu" if targets else "meta"):
+        detector = build_detector(settings, num_classes)
+    detector.geometry.check_size("train.image_size", settings.train.image_size)
     if split == "val":
-        check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
-    if detector.criterion is None:
-        raise SettingsError("yolo.cfg: a network with new_coords = 1 learns nothing here and has no targets")
+        detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)
+    if targets and not hasattr(detector.criterion, "assigned_predictions"):
+        raise SettingsError(f"--targets: the criterion of detector {settings.model.detector} shows no assignment")
     return detector
 
 
+def use_geometry(dataset: DetectionDataset, geometry: Geometry, settings: Settings, split: str) -> None:
+    """The transform of training or of validation, as yolo-v3/main.py makes it."""
+    if split == "val":
+        dataset.sample_transform = Transform(geometry, settings.evaluation.image_size)
+    else:
+        seed, augmentation = settings.run.seed, settings.data.augmentation
+        dataset.sample_transform = Transform(geometry, settings.train.image_size, seed, augmentation)
+
+
 def positions_of_step(
-    settings: Settings, dataset: DetectionDataset, split: str, step: int, detector: Detector | None
+    settings: Settings, dataset: DetectionDataset, split: str, step: int, detector: Detector
 ) -> list[Position]:
     """The images of a training step, micro-batch by micro-batch, or of a validation batch.
 
     Args:
-        detector: None where its sizes are those of the settings.
+        detector: of which the sizes of multiscale training depend.
 
     Raises:
         SettingsError: there is no such validation batch.
@@ -171,7 +192,7 @@ def positions_of_step(
         train.resize_frequency,
         train.multiscale_sizes,
         factors,
-        SIZE_MULTIPLE if detector is None else math.lcm(SIZE_MULTIPLE, size_multiple(detector.model)),
+        size_step(detector.geometry.size_multiple),
     )
     return [position for micro_batch in sampler for position in micro_batch]
 
@@ -182,7 +203,7 @@ def show_batch(
     names: Sequence[str],
     positions: Sequence[Position],
     count: int,
-    detector: Detector | None,
+    detector: Detector,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Pictures by file name, and what they show for JSON; prints the positions."""
@@ -223,12 +244,12 @@ def show_batch(
         "images": rows,
     }
     if arguments.targets:
-        assert detector is not None, "opened for targets"
-        criterion = cast(Criterion, detector.criterion)
-        assigned = assigned_predictions(criterion, batch["boxes"], batch["labels"], size)
-        print("\n".join(f"  {line}" for line in count_targets(criterion, assigned)))
+        strides = cast(DetectorModel, detector.model).strides
+        assigned = cast(Any, detector.criterion).assigned_predictions(batch["boxes"], batch["labels"], size)
+        anchors = None if detector.anchors is None else detector.anchors.levels
+        print("\n".join(f"  {line}" for line in count_targets(strides, anchors, assigned)))
         ids = [row["image_id"] for row in rows]
-        pictures = {"targets": draw_targets(batch, ids, names, criterion, assigned)} | pictures
+        pictures = {"targets": draw_targets(batch, ids, names, strides, assigned)} | pictures
         for place, row in enumerate(rows):
             row["targets"] = [
                 {key: value for key, value in asdict(entry).items() if key != "image"}
@@ -250,6 +271,7 @@ def show_transform(
     dataset: DetectionDataset,
     names: Sequence[str],
     positions: Sequence[Position],
+    geometry: Geometry,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The sheet of one augmentation and its values for JSON."""
     annotations = dataset.annotations
@@ -274,7 +296,8 @@ def show_transform(
     image = dataset.load_image(index)
     drawn, content = [], []
     for row in strength_rows(
-        settings.data,
+        settings.data.augmentation,
+        geometry,
         arguments.transform,
         size,
         settings.run.seed,

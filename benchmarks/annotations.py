@@ -21,6 +21,7 @@ import torch
 from benchmarks.support.synthetic_dataset import TRAIN2017, write_annotations, write_links
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
+from detection.contract import Geometry
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
@@ -44,7 +45,7 @@ def main() -> None:
         data = load_settings(DEFAULTS)[0].data
         cv2.setNumThreads(0)
         before, started = memory_of("self"), time.perf_counter()
-        dataset = CocoDataset(root / "images", file, Transform(data, SIZE, 0, training=False))
+        dataset = CocoDataset(root / "images", file, Transform(Geometry(32), SIZE))
         seconds = time.perf_counter() - started
         # The generated file says 640 x 480, which this image is not; nothing here looks at its size.
         dataset.annotations.image_sizes[:] = 0

@@ -1,7 +1,7 @@
 """What a checkpoint costs the training loop, and what it costs in all.
 
 python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and a EMA
-python3 -m benchmarks.checkpoint yolo.backbone=mobilenet_v3_small
+python3 -m benchmarks.checkpoint model.backbone=mobilenet_v3_small
 
 The loop waits for `save` alone, which copies; a thread writes, reads back and renames.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.directory is not None and not arguments.directory.is_dir():
         raise OutputError(f"--directory {arguments.directory}: is no directory")
     device = choose_device(settings.run.device)
-    detector = build_detector(settings.yolo, settings.evaluation, settings.yolo.num_classes or 80)
+    detector = build_detector(settings, settings.model.num_classes or 80)
     state = RunState(detector.to(device, True).model, settings.train, 0, build_scaler(device, None))
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -55,7 +55,7 @@ def main() -> None:
         started = time.perf_counter()
         load_checkpoint(Path(directory) / "last.pt")
         loading = time.perf_counter() - started
-    print(f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.backbone}, {size / 2**20:.0f} MiB")
+    print(f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, {size / 2**20:.0f} MiB")
     print(f"{'seconds':<40}{'median':>8}{'spread':>16}{'first':>8}")
     for name, values in (("the loop waits (save)", waits), ("until it is verified on the disk", writes)):
         rest = values[1:]

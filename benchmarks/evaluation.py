@@ -1,13 +1,13 @@
 """Seconds and memory of the COCO metric on a synthetic set of COCO's size, per evaluator.
 
-python3 -m benchmarks.evaluation               arrays at all sizes, the others at the smallest
-python3 -m benchmarks.evaluation --all         every evaluator at all sizes, 5 minutes
+python3 -m benchmarks.evaluation               arrays at all sizes, pycocotools at the smallest
+python3 -m benchmarks.evaluation --all         both at all sizes, 4 minutes
 
-5,000 images, 36,335 ground-truth boxes of 80 classes, some of them crowds; 201,097, 628,352 and 1,547,498 detections, the counts of
-a YOLOv3 on val2017 at confidence 0.01, 0.001 and 0.0001. Prints one table: seconds from arrays to the twelve numbers
-(median and spread of the repeats), the largest difference to pycocotools among these and the precisions of all classes,
-IoU and recalls, and the memory that scoring adds to a process that holds the detections. Each case is a process of its
-own. About a minute on 2 CPU cores.
+5,000 images, 36,335 ground-truth boxes of 80 classes, some of them crowds; 201,097, 628,352 and 1,547,498 detections,
+the counts of a YOLOv3 on val2017 at confidence 0.01, 0.001 and 0.0001. Prints one table: seconds from arrays to the
+twelve numbers (median and spread of the repeats), the largest difference to pycocotools among these and the precisions
+of all classes, IoU and recalls, and the memory that scoring adds to a process that holds the detections. Each case runs
+in its own process. About a minute on 2 CPU cores.
 """
 
 import argparse
@@ -35,25 +35,27 @@ from detection.training.throughput import matmul_rates
 COUNTS = (201_097, 628_352, 1_547_498)
 IMAGES, GT_BOXES, CLASSES = 5000, 36_335, 80
 SIZE = 640  # pixels, side of an image
-BACKENDS = ("pycocotools", "faster_coco_eval", "arrays")  # the first is the reference
+BACKENDS = ("pycocotools", "arrays")  # the first is the reference
 
 
 def main() -> None:
     parser = Parser("benchmarks.evaluation", __doc__)
     parser.add_argument("--counts", nargs="+", type=at_least_one, default=COUNTS, metavar="K", help="detections")
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="of arrays; the others run once (%(default)s)")
-    parser.add_argument("--all", action="store_true", help="every evaluator at all sizes")
-    parser.add_argument("--case", nargs=3, metavar=("BACKEND", "FOUND", "RESULT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=5, help="of arrays; pycocotools runs once (%(default)s)"
+    )
+    parser.add_argument("--all", action="store_true", help="both evaluators at all sizes")
+    parser.add_argument("--case", nargs=3, metavar=("BACKEND", "DETECTIONS", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        backend, found, result = arguments.case
-        run_case(backend, Path(found), Path(result), arguments.repeats)
+        backend, detections, result = arguments.case
+        run_case(backend, Path(detections), Path(result), arguments.repeats)
         return
     ceiling = max(matmul_rates(2048, torch.float32, torch.device("cpu"), 3))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", *BACKENDS[:2]))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("numpy", BACKENDS[0]))
     print(
-        f"{IMAGES} images, {GT_BOXES} ground-truth boxes, {CLASSES} classes; cpu ({platform.machine()}), {versions}; one thread, "
-        f"float64; matmul float32 {ceiling / 1e12:.2f} TFLOP/s on {torch.get_num_threads()} threads"
+        f"{IMAGES} images, {GT_BOXES} ground-truth boxes, {CLASSES} classes; cpu ({platform.machine()}), {versions}; "
+        f"one thread, float64; matmul float32 {ceiling / 1e12:.2f} TFLOP/s on {torch.get_num_threads()} threads"
     )
     print(
         f"{'detections':>10}  {'evaluator':<17}{'seconds':>8}{'spread':>14}{'AP':>9}{'difference':>12}{'added MiB':>11}"
@@ -61,13 +63,13 @@ def main() -> None:
     gt = synthetic_ground_truth()
     with tempfile.TemporaryDirectory() as directory:
         for count in sorted(arguments.counts):
-            found = Path(directory) / "found.npz"
-            np.savez(found, **vars(synthetic_detections(gt, count)))
+            detections = Path(directory) / "detections.npz"
+            np.savez(detections, **vars(synthetic_detections(gt, count)))
             reference = None
             for backend in BACKENDS:
                 if backend != "arrays" and count > min(arguments.counts) and not arguments.all:
                     continue
-                result = in_own_process(backend, found, arguments.repeats if backend == "arrays" else 1)
+                result = in_own_process(backend, detections, arguments.repeats if backend == "arrays" else 1)
                 reference = result if backend == BACKENDS[0] else reference
                 difference = "not compared" if reference is None else f"{largest_difference(result, reference):.1e}"
                 seconds, added = result["seconds"], float(result["added"]) / 2**20
@@ -79,20 +81,20 @@ def main() -> None:
                 )
 
 
-def in_own_process(backend: str, found: Path, repeats: int) -> dict[str, np.ndarray]:
-    result = found.with_name("result.npz")
-    case = ["--case", backend, str(found), str(result), "--repeats", str(repeats)]
+def in_own_process(backend: str, detections: Path, repeats: int) -> dict[str, np.ndarray]:
+    result = detections.with_name("result.npz")
+    case = ["--case", backend, str(detections), str(result), "--repeats", str(repeats)]
     subprocess.run([sys.executable, "-m", "benchmarks.evaluation", *case], check=True)
     with np.load(result) as arrays:
         return dict(arrays)
 
 
-def run_case(backend: str, found: Path, result: Path, repeats: int) -> None:
+def run_case(backend: str, file: Path, result: Path, repeats: int) -> None:
     annotations = synthetic_ground_truth()
-    # Read, not made here: memory that was in use before would be used again, and not be counted.
-    with np.load(found) as arrays:
+    # Read from a file: memory freed after making them here would be reused by scoring and not be counted.
+    with np.load(file) as arrays:
         detections = Detections(**arrays)
-    score(annotations, detections.take(slice(0, 1000)), backend)  # loads what is loaded once
+    score(annotations, detections.take(slice(0, 1000)), backend)  # warm-up: imports
     before, seconds = reset_peak_memory(), []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -107,14 +109,14 @@ def largest_difference(result: dict[str, np.ndarray], reference: dict[str, np.nd
 
 
 def reset_peak_memory() -> int:
-    """Forget the peak so far where Linux allows it; bytes in use."""
+    """Reset the peak where Linux allows it; returns the bytes in use."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 def peak_memory() -> int:
-    """Largest resident set so far, bytes."""
+    """Return the largest resident set so far in bytes."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
@@ -123,7 +125,7 @@ def peak_memory() -> int:
 
 
 def synthetic_ground_truth() -> Annotations:
-    """Ground-truth boxes of an image share few classes, and few classes have most ground-truth boxes, as in COCO."""
+    """Make ground truth as in COCO: an image has few classes, and few classes have most boxes."""
     generator = np.random.default_rng(0)
     image = np.sort(generator.choice(IMAGES, GT_BOXES, p=generator.dirichlet(np.ones(IMAGES))))
     frequency = 1 / np.arange(2, CLASSES + 2)
@@ -144,13 +146,14 @@ def synthetic_ground_truth() -> Annotations:
         coco_boxes=np.concatenate([corners, sides], axis=1),
         crowd=crowd,
         annotation_ids=np.arange(1, GT_BOXES + 1),
+        file_order=np.arange(GT_BOXES),
         categories=Categories(tuple(map(str, range(CLASSES))), tuple(range(1, CLASSES + 1))),
         counts=AnnotationCounts(),
     )
 
 
 def synthetic_detections(annotations: Annotations, count: int) -> Detections:
-    """Good boxes for most ground-truth boxes, worse ones around them, and the rest anywhere; good ones tend to score higher."""
+    """Make good boxes for most ground truth, worse ones around it and the rest anywhere; good ones score higher."""
     generator = np.random.default_rng(count)
     image_of_box = np.repeat(np.arange(IMAGES), np.diff(annotations.first_box))
     good = np.flatnonzero(generator.random(GT_BOXES) < 0.7)[:count]

@@ -74,9 +74,9 @@ def main() -> None:
             for batch in batches:
                 report_peer(batch, device, measure, ceilings[torch.float32])
             continue
-        words = [f"yolo.backbone={NETWORKS[name]}", f"evaluation.image_size={SIZE}"]
+        words = [f"model.backbone={NETWORKS[name]}", f"evaluation.image_size={SIZE}"]
         settings, _ = load_settings(ARGS, words=words)
-        detector = build_detector(settings.yolo, settings.evaluation, CLASSES)
+        detector = build_detector(settings, CLASSES)
         detector.model.eval()
         operations = count_operations(detector.model)
         after = {batch: post_processing(detector, batch, device) for batch in batches}

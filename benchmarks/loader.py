@@ -25,9 +25,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from benchmarks.support.synthetic_dataset import write_annotations, write_photographs
+from detection.config.augmentation import AugmentationSettings
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
-from detection.config.settings import DataSettings, Settings
+from detection.config.settings import Settings
 from detection.data.build import DetectionDataset, build_training_dataset
 from detection.data.coco import CocoDataset
 from detection.data.image_file import JPEG_DECODERS, choose_decoder, describe_decoder, read_file
@@ -35,6 +36,7 @@ from detection.data.loaders import build_training_loader, collate_samples
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Transform
 from detection.errors import SettingsError, exit_with_message
+from detection.models import build_detector
 from detection.visualization.augmentation_sheet import augmentation_names, only
 
 BOXES = 7.27  # per image, the mean of COCO
@@ -68,7 +70,10 @@ def main() -> None:
 
 def report(settings: Settings, count: int, repeats: int) -> None:
     data, size = settings.data, settings.train.image_size
-    dataset = build_training_dataset(data, size, 0, settings.yolo.num_classes)
+    dataset = build_training_dataset(data, 0, settings.model.num_classes)
+    augmentation = data.augmentation
+    geometry = build_detector(settings, len(dataset.annotations.categories.names)).geometry
+    dataset.sample_transform = Transform(geometry, size, 0, augmentation)
     if not isinstance(dataset, CocoDataset):
         raise SettingsError("data.fake: there are no files whose loading could be measured")
     count = min(count, len(dataset))
@@ -89,23 +94,23 @@ def report(settings: Settings, count: int, repeats: int) -> None:
 
         return call
 
-    letterbox = Transform(data, size, 0, training=False)
+    letterbox = Transform(geometry, size)
     samples = [transformed(letterbox)(index) for index in range(BATCH)]
-    nothing = Transform(only(data, ""), size, 0, training=True)
-    everything = all_on(data)
+    nothing = Transform(geometry, size, 0, only(augmentation, ""))
+    everything = all_on(augmentation)
     rows: dict[str, Callable[[int], object]] = {}
     for name in dict.fromkeys(("opencv", decoder)):
         rows[f"decode, {name}"] = lambda index, name=name: JPEG_DECODERS[name](encoded[index])  # type: ignore[misc]
     rows |= {
         "read, check and decode": dataset.load_image,
         "letterbox": transformed(letterbox),
-        "letterbox and augmentation": transformed(Transform(data, size, 0, training=True)),
-        "the same, all albumentations on": transformed(Transform(everything, size, 0, training=True)),
+        "letterbox and augmentation": transformed(Transform(geometry, size, 0, augmentation)),
+        "the same, all albumentations on": transformed(Transform(geometry, size, 0, everything)),
         "collate": lambda index: collate_samples(samples) if index % BATCH == 0 else None,  # type: ignore[arg-type]
     }
     rows |= torchvision_rows(dataset, size)
     transforms = {
-        name: transformed(Transform(only(data, name), size, 0, training=True)) for name in augmentation_names()
+        name: transformed(Transform(geometry, size, 0, only(augmentation, name))) for name in augmentation_names()
     }
     times = measure({**rows, "": transformed(nothing), **transforms}, count, repeats)
     ceiling = times[f"decode, {decoder}"]
@@ -127,9 +132,9 @@ def report(settings: Settings, count: int, repeats: int) -> None:
         print(f"{name:<36}{median:>8.2f}{spread:>16}{probability:>10g}{median * probability:>10.2f}")
 
     print(f"\n{'loader, by the clock':<28}{'workers':>8}{'images/s':>10}{'spread':>16}{'a matched consumer waits':>26}")
-    for name, chosen in (("letterbox", only(data, "")), ("with the augmentation", data)):
+    for name, chosen in (("letterbox", only(augmentation, "")), ("with the augmentation", augmentation)):
         for workers in (0, 1, 2):
-            dataset.sample_transform = Transform(chosen, size, 0, training=True)
+            dataset.sample_transform = Transform(geometry, size, 0, chosen)
             rates = [images_per_second(dataset, workers, 0)[0] for _ in range(repeats)]
             rate = statistics.median(rates)
             _, waited = images_per_second(dataset, workers, BATCH / rate * 1.25)
@@ -166,14 +171,14 @@ def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int
     return {"torchvision, letterbox": letterbox, "torchvision, as SSDlite": augmented}
 
 
-def all_on(data: DataSettings) -> DataSettings:
+def all_on(augmentation: AugmentationSettings) -> AugmentationSettings:
     """Every transform of albumentations on every image."""
     sections = {
-        name: getattr(data.augmentation, name).model_copy(update={"p": 1.0})
+        name: getattr(augmentation, name).model_copy(update={"p": 1.0})
         for name in augmentation_names()
         if name not in ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
     }
-    return data.model_copy(update={"augmentation": data.augmentation.model_copy(update=sections)})
+    return augmentation.model_copy(update=sections)
 
 
 def measure(rows: dict[str, Callable[[int], object]], count: int, repeats: int) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from detection.errors import DataError, SettingsError, exit_with_message
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 100_000
 SMALL = (
-    "data.fake=true", "yolo.num_classes=80", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+    "data.fake=true", "model.num_classes=80", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
     "train.image_size=64", "train.resize_frequency=0", "train.batch_size=2", "train.subdivisions=1",
     "evaluation.image_size=64", "data.num_workers=1", "run.device=cpu",
 )  # fmt: skip

@@ -20,7 +20,7 @@ from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
 from detection.data.loaders import SMALLEST_BUCKET, targets_to
 from detection.errors import exit_with_message
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.darknet_loss import assign_targets
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={arguments.backbone}"])
-    detector = build_detector(settings.yolo, settings.evaluation, CLASSES).to(device, channels_last=True)
-    check_image_size(detector.model, "--size", arguments.size)
+    settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={arguments.backbone}"])
+    detector = build_detector(settings, CLASSES).to(device, channels_last=True)
+    detector.geometry.check_size("--size", arguments.size)
     batch = synthetic_batch(arguments.size, arguments.batch, CLASSES)
     images, _ = targets_to(batch, device)
     model = detector.model.train()
@@ -94,7 +94,7 @@ def measure(
     criterion(outputs, targets)  # makes its tables
     with OperationTrace() as trace:
         criterion(outputs, targets)
-    table = criterion.tables([(output.shape[2], output.shape[3]) for output in outputs]).anchors
+    table = criterion.layout.tables([(output.shape[2], output.shape[3]) for output in outputs]).anchors
     assign = milliseconds(
         lambda: assign_targets(targets["boxes"], targets["labels"], table), device, 3 * arguments.repeats
     )

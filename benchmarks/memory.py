@@ -20,7 +20,7 @@ from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
 from detection.errors import exit_with_message
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.runtime.devices import (
     autocast,
@@ -72,11 +72,11 @@ def main() -> None:
 def measure(
     backbone: str, device: torch.device, dtype: torch.dtype | None, batch_size: int, size: int, recomputed: int
 ) -> None:
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={backbone}", f"train.batch_size={batch_size}"])
+    settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={backbone}", f"train.batch_size={batch_size}"])
     context = functools.partial(autocast, device, dtype)
     before = peak_memory_gib(device)
-    detector = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True)
-    check_image_size(detector.model, "--sizes", size)
+    detector = build_detector(settings, 80).to(device, channels_last=True)
+    detector.geometry.check_size("--sizes", size)
     if recomputed:
         recompute_backbone(detector.model)
     model, optimizer = detector.model.train(), build_optimizer(detector.model, settings.train)

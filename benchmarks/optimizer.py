@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=at_least_one, default=7)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    settings, _ = load_settings(DEFAULTS, words=[f"yolo.backbone={arguments.backbone}"])
-    model = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True).model
+    settings, _ = load_settings(DEFAULTS, words=[f"model.backbone={arguments.backbone}"])
+    model = build_detector(settings, 80).to(device, channels_last=True).model
     finite = torch.tensor(True, device=device)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)

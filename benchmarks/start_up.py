@@ -1,7 +1,7 @@
 """From `python3 yolo-v3/main.py` to its first optimizer step, on annotations of the size of COCO's train2017.
 
 python3 -m benchmarks.start_up                                     generated data, MobileNetV3-small at 320 px
-python3 -m benchmarks.start_up yolo.backbone=darknet --repeats 3    Darknet-53
+python3 -m benchmarks.start_up model.backbone=darknet --repeats 3    Darknet-53
 python3 -m benchmarks.start_up data.root=data/coco                 a real dataset
 
 The script runs in a process of its own, with a clock around its stages, and is stopped where its first step would
@@ -32,7 +32,7 @@ from detection.training.throughput import matmul_rates
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
 DEFAULTS = [
-    "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[128,96,64]", "train.image_size=320", "train.batch_size=16",
+    "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[128,96,64]", "train.image_size=320", "train.batch_size=16",
     "evaluation.image_size=320", "evaluation.batch_size=16", "data.num_workers=2",
 ]  # fmt: skip
 # stage -> where its function is called
@@ -41,8 +41,8 @@ STAGES = {
     "digest of the annotations": ("detection.training.run", "annotations_digest"),
     "build the network": ("detection.training.run", "build_detector"),
     "check the data": ("detection.training.run", "check_before_training"),
-    "pre-flight: step": ("__main__", "try_step"),
-    "pre-flight: evaluation": ("__main__", "try_evaluation"),
+    "pre-flight: step": ("detection.training.dry_run", "try_step"),
+    "pre-flight: evaluation": ("detection.training.dry_run", "try_evaluation"),
 }
 STARTED = "START_UP_BENCHMARK"  # environment variable: time at which the process was started
 
@@ -71,7 +71,7 @@ def main() -> None:
     device = open_device(settings.run, settings.run.device)
     rate = max(matmul_rates(2048, torch.float32, device, 3)) / 1e12
     print(
-        f"{describe_device(device)}, torch {torch.__version__}, {settings.yolo.backbone}, annotations of {size:.0f} MB; "
+        f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, annotations of {size:.0f} MB; "
         f"matmul float32 {rate:.2f} TFLOP/s"
     )
     print(f"{'seconds':<36}{'median':>8}{'spread':>16}")
@@ -118,15 +118,14 @@ def run_timed() -> None:
     for name, (module, function) in STAGES.items():
         holder = scope if module == "__main__" else vars(sys.modules[module])
         holder[function] = timed(name, holder[function])
-    take_step, build_loader = scope["Run"].take_step, scope["build_training_loader"]
+    run_module = sys.modules["detection.training.run"]
+    build_loader = run_module.build_training_loader
 
     def build_and_note(*arguments: Any) -> Any:
         seconds["until the loader is built"] = time.time() - started
         return build_loader(*arguments)
 
-    def stop_at_the_first(run: Any, state: Any, model: Any, batches: Any, discard: bool = False, **rest: Any) -> Any:
-        if discard:
-            return take_step(run, state, model, batches, discard=discard, **rest)
+    def stop_at_the_first_step(*_: Any, **__: Any) -> None:
         seconds["all"] = time.time() - started
         seconds["first batch"] = seconds["all"] - seconds.pop("until the loader is built")
         staged = sum(seconds[name] for name in seconds if name != "all")
@@ -135,8 +134,8 @@ def run_timed() -> None:
         print(json.dumps(seconds), flush=True)
         os._exit(0)
 
-    scope["build_training_loader"] = build_and_note
-    scope["Run"].take_step = stop_at_the_first
+    run_module.build_training_loader = build_and_note
+    scope["train_step"] = stop_at_the_first_step  # the pre-flight has its own
     script["main"]()
 
 

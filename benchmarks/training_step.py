@@ -2,7 +2,7 @@
 
 python3 -m benchmarks.training_step                                          Darknet-53 at 416 px, batch 2
 python3 -m benchmarks.training_step --sizes 320 416 608 --batch 64 --device cuda
-python3 -m benchmarks.training_step --batch 16 yolo.backbone=mobilenet_v3_small yolo.neck_channels=[128,96,64]
+python3 -m benchmarks.training_step --batch 16 model.backbone=mobilenet_v3_small yolo.neck_channels=[128,96,64]
 python3 -m benchmarks.training_step --peers                                  torchvision's detectors beside it
 python3 -m benchmarks.training_step --real --sizes 416 data.root=data/coco   with the loader: share of time it waits
 
@@ -31,8 +31,9 @@ from detection.data.build import build_datasets
 from detection.data.fake import MEAN_BOXES, synthetic_batch
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
+from detection.data.transforms import Transform
 from detection.errors import SettingsError, exit_with_message
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.runtime.devices import (
     CUDA_GRAPHS,
@@ -72,12 +73,12 @@ def main() -> None:
             raise SettingsError(f"{word}: here say --device, --batch or --sizes")
     settings, _ = load_settings(DEFAULTS, words=arguments.settings)
     device = choose_device(arguments.device)
-    detector = build_detector(settings.yolo, settings.evaluation, arguments.classes).to(device, channels_last=True)
+    detector = build_detector(settings, arguments.classes).to(device, channels_last=True)
     for size in arguments.sizes:
-        check_image_size(detector.model, "--sizes", size)
-    flops = flops_per_pixel(detector.model)
+        detector.geometry.check_size("--sizes", size)
+    flops = flops_per_pixel(detector.model, detector.geometry.size_multiple)
     print(
-        f"{settings.yolo.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
+        f"{settings.model.backbone}, neck {list(settings.yolo.neck_channels)}, {settings.train.optimizer}, batch "
         f"{arguments.batch}; {describe_device(device)}, torch {torch.__version__}"
     )
     print(f"{'':<34}{'size':>6}{'GFLOP':>8}{'images/s':>10}{'spread':>16}{'TFLOP/s':>9}{'of it':>8}{'waiting':>9}")
@@ -104,7 +105,7 @@ def main() -> None:
                 name = "compiled" if mode is None else "compiled, CUDA graphs"
                 forward = compile_forward(detector.model, device, len(arguments.sizes), mode)
                 show(name, size, precision, functools.partial(steps, batches, called=forward))
-        if settings.yolo.backbone.startswith("mobilenet") and device.type == "cpu" and dtype is not None:
+        if settings.model.backbone.startswith("mobilenet") and device.type == "cpu" and dtype is not None:
             show("depthwise too", size, precision, functools.partial(steps, batches, depthwise=True))
         if arguments.real:
             real = real_batches(settings, size, arguments, device)
@@ -117,7 +118,9 @@ def main() -> None:
 
 def real_batches(settings: Settings, size: int, arguments: Any, device: torch.device) -> Iterator[Batch]:
     """Those of a training run."""
-    dataset, _ = build_datasets(settings.data, size, size, settings.run.seed, arguments.classes, 1)
+    dataset, _ = build_datasets(settings.data, settings.run.seed, arguments.classes, 1)
+    geometry = build_detector(settings, arguments.classes).geometry
+    dataset.sample_transform = Transform(geometry, size, settings.run.seed, settings.data.augmentation)
     steps = (0, WARM_UP + arguments.repeats + 1)
     sampler = TrainingBatchSampler(len(dataset), arguments.batch, 1, steps, 0, size, 0, (size, size))
     return iter(build_training_loader(dataset, sampler, settings.data.num_workers, device))

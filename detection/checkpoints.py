@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from detection.errors import CheckpointError, OutputError
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1: no skipped steps
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)  # 1: no skipped steps; 2: the backbone was called encoder
 DIGEST_KEY = "digest"
 DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
 RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
@@ -128,10 +129,19 @@ def verified(content: Any, path: Path) -> dict[str, Any]:
     if digest is None or digest != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
     if content["format"] not in READABLE_VERSIONS:
-        versions = " and ".join(map(str, READABLE_VERSIONS))
+        versions = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
         raise CheckpointError(
             f"checkpoint {path} has format version {content['format']}, this program reads {versions}"
         )
+    return upgraded(content)
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Give the tensors of an older version the names of today."""
+    if content["format"] < 3:
+        for key in ("model", "average"):
+            if isinstance(state := content.get(key), dict):
+                content[key] = {re.sub(r"^encoder\.", "backbone.", name): value for name, value in state.items()}
     return content
 
 

@@ -1,28 +1,181 @@
 """What crosses the borders between data, detectors, training and evaluation; docs/contract.md explains it."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Batch = dict[str, Any]
+from detection.errors import SettingsError
+from detection.ops.letterbox import Letterbox, Placement, place_image
+
+PADDING_LABEL = -1  # fills rows of targets that hold no box
+CROWD_LABEL = -2  # a crowd region: never assigned, and predictions inside carry no negative loss
+
+Anchors = Sequence[
+    Sequence[tuple[float, float]]
+]  # per level, per anchor (width, height) in pixels of the network input
 
 
-class Detector(NamedTuple):
-    """outputs = model(images); losses = criterion(outputs, targets); found = postprocess(outputs)."""
+class Batch(TypedDict):
+    """A micro-batch, as the collate function makes it."""
+
+    images: Tensor  # (B, 3, S, S) uint8 RGB
+    boxes: Tensor  # (B, G, 4) float32 xyxy in pixels of the network input, padded
+    labels: Tensor  # (B, G) int64: class, PADDING_LABEL or CROWD_LABEL
+    indices: Tensor  # (B,) int64: images of the dataset
+    letterboxes: NotRequired[list[Letterbox]]
+    unreadable: NotRequired[list[str]]  # a line per image that could not be read and was replaced
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image becomes the network input: a property of the detector, or of the weights it was given.
+
+    Training, validation, detection, export and pictures read it from the detector and from nowhere else.
+
+    Attributes:
+        size_multiple: what the sides of the input must be a multiple of, pixels.
+        placement: "letterbox" keeps the aspect and centres the image, "top_left" keeps the aspect, "squash" does not.
+        rounding: of the resized sides to whole pixels.
+        interpolation: of the resize, a key of `data.resize.INTERPOLATIONS`.
+        fill: RGB of the empty region, 0..255.
+        pixel_range: what a pixel of 255 becomes before mean and deviation.
+        channel_order: that the network sees; images are RGB everywhere else.
+        pixel_mean, pixel_std: per channel, in `pixel_range`.
+    """
+
+    size_multiple: int
+    placement: Placement = "letterbox"
+    rounding: Literal["nearest", "down"] = "nearest"
+    interpolation: str = "linear"
+    fill: tuple[int, int, int] = (124, 116, 104)
+    pixel_range: float = 1.0
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def place(self, width: int, height: int, size: int) -> tuple[Letterbox, int, int]:
+        """Where an image of (width, height) lies in a square of `size`, and its new width and height."""
+        return place_image(width, height, size, self.placement, self.rounding)
+
+    def check_size(self, name: str, size: int) -> None:
+        """Refuse a size that the network's grids do not divide.
+
+        Raises:
+            SettingsError: names the setting.
+        """
+        if size < 1 or size % self.size_multiple:
+            raise SettingsError(f"{name} = {size}: must be a multiple of {self.size_multiple} for this detector")
+
+    def describe(self) -> str:
+        """One line for the plan of a run."""
+        kind = {"letterbox": "letterbox", "top_left": "letterbox at the top left", "squash": "squashed"}[self.placement]
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.pixel_mean, self.pixel_std))
+        fill = "" if self.placement == "squash" else f" fill {' '.join(map(str, self.fill))},"
+        return (
+            f"{kind} ({self.interpolation}),{fill} {self.channel_order.upper()} 0..{self.pixel_range:g}, mean {mean}, "
+            f"deviation {std}"
+        )
+
+
+@runtime_checkable
+class DetectorModel(Protocol):
+    """What the `nn.Module` of a detector declares, beside mapping (B, 3, H, W) images to raw outputs per level."""
+
+    backbone: nn.Module  # what freezing and learning-rate factors act on
+    strides: tuple[int, ...]  # pixels per cell of each output, ascending
+    num_classes: int
+
+    def __call__(self, images: Tensor) -> Any: ...
+
+    def output_convolutions(self) -> list[nn.Conv2d]:
+        """Convolutions that make the predictions, which start anew for other classes."""
+        ...
+
+
+@dataclass(frozen=True)
+class AssignedPrediction:
+    """One prediction of one image and the ground-truth box that it learns."""
+
+    image: int  # row of the batch
+    gt: int  # row of the image's ground-truth boxes
+    level: int
+    stride: int  # pixels per cell
+    anchor: int  # number within the level
+    anchor_size: tuple[float, float]  # width, height in pixels of the network input
+    column: int
+    row: int
+    overruled: bool  # a later box of the same prediction gives the target box; this one only adds its class
+
+
+class FitReport(NamedTuple):
+    """How well a dataset's boxes suit a detector."""
+
+    findings: list[tuple[str, list[int] | list[str], list[str]]]  # kind, indices of boxes or names of settings, texts
+    numbers: dict[str, float]
+    line: str  # for the summary
+
+
+@dataclass(frozen=True)
+class AnchorLayout:
+    """The anchors of an anchor-based detector, for tools that fit them to a dataset."""
+
+    levels: Anchors
+    strides: tuple[int, ...]
+    setting: str  # path of the setting that holds them
+    with_anchors: Callable[[Anchors], str] | None = None  # the detector's cfg with other anchors, where a cfg rules
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector family's model, criterion and postprocess, and what they know about themselves.
+
+    outputs = model(images); losses = criterion(outputs, targets); detections = postprocess(outputs)
+
+    Attributes:
+        model: a `DetectorModel`; images to raw outputs.
+        criterion: raw outputs and targets to a dict of weighted float32 scalars; None: a network that can only detect.
+        postprocess: raw outputs to boxes, scores and labels per image; its `decode` gives all boxes and scores.
+        geometry: how an image becomes the network input.
+        plan: lines for the plan of a run.
+        notices: (name of a setting -> side of the square input in pixels) -> further lines, where the sizes in use
+            matter to it.
+        score: how a detection's score comes about, for the header of an evaluation.
+        deviations: in what detections are not made by the one protocol of docs/contract.md.
+        metadata: what a raw exported file must know to be decoded again, plain values.
+        held_settings: paths of settings that an exported graph holds, of the "network" and of the "decoding".
+        anchors: for anchor-based detectors.
+        check_fit: (boxes xyxy (K, 4) in pixels of the network input, image of each box (K,), input size) -> report.
+    """
 
     model: nn.Module
-    criterion: nn.Module | None  # None: a network that can only detect
+    criterion: nn.Module | None
     postprocess: nn.Module
+    geometry: Geometry
+    plan: tuple[str, ...] = ()
+    notices: Callable[[Mapping[str, int]], list[str]] = lambda sizes: []
+    score: str = "score"
+    deviations: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    held_settings: Mapping[str, list[str]] = field(default_factory=lambda: {"network": [], "decoding": []})
+    anchors: AnchorLayout | None = None
+    check_fit: Callable[[np.ndarray, np.ndarray, int], FitReport] | None = None
 
     def to(self, device: torch.device, channels_last: bool) -> "Detector":
-        """All three on the device, the model's weights in the memory layout that suits it."""
+        """Move all three to the device, the model's weights in the memory layout that suits it."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
-        criterion = None if self.criterion is None else self.criterion.to(device)
-        return Detector(self.model.to(device), criterion, self.postprocess.to(device))
+        return dataclasses.replace(
+            self,
+            model=self.model.to(device),
+            criterion=None if self.criterion is None else self.criterion.to(device),
+            postprocess=self.postprocess.to(device),
+        )
 
-
-PADDING_LABEL = -1
-
-CROWD_LABEL = -2
+    def replace(self, **parts: Any) -> "Detector":
+        """The same detector with other parts."""
+        return dataclasses.replace(self, **parts)

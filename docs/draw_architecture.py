@@ -18,7 +18,7 @@ from torch import nn
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.drawing.figures import new_figure, save_figure
-from detection.models import build_model
+from detection.models.yolo.detector import build_model
 from detection.models.backbones.darknet import Darknet53, ResidualBlock
 from detection.models.yolo.network import YOLOv3
 
@@ -33,7 +33,7 @@ Shapes = dict[nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]
 
 def main() -> None:
     settings, _ = load_settings(DEFAULTS)
-    model = cast(YOLOv3, build_model(settings.yolo, CLASSES).eval())
+    model = cast(YOLOv3, build_model(settings.model, settings.yolo, CLASSES).eval())
     shapes, outputs = trace(model)
     figure, (axes,) = new_figure((14, 8.4))
     draw_backbone(axes, cast(Darknet53, model.backbone), shapes)

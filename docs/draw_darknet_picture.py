@@ -30,7 +30,7 @@ HEIGHT = 280  # pixels of each picture
 def main() -> None:
     weights, cfg, names = (Path(argument) for argument in sys.argv[1:])
     opened = open_weights(weights, cfg, names, DEFAULTS)
-    transform = Transform(opened.settings.data, opened.settings.evaluation.image_size, seed=0, training=False)
+    transform = Transform(opened.detector.geometry, opened.settings.evaluation.image_size)
     hopper = read_image(Path(str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))))
     photographs = [skimage.data.astronaut(), hopper, skimage.data.chelsea(), skimage.data.coffee()]
     pictures = []

@@ -1,6 +1,6 @@
 """Draw the AP50 curves of docs/results.md from two finished runs of recipes/bccd_finetune.yaml.
 
-python3 -m docs.draw_finetune_curves logs/<run with yolo.pretrained> logs/<run without>
+python3 -m docs.draw_finetune_curves logs/<run with model.pretrained> logs/<run without>
 
 Writes docs/finetune.png.
 """

@@ -190,6 +190,7 @@ def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code
     def once() -> bool:
         signal.signal(number, signal.default_int_handler)
         request = StopRequest()
+        request.install()
         request.check()
         os.kill(os.getpid(), number)
         try:
@@ -210,11 +211,21 @@ def test_first_signal_is_a_request_and_the_second_ends_at_once(number: int, code
     assert in_child(twice) == -number
 
 
+def test_a_stop_request_handles_nothing_before_it_is_installed() -> None:
+    def action() -> bool:
+        before = [signal.getsignal(number) for number in stopping.STOPPING]
+        StopRequest()
+        return before == [signal.getsignal(number) for number in stopping.STOPPING]
+
+    assert in_child(action) == 0
+
+
 def test_ignored_signals_stay_ignored() -> None:
     def action() -> bool:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         request = StopRequest()
+        request.install()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
         request.check()

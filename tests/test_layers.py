@@ -163,7 +163,7 @@ def test_the_rules_see_the_real_imports() -> None:
     sources = read_sources(REPOSITORY)
     known = {module_name(path) for path in sources}
     imports = {name for name, _, _ in imported_names(PATH_OWNER, sources[PATH_OWNER], known)}
-    assert {"detection.training.run", "detection.config.loading", "detection.runtime.habana"} <= imports
+    assert {"detection.training.run", "detection.config.command_line", "detection.runtime.habana"} <= imports
     assert lines_with_sys_path(sources[PATH_OWNER])
 
 

@@ -1,4 +1,4 @@
-"""Flags and keys of other programs as settings: seed 001's commands run as they are. Imports no torch.
+"""Flags and keys of other programs as settings, so that the commands of MMDetection on Habana run as they are. Imports no torch.
 
 Every one of them stands for a setting, or two, and is printed with it; `docs/hpu.md` has the table.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detection.config.loading import FLAT_NAMES, Flag, leaf_paths
+from detection.config.loading import FLAT_NAMES, MOVED_NAMES, Flag, follow_move, leaf_paths
 from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
 
@@ -169,8 +169,8 @@ MMDETECTION_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "checkpoint_config.max_keep_ckpts": same("train.keep_checkpoints"),
     "evaluation.interval": epochs("evaluation.evaluate_frequency"),
     "log_config.interval": same("run.log_frequency"),
-    "model.bbox_head.num_classes": same("yolo.num_classes"),
-    "load_from": same("yolo.pretrained"),
+    "model.bbox_head.num_classes": same("model.num_classes"),
+    "load_from": same("model.pretrained"),
     "seed": same("run.seed"),
 }
 
@@ -187,6 +187,8 @@ def translate_option(word: str, defaults: Path) -> list[Flag]:
         settings = {key: value}
     elif key in FLAT_NAMES:
         settings = {FLAT_NAMES[key]: value}
+    elif key in MOVED_NAMES:
+        settings = dict([follow_move(key, value)])
     else:
         raise SettingsError(
             f"--cfg-options: unknown key {key!r}; of MMDetection's these are known: {', '.join(MMDETECTION_KEYS)}; "

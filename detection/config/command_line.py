@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from detection.config.aliases import add_device_flags, separate_hpu, settings_flags
+from detection.config.aliases import add_device_flags, add_training_flags, separate_hpu, settings_flags
 from detection.config.loading import Flag
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
         add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
         if device:
             add_device_flags(self)
+
+    def add_training_flags(self) -> None:
+        """Settings of training under the names that other programs give them."""
+        add_training_flags(self)
 
     def parse_intermixed_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import (
     BaseModel,
     ValidationError,
 )
 
 from detection.config.settings import Settings
-from detection.config.yaml_files import _YamlDumper, read_settings_file, read_yaml
+from detection.config.yaml_files import read_settings_file, read_yaml, write_yaml
 from detection.errors import SettingsError
 
 # Settings by which a run of today would differ from one that was trained before there was a choice.
 DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data.decoder": "opencv"}
 
 
-# Flat names of seed 002's args.yaml -> where the setting lives here.
+# Flat names, as in the args.yaml of the research repository -> where the setting lives here.
 FLAT_NAMES = {
     "name": "run.name",
     "logs_path": "run.logs_path",
@@ -29,8 +28,9 @@ FLAT_NAMES = {
     "data_path": "data.root",
     "num_workers": "data.num_workers",
     "classes": "data.class_names",
-    "backbone": "yolo.backbone",
-    "num_classes": "yolo.num_classes",
+    "encoder": "model.backbone",
+    "backbone": "model.backbone",
+    "num_classes": "model.num_classes",
     "anchors": "yolo.anchors",
     "ignore_threshold": "yolo.ignore_threshold",
     "batch_size": "train.batch_size",
@@ -49,7 +49,7 @@ FLAT_NAMES = {
 }
 
 
-# Settings of seed 002 that have another form here.
+# Settings of the research repository that have another form here.
 REPLACED_NAMES = {
     "continue_training": "use --resume DIRECTORY",
     "checkpoint": "use --resume DIRECTORY",
@@ -61,6 +61,30 @@ REPLACED_NAMES = {
     "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
 }
+
+
+# Values that no longer exist -> the value that stands for them.
+REPLACED_VALUES = {("evaluation.backend", "faster_coco_eval"): "arrays"}
+# Earlier paths of settings -> where they live now. Overlays, command lines and checkpoints of any age keep working.
+MOVED_NAMES = {
+    **{
+        f"yolo.{name}": f"model.{name}"
+        for name in ("cfg", "pretrained", "num_classes", "batch_norm", "batch_norm_momentum")
+    },
+    "yolo.encoder": "model.backbone",
+    "data.keep_aspect": "model.placement",
+    "data.letterbox_rounding": "model.rounding",
+    "data.interpolation": "model.interpolation",
+    "data.fill": "model.fill",
+    "data.most_unreadable": "data.max_unreadable_fraction",
+    "train.encoder_learning_rate_factor": "train.backbone_learning_rate_factor",
+    "train.encoder_batch_norm": "train.backbone_batch_norm",
+    "train.most_skipped_steps": "train.max_skipped_steps",
+    "evaluation.score": "yolo.score",
+    "evaluation.objectness_threshold": "yolo.objectness_threshold",
+}
+MOVED_VALUES = {("data.keep_aspect", True): "letterbox", ("data.keep_aspect", False): "squash"}
+CONVERTED = {key for key, _ in MOVED_VALUES}
 
 
 class Flag(NamedTuple):
@@ -116,18 +140,18 @@ def load_settings(
         claim(given, flag)
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
-    tree["yolo"]["cfg"] = read_cfg(tree["yolo"]["cfg"])
+    tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
     return validate(tree), notices
 
 
 def read_cfg(cfg: Any) -> Any:
-    """The text of a Darknet description in place of its file name, so that a run and its checkpoint need no file."""
+    """The text of a Darknet cfg in place of its file name, so that a run and its checkpoint need no file."""
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
     try:
         return Path(cfg).read_text(encoding="utf-8").replace("\r\n", "\n").rstrip() + "\n"
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"yolo.cfg: {cfg} cannot be read as text: {error}") from None
+        raise SettingsError(f"model.cfg: {cfg} cannot be read as text: {error}") from None
 
 
 def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
@@ -168,8 +192,7 @@ def validate(tree: dict[str, Any]) -> Settings:
 
 def dump_settings(settings: Settings) -> str:
     """The resolved settings as YAML text that `load_settings` reads back to the same value."""
-    content = settings.model_dump(mode="json")
-    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, default_flow_style=None, width=120)
+    return write_yaml(settings.model_dump(mode="json"))
 
 
 def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -203,22 +226,34 @@ def claim(given: dict[str, Flag], flag: Flag) -> None:
     given[flag.path] = flag
 
 
+def follow_move(key: str, value: Any) -> tuple[str, Any]:
+    """Path and value today of a setting under an earlier path."""
+    return MOVED_NAMES[key], MOVED_VALUES.get((key, value), value) if isinstance(value, bool) else value
+
+
 def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, notices: list[str]) -> str:
     """Put a value into the tree; returns the full path of its setting."""
     if key not in known and key in FLAT_NAMES:
         notices.append(f"{where}: {key} means {FLAT_NAMES[key]}")
         key = FLAT_NAMES[key]
+    if key not in known and key in MOVED_NAMES:
+        old, (key, value) = key, follow_move(key, value)
+        notices.append(f"{where}: {old} is now {key}{f' = {value}' if old in CONVERTED else ''}")
     if key not in known:
         if key in REPLACED_NAMES:
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
         if any(path.startswith(f"{key}.") for path in known):
             raise SettingsError(f"{where}: {key} is a section, not a value")
-        candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES], n=1, cutoff=0.0)
+        candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES, *MOVED_NAMES], n=1, cutoff=0.0)
         by_last_part = difflib.get_close_matches(
             key.rpartition(".")[2], [path.rpartition(".")[2] for path in known], n=1, cutoff=0.75
         )
         nearest = next((path for path in known if by_last_part and path.endswith("." + by_last_part[0])), candidates[0])
+        nearest = MOVED_NAMES.get(nearest, nearest)
         raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
+    if isinstance(value, str) and (key, value) in REPLACED_VALUES:
+        notices.append(f"{where}: {key}={value} no longer exists and is read as {REPLACED_VALUES[key, value]}")
+        value = REPLACED_VALUES[key, value]
     *sections, last = key.split(".")
     branch = tree
     for section in sections:

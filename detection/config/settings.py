@@ -28,11 +28,10 @@ from detection.config.fields import (
     check_range,
     is_zero,
 )
-from detection.config.yaml_files import _RESOLVERS, _YamlDumper, _YamlLoader
 from detection.errors import SettingsError
 
-SIZE_MULTIPLE = 32  # pixels; the coarsest stride of the detectors
 DARKNET_CFG = "darknet_cfg"  # the backbone name that stands for a whole network described by a Darknet .cfg file
+Placement = Literal["letterbox", "top_left", "squash"]  # as `ops.letterbox.Placement`, which imports torch
 BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
 
@@ -61,6 +60,7 @@ class RunSettings(Section):
     preflight: bool
     timeout_minutes: Positive
     log_frequency: Count
+    loggers: tuple[str, ...]
 
     @model_validator(mode="after")
     def check_modes(self) -> "RunSettings":
@@ -87,10 +87,6 @@ class DataSettings(Section):
     cache_gib: Positive
     cache_path: str | None
     slow_sample_seconds: Positive | None
-    keep_aspect: bool
-    interpolation: Literal["linear", "area", "cubic", "darknet"]
-    letterbox_rounding: Literal["nearest", "down"]
-    fill: tuple[GreyLevel, GreyLevel, GreyLevel]
     strict: bool
     follow_links: bool
     max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)]
@@ -105,13 +101,31 @@ class DataSettings(Section):
         return self
 
 
-class YoloSettings(Section):
+class ModelSettings(Section):
+    """What every detector has: its backbone, its classes, its starting weights, and how an image becomes its input."""
+
+    detector: Annotated[str, Field(pattern=r"^\w+$")]
     backbone: Annotated[str, AfterValidator(check_backbone)]
     cfg: str | None
     pretrained: Annotated[bool | str, BeforeValidator(check_pretrained)]
+    num_classes: Count | None
+    batch_norm: Literal["standard", "darknet"]
+    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)]
+    placement: Placement | None
+    rounding: Literal["nearest", "down"]
+    interpolation: Literal["linear", "area", "cubic", "darknet"]
+    fill: tuple[GreyLevel, GreyLevel, GreyLevel] | None
+
+    @model_validator(mode="after")
+    def check_cfg(self) -> "ModelSettings":
+        if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
+            raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
+        return self
+
+
+class YoloSettings(Section):
     spp: bool
     neck_channels: tuple[Count, ...]
-    num_classes: Count | None
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
     loss: Literal["darknet", "giou", "ciou", "mmdetection"]
     class_loss: Literal["bce", "cross_entropy"]
@@ -120,31 +134,24 @@ class YoloSettings(Section):
     class_weight: NotNegative
     ignore_threshold: Probability
     objectness_prior: Annotated[float, Field(gt=0, lt=1)]
-    batch_norm: Literal["standard", "darknet"]
-    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)]
+    score: Literal["product", "objectness"]
+    objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
 
     @model_validator(mode="after")
     def check_anchors(self) -> "YoloSettings":
         if not self.anchors or any(not level for level in self.anchors):
             raise ValueError("anchors: at least one level with at least one anchor each is needed")
-        if self.backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
+        return self
+
+    def check_backbone(self, backbone: str) -> None:
+        """Refuse what does not go with the backbone; a whole network from a Darknet cfg has a neck of its own."""
+        if backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
             raise ValueError(
-                f"neck_channels: has {len(self.neck_channels)} values, anchors has {len(self.anchors)} levels; "
+                f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has {len(self.anchors)} levels; "
                 "one value per level is needed"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_spp(self) -> "YoloSettings":
-        if self.spp and self.backbone in ("darknet_tiny", DARKNET_CFG):
-            raise ValueError(f"spp: backbone {self.backbone} has no neck that could pool; must be false")
-        return self
-
-    @model_validator(mode="after")
-    def check_cfg(self) -> "YoloSettings":
-        if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
-            raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
-        return self
+        if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
+            raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
 
 
 class TrainSettings(Section):
@@ -218,12 +225,10 @@ class EvaluationSettings(Section):
     image_size: int
     batch_size: Count | None
     max_images: Count | None
-    score: Literal["product", "objectness"]
     confidence_threshold: Annotated[float, Field(ge=0, lt=1)]
-    objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
     iou_threshold: Probability
     max_detections: Count | None
-    backend: Literal["auto", "arrays", "pycocotools", "faster_coco_eval"]
+    backend: Literal["auto", "arrays", "pycocotools"]
     visualization_threshold: Probability
     visualize_images: Annotated[int, Field(ge=0)]
 
@@ -231,6 +236,7 @@ class EvaluationSettings(Section):
 class Settings(Section):
     run: RunSettings
     data: DataSettings
+    model: ModelSettings
     yolo: YoloSettings
     train: TrainSettings
     scheduler: SchedulerSettings
@@ -241,26 +247,26 @@ class Settings(Section):
         if self.train.activation_checkpointing and (self.run.compile or self.train.sync_batch_norm):
             other = "run.compile" if self.run.compile else "train.sync_batch_norm"
             raise ValueError(f"train.activation_checkpointing: must be false with {other}")
-        names, count = self.data.class_names, self.yolo.num_classes
+        names, count = self.data.class_names, self.model.num_classes
         if names is not None and count is not None and len(names) != count:
-            raise ValueError(f"data.class_names: has {len(names)} names, but yolo.num_classes is {count}")
-        if self.data.fake and self.data.class_names is None and self.yolo.num_classes is None:
-            raise ValueError("data.fake: synthetic data needs yolo.num_classes or data.class_names")
+            raise ValueError(f"data.class_names: has {len(names)} names, but model.num_classes is {count}")
+        if self.data.fake and self.data.class_names is None and self.model.num_classes is None:
+            raise ValueError("data.fake: synthetic data needs model.num_classes or data.class_names")
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
         if is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
-        # A description has its own strides, known when it is built.
-        multiple = 1 if self.yolo.backbone == DARKNET_CFG else SIZE_MULTIPLE
         sizes = {
             "train.image_size": [self.train.image_size],
             "train.multiscale_sizes": self.train.multiscale_sizes,
             "evaluation.image_size": [self.evaluation.image_size],
         }
         for name, values in sizes.items():
-            if wrong := [value for value in values if value < 1 or value % multiple]:
-                raise ValueError(f"{name} = {wrong[0]}: must be a positive multiple of {multiple}")
+            if wrong := [value for value in values if value < 1]:  # the detector knows of what they must be a multiple
+                raise ValueError(f"{name} = {wrong[0]}: must be positive")
+        if self.model.detector == "yolo":
+            self.yolo.check_backbone(self.model.backbone)
         return self
 
 
@@ -270,9 +276,3 @@ def check_ascending(name: str, durations: Sequence[int | str]) -> None:
         values = [float(str(value).removesuffix("ep")) for value in durations if isinstance(value, unit)]
         if any(later <= earlier for earlier, later in itertools.pairwise(values)):
             raise ValueError(f"{name}: must be ascending, is {list(durations)}")
-
-
-for _name, _pattern, _first in _RESOLVERS:
-    for _rules in (_YamlLoader, _YamlDumper):
-        _rules.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
-_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_decimal)

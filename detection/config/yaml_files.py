@@ -1,5 +1,6 @@
 """Read and write settings as YAML, in which `1e-4` is a number and `on` a word."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ _RESOLVERS = (
 
 class _YamlDumper(yaml.SafeDumper):
     """Quotes whatever the rules of `_YamlLoader` (or YAML 1.1) would read as something else than a string."""
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    for _rules in (_YamlLoader, _YamlDumper):
+        _rules.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_decimal)
+
+
+def write_yaml(content: Any) -> str:
+    """YAML text that `read_yaml` reads back to the same value."""
+    return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def read_yaml(text: str, where: str) -> Any:

@@ -77,6 +77,7 @@ class Annotations:
     coco_boxes: np.ndarray  # (N, 4) float64 x, y, width, height as in the file, for the metric
     crowd: np.ndarray  # (N,) bool
     annotation_ids: np.ndarray  # (N,) int64 as in the file, for messages only
+    file_order: np.ndarray  # (N,) int64 position in the file, which decides between equal IoUs in the COCO metric
     categories: Categories
     counts: AnnotationCounts
 
@@ -156,6 +157,7 @@ def flatten_annotations(
         coco_boxes=columns.coco_boxes[kept],
         crowd=columns.crowd[kept],
         annotation_ids=columns.annotation_ids[kept],
+        file_order=kept,
         categories=Categories(tuple(chosen), tuple(chosen_ids)),
         counts=counts,
     )
@@ -260,7 +262,7 @@ def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:
     names = [annotations.file_name(index).encode() for index in indices.tolist()]
     counts = np.diff(annotations.first_box)[indices]
     rows = np.concatenate([np.arange(*annotations.first_box[index : index + 2]) for index in indices.tolist()])
-    per_box = ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids")
+    per_box = ("boxes", "labels", "areas", "coco_boxes", "crowd", "annotation_ids", "file_order")
     return dataclasses.replace(
         annotations,
         image_ids=annotations.image_ids[indices],

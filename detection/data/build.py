@@ -13,7 +13,6 @@ from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
 from detection.data.layouts import find_dataset, find_training_set, find_validation_set
-from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
@@ -22,40 +21,32 @@ DetectionDataset = CocoDataset | FakeDataset
 
 
 def build_datasets(
-    data: DataSettings,
-    training_size: int,
-    validation_size: int,
-    seed: int,
-    num_classes: int | None,
-    max_validation_images: int | None = None,
+    data: DataSettings, seed: int, num_classes: int | None, max_validation_images: int | None = None
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Build the training set and the validation set, which uses the training set's labels.
+    """Read the training and validation set of the settings; their `sample_transform` is set once a detector is there.
 
     Args:
-        training_size, validation_size: side of the network input in pixels.
-        seed: seed of the run.
-        num_classes: required number of classes; None: as many as the annotations have.
+        seed: of the run.
+        num_classes: what the settings demand; None: whatever the annotations have.
         max_validation_images: see `keep_evenly`.
 
     Raises:
         DataError: no dataset found, unusable annotations, or another number of classes.
     """
-    validation_transform = Transform(data, validation_size, seed, False)
     make_builtin(data)
     if not data.fake:
-        find_dataset(data)  # report a missing split before spending time on reading the other
-    training_set = build_training_dataset(data, training_size, seed, num_classes)
+        find_dataset(data)  # what is missing of either is said before either is read
+    training_set = build_training_dataset(data, seed, num_classes)
     validation_set: DetectionDataset
     if isinstance(training_set, FakeDataset):
         names = training_set.annotations.categories.names
-        validation_set = FakeDataset(FAKE_IMAGES[1], names, validation_transform, seed + 1)
+        validation_set = FakeDataset(FAKE_IMAGES[1], names, seed + 1)
     else:
         file, images = find_dataset(data)[1]
         validation_set = CocoDataset(
             images,
             file,
-            validation_transform,
-            data.class_names,
+            class_names=data.class_names,
             categories=training_set.annotations.categories,
             fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
             strict=data.strict,
@@ -67,19 +58,17 @@ def build_datasets(
     return training_set, validation_set
 
 
-def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes: int | None) -> DetectionDataset:
-    """Build the training set alone; arguments and errors as in `build_datasets`."""
-    transform = Transform(data, size, seed, training=True)
+def build_training_dataset(data: DataSettings, seed: int, num_classes: int | None) -> DetectionDataset:
+    """Read the training set alone; arguments and errors as of `build_datasets`."""
     if data.fake:
         names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
-        return FakeDataset(FAKE_IMAGES[0], names, transform, seed)
+        return FakeDataset(FAKE_IMAGES[0], names, seed)
     make_builtin(data)
     file, images = find_training_set(data)
     dataset = CocoDataset(
         images,
         file,
-        transform,
-        data.class_names,
+        class_names=data.class_names,
         fraction=None if data.validation_fraction is None else (data.validation_fraction, False),
         strict=data.strict,
         follow_links=data.follow_links,
@@ -89,7 +78,7 @@ def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes
     names = dataset.annotations.categories.names
     if num_classes not in (None, len(names)):
         raise DataError(
-            f"yolo.num_classes is {num_classes}, but {file} has {len(names)} categories: {', '.join(names)}"
+            f"model.num_classes is {num_classes}, but {file} has {len(names)} categories: {', '.join(names)}"
         )
     if not len(dataset.annotations.labels):
         raise DataError(f"{file}: no usable box in any training image")
@@ -99,13 +88,12 @@ def build_training_dataset(data: DataSettings, size: int, seed: int, num_classes
 
 
 def build_validation_dataset(
-    data: DataSettings, size: int, names: Sequence[str] | None, max_images: int | None = None
+    data: DataSettings, names: Sequence[str] | None, max_images: int | None = None
 ) -> CocoDataset:
-    """Build the validation set alone, with the labels of a trained detector.
+    """Read the validation set alone, with the labels of a trained detector.
 
     Args:
-        size: side of the network input in pixels.
-        names: class names of the detector in label order; None: all categories of the file, by ascending id.
+        names: classes of the detector, label by label; None: all categories of the file, by ascending id.
         max_images: see `keep_evenly`.
 
     Raises:
@@ -116,8 +104,7 @@ def build_validation_dataset(
     dataset = CocoDataset(
         images,
         file,
-        Transform(data, size, seed=0, training=False),
-        data.class_names,
+        class_names=data.class_names,
         categories=None if names is None else Categories(tuple(names), tuple(range(len(names)))),
         fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
         strict=data.strict,

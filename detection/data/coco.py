@@ -52,7 +52,7 @@ class CocoDataset(Dataset):
         self,
         images: Path,
         annotations: Path,
-        transform: Transform,
+        transform: Transform | None = None,
         class_names: Sequence[str] | None = None,
         categories: Categories | None = None,
         fraction: tuple[float, bool] | None = None,
@@ -111,6 +111,7 @@ class CocoDataset(Dataset):
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
         image, boxes = self.load_image(index), self.annotations.boxes[rows]
+        assert self.sample_transform is not None, "set before images are asked for"
         try:
             return self.sample_transform(image, boxes, labels, index, epoch, size)
         except Exception as error:

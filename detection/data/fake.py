@@ -16,8 +16,9 @@ MEAN_BOXES = 7  # per image, as in COCO
 class FakeDataset(torch.utils.data.Dataset):
     """Map-style dataset of random images of 640 x 480 pixels with random boxes; indexed like `CocoDataset`."""
 
-    def __init__(self, num_images: int, class_names: Sequence[str], transform: Transform, seed: int) -> None:
-        self.sample_transform, self.seed = transform, seed
+    def __init__(self, num_images: int, class_names: Sequence[str], seed: int) -> None:
+        self.sample_transform: Transform | None = None
+        self.seed = seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
         first_box = np.concatenate([[0], np.cumsum(boxes_per_image)])
@@ -40,6 +41,7 @@ class FakeDataset(torch.utils.data.Dataset):
             coco_boxes=coco_boxes,
             crowd=np.zeros(first_box[-1], bool),
             annotation_ids=np.arange(1, first_box[-1] + 1),
+            file_order=np.arange(first_box[-1]),
             categories=Categories(tuple(class_names), tuple(range(1, len(class_names) + 1))),
             counts=AnnotationCounts(),
         )
@@ -50,6 +52,7 @@ class FakeDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
+        assert self.sample_transform is not None, "set before images are asked for"
         return self.sample_transform(
             self.load_image(index), self.annotations.boxes[rows], self.annotations.labels[rows], index, epoch, size
         )

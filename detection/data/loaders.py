@@ -1,6 +1,10 @@
-"""Batches of a fixed form: which images, at which size, in which order, is a pure function of seed and step."""
+"""DataLoaders: batches of a fixed form whose images, sizes and order are pure functions of seed and step.
 
-from collections.abc import Sequence
+A program that makes loaders with workers calls `workers.prepare_process` first, as the scripts do.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,18 +13,19 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from detection.contract import PADDING_LABEL, Batch
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample
-from detection.data.workers import prepare_process, prepare_worker
-from detection.runtime.devices import pinning
+from detection.data.workers import prepare_worker
+from detection.runtime.devices import pins_memory
 
-SMALLEST_BUCKET = (
-    32  # ground-truth boxes per image; the padded number is this times a power of two, so few shapes occur
-)
-
+# Ground-truth boxes per image; the padded number is this times a power of two, so few shapes occur.
+SMALLEST_BUCKET = 32
 PREFETCHED = 2  # batches of each worker, torch's default
 
 
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Stack samples into tensors of a few fixed shapes.
+
+    Args:
+        samples: B of them, of the same size S.
 
     Returns:
         "images" (B, 3, S, S) uint8, channels_last in memory because that is how images are decoded: no transposition;
@@ -51,43 +56,47 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
 def build_training_loader(
     dataset: Dataset, sampler: TrainingBatchSampler, num_workers: int, device: torch.device
 ) -> DataLoader:
-    """Micro-batches in the sampler's order, one pass over the whole rest of the run."""
-    prepare_process()
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate_samples,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
-        **pinning(device),
-    )
+    """Build a loader of micro-batches in the sampler's order, one pass over the rest of the run."""
+    return _build_loader(dataset, num_workers, device, batch_sampler=sampler, collate_fn=collate_samples)
 
 
 def build_evaluation_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, device: torch.device, rank: int = 0, ranks: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    collate: Callable[[Sequence[Any]], Any] = collate_samples,
 ) -> DataLoader:
-    """Every image once, in the dataset's order; of several processes each has its own images."""
-    prepare_process()
+    """Build a loader of every image once, in the dataset's order; several processes have disjoint images.
+
+    Args:
+        device: that the batches will be copied to.
+        collate: makes a batch of the dataset's items.
+    """
+    images = range(rank, len(dataset), ranks)  # type: ignore[arg-type]
+    return _build_loader(dataset, num_workers, device, sampler=images, batch_size=batch_size, collate_fn=collate)
+
+
+def _build_loader(dataset: Dataset, num_workers: int, device: torch.device, **options: Any) -> DataLoader:
     return DataLoader(
         dataset,
-        sampler=range(rank, len(dataset), ranks),  # type: ignore[arg-type]
-        batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=collate_samples,
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),  # the loader draws a number at its start; not from the run's random state
-        **pinning(device),
+        pin_memory=pins_memory(device),
+        **options,
     )
 
 
 def batches_ahead(workers: int) -> int:
-    """How many batches lie in memory at most beside the one that is worked on, and that one."""
+    """Maximum number of batches in memory: those that the workers have prefetched, and the current one."""
     return workers * PREFETCHED + 1
 
 
 def targets_to(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images and padded targets on the device; the copy does not wait when the batch is pinned."""
+    """Copy images and padded targets to the device, asynchronously if the batch is pinned."""
     images = batch["images"].to(device, non_blocking=True)
     targets = {key: batch[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
     return images, targets

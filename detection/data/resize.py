@@ -5,8 +5,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from detection.ops.letterbox import Letterbox, letterbox_geometry
-
 CORNER_ALIGNED = -1  # implemented in `resize_image`: OpenCV's methods align pixel edges, not corner pixel centres
 INTERPOLATIONS = {
     "linear": cv2.INTER_LINEAR,
@@ -31,20 +29,6 @@ class Placed(NamedTuple):
         """Affine matrix from coordinates of the part to the square, (3, 3) float64; pixel k spans k to k + 1."""
         scale_x, scale_y = self.width / self.part.shape[1], self.height / self.part.shape[0]
         return np.array([[scale_x, 0, self.left], [0, scale_y, self.top], [0, 0, 1]], dtype=np.float64)
-
-
-def letterbox_image(
-    image: np.ndarray,
-    size: int,
-    keep_aspect: bool,
-    fill: tuple[int, int, int],
-    interpolation: int,
-    rounding: str = "nearest",
-) -> tuple[np.ndarray, Letterbox]:
-    """Resize (H, W, 3) uint8 into the centre of a (size, size, 3) square; aspect kept, or squashed."""
-    letterbox, new_width, new_height = letterbox_geometry(image.shape[1], image.shape[0], size, keep_aspect, rounding)
-    placed = Placed(image, letterbox.left, letterbox.top, new_width, new_height)
-    return resize_placed(placed, size, fill, interpolation), letterbox
 
 
 def resize_placed(placed: Placed, size: int, fill: tuple[int, int, int], interpolation: int) -> np.ndarray:

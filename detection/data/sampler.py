@@ -5,10 +5,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from detection.config.settings import SIZE_MULTIPLE
-
-# Independent random streams derived from the run's seed; the numbers only have to differ.
+SIZE_STEP = 32  # pixels between the sizes of multiscale training, at least
+# Streams of the one seed; the numbers only have to differ.
 ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
+
+
+def size_step(size_multiple: int) -> int:
+    """Pixels between the sizes of multiscale training of a detector with this `Geometry.size_multiple`."""
+    return math.lcm(SIZE_STEP, size_multiple)
 
 
 class TrainingBatchSampler:
@@ -42,7 +46,7 @@ class TrainingBatchSampler:
         resize_frequency: int = 0,
         multiscale_sizes: tuple[int, int] = (320, 608),
         repeat_factors: np.ndarray | None = None,
-        size_step: int = SIZE_MULTIPLE,
+        size_step: int = SIZE_STEP,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:

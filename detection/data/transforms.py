@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detection.config.settings import DataSettings
+from detection.config.augmentation import AugmentationSettings
+from detection.contract import Geometry
 from detection.data.augmentation.affine_and_pixels import Augmentation
 from detection.data.augmentation.color import ColorDistortion, has_color
 from detection.data.augmentation.crop_and_scale import RandomPlacement, has_placement
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed
-from detection.ops.letterbox import Letterbox, letterbox_geometry
+from detection.ops.letterbox import Letterbox
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,28 @@ class Transform:
     choice is a pure function of (seed, epoch, index), independent of worker, rank and order.
 
     Args:
-        data: fill colour, aspect, interpolation and, for training, augmentation.
-        size: default side of the network input in pixels.
-        seed: seed of the run.
-        training: whether to augment.
+        geometry: of the detector.
+        size: side of the network input in pixels, where the position gives none.
+        seed: of the run.
+        augmentation: of training; None: the geometry alone.
     """
 
-    def __init__(self, data: DataSettings, size: int, seed: int, training: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, size: int, seed: int = 0, augmentation: AugmentationSettings | None = None
+    ) -> None:
         self.size = size
         self.seed = seed
-        self.data = data
-        augmentation = data.augmentation
-        self.placement = RandomPlacement(data, seed) if training and has_placement(augmentation) else None
-        self.augmentation = Augmentation(data, seed) if training else None
-        self.color = ColorDistortion(augmentation, seed) if training and has_color(augmentation) else None
+        self.geometry = geometry
+        self.placement: RandomPlacement | None = None
+        self.augmentation: Augmentation | None = None
+        self.color: ColorDistortion | None = None
+        if augmentation is None:
+            return
+        self.augmentation = Augmentation(augmentation, geometry, seed)
+        if has_placement(augmentation):
+            self.placement = RandomPlacement(augmentation, geometry, seed)
+        if has_color(augmentation):
+            self.color = ColorDistortion(augmentation, seed)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, index: int, epoch: int, size: int
@@ -59,10 +68,8 @@ class Transform:
             index, epoch: select the random stream.
             size: side of the network input in pixels, 0 for the default.
         """
-        data, size = self.data, size or self.size
-        letterbox, width, height = letterbox_geometry(
-            image.shape[1], image.shape[0], size, data.keep_aspect, data.letterbox_rounding
-        )
+        geometry, size = self.geometry, size or self.size
+        letterbox, width, height = geometry.place(image.shape[1], image.shape[0], size)
         if self.placement is not None:
             placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
         else:
@@ -73,7 +80,7 @@ class Transform:
         if self.augmentation is not None:
             image, boxes, labels = self.augmentation(placed, boxes, labels, size, epoch, index)
         else:
-            image = resize_placed(placed, size, data.fill, INTERPOLATIONS[data.interpolation])
+            image = resize_placed(placed, size, geometry.fill, INTERPOLATIONS[geometry.interpolation])
         if self.color is not None:
             image = self.color(image, epoch, index)
         return Sample(image, boxes, labels, index, letterbox)

@@ -1,17 +1,22 @@
 """The cheap part of check_dataset.py, as training runs it before its first step: no image is opened."""
 
-from detection.config.settings import DataSettings
+from detection.config.settings import DataSettings, TrainSettings
+from detection.contract import Detector
 from detection.data.coco import CocoDataset
 from detection.data.fake import FakeDataset
 from detection.dataset_checks.annotation_checks import DROPPED, check_annotations, compare_categories
 from detection.dataset_checks.findings import Findings
-from detection.dataset_checks.fit_checks import Network, check_fit
+from detection.dataset_checks.fit_checks import check_fit
 from detection.dataset_checks.image_checks import Split, check_listing, check_shared_names
 from detection.errors import DataError
 
 
 def check_before_training(
-    training: CocoDataset | FakeDataset, validation: CocoDataset | FakeDataset, data: DataSettings, network: Network
+    training: CocoDataset | FakeDataset,
+    validation: CocoDataset | FakeDataset,
+    data: DataSettings,
+    train: TrainSettings,
+    detector: Detector,
 ) -> list[str]:
     """Warnings for the plan, but for the boxes left out, which it lists anyway.
 
@@ -33,6 +38,6 @@ def check_before_training(
     for split in splits:
         check_annotations(split.annotations, split.name, findings)
     compare_categories(training.annotations, validation.annotations, findings)
-    check_fit(training.annotations, network, data, "training", findings)
+    check_fit(training.annotations, detector, train, "training", findings)
     warnings = [finding for finding in findings.of("warning") if finding.kind not in DROPPED.values()]
     return [f"warning     {finding.split}: {finding.line()}" for finding in warnings]

@@ -39,7 +39,7 @@ KINDS = {
     "unknown_category": Kind("error", "boxes of a category that is not listed", "list the category or remove the box"),
     "untrained_category": Kind("error", "validation categories that training lacks", "see data.class_names"),
     "other_category_ids": Kind("info", "categories with another id in validation; names decide", ""),
-    "wrong_class_count": Kind("error", "number of classes other than yolo.num_classes", "correct or unset it"),
+    "wrong_class_count": Kind("error", "number of classes other than model.num_classes", "correct or unset it"),
     "unused_category": Kind("warning", "categories without a box", "remove them, or find their images"),
     "rare_category": Kind("info", "categories with under 1 % of the largest one's boxes", "data.balance=repeat_factor"),
     # entries and references

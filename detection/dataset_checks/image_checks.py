@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -101,8 +100,6 @@ def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
         decode: whether to decode and hash, or to read the headers only.
         workers: threads.
     """
-    cv2.setNumThreads(0)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is damaged is named once, by us
     tasks = [(split, index) for split in splits for index in range(len(split.names)) if index not in split.unreadable]
     remaining: Iterator[tuple[Split, int]] = iter(tasks)
     with (

@@ -12,10 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-Color = tuple[int, int, int]  # RGB, 0..255
+from detection.contract import CROWD_LABEL, PADDING_LABEL
 
-PADDING_LABEL = -1
-CROWD_LABEL = -2
+Color = tuple[int, int, int]  # RGB, 0..255
 CROWD_COLOR: Color = (160, 160, 160)  # no class is grey: classes have at least 60 % saturation
 CROWD_DARK_COLOR: Color = (60, 60, 60)
 BLACK: Color = (0, 0, 0)

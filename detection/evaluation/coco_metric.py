@@ -1,7 +1,6 @@
-"""Detections in original pixels -> the official COCO numbers, in bounded memory."""
+"""The official COCO numbers of detections in original pixels, in bounded memory."""
 
 import contextlib
-import importlib.util
 import io
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,24 +10,22 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from detection.data.annotations import Annotations
-from detection.errors import SettingsError
-from detection.evaluation.coco_arrays import Found, Protocol, Truths
+from detection.evaluation.coco_arrays import DetectionArrays, GroundTruthArrays, Protocol
 from detection.evaluation.coco_arrays import accumulate as accumulate_arrays
-from detection.evaluation.coco_pycocotools import accumulate as accumulate_rows
+from detection.evaluation.coco_pycocotools import accumulate as accumulate_pycocotools
 from detection.evaluation.detections import Detections, box_areas
 
 # in the order of COCOeval.stats
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 ROWS_AT_A_TIME = 100_000  # boxes handed to an evaluator at once, up to 1.5 KiB each; a class is never divided
 
-ClassAP = dict[
-    str, tuple[float | None, float | None, int]
-]  # name -> (AP, AP50, number of ground-truth boxes without crowd)
+# class name -> (AP, AP50, number of ground-truth boxes without crowd)
+ClassAP = dict[str, tuple[float | None, float | None, int]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the official metric says of detections. Undefined (no ground-truth box) is None, in arrays -1."""
+    """The official metric's numbers. Undefined (no ground-truth box) is None, in arrays -1."""
 
     metrics: dict[str, float | None]  # the twelve official numbers
     class_ap: ClassAP
@@ -37,7 +34,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Detections of one group of ground-truth boxes, e.g. one range of sizes; means over the classes that have a ground-truth box in it."""
+    """The metric within one group of boxes, e.g. one range of sizes; means over the classes with ground truth in it."""
 
     gt_boxes: int
     ap: float | None
@@ -46,34 +43,21 @@ class GroupScore:
 
 
 def choose_backend(name: str) -> str:
-    """The evaluator that runs; "auto" is "arrays", the fastest, whose numbers are those of pycocotools.
-
-    Raises:
-        SettingsError: the one that was asked for is not installed.
-    """
-    if name == "faster_coco_eval" and importlib.util.find_spec(name) is None:
-        raise SettingsError("evaluation.backend=faster_coco_eval is not installed: pip install faster-coco-eval")
+    """Return the evaluator that runs: "auto" is "arrays", the fastest, whose numbers are those of pycocotools."""
     return "arrays" if name == "auto" else name
 
 
-def score_detections(
-    annotations: Annotations, detections: Detections, backend: str = "pycocotools"
-) -> tuple[dict[str, float | None], ClassAP]:
-    """`metrics` and `class_ap` of `score`."""
-    scores = score(annotations, detections, backend)
-    return scores.metrics, scores.class_ap
-
-
 def score(annotations: Annotations, detections: Detections, backend: str = "pycocotools") -> Scores:
-    """The twelve official COCO numbers and AP per class.
+    """Compute the twelve official COCO numbers and AP per class.
 
-    The evaluator gets some classes at a time, its arrays are joined, and summed up once: the numbers are those of all
-    classes at once. Numbers that no ground-truth box defines are None, never 0 or -1.
+    The evaluator gets some classes at a time; its arrays are joined and summed up once, so the numbers are those of all
+    classes at once. Between ground-truth boxes of equal IoU the order of the annotation file decides, as in the
+    official program. Numbers that no ground-truth box defines are None, never 0 or -1.
 
     Args:
         annotations: ground truth; its images are the ones that count.
         detections: in original pixels, all finite.
-        backend: "pycocotools" (reference); "arrays" (see `coco_arrays`) and "faster_coco_eval" are proven equal.
+        backend: "pycocotools" (reference) or "arrays" (see `coco_arrays`), proven equal.
     """
     precision, recall = _accumulate(annotations, detections, backend, annotations.areas, box_areas(detections.boxes))
     summary = COCOeval(iouType="bbox")
@@ -100,13 +84,13 @@ def score_groups(
     edges: Sequence[float],
     backend: str = "pycocotools",
 ) -> list[GroupScore]:
-    """The official metric within each range of any property of boxes, as it is defined for small, medium and large.
+    """Compute the official metric within each range of any property of boxes, as for small, medium and large.
 
-    Ground-truth boxes outside the range count neither way, nor do detections outside it that match no ground-truth box inside.
+    Ground-truth boxes outside the range count neither way, nor do detections outside it that match none inside.
 
     Args:
         gt_values, detection_values: the property, (N,) and (K,).
-        edges: of the ranges, ascending; a range holds its lower edge and not its upper one.
+        edges: of the ranges, ascending; a range includes its lower edge and excludes its upper one.
     """
     ranges = [[low, np.nextafter(high, -np.inf)] for low, high in itertools.pairwise(edges)]
     precision, recall = _accumulate(annotations, detections, backend, gt_values, detection_values, ranges)
@@ -123,7 +107,7 @@ def score_groups(
 
 
 def count_gt(annotations: Annotations) -> np.ndarray:
-    """Ground-truth boxes per class without crowd regions, (C,)."""
+    """Count ground-truth boxes per class without crowd regions, (C,)."""
     return np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.categories.names))
 
 
@@ -135,10 +119,10 @@ def _accumulate(
     detection_areas: np.ndarray,
     area_ranges: list[list[float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCOeval's arrays for all classes by ascending category id, of A area ranges and M counts of detections.
+    """Compute COCOeval's arrays for all classes by ascending category id, A area ranges and M counts of detections.
 
     Args:
-        gt_areas, detection_areas: what the area ranges are about, (N,) and (K,).
+        gt_areas, detection_areas: compared with the area ranges, (N,) and (K,).
         area_ranges: [smallest, largest]; None: COCO's four, with 1, 10 and 100 detections; else 100 only.
 
     Returns:
@@ -157,22 +141,22 @@ def _accumulate(
     image_order = np.argsort(np.argsort(annotations.image_ids))
     for labels, gt_rows, detection_rows in _groups_of_classes(annotations, detections):
         columns = np.sort(column_of_label[labels])
-        found, areas = detections.take(detection_rows), detection_areas[detection_rows]
+        part, areas = detections.take(detection_rows), detection_areas[detection_rows]
         if backend == "arrays":
             position = np.searchsorted(columns, column_of_label)  # among these classes
             image_of_box = np.searchsorted(annotations.first_box, gt_rows, side="right") - 1
-            gt_boxes = Truths(
+            gt_boxes = GroundTruthArrays(
                 position[annotations.labels[gt_rows]],
                 image_order[image_of_box],
                 annotations.coco_boxes[gt_rows],
                 gt_areas[gt_rows],
                 annotations.crowd[gt_rows],
             )
-            boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1)
-            rows = Found(position[found.labels], image_order[found.image_index], boxes, areas, found.scores)
+            boxes = np.concatenate([part.boxes[:, :2], part.boxes[:, 2:] - part.boxes[:, :2]], axis=1)
+            rows = DetectionArrays(position[part.labels], image_order[part.image_index], boxes, areas, part.scores)
             arrays = accumulate_arrays(gt_boxes, rows, len(labels), protocol)
         else:
-            arrays = accumulate_rows(annotations, labels, gt_rows, gt_areas[gt_rows], found, areas, params, backend)
+            arrays = accumulate_pycocotools(annotations, labels, gt_rows, gt_areas[gt_rows], part, areas, params)
         precision[:, :, columns], recall[:, columns] = arrays
     return precision, recall
 
@@ -180,11 +164,12 @@ def _accumulate(
 def _groups_of_classes(
     annotations: Annotations, detections: Detections
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Labels with their rows of annotations and of detections, at most ROWS_AT_A_TIME or one class at once.
+    """Yield labels with their rows of annotations and of detections, at most ROWS_AT_A_TIME or one class at once.
 
-    Classes without ground truth are left out: nothing is defined for them. Rows keep their order, which decides ties.
+    Classes without ground truth are left out: nothing is defined for them. The order decides ties: ground truth comes
+    as in the annotation file, detections as they are.
     """
-    gt_order = np.argsort(annotations.labels, kind="stable")
+    gt_order = np.lexsort((annotations.file_order, annotations.labels))
     detection_order = np.argsort(detections.labels, kind="stable")
     num_classes = len(annotations.categories.names)
     gt_ends = np.bincount(annotations.labels, minlength=num_classes).cumsum()
@@ -199,7 +184,7 @@ def _groups_of_classes(
             continue
         yield (
             np.array(group),
-            np.sort(np.concatenate([gt_order[slice(*_span(gt_ends, label))] for label in group])),
+            np.concatenate([gt_order[slice(*_span(gt_ends, label))] for label in group]),
             np.sort(np.concatenate([detection_order[slice(*_span(detection_ends, label))] for label in group])),
         )
         group = []

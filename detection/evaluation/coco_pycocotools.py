@@ -1,10 +1,12 @@
-"""The COCO metric by the programs that take a Python dict per box: pycocotools, the reference, and faster_coco_eval."""
+"""The COCO metric by pycocotools, the reference, which takes a Python dict per box."""
 
 import contextlib
 import io
 from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detection.data.annotations import Annotations
 from detection.evaluation.detections import Detections, result_rows
@@ -18,36 +20,28 @@ def accumulate(
     detections: Detections,
     detection_areas: np.ndarray,
     params: Any,
-    backend: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COCOeval's arrays for some classes, by ascending category id.
+    """Compute COCOeval's arrays for some classes, by ascending category id.
 
-    Ids are renumbered from 1: the evaluators take id 0 for "no match" and lose one of two equal ids. Only boxes are
-    handed over, so their mask code never runs.
+    Ids are renumbered from 1: COCOeval takes id 0 for "no match" and loses one of two equal ids. Only boxes are handed
+    over, so its mask code never runs.
 
     Args:
         labels: of these classes.
-        gt_rows, gt_areas: their boxes, rows of `annotations`, and what the area ranges are about, (G,).
+        gt_rows, gt_areas: rows of `annotations` in the file's order, and values compared with the area ranges, (G,).
         detections, detection_areas: of these classes, (K,).
         params: COCOeval's, of which `maxDets`, `areaRng` and `areaRngLbl` count.
-        backend: "pycocotools" or "faster_coco_eval".
 
     Returns:
         Precision (10, 101, C, A, M) and recall (10, C, A, M); -1 where a class has no ground-truth box.
     """
-    if backend == "faster_coco_eval":
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    gt, found = COCO(), COCO()
+    gt, results = COCO(), COCO()
     with contextlib.redirect_stdout(io.StringIO()):
         gt.dataset = _gt_dataset(annotations, labels, gt_rows, gt_areas, detections)
         gt.createIndex()
-        found.dataset = {**gt.dataset, "annotations": _detection_rows(annotations, detections, detection_areas)}
-        found.createIndex()
-        evaluator = COCOeval(gt, found, iouType="bbox")
+        results.dataset = {**gt.dataset, "annotations": _detection_rows(annotations, detections, detection_areas)}
+        results.createIndex()
+        evaluator = COCOeval(gt, results, iouType="bbox")
         evaluator.params.maxDets = params.maxDets
         evaluator.params.areaRng, evaluator.params.areaRngLbl = params.areaRng, params.areaRngLbl
         evaluator.evaluate()
@@ -58,7 +52,7 @@ def accumulate(
 def _gt_dataset(
     annotations: Annotations, labels: np.ndarray, rows: np.ndarray, areas: np.ndarray, detections: Detections
 ) -> dict[str, Any]:
-    """What an annotation file holds, of some classes and of the images where one of them is or was found."""
+    """The content of an annotation file, reduced to some classes and to the images with ground truth or detections."""
     ids = np.asarray(annotations.categories.ids)
     image_of_box = np.searchsorted(annotations.first_box, rows, side="right") - 1
     images = np.union1d(image_of_box, detections.image_index)

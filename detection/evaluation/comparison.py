@@ -1,4 +1,4 @@
-"""Several detectors on the same images: one row each, as a table, a CSV and a JSON file."""
+"""Compare several detectors on the same images: one row each, as a table, a CSV and a JSON file."""
 
 import csv
 import json
@@ -32,15 +32,15 @@ class Compared:
 
 
 def images_per_second(evaluation: Evaluation, images: int) -> float:
-    """Images through loading, network and NMS, without loss and metric."""
+    """Images per second through loading, network and NMS, without loss and metric."""
     return images / max(sum(evaluation.seconds[part] for part in ("load", "network", "nms")), 1e-9)
 
 
 def display_names(files: Sequence[Path]) -> list[str]:
-    """The file names without suffix; where two are equal, each with its directory (runs all have a best.pt).
+    """Return the file names without suffix, with the directory where two are equal (every run has a best.pt).
 
     Raises:
-        SettingsError: fewer than two files, or one twice.
+        SettingsError: fewer than two files, or a repeated one.
     """
     if len(files) < 2:
         raise SettingsError(f"--compare {files[0]}: at least two files of weights are needed")
@@ -53,7 +53,7 @@ def display_names(files: Sequence[Path]) -> list[str]:
 
 
 def check_same_data(first: Annotations, other: Annotations, file: Path) -> None:
-    """Refuse detectors whose settings lead to other images or ground-truth boxes; the order of classes may differ.
+    """Refuse detectors whose settings lead to other images or ground truth; the order of classes may differ.
 
     Raises:
         SettingsError: names the second file.
@@ -72,7 +72,7 @@ def check_same_data(first: Annotations, other: Annotations, file: Path) -> None:
 
 
 def comparison_table(rows: Sequence[Compared]) -> list[str]:
-    """One line per detector, best of each metric marked with *."""
+    """Format one line per detector, with the best value of each metric marked by *."""
     width = max(len("weights"), *(len(row.name) for row in rows))
     best = {name: max((row.metrics[name] or 0.0) for row in rows) for name in SHOWN_METRICS}
     columns = "  ".join(f"{name:>6}" for name in SHOWN_METRICS)
@@ -92,7 +92,7 @@ def comparison_table(rows: Sequence[Compared]) -> list[str]:
 
 
 def class_table(rows: Sequence[Compared]) -> list[str]:
-    """AP per class of the first detector and the others' differences to it; classes without ground truth are left out."""
+    """Format AP per class of the first detector and the differences of the others; only classes with ground truth."""
     first, *others = rows
     defined = {name: ap for name, ap in first.class_ap.items() if ap is not None}
     width = max(len("class"), *(len(name) for name in defined))
@@ -107,7 +107,7 @@ def class_table(rows: Sequence[Compared]) -> list[str]:
 
 
 def write_comparison(directory: Path, rows: Sequence[Compared]) -> None:
-    """`comparison.json` with everything, `comparison.csv` with one row per detector."""
+    """Write `comparison.json` with everything and `comparison.csv` with one row per detector."""
     (directory / "comparison.json").write_text(json.dumps([vars(row) for row in rows], indent=2), encoding="utf-8")
     with open(directory / "comparison.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""What a detector found on a dataset, as flat arrays, and its file in COCO result format."""
+"""Detections on a dataset as flat arrays, and their file in COCO result format."""
 
 import json
 from collections.abc import Iterator
@@ -26,29 +26,29 @@ class Detections:
         return len(self.scores)
 
     def take(self, rows: np.ndarray | slice) -> "Detections":
-        """Some rows, by number or by a mask."""
+        """Select rows by number, slice or mask."""
         return Detections(self.image_index[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
 
     def of_image(self, index: int) -> "Detections":
         return self.take(self.image_index == index)
 
     def above(self, confidence: float) -> "Detections":
-        """What a detector with this confidence threshold would have found.
+        """Select what the detector would return with a higher confidence threshold.
 
-        Exact: NMS is greedy by falling score and the largest scores per class are kept, so a detection depends
-        on better ones alone. The threshold is rounded as the detector rounds it, to float32.
+        Exact: NMS is greedy by falling score and keeps the largest scores per class, so a detection depends on better
+        ones alone. The threshold is rounded to float32, as the detector rounds it.
         """
         return self.take(self.scores > float(np.float32(confidence)))
 
 
 def box_areas(boxes: np.ndarray) -> np.ndarray:
-    """Square pixels of (x1, y1, x2, y2), (K, 4) to (K,)."""
+    """Areas in square pixels of boxes (x1, y1, x2, y2), (K, 4) to (K,)."""
     areas: np.ndarray = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     return areas
 
 
 def result_rows(annotations: Annotations, detections: Detections) -> Iterator[dict[str, Any]]:
-    """COCO result format, one detection after the other."""
+    """Yield the detections one by one in COCO result format."""
     boxes = detections.boxes.copy()
     boxes[:, 2:] -= boxes[:, :2]
     columns = zip(
@@ -63,7 +63,7 @@ def result_rows(annotations: Annotations, detections: Detections) -> Iterator[di
 
 
 def write_detections(path: Path, annotations: Annotations, detections: Detections) -> None:
-    """COCO result format: image and category ids of the annotation file, [x, y, width, height] in original pixels."""
+    """Write COCO result format: ids of the annotation file, boxes [x, y, width, height] in original pixels."""
     with open(path, "w", encoding="utf-8") as file:
         file.write("[")
         for start in range(0, len(detections), WRITTEN_AT_A_TIME):

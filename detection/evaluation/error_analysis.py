@@ -1,4 +1,4 @@
-"""Where a detector errs: precision and recall against confidence, confusion of classes, metrics by size and shape."""
+"""Analyse errors: precision and recall against confidence, confusion of classes, metrics by size and shape."""
 
 import csv
 import dataclasses
@@ -18,13 +18,13 @@ from detection.evaluation.evaluate import Evaluation
 from detection.evaluation.matching import IN_CROWD, match_detections
 
 CONFIDENCES = np.arange(1001) / 1000
-SIZE_EDGES = (0, 16, 32, 64, 96, 192, 384, np.inf)  # pixels, root of the area; COCO's borders, 32 and 96, among them
+SIZE_EDGES = (0, 16, 32, 64, 96, 192, 384, np.inf)  # pixels, square root of the area; includes COCO's 32 and 96
 ASPECT_EDGES = (0, 1 / 3, 1 / 2, 3 / 4, 4 / 3, 2, 3, np.inf)  # width / height
 
 
 @dataclass(frozen=True)
 class ConfidenceCurves:
-    """What users of a detector get who keep the boxes with at least some confidence, at IoU 0.5.
+    """Precision, recall and F1 of the boxes with at least some confidence, at IoU 0.5.
 
     NaN: precision where a class has no box, everything where it has no ground-truth box.
     """
@@ -42,7 +42,7 @@ class ConfidenceCurves:
 
     @property
     def best(self) -> int:
-        """Position of the confidence with the highest mean F1; the lowest one of equals."""
+        """Index of the confidence with the highest mean F1, the lowest of equals."""
         return int(np.nan_to_num(self.mean[2], nan=-1).argmax())
 
 
@@ -56,10 +56,10 @@ def mean_defined(values: np.ndarray) -> np.ndarray:
 
 
 def confidence_curves(annotations: Annotations, detections: Detections, lowest: float) -> ConfidenceCurves:
-    """Precision, recall and F1 of each class against confidence.
+    """Compute precision, recall and F1 of each class against confidence.
 
-    Detections are matched once, best score first, so the matches above any confidence are those of these alone.
-    Those inside crowd regions count neither way.
+    Detections are matched once, best score first, so the matches above a confidence do not depend on the others.
+    Detections inside crowd regions count neither way.
 
     Args:
         lowest: confidence threshold of the detections; the curves begin there.
@@ -69,29 +69,29 @@ def confidence_curves(annotations: Annotations, detections: Detections, lowest: 
     gt_boxes = count_gt(annotations)
 
     def count(rows: np.ndarray) -> np.ndarray:
-        """Detections of each class with at least each confidence, (C, S)."""
+        """Count the detections of each class with at least each confidence, (C, S)."""
         scores = [np.sort(detections.scores[rows & (detections.labels == label)]) for label in range(len(gt_boxes))]
         return np.stack([len(values) - np.searchsorted(values, confidence, side="left") for values in scores])
 
-    found, right = count(matched != IN_CROWD), count(matched >= 0)
+    boxes, true_positives = count(matched != IN_CROWD), count(matched >= 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         defined = np.where(gt_boxes > 0, 1.0, np.nan)[:, None]
-        precision = right / np.where(found > 0, found, np.nan) * defined
-        recall = right / gt_boxes[:, None] * defined
-        f1 = 2 * right / (found + gt_boxes[:, None]) * defined
+        precision = true_positives / np.where(boxes > 0, boxes, np.nan) * defined
+        recall = true_positives / gt_boxes[:, None] * defined
+        f1 = 2 * true_positives / (boxes + gt_boxes[:, None]) * defined
     return ConfidenceCurves(confidence, precision, recall, f1)
 
 
 def confusion_matrix(
     annotations: Annotations, detections: Detections, confidence: float, iou_threshold: float = 0.5
 ) -> np.ndarray:
-    """How often a ground-truth box of each class was found as each class.
+    """Count how often a ground-truth box of each class was predicted as each class.
 
     Boxes with at least the confidence choose ground-truth boxes of any class, best score first.
 
     Returns:
-        Counts (C + 1, C + 1): row = class of the ground truth, last row: no ground-truth box there (false detections); column = class
-        found, last column: nothing found (missed). Boxes inside crowd regions are left out.
+        Counts (C + 1, C + 1). Rows: class of the ground truth; the last row holds detections without ground truth.
+        Columns: predicted class; the last column holds missed ground truth. Boxes inside crowd regions are left out.
     """
     shown = detections.take(detections.scores >= confidence)
     matched = match_detections(annotations, shown, iou_threshold, same_class=False)
@@ -107,7 +107,7 @@ def confusion_matrix(
 
 
 def score_by_size(annotations: Annotations, detections: Detections, backend: str) -> dict[str, GroupScore]:
-    """The official metric in finer ranges of size than small, medium and large; size = root of the file's area."""
+    """Compute the official metric in finer size ranges than small, medium and large; size = root of the file's area."""
     groups = score_groups(
         annotations,
         detections,
@@ -121,7 +121,7 @@ def score_by_size(annotations: Annotations, detections: Detections, backend: str
 
 
 def score_by_aspect(annotations: Annotations, detections: Detections, backend: str) -> dict[str, GroupScore]:
-    """The official metric by width / height of the boxes."""
+    """Compute the official metric by width / height of the boxes."""
     groups = score_groups(
         annotations,
         detections,
@@ -141,22 +141,22 @@ def _aspects(sizes: np.ndarray) -> np.ndarray:
 
 
 def group_table(title: str, groups: dict[str, GroupScore]) -> list[str]:
-    """Lines for the terminal."""
+    """Format the groups as lines for the terminal."""
 
     def show(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
     width = max(len(title), *map(len, groups))
-    lines = [f" {title:<{width}}  {'AP':>6}  {'AP50':>6}  {'AR100':>6}  {'truths':>7}"]
+    lines = [f" {title:<{width}}  {'AP':>6}  {'AP50':>6}  {'AR100':>6}  {'gt boxes':>8}"]
     for name, group in groups.items():
         values = "  ".join(f"{show(value):>6}" for value in (group.ap, group.ap50, group.recall))
-        lines.append(f" {name:<{width}}  {values}  {group.gt_boxes:>7}")
+        lines.append(f" {name:<{width}}  {values}  {group.gt_boxes:>8}")
     return lines
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that is found out about the errors of one evaluation."""
+    """All error statistics of one evaluation."""
 
     curves: ConfidenceCurves
     confusion: np.ndarray  # (C + 1, C + 1), see `confusion_matrix`
@@ -164,7 +164,7 @@ class Analysis:
     aspects: dict[str, GroupScore]
 
     def summary(self) -> dict[str, Any]:
-        """The entries "best_f1", "sizes" and "aspects" of metrics.json."""
+        """Return the entries "best_f1", "sizes" and "aspects" of metrics.json."""
         best = self.curves.best
         precision, recall, f1 = (float(np.nan_to_num(values[best])) for values in self.curves.mean)
         return {
@@ -179,7 +179,7 @@ class Analysis:
 def analyse(
     annotations: Annotations, detections: Detections, lowest: float, confusion_confidence: float, backend: str
 ) -> Analysis:
-    """All of the above; `lowest` is the confidence threshold of the detections."""
+    """Compute all error statistics; `lowest` is the confidence threshold of the detections."""
     return Analysis(
         confidence_curves(annotations, detections, lowest),
         confusion_matrix(annotations, detections, confusion_confidence),
@@ -189,24 +189,24 @@ def analyse(
 
 
 def write_analysis(directory: Path, analysis: Analysis, evaluation: Evaluation, annotations: Annotations) -> None:
-    """The numbers behind the pictures.
+    """Write the numbers behind the figures as CSV files.
 
     `classes.csv` (at the confidence of the best mean F1), `precision_recall.csv`, `confidence_curves.csv` and
-    `confusion_matrix.csv`; an empty cell is not defined.
+    `confusion_matrix.csv`; an empty cell is undefined.
 
     Raises:
         OSError: a file cannot be written.
     """
     names, curves, best = annotations.categories.names, analysis.curves, analysis.curves.best
     at_best = (values[:, best] for values in (curves.precision, curves.recall, curves.f1))
-    found = np.bincount(evaluation.detections.labels, minlength=len(names)).tolist()
+    boxes_per_class = np.bincount(evaluation.detections.labels, minlength=len(names)).tolist()
     write_csv(
         directory / "classes.csv",
         ["class", "gt_boxes", "boxes", "AP", "AP50", "precision", "recall", "f1"],
         [
             [name, gt_boxes, boxes, ap, ap50, *numbers]
             for (name, (ap, ap50, gt_boxes)), boxes, *numbers in zip(
-                evaluation.class_ap.items(), found, *at_best, strict=True
+                evaluation.class_ap.items(), boxes_per_class, *at_best, strict=True
             )
         ],
     )
@@ -234,7 +234,7 @@ def write_analysis(directory: Path, analysis: Analysis, evaluation: Evaluation, 
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Numbers with six digits; None and NaN become empty cells."""
+    """Write rows as CSV: numbers with six digits, None and NaN as empty cells."""
 
     def cell(value: Any) -> Any:
         if value is None or (isinstance(value, float) and np.isnan(value)):

@@ -1,4 +1,4 @@
-"""Model + loader -> detections in original pixels -> the official COCO metrics."""
+"""Run a model over a validation set and score its detections with the official COCO metric."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,24 +21,24 @@ from detection.runtime.devices import synchronize
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything one pass over the validation set gives."""
+    """The results of one pass over the validation set."""
 
     metrics: dict[str, float | None]  # the twelve official numbers; None where no ground-truth box defines them
     class_ap: ClassAP
     losses: dict[str, float]  # mean per image
     detections: Detections
     dropped: int  # detections that were non-finite numbers
-    seconds: dict[str, float]  # those of `Found` and "metric"
+    seconds: dict[str, float]  # those of `InferenceResult` and "metric"
     backend: str
     precision: np.ndarray  # (10, 101, C), see `Scores`
 
 
-class Found(NamedTuple):
-    """What one process found on its images, unscored."""
+class InferenceResult(NamedTuple):
+    """The detections of one process on its images, before they are scored."""
 
     detections: Detections  # non-finite ones too
     losses: dict[str, float]  # summed over the images
-    seconds: dict[str, float]  # "load": waiting for the loader; "network"; "loss"; "nms": with the way to the host
+    seconds: dict[str, float]  # "load": waiting for the loader; "network"; "loss"; "nms": with the copy to the host
 
 
 def evaluate(
@@ -52,18 +52,18 @@ def evaluate(
     backend: str = "auto",
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Run the model over every image of the loader and score it with the official COCO metric.
+    """Run the model over every image of the loader and score its detections with the official COCO metric.
 
     Args:
-        criterion: for the validation loss; None: no losses.
         model: put into evaluation mode; the mode of every module is restored (a frozen backbone's is not the model's).
+        criterion: for the validation loss; None: no losses.
         loader: every image once, in the dataset's order, with letterboxes.
         annotations: of the loader's dataset.
-        backend: "auto", "arrays", "pycocotools" or "faster_coco_eval".
+        backend: "auto", "arrays" or "pycocotools".
         on_batch: called after each batch; may raise to abandon the evaluation.
     """
-    found = run_inference(model, criterion, postprocess, loader, device, autocast, on_batch)
-    return compute_metrics([found], annotations, backend)
+    result = run_inference(model, criterion, postprocess, loader, device, autocast, on_batch)
+    return compute_metrics([result], annotations, backend)
 
 
 @torch.no_grad()
@@ -75,8 +75,8 @@ def run_inference(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     on_batch: Callable[[], None] = lambda: None,
-) -> Found:
-    """The first half of `evaluate`, on the images of the loader, which may be a share of the dataset."""
+) -> InferenceResult:
+    """Run the first half of `evaluate` on the images of the loader, which may be a share of the dataset."""
     were_training = [(module, module.training) for module in model.modules()]
     model.eval()
     parts: dict[str, list[np.ndarray]] = {"image_index": [], "boxes": [], "scores": [], "labels": []}
@@ -86,7 +86,7 @@ def run_inference(
 
     def lap(part: str) -> None:
         nonlocal started
-        synchronize(device)  # the host has to wait here anyway: NMS needs to know how many candidates there are
+        synchronize(device)  # the host waits here anyway: NMS needs the number of candidates
         seconds[part] += time.perf_counter() - started
         started = time.perf_counter()
 
@@ -101,15 +101,15 @@ def run_inference(
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(images)
             lap("loss")
-            found = postprocess(outputs)
-            counts = [len(image["scores"]) for image in found]
-            # Of all images at once: the host waits for a device at each copy.
+            predictions = postprocess(outputs)
+            counts = [len(image["scores"]) for image in predictions]
+            # All images at once: the host waits for the device at each copy.
             boxes, scores, labels = (
-                torch.cat([image[name] for image in found]).cpu() for name in ("boxes", "scores", "labels")
+                torch.cat([image[name] for image in predictions]).cpu() for name in ("boxes", "scores", "labels")
             )
             cuts = zip(boxes.split(counts), batch["letterboxes"], strict=True)
             original = torch.cat([boxes_to_original(of_image, letterbox) for of_image, letterbox in cuts])
-            # Cut to the image, an infinite box would be a finite one.
+            # Clipped to the image, an infinite box would become a finite one.
             original[~boxes.isfinite().all(dim=1)] = torch.nan
             parts["image_index"].append(np.repeat(batch["indices"].numpy(), counts))
             parts["boxes"].append(original.double().numpy())
@@ -120,19 +120,19 @@ def run_inference(
     finally:
         for module, was_training in were_training:
             module.training = was_training
-    return Found(Detections(**join_arrays(parts)), totals, seconds)
+    return InferenceResult(Detections(**join_arrays(parts)), totals, seconds)
 
 
-def compute_metrics(shares: Sequence[Found], annotations: Annotations, backend: str = "auto") -> Evaluation:
-    """The second half of `evaluate`.
+def compute_metrics(shares: Sequence[InferenceResult], annotations: Annotations, backend: str = "auto") -> Evaluation:
+    """Run the second half of `evaluate`: join the shares of all processes and score them.
 
     Args:
-        shares: of all processes, together every image once.
+        shares: one per process, together every image once.
     """
     started = time.perf_counter()
     parts = [vars(share.detections) for share in shares]
     joined = join_arrays({name: [part[name] for part in parts] for name in parts[0]})
-    if len(shares) > 1:  # one process finds them in this order
+    if len(shares) > 1:  # the order of a single process
         order = np.argsort(joined["image_index"], kind="stable")
         joined = {name: array[order] for name, array in joined.items()}
     detections, dropped = drop_non_finite(Detections(**joined))
@@ -146,7 +146,7 @@ def compute_metrics(shares: Sequence[Found], annotations: Annotations, backend: 
 
 
 def join_arrays(parts: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """The fields of `Detections`, each from its parts; of no part too (a process without an image)."""
+    """Join the parts of each field of `Detections`; no part (a process without an image) gives an empty array."""
     empty = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0)}
     return {
         name: np.concatenate(arrays) if arrays else empty.get(name, np.zeros(0, np.int64))

@@ -15,8 +15,8 @@ from detection.evaluation.evaluate import Evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FEW_CLASSES = 12  # so many curves have names; of more classes, those with most ground-truth boxes
-NAMED_OF_MANY = 8
+FEW_CLASSES = 12  # up to here all curves are named
+NAMED_OF_MANY = 8  # of more classes, those with most ground-truth boxes
 MAX_DIFFERENCES = 30  # classes compared in one figure
 RECALLS = np.arange(101) / 100
 
@@ -24,7 +24,7 @@ RECALLS = np.arange(101) / 100
 def draw_evaluation(
     evaluation: Evaluation, analysis: Analysis, annotations: Annotations, confidence: float
 ) -> dict[str, np.ndarray]:
-    """Every figure of one evaluation by its name; `confidence` is that of the confusion matrix."""
+    """Draw all figures of one evaluation, by name; `confidence` is that of the confusion matrix."""
     names, gt_boxes = annotations.categories.names, count_gt(annotations)
     return {
         "precision_recall": draw_precision_recall(evaluation.precision[0], names, gt_boxes),
@@ -35,11 +35,11 @@ def draw_evaluation(
 
 
 def draw_precision_recall(precision: np.ndarray, names: Sequence[str], gt_boxes: np.ndarray) -> np.ndarray:
-    """Precision against recall at IoU 0.5, per class and mean, as the COCO metric interpolates it; RGB (H, W, 3).
+    """Draw precision against recall at IoU 0.5, per class and mean, as COCO interpolates it; RGB (H, W, 3).
 
     Args:
         precision: at recall 0, 0.01, ... 1, (101, C); -1 where a class has no ground-truth box.
-        ground-truth boxes: per class, (C,).
+        gt_boxes: number of ground-truth boxes per class, (C,).
     """
     curves = np.where(precision > -1, precision, np.nan).T
     figure, (axes,) = new_figure((10, 6))
@@ -52,7 +52,7 @@ def draw_precision_recall(precision: np.ndarray, names: Sequence[str], gt_boxes:
 
 
 def draw_confidence_curves(curves: ConfidenceCurves, names: Sequence[str], gt_boxes: np.ndarray) -> np.ndarray:
-    """F1, precision and recall against confidence at IoU 0.5, per class and mean; RGB (H, W, 3)."""
+    """Draw F1, precision and recall against confidence at IoU 0.5, per class and mean; RGB (H, W, 3)."""
     best = float(curves.confidence[curves.best])
     figure, panels = new_figure((18, 5.5), 1, 3)
     precision, recall, f1 = curves.mean
@@ -83,7 +83,7 @@ def _draw_class_curves(
     gt_boxes: np.ndarray,
     numbers: np.ndarray,
 ) -> None:
-    """Curves (C, S) and their mean; of many classes those with most ground-truth boxes have a colour, a name and their number."""
+    """Draw curves (C, S) and their mean; of many classes only those with most boxes are named."""
     defined = np.flatnonzero(gt_boxes)
     most_first = defined[np.argsort(-gt_boxes[defined], kind="stable")].tolist()
     named = most_first[: FEW_CLASSES if len(defined) <= FEW_CLASSES else NAMED_OF_MANY]
@@ -104,7 +104,7 @@ def _draw_class_curves(
 
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) -> np.ndarray:
-    """The matrix of `confusion_matrix`, coloured by the share of each ground-truth box's row; RGB (H, W, 3)."""
+    """Draw a confusion matrix, coloured by each cell's share of its row; RGB (H, W, 3)."""
     count = len(matrix)
     side = min(max(7.0, 3 + 0.55 * count), 20.0)
     letters = 9.0 if count <= 2 * FEW_CLASSES else max(4.0, 0.5 * 72 * (side - 3) / count)
@@ -118,24 +118,24 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) 
     for row, column in zip(*np.nonzero(matrix), strict=True):
         share, number = shares[row, column], matrix[row, column]
         if count > 2 * FEW_CLASSES and share < 0.05:
-            continue  # too many numbers to be read; the file has them
+            continue  # too many to read; the CSV file has them
         text = f"{number}\n{share:.0%}" if count <= FEW_CLASSES else f"{100 * share:.0f}"
         color = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=letters, color=color)
     axes.set_xticks(range(count), [*names, "missed"], rotation=90 if count > 6 else 0, fontsize=letters)
     axes.set_yticks(range(count), [*names, "no ground-truth box"], fontsize=letters)
-    axes.set_xlabel("found")
-    axes.set_ylabel("gt")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("ground truth")
     numbers = "counts and shares" if count <= FEW_CLASSES else "shares in percent"
     axes.set_title(
-        f"Found classes of each ground-truth box, confidence at least {confidence:g}, IoU 0.5 ({numbers} of the row)"
+        f"Predicted class of each ground-truth box, confidence at least {confidence:g}, IoU 0.5 ({numbers} of a row)"
     )
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="share of the row")
     return figure_pixels(figure)
 
 
 def draw_groups(panels: Mapping[str, Mapping[str, GroupScore]]) -> np.ndarray:
-    """AP, AP50 and AR100 per group as bars with the number of ground-truth boxes below, one panel per property; RGB (H, W, 3)."""
+    """Draw AP, AP50 and AR100 per group as bars, above its number of ground-truth boxes; RGB (H, W, 3)."""
     figure, all_axes = new_figure((8 * len(panels), 5), 1, len(panels))
     for axes, (title, groups) in zip(all_axes, panels.items(), strict=True):
         places = np.arange(len(groups))
@@ -164,7 +164,7 @@ def draw_groups(panels: Mapping[str, Mapping[str, GroupScore]]) -> np.ndarray:
 def draw_comparison(
     metrics: Mapping[str, Mapping[str, float | None]], class_ap: Mapping[str, Mapping[str, float | None]]
 ) -> np.ndarray:
-    """Metrics of several detectors as bars; AP of each class against the first detector's as points; RGB (H, W, 3).
+    """Draw metrics of several detectors as bars and AP of each class relative to the first as points; RGB (H, W, 3).
 
     Args:
         metrics: detector -> metric -> value.

@@ -1,4 +1,4 @@
-"""Which detection found which ground truth: what confusion matrices, curves of a threshold and pictures of errors rest on."""
+"""Match detections to ground truth: the base of confusion matrices, confidence curves and pictures of errors."""
 
 import numpy as np
 import torch
@@ -14,16 +14,17 @@ IN_CROWD = -2  # inside a crowd region, neither right nor wrong
 def match_detections(
     annotations: Annotations, detections: Detections, iou_threshold: float = 0.5, same_class: bool = True
 ) -> np.ndarray:
-    """The ground truth of each detection, at one IoU threshold.
+    """Match each detection to a ground-truth box at one IoU threshold.
 
-    In every image the detections choose by falling score (ties: the earlier row) the free ground truth of largest IoU, as the
-    COCO metric does; one that finds none, but whose own area a crowd region covers to that share, counts neither way.
+    In every image the detections choose by falling score (ties: the earlier row) the free ground-truth box of largest
+    IoU (ties: the last in the annotation file), as the COCO metric does. A detection without a match counts neither
+    way if a crowd region covers that share of its own area.
 
     Args:
         annotations: ground truth.
         detections: in original pixels, all finite.
         iou_threshold: smallest IoU of a match, inclusive.
-        same_class: false: ground-truth boxes of any class may be matched (a confusion matrix asks which).
+        same_class: if False, ground-truth boxes of any class may be matched, as a confusion matrix needs it.
 
     Returns:
         Row of `annotations` per detection, NO_GROUND_TRUTH or IN_CROWD, (K,) int64.
@@ -35,35 +36,35 @@ def match_detections(
     starts = np.searchsorted(detections.image_index[order], np.arange(len(annotations) + 1))
     for image in np.flatnonzero(np.diff(starts)).tolist():
         rows = order[starts[image] : starts[image + 1]]
-        gt_boxes = np.arange(*annotations.first_box[image : image + 2])
-        if not len(gt_boxes):
+        gt_rows = np.arange(*annotations.first_box[image : image + 2])
+        if not len(gt_rows):
             continue
-        boxes, labels = detections.boxes[rows], detections.labels[rows]
-        gt_boxes, gt_labels = corners(annotations.coco_boxes[gt_boxes]), annotations.labels[gt_boxes]
-        crowd = annotations.crowd[gt_boxes]
+        gt_rows = gt_rows[np.argsort(annotations.file_order[gt_rows])]
+        boxes, gt_boxes = detections.boxes[rows], corners(annotations.coco_boxes[gt_rows])
+        crowd = annotations.crowd[gt_rows]
         iou = pairwise_iou(torch.from_numpy(boxes), torch.from_numpy(gt_boxes)).numpy()
         iou[:, crowd] = covered_share(boxes, gt_boxes[crowd])
         if same_class:
-            iou[labels[:, None] != gt_labels] = 0
-        result[rows] = _match_image(iou, crowd, iou_threshold, gt_boxes)
+            iou[detections.labels[rows][:, None] != annotations.labels[gt_rows]] = 0
+        result[rows] = _match_image(iou, crowd, iou_threshold, gt_rows)
     return result
 
 
-def _match_image(iou: np.ndarray, crowd: np.ndarray, threshold: float, gt_boxes: np.ndarray) -> np.ndarray:
-    """Ground-truth boxes of the detections of one image, best score first; (D, G), (G,), (G,) to (D,)."""
-    found = np.full(len(iou), NO_GROUND_TRUTH, dtype=np.int64)
+def _match_image(iou: np.ndarray, crowd: np.ndarray, threshold: float, gt_rows: np.ndarray) -> np.ndarray:
+    """Match the detections of one image, best score first; (D, G), (G,), (G,) to (D,)."""
+    matched = np.full(len(iou), NO_GROUND_TRUTH, dtype=np.int64)
     free = ~crowd
-    possible = np.minimum(threshold, 1 - 1e-10)
-    for row in np.flatnonzero((iou >= possible).any(axis=1)).tolist():
-        candidates = np.flatnonzero(free & (iou[row] >= possible))
+    enough = np.minimum(threshold, 1 - 1e-10)
+    for row in np.flatnonzero((iou >= enough).any(axis=1)).tolist():
+        candidates = np.flatnonzero(free & (iou[row] >= enough))
         if len(candidates):
-            # the last of equals, as the metric takes it
+            # the last of equals in the file's order, as the COCO metric takes it
             best = candidates[len(candidates) - 1 - iou[row, candidates][::-1].argmax()]
             free[best] = False
-            found[row] = gt_boxes[best]
-        elif (iou[row, crowd] >= possible).any():
-            found[row] = IN_CROWD
-    return found
+            matched[row] = gt_rows[best]
+        elif (iou[row, crowd] >= enough).any():
+            matched[row] = IN_CROWD
+    return matched
 
 
 def corners(coco_boxes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: pictures of batches and detections, the metric table, the files of an evaluation."""
+"""Report an evaluation: the metric tables, its files, and pictures of batches and detections."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from detection.config.settings import Settings
-from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch
+from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
 from detection.evaluation.coco_metric import ClassAP
@@ -34,48 +34,42 @@ METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, a
 }
 
 
-def protocol_line(settings: Settings) -> str:
-    """What an evaluation's numbers rest on, in one line, with everything in which it is not the one protocol."""
-    evaluation, data = settings.evaluation, settings.data
-    product = "objectness x class probability"
-    objectness = f" of objectness above {evaluation.objectness_threshold:g}" if evaluation.objectness_threshold else ""
+def protocol_line(settings: Settings, detector: Detector) -> str:
+    """Format the evaluation protocol as one line, with all deviations from the standard one."""
+    evaluation, geometry = settings.evaluation, detector.geometry
     most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
-    geometry = "letterbox" if data.keep_aspect else "squashed"
     line = (
-        f"score = {product if evaluation.score == 'product' else 'objectness of the likeliest class'}, "
-        f"confidence above {evaluation.confidence_threshold:g}{objectness}, "
-        f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, {evaluation.image_size} px {geometry} "
-        f"({data.interpolation})"
+        f"score = {detector.score}, confidence above {evaluation.confidence_threshold:g}, "
+        f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, "
+        f"{evaluation.image_size} px {geometry.placement} ({geometry.interpolation})"
     )
-    found = ", ".join(deviations(settings))
-    return f"{line}; deviates from the protocol: {found}" if found else line
+    differences = ", ".join(deviations(settings, detector))
+    return f"{line}; deviates from the protocol: {differences}" if differences else line
 
 
-def deviations(settings: Settings) -> list[str]:
-    """In what an evaluation is not the one protocol (docs/contract.md), so that its numbers are not comparable."""
+def deviations(settings: Settings, detector: Detector) -> list[str]:
+    """List the deviations from the standard protocol (docs/contract.md), which make numbers incomparable."""
     evaluation, data = settings.evaluation, settings.data
     most = evaluation.max_detections
     parts = {
-        "scored by objectness alone": evaluation.score != "product",
         f"confidence {evaluation.confidence_threshold:g} instead of 0.001": evaluation.confidence_threshold != 0.001,
-        "an objectness threshold": evaluation.objectness_threshold > 0,
         f"NMS {evaluation.iou_threshold:g} instead of 0.45": evaluation.iou_threshold != 0.45,
         f"{most or 'all'} boxes per class and image instead of 100": most != 100,
-        "squashed instead of letterboxed": not data.keep_aspect,
+        "squashed instead of letterboxed": detector.geometry.placement == "squash",
         f"at most {evaluation.max_images} images": evaluation.max_images is not None,
         f"a fraction of {data.validation_fraction} of the images": data.validation_fraction is not None,
         "chosen classes only": data.class_names is not None,
     }
-    return [name for name, deviates in parts.items() if deviates]
+    return [*detector.deviations, *(name for name, deviates in parts.items() if deviates)]
 
 
 def metric_table(evaluation: Evaluation) -> list[str]:
-    """The official twelve numbers, then AP per class, as lines."""
+    """Format the official twelve numbers and AP per class as lines."""
     return [*metric_lines(evaluation.metrics), *class_lines(evaluation.class_ap)]
 
 
 def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
-    """The twelve numbers as the official program prints them."""
+    """Format the twelve numbers as the official program prints them."""
     lines = []
     for name, (iou, area, count) in METRIC_CONDITIONS.items():
         title = "Average Precision  (AP)" if name.startswith("AP") else "Average Recall     (AR)"
@@ -85,11 +79,11 @@ def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
 
 
 def class_lines(class_ap: ClassAP) -> list[str]:
-    """AP, AP50 and number of ground-truth boxes per class."""
+    """Format AP, AP50 and the number of ground-truth boxes per class."""
     width = max(len("class"), *(len(name) for name in class_ap))
-    lines = [f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'truths':>7}"]
+    lines = [f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'gt boxes':>8}"]
     for name, (ap, ap50, gt_boxes) in class_ap.items():
-        lines.append(f" {name:<{width}}  {_show(ap):>11}  {_show(ap50):>11}  {gt_boxes:>7}")
+        lines.append(f" {name:<{width}}  {_show(ap):>11}  {_show(ap50):>11}  {gt_boxes:>8}")
     return lines
 
 
@@ -105,7 +99,7 @@ def write_evaluation(
     settings: dict[str, Any],
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """`metrics.json` and `detections.json` (COCO result format).
+    """Write `metrics.json` and `detections.json` (COCO result format).
 
     Args:
         step: optimizer steps behind the weights.
@@ -132,7 +126,7 @@ def write_evaluation(
 
 
 def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
-    """The images exactly as the network sees them, with their boxes, as one RGB grid."""
+    """Draw the images exactly as the network sees them, with their boxes, as one RGB grid."""
     images = batch["images"][:LARGEST_BATCH_PICTURE].permute(0, 2, 3, 1).numpy()
     drawn = []
     for image, boxes, labels in zip(images, batch["boxes"].numpy(), batch["labels"].numpy(), strict=False):
@@ -144,13 +138,13 @@ def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
 def draw_detections(
     dataset: DetectionDataset, evaluation: Evaluation, threshold: float, count: int
 ) -> np.ndarray | None:
-    """Ground truth beside detections with a score of at least `threshold`, for images spread evenly over the dataset."""
+    """Draw ground truth beside detections of at least `threshold`, for images spread evenly over the dataset."""
     annotations = dataset.annotations
     pictures = []
     for index in np.linspace(0, len(annotations) - 1, min(count, len(annotations)), dtype=int).tolist():
         rows = slice(annotations.first_box[index], annotations.first_box[index + 1])
-        found = evaluation.detections.of_image(index)
-        shown = found.scores >= threshold
+        detections = evaluation.detections.of_image(index)
+        detections = detections.take(detections.scores >= threshold)
         image = dataset.load_image(index)
         factor = max(1, round(READABLE_SIDE / max(image.shape[:2])))
         pictures.append(
@@ -158,9 +152,9 @@ def draw_detections(
                 image.repeat(factor, axis=0).repeat(factor, axis=1),
                 annotations.boxes[rows] * factor,
                 np.where(annotations.crowd[rows], CROWD_LABEL, annotations.labels[rows]),
-                found.boxes[shown] * factor,
-                found.labels[shown],
-                found.scores[shown],
+                detections.boxes * factor,
+                detections.labels,
+                detections.scores,
                 annotations.categories.names,
             )
         )

@@ -1,5 +1,6 @@
 """ONNX files of export.py in the place of a PyTorch network: what they say about themselves, and how they run."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +12,13 @@ from torch import Tensor, nn
 
 from detection.config.loading import changed_settings
 from detection.config.settings import Settings
+from detection.contract import Detector, Geometry
 from detection.errors import CheckpointError, SettingsError
-from detection.models.yolo.postprocess import YOLOPostprocess
+from detection.models import POSTPROCESSES, upgrade_metadata
+from detection.models.postprocess import DecodedPostprocess, FinalDetections
 
 OutputKind = Literal["raw", "decoded", "nms"]
 NEEDED = "pip install onnx onnxscript onnxruntime"
-# Settings that the graph holds; all others still apply to a file.
-NETWORK_SETTINGS = [
-    f"yolo.{name}" for name in ("backbone", "cfg", "spp", "neck_channels", "anchors", "class_loss", "batch_norm")
-]
-DECODING_SETTINGS = ["evaluation.score", "evaluation.objectness_threshold"]
 NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
 
 
@@ -38,16 +36,13 @@ class Description(BaseModel):
     dynamic_size: bool  # any height and width that are multiples of size_multiple
     size_multiple: int
     half: bool  # the network computes in float16; inputs, outputs, decoding and NMS do not
-    letterbox: dict[str, Any]  # keep_aspect, fill, interpolation, rounding: how an image is laid into the input
-    pixel_mean: tuple[float, ...]  # inside the graph, on pixels of 0..1
-    pixel_std: tuple[float, ...]
-    strides: tuple[int, ...]
-    anchors: tuple[tuple[tuple[float, float], ...], ...]  # per level (width, height) in pixels of the input
-    scale_xy: tuple[float, ...]
-    new_coords: bool
-    score: Literal["product", "objectness"]  # objectness x class probability, or objectness of the likeliest class
-    thresholds: dict[str, Any]  # confidence, objectness, iou, max_detections (per image and class)
-    yolo: dict[str, Any]  # the section `yolo` of the settings
+    geometry: dict[str, Any]  # placement, fill, interpolation, rounding, ...: how an image becomes the input
+    strides: tuple[int, ...]  # of raw outputs
+    decoding: dict[str, Any]  # `Detector.metadata`: what decodes raw outputs
+    score: str  # how a score comes about
+    thresholds: dict[str, Any]  # confidence, iou, max_detections (per image and class)
+    held_settings: dict[Literal["network", "decoding"], list[str]]  # see `Detector.held_settings`
+    settings: dict[str, Any]  # the sections `model` and of the detector
     parameters: int  # numbers in the network's weights
     step: int
     seen: int
@@ -57,24 +52,13 @@ class Description(BaseModel):
 
     def settings_tree(self) -> dict[str, Any]:
         """The part of the settings that the file knows."""
-        letterbox, thresholds = self.letterbox, self.thresholds
-        return {
-            "yolo": self.yolo,
-            "data": {
-                "keep_aspect": letterbox["keep_aspect"],
-                "fill": letterbox["fill"],
-                "interpolation": letterbox["interpolation"],
-                "letterbox_rounding": letterbox["rounding"],
-            },
-            "evaluation": {
-                "image_size": self.image_size,
-                "score": self.score,
-                "confidence_threshold": thresholds["confidence"],
-                "objectness_threshold": thresholds["objectness"],
-                "iou_threshold": thresholds["iou"],
-                "max_detections": thresholds["max_detections"],
-            },
+        evaluation = {
+            "image_size": self.image_size,
+            "confidence_threshold": self.thresholds["confidence"],
+            "iou_threshold": self.thresholds["iou"],
+            "max_detections": self.thresholds["max_detections"],
         }
+        return {**self.settings, "evaluation": evaluation}
 
 
 class OnnxModel(nn.Module):
@@ -104,7 +88,7 @@ class OnnxModel(nn.Module):
         except Exception as error:  # noqa: BLE001  (a class of its own for each of its status codes)
             raise CheckpointError(f"{path} is not a usable ONNX file: {' '.join(str(error).split())[:200]}") from None
         self.path = path
-        self.description = read_cfg(self.session.get_modelmeta().custom_metadata_map, path)
+        self.description = read_metadata(self.session.get_modelmeta().custom_metadata_map, path)
         self.strides = self.description.strides
         self.size_multiple = self.description.size_multiple
         self.num_parameters = self.description.parameters
@@ -147,51 +131,46 @@ class OnnxModel(nn.Module):
         return outputs
 
 
-class DecodedPostprocess(YOLOPostprocess):
-    """For files with decoded outputs: the NMS alone."""
-
-    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        boxes, scores = outputs
-        return boxes, scores
-
-
-class FinalDetections(nn.Module):
-    """For files with final detections: sorts them into their images."""
-
-    def forward(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
-        boxes, scores, labels, image_index, images = outputs
-        rows = [image_index == image for image in images]
-        return [{"boxes": boxes[row], "scores": scores[row], "labels": labels[row]} for row in rows]
-
-
-def build_postprocess(description: Description, settings: Settings) -> nn.Module:
-    """What turns the outputs of `OnnxModel` into detections per image."""
+def build_exported(model: OnnxModel, settings: Settings) -> Detector:
+    """The detector of an exported file: it can only detect."""
+    description, evaluation = model.description, settings.evaluation
+    postprocess: nn.Module
     if description.output_kind == "nms":
-        return FinalDetections()
-    evaluation = settings.evaluation
-    return {"raw": YOLOPostprocess, "decoded": DecodedPostprocess}[description.output_kind](
-        description.anchors,
-        description.strides,
-        evaluation.confidence_threshold,
-        evaluation.iou_threshold,
-        evaluation.max_detections,
-        settings.yolo.class_loss,
-        evaluation.objectness_threshold,
-        description.scale_xy,
-        description.new_coords,
-        evaluation.score,
+        postprocess = FinalDetections()
+    elif description.output_kind == "decoded":
+        postprocess = DecodedPostprocess(
+            evaluation.confidence_threshold, evaluation.iou_threshold, evaluation.max_detections
+        )
+    else:
+        postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)
+    geometry = Geometry(**{key: _tuple(value) for key, value in description.geometry.items()})
+    if settings.model.placement is not None:  # changed by the user; what the graph holds cannot be
+        geometry = dataclasses.replace(geometry, placement=settings.model.placement)
+    geometry = dataclasses.replace(
+        geometry,
+        rounding=settings.model.rounding,
+        interpolation=settings.model.interpolation,
+        fill=settings.model.fill or geometry.fill,
     )
+    return Detector(model, None, postprocess, geometry, score=description.score, metadata=description.decoding)
 
 
-def read_cfg(metadata: dict[str, str], path: Path) -> Description:
-    """Raises CheckpointError: not the metadata of a file that export.py wrote."""
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_metadata(metadata: dict[str, str], path: Path) -> Description:
+    """Read what export.py wrote about a file.
+
+    Raises:
+        CheckpointError: the metadata is of another program, or damaged.
+    """
     if "program" not in metadata or "output_kind" not in metadata:
         raise CheckpointError(f"{path} has no metadata of export.py: only ONNX files that it wrote can be read here")
     try:
-        return Description.model_validate(
-            {key: json.loads(value) for key, value in metadata.items() if key in Description.model_fields}
-        )
-    except (ValueError, ValidationError) as error:
+        entries = {key: json.loads(value) for key, value in metadata.items()}
+        return Description.model_validate(upgrade_metadata(entries))
+    except (ValueError, TypeError, KeyError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: its metadata is damaged or of another version: {reason}") from None
 
@@ -207,9 +186,10 @@ def refuse_changes(model: OnnxModel, own: Settings, settings: Settings) -> None:
         raise SettingsError(
             f"run.precision = {settings.run.precision!r}: {model.path} computes as exported; see export.py --half"
         )
-    held = [*NETWORK_SETTINGS]
+    held = [f"model.{name}" for name in ("detector", "backbone", "cfg", "batch_norm")]
+    held += description.held_settings["network"]
     held += [] if description.dynamic_size else ["evaluation.image_size"]
-    held += [] if description.output_kind == "raw" else DECODING_SETTINGS
+    held += [] if description.output_kind == "raw" else description.held_settings["decoding"]
     held += NMS_SETTINGS if description.output_kind == "nms" else []
     for key, (old, new) in changed_settings(own, settings).items():
         if key in held:

@@ -1,7 +1,6 @@
 """Videos and cameras, frame by frame, by OpenCV."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,9 +46,6 @@ class VideoReader:
         self.live = isinstance(source, int)
         self.stride = stride
         self.read = self.damaged = 0
-        # FFmpeg's own lines on stderr say neither which file nor what follows from them.
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)  # nor do OpenCV's
         # An absolute path to FFmpeg alone: OpenCV would else try a name as a pattern of numbered images, or a protocol.
         self._capture = (
             cv2.VideoCapture(source)

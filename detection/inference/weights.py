@@ -12,9 +12,9 @@ from detection.config.loading import Flag, complete_settings, load_settings, rea
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
-from detection.inference.onnx_model import OnnxModel, build_postprocess, refuse_changes
-from detection.models import build_detector, check_image_size
-from detection.models.darknet.cfg import cfg_notices, input_size, parse_cfg
+from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
+from detection.models import build_detector
+from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
@@ -115,14 +115,14 @@ def _open_checkpoint(
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
         settings, translated = load_settings(own, overlays, words, flags)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
-        detector = build_detector(settings.yolo, settings.evaluation, len(names))
+        detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.yolo.backbone}, {len(names)} classes"]
+    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.model.backbone}, {len(names)} classes"]
     seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
@@ -141,13 +141,13 @@ def _open_onnx(
     device = model.use_device(settings.run.device)
     used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
     settings, _ = load_settings(settings, flags=used)
-    detector = Detector(model, None, build_postprocess(description, settings))
+    detector = build_exported(model, settings)
     count = len(description.names)
     names = None if description.names == placeholder_names(count) else description.names
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
     lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
-    lines.append(f"{settings.yolo.backbone}, {count} classes, written by {description.program}")
+    lines.append(f"{settings.model.backbone}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
@@ -174,38 +174,36 @@ def _open_darknet(
         text = read_cfg(str(cfg))
         sections = parse_cfg(text)
         size = input_size(sections)
-        described = {"yolo.backbone": DARKNET_CFG, "yolo.cfg": text}
+        described = {"model.backbone": DARKNET_CFG, "model.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
     settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
-    if settings.yolo.cfg is not None:
-        sections = parse_cfg(settings.yolo.cfg)
-        num_classes = cfg_classes(sections)
-        sizes = {"evaluation.image_size": settings.evaluation.image_size}
-        lines += [f"cfg: {line}" for line in cfg_notices(sections, sizes)]
+    if settings.model.cfg is not None:
+        num_classes = cfg_classes(parse_cfg(settings.model.cfg))
     else:
-        num_classes = len(class_names or ()) or settings.yolo.num_classes or COCO_CLASSES
+        num_classes = len(class_names or ()) or settings.model.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:
         raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
 
-    detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+    detector = build_detector(settings, num_classes)
+    lines += detector.notices({"evaluation.image_size": settings.evaluation.image_size})
     loaded = load_darknet_weights(detector.model, weights)
-    if loaded.num_classes is not None and class_names is None and settings.yolo.cfg is None:
+    if loaded.num_classes is not None and class_names is None and settings.model.cfg is None:
         num_classes = loaded.num_classes
-        detector = build_detector(settings.yolo, settings.evaluation, num_classes)
+        detector = build_detector(settings, num_classes)
         loaded = load_darknet_weights(detector.model, weights)
     if loaded.num_classes is not None:
         raise CheckpointError(f"{weights} has {loaded.num_classes} classes, the network {num_classes}")
     if loaded.convolutions < len(as_darknet(detector.model).darknet_convolutions()):
         raise CheckpointError(
             f"{weights} holds backbone weights only ({loaded.convolutions} convolutions); they start a training "
-            f"(yolo.pretrained={weights}), they detect nothing"
+            f"(model.pretrained={weights}), they detect nothing"
         )
     return _finish(detector, settings, class_names, num_classes, 0, loaded.header.seen, [*lines, *loaded.lines])
 
 
 def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetector:
-    check_image_size(detector.model, "evaluation.image_size", settings.evaluation.image_size)
+    detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)
     detector.model.eval()
     return OpenedDetector(detector, settings, *rest)
 

@@ -1,29 +1,30 @@
-"""`yolo.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
+"""`model.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
 
 import http.client
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from detection.checkpoints import is_checkpoint, read_file, verified
-from detection.config.settings import YoloSettings
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import complete_settings
+from detection.config.settings import ModelSettings
+from detection.contract import DetectorModel
 from detection.errors import CheckpointError, SettingsError
 from detection.models.backbones.mobilenet import STANDARD_WEIGHTS, MobileNetV3
 from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
-from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import load_darknet_weights
-from detection.models.yolo.network import YOLOv3
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 DARKNET_FILE = "darknet53.conv.74"  # `pretrained: true`; for the small Darknet no such file was published
 NAMES_SHOWN = 3  # of the tensors that do not fit
 
 
-def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
+def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
     """Fill the model, or its backbone, with what the settings name.
 
     Only for a run that begins: a continued one has all weights in its checkpoint and needs none of these files.
@@ -35,39 +36,39 @@ def load_pretrained(model: nn.Module, yolo: YoloSettings) -> list[str]:
         CheckpointError: missing, damaged, foreign or not fitting weights; no network to fetch them.
         SettingsError: the backbone has no standard weights.
     """
-    if yolo.pretrained is False:
+    if settings.pretrained is False:
         return []
-    assert isinstance(model, YOLOv3 | DarknetNetwork)
-    if yolo.pretrained is True:
-        return load_standard_weights(model, yolo.backbone)
-    path = Path(yolo.pretrained)
+    if settings.pretrained is True:
+        return load_standard_weights(model, settings.backbone)
+    path = Path(settings.pretrained)
     if path.suffix == ".onnx":
         raise CheckpointError(
-            f"yolo.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
+            f"model.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
         )
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
         return load_darknet_weights(model, path).lines
     if not path.is_file():
-        raise CheckpointError(f"yolo.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
-    backbone = model.backbone
+        raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
+    backbone = cast(DetectorModel, model).backbone
     if isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors":
         return load_timm_file(backbone, read_safetensors(path), path)
     content = read_file(path)
     if is_checkpoint(content):
-        return load_checkpoint_weights(model, yolo, verified(content, path), path)
+        return load_checkpoint_weights(model, settings, verified(content, path), path)
     state = find_state(content, path)
     if isinstance(backbone, MobileNetV3):
         return [load_torchvision(backbone, state, str(path))]
     if isinstance(backbone, TimmBackbone):
         return load_timm_file(backbone, state, path)
     raise CheckpointError(
-        f"yolo.pretrained={path} holds plain tensors; yolo.backbone={yolo.backbone} starts from Darknet files (.weights, "
+        f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files (.weights, "
         ".conv.N) or checkpoints of this program"
     )
 
 
-def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str]:
-    """The weights that an backbone is commonly started from."""
+def load_standard_weights(model: nn.Module, name: str) -> list[str]:
+    """The weights that a backbone is commonly started from."""
+    backbone = cast(DetectorModel, model).backbone
     if name == "darknet":
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
     if name in STANDARD_WEIGHTS:
@@ -78,15 +79,15 @@ def load_standard_weights(model: YOLOv3 | DarknetNetwork, name: str) -> list[str
         except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"yolo.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
-                "elsewhere and use yolo.pretrained=FILE"
+                f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
+                "elsewhere and use model.pretrained=FILE"
             ) from None
-        assert isinstance(model.backbone, MobileNetV3)
-        return [load_torchvision(model.backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
-    if isinstance(model.backbone, TimmBackbone):
-        where = download_weights(model.backbone)
+        assert isinstance(backbone, MobileNetV3)
+        return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
+    if isinstance(backbone, TimmBackbone):
+        where = download_weights(backbone)
         return [f"backbone from timm's weights, {where}"]
-    raise SettingsError(f"yolo.pretrained = true: backbone {name} has no standard weights; name a FILE")
+    raise SettingsError(f"model.pretrained = true: backbone {name} has no standard weights; name a FILE")
 
 
 def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
@@ -111,31 +112,33 @@ def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Pa
 
 
 def load_checkpoint_weights(
-    model: YOLOv3 | DarknetNetwork, yolo: YoloSettings, checkpoint: dict[str, Any], path: Path
+    model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path
 ) -> list[str]:
-    """A whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
+    """Fill a whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
+    declared = cast(DetectorModel, model)
     try:
-        backbone = checkpoint["settings"]["yolo"]["backbone"]
+        its = complete_settings(checkpoint["settings"], DEFAULTS).model
         names = checkpoint["categories"]["names"]
-        anchors = [len(level) for level in checkpoint["settings"]["yolo"]["anchors"]]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"yolo.pretrained={path} is not the checkpoint of a run: no {error}") from None
-    if backbone != yolo.backbone:
-        raise CheckpointError(f"yolo.pretrained={path} has the backbone {backbone}, this run {yolo.backbone}")
-    kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [f"backbone, neck and heads from {path}: {kind} after {step} steps, {len(names)} classes"]
+    except (KeyError, TypeError, AttributeError, SettingsError) as error:
+        raise CheckpointError(f"model.pretrained={path} is not the checkpoint of a run: no {error}") from None
+    for kind in ("detector", "backbone"):
+        if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
+            raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
+    weights = "EMA" if checkpoint["average"] else "weights"
+    lines = [f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(names)} classes"]
     expected = model.state_dict()
-    own_anchors = [len(level) for level in yolo.anchors]
-    if len(names) != model.num_classes or anchors != own_anchors:
-        output_ids = {id(value) for convolution in model.output_convolutions() for value in convolution.parameters()}
-        outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}
+    output_ids = {id(value) for convolution in declared.output_convolutions() for value in convolution.parameters()}
+    outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}
+    reshaped = any(name in state and state[name].shape != expected[name].shape for name in outputs)
+    if len(names) != declared.num_classes or reshaped:
         state = {name: value for name, value in state.items() if name not in outputs}
         expected = {name: value for name, value in expected.items() if name not in outputs}
+        other_anchors = "" if len(names) != declared.num_classes else " and other anchors"
         lines.append(
-            f"the output convolutions start anew: the file has {len(names)} classes and {anchors} anchors per level, "
-            f"this run {model.num_classes} and {own_anchors}"
+            f"the output convolutions start anew: the file has {len(names)} classes{other_anchors}, this run "
+            f"{declared.num_classes}"
         )
     check_fit(state, expected, str(path))
     model.load_state_dict(state, strict=False)
@@ -166,7 +169,7 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"yolo.pretrained={path} holds no state dict (names and tensors)")
+        raise CheckpointError(f"model.pretrained={path} holds no state dict (names and tensors)")
     return content
 
 
@@ -177,4 +180,4 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"yolo.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"model.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None

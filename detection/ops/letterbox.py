@@ -1,10 +1,13 @@
 """How an image is laid into the network input, and back; exact inverses."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from detection.ops.boxes import clip_boxes
+
+Placement = Literal["letterbox", "top_left", "squash"]
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,26 @@ class Letterbox:
         return like.new_tensor([self.left, self.top, self.left, self.top])
 
 
-def letterbox_geometry(
-    width: int, height: int, size: int, keep_aspect: bool, rounding: str = "nearest"
+def place_image(
+    width: int, height: int, size: int, placement: Placement = "letterbox", rounding: str = "nearest"
 ) -> tuple[Letterbox, int, int]:
-    """Where an image of (width, height) lies in a square of `size`: the letterbox, and its new width and height.
+    """Where an image of (width, height) lies in a square of `size`, and its new width and height.
 
     Args:
-        rounding: of the shorter side to whole pixels, "nearest" or "down". The program Darknet rounds down.
+        placement: "letterbox" (aspect kept, centred), "top_left" (aspect kept) or "squash" (each side to `size`).
+        rounding: of the shorter side to whole pixels, "nearest" or "down", as Darknet does it.
 
     Source: letterbox_image in src/image.c of https://github.com/pjreddie/darknet for "down"
     """
     longest = max(width, height)
-    if not keep_aspect:
+    if placement == "squash":
         new_width = new_height = size
     elif rounding == "down":
         new_width, new_height = max(width * size // longest, 1), max(height * size // longest, 1)
     else:
         scale = size / longest
         new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
-    left, top = (size - new_width) // 2, (size - new_height) // 2
+    left, top = (0, 0) if placement == "top_left" else ((size - new_width) // 2, (size - new_height) // 2)
     return Letterbox(new_width / width, new_height / height, left, top, width, height), new_width, new_height
 
 

@@ -1,4 +1,4 @@
-"""Memory of the machine: how much this process may still take, and keeping what it has."""
+"""Host memory: how much this process may still allocate, and how the C library keeps freed memory."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Files of a control group, version 2 and 1: limit, use, and in the statistics what the system can take back at once.
+# Files of a control group, version 2 and 1: limit, usage, and the field of memory.stat that can be reclaimed at once.
 GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -19,12 +19,12 @@ MEMORY_AHEAD = 2**26  # bytes
 
 
 def disable_malloc_trim() -> None:
-    """Let this process use again what it has freed, instead of giving it back to the system.
+    """Let this process reuse freed memory instead of returning it to the system.
 
-    The GNU C library takes each large tensor anew from the system, which hands it over page by page and cleared: with
-    Darknet-53 and batches of 8 that is a fifth of a training step on the CPU. The price: memory is not given back, and
-    inputs of many sizes leave gaps in it, a fifth more in multiscale training. Elsewhere, and where the environment
-    says how memory is handled (MALLOC_..., GLIBC_TUNABLES), nothing changes.
+    By default the GNU C library maps each large tensor anew, page by page and zeroed: with Darknet-53 and batches of 8
+    that is a fifth of a training step on the CPU. The price: memory is not returned, and inputs of many sizes fragment
+    it, a fifth more in multiscale training. Does nothing with another C library, or where the environment configures
+    the allocator (MALLOC_..., GLIBC_TUNABLES).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
@@ -35,7 +35,7 @@ def disable_malloc_trim() -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine, or of the container or job it runs in; None: unknown."""
+    """Bytes that this process may still allocate, within the limits of its container or job; None: unknown."""
     free: int | None
     try:
         fields = dict(line.split(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())

@@ -1,6 +1,6 @@
-"""Everything device-specific but the process group: choice, modes, precision, gradient scaler, compiler, memory.
+"""The machine that computes: device, precision, memory format, modes, compiler and memory, for every script alike.
 
-Nothing of Habana's (hpu) was run on hardware by us; `docs/hpu.md`.
+Only the process group is elsewhere (`distributed`). Nothing of Habana's (hpu) was run on hardware by us; `docs/hpu.md`.
 """
 
 import contextlib
@@ -11,22 +11,88 @@ import resource
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from detection.config.settings import RunSettings
+from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.runtime.allocator import disable_malloc_trim, free_memory
+from detection.runtime.allocator import free_memory
 from detection.runtime.habana import LAZY_MODE
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch accepts these two
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A device and how a network is computed on it. Making one changes nothing; `open_machine` does.
+
+    Args:
+        device: where the network and its batches are.
+        dtype: of autocast; None: float32 throughout.
+        channels_last: whether the network's weights lie in memory as images are decoded.
+        lazy: whether an HPU collects operations into graphs that run at `mark_step`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    channels_last: bool = False
+    lazy: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Name of the type of matrix products: float32, bfloat16 or float16."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context of a forward pass and its loss."""
+        return autocast(self.device, self.dtype)
+
+    def build_scaler(self) -> torch.amp.GradScaler:
+        return build_scaler(self.device, self.dtype)
+
+    @property
+    def mark_step(self) -> Callable[[], None]:
+        """To be called where a collected graph should run; does nothing but in lazy mode of an HPU."""
+        return mark_step_of(self.device, self.lazy)
+
+    def place(self, detector: Detector) -> Detector:
+        """Move a detector to the device, its weights in the memory format of the settings."""
+        return detector.to(self.device, self.channels_last)
+
+
+def machine_of(device: torch.device, run: RunSettings) -> Machine:
+    """Combine a device with the section `run`.
+
+    Raises:
+        SettingsError: the device cannot have that precision or mode.
+    """
+    check_lazy(device, run.lazy)
+    return Machine(device, choose_precision(device, run.precision), run.channels_last, run.lazy)
+
+
+def open_machine(run: RunSettings, name: str | None = None) -> Machine:
+    """Choose the device of the settings and switch torch to its mode, once per process before anything is computed.
+
+    Args:
+        run: the section of the settings.
+        name: device instead of `run.device`, where each process takes its own.
+
+    Raises:
+        SettingsError: the device is absent, or cannot have that precision or mode.
+    """
+    machine = machine_of(choose_device(name or run.device), run)
+    if run.deterministic:
+        make_deterministic(machine.device)
+    return machine
+
+
 def available_devices() -> list[str]:
-    """What can be asked for here, best first."""
+    """Names of the devices of this machine, best first."""
     names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     names += ["hpu"] if _hpu_available() else []
     names += ["mps"] if torch.backends.mps.is_available() else []
@@ -34,38 +100,20 @@ def available_devices() -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting: auto | cpu | cuda | cuda:N | mps | hpu.
+    """Return the device of a setting: auto | cpu | cuda | cuda:N | mps | hpu. Never falls back silently.
 
     Raises:
-        SettingsError: it is not there; names what is. Never falls back silently.
+        SettingsError: the device is absent; lists those that are available.
     """
     available = available_devices()
     name = available[0] if name == "auto" else name
-    if name == "cpu":
-        disable_malloc_trim()
     if name not in ("cuda" if other.startswith("cuda") else other for other in available) and name not in available:
         reason = f" ({_hpu_failure})" if name == "hpu" and _hpu_failure else ""
         raise SettingsError(f"device {name!r} is not available here{reason}; available: {', '.join(available)}")
     return torch.device(name)
 
 
-def open_device(run: RunSettings, name: str | None = None) -> torch.device:
-    """The device of the settings, in the mode that they ask for.
-
-    Args:
-        name: instead of `run.device`, where each process takes its own.
-
-    Raises:
-        SettingsError: it is not there, or cannot be in that mode.
-    """
-    device = choose_device(name or run.device)
-    check_lazy(device, run.lazy)
-    if run.deterministic:
-        make_deterministic(device)
-    return device
-
-
-_hpu_failure = ""  # why Habana's software, which is installed, cannot be used
+_hpu_failure = ""  # why Habana's software is installed but unusable
 
 
 def _hpu_available() -> bool:
@@ -89,10 +137,14 @@ def _hpu() -> Any:
 
 
 def check_lazy(device: torch.device, lazy: bool) -> None:
-    """Raises SettingsError where the mode was not, or cannot be, that of the setting."""
+    """Compare the mode of the setting with the one that Habana's software has read from the environment.
+
+    Raises:
+        SettingsError: they differ, or the device has no lazy mode.
+    """
     if device.type != "hpu":
         if lazy:
-            raise SettingsError(f"run.lazy (--lazy) is a mode of device hpu, this is {device}; say run.lazy=false")
+            raise SettingsError(f"run.lazy (--lazy) is a mode of device hpu, this is {device}; set run.lazy=false")
         return
     wanted, found = str(int(lazy)), os.environ.get(LAZY_MODE)
     if found != wanted:
@@ -103,9 +155,9 @@ def check_lazy(device: torch.device, lazy: bool) -> None:
 
 
 def mark_step_of(device: torch.device, lazy: bool) -> Callable[[], None]:
-    """What to call where a collected graph should run: after each backward pass and after the optimizer.
+    """Return what runs a collected graph, for after each backward pass and after the optimizer.
 
-    Only lazy mode collects; everywhere else it does nothing.
+    Only lazy mode collects; everywhere else the function does nothing.
     """
     if device.type != "hpu" or not lazy:
         return lambda: None
@@ -115,17 +167,17 @@ def mark_step_of(device: torch.device, lazy: bool) -> Callable[[], None]:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Refuse or avoid every kernel whose result varies from run to run. Before the device computes anything.
+    """Make torch refuse or avoid kernels whose results vary from run to run; call before the device computes anything.
 
     Raises:
-        SettingsError: the environment chooses a workspace of cuBLAS whose results vary.
+        SettingsError: the environment selects a workspace of cuBLAS whose results vary.
     """
     if device.type == "cuda":
         workspace = os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])  # read at the first product
         if workspace not in DETERMINISTIC_WORKSPACES:
             raise SettingsError(
                 f"run.deterministic: {CUBLAS_WORKSPACE}={workspace} in the environment is not deterministic; "
-                f"unset it, or say {' or '.join(DETERMINISTIC_WORKSPACES)}"
+                f"unset it, or set it to {' or '.join(DETERMINISTIC_WORKSPACES)}"
             )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
@@ -141,17 +193,19 @@ CUDA_GRAPHS = "reduce-overhead"  # the compiler's mode that records them
 
 
 def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1, mode: str | None = None) -> nn.Module:
-    """The model with a compiled forward pass, one graph per input size; weights and buffers are the same tensors.
+    """Compile the forward pass, one graph per input size; weights and buffers stay the same tensors.
 
-    Not one graph for all sizes: Inductor's backward pass of a convolution is made for one size even where all are
-    called dynamic. Where the compiler would give up and run the rest without a graph, it raises an error instead.
+    A single graph for all sizes would not do: Inductor specialises the backward pass of a convolution on one size, also
+    with dynamic shapes. Where the compiler would give up and run the rest without a graph, it raises an error instead.
 
     Args:
-        sizes: how many input sizes there will be.
-        mode: of torch.compile.
+        model: called with images (B, 3, H, W).
+        device: of the model.
+        sizes: number of input sizes that will occur.
+        mode: of `torch.compile`.
 
     Raises:
-        SettingsError: the compiler needs a program that is not here.
+        SettingsError: the compiler needs a program that is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
@@ -166,28 +220,35 @@ def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1, mode
 
 
 def prepare_distributed(device_type: str) -> str:
-    """Name of the backend for `init_process_group`; Habana's is registered by an import."""
-    if device_type == "hpu":
-        import habana_frameworks.torch.distributed.hccl  # noqa: F401
+    """Return the backend for `init_process_group`, registered with torch.
 
+    Raises:
+        SettingsError: Habana's software lacks hccl.
+    """
+    if device_type == "hpu":
+        reason = "it is not registered with torch"
+        try:
+            import habana_frameworks.torch.distributed.hccl  # noqa: F401  (registers the backend)
+        except (ImportError, AssertionError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+        if not torch.distributed.is_backend_available("hccl"):
+            raise SettingsError(f"several processes on device hpu need Habana's hccl, which is missing: {reason}")
         return "hccl"
     return "nccl" if device_type == "cuda" else "gloo"
 
 
-def pinning(device: torch.device) -> dict[str, Any]:
-    """Arguments of a DataLoader: page-locked memory where copies to the device then need not be waited for."""
-    if device.type == "hpu":
-        return {"pin_memory": True, "pin_memory_device": "hpu"}
-    return {"pin_memory": device.type == "cuda"}
+def pins_memory(device: torch.device) -> bool:
+    """Whether a DataLoader should pin its batches: copies from page-locked memory run beside the computation."""
+    return device.type == "cuda" or (device.type == "hpu" and torch.accelerator.is_available())
 
 
 def nms_device(device: torch.device) -> torch.device:
-    """Where detections are picked: lists of changing length recompile graphs on HPU, and MPS lacks some operations."""
+    """Return where NMS runs: results of varying length recompile graphs on HPU, and MPS lacks some operations."""
     return torch.device("cpu") if device.type in ("hpu", "mps") else device
 
 
 def choose_precision(device: torch.device, name: str) -> torch.dtype | None:
-    """Autocast type of a setting: auto | bf16 | fp16 | off; None means float32 throughout.
+    """Return the autocast type of a setting: auto | bf16 | fp16 | off; None means float32 throughout.
 
     Raises:
         SettingsError: fp16 on a device without a gradient scaler.
@@ -206,7 +267,7 @@ def choose_precision(device: torch.device, name: str) -> torch.dtype | None:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether matrix products in bfloat16 are a processor instruction; emulated ones are slower than float32."""
+    """Whether the processor multiplies matrices in bfloat16; emulation is slower than float32."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
 
@@ -216,31 +277,31 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told; nothing to wait for on the CPU."""
+    """Wait until the device has finished all queued work; the CPU queues none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
     elif device.type == "hpu":
-        getattr(torch, "hpu").synchronize()  # noqa: B009  (the device's package adds it)
+        _hpu().synchronize()
 
 
 def max_chunk_elements(device: torch.device) -> int:
-    """Values of an intermediate tensor above which it pays to compute it in pieces.
+    """Elements of an intermediate tensor above which it is computed in chunks.
 
-    On the CPU the C library takes larger blocks than 32 MiB anew from the system each time, which costs more than the
-    computation (2^22 float32: 16 MiB); elsewhere it bounds the memory (2^27: 512 MiB).
+    On the CPU the C library requests blocks above 32 MiB from the system each time, which costs more than the
+    computation (2^22 float32: 16 MiB); elsewhere the limit bounds the memory (2^27: 512 MiB).
     """
     return 2**22 if device.type == "cpu" else 2**27
 
 
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """Loss scaling for fp16, a disabled scaler otherwise: bfloat16 has the range of float32."""
+    """Build the loss scaler of fp16, otherwise a disabled one: bfloat16 has the range of float32."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory in use so far: the device's for CUDA and HPU; in use now for MPS; else the resident set."""
+    """Peak memory in GiB: the device's on CUDA and HPU, what the driver holds now on MPS, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "hpu":
@@ -252,7 +313,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes free on the device (for CPU and MPS: `host_memory.free_memory`)."""
+    """Free bytes of the device (CPU and MPS: `allocator.free_memory`); None: unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "hpu":
@@ -262,6 +323,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def describe_device(device: torch.device) -> str:
+    """Name of a device for the log, with the card's model, the mode, or the number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "hpu":

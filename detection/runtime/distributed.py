@@ -1,6 +1,6 @@
-"""Several processes of one run: what torchrun says, the process group, and the few things that are exchanged.
+"""Data-parallel processes of one run: torchrun's environment, the process group, and the few collectives.
 
-Everything but gradients goes over gloo on the host: no exchange here waits for the device.
+Everything but gradients goes over gloo on the host: no collective here waits for the device.
 """
 
 import datetime
@@ -25,18 +25,18 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankError(UserError):
-    """Another process of the run has failed or does not answer."""
+    """Another process of the run has failed or does not respond."""
 
     exit_code = 3
 
 
 class Ranks:
-    """This process among those of the run. One process alone needs no group, and every exchange returns at once.
+    """This process among those of the run. A single process forms no group, and its collectives return at once.
 
     Args:
         device: of this process.
-        backend: prepares and names its exchange: nccl, hccl or gloo; called for several processes only.
-        timeout_seconds: a process that does not answer for so long ends the run.
+        backend: registers and names the device's backend: nccl, hccl or gloo; called for several processes only.
+        timeout_seconds: a process that does not respond for that long ends the run.
 
     Raises:
         SettingsError: torchrun's environment is incomplete, or the processes do not find one another.
@@ -51,7 +51,7 @@ class Ranks:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         name = backend()
         try:
-            # They start together: one that is not there within a minute will not come. Later each may be slower.
+            # They start together: one that is missing after a minute will not come. Later each may be slower.
             joined = min(timeout, JOIN_TIMEOUT)
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=joined))
             store.set_timeout(timeout)
@@ -66,21 +66,21 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The one that prints, writes and scores."""
+        """Whether this process prints, writes and computes the metrics."""
         return self.rank == 0
 
     def explain(self, error: RuntimeError, step: int) -> RankError | None:
-        """The user error behind a failed exchange with the other processes; None: it is something else."""
+        """Return the user error behind a failed collective; None for any other error."""
         if self.size == 1 or not is_exchange_failure(error):
             return None
         reason = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
         return RankError(f"rank {self.rank} of {self.size}, step {step}: another process failed or hangs: {reason}")
 
     def all_reduce_max_async(self, value: Callable[[], int]) -> Callable[[], int]:
-        """Begin to exchange a number; the returned function waits and gives the largest of all ranks.
+        """Start reducing a number; the returned function waits and gives the maximum over all ranks.
 
         Args:
-            value: asked now; by one process alone only in the end.
+            value: called now; by a single process only at the end, so that later changes count.
         """
         if self.size == 1:
             return value
@@ -94,25 +94,25 @@ class Ranks:
         return finish
 
     def average_(self, tensor: Tensor) -> None:
-        """The mean over all ranks, in place, by the device's own exchange."""
+        """Average over all ranks in place, by the backend of the tensor's device."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
 
     def average_of(self, values: Tensor) -> Tensor:
-        """The mean over all ranks of a tensor on the host."""
+        """Average a tensor on the host over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
     def average(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over all ranks of numbers on the host."""
+        """Average numbers over all ranks."""
         tensor = self.average_of(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, tensor.tolist(), strict=True))
 
     def gather(self, value: T) -> list[T] | None:
-        """What every rank has, on the first one; None on the others. Waits up to a day."""
+        """Collect every rank's value on the first one; None on the others. Waits up to a day."""
         if self.size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.size if self.is_first else None
@@ -120,7 +120,7 @@ class Ranks:
         return gathered
 
     def broadcast(self, value: T | None) -> T:
-        """What the first rank has, on all of them; waits up to a day."""
+        """Send the first rank's value to all ranks; waits up to a day."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, group=self._patient)
@@ -132,7 +132,7 @@ class Ranks:
 
 
 def read_environment() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of processes) of torchrun; (0, 0, 1) without it.
+    """Read (rank, local rank, number of processes) of torchrun; (0, 0, 1) without it.
 
     Raises:
         SettingsError: incomplete or impossible.
@@ -153,7 +153,7 @@ def read_environment() -> tuple[int, int, int]:
 
 
 def device_of_rank(name: str, local_rank: int, size: int) -> str:
-    """The device setting of this process: each takes its own GPU.
+    """Return the device setting of this process: each takes its own GPU.
 
     Raises:
         SettingsError: one device named for several processes, or more processes than GPUs.
@@ -161,7 +161,7 @@ def device_of_rank(name: str, local_rank: int, size: int) -> str:
     if size == 1:
         return name
     if name.startswith("cuda:"):
-        raise SettingsError(f"{size} processes cannot share device {name}; say --device cuda, each takes its own")
+        raise SettingsError(f"{size} processes cannot share device {name}; use --device cuda, each takes its own")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name not in ("auto", "cuda") or not gpus:
         return name
@@ -173,46 +173,50 @@ def device_of_rank(name: str, local_rank: int, size: int) -> str:
 
 
 def is_exchange_failure(error: Exception) -> bool:
-    """Whether an exception comes from an exchange with other processes, not from the computation."""
+    """Whether an exception comes from a collective, not from the computation."""
     text = str(error).lower()
     words = ("connection closed", "connection reset", "timed out", "timeout", "gloo", "nccl", "hccl", "process group")
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Every batch norm over the images of all processes.
+    """Convert every batch norm to one over the images of all processes.
 
     Raises:
-        SettingsError: the device, or a batch norm of the model, has no such form.
+        SettingsError: the device, or a batch norm of the model, does not support it.
     """
     if device.type != "cuda":
         raise SettingsError(f"train.sync_batch_norm needs CUDA devices, this is {device.type}")
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     if others := sorted(kind.__name__ for kind in kinds - {nn.BatchNorm2d, nn.SyncBatchNorm}):
         raise SettingsError(
-            f"train.sync_batch_norm: {', '.join(others)} cannot be synchronised (yolo.batch_norm=standard)"
+            f"train.sync_batch_norm: {', '.join(others)} cannot be synchronised (model.batch_norm=standard)"
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 class Watchdog:
-    """Ends this process when its loop has not come round for too long: a hanging rank cannot be asked to stop.
+    """Terminates this process if the training loop makes no progress within the timeout of its ranks.
+
+    A rank that waits in a collective for a hanging one cannot be stopped from Python. A single process is not watched:
+    no other process waits for it.
 
     Args:
-        ranks: one process alone is not watched; nobody waits for it.
-        step: of the loop, for the message.
+        ranks: of the run, with the timeout.
+        step: returns the current step, for the message.
     """
 
     def __init__(self, ranks: Ranks, step: Callable[[], int]) -> None:
-        self._last: float | None = None  # None: nothing is expected
+        self._last: float | None = None  # None: paused
         if ranks.size > 1:
             threading.Thread(target=self._watch, args=(ranks, step), name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
+        """Report progress: the timeout starts anew."""
         self._last = time.monotonic()
 
     def rest(self) -> None:
-        """Until the next `beat` nothing is expected."""
+        """Pause until the next `beat`."""
         self._last = None
 
     def _watch(self, ranks: Ranks, step: Callable[[], int]) -> None:

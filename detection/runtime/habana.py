@@ -1,6 +1,6 @@
-"""What Habana's software has to find in the environment before torch is imported. Imports no torch.
+"""The environment that Habana's software reads when torch is imported. Imports no torch.
 
-`import torch` loads Habana's plugin where it is installed, and the plugin reads its mode then. Scripts therefore call
+`import torch` loads Habana's plugin where it is installed, and the plugin reads its mode then: scripts call
 `prepare_habana` first.
 """
 
@@ -21,16 +21,16 @@ LAZY_MODE = "PT_HPU_LAZY_MODE"  # 1 lazy, 0 eager; which one is the default depe
 
 
 def prepare_habana(arguments: Sequence[str]) -> None:
-    """Set the mode that the command line asks for; a value that is there already stays, `open_device` compares it.
+    """Set the mode of the command line; keeps a value that the environment has already, `open_machine` compares it.
 
-    Does nothing where Habana's software is not installed. Bad arguments are left to the script's own parser.
+    Does nothing without Habana's software. Invalid arguments are left to the script's own parser.
     """
     if importlib.util.find_spec("habana_frameworks") is not None:
         os.environ.setdefault(LAZY_MODE, "1" if wants_lazy(arguments) else "0")
 
 
 def wants_lazy(arguments: Sequence[str]) -> bool:
-    """The value that `run.lazy` will have: args.yaml's, the continued run's, the overlays', the words', or --lazy."""
+    """Return the value that `run.lazy` will have: from args.yaml, a resumed run, overlays, settings, or --lazy."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[], type=Path)
     parser.add_argument("--lazy", action="store_true")

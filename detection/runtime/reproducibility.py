@@ -20,7 +20,6 @@ REPORTED_PACKAGES = (
     "albumentations",
     "opencv-python-headless",
     "pycocotools",
-    "faster-coco-eval",
 )
 
 

@@ -13,20 +13,25 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Turns the first signal to stop into a request that the loop honours between two steps; a second ends at once.
+    """Turns the first signal to stop into a request that a loop honours between two steps; a second ends at once.
 
-    Ctrl-C, SIGTERM, SIGHUP of a terminal that is closed, and SIGUSR1, with which Slurm announces that it will take the
-    machine away. A signal that is ignored when the run starts stays ignored: a shell's `&` and `nohup` rely on it. What
-    comes within a second of the first counts as its echo: a terminal and torchrun both pass one Ctrl-C on.
+    Handles Ctrl-C, SIGTERM, SIGHUP of a closing terminal, and SIGUSR1, with which Slurm announces that it will take the
+    machine away. Nothing is handled before `install`.
+
+    Args:
+        unit: what the loop finishes first, for the message.
     """
 
     def __init__(self, unit: str = "step") -> None:
-        """Args:
-        unit: what the loop finishes first, for the message.
-        """
         self.unit = unit
         self.signal_number: int | None = None
         self._received = 0.0
+
+    def install(self) -> None:
+        """Install the signal handlers; call it from the main thread of a script.
+
+        A signal that is ignored when the script starts stays ignored: a shell's `&` and `nohup` rely on it.
+        """
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
@@ -38,19 +43,21 @@ class StopRequest:
             name = signal.Signals(number).name
             text = f"{name} received: finishing the {self.unit} and saving; once more ends at once"
             print(text, file=sys.stderr, flush=True)
-        elif now - self._received > ECHO_SECONDS:
+        elif now - self._received > ECHO_SECONDS:  # a terminal and torchrun both pass the same Ctrl-C on
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def check(self) -> None:
-        """Raises:
-        StoppedBySignal: a signal has come.
+        """Raise if a signal has come.
+
+        Raises:
+            StoppedBySignal: one has.
         """
         if self.signal_number is not None:
             raise stopped_by(self.signal_number)
 
 
 def stopped_by(number: int) -> StoppedBySignal:
-    """The error of a run that a signal has stopped; SIGUSR1 ends like SIGTERM, 143."""
+    """Return the error of a run that a signal has stopped; SIGUSR1 exits like SIGTERM, with 143."""
     code = signal.SIGTERM if number == signal.SIGUSR1 else number
     return StoppedBySignal(f"stopped by {signal.Signals(number).name}", code)

@@ -1,7 +1,8 @@
-"""Checkpoints written beside the training: the loop copies its state and goes on, a thread writes and verifies it."""
+"""Checkpoints written in the background: the loop copies its state and goes on, a thread writes and verifies it."""
 
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from detection.checkpoints import remove_leftovers, save_checkpoint
 from detection.errors import OutputError
+from detection.training.loggers import Loggers
 from detection.training.run import Run
 from detection.training.state import RunState
 
@@ -20,13 +22,13 @@ NUMBERED = "step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].pt"  # of step n:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, in the background. Leaving it as a context waits for the last.
 
-    Before `save` returns, the tensors are copied into memory of this object, which is kept for the next time: the step
-    that follows cannot change what is being written. Another `save` waits until the one before is on the disk, so there
-    is never more than one copy. A write that failed is raised by the next call of any method.
+    `save` copies the tensors before it returns, into memory that is kept for the next call: the following step cannot
+    change what is being written. Another `save` waits until the previous one is on the disk, so there is never more
+    than one copy. An error of a write is raised by the next call of any method.
 
     Args:
-        directory: of the run; what a killed process left half-written there is removed.
-        keep: numbered checkpoints, `step_<n>.pt`, that stay beside last.pt and best.pt; older ones are removed.
+        directory: of the run; half-written files of a killed process are removed from it.
+        keep: number of checkpoints `step_<n>.pt` to keep beside last.pt and best.pt; older ones are removed.
     """
 
     def __init__(self, directory: Path, keep: int = 0) -> None:
@@ -34,6 +36,7 @@ class CheckpointWriter:
         remove_leftovers(directory)
         self._thread: threading.Thread | None = None
         self._error: OutputError | None = None
+        self._written: deque[Path] = deque()  # appended by the thread
         self._memory: dict[tuple[int, ...], Tensor] = {}
 
     def __enter__(self) -> "CheckpointWriter":
@@ -46,15 +49,15 @@ class CheckpointWriter:
             self._thread.join()
 
     def save(self, content: dict[str, Any], *, best: bool = False, number: int | None = None) -> None:
-        """Write last.pt, and the same content under further names.
+        """Begin to write last.pt, and the same content under further names.
 
         Args:
             content: tensors of any device, plain values, dicts, lists and tuples of them.
-            best: best.pt too.
-            number: step_<number>.pt too, if any are kept.
+            best: also write best.pt.
+            number: also write step_<number>.pt, if any are kept.
 
         Raises:
-            OutputError: the write before this one failed.
+            OutputError: the previous write failed.
         """
         self.wait()
         names = [BEST] if best else []
@@ -76,7 +79,7 @@ class CheckpointWriter:
         self.check()
 
     def check(self) -> None:
-        """Does not wait.
+        """Raise the error of a write that has failed; does not wait.
 
         Raises:
             OutputError: a write failed.
@@ -85,21 +88,26 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
+    def take_written(self) -> list[Path]:
+        """Return the files that have been completed since the last call."""
+        return [self._written.popleft() for _ in range(len(self._written))]
+
     def _write(self, content: dict[str, Any], names: list[str]) -> None:
         try:
             save_checkpoint(self.directory / LAST, content, names)
             if self.keep:
-                # By age, not by number: who went back to an older one has newer ones of lower numbers.
+                # By age, not by number: a run continued from an older checkpoint writes lower numbers again.
                 numbered = sorted(self.directory.glob(NUMBERED), key=lambda path: (path.stat().st_mtime_ns, path.name))
                 for path in numbered[: -self.keep]:
                     path.unlink()
+            self._written.extend(self.directory / name for name in [*names, LAST])
         except OutputError as error:
             self._error = error
-        except Exception as error:  # noqa: BLE001  (of a thread it would only be printed, and the run would go on)
+        except Exception as error:  # noqa: BLE001  (in a thread it would only be printed)
             self._error = OutputError(f"checkpoint in {self.directory}: {type(error).__name__}: {error}")
 
     def _copy(self, value: Any, place: tuple[int, ...]) -> Any:
-        """`value` with its tensors copied to the host; `place` is where it stands in the content."""
+        """Copy the tensors of `value` to the host; `place` is its position in the content."""
         if isinstance(value, Tensor):
             memory = self._memory.get(place)
             if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
@@ -113,33 +121,57 @@ class CheckpointWriter:
 
 
 class Saver:
-    """Decides when this process writes checkpoints: only the first of a run does."""
+    """Decides when a run writes checkpoints; only its first process does.
 
-    def __init__(self, run: Run, state: RunState, directory: Path) -> None:
-        self.run, self.state = run, state
-        self.writer = CheckpointWriter(directory, run.settings.train.keep_checkpoints) if run.ranks.is_first else None
+    Announces `best.pt` to the loggers once it is on the disk.
+    """
+
+    def __init__(self, run: Run, state: RunState, loggers: Loggers) -> None:
+        self.run, self.state, self.loggers = run, state, loggers
+        keep = run.settings.train.keep_checkpoints
+        self.writer = CheckpointWriter(loggers.directory, keep) if run.ranks.is_first else None
         self.saved = time.monotonic()
 
     def due(self) -> bool:
+        """Whether a checkpoint is due after this step, by `train.save_frequency` or `train.save_minutes`."""
         minutes = self.run.settings.train.save_minutes
         late = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
         return late or self.state.step % self.run.save_frequency == 0
 
     def save(self, best: bool = False, numbered: bool = False) -> None:
-        """Returns when the state is copied; a thread writes it."""
+        """Copy the state and begin to write it to last.pt.
+
+        Args:
+            best: also write best.pt.
+            numbered: also write step_<n>.pt, if any are kept.
+
+        Raises:
+            OutputError: the previous write failed.
+        """
         self.saved = time.monotonic()
         if self.writer is not None:
             number = self.state.step if numbered else None
             self.writer.save(self.run.checkpoint(self.state), best=best, number=number)
+            self._announce()
 
     def check(self) -> None:
-        """Raises:
-        OutputError: a write has failed.
+        """Raise the error of a write that has failed; does not wait.
+
+        Raises:
+            OutputError: a write failed.
         """
         if self.writer is not None:
             self.writer.check()
+            self._announce()
 
     def wait(self) -> None:
-        """Until everything is on the disk; raises like `check`."""
+        """Wait until everything is on the disk; raises like `check`."""
         if self.writer is not None:
             self.writer.wait()
+            self._announce()
+
+    def _announce(self) -> None:
+        assert self.writer is not None
+        for path in self.writer.take_written():
+            if path.name == BEST:
+                self.loggers.artifact(path)

@@ -1,26 +1,22 @@
-"""What a run says: its plan before the first step, its progress, and the numbers of an evaluation."""
+"""Lines of a run: its plan before the first step, its progress and its end."""
 
 import datetime
-from pathlib import Path
 
-from tqdm import tqdm
-
-from detection.drawing.boxes import save_jpeg
+from detection.contract import Batch
 from detection.evaluation.coco_metric import choose_backend
-from detection.evaluation.evaluate import Evaluation
-from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
-from detection.models.darknet.cfg import cfg_notices, parse_cfg
+from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
-from detection.training.loggers import RunLogger
+from detection.training.checkpoint_writer import BEST
+from detection.training.loggers import Loggers
 from detection.training.run import Run
 from detection.training.state import RunState
+from detection.training.supervisor import Supervisor
 from detection.training.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
 
 
 def plan_lines(run: Run) -> list[str]:
-    """What is about to happen, for the user to check before it costs days."""
+    """Describe the run that is about to begin, for the user to check before it costs days."""
     settings, train, names = run.settings, run.settings.train, run.categories.names
-    parameters = sum(parameter.numel() for parameter in run.detector.model.parameters())
     sizes = f"{train.image_size} px"
     if train.resize_frequency:
         smallest, largest = train.multiscale_sizes
@@ -30,7 +26,8 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
-        f"model       {settings.yolo.backbone}, {parameters:,} parameters",
+        *run.detector.plan,
+        f"input       {run.detector.geometry.describe()}",
         f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
@@ -42,12 +39,12 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
-    if settings.yolo.cfg is not None:
-        used = {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
-        lines += [f"cfg         {line}" for line in cfg_notices(parse_cfg(settings.yolo.cfg), used)]
+    lines += run.detector.notices(
+        {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
+    )
     if train.backbone_learning_rate_factor != 1 or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
         lines.append(
-            f"backbone     frozen for {run.unfreeze_step} steps, then learning rate x "
+            f"backbone    frozen for {run.unfreeze_step} steps, then learning rate x "
             f"{train.backbone_learning_rate_factor:g}, batch norm {train.backbone_batch_norm}"
         )
     lines += [f"pretrained  {line}" for line in run.pretrained]
@@ -56,77 +53,69 @@ def plan_lines(run: Run) -> list[str]:
     return lines + run.data_warnings
 
 
-def report_progress(logger: RunLogger, bar: tqdm, run: Run, state: RunState, size: int, seconds_left: float) -> None:
-    """What the device has gathered since the last time, read and averaged over all processes, into the logs.
+def report_first_batch(run: Run, batch: Batch, loggers: Loggers) -> None:
+    """Show the images of a batch exactly as the network sees them, with their boxes."""
+    if run.ranks.is_first:
+        loggers.image(0, "train_batch", draw_batch(batch, run.categories.names))
 
-    On a terminal it becomes the bar's text, else a line, so that `tail -f nohup_0.out` reads well.
+
+def report_progress(run: Run, state: RunState, size: int, loggers: Loggers, supervisor: Supervisor) -> None:
+    """Read what the device has gathered since the last time, average it over all processes and log it.
+
+    On a terminal it becomes the text of the progress bar, else a line, so that `tail -f nohup_0.out` reads well.
+
+    Args:
+        size: of the last images, in pixels.
 
     Raises:
         NonFiniteLoss: too many steps in a row were skipped.
-        NumericsError: fp16's scale has sunk.
+        NumericsError: the loss scale of fp16 has fallen too low.
     """
     for skipped in state.skipped.read(run.ranks.average_of):
-        logger.line(f"warning: step {skipped} was skipped, its loss or gradient was non-finite; nothing changed")
+        loggers.line(f"warning: step {skipped} was skipped, its loss or gradient was non-finite; nothing changed")
+    losses = list(state.meter.sums)
     values = run.ranks.average(state.meter.read())
     rate = run.schedule.at(state.step - 1 - state.skipped.total)
     values |= {"train/learning_rate": rate, "train/image_size": size, "train/skipped_steps": state.skipped.total}
     if state.scaler.is_enabled():
         values["train/loss_scale"] = state.scaler.get_scale()
-    logger.scalars(state.step, values)
+    loggers.log(state.step, values)
     parts = {
         "loss": f"{values['train/loss']:.2f}",
         "lr": f"{rate:.3g}",
         "images/s": f"{values['train/images_per_second']:.1f}",
         "memory": f"{peak_memory_gib(run.device):.1f}G",
-        "box": f"{values['train/loss_box']:.2f}",
-        "objectness": f"{values['train/loss_objectness']:.2f}",
-        "class": f"{values['train/loss_class']:.2f}",
+        **{name.removeprefix("loss_"): f"{values[f'train/{name}']:.2f}" for name in losses},
         "size": f"{size}",
         "wait": f"{values['train/wait_fraction']:.0%}",
     }
     text = "  ".join(f"{name} {value}" for name, value in parts.items())
-    left = datetime.timedelta(seconds=round(seconds_left))
+    left = datetime.timedelta(seconds=round(supervisor.seconds_left()))
     place = f"step {state.step}/{run.steps}  epoch {state.step / run.steps_per_epoch:.1f}"
-    logger.line(f"{place}  {text}  left {left}", show=bool(bar.disable))
+    bar = supervisor.bar
+    loggers.line(f"{place}  {text}  left {left}", show=bool(bar.disable))
     if not bar.disable:
         bar.set_postfix(parts)
     state.check_scale()
 
 
-def report_speed(logger: RunLogger, run: Run, total: Throughput) -> None:
-    """The last lines of a run; every process calls it at the same time."""
-    peak = peak_memory_gib(run.device)  # before what is measured now
-    mean = run.ranks.average({**vars(total), "ceiling": matmul_ceiling(run.device, run.dtype) or 0.0})
+def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
+    """Log the speed of training; every process calls it at the same time."""
+    peak = peak_memory_gib(run.device)  # before the measurement that follows
+    total, ceiling = vars(state.meter.total), matmul_ceiling(run.device, run.dtype) or 0.0
+    mean = run.ranks.average({**total, "ceiling": ceiling})
     ceiling = mean.pop("ceiling")
-    flops = flops_per_pixel(run.detector.model)
+    flops = flops_per_pixel(run.detector.model, run.detector.geometry.size_multiple)
     images_per_epoch = round(run.steps_per_epoch * run.images_per_step)
     lines = summary_lines(Throughput(**mean), run.ranks.size, flops, ceiling, run.precision, images_per_epoch, peak)
     for line in lines:
-        logger.line(line)
+        loggers.line(line)
 
 
-def report_evaluation(run: Run, evaluation: Evaluation, step: int, directory: Path, logger: RunLogger) -> None:
-    """Numbers into the logs, pictures and files into the run directory."""
-    settings, dataset = run.settings.evaluation, run.validation_set
-    loss = sum(evaluation.losses.values())
-    row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}
-    row |= {"val/loss": loss, **{f"val/{name}": value for name, value in evaluation.losses.items()}}
-    row |= {"val/boxes": len(evaluation.detections), "epoch": step / run.steps_per_epoch}
-    logger.evaluation(step, row)
-    names = {"nms": "NMS", "metric": evaluation.backend}
-    parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
-    weights = "EMA" if run.settings.train.ema_decay else "weights"
-    logger.line(f"evaluation of the {weights}: {protocol_line(run.settings)}")
-    logger.line(
-        f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
-        f"validation loss {loss:.3f}"
+def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
+    """Log speed, duration and the best checkpoint of a run that is complete."""
+    report_speed(run, state, loggers)
+    loggers.line(
+        f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
+        f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"
     )
-    if evaluation.dropped:
-        logger.line(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
-    for line in metric_table(evaluation):
-        logger.line(line)
-    picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
-    if picture is not None:
-        save_jpeg(directory / "images" / f"validation_{step:06d}.jpg", picture)
-        logger.image(step, "validation", picture)
-    write_evaluation(directory, evaluation, dataset, step, settings.model_dump(mode="json"))

@@ -1,9 +1,9 @@
-"""What would end a run hours later is found before its first step: disk, shared memory, checkpoint, evaluator."""
+"""Checks before the first step, of what would end a run hours later: memory, disk, checkpoint, evaluator."""
 
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,77 @@ from detection.data.loaders import batches_ahead, collate_samples
 from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError
 from detection.evaluation.evaluate import evaluate
 from detection.runtime.devices import peak_memory_gib
+from detection.training.checkpoint_writer import Saver
+from detection.training.loggers import Loggers
 from detection.training.memory.estimate import estimate_memory
 from detection.training.optimizer import set_backbone_frozen
 from detection.training.run import Run
 from detection.training.state import RunState
+from detection.training.step import train_step
 
 SHARED_MEMORY = Path("/dev/shm")
 EVALUATED_IMAGES = 2
 
 
-def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
-    """A whole step at the largest size, with all its memory, that changes nothing."""
+def dry_run(run: Run, plan: Sequence[str], target: Path) -> None:
+    """Print the plan and make every check of a run (`--dry-run`); leaves nothing behind.
+
+    Args:
+        target: where the run directory would be.
+    """
+
+    def show(line: str) -> None:
+        if run.ranks.is_first:
+            print(line)
+
+    show("\n".join(plan))
+    state = run.new_state()
+    try_step(run, state, show)
+    if run.ranks.is_first:
+        content = run.checkpoint(state)
+        show(check_disk(target, content, run.settings.train.keep_checkpoints))
+        try_checkpoint(target, content)
+        show(f"{try_evaluation(run, state)}; a checkpoint was written and read back")
+
+
+def preflight(run: Run, state: RunState, saver: Saver, loggers: Loggers) -> None:
+    """Make the checks of a dry run in the run directory, before the first step of a run."""
+    try_step(run, state, loggers.line)
+    if run.ranks.is_first:
+        loggers.line(check_disk(loggers.directory, run.checkpoint(state), run.settings.train.keep_checkpoints))
+        saver.save()  # proves that it can be written and read; a run that is killed early can be continued from it
+        loggers.line(try_evaluation(run, state))
+        saver.wait()
+
+
+def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
+    """Take a whole step at the largest image size, which needs all the memory and changes nothing.
+
+    Args:
+        show: called with each line of the result.
+
+    Raises:
+        DeviceMemoryError: the memory does not suffice.
+    """
     train = run.settings.train
     size = train.largest_size
     estimate = estimate_memory(
         run.detector.model, run.criterion, train, train.micro_batch, size, run.autocast, run.device
     )
-    say(estimate.line())
+    show(estimate.line())
     if estimate.available is not None and estimate.total > estimate.available:
         raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
     positions = next(iter(run.sampler(state.step, state.step + 1)))
     batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
     set_backbone_frozen(state.model, False, train.backbone_batch_norm)
-    # A second one adds to gradients that are there; more show nothing new.
+    # The second micro-batch adds to existing gradients; more of them show nothing new.
     micro_batches = min(train.subdivisions, 2)
     scale = state.scaler.state_dict()
     started = time.perf_counter()
-    result = run.take_step(state, run.wrapped(state.model), [batch] * micro_batches, discard=True)
+    result = train_step(
+        run.wrapped(state.model), run.criterion, state.optimizer, state.scaler, [batch] * micro_batches, run.autocast,
+        run.device, train.clip_norm, state.statistics, discard=True, mark_step=run.mark_step,
+    )  # fmt: skip
     values = ", ".join(f"{name} {value.item():.2f}" for name, value in result.losses.items())
     seconds = time.perf_counter() - started
     if scale:
@@ -50,33 +94,33 @@ def try_step(run: Run, state: RunState, say: Callable[[str], None]) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     step = "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
     memory = peak_memory_gib(run.device)
-    say(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; thrown away")
+    show(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; discarded")
     workers = run.settings.data.num_workers * run.ranks.local_size
     shared = check_shared_memory(workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels")))
     if shared is not None:
-        say(shared)
+        show(shared)
 
 
 def check_disk(directory: Path, content: dict[str, Any], keep: int) -> str:
-    """Compare the room on the disk with what the checkpoints will take.
+    """Compare the free disk space with the size of the checkpoints.
 
     Args:
-        directory: of the run; its nearest existing parent counts.
+        directory: of the run; its nearest existing parent is checked.
         content: of a checkpoint.
-        keep: numbered checkpoints beside last.pt and best.pt.
+        keep: number of checkpoints beside last.pt and best.pt.
 
     Returns:
         A line for the plan.
 
     Raises:
-        OutputError: there is no room for a checkpoint beside an older one.
+        OutputError: there is no space for a checkpoint beside the previous one.
     """
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     size, free = tensor_bytes(content), shutil.disk_usage(existing).free
     if free < 2 * size:
         raise OutputError(
             f"{existing}: {free / 2**30:.2f} GiB free, a checkpoint has {size / 2**30:.2f} GiB and is written beside "
-            "the one before; free some room or choose another run.logs_path"
+            "the previous one; free some space or choose another run.logs_path"
         )
     whole = (3 + keep) * size
     short = "" if free > whole else f"; warning: {whole / 2**30:.2f} GiB may be needed with all that are kept"
@@ -84,7 +128,7 @@ def check_disk(directory: Path, content: dict[str, Any], keep: int) -> str:
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> str | None:
-    """A warning where the loader's workers may not find the shared memory that they hand batches over in."""
+    """Return a warning if the shared memory, through which the loader's workers pass batches, may not suffice."""
     if not workers or not SHARED_MEMORY.is_dir():
         return None
     needed, free = batches_ahead(workers) * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
@@ -100,10 +144,10 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, read it back and remove it.
 
     Args:
-        parent: of a run's directory; its nearest existing parent counts.
+        parent: of the run directory; its nearest existing parent is used.
 
     Raises:
-        OutputError: it cannot be written, or is not what was written.
+        OutputError: it cannot be written, or reads back differently.
     """
     existing = next(path for path in (parent, *parent.absolute().parents) if path.exists())
     try:
@@ -114,8 +158,8 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
 
 
 def try_evaluation(run: Run, state: RunState) -> str:
-    """The first validation images through network and metric; returns a line for the plan."""
-    dataset, (_, criterion, postprocess) = run.validation_set, run.detector
+    """Evaluate the first validation images; returns a line for the plan."""
+    dataset, criterion, postprocess = run.validation_set, run.detector.criterion, run.detector.postprocess
     count = min(EVALUATED_IMAGES, len(dataset))
     batch = collate_samples([dataset[index] for index in range(count)])
     few = select_images(dataset.annotations, np.arange(count))
@@ -125,7 +169,7 @@ def try_evaluation(run: Run, state: RunState) -> str:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """Return the size of all tensors in nested dicts and lists, in bytes."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()

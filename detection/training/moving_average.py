@@ -1,4 +1,4 @@
-"""EMA of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 import copy
 import math
@@ -9,11 +9,16 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
-    """EMA of the weights and of the batch-norm layers' statistics, for evaluation and for `best.pt`.
+    """EMA of the weights and batch-norm statistics of a model, for evaluation and for `best.pt`.
 
-    average += (1 - d) * (value - average) with d = decay * (1 - exp(-(step + 1) / ramp))
+    ema += (1 - d) * (value - ema) with d = decay * (1 - exp(-(step + 1) / ramp))
 
-    The ramp lets the early average forget the random start.
+    The ramp lets the early EMA forget the random initial weights.
+
+    Args:
+        model: copied; the copy is `self.model`.
+        decay: of a late step.
+        ramp: in optimizer steps; 0: none.
     """
 
     def __init__(self, model: nn.Module, decay: float, ramp: int) -> None:
@@ -24,10 +29,10 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
-        """Take in the weights after optimizer step `step` (the first is 0).
+        """Update with the weights after optimizer step `step` (the first is 0).
 
         Args:
-            finite: bool on the device; false: the step was skipped, the average keeps its values.
+            finite: bool on the device; false: the step was skipped, the EMA keeps its values.
         """
         decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
         if self._pairs is None or not self._pairs.hold():
@@ -39,19 +44,19 @@ class ExponentialMovingAverage:
             share = torch.where(finite, 1 - decay, 0.0)
             if share.device.type == "cpu":
                 torch._foreach_lerp_(own, new, [share] * len(own))
-            else:  # there a list of shares means one kernel per tensor
+            else:  # a list of weights would take one kernel per tensor
                 difference = torch._foreach_sub(new, own)
                 torch._foreach_mul_(difference, share)
                 torch._foreach_add_(own, difference)
-        if self._pairs.others[0]:  # counters of the batch-norm layers, kept by a skipped step themselves
+        if self._pairs.others[0]:  # counters of the batch-norm layers; a skipped step leaves them alone
             torch._foreach_copy_(*self._pairs.others)
 
 
 class _TensorPairs:
-    """The tensors of two equal models side by side, found once: collecting them takes as long as their copy."""
+    """The tensors of two equal models in pairs, cached: collecting them takes as long as copying them."""
 
-    def __init__(self, average: nn.Module, model: nn.Module) -> None:
-        self._places = [*_state_places(average), *_state_places(model)]  # in the same order
+    def __init__(self, ema: nn.Module, model: nn.Module) -> None:
+        self._places = [*_state_places(ema), *_state_places(model)]  # in the same order
         tensors = [place[name] for place, name in self._places]
         self._tensors = tensors
         pairs = list(zip(tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :], strict=True))
@@ -59,12 +64,12 @@ class _TensorPairs:
         self.others = _unzip([pair for pair in pairs if not pair[0].is_floating_point()])
 
     def hold(self) -> bool:
-        """Whether they are still the models' own; statistics that are joined become other tensors."""
+        """Whether the models still hold these tensors; `BatchNormStatistics` replaces some."""
         return all(place[name] is tensor for (place, name), tensor in zip(self._places, self._tensors, strict=True))
 
 
 def _state_places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where the tensors of `state_dict()` stand."""
+    """Return the dicts and names that hold the tensors of `state_dict()`."""
     return [
         (place, name)
         for module in model.modules()

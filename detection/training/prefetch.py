@@ -1,4 +1,4 @@
-"""The next batches go to the device while it computes."""
+"""Copies the next batches to the device while it computes."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ COPIED = ("images", "boxes", "labels")
 
 
 class Prefetcher:
-    """An iterator over batches; on CUDA those asked for by `prefetch` are copied on a stream of their own.
+    """Iterates over batches; on CUDA, `prefetch` copies the next ones on a separate stream.
 
-    Elsewhere it hands the loader's batches on as they are. The order is the loader's; an error of the loader comes when
-    the batches before it have been taken.
+    On other devices the loader's batches pass through unchanged. The order is the loader's; an error of the loader is
+    raised after the batches before it.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Prefetcher:
         self._error: Exception | None = None
 
     def prefetch(self, count: int) -> None:
-        """Have `count` batches on their way. To be called when the device has work: it waits for the loader."""
+        """Begin to copy the next `count` batches; call it while the device is busy, as it waits for the loader."""
         if self.stream is None or self._error is not None:
             return
         try:
@@ -38,6 +38,11 @@ class Prefetcher:
         except (StopIteration, UserError, RuntimeError, OSError) as error:
             self._error = error
 
+    def close(self) -> None:
+        """Drop the loader's iterator, which ends its workers."""
+        self.batches = iter(())
+        self._ready.clear()
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -47,7 +52,7 @@ class Prefetcher:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
             for name in COPIED:
-                batch[name].record_stream(stream)  # its memory is not given to the next copy before that stream is done
+                batch[name].record_stream(stream)  # the next copy must not reuse its memory before that stream is done
             return batch
         if self._error is not None:
             raise self._error

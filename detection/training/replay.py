@@ -1,4 +1,4 @@
-"""Steps that were non-finite: what is kept of them, and where in one of them numbers stop being finite."""
+"""Replay of non-finite steps: keep what is needed to repeat them, and find where numbers become non-finite."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,15 +11,43 @@ import torch
 from torch import Tensor, nn
 
 from detection.checkpoints import RUN_FIELDS, load_fields, save_checkpoint
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import Flag, complete_settings, load_settings
 from detection.contract import Batch
 from detection.data.loaders import collate_samples, targets_to
-from detection.errors import CheckpointError, OutputError
+from detection.errors import CheckpointError, NumericsError, OutputError
 from detection.runtime.reproducibility import seed_step
 from detection.training.optimizer import set_backbone_frozen
-from detection.training.run import Run
+from detection.training.resume import check_continued
+from detection.training.run import Run, join_ranks
 
 STATE, REPORT = "state.pt", "report.json"
 MAX_NAMES = 5  # of modules and parameters
+
+
+def replay(directory: Path, words: Sequence[str], flags: Sequence[Flag]) -> None:
+    """Repeat the first step of a bundle and print where its numbers become non-finite (`--replay`).
+
+    Args:
+        directory: the bundle.
+        words: settings that differ, as `key.path=value`.
+        flags: of the command line.
+
+    Raises:
+        NumericsError: they are non-finite here too.
+    """
+    checkpoint, report = read_bundle(directory)
+    settings, notices = load_settings(complete_settings(checkpoint["settings"], DEFAULTS), [], words, flags)
+    processes = checkpoint["conditions"]["processes"]
+    run = Run(settings, join_ranks(settings), fresh=False, processes=processes)
+    notices += check_continued(run, checkpoint, directory, accept=True)
+    print("".join(f"{line}\n" for line in notices), end="")
+    step, finite = report["steps"][0]["step"], True
+    for lines in retake_step(run, checkpoint, step):
+        finite &= not lines
+        print("\n".join(lines or ["finite: loss, outputs and gradient"]), flush=True)
+    if not finite:
+        raise NumericsError(f"step {step} is non-finite here either")
 
 
 def write_bundle(
@@ -29,16 +57,16 @@ def write_bundle(
     losses: Mapping[int, Mapping[str, float]],
     image_ids: Mapping[int, Sequence[int]],
 ) -> None:
-    """Keep what is needed to take skipped steps again: they changed nothing, so the weights are those before the first.
+    """Write what is needed to repeat skipped steps; they changed nothing, so the weights are those before the first.
 
     Args:
-        directory: made here.
-        checkpoint: of now.
-        losses: parts of the loss of each step.
-        image_ids: images of each step.
+        directory: of the bundle; made if absent.
+        checkpoint: of the current state.
+        losses: by step and name.
+        image_ids: by step.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the bundle cannot be written.
     """
     steps = [
         {
@@ -58,10 +86,10 @@ def write_bundle(
 
 
 def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(checkpoint, report) of `write_bundle`.
+    """Read the checkpoint and the report of a bundle.
 
     Raises:
-        CheckpointError: it is not there or damaged.
+        CheckpointError: the bundle is missing or damaged.
     """
     checkpoint = load_fields(directory / STATE, RUN_FIELDS)
     try:
@@ -73,12 +101,12 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[list[str]]:
-    """`diagnose_batch` of each micro-batch of a skipped step, as it was: the same images, weights and streams.
+    """Repeat a skipped step with the same images, weights and random streams; the processes of a run one by one.
 
-    One process after the other, where the run had several.
+    Yields:
+        The lines of `diagnose_batch` for each micro-batch.
     """
-    settings, state = run.settings, run.new_state()
-    state.load(checkpoint)
+    settings, state = run.settings, run.new_state(checkpoint)
     set_backbone_frozen(state.model, step < run.unfreeze_step, settings.train.backbone_batch_norm)
     ids = run.training_set.annotations.image_ids
     for rank in range(run.processes):
@@ -96,16 +124,19 @@ def diagnose_batch(
     device: torch.device,
     image_ids: np.ndarray,
 ) -> list[str]:
-    """Where the numbers of one micro-batch stop being finite, forward and backward; no line where all are.
+    """Find where the numbers of one micro-batch become non-finite, forward and backward.
 
     Args:
-        model: in training mode; its weights do not change, its statistics do.
+        model: in training mode; its weights do not change, its batch-norm statistics do.
         image_ids: of the whole dataset, (M,).
+
+    Returns:
+        A line for each place; none if all numbers are finite.
     """
     lines: list[str] = []
-    # Before anything else: the forward pass moves the statistics, and they may be what it breaks.
+    # First: the forward pass changes the batch-norm statistics, and may make them non-finite itself.
     if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-        lines.append(f"weights that are non-finite: {_shorten(bad)}")
+        lines.append(f"non-finite weights: {_shorten(bad)}")
     first: list[str] = []
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output, name=name: _note(first, name, output))
@@ -122,7 +153,7 @@ def diagnose_batch(
         for handle in handles:
             handle.remove()
     if first:
-        lines.append(f"first output that is non-finite: of {first[0]}")
+        lines.append(f"first non-finite output: of {first[0]}")
     if bad := [f"{name} = {value.item():g}" for name, value in losses.items() if not value.isfinite()]:
         lines.append(f"loss: {', '.join(bad)}")
         for row, index in enumerate(batch["indices"].tolist()):
@@ -132,7 +163,7 @@ def diagnose_batch(
                 lines.append(f"loss of image id {image_ids[index]} alone: {', '.join(bad)}")
     torch.stack(list(losses.values())).sum().backward()
     if bad := [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]:
-        lines.append(f"gradients that are non-finite: {_shorten(bad)}")
+        lines.append(f"non-finite gradients: {_shorten(bad)}")
     model.zero_grad(set_to_none=True)
     return lines
 

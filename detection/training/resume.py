@@ -1,4 +1,4 @@
-"""Continuing a run: what its checkpoint and the command line say together, and what it may not be continued on."""
+"""Settings of a new run, or of one that is continued from its checkpoint, and what may change between the two."""
 
 import argparse
 import contextlib
@@ -10,21 +10,23 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError
+from detection.training.loggers import build_loggers
 from detection.training.run import Run
 
 ACCEPT = "--accept-changes continues all the same"
-# May differ between a run and its continuation: where it runs, how long, how often it saves; not what it learns from.
+# May change when a run is continued: where it runs, how long, how often it saves; not what it learns from.
 RESUMABLE = (
     "run.device",
     "run.lazy",
     "run.compile",
     "run.deterministic",
     "run.log_frequency",
+    "run.loggers",
     "run.logs_path",
     "data.root",
-    "data.most_unreadable",
+    "data.max_unreadable_fraction",
     "data.num_workers",
-    "data.decoder",  # what decoded is a condition of the checkpoint, see check_continued
+    "data.decoder",  # the decoder in use is a condition of the checkpoint, see check_continued
     "data.cache",
     "data.cache_gib",
     "data.cache_path",
@@ -33,7 +35,7 @@ RESUMABLE = (
     "train.save_frequency",
     "train.save_minutes",
     "train.keep_checkpoints",
-    "train.most_skipped_steps",
+    "train.max_skipped_steps",
     "train.activation_checkpointing",
     "train.patience",
     "run.preflight",
@@ -41,10 +43,32 @@ RESUMABLE = (
 )
 
 
+def open_run(
+    arguments: argparse.Namespace, flags: list[Flag]
+) -> tuple[dict[str, Any] | None, Path | None, Settings, list[str]]:
+    """Read the settings of a new run, or of one that `--resume` continues.
+
+    Returns:
+        The checkpoint to continue from, or None; the run directory, or None for a new one below `run.logs_path`; the
+        settings; notices for the plan.
+
+    Raises:
+        SettingsError: settings are refused, or are not those of the continued run.
+        CheckpointError: there is no usable checkpoint.
+    """
+    if arguments.resume is None:
+        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
+        build_loggers(settings.run.loggers)  # refused before anything is built
+        return None, arguments.output, settings, notices
+    checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
+    build_loggers(settings.run.loggers)
+    return checkpoint, directory, settings, notices
+
+
 def open_resumed_run(
     arguments: argparse.Namespace, flags: list[Flag]
 ) -> tuple[dict[str, Any], Path, Settings, list[str]]:
-    """Checkpoint, directory, settings and notices of a run to continue; the command line may change little of it."""
+    """Read checkpoint, directory, settings and notices of a run to continue; few settings may change."""
     for name in ("config", "output"):
         if getattr(arguments, name):
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
@@ -73,7 +97,7 @@ def open_resumed_run(
 
 
 def load_last(directory: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run; where it is damaged, the error names others that are whole."""
+    """Read the newest checkpoint of a run; if it is damaged, the error names intact older ones."""
     try:
         return load_fields(directory / "last.pt", RUN_FIELDS)
     except CheckpointError as error:
@@ -83,17 +107,22 @@ def load_last(directory: Path) -> dict[str, Any]:
                 whole.append(f"{path.name} (step {load_checkpoint(path)['step']})")
         if not whole:
             raise
-        raise CheckpointError(f"{error}; whole, to be copied to last.pt: {', '.join(whole)}") from None
+        raise CheckpointError(f"{error}; intact, to be copied to last.pt: {', '.join(whole)}") from None
 
 
-def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path, accept: bool) -> list[str]:
-    """Refuse to continue on other classes than those of the checkpoint, and on other data or under other conditions.
+def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None, accept: bool) -> list[str]:
+    """Compare the data and conditions of a continued run with those of its checkpoint.
 
     Args:
-        accept: only name what differs, but for the classes.
+        accept: return differences as warnings instead of raising; other classes are never accepted.
 
     Returns:
-        What differs, a line each.
+        One line per difference.
+
+    Raises:
+        CheckpointError: the classes differ.
+        DataError: the annotations differ.
+        SettingsError: the number of processes, the precision or the image decoder differs.
     """
     if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a run is made of: everything that its settings, data and device decide before the first step."""
+"""The parts of a run: everything that its settings, data and device determine before the first step."""
 
 import functools
 import inspect
@@ -8,41 +8,32 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.config.settings import SIZE_MULTIPLE, Settings
-from detection.contract import Batch
+from detection.config.settings import Settings
 from detection.data.annotations import annotations_digest, repeat_factors
 from detection.data.build import build_datasets, make_builtin
 from detection.data.coco import CocoDataset
 from detection.data.image_file import choose_decoder, describe_decoder
-from detection.data.sampler import TrainingBatchSampler
+from detection.data.loaders import build_training_loader
+from detection.data.sampler import TrainingBatchSampler, size_step
+from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
-from detection.dataset_checks.fit_checks import describe_network
 from detection.errors import SettingsError
-from detection.models import build_detector, check_image_size, size_multiple
+from detection.models import build_detector, check_input_sizes
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
-from detection.runtime.devices import (
-    autocast,
-    build_scaler,
-    choose_precision,
-    compile_forward,
-    mark_step_of,
-    open_device,
-    prepare_distributed,
-)
+from detection.runtime.devices import compile_forward, machine_of, open_machine, prepare_distributed
 from detection.runtime.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
+from detection.training.prefetch import Prefetcher
 from detection.training.schedules import build_schedule, resolve_steps
-from detection.training.skipped_steps import StepResult
 from detection.training.state import RunState
-from detection.training.step import train_step
 
 
 def join_ranks(settings: Settings) -> Ranks:
-    """This process among those that torchrun started, or alone, on its device."""
+    """Open the device of this process and join those that torchrun started, if any."""
     _, local_rank, size = read_environment()
-    device = open_device(settings.run, device_of_rank(settings.run.device, local_rank, size))
+    device = open_machine(settings.run, device_of_rank(settings.run.device, local_rank, size)).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
@@ -54,29 +45,21 @@ class Run:
     Args:
         ranks: this process among those of the run, with its device.
         fresh: false for a continued run, whose weights all come from its checkpoint.
-        processes: as many as the run had, where a step of it is looked into by one; None: as there are.
+        processes: how many the run had, if one process replays a step of several; None: as many as there are.
     """
 
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
         train, evaluation = settings.train, settings.evaluation
         self.settings, self.ranks, self.processes = settings, ranks, processes or ranks.size
-        self.device = ranks.device
-        self.mark_step = mark_step_of(self.device, settings.run.lazy)
-        self.dtype = dtype = choose_precision(self.device, settings.run.precision)
-        self.precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-        self.autocast = functools.partial(autocast, self.device, dtype)
-        self.build_scaler = functools.partial(build_scaler, self.device, dtype)
+        self.device, machine = ranks.device, machine_of(ranks.device, settings.run)
+        self.dtype, self.precision, self.mark_step = machine.dtype, machine.precision, machine.mark_step
+        self.autocast, self.build_scaler = machine.autocast, machine.build_scaler
 
         if ranks.is_first:
             make_builtin(settings.data)
         ranks.broadcast(None)  # the others wait for it
         self.training_set, self.validation_set = build_datasets(
-            settings.data,
-            train.image_size,
-            evaluation.image_size,
-            settings.run.seed,
-            settings.yolo.num_classes,
-            evaluation.max_images,
+            settings.data, settings.run.seed, settings.model.num_classes, evaluation.max_images
         )
         if isinstance(self.training_set, CocoDataset):
             self.training_set.substitutes = True
@@ -88,20 +71,17 @@ class Run:
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
         seed_everything(settings.run.seed)
-        detector = build_detector(settings.yolo, evaluation, len(self.categories.names))
-        self.pretrained = load_pretrained(detector.model, settings.yolo) if fresh else []
+        detector = build_detector(settings, len(self.categories.names))
+        self.pretrained = load_pretrained(detector.model, settings.model) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:
-            raise SettingsError("yolo.cfg: a network with new_coords = 1 can detect but not be trained here")
-        for name, sizes in (
-            ("train.image_size", [train.image_size]),
-            ("train.multiscale_sizes", train.multiscale_sizes if train.resize_frequency else []),
-            ("evaluation.image_size", [evaluation.image_size]),
-        ):
-            for size in sizes:
-                check_image_size(detector.model, name, size)
-        detector = detector.to(self.device, settings.run.channels_last)
+            raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+        check_input_sizes(detector, settings)
+        geometry, seed = detector.geometry, settings.run.seed
+        self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)
+        self.validation_set.sample_transform = Transform(geometry, evaluation.image_size, seed)
+        detector = machine.place(detector)
         self.found_batch_size: list[str] = []
         if train.batch_size == "auto":
             number, line = find_batch_size(
@@ -111,13 +91,13 @@ class Run:
             self.settings = settings = settings.model_copy(update={"train": train})
             self.found_batch_size = [line]
         if train.sync_batch_norm:
-            detector = detector._replace(model=synchronise_batch_norm(detector.model, self.device))
+            detector = detector.replace(model=synchronise_batch_norm(detector.model, self.device))
         self.detector = detector
         assert detector.criterion is not None
         self.criterion = detector.criterion
-        self.size_step = math.lcm(SIZE_MULTIPLE, size_multiple(detector.model))
+        self.size_step = size_step(geometry.size_multiple)
         smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
-        if train.micro_batch == 1 and smallest == size_multiple(detector.model):
+        if train.micro_batch == 1 and smallest == geometry.size_multiple:
             raise SettingsError(
                 f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a batch norm "
                 "needs more than one value; take train.batch_size=2 or larger images"
@@ -134,14 +114,30 @@ class Run:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        network = describe_network(detector.model, settings.yolo, train)
-        self.data_warnings = check_before_training(self.training_set, self.validation_set, settings.data, network)
+        self.data_warnings = check_before_training(
+            self.training_set, self.validation_set, settings.data, train, detector
+        )
+
+    @property
+    def patience(self) -> float:
+        """Evaluations without a higher AP50 that end the run."""
+        patience = self.settings.train.patience
+        return math.inf if patience is None else patience
 
     def in_steps(self, duration: int | str) -> int:
+        """Resolve a duration, in steps or epochs, to optimizer steps."""
         return resolve_steps(duration, self.steps_per_epoch)
 
+    def logs_at(self, step: int) -> bool:
+        """Whether progress is logged after this many steps."""
+        return step % self.settings.run.log_frequency == 0 or step == self.steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after this many steps."""
+        return step % self.evaluate_frequency == 0 or step == self.steps
+
     def sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
-        """Micro-batches of this process, or of another one of the run."""
+        """Return the micro-batches of this process, or of another one of the run, as positions in the dataset."""
         train = self.settings.train
         return TrainingBatchSampler(
             len(self.training_set),
@@ -158,15 +154,25 @@ class Run:
             self.processes,
         )
 
+    def training_batches(self, first_step: int) -> Prefetcher:
+        """Start the loader's workers; returns this process's micro-batches from `first_step` to the end of the run."""
+        sampler = self.sampler(first_step, self.steps)
+        loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
+        return Prefetcher(iter(loader), self.device)
+
     def image_ids_of_step(self, step: int) -> list[int]:
-        """Of all micro-batches and processes."""
+        """Return the image ids of a step, of all its micro-batches and processes."""
         images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
         sampler = self.sampler(step, step + 1)
         return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
 
-    def new_state(self) -> RunState:
-        """Before the first step."""
-        return RunState(
+    def new_state(self, checkpoint: dict[str, Any] | None = None) -> RunState:
+        """Build the state before the first step, or after that of a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit.
+        """
+        state = RunState(
             self.detector.model,
             self.settings.train,
             self.ema_ramp,
@@ -174,35 +180,43 @@ class Run:
             self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
         )
+        if checkpoint is not None:
+            state.load(checkpoint)
+            if self.ranks.size > 1:
+                state.meter.restart()  # the sums in the checkpoint are those of the first process
+        return state
 
     def conditions(self) -> dict[str, str | int]:
-        """What, besides settings and annotations, decides which numbers come out."""
+        """Return what influences the numbers besides settings and annotations."""
         decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
         return {"processes": self.processes, "precision": self.precision, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
-        """Everything that a continued run, or a script that has only this file, needs; the tensors are live."""
-        model = self.detector.model
+        """Return all that a continued run, or a script with only this file, needs; the tensors are not copied."""
+        geometry = self.detector.geometry
         return {
             "settings": self.settings.model_dump(mode="json"),
             "data_digest": self.data_digest,
             "validation_digest": self.validation_digest,
             "conditions": self.conditions(),
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
-            "pixel_mean": model.get_buffer("pixel_mean").flatten().tolist(),
-            "pixel_std": model.get_buffer("pixel_std").flatten().tolist(),
+            "pixel_mean": list(geometry.pixel_mean),
+            "pixel_std": list(geometry.pixel_std),
             **state.content(),
         }
 
     @functools.cached_property
     def compiled(self) -> torch.nn.Module:
-        """The network, compiled once for the preflight and the whole run."""
+        """The network, compiled once for the dry run and the whole run."""
         train = self.settings.train
         smallest, largest = train.multiscale_sizes if train.resize_frequency else (0, 0)
         return compile_forward(self.detector.model, self.device, (largest - smallest) // self.size_step + 1)
 
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model as training calls it: several processes exchange its gradients. Anew when a part (un)freezes."""
+        """Wrap the model for training: compiled, and exchanging gradients between processes.
+
+        Must be repeated when a part of the model is frozen or unfrozen.
+        """
         if self.settings.run.compile:
             model = self.compiled
         if self.ranks.size == 1:
@@ -212,20 +226,3 @@ class Run:
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, **options)
-
-    def take_step(
-        self, state: RunState, model: torch.nn.Module, micro_batches: list[Batch], discard: bool = False
-    ) -> StepResult:
-        return train_step(
-            model,
-            self.criterion,
-            state.optimizer,
-            state.scaler,
-            micro_batches,
-            self.autocast,
-            self.device,
-            self.settings.train.clip_norm,
-            state.statistics,
-            discard,
-            self.mark_step,
-        )

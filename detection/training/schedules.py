@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: resuming needs no scheduler state, plotting needs no network."""
+"""Learning rate as a pure function of the step, so that resuming needs no scheduler state and plotting no network."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ BIAS_GROUP = "biases"
 
 
 def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
-    """Optimizer steps of a duration: 5000 is itself, "12ep" is 12 epochs, rounded."""
+    """Convert a duration to optimizer steps: 5000 is itself, "12ep" is 12 epochs, rounded."""
     if isinstance(duration, int):
         return duration
     return round(float(duration.removesuffix("ep")) * steps_per_epoch)
@@ -36,7 +36,7 @@ class Schedule:
     warmup_bias_lr: float | None
 
     def at(self, step: int, group: str = "weights") -> float:
-        """Learning rate of optimizer step `step` (the first is 0) for a parameter group."""
+        """Return the learning rate of optimizer step `step` (the first is 0) for a parameter group."""
         if self.strategy == "WarmupMultiStepLR":
             return self._multi_step(step, group)
         # step + 1: the first step already moves, as in Darknet, which counts the batch before it updates
@@ -47,20 +47,20 @@ class Schedule:
             return self.learning_rate * rise if step < self.warmup else self._cosine(step - self.warmup)
         return self.learning_rate * rise
 
-    def changes(self, total_steps: int, most: int = 8) -> list[int]:
-        """Steps below `total_steps` at which a new scale, milestone or cosine cycle begins; at most `most` of them."""
+    def changes(self, total_steps: int, limit: int = 8) -> list[int]:
+        """Return the first `limit` steps below `total_steps` at which a new scale, milestone or cosine cycle begins."""
         if self.strategy == "LambdaLR":
             steps = list(self.index)
         elif self.strategy == "WarmupMultiStepLR":
             steps = list(self.milestones)
         elif self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
             steps, start, length = [], self.warmup, self.first_cycle
-            while start < total_steps and len(steps) <= most:
+            while start < total_steps and len(steps) <= limit:
                 steps.append(start)
                 start, length = start + length, length * self.cycle_growth
         else:
             steps = []
-        return [step for step in steps if step < total_steps][:most]
+        return [step for step in steps if step < total_steps][:limit]
 
     def _cosine(self, step: int) -> float:
         length = self.first_cycle
@@ -84,10 +84,10 @@ class Schedule:
 def build_schedule(
     scheduler: SchedulerSettings, learning_rate: float, total_steps: int, steps_per_epoch: float
 ) -> Schedule:
-    """Resolve all durations.
+    """Build the schedule of the settings, with all durations resolved to steps.
 
     Raises:
-        ValueError: milestones or index are not ascending once epochs are steps.
+        ValueError: milestones or index are not ascending after epochs have become steps.
     """
 
     def steps(duration: int | str) -> int:

@@ -1,6 +1,6 @@
-"""A step happens whole or not at all: what a step that is non-finite must leave alone, and how it is noticed.
+"""Skipping of non-finite steps: a step happens as a whole or not at all.
 
-The decision is made on the device. The host reads it in arrears.
+The decision is made on the device; the host reads it a few steps later.
 """
 
 import math
@@ -14,16 +14,16 @@ from detection.errors import NumericsError
 
 
 class StepResult(NamedTuple):
-    """What a step leaves behind, all of it on the device: reading it is the caller's choice."""
+    """The result of a step, on the device: the caller chooses when to wait for it."""
 
-    losses: dict[str, Tensor]  # parts averaged over the micro-batches, detached
+    losses: dict[str, Tensor]  # averaged over the micro-batches, detached
     finite: Tensor  # bool: false for a step that was skipped
 
 
 @torch.no_grad()
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()` where `finite`, a bool on the device, is true; else weights and state keep their values."""
-    if all(group.get("fused") for group in optimizer.param_groups):  # these kernels look at the flag themselves
+    """Call `optimizer.step()`, whose effect is kept only if `finite`, a bool on the device, is true."""
+    if all(group.get("fused") for group in optimizer.param_groups):  # these kernels read the flag themselves
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
@@ -43,13 +43,14 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class BatchNormStatistics:
-    """Running means and variances of all batch-norm layers of a model in one tensor: one operation handles them all.
+    """The running means and variances of all batch-norm layers of a model in one tensor.
 
-    Made after the model is on its device; the modules keep using their buffers, which become views.
+    One operation then saves or restores them all. Build it after the model is on its device; the buffers of the modules
+    become views of the tensor.
 
     Args:
-        exchange: averages a tensor over the processes of a run in place: each sees other images, but all validate and
-            keep one EMA.
+        exchange: averages a tensor over the processes of a run, in place: each sees other images, but they share
+            evaluation and EMA. None: one process.
     """
 
     def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] | None = None) -> None:
@@ -76,14 +77,14 @@ class BatchNormStatistics:
         return joined
 
     def keep(self) -> None:
-        """Remember them before a step."""
+        """Save the statistics before a step."""
         self._kept[0].copy_(self.floats)
         self._kept[1].copy_(self.counters)
 
     def settle(self, finite: Tensor) -> None:
-        """After a step: the remembered ones come back unless `finite`, a bool on the device, is true."""
+        """Restore the saved statistics after a step, unless `finite`, a bool on the device, is true."""
         if self.exchange is not None:
-            # What is exchanged is the change: statistics that are frozen stay as they are, to the last bit.
+            # The change is exchanged, not the value: frozen statistics stay the same to the last bit.
             change = self.floats - self._kept[0]
             self.exchange(change)
             torch.add(self._kept[0], change, out=self.floats)
@@ -92,35 +93,35 @@ class BatchNormStatistics:
 
 
 class SkippedSteps:
-    """Which steps were skipped, read from the device rarely: that read waits for it.
+    """Counts skipped steps; rarely reads them from the device, because reading waits for it.
 
     Args:
-        max_in_a_row: so many steps one after the other, each with a loss that is non-finite, stop the run.
-        ordinary: infinite gradients of finite losses are ordinary (fp16, whose scaler lowers its scale).
+        max_in_a_row: number of consecutive steps with a non-finite loss that ends the run.
+        ordinary: do not count infinite gradients of finite losses (fp16, where the scaler lowers its scale).
     """
 
     def __init__(self, max_in_a_row: int, ordinary: bool = False) -> None:
         self.max_in_a_row, self.ordinary = max_in_a_row, ordinary
-        self.total = 0  # as far as it was read: what the schedule leaves out
-        self.in_a_row: list[int] = []  # the newest steps, if they count
-        self._pending: list[tuple[int, Tensor]] = []  # (step, (finite, loss parts ...) as float32)
+        self.total = 0  # of the steps that were read; the schedule leaves them out
+        self.in_a_row: list[int] = []  # the newest consecutive steps that count
+        self._pending: list[tuple[int, Tensor]] = []  # unread: (step, (finite, losses ...) as float32)
         self.parts: list[str] = []
-        self.last: dict[int, dict[str, float]] = {}  # loss parts of the steps in a row
+        self.last: dict[int, dict[str, float]] = {}  # losses of the steps in a row
 
     def add(self, step: int, result: StepResult) -> None:
-        """A step, numbered from 0, that was just taken."""
+        """Add the result of a step, numbered from 0, without reading it."""
         self.parts = list(result.losses)
         values = torch.stack([result.finite.float(), *(value.float() for value in result.losses.values())])
         self._pending.append((step, values))
 
     def read(self, average: Callable[[Tensor], Tensor] = lambda values: values) -> list[int]:
-        """The steps skipped since the last reading; waits for the device.
+        """Return the steps skipped since the last reading; waits for the device.
 
         Args:
-            average: over all processes of the run, of a tensor on the host: all of them must judge alike.
+            average: averages a tensor on the host over all processes of the run, so that they decide alike.
 
         Raises:
-            NonFiniteLoss: too many in a row.
+            NonFiniteLoss: too many steps in a row were skipped.
         """
         if not self._pending:
             return []
@@ -141,7 +142,7 @@ class SkippedSteps:
         return skipped
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: what is unread stays unread, so that a continued run reads it when this one would have."""
+        """Return the state for a checkpoint; unread results stay unread, so that a continued run reads them in time."""
         return {
             "total": self.total,
             "in_a_row": list(self.in_a_row),
@@ -151,13 +152,18 @@ class SkippedSteps:
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state` returned."""
         self.total, self.in_a_row, self.parts = state["total"], list(state["in_a_row"]), list(state["parts"])
         self.last = {step: dict(zip(self.parts, values, strict=True)) for step, *values in state["last"]}
         self._pending = [(step, values.to(device)) for step, values in state["pending"]]
 
 
 class NonFiniteLoss(NumericsError):
-    """Loss parts of the steps that were skipped in a row, by step; the caller adds images and settings."""
+    """Too many steps in a row were non-finite.
+
+    Args:
+        losses: of each step, by name.
+    """
 
     def __init__(self, losses: dict[int, dict[str, float]]) -> None:
         first, parts = next(iter(losses.items()))

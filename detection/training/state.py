@@ -1,16 +1,17 @@
-"""Everything that training changes, and a checkpoint must hold: a continued run takes the steps this one would have."""
+"""Everything that training changes and a checkpoint holds, so that a continued run takes the same steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detection.config.settings import TrainSettings
+from detection.contract import Batch
 from detection.errors import CheckpointError, NumericsError
 from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
-from detection.training.skipped_steps import BatchNormStatistics, SkippedSteps
+from detection.training.skipped_steps import BatchNormStatistics, SkippedSteps, StepResult
 from detection.training.throughput import Meter
 
 
@@ -18,9 +19,9 @@ class RunState:
     """Model, optimizer, EMA and counters after `step` optimizer steps.
 
     Args:
-        model: on its device, in the memory layout it is trained in.
+        model: on its device, in its memory layout for training.
         ema_ramp: `train.ema_ramp` in steps.
-        scaler: of the loss, disabled where the precision needs none.
+        scaler: gradient scaler, disabled where the precision needs none.
         exchange: see `BatchNormStatistics`.
         images_per_step: of all processes, for the meter.
     """
@@ -38,7 +39,7 @@ class RunState:
         self.optimizer = build_optimizer(model, train)
         self.scaler = scaler
         self.statistics = BatchNormStatistics(model, exchange)
-        self.average = ExponentialMovingAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
+        self.ema = ExponentialMovingAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
         self.skipped = SkippedSteps(train.max_skipped_steps, ordinary=scaler.is_enabled())
         self.meter = Meter(images_per_step)
         self.step = 0
@@ -49,11 +50,23 @@ class RunState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What is evaluated and what `best.pt` is chosen by: the EMA where there is one."""
-        return self.average.model if self.average else self.model
+        """The model that is evaluated, and that `best.pt` is chosen by: the EMA if there is one."""
+        return self.ema.model if self.ema else self.model
+
+    def record(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Update the EMA and the counters after an optimizer step; reads nothing from the device."""
+        if self.ema:
+            self.ema.update(self.model, self.step, result.finite)
+        self.skipped.add(self.step, result)
+        self.meter.add(result, micro_batches)
+        self.step += 1
 
     def record_evaluation(self, ap50: float) -> bool:
-        """Note the AP50 of this step; true if it is the best so far. The first one is."""
+        """Record the AP50 after this step.
+
+        Returns:
+            Whether it is the best so far: the first one is, a tie is not.
+        """
         rises = self.best_ap50 is None or ap50 > self.best_ap50
         self.evaluated_step = self.step
         self.evaluations_without_rise = 0 if rises else self.evaluations_without_rise + 1
@@ -62,21 +75,23 @@ class RunState:
         return rises
 
     def check_scale(self) -> None:
-        """Raises:
-        NumericsError: fp16's scale has sunk below 1: even unscaled gradients overflow.
+        """Check the gradient scaler of fp16.
+
+        Raises:
+            NumericsError: its scale has fallen below 1: even unscaled gradients overflow.
         """
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise NumericsError(
-                f"step {self.step}: the loss scale has sunk to {self.scaler.get_scale():g}, gradients overflow in "
-                "fp16; take run.precision=bf16 or off, or a lower train.learning_rate"
+                f"step {self.step}: the loss scale has fallen to {self.scaler.get_scale():g}, gradients overflow in "
+                "fp16; use run.precision=bf16 or off, or a lower train.learning_rate"
             )
 
     def content(self) -> dict[str, Any]:
-        """For a checkpoint; the tensors are the live ones."""
+        """Return what a checkpoint holds of the state; the tensors are not copied."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
-            "average": self.average.model.state_dict() if self.average else None,
+            "average": self.ema.model.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.state(),
@@ -90,15 +105,19 @@ class RunState:
         }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Continue where `content` was taken.
+        """Restore the state that `content` returned.
 
         Raises:
-            CheckpointError: it is of another network or optimizer.
+            CheckpointError: the checkpoint is of another network or optimizer, or of fp16 without its gradient scaler.
         """
+        # A run whose precision has been changed to fp16, with the user's consent, begins with a new scale.
+        was_fp16 = checkpoint.get("conditions", {}).get("precision", "float16") == "float16"
+        if self.scaler.is_enabled() and was_fp16 and not checkpoint.get("scaler"):
+            raise CheckpointError("the checkpoint has no state of the gradient scaler, which a run in fp16 needs")
         try:
             self.model.load_state_dict(checkpoint["model"])
-            if self.average:
-                self.average.model.load_state_dict(checkpoint["average"])
+            if self.ema:
+                self.ema.model.load_state_dict(checkpoint["average"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])

@@ -1,4 +1,4 @@
-"""One optimizer step and what belongs to it; knows no dataset, no logger, no schedule."""
+"""One optimizer step: forward, criterion, backward, clip, step. Knows no dataset, logger or schedule."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -27,19 +27,23 @@ def train_step(
     discard: bool = False,
     mark_step: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Accumulate the gradients of all micro-batches, then move the weights once, or not at all.
+    """Accumulate the gradients of all micro-batches, then update the weights once, or not at all.
 
-    Each micro-batch's loss is divided by their number, so the sum is the gradient of one large batch. Where the loss or
-    the gradient is non-finite, weights, optimizer state and statistics keep their values; that is decided on the
-    device, the host waits for nothing. All processes of a run decide alike: the gradient they see is the same.
+    The loss of each micro-batch is divided by their number, so that the gradients add up to that of one large batch. If
+    the loss or the gradient is non-finite, the step is skipped: weights, optimizer state and batch-norm statistics keep
+    their values. The device decides this without the host waiting for it, and all processes of a run decide alike,
+    because they see the same gradient.
 
     Args:
         model: may be wrapped in DistributedDataParallel; gradients are then exchanged with the last micro-batch only.
         batches: the micro-batches of this step.
-        clip_norm: largest L2 norm of the whole gradient; None: not clipped.
-        statistics: of the model's batch-norm layers, to be kept in a skipped step; None: they move whatever happens.
-        discard: skip the step whatever it is: everything is computed and all memory used, nothing changes.
+        clip_norm: maximum L2 norm of the whole gradient; None: not clipped.
+        statistics: of the model's batch-norm layers, restored if the step is skipped; None: they always change.
+        discard: skip the step in any case; everything is computed and all memory used, but nothing changes.
         mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
+
+    Returns:
+        The losses, averaged over the micro-batches, and whether the step was taken; both on the device.
     """
     optimizer.zero_grad(set_to_none=True)
     if statistics is not None:
@@ -53,7 +57,7 @@ def train_step(
                 outputs = model(images)
                 losses = criterion(outputs, targets)
             loss = sum(losses.values()) / len(batches)
-            # 1 for a finite loss. Any other may have a finite gradient; times NaN it has none.
+            # 1 if the loss is finite, else NaN: a non-finite loss may have a finite gradient.
             poison = loss.detach() * 0 + 1
             scaler.scale(loss * poison).backward()
         mark_step()

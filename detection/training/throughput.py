@@ -1,4 +1,4 @@
-"""How fast training was, against what the device could do, and what an epoch costs."""
+"""Speed of training compared with that of the device, and the cost of an epoch."""
 
 import time
 from collections.abc import Sequence
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from detection.contract import Batch
-from detection.models import size_multiple
 from detection.training.skipped_steps import StepResult
 
 COUNTED_SIDE = 4  # cells of the coarsest map; the operations of convolutions grow with the area
-MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the product that is measured; elsewhere the CPU's
+MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the measured product; other devices take the CPU's
 
 
 @dataclass
@@ -28,10 +27,10 @@ class Throughput:
 
 
 @torch.no_grad()
-def flops_per_pixel(model: nn.Module) -> float:
-    """Floating point operations of a training step per pixel of the network input: forward, and twice that backward."""
+def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
+    """Count the floating point operations of a training step per input pixel: forward, and twice that backward."""
     device = next(model.parameters()).device
-    side = COUNTED_SIDE * size_multiple(model)
+    side = COUNTED_SIDE * size_multiple
     were_training = [(module, module.training) for module in model.modules()]
     model.eval()  # statistics stay
     try:
@@ -44,9 +43,12 @@ def flops_per_pixel(model: nn.Module) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype | None) -> float | None:
-    """Floating point operations per second of the best of a few square matrix products; None: there is no memory left.
+    """Measure the floating point operations per second of square matrix products.
 
     Takes a fraction of a second. Draws random numbers.
+
+    Returns:
+        The best of a few products; None: no memory is left.
     """
     side = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"])
     try:
@@ -64,12 +66,12 @@ def summary_lines(
     images_per_epoch: int,
     peak_gib: float,
 ) -> list[str]:
-    """What to print when a run ends; nothing where no step was timed.
+    """Format the speed and cost of a run; no lines if no step was timed.
 
     Args:
-        total: of one process, or the mean over them.
+        total: of one process, or the mean over all.
         flops: per pixel, see `flops_per_pixel`.
-        ceiling: of one process's device, see `matmul_ceiling`.
+        ceiling: of the device of one process, see `matmul_ceiling`.
     """
     if not total.images or not total.seconds:
         return []
@@ -89,11 +91,11 @@ def summary_lines(
 
 
 def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
-    """Floating point operations per second of square matrix products, the ceiling of a training step.
+    """Measure the floating point operations per second of square matrix products, the ceiling of a training step.
 
     Args:
-        size: rows and columns.
-        repeats: measured products, after one warm-up.
+        size: number of rows and columns.
+        repeats: number of measured products, after one for warm-up.
     """
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     rates = []
@@ -106,7 +108,11 @@ def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: i
 
 
 class Meter:
-    """Mean losses and rates since the last reading; losses stay on the device until they are read."""
+    """Mean losses and rates since the last reading; losses stay on the device until then.
+
+    Args:
+        images_per_step: of all processes.
+    """
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
@@ -114,17 +120,18 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
+        """Forget everything since the last reading."""
         self.sums: dict[str, Tensor] = {}
-        self.steps: Tensor | int = 0  # that were not skipped
+        self.steps: Tensor | int = 0  # without skipped ones
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time until now (an evaluation); the losses since the last reading still count."""
+        """Leave out the time until now, such as an evaluation; the losses since the last reading still count."""
         self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.images = self.pixels = 0  # of this process
 
     def add(self, result: StepResult, batches: Sequence[Batch] = ()) -> None:
-        """A step and its micro-batches."""
+        """Add a step and its micro-batches."""
         self.timed_steps += 1
         for images in (batch["images"] for batch in batches):
             self.images += len(images)
@@ -134,7 +141,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + torch.where(result.finite, value, 0)
 
     def read(self) -> dict[str, float]:
-        """Tags and values for the log, then start anew."""
+        """Return values by tag for the log, and restart."""
         steps = max(int(self.steps), 1)
         parts = {f"train/{name}": value.item() / steps for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started
@@ -150,10 +157,11 @@ class Meter:
         return {"train/loss": sum(parts.values()), **parts, **rates}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the row that a continued run writes next is of all steps since the last one."""
+        """Return the state for a checkpoint: the next row of a continued run covers all steps since the last one."""
         return {"steps": torch.as_tensor(self.steps), "sums": dict(self.sums)}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state` returned."""
         self.restart()
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.steps = state["steps"].to(device) if self.sums else 0

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from detection.contract import Anchors
 from detection.drawing.figures import new_figure
-from detection.models.yolo.grid import Anchors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from detection.config.augmentation import AugmentationSettings
 from detection.config.fields import Section
-from detection.config.settings import DataSettings
+from detection.contract import Geometry
 from detection.data.augmentation.color import distort_hsv
 from detection.data.augmentation.crop_and_scale import build_iou_crop
 from detection.data.transforms import Sample, Transform
@@ -45,24 +45,24 @@ def varied_settings(section: Section) -> list[str]:
     return [name for name in type(section).model_fields if name not in NOT_VARIED]
 
 
-def only(data: DataSettings, name: str, **settings: Any) -> DataSettings:
+def only(augmentation: AugmentationSettings, name: str, **settings: Any) -> AugmentationSettings:
     """Return settings with one augmentation applied to every image and all others off.
 
     Args:
         name: name of the augmentation; "" turns off all.
         settings: changes of its section, not validated.
     """
-    augmentation = data.augmentation
     sections: dict[str, Any] = {
         other: getattr(augmentation, other).model_copy(update={"p": 0.0}) for other in augmentation_names()
     }
     if name:
         sections[name] = sections[name].model_copy(update={"p": 1.0, **settings})
-    return data.model_copy(update={"augmentation": augmentation.model_copy(update=sections)})
+    return augmentation.model_copy(update=sections)
 
 
 def strength_rows(
-    data: DataSettings,
+    augmentation: AugmentationSettings,
+    geometry: Geometry,
     name: str,
     size: int,
     seed: int,
@@ -75,7 +75,7 @@ def strength_rows(
     """Yield rows of tiles: one per setting with the others neutral, then random draws with all of them.
 
     Args:
-        data, size, seed: settings of the training, see `Transform`.
+        augmentation, geometry, size, seed: as in training, see `Transform`.
         name: name of the augmentation.
         image, boxes, labels, index: as in `Transform.__call__`.
         draws: number of draws in the last row, of epochs 0, 1, ...
@@ -84,8 +84,8 @@ def strength_rows(
     def apply(transform: Transform, epoch: int = 0) -> Sample:
         return transform(image, boxes, labels, index, epoch, size)
 
-    plain = apply(Transform(only(data, ""), size, seed, training=False))
-    section = getattr(data.augmentation, name)
+    plain = apply(Transform(geometry, size))
+    section = getattr(augmentation, name)
     for setting in varied_settings(section):
         tiles = []
         for value, label in values_of(section, setting):
@@ -94,7 +94,7 @@ def strength_rows(
             elif name in ("darknet_hsv", "photometric_distortion"):
                 sample = recolored(plain, recolor(plain.image, name, setting, value))
             else:
-                sample = apply(transform_at(data, name, setting, value, size, seed))
+                sample = apply(transform_at(augmentation, geometry, name, setting, value, size, seed))
                 if name == "iou_crop" and np.array_equal(sample.image, plain.image):
                     label += ": no such crop"
             tiles.append(Tile(setting, label, sample))
@@ -105,7 +105,7 @@ def strength_rows(
             Tile("channels", "".join("RGB"[channel] for channel in order), recolored(plain, plain.image[..., order]))
             for order in CHANNEL_ORDERS
         ]
-    transform = _training(only(data, name), size, seed)
+    transform = _training(only(augmentation, name), geometry, size, seed)
     if varied_settings(section):
         yield [Tile("draw", f"epoch {epoch}", apply(transform, epoch)) for epoch in range(draws)]
     else:
@@ -166,21 +166,25 @@ def _is_valid(section: Section, name: str, value: float) -> bool:
     return True
 
 
-def transform_at(data: DataSettings, name: str, setting: str, value: Any, size: int, seed: int) -> Transform:
+def transform_at(
+    augmentation: AugmentationSettings, geometry: Geometry, name: str, setting: str, value: Any, size: int, seed: int
+) -> Transform:
     """Build the training transform with one setting at exactly this value and the others neutral."""
     if name == "iou_crop":
-        return _crop_at(data, setting, value, size, seed)
-    section = getattr(data.augmentation, name)
+        return _crop_at(augmentation, geometry, setting, value, size, seed)
+    section = getattr(augmentation, name)
     neutral = {other: (float(other in FACTORS),) * 2 for other in varied_settings(section) if other not in AMOUNTS}
     exact = value if setting in AMOUNTS else (value, value)
-    return _training(only(data, name, **{**neutral, setting: exact}), size, seed)
+    return _training(only(augmentation, name, **{**neutral, setting: exact}), geometry, size, seed)
 
 
-def _crop_at(data: DataSettings, setting: str, value: float, size: int, seed: int) -> Transform:
-    section = data.augmentation.iou_crop
+def _crop_at(
+    augmentation: AugmentationSettings, geometry: Geometry, setting: str, value: float, size: int, seed: int
+) -> Transform:
+    section = augmentation.iou_crop
     if setting == "min_crop_size":
         section = section.model_copy(update={"min_crop_size": value})
-    transform = _training(only(data, "iou_crop"), size, seed)
+    transform = _training(only(augmentation, "iou_crop"), geometry, size, seed)
     assert transform.placement is not None, "iou_crop is on"
     crop = build_iou_crop(section)
     # Without the option to keep the image, torchvision would never stop where no crop overlaps a small object enough.
@@ -202,7 +206,7 @@ def recolored(sample: Sample, image: np.ndarray) -> Sample:
     return dataclasses.replace(sample, image=np.ascontiguousarray(image))
 
 
-def _training(data: DataSettings, size: int, seed: int) -> Transform:
+def _training(augmentation: AugmentationSettings, geometry: Geometry, size: int, seed: int) -> Transform:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Pydantic serializer")  # pairs replace single numbers in `only`
-        return Transform(data, size, seed, training=True)
+        return Transform(geometry, size, seed, augmentation)

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detection.config.settings import DataSettings
+from detection.contract import Geometry
 from detection.data.annotations import Annotations
 from detection.data.augmentation.affine_and_pixels import MINIMUM_SIDE
 from detection.errors import DataError
-from detection.ops.letterbox import letterbox_geometry
 
 MAX_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
 
 
 def shapes_at(
-    annotations: Annotations, data: DataSettings, sizes: Sequence[int], seed: int
+    annotations: Annotations, geometry: Geometry, sizes: Sequence[int], seed: int
 ) -> tuple[np.ndarray, list[str]]:
     """Widths and heights of the boxes in pixels of the network input, over all sizes, and what was left out.
 
@@ -30,7 +29,7 @@ def shapes_at(
     corners = annotations.boxes[usable].astype(np.float64)
     image_sizes, kind = np.unique(annotations.image_sizes[image_of_box[usable]], axis=0, return_inverse=True)
     scales = np.array(
-        [[_letterbox_scale(int(width), int(height), size, data) for width, height in image_sizes] for size in sizes]
+        [[_letterbox_scale(int(width), int(height), size, geometry) for width, height in image_sizes] for size in sizes]
     ).reshape(len(sizes), -1, 2)
     box_sizes, kind = corners[:, 2:] - corners[:, :2], kind.reshape(-1)
     if len(box_sizes) * len(sizes) <= MAX_SHAPES:
@@ -50,6 +49,6 @@ def shapes_at(
     return shapes[large], left_out
 
 
-def _letterbox_scale(width: int, height: int, size: int, data: DataSettings) -> tuple[float, float]:
-    box, *_ = letterbox_geometry(width, height, size, data.keep_aspect, data.letterbox_rounding)
+def _letterbox_scale(width: int, height: int, size: int, geometry: Geometry) -> tuple[float, float]:
+    box, *_ = geometry.place(width, height, size)
     return box.scale_x, box.scale_y

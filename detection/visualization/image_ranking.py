@@ -1,7 +1,6 @@
 """Which images a detector does worst on: ground-truth boxes it missed and detections that are wrong, counted per image."""
 
 import csv
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from detection.evaluation.evaluate import evaluate
 from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH, match_detections
 from detection.evaluation.report import protocol_line
 from detection.inference.weights import OpenedDetector
-from detection.runtime.devices import autocast, choose_device, choose_precision, describe_device
+from detection.runtime.devices import Machine, describe_device
 
 RULE = "worst first: most missed ground-truth boxes + false detections, then the surest false detection"
 
@@ -116,16 +115,23 @@ def collate_readable(items: Sequence[Sample | tuple[int, str]]) -> dict[str, Any
     return {"batch": collate_samples(samples) if samples else None, "unreadable": unreadable}
 
 
-def find_mistakes(opened: OpenedDetector, dataset: CocoDataset, unreadable: dict[int, str]) -> Findings:
-    """The detector on every image that can be read; the others are added to `unreadable`."""
-    settings = opened.settings
-    device = choose_device(settings.run.device)
-    dtype = choose_precision(device, settings.run.precision)
-    print(f"{describe_device(device)}; {protocol_line(settings)}", flush=True)
-    detector = opened.detector.to(device, settings.run.channels_last)
+def find_mistakes(
+    opened: OpenedDetector, machine: Machine, dataset: CocoDataset, unreadable: dict[int, str]
+) -> Findings:
+    """Run the detector on every image that can be read and count its mistakes.
+
+    Args:
+        opened: trained weights with their settings.
+        machine: that computes.
+        unreadable: gets the position and the reason of every other image.
+    """
+    settings, device = opened.settings, machine.device
+    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)
+    detector = machine.place(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
-    loader = build_evaluation_loader(Readable(dataset), batch_size, settings.data.num_workers, device)
-    loader.collate_fn = collate_readable
+    loader = build_evaluation_loader(
+        Readable(dataset), batch_size, settings.data.num_workers, device, collate=collate_readable
+    )
 
     def batches() -> Iterator[Batch]:
         for loaded in tqdm(loader, unit="batch", disable=None):
@@ -138,11 +144,13 @@ def find_mistakes(opened: OpenedDetector, dataset: CocoDataset, unreadable: dict
             raise DataReadError(f"none of {len(dataset)} images can be read; {unreadable[0]}")
 
     found = evaluate(
-        *detector._replace(criterion=None),
+        detector.model,
+        None,
+        detector.postprocess,
         batches(),
         dataset.annotations,
         device,
-        functools.partial(autocast, device, dtype),
+        machine.autocast,
         settings.evaluation.backend,
     ).detections
     threshold = max(settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold)

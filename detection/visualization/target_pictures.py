@@ -1,84 +1,17 @@
 """Which predictions learn which ground truth, as a table and as pictures: one panel per level of the network."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
-from detection.contract import Batch
-from detection.drawing.boxes import BLACK, PADDING_LABEL, WHITE, class_color, draw_boxes, make_grid
-from detection.models.yolo.criterion import Criterion
-from detection.models.yolo.darknet_loss import assign_targets
-from detection.models.yolo.mmdetection_loss import MMDetectionLoss, assign_by_grid
+from detection.contract import PADDING_LABEL, Anchors, AssignedPrediction, Batch
+from detection.drawing.boxes import BLACK, WHITE, class_color, draw_boxes, make_grid
 
 PANEL_SIDE = 640  # pixels, at least; smaller inputs are enlarged by a whole factor
 GRID_SHARE = 0.3  # of white in the lines of the grid
 CELL_SHARE = 0.55  # of the class colour in a cell that learns
-
-
-@dataclass(frozen=True)
-class AssignedPrediction:
-    """One prediction of one image and the ground truth that it learns."""
-
-    image: int  # row of the batch
-    gt: int  # row of the image's ground-truth boxes
-    level: int
-    stride: int  # pixels per cell
-    anchor: int  # number within the level
-    anchor_size: tuple[float, float]  # width, height in pixels of the network input
-    column: int
-    row: int
-    overruled: bool  # a later ground truth of the same prediction gives the box; this one only adds its class
-
-
-def assigned_predictions(criterion: Criterion, boxes: Tensor, labels: Tensor, size: int) -> list[AssignedPrediction]:
-    """What the criterion would teach on these ground-truth boxes, image by image, ground truth by ground truth.
-
-    Args:
-        criterion: its anchors, strides and rule of assignment.
-        boxes: (x1, y1, x2, y2) in pixels of the network input, (B, G, 4) float32.
-        labels: class, -1 padding, -2 crowd, (B, G).
-        size: side of the network input in pixels.
-    """
-    table = criterion.tables([(size // stride, size // stride) for stride in criterion.strides]).anchors
-    if isinstance(criterion, MMDetectionLoss):  # several anchors may learn one ground-truth box
-        grid = assign_by_grid(boxes, labels, table, criterion.ignore_threshold)
-        positive, index, gt = grid.positive, grid.index, grid.gt
-        overruled = torch.zeros_like(positive)
-    else:
-        assignment = assign_targets(boxes, labels, table)
-        positive, index, overruled = assignment.valid, assignment.index, ~assignment.last
-        gt = torch.arange(labels.shape[1]).expand_as(labels)
-    counts = [
-        len(anchors) * (size // stride) ** 2
-        for anchors, stride in zip(criterion.anchors, criterion.strides, strict=True)
-    ]
-    starts = np.cumsum([0, *counts])
-    found = []
-    for image, place in positive.nonzero().tolist():
-        flat = int(index[image, place])
-        level = int(np.searchsorted(starts, flat, side="right")) - 1
-        anchors, stride = criterion.anchors[level], criterion.strides[level]
-        cell, anchor = divmod(flat - int(starts[level]), len(anchors))  # the anchor varies fastest
-        row, column = divmod(cell, size // stride)
-        width, height = anchors[anchor].tolist()
-        found.append(
-            AssignedPrediction(
-                image,
-                int(gt[image, place]),
-                level,
-                stride,
-                anchor,
-                (width, height),
-                column,
-                row,
-                bool(overruled[image, place]),
-            )
-        )
-    return sorted(found, key=lambda entry: (entry.image, entry.gt, entry.level, entry.anchor))
 
 
 def draw_level(
@@ -138,33 +71,36 @@ def draw_targets(
     batch: Batch,
     image_ids: Sequence[int],
     names: Sequence[str],
-    criterion: Criterion,
+    strides: Sequence[int],
     assigned: Sequence[AssignedPrediction],
 ) -> np.ndarray:
     """A row per image of the batch, a panel per level; arguments as of the other functions here."""
     panels = []
     for place, number in enumerate(image_ids):
         image, boxes, labels = gt_boxes_of(batch, place)
-        for level, stride in enumerate(criterion.strides):
+        for level, stride in enumerate(strides):
             here = [entry for entry in assigned if (entry.image, entry.level) == (place, level)]
             gt_boxes = len({entry.gt for entry in here})
             title = (
                 f"id {number}  level {level}, stride {stride}: {gt_boxes} of {(labels >= 0).sum()} ground-truth boxes"
             )
             panels.append(draw_level(image, boxes, labels, names, here, stride, title))
-    return make_grid(panels, len(criterion.strides), padding=6)
+    return make_grid(panels, len(strides), padding=6)
 
 
-def count_targets(criterion: Criterion, assigned: Sequence[AssignedPrediction]) -> list[str]:
-    """How many predictions of each level and anchor learn, as lines."""
+def count_targets(strides: Sequence[int], anchors: Anchors | None, assigned: Sequence[AssignedPrediction]) -> list[str]:
+    """How many predictions of each level learn, and of each anchor where there are anchors, as lines."""
     lines = []
-    for level, (stride, anchors) in enumerate(zip(criterion.strides, criterion.anchors, strict=True)):
-        counts = [0] * len(anchors)
-        for entry in assigned:
-            counts[entry.anchor] += entry.level == level
-        sizes = [f"{width:g} x {height:g}" for width, height in anchors.tolist()]
-        shown = ", ".join(f"{size}: {count}" for size, count in zip(sizes, counts, strict=True))
-        lines.append(f"level {level}, stride {stride}: {sum(counts)} assignments; anchors {shown}")
+    for level, stride in enumerate(strides):
+        here = [entry for entry in assigned if entry.level == level]
+        line = f"level {level}, stride {stride}: {len(here)} assignments"
+        if anchors is not None:
+            counts = Counter(entry.anchor for entry in here)
+            sizes = [
+                f"{width:g} x {height:g}: {counts[number]}" for number, (width, height) in enumerate(anchors[level])
+            ]
+            line += f"; anchors {', '.join(sizes)}"
+        lines.append(line)
     if overruled := sum(entry.overruled for entry in assigned):
         lines.append(f"{overruled} ground-truth boxes share a prediction with another, which gives the box")
     return lines

@@ -74,8 +74,8 @@ def value(settings: Settings, path: str) -> Any:
         ("--cfg-options checkpoint_config.max_keep_ckpts=3", "train.keep_checkpoints", 3),
         ("--cfg-options evaluation.interval=7", "evaluation.evaluate_frequency", "7ep"),
         ("--cfg-options log_config.interval=50", "run.log_frequency", 50),
-        ("--cfg-options model.bbox_head.num_classes=3", "yolo.num_classes", 3),
-        ("--cfg-options load_from=a.weights", "yolo.pretrained", "a.weights"),
+        ("--cfg-options model.bbox_head.num_classes=3", "model.num_classes", 3),
+        ("--cfg-options load_from=a.weights", "model.pretrained", "a.weights"),
         ("--cfg-options seed=4", "run.seed", 4),
         ("--cfg-options train.subdivisions=2", "train.subdivisions", 2),  # our own names too
         ("--cfg-options subdivisions=3", "train.subdivisions", 3),

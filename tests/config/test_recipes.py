@@ -108,7 +108,7 @@ def test_runs_of_the_research_repository() -> None:
     for name in ("240224_LambdaLR", "240308_CosineAnnealing_T1", "240312_CosineAnnealing_T2"):
         settings = load(name)
         assert (settings.train.optimizer, settings.train.batch_size, settings.train.steps) == ("adam", 64, 150_000)
-        assert settings.yolo.pretrained is True and settings.train.image_size == 416
+        assert settings.model.pretrained is True and settings.train.image_size == 416
 
 
 def test_the_pedl_variant() -> None:
@@ -125,7 +125,7 @@ def test_the_pedl_variant() -> None:
 def test_the_darknet_protocol() -> None:
     settings = load("darknet_protocol")
     evaluation = settings.evaluation
-    assert (evaluation.objectness_threshold, evaluation.confidence_threshold) == (0.005, 0.005)
+    assert (settings.yolo.objectness_threshold, evaluation.confidence_threshold) == (0.005, 0.005)
     assert (evaluation.iou_threshold, evaluation.max_detections) == (0.45, None)
-    assert (settings.data.interpolation, settings.data.letterbox_rounding) == ("darknet", "down")
-    assert settings.data.fill == (127, 127, 127) and settings.yolo.batch_norm == "darknet"
+    assert (settings.model.interpolation, settings.model.rounding) == ("darknet", "down")
+    assert settings.model.fill == (127, 127, 127) and settings.model.batch_norm == "darknet"

@@ -102,7 +102,7 @@ def test_a_word_may_set_several_keys_of_a_section() -> None:
     ("word", "value"),
     [
         ("run.device=cuda:1", "cuda:1"),
-        ("data.keep_aspect=false", False),
+        ("model.placement=squash", False),
         ("yolo.neck_channels=[96, 64, 32]", (96, 64, 32)),
         ("train.optimizer=sgd", "sgd"),
         ("scheduler.strategy=WarmupMultiStepLR", "WarmupMultiStepLR"),
@@ -130,7 +130,7 @@ FLAT = [  # the names that issue 2 lists, and a value that is not the default
     ("evaluate_frequency", "evaluation.evaluate_frequency", 13),
     ("resize_frequency", "train.resize_frequency", 10),
     ("scheduler.strategy", "scheduler.strategy", "constant"),
-    ("yolo.backbone", "yolo.backbone", "mobilenet_v3_small"),
+    ("model.backbone", "model.backbone", "mobilenet_v3_small"),
 ]
 
 
@@ -174,9 +174,9 @@ def test_names_with_another_form_say_what_to_write(name: str, instead: str) -> N
         ("train.learning_rat", "train.learning_rate"),
         ("trian.steps", "train.steps"),
         ("schedular.T_0", "scheduler.T_0"),
-        ("yolo.encodr", "yolo.backbone"),
+        ("yolo.encodr", "model.backbone"),
         ("bach_size", "batch_size"),
-        ("train.keep_aspect", "data.keep_aspect"),  # the right name in the wrong section
+        ("train.keep_aspect", "model.placement"),  # the right name in the wrong section
         ("data.augmentation.affine.scales", "data.augmentation.affine.scale"),
     ],
 )
@@ -253,11 +253,11 @@ NAMES = "data.class_names"
         (["scheduler.scale=[1.0, 0.5, -0.1, 0.05]"], ["scheduler.scale", "-0.1"]),
         (["scheduler.T_mult=3"], ["scheduler.T_mult", "3"]),
         (["scheduler.strategy=StepLR"], ["scheduler.strategy", "StepLR", "LambdaLR"]),
-        ([f"{NAMES}=[a, b]", "yolo.num_classes=3"], [NAMES, "2", "yolo.num_classes", "3"]),
+        ([f"{NAMES}=[a, b]", "model.num_classes=3"], [NAMES, "2", "model.num_classes", "3"]),
         ([f"{NAMES}=[a, b, a]"], [NAMES, "twice"]),
         ([f"{NAMES}=[]"], [NAMES]),
-        (["yolo.num_classes=0"], ["yolo.num_classes", "0"]),
-        (["yolo.backbone=resnet"], ["yolo.backbone", "resnet", "darknet"]),
+        (["model.num_classes=0"], ["model.num_classes", "0"]),
+        (["model.backbone=resnet"], ["model.backbone", "resnet", "darknet"]),
         (["yolo.anchors=[]"], ["yolo.anchors"]),
         (["yolo.anchors=[[[1, 2]], [[1, 2]], []]"], ["yolo.anchors"]),
         (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1, 0]]]"], ["yolo.anchors"]),
@@ -279,14 +279,14 @@ NAMES = "data.class_names"
         (["run.name=a/b"], ["run.name", "a/b"]),
         (["run.precision=fp64"], ["run.precision", "fp64", "bf16"]),
         (["run.log_frequency=0"], ["run.log_frequency"]),
-        (["data.fill=[1, 2]"], ["data.fill"]),
-        (["data.fill=[256, 0, 0]"], ["data.fill", "256", "255"]),
+        (["model.fill=[1, 2]"], ["model.fill"]),
+        (["model.fill=[256, 0, 0]"], ["model.fill", "256", "255"]),
         (["data.validation_fraction=0"], ["data.validation_fraction"]),
         (["data.validation_fraction=1"], ["data.validation_fraction"]),
         (["data.balance=oversample"], ["data.balance", "oversample", "repeat_factor"]),
         (["data.balance_threshold=0"], ["data.balance_threshold"]),
         (["data.num_workers=-1"], ["data.num_workers", "-1"]),
-        (["data.fake=true"], ["data.fake", "yolo.num_classes"]),
+        (["data.fake=true"], ["data.fake", "model.num_classes"]),
         (["evaluation.confidence_threshold=1"], ["evaluation.confidence_threshold"]),
         (["evaluation.max_detections=0"], ["evaluation.max_detections"]),
         (["evaluation.evaluate_frequency=0"], ["evaluation.evaluate_frequency"]),
@@ -333,13 +333,13 @@ def test_an_impossible_value_is_one_line(words: list[str], parts: list[str]) -> 
 
 
 def test_all_mistakes_are_named_at_once() -> None:
-    message = refusal("train.batch_size=0", "yolo.backbone=resnet")
-    assert "train.batch_size" in message and "yolo.backbone" in message
+    message = refusal("train.batch_size=0", "model.backbone=resnet")
+    assert "train.batch_size" in message and "model.backbone" in message
 
 
 def test_class_names_that_fit_the_class_count_are_accepted() -> None:
-    assert load("data.class_names=[a, b]", "yolo.num_classes=2").data.class_names == ("a", "b")
-    assert load("data.class_names=[a, b]").yolo.num_classes is None
+    assert load("data.class_names=[a, b]", "model.num_classes=2").data.class_names == ("a", "b")
+    assert load("data.class_names=[a, b]").model.num_classes is None
 
 
 @pytest.mark.parametrize("value", ["1", "5000", "12ep", "0.5ep", "1.25ep"])
@@ -489,7 +489,7 @@ def test_defaults_that_were_published() -> None:
     assert settings.yolo.ignore_threshold == 0.7  # Darknet, cfg/yolov3.cfg
     assert settings.train.multiscale_sizes == (320, 608)
     # ImageNet's mean (0.485, 0.456, 0.406) times 255 = (123.7, 116.3, 103.5)
-    assert settings.data.fill == (124, 116, 104)
+    assert settings.model.fill == (124, 116, 104)
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -564,9 +564,9 @@ def test_settings_are_frozen() -> None:
 
 
 def test_changed_settings() -> None:
-    old, new = load("train.steps=5"), load("train.steps=12ep", "data.fill=[1, 2, 3]")
-    assert changed_settings(old, new) == {"train.steps": (5, "12ep"), "data.fill": ([124, 116, 104], [1, 2, 3])}
-    assert changed_settings(new, old) == {"train.steps": ("12ep", 5), "data.fill": ([1, 2, 3], [124, 116, 104])}
+    old, new = load("train.steps=5"), load("train.steps=12ep", "model.fill=[1, 2, 3]")
+    assert changed_settings(old, new) == {"train.steps": (5, "12ep"), "model.fill": ([124, 116, 104], [1, 2, 3])}
+    assert changed_settings(new, old) == {"train.steps": ("12ep", 5), "model.fill": ([1, 2, 3], [124, 116, 104])}
     assert changed_settings(old, old) == {}
 
 

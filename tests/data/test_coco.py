@@ -29,8 +29,8 @@ from detection.data.coco import CocoDataset
 from detection.data.fake import FakeDataset
 from detection.data.image_file import read_image
 from detection.data.layouts import find_dataset
-from detection.data.transforms import Transform
 from detection.errors import DataError, DataReadError
+from tests.support.detectors import transform_of
 
 Load = Callable[..., Settings]
 WIDTH, HEIGHT = 100, 80  # of the images in `content`
@@ -78,7 +78,7 @@ def refusal(content: dict[str, Any], **keywords: Any) -> str:
 @pytest.fixture
 def open_dataset(tmp_path: Path, default_settings: Load) -> Callable[..., CocoDataset]:
     """`open_dataset(content or raw bytes)`: through the file, as a run does."""
-    transform = Transform(default_settings().data, 64, 0, training=False)
+    transform = transform_of(default_settings(), 64, 0, training=False)
 
     def write_and_open(content: dict[str, Any] | bytes, **keywords: Any) -> CocoDataset:
         path = tmp_path / "annotations.json"
@@ -432,7 +432,7 @@ def test_a_file_that_is_no_coco_json_is_named(open_dataset, raw: bytes, tmp_path
 
 
 def test_missing_files_and_directories_are_named(tmp_path: Path, default_settings: Load) -> None:
-    transform = Transform(default_settings().data, 64, 0, training=False)
+    transform = transform_of(default_settings(), 64, 0, training=False)
     with pytest.raises(DataError, match=r"absent\.json"):
         CocoDataset(tmp_path, tmp_path / "absent.json", transform)
     with pytest.raises(DataError, match=r"absent\.json"):
@@ -918,7 +918,7 @@ def test_a_size_that_differs_from_the_annotations(open_dataset, width: int, heig
 
 
 def test_positions_choose_epoch_and_size(drawn_dataset: Path, default_settings: Load) -> None:
-    transform = Transform(default_settings().data, 64, 0, training=True)
+    transform = transform_of(default_settings(), 64, 0, training=True)
     dataset = CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
     assert len(dataset) == 9
     assert dataset[3].image.shape == (64, 64, 3) and dataset[(3, 0, 96)].image.shape == (96, 96, 3)
@@ -940,8 +940,9 @@ def test_positions_choose_epoch_and_size(drawn_dataset: Path, default_settings: 
 
 
 def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
-    transform = Transform(default_settings().data, 96, 0, training=True)
-    fake, again = (FakeDataset(20, ["a", "b", "c"], transform, seed=3) for _ in range(2))
+    transform = transform_of(default_settings(), 96, 0, training=True)
+    fake, again = (FakeDataset(20, ["a", "b", "c"], seed=3) for _ in range(2))
+    fake.sample_transform = again.sample_transform = transform
     annotations = fake.annotations
     assert len(fake) == len(annotations) == 20 and annotations.categories.names == ("a", "b", "c")
     assert len(annotations.boxes) == len(annotations.labels) == annotations.first_box[-1] > 0
@@ -954,7 +955,7 @@ def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
         assert np.array_equal(first.image, second.image) and np.array_equal(first.boxes, second.boxes)
         assert first.image.shape == (64, 64, 3)
     assert not np.array_equal(fake.load_image(0), fake.load_image(1))
-    assert not np.array_equal(fake.load_image(0), FakeDataset(20, ["a"], transform, seed=4).load_image(0))
+    assert not np.array_equal(fake.load_image(0), FakeDataset(20, ["a"], seed=4).load_image(0))
 
 
 # --- real data ---
@@ -968,7 +969,7 @@ def names_of(annotations: Annotations, crowd: bool = True) -> dict[str, int]:
 
 def open_both(root: Path, settings: Settings) -> tuple[CocoDataset, CocoDataset]:
     (train_file, train_images), (validation_file, validation_images) = find_dataset(settings.data)
-    transform = Transform(settings.data, 96, 0, training=True)
+    transform = transform_of(settings, 96, 0, training=True)
     training = CocoDataset(train_images, train_file, transform)
     categories = training.annotations.categories
     return training, CocoDataset(validation_images, validation_file, transform, categories=categories)

@@ -119,7 +119,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, default_settings: Load, dra
     assert describe_decoder("simplejpeg") == f"simplejpeg 9.8 of simplejpeg, OpenCV {cv2.__version__}"
     for decoder in ("opencv", "simplejpeg"):
         data = default_settings(f"data.root={drawn_dataset}", f"data.decoder={decoder}").data
-        assert [dataset.decoder for dataset in build_datasets(data, 64, 64, 0, None)] == [decoder, decoder]
+        assert [dataset.decoder for dataset in build_datasets(data, 0, None)] == [decoder, decoder]
 
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     assert choose_decoder("auto") == "opencv"

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from detection.config.settings import Settings
-from detection.data.build import build_datasets, build_training_dataset
+from detection.data.build import build_training_dataset
 from detection.data.image_cache import HEAD, ROW, ImageCache, build_cache
 from detection.data.image_file import read_image
 from detection.data.loaders import build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.errors import DataReadError, OutputError, SettingsError
+from tests.support.detectors import datasets_of, transform_of
 
 Load = Callable[..., Settings]
 GIB = 2**30
@@ -72,7 +73,9 @@ def test_batches_are_the_same_with_a_cache(
     batches = []
     for name in ("none", kind):
         words = [f"data.root={drawn_dataset}", f"data.cache={name}", f"data.cache_path={tmp_path}", "data.cache_gib=1"]
-        dataset = build_training_dataset(default_settings(*words).data, 64, 0, None)
+        settings = default_settings(*words)
+        dataset = build_training_dataset(settings.data, 0, None)
+        dataset.sample_transform = transform_of(settings, 64, training=True)
         sampler = TrainingBatchSampler(9, 3, 1, (0, 6), 0, 64, 1, (64, 96))
         batches.append(list(build_training_loader(dataset, sampler, workers, torch.device("cpu"))))
     for plain, cached in zip(*batches, strict=True):
@@ -181,8 +184,8 @@ def test_by_default_the_file_lies_in_the_users_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     before = sorted(drawn_dataset.rglob("*"))
-    data = default_settings(f"data.root={drawn_dataset}", "data.cache=disk").data
-    training, validation = build_datasets(data, 64, 64, 0, None)
+    settings = default_settings(f"data.root={drawn_dataset}", "data.cache=disk")
+    training, validation = datasets_of(settings, 64, 64, 0, None)
     assert training.cache.file.parent == tmp_path / "caches" / "yolo-v3" and validation.cache is None
     training[0]
     assert sorted(drawn_dataset.rglob("*")) == before

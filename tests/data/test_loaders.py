@@ -22,9 +22,10 @@ from detection.contract import Batch
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader, collate_samples, targets_to
 from detection.data.sampler import TrainingBatchSampler
-from detection.data.transforms import Sample, Transform
+from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
+from tests.support.detectors import transform_of
 from tests.support.paths import REPOSITORY
 
 Load = Callable[..., Settings]
@@ -241,8 +242,8 @@ def digest(batch: Batch) -> str:
 def training_set(drawn_dataset: Path, default_settings: Load) -> CocoDataset:
     named = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
     names = ("gauss_noise", "multiplicative_noise", *named)
-    data = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names)).data
-    transform = Transform(data, 64, 11, training=True)
+    settings = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names))
+    transform = transform_of(settings, 64, 11, training=True)
     return CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
 
 
@@ -277,7 +278,7 @@ def test_loading_leaves_the_random_state_of_the_run_alone(training_set: CocoData
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_sees_every_image_once_in_order(drawn_dataset: Path, default_settings: Load, num_workers) -> None:
-    transform = Transform(default_settings().data, 64, 0, training=False)
+    transform = transform_of(default_settings(), 64, 0, training=False)
     dataset = CocoDataset(drawn_dataset / "val", drawn_dataset / "annotations" / "instances_val.json", transform)
     batches = list(build_evaluation_loader(dataset, 3, num_workers, CPU))
     assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [3]]
@@ -344,7 +345,7 @@ def test_a_damaged_image_in_a_worker_is_the_same_error(
     shutil.copytree(drawn_dataset, tmp_path, dirs_exist_ok=True)
     broken = tmp_path / "train" / "5.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    transform = Transform(default_settings().data, 64, 0, training=True)
+    transform = transform_of(default_settings(), 64, 0, training=True)
     dataset = CocoDataset(tmp_path / "train", tmp_path / "annotations" / "instances_train.json", transform)
     for num_workers in (0, 1):
         with pytest.raises(DataReadError) as caught:

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import build_augmentation
-from detection.data.resize import letterbox_image
 from detection.data.transforms import Sample, Transform
-from detection.ops.letterbox import Letterbox, letterbox_geometry
+from detection.ops.letterbox import Letterbox, place_image
+from tests.support.detectors import letterbox_image, transform_of
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
@@ -76,23 +76,23 @@ def same(first: Sample, second: Sample) -> bool:
         (1, 1, 32, 32, 32, 0, 0),
     ],
 )
-def test_letterbox_geometry(width, height, size, new_width, new_height, left, top) -> None:
-    letterbox, *new = letterbox_geometry(width, height, size, keep_aspect=True)
+def test_place_image(width, height, size, new_width, new_height, left, top) -> None:
+    letterbox, *new = place_image(width, height, size)
     assert new == [new_width, new_height]
     assert letterbox == Letterbox(new_width / width, new_height / height, left, top, width, height)
 
 
 def test_squashing_fills_the_square() -> None:
-    letterbox, *new = letterbox_geometry(640, 480, 320, keep_aspect=False)
+    letterbox, *new = place_image(640, 480, 320, "squash")
     assert new == [320, 320]
     assert letterbox == Letterbox(0.5, 320 / 480, 0, 0, 640, 480)
 
 
-@pytest.mark.parametrize("keep_aspect", [True, False])
-def test_letterbox_has_an_exact_inverse(keep_aspect: bool) -> None:
+@pytest.mark.parametrize("placement", ["letterbox", "squash", "top_left"])
+def test_letterbox_has_an_exact_inverse(placement: str) -> None:
     generator = np.random.default_rng(0)
     for width, height, size in ((640, 480, 320), (333, 201, 416), (201, 333, 608), (1, 5000, 320), (37, 37, 32)):
-        letterbox, *_ = letterbox_geometry(width, height, size, keep_aspect)
+        letterbox, *_ = place_image(width, height, size, placement)
         boxes = torch.from_numpy(generator.uniform(0, (width, height, width, height), (50, 4)))
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes)), boxes, rtol=0, atol=1e-9)
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes.float())).double(), boxes, atol=1e-2)
@@ -104,7 +104,7 @@ def test_letterbox_has_an_exact_inverse(keep_aspect: bool) -> None:
 
 def test_the_border_has_the_fill_colour_and_the_picture_lies_inside() -> None:
     image, fill = np.full((48, 100, 3), (10, 20, 30), np.uint8), (124, 116, 104)
-    boxed, letterbox = letterbox_image(image, 64, True, fill, cv2.INTER_LINEAR)
+    boxed, letterbox = letterbox_image(image, 64, "letterbox", fill, cv2.INTER_LINEAR)
     # 48 * 0.64 = 30.72 -> 31 rows, 16 above and 17 below
     expected = np.empty((64, 64, 3), np.uint8)
     expected[:] = fill
@@ -115,21 +115,21 @@ def test_the_border_has_the_fill_colour_and_the_picture_lies_inside() -> None:
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:
     image = picture(64, 64)
-    assert np.array_equal(letterbox_image(image, 64, True, (0, 0, 0), cv2.INTER_CUBIC)[0], image)
+    assert np.array_equal(letterbox_image(image, 64, "letterbox", (0, 0, 0), cv2.INTER_CUBIC)[0], image)
 
 
-@pytest.mark.parametrize("keep_aspect", ["true", "false"])
-def test_training_and_validation_lay_images_the_same_way(default_settings: Load, keep_aspect: str) -> None:
-    data = default_settings(f"data.keep_aspect={keep_aspect}", *probabilities()).data
+@pytest.mark.parametrize("placement", ["letterbox", "squash"])
+def test_training_and_validation_lay_images_the_same_way(default_settings: Load, placement: str) -> None:
+    settings = default_settings(f"model.placement={placement}", *probabilities())
     image, boxes, labels = picture(90, 50), np.array([[9, 10, 45, 50]], np.float32), np.array([4])
-    validation = Transform(data, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
-    training = Transform(data, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
+    validation = transform_of(settings, 64, 0, training=False)(image, boxes, labels, 0, 0, 0)
+    training = transform_of(settings, 64, 0, training=True)(image, boxes, labels, 0, 0, 0)
     assert same(training, validation)
     # by hand: 64 / 90 in x; 50 px become 35.56 -> 36 rows below 14, or all 64
-    scale_y, top = (36 / 50, 14) if keep_aspect == "true" else (64 / 50, 0)
+    scale_y, top = (36 / 50, 14) if placement == "letterbox" else (64 / 50, 0)
     expected = [[9 * 64 / 90, 10 * scale_y + top, 45 * 64 / 90, 50 * scale_y + top]]
     assert np.allclose(validation.boxes, expected, atol=1e-4)
-    upright = Transform(data, 64, 0, training=False)(picture(50, 90), boxes[:, [1, 0, 3, 2]], labels, 0, 0, 0)
+    upright = transform_of(settings, 64, 0, training=False)(picture(50, 90), boxes[:, [1, 0, 3, 2]], labels, 0, 0, 0)
     assert np.allclose(upright.boxes, np.array(expected)[:, [1, 0, 3, 2]], atol=1e-4)
     assert torch.allclose(validation.letterbox.to_input(torch.from_numpy(boxes)), torch.tensor(validation.boxes))
 
@@ -137,7 +137,7 @@ def test_training_and_validation_lay_images_the_same_way(default_settings: Load,
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7)])
 def test_extreme_shapes(default_settings: Load, training: bool, width: int, height: int) -> None:
-    transform = Transform(default_settings().data, 64, 0, training)
+    transform = transform_of(default_settings(), 64, 0, training)
     boxes = np.array([[0, 0, width, height]], np.float32)
     for epoch in range(5):
         sample = transform(picture(width, height), boxes, np.array([0]), 0, epoch, 0)
@@ -147,7 +147,7 @@ def test_extreme_shapes(default_settings: Load, training: bool, width: int, heig
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -> None:
-    transform = Transform(default_settings().data, 64, 0, training)
+    transform = transform_of(default_settings(), 64, 0, training)
     for size in (32, 96, 64, 0):
         assert transform(picture(50, 70), *NO_BOXES, 0, 0, size).image.shape == (size or 64, size or 64, 3)
 
@@ -155,7 +155,7 @@ def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -
 # --- boxes follow pixels ---
 
 GEOMETRY = [
-    "data.fill=[0, 0, 0]",
+    "model.fill=[0, 0, 0]",
     "data.augmentation.min_visibility=0",
     *probabilities(affine=1, horizontal_flip=0.5, vertical_flip=0.5),
 ]
@@ -167,9 +167,9 @@ def bright_extent(image: np.ndarray) -> tuple[int, int, int, int] | None:
     return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
-@pytest.mark.parametrize("words", [[], STRAIGHT, ["data.keep_aspect=false"]], ids=["default", "straight", "squashed"])
+@pytest.mark.parametrize("words", [[], STRAIGHT, ["model.placement=squash"]], ids=["default", "straight", "squashed"])
 def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: list[str]) -> None:
-    transform = Transform(default_settings(*GEOMETRY, *words).data, 128, 7, training=True)
+    transform = transform_of(default_settings(*GEOMETRY, *words), 128, 7, training=True)
     generator = np.random.default_rng(0)
     seen = 0
     for epoch in range(150):
@@ -198,7 +198,7 @@ def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: l
 
 def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
     """Two rectangles, red is label 1 and green label 2, one crowd region in blue."""
-    transform = Transform(default_settings(*GEOMETRY).data, 96, 3, training=True)
+    transform = transform_of(default_settings(*GEOMETRY), 96, 3, training=True)
     image = np.zeros((96, 96, 3), np.uint8)
     drawn = {1: (10, 12, 34, 40), 2: (60, 8, 90, 30), -2: (20, 60, 70, 88)}
     for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
@@ -221,7 +221,7 @@ def test_mirrored_boxes(default_settings: Load) -> None:
         ("horizontal_flip", 1, [64 - 20, 10, 64 - 4, 40]),
         ("vertical_flip", 0, [4, 64 - 40, 20, 64 - 10]),
     ):
-        transform = Transform(default_settings(*probabilities(**{name: 1})).data, 64, 0, training=True)
+        transform = transform_of(default_settings(*probabilities(**{name: 1})), 64, 0, training=True)
         sample = transform(image, boxes, np.array([0]), 0, 0, 0)
         assert np.array_equal(sample.image, np.flip(image, axis))
         assert np.allclose(sample.boxes, [expected], atol=1e-3)
@@ -234,7 +234,7 @@ def test_boxes_of_which_little_is_left_are_removed(default_settings: Load) -> No
         "data.augmentation.affine={scale: [1, 1], translate_percent: [0.25, 0.25], rotate: [0, 0], shear: [0, 0]}",
         "data.augmentation.min_visibility=0.3",
     ]
-    transform = Transform(default_settings(*words).data, 256, 0, training=True)
+    transform = transform_of(default_settings(*words), 256, 0, training=True)
     # after the move x is 176..216, 226..266 (30 of 40 inside), 246..286 (10 of 40), 260..300 (none)
     boxes = np.array([[x, 20, x + 40, 60] for x in (112, 162, 182, 196)], np.float32)
     sample = transform(picture(256, 256), boxes, np.arange(4), 0, 0, 0)
@@ -245,7 +245,7 @@ def test_boxes_of_which_little_is_left_are_removed(default_settings: Load) -> No
 def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
     """10,000 boxes through everything at once; their edges lie on the image's, or a float32 step inside or outside."""
     everything = [*probabilities(**dict.fromkeys(CLASSES, 0.5)), "data.augmentation.random_fog.p=0"]
-    transform = Transform(default_settings(*everything).data, 64, 0, training=True)
+    transform = transform_of(default_settings(*everything), 64, 0, training=True)
     generator = np.random.default_rng(0)
     width, height, total = 97, 61, 0
     limit = np.array([width, height] * 2, np.float32)
@@ -267,7 +267,7 @@ def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bool) -> None:
-    sample = Transform(default_settings().data, 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
+    sample = transform_of(default_settings(), 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
     assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
     assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
     assert sample.index == 5
@@ -275,7 +275,7 @@ def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bo
 
 @pytest.mark.parametrize("training", [True, False])
 def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, training: bool) -> None:
-    transform = Transform(default_settings(*probabilities(horizontal_flip=0.5)).data, 64, 0, training)
+    transform = transform_of(default_settings(*probabilities(horizontal_flip=0.5)), 64, 0, training)
     boxes = np.array([[1, 1, 30, 30], [5, 5, 40, 50], [0, 0, 64, 64]], np.float32)
     sample = transform(picture(), boxes, np.array([79, -2, 0]), 0, 0, 0)
     assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [79, -2, 0]
@@ -288,7 +288,7 @@ def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, tra
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_transform_is_built_when_its_probability_says_so(default_settings: Load, name: str) -> None:
     def built(probability: float) -> Transform:
-        return Transform(default_settings(*probabilities(**{name: probability})).data, 64, 0, training=True)
+        return transform_of(default_settings(*probabilities(**{name: probability})), 64, 0, training=True)
 
     assert built(0).augmentation.compose.transforms == []
     transform = built(1)
@@ -312,7 +312,7 @@ def test_no_argument_is_ignored_or_warned_about(default_settings: Load) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for words in ([], probabilities(**dict.fromkeys(CLASSES, 1.0))):
-            transform = Transform(default_settings(*words).data, 64, 0, training=True)
+            transform = transform_of(default_settings(*words), 64, 0, training=True)
             transform(picture(), *NO_BOXES, 0, 0, 0)
             transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), 0, 0, 0)
 
@@ -331,7 +331,7 @@ def test_an_unknown_argument_raises(default_settings: Load) -> None:
 
 def one(default_settings: Load, name: str, image: np.ndarray, **strength: Any) -> np.ndarray:
     words = [f"data.augmentation.{name}.{key}={value}" for key, value in strength.items()]
-    transform = Transform(default_settings(*probabilities(**{name: 1}), *words).data, image.shape[0], 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**{name: 1}), *words), image.shape[0], 0, training=True)
     return transform(image, *NO_BOXES, 0, 0, 0).image
 
 
@@ -379,9 +379,9 @@ def test_affine_scales_moves_and_fills(default_settings: Load) -> None:
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) -> None:
-    data = default_settings(*probabilities(**{**dict.fromkeys(CLASSES, 0.5), "random_fog": 0.05})).data
+    settings = default_settings(*probabilities(**{**dict.fromkeys(CLASSES, 0.5), "random_fog": 0.05}))
     image, boxes, labels = picture(80, 60), np.array([[10, 10, 60, 50]], np.float32), np.array([2])
-    transform = Transform(data, 64, 5, training=True)
+    transform = transform_of(settings, 64, 5, training=True)
     expected = {place: transform(image, boxes, labels, *place, 0) for place in itertools.product(range(4), range(3))}
 
     copy: Transform = pickle.loads(pickle.dumps(transform))  # as a loader worker gets it
@@ -389,27 +389,27 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) 
     for place in reversed(expected):  # another order, other random states, calls of other kinds between
         copy(picture(33, 44, seed=1), *NO_BOXES, 99, 99, 32)
         assert same(copy(image, boxes, labels, *place, 0), expected[place])
-        assert same(Transform(data, 64, 5, training=True)(image, boxes, labels, *place, 0), expected[place])
+        assert same(transform_of(settings, 64, 5, training=True)(image, boxes, labels, *place, 0), expected[place])
 
     # every (index, epoch) looks different, and so does every seed
     for (first, sample), (second, other) in itertools.combinations(expected.items(), 2):
         assert not np.array_equal(sample.image, other.image), (first, second)
-    other_seed = Transform(data, 64, 6, training=True)
+    other_seed = transform_of(settings, 64, 6, training=True)
     assert all(not same(other_seed(image, boxes, labels, *place, 0), sample) for place, sample in expected.items())
 
 
 def test_augmentation_leaves_the_global_random_states_alone(default_settings: Load) -> None:
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    transform = Transform(default_settings(*probabilities(**dict.fromkeys(CLASSES, 1.0))).data, 64, 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 1.0))), 64, 0, training=True)
     transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), 0, 0, 0)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_the_two_flips_are_independent(default_settings: Load) -> None:
     """One bright corner says which flips were made; 400 images, standard error of a quarter 0.022, of a half 0.025."""
-    transform = Transform(
-        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)).data, 32, 0, training=True
+    transform = transform_of(
+        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)), 32, 0, training=True
     )
     image = np.zeros((32, 32, 3), np.uint8)
     image[0, 0] = 255
@@ -424,7 +424,7 @@ def test_the_two_flips_are_independent(default_settings: Load) -> None:
 
 def test_no_two_transforms_are_applied_together_more_often_than_chance(default_settings: Load) -> None:
     """All twelve at p = 0.5: each pair fires together on a quarter of the images, not on a half."""
-    transform = Transform(default_settings(*probabilities(**dict.fromkeys(CLASSES, 0.5))).data, 32, 0, training=True)
+    transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 0.5))), 32, 0, training=True)
     fired: dict[str, bool] = {}
 
     def record(step: Any) -> None:

@@ -1,7 +1,5 @@
-"""Scoring some classes at a time gives the numbers of all at once, exactly; metrics of any group of boxes."""
+"""The official numbers on the original file, all classes at once or some at a time; metrics of any group of boxes."""
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,83 +7,55 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detection.data.annotations import Annotations, flatten_annotations, load_annotations
+from detection.data.annotations import Annotations, flatten_annotations
 from detection.evaluation import coco_metric, detections
 from detection.evaluation.coco_metric import METRIC_NAMES, score, score_groups
 from detection.evaluation.detections import Detections, box_areas, write_detections
+from detection.evaluation.matching import NO_GROUND_TRUTH, match_detections
 from tests.support.evaluation_cases import (
-    BACKENDS,
     annotate,
     coco_content,
     detect,
     ground_truth_as_detections,
     join,
+    official_numbers,
+    random_content,
     random_set,
+    tied_set,
 )
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param != "arrays":
-        pytest.importorskip(request.param)
-    return request.param
-
-
-def all_at_once(annotations: Annotations, found: Detections, backend: str) -> tuple[list[float], np.ndarray]:
-    """The official program as its own example uses it: every image and every class; stats and precision."""
-    if backend == "faster_coco_eval":
-        from faster_coco_eval import COCO
-        from faster_coco_eval import COCOeval_faster as COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
-    ids = annotations.categories.ids
-    rows: list[dict[str, Any]] = [
-        {
-            "id": number + 1,
-            "image_id": int(annotations.image_ids[image]),
-            "category_id": ids[annotations.labels[number]],
-            "bbox": annotations.coco_boxes[number].tolist(),
-            "area": float(annotations.areas[number]),
-            "iscrowd": int(annotations.crowd[number]),
-        }
-        for number, image in enumerate(image_of_box)
-    ]
-    gt = COCO()
-    gt.dataset = {
-        "info": {},
-        "images": [{"id": int(number), "width": 1000, "height": 1000} for number in annotations.image_ids],
-        "categories": [{"id": number, "name": str(number)} for number in ids],
-        "annotations": rows,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt.createIndex()
-        results = [
-            {
-                "image_id": int(annotations.image_ids[image]),
-                "category_id": ids[label],
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                "score": float(confidence),
-            }
-            for image, box, confidence, label in zip(
-                found.image_index, found.boxes.tolist(), found.scores, found.labels, strict=True
-            )
-        ]
-        evaluator = COCOeval(gt, gt.loadRes(results), "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    order = [sorted(ids).index(number) for number in ids]
-    return [float(value) for value in evaluator.stats[:12]], np.asarray(evaluator.eval["precision"])[:, :, order, 0, -1]
-
-
-def assert_the_same(annotations: Annotations, found: Detections, backend: str) -> None:
-    stats, precision = all_at_once(annotations, found, backend)
+def assert_official(content: dict[str, Any], annotations: Annotations, found: Detections, backend: str) -> None:
+    stats, precision = official_numbers(content, annotations, found)
     scores = score(annotations, found, backend)
-    assert [-1.0 if scores.metrics[name] is None else scores.metrics[name] for name in METRIC_NAMES] == stats
+    assert [scores.metrics[name] for name in METRIC_NAMES] == stats
     assert np.array_equal(scores.precision, precision)
+
+
+@pytest.mark.parametrize(
+    ("gt_boxes", "ap50"), [(((0, 0, 50, 100), (0, 0, 200, 100)), 1.0), (((0, 0, 200, 100), (0, 0, 50, 100)), 51 / 101)]
+)
+def test_the_file_order_decides_between_equal_ious(
+    backend: str, gt_boxes: tuple[tuple[int, ...], ...], ap50: float
+) -> None:
+    """The first detection overlaps both by exactly 1/2 and takes the last of the file; the second fits the narrow one.
+
+    AP50 is pycocotools': 1, or 51 of 101 recalls at precision 1.
+    """
+    content = coco_content([(1, 1, list(map(float, box))) for box in gt_boxes])
+    annotations = flatten_annotations(content, "test")
+    assert annotations.coco_boxes[:, 2].tolist() == [200, 50]  # the loss's order: area descending
+    found = detect([(0, 0, [0.0, 0.0, 100.0, 100.0], 0.9), (0, 0, [0.0, 0.0, 50.0, 100.0], 0.8)])
+    assert score(annotations, found, backend).metrics["AP50"] == pytest.approx(ap50, abs=1e-9)
+    assert_official(content, annotations, found, backend)
+    narrow, wide = (annotations.coco_boxes[:, 2].tolist().index(width) for width in (50, 200))
+    matched = match_detections(annotations, found).tolist()
+    assert matched == ([wide, narrow] if ap50 == 1 else [narrow, NO_GROUND_TRUTH])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_ties_in_a_shuffled_file_are_official(backend: str, seed: int) -> None:
+    assert_official(*tied_set(seed), backend)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 250, 10**6])
@@ -93,11 +63,11 @@ def assert_the_same(annotations: Annotations, found: Detections, backend: str) -
 def test_some_classes_at_a_time_is_all_at_once(
     backend: str, seed: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Crowd regions, classes without ground truth, images without boxes, equal scores, 150 boxes of one class in one image.
+    # Crowds, classes without ground truth, images without boxes, equal scores, 150 boxes of one class in one image.
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", rows)
     annotations, found = random_set(seed)
     handed = []
-    name = "accumulate_arrays" if backend == "arrays" else "accumulate_rows"
+    name = f"accumulate_{backend}"
     original = getattr(coco_metric, name)
 
     def watch(*arguments: Any) -> Any:
@@ -105,7 +75,7 @@ def test_some_classes_at_a_time_is_all_at_once(
         return original(*arguments)
 
     monkeypatch.setattr(coco_metric, name, watch)
-    assert_the_same(annotations, found, backend)
+    assert_official(random_content(seed), annotations, found, backend)
     per_class = np.bincount(found.labels)
     assert max(handed) <= max(rows, per_class.max())
     assert len(handed) == {1: 3, 100: 3, 10**6: 1}.get(
@@ -118,25 +88,10 @@ def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch: pyte
     content = coco_content([(1, 1, [0, 0, 50, 50]), (1, 5, [100, 0, 50, 50]), (2, 90, [0, 0, 50, 50])], images=2)
     annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1", "name 5"))
     found = detect([(0, 1, [0, 0, 50, 50], 0.9), (0, 2, [100, 0, 50, 40], 0.8), (1, 0, [0, 0, 50, 30], 0.7)])
-    assert_the_same(annotations, found, backend)
+    assert_official(content, annotations, found, backend)
     # IoU 0.6 (three of ten thresholds), 1 and 0.8 (seven)
     ap = {name: values[0] for name, values in score(annotations, found, backend).class_ap.items()}
     assert ap == pytest.approx({"name 90": 0.3, "name 1": 1.0, "name 5": 0.7}, abs=1e-9)
-
-
-def test_published_results_in_pieces(shared_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = shared_data("coco_eval_fixture")
-    annotations = load_annotations(directory / "annotations" / "instances_val.json")
-    expected = json.loads((directory / "expected.json").read_text())
-    image_index = {number: index for index, number in enumerate(annotations.image_ids.tolist())}
-    label = {number: label for label, number in enumerate(annotations.categories.ids)}
-    results = json.loads((directory / "fakebbox100_results.json").read_text())
-    found = detect(
-        [(image_index[row["image_id"]], label[row["category_id"]], row["bbox"], row["score"]) for row in results]
-    )
-    monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", 50)
-    metrics = score(annotations, found).metrics
-    assert {name: round(value, 3) for name, value in metrics.items() if value is not None} == expected
 
 
 # Groups
@@ -155,9 +110,8 @@ def test_groups_by_area_are_small_medium_and_large(backend: str, seed: int) -> N
 
 
 def test_groups_by_another_property(backend: str) -> None:
-    # The value of a box is told here, not measured. Group 0: one ground-truth box, found. Group 1: two ground-truth boxes; one found, the
-    # other missed, and a false box of score 0.95 before it: precision 1/2 up to recall 0.5, so 51 of 101 points.
-    # Group 2: nothing; the false box of value 2 meets no ground-truth box there.
+    # The values are given. Group 0: one ground-truth box, detected. Group 1: two; one detected, one missed, and a false
+    # box of score 0.95 first: precision 1/2 up to recall 0.5, 51 of 101 points. Group 2: no ground truth.
     annotations = annotate([(1, 1, [0, 0, 90, 100]), (1, 1, [200, 0, 100, 80]), (1, 1, [400, 0, 100, 70])])
     found = detect(
         [
@@ -200,6 +154,7 @@ def test_files_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_class_found_only_where_it_has_no_ground_truth_costs_nothing(backend: str) -> None:
-    annotations = annotate([(1, 1, [0, 0, 50, 50])])
+    content = coco_content([(1, 1, [0, 0, 50, 50])])
+    annotations = flatten_annotations(content, "test")
     found = join(ground_truth_as_detections(annotations), detect([(0, 2, [0, 0, 9, 9], 0.9)] * 3))
-    assert_the_same(annotations, found, backend)
+    assert_official(content, annotations, found, backend)

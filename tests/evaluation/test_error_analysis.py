@@ -8,7 +8,6 @@ import pytest
 
 from detection.evaluation.error_analysis import (
     CONFIDENCES,
-    analyse,
     confidence_curves,
     confusion_matrix,
     mean_defined,
@@ -119,19 +118,6 @@ def test_sizes_and_aspects() -> None:
         "3:4-4:3": 0,
         "above 3:1": pytest.approx(1),
     }
-
-
-def test_faster_evaluator_gives_the_same_groups() -> None:
-    annotations, found = random_set(0)
-    faster, reference = (analyse(annotations, found, 0.001, 0.5, name) for name in ("arrays", "pycocotools"))
-    for groups, expected in ((faster.sizes, reference.sizes), (faster.aspects, reference.aspects)):
-        for name, group in groups.items():
-            wanted = expected[name]
-            assert (group.gt_boxes, group.ap is None) == (wanted.gt_boxes, wanted.ap is None)
-            if group.ap is not None:
-                assert (group.ap, group.ap50, group.recall) == pytest.approx(
-                    (wanted.ap, wanted.ap50, wanted.recall), abs=1e-9
-                )
 
 
 def test_mean_defined() -> None:

@@ -1,4 +1,4 @@
-"""Detections -> the official COCO numbers, by two evaluators, and the pass over a validation set that leads there."""
+"""The official COCO numbers of detections, by both evaluators, and the pass over a validation set that leads there."""
 
 import contextlib
 import json
@@ -10,41 +10,35 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from detection.config.loading import load_settings
+from detection.contract import Geometry
 from detection.data.annotations import flatten_annotations, load_annotations
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
-from detection.errors import SettingsError
-from detection.evaluation.coco_metric import METRIC_NAMES, choose_backend, score_detections
+from detection.evaluation.coco_metric import METRIC_NAMES, score
 from detection.evaluation.detections import Detections, write_detections
 from detection.evaluation.evaluate import Evaluation, drop_non_finite, evaluate
 from detection.runtime.devices import autocast
 from tests.support.evaluation_cases import (
-    BACKENDS,
     annotate,
     coco_content,
     detect,
     ground_truth_as_detections,
-    random_content,
-    random_set,
+    tied_set,
 )
 from tests.support.paths import REPOSITORY
 
 FIXTURE = REPOSITORY.parent / "shared" / "data" / "coco_eval_fixture"
+GEOMETRY = Geometry(size_multiple=32)
 CPU = torch.device("cpu")
 NAN = float("nan")
 ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
 needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is not there")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param != "arrays":
-        pytest.importorskip(request.param)
-    return request.param
 
 
 # The published numbers
@@ -60,7 +54,8 @@ def test_twelve_published_numbers(backend: str) -> None:
     detections = detect(
         [(image_index[row["image_id"]], label[row["category_id"]], row["bbox"], row["score"]) for row in results]
     )
-    metrics, class_ap = score_detections(annotations, detections, backend)
+    scores = score(annotations, detections, backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert {name: round(value, 3) for name, value in metrics.items() if value is not None} == expected
     # AP is the mean over the classes that have a ground-truth box; 80 classes, 10 of them without (the fixture's table)
     defined = [ap for ap, _, _ in class_ap.values() if ap is not None]
@@ -77,7 +72,7 @@ def person_and_book_crowds() -> int:
 @needs_fixture
 def test_fixture_with_ground_truth_as_detections_is_perfect(backend: str) -> None:
     annotations = load_annotations(FIXTURE / "annotations" / "instances_val.json")
-    metrics, _ = score_detections(annotations, ground_truth_as_detections(annotations), backend)
+    metrics = score(annotations, ground_truth_as_detections(annotations), backend).metrics
     assert [metrics[name] for name in ("AP", "AP50", "AR100")] == [ONE, ONE, ONE]
 
 
@@ -105,7 +100,8 @@ def test_class_ap_by_hand(backend: str) -> None:
             (0, 2, [700, 0, 100, 100], 1.0),
         ]
     )
-    metrics, class_ap = score_detections(annotations, detections, backend)
+    scores = score(annotations, detections, backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     first = (51 + 50 * 2 / 3) / 101
     assert class_ap == {
         "name 1": (pytest.approx(first), pytest.approx(first), 2),
@@ -128,7 +124,7 @@ def test_size_classes_follow_the_area_of_the_file(backend: str) -> None:
     content = coco_content([(1, 1, [0, 0, 100, 100]), (1, 1, [200, 0, 100, 100])])
     content["annotations"][0]["area"], content["annotations"][1]["area"] = 500, 5000
     annotations = flatten_annotations(content, "test")
-    metrics, _ = score_detections(annotations, detect([(0, 0, [0, 0, 100, 100], 1.0)]), backend)
+    metrics = score(annotations, detect([(0, 0, [0, 0, 100, 100], 1.0)]), backend).metrics
     assert (metrics["ARs"], metrics["ARm"], metrics["ARl"]) == (ONE, 0.0, None)
 
 
@@ -136,17 +132,20 @@ def test_detections_in_a_crowd_are_neither_right_nor_wrong(backend: str) -> None
     boxes = [(1, 1, [0, 0, 50, 50]), (1, 1, [100, 100, 400, 400])]
     found = [(0, 0, [100 + 50 * number, 120, 40, 40], 0.9) for number in range(5)]  # inside the second box
     found += [(0, 0, [0, 0, 50, 50], 0.5)]
-    metrics, class_ap = score_detections(annotate(boxes, crowd=(1,)), detect(found), backend)
+    scores = score(annotate(boxes, crowd=(1,)), detect(found), backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap["name 1"] == (ONE, ONE, 1)
     assert (metrics["AP"], metrics["AR100"]) == (ONE, ONE)
     # Were it no crowd: the one right detection comes sixth, precision 1/6 up to recall 1/2, then 0.
-    metrics, class_ap = score_detections(annotate(boxes), detect(found), backend)
+    scores = score(annotate(boxes), detect(found), backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap["name 1"] == (pytest.approx(51 / 6 / 101), pytest.approx(51 / 6 / 101), 2)
 
 
 def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None:
     nothing = detect([])
-    metrics, class_ap = score_detections(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
+    scores = score(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert tuple(metrics) == METRIC_NAMES
     medium = {"AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"}  # 50 x 50 lies between 32^2 and 96^2
     assert metrics == {name: 0.0 if name in medium else None for name in METRIC_NAMES}
@@ -154,16 +153,16 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_none(backend: str) -> None
 
     without_ground_truth = annotate([], images=2)
     for detections in (nothing, detect([(1, 0, [0, 0, 10, 10], 0.5)])):
-        metrics, class_ap = score_detections(without_ground_truth, detections, backend)
+        scores = score(without_ground_truth, detections, backend)
+        metrics, class_ap = scores.metrics, scores.class_ap
         assert metrics == dict.fromkeys(METRIC_NAMES)
         assert class_ap == dict.fromkeys(["name 1", "name 5", "name 90"], (None, None, 0))
 
 
 def test_detection_of_another_class_or_image_does_not_count(backend: str) -> None:
     annotations = annotate([(1, 1, [0, 0, 50, 50]), (2, 5, [0, 0, 50, 50])], images=2)
-    metrics, _ = score_detections(
-        annotations, detect([(1, 0, [0, 0, 50, 50], 1.0), (0, 1, [0, 0, 50, 50], 1.0)]), backend
-    )
+    found = detect([(1, 0, [0, 0, 50, 50], 1.0), (0, 1, [0, 0, 50, 50], 1.0)])
+    metrics = score(annotations, found, backend).metrics
     assert metrics["AP"] == metrics["AR100"] == 0.0
 
 
@@ -186,7 +185,8 @@ def test_perfect_detections_score_1_whatever_the_annotation_ids(
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_content(MANY_BOXES, images=4, ids=ids)))
     annotations = load_annotations(path)
-    metrics, class_ap = score_detections(annotations, ground_truth_as_detections(annotations), backend)
+    scores = score(annotations, ground_truth_as_detections(annotations), backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "APm", "AR100")] == [ONE] * 5
     # Three images with two boxes of class 1 and 90 each: a single detection finds half of them, and all of class 5.
     assert metrics["AR1"] == pytest.approx((0.5 + 1 + 0.5) / 3)
@@ -200,7 +200,8 @@ def test_class_ap_follows_the_names_when_labels_are_in_another_order(backend: st
     everything = ground_truth_as_detections(annotations)
     only_90 = everything.labels == 0
     found = Detections(*(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels")))
-    metrics, class_ap = score_detections(annotations, found, backend)
+    scores = score(annotations, found, backend)
+    metrics, class_ap = scores.metrics, scores.class_ap
     assert class_ap == {"name 90": (ONE, ONE, 6), "name 1": (0.0, 0.0, 6)}
     assert metrics["AP"] == pytest.approx(0.5)
 
@@ -222,55 +223,18 @@ def test_written_detections_have_the_ids_and_boxes_of_the_annotation_file(tmp_pa
     assert json.loads((tmp_path / "detections.json").read_text()) == []
 
 
-def test_written_detections_score_the_same_with_the_official_program(tmp_path: Path) -> None:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    annotations, detections = random_set(3)
-    content = random_content(3)
-    (tmp_path / "ground truth.json").write_text(json.dumps(content))
+def test_written_files_score_the_same_with_the_official_program(tmp_path: Path) -> None:
+    content, annotations, detections = tied_set(3)
+    (tmp_path / "gt.json").write_text(json.dumps(content))
     write_detections(tmp_path / "detections.json", annotations, detections)
     with contextlib.redirect_stdout(None):
-        gt = COCO(str(tmp_path / "ground truth.json"))
+        gt = COCO(str(tmp_path / "gt.json"))
         evaluator = COCOeval(gt, gt.loadRes(str(tmp_path / "detections.json")), "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    metrics, _ = score_detections(annotations, detections)
-    official = [None if value == -1 else pytest.approx(value, abs=1e-9) for value in evaluator.stats.tolist()]
-    assert list(metrics.values()) == official
-
-
-# Equality of the evaluators
-
-
-@pytest.mark.parametrize("name", BACKENDS[1:])
-@pytest.mark.parametrize("seed", range(8))
-def test_faster_evaluators_equal_the_reference(seed: int, name: str) -> None:
-    if name != "arrays":
-        pytest.importorskip(name)
-    annotations, detections = random_set(seed)
-    assert annotations.crowd.any() and (np.diff(annotations.first_box) == 0).any()
-    assert ((detections.image_index == 0) & (detections.labels == 0)).sum() > 100
-    (reference, reference_class), (faster, faster_class) = (
-        score_detections(annotations, detections, backend) for backend in (BACKENDS[0], name)
-    )
-    assert 0 < reference["AP"] < 1
-    for name in METRIC_NAMES:
-        assert faster[name] == pytest.approx(reference[name], abs=1e-9), name
-    assert faster_class.keys() == reference_class.keys()
-    for name, (ap, ap50, gt_boxes) in reference_class.items():
-        assert faster_class[name] == (pytest.approx(ap, abs=1e-9), pytest.approx(ap50, abs=1e-9), gt_boxes)
-    assert reference_class["name 3"][0] is None and reference_class["name 7"][0] is None
-
-
-def test_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detection.evaluation import coco_metric
-
-    monkeypatch.setattr(coco_metric.importlib.util, "find_spec", lambda name: None)
-    assert choose_backend("auto") == "arrays" and choose_backend("pycocotools") == "pycocotools"
-    with pytest.raises(SettingsError, match="pip install faster-coco-eval"):
-        choose_backend("faster_coco_eval")
+    official = [None if value == -1 else value for value in evaluator.stats.tolist()]
+    assert list(score(load_annotations(tmp_path / "gt.json"), detections, "arrays").metrics.values()) == official
 
 
 def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
@@ -279,37 +243,26 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     for number, row in enumerate(content["annotations"]):
         hostile = {"counts": [2**31, 2**31], "size": [2**31, 2**31]}, [[1e8, 1e8, -1e8, 1e8, 0, 0]], "not a mask"
         row["segmentation"] = hostile[number % 3]
-    import pycocotools.mask
-
-    modules = [pycocotools.mask]
-    if backend == "faster_coco_eval":
-        from faster_coco_eval.core import mask
-
-        modules.append(mask)
 
     def refuse(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("mask code was called")
 
-    replaced = []
-    for module in modules:
-        overlap = module.iou  # both programs compute the overlap of boxes in a function of this module
+    overlap = mask.iou  # pycocotools computes the overlap of boxes in a function of this module
 
-        def box_overlap(found: Any, gt: Any, crowd: Any, overlap: Callable[..., Any] = overlap) -> Any:
-            assert all(np.shape(box) == (4,) for box in [*found, *gt])
-            return overlap(found, gt, crowd)
+    def box_overlap(found: Any, gt: Any, crowd: Any) -> Any:
+        assert all(np.shape(box) == (4,) for box in [*found, *gt])
+        return overlap(found, gt, crowd)
 
-        for name in ("encode", "decode", "merge", "area", "toBbox", "frPyObjects"):
-            monkeypatch.setattr(module, name, refuse)
-            replaced.append(name)
-        monkeypatch.setattr(module, "iou", box_overlap)
-    assert len(replaced) == 6 * len(modules)
+    for name in ("encode", "decode", "merge", "area", "toBbox", "frPyObjects"):
+        monkeypatch.setattr(mask, name, refuse)
+    monkeypatch.setattr(mask, "iou", box_overlap)
 
     (tmp_path / "ground truth.json").write_text(json.dumps(content))
     for number in (1, 2, 3):
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.zeros((400, 400, 3), np.uint8))
-    dataset = CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
+    dataset = CocoDataset(tmp_path, tmp_path / "ground truth.json", Transform(GEOMETRY, 64, seed=0))
     assert len(dataset[0].labels) == 5
-    metrics, _ = score_detections(dataset.annotations, ground_truth_as_detections(dataset.annotations), backend)
+    metrics = score(dataset.annotations, ground_truth_as_detections(dataset.annotations), backend).metrics
     assert metrics["AP"] == ONE
 
 
@@ -336,10 +289,6 @@ def test_non_finite_detections_are_dropped_and_counted() -> None:
 
 
 # The pass over a validation set
-
-
-def validation_transform(size: int) -> Transform:
-    return Transform(load_settings(REPOSITORY / "yolo-v3" / "args.yaml")[0].data, size, seed=0, training=False)
 
 
 # 100 x 50 pixels into 64: scale 0.64, 32 rows high, 16 rows of padding above. 40 x 80: scale 0.8, 32 columns wide,
@@ -369,11 +318,11 @@ def dataset(tmp_path: Path) -> CocoDataset:
                 }
             )
     (tmp_path / "ground truth.json").write_text(json.dumps(content))
-    return CocoDataset(tmp_path, tmp_path / "ground truth.json", validation_transform(64))
+    return CocoDataset(tmp_path, tmp_path / "ground truth.json", Transform(GEOMETRY, 64, seed=0))
 
 
-class TruthTeller(nn.Module):
-    """A stand-in for model, criterion and postprocess that finds the ground truth of each image, told by its fill rows."""
+class PerfectDetector(nn.Module):
+    """Stand-in for model, criterion and postprocess; detects the ground truth, told by the image's padding."""
 
     def __init__(self, extra: Callable[[int], list[tuple[list[float], float]]] = lambda index: []) -> None:
         super().__init__()
@@ -411,7 +360,7 @@ class TruthTeller(nn.Module):
         return found
 
 
-def run_evaluation(dataset: CocoDataset, model: TruthTeller, batch_size: int = 4, **arguments: Any) -> Evaluation:
+def run_evaluation(dataset: CocoDataset, model: PerfectDetector, batch_size: int = 4, **arguments: Any) -> Evaluation:
     loader = build_evaluation_loader(dataset, batch_size, num_workers=0, device=CPU)
     return evaluate(
         model, model.criterion, model.postprocess, loader, dataset.annotations, CPU, lambda: autocast(CPU, None),
@@ -420,7 +369,7 @@ def run_evaluation(dataset: CocoDataset, model: TruthTeller, batch_size: int = 4
 
 
 def test_ground_truth_through_the_letterbox_scores_1(dataset: CocoDataset, backend: str) -> None:
-    model = TruthTeller()
+    model = PerfectDetector()
     result = run_evaluation(dataset, model, backend=backend)
     assert model.batch_sizes == [4, 4, 2]
     assert (result.metrics["AP"], result.metrics["AR100"]) == (ONE, ONE)
@@ -438,7 +387,7 @@ def test_ground_truth_through_the_letterbox_scores_1(dataset: CocoDataset, backe
 def test_losses_are_means_over_images_whatever_the_batch_size(dataset: CocoDataset) -> None:
     # 6 of 10 images have a box. Batches of 4, 4, 2 have means 1/2, 3/4, 1/2, whose mean 0.583 is not 0.6.
     for batch_size in (4, 3, 10, 1):
-        losses = run_evaluation(dataset, TruthTeller(), batch_size).losses
+        losses = run_evaluation(dataset, PerfectDetector(), batch_size).losses
         assert losses == {"loss_box": pytest.approx(0.6), "loss_class": pytest.approx(6.0)}
 
 
@@ -453,8 +402,8 @@ def test_non_finite_detections_never_raise_a_number(dataset: CocoDataset, backen
         ([0.0, 0.0, 10.0, 10.0], NAN),
     ]
     wrong = [([0.0, 0.0, 8.0, 8.0], 0.9)]
-    without = run_evaluation(dataset, TruthTeller(lambda index: wrong), backend=backend)
-    result = run_evaluation(dataset, TruthTeller(lambda index: bad + wrong), backend=backend)
+    without = run_evaluation(dataset, PerfectDetector(lambda index: wrong), backend=backend)
+    result = run_evaluation(dataset, PerfectDetector(lambda index: bad + wrong), backend=backend)
     assert 0 < without.metrics["AP"] < 1
     assert result.metrics == without.metrics and result.class_ap == without.class_ap
     assert result.dropped == 10 * len(bad) and without.dropped == 0
@@ -462,7 +411,7 @@ def test_non_finite_detections_never_raise_a_number(dataset: CocoDataset, backen
 
 
 def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
-    result = run_evaluation(dataset, TruthTeller(lambda index: [([-5.0, -5.0, 70.0, 70.0], 0.3)]))
+    result = run_evaluation(dataset, PerfectDetector(lambda index: [([-5.0, -5.0, 70.0, 70.0], 0.3)]))
     for index in range(10):
         found = result.detections.of_image(index)
         width, height = WIDE if index % 2 else TALL  # image id is index + 1
@@ -470,7 +419,7 @@ def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
 
 
 def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
-    class Blind(TruthTeller):
+    class Blind(PerfectDetector):
         def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
             nothing = {
                 "boxes": torch.zeros(0, 4),
@@ -488,7 +437,7 @@ def test_nothing_found_is_no_crash(dataset: CocoDataset, backend: str) -> None:
 @pytest.mark.parametrize("backbone_training", [True, False])
 def test_mode_of_every_module_is_restored(dataset: CocoDataset, training: bool, backbone_training: bool) -> None:
     # A frozen backbone is in evaluation mode inside a model in training mode and must stay so.
-    model = TruthTeller().train(training)
+    model = PerfectDetector().train(training)
     model.backbone.train(backbone_training)
     before = {name: module.training for name, module in model.named_modules()}
     run_evaluation(dataset, model)
@@ -503,7 +452,7 @@ def test_abandoned_evaluation_restores_the_mode_too(dataset: CocoDataset) -> Non
         if next(calls) == 1:
             raise KeyboardInterrupt
 
-    model = TruthTeller().train()
+    model = PerfectDetector().train()
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(dataset, model, on_batch=stop)
     assert model.batch_sizes == [4, 4] and all(module.training for module in model.modules())

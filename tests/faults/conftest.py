@@ -14,6 +14,7 @@ import yaml
 from detection.errors import UserError
 from tests.support import fault_runs as runs
 from tests.support.guards import switch_off
+from tests.support.paths import REPOSITORY
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -56,7 +57,7 @@ def common(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[str]
     directory = tmp_path_factory.mktemp("settings")
     (directory / "network.cfg").write_text(runs.NETWORK)
     (directory / "overlay.yaml").write_text(yaml.safe_dump(runs.OVERLAY))
-    words = [f"yolo.cfg={directory / 'network.cfg'}", f"data.root={dataset}"]
+    words = [f"model.cfg={directory / 'network.cfg'}", f"data.root={dataset}"]
     return ["--config", str(directory / "overlay.yaml"), *words]
 
 
@@ -64,15 +65,10 @@ def common(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[str]
 def server() -> Any:
     """Processes forked from one that has imported torch and the script."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, Path(runs.__file__).parents[:2]), *([path] if path else [])])
-    try:
+    context.set_forkserver_preload([runs.__name__])
+    with pytest.MonkeyPatch.context() as patch:  # the server starts with its first process, and finds `tests` by this
+        patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
         context.Process(target=int).start()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
     return context
 
 

@@ -62,13 +62,15 @@ def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
     for name in ("5.png", "6.png"):  # in a row: the substitute's substitute
         (tmp_path / "data" / "train" / name).write_bytes(b"not an image")
     words = [f"data.root={tmp_path / 'data'}", f"data.num_workers={workers}", "train.steps=3ep"]
-    run = train("enough", *words, "data.most_unreadable=0.2")
+    run = train("enough", *words, "data.max_unreadable_fraction=0.2")
     run.ends_with(0)
     named = [line for line in run.out.splitlines() if line.startswith("warning: image ")]
     assert len(named) == 2, run.out  # once each in three epochs
     assert {name for name in ("5.png", "6.png") for line in named if name in line} == {"5.png", "6.png"}
     assert "2 of 13 images so far, 2 are allowed" in named[1]
-    train("too_many", *words, "data.most_unreadable=0.1").ends_with(3, "number 2 of them", "allows 1", "saved after")
+    train("too_many", *words, "data.max_unreadable_fraction=0.1").ends_with(
+        3, "number 2 of them", "allows 1", "saved after"
+    )
 
 
 def test_B01_the_substitute_is_the_next_image_that_can_be_read(

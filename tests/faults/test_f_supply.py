@@ -29,7 +29,6 @@ def hide(main: ModuleType, package: str) -> None:
     ("package", "line"),
     [
         ("tensorboard", "TensorBoard is not installed: no event files"),
-        ("faster_coco_eval", "every 4 steps by arrays"),
         ("onnx", ""),
         ("onnxruntime", ""),
         ("timm", ""),
@@ -50,15 +49,14 @@ def test_F03_training_needs_no_optional_package(
 @pytest.mark.parametrize(
     ("package", "word", "message"),
     [
-        ("timm", "yolo.backbone=timm/resnet18", "timm"),
+        ("timm", "model.backbone=timm/resnet18", "timm"),
         ("habana_frameworks", "run.device=hpu", "hpu"),
-        ("faster_coco_eval", "evaluation.backend=faster_coco_eval", "faster_coco_eval"),
     ],
 )
 def test_F03_what_needs_a_missing_package_says_so_before_the_first_step(
     train: Callable[..., Run], package: str, word: str, message: str
 ) -> None:
-    words = [word, "yolo.cfg=null"] if word.startswith("yolo") else [word]
+    words = [word, "model.cfg=null"] if word.startswith("yolo") else [word]
     run = train("run", *words, fault=functools.partial(hide, package=package))
     run.ends_with(2, message)
     assert "from step 0" not in run.out

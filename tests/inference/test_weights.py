@@ -53,7 +53,7 @@ def test_open_darknet(files: Files) -> None:
     opened = open_here(files, "net.weights", "net.cfg", "net.names")
     assert opened.names == opened.class_names() == ("aeroplane", "motorbike", "sofa")
     assert (opened.num_classes, opened.step, opened.seen) == (3, 0, SEEN)
-    assert (opened.settings.yolo.backbone, opened.settings.yolo.cfg) == ("darknet_cfg", CFG.rstrip() + "\n")
+    assert (opened.settings.model.backbone, opened.settings.model.cfg) == ("darknet_cfg", CFG.rstrip() + "\n")
     assert opened.settings.evaluation.image_size == 32
     assert not any(module.training for module in opened.detector.model.modules())
     assert opened.lines == [
@@ -76,7 +76,7 @@ def test_names_may_be_missing(files: Files) -> None:
 
 
 def test_settings_of_the_command_line_win(files: Files) -> None:
-    words = ("evaluation.image_size=96", "yolo.batch_norm=darknet", "evaluation.confidence_threshold=0.9")
+    words = ("evaluation.image_size=96", "model.batch_norm=darknet", "evaluation.confidence_threshold=0.9")
     opened = open_here(files, "net.weights", "net.cfg", None, *words)
     assert opened.settings.evaluation.image_size == 96
     assert opened.detector.postprocess.confidence_threshold == 0.9
@@ -109,7 +109,7 @@ def test_weights_of_another_number_of_classes(files: Files) -> None:
 
 def test_backbone_weights_detect_nothing(files: Files) -> None:
     files("back.conv.1", known_weights()[: 20 + 4 * 62])
-    with pytest.raises(CheckpointError, match=r"backbone weights only \(1 convolutions\).*yolo.pretrained=") as caught:
+    with pytest.raises(CheckpointError, match=r"backbone weights only \(1 convolutions\).*model.pretrained=") as caught:
         open_here(files, "back.conv.1")
     assert "\n" not in str(caught.value)
 
@@ -125,10 +125,10 @@ def test_weights_that_do_not_fit(files: Files) -> None:
 def test_without_a_description_the_file_tells_the_number_of_classes(files: Files) -> None:
     """A network of the settings; 3 anchors a level, so 3 * 3 filters more than for 2 classes at both outputs."""
     anchors = "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]"
-    words = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
+    words = ("model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
     settings, _ = load_settings(ARGS, words=words)
     torch.manual_seed(0)
-    model = build_detector(settings.yolo, settings.evaluation, 5).model
+    model = build_detector(settings, 5).model
     write_darknet_weights(model, files.root / "tiny.weights", Header(seen=7))
     opened = open_here(files, "tiny.weights", None, None, *words)
     assert (opened.num_classes, opened.names, opened.seen) == (5, None, 7)
@@ -191,13 +191,13 @@ def test_bad_names(files: Files, content: str | bytes | None, word: str) -> None
 
 def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
     """Of the hand-made network after 5 steps of 4 x 2 images; average and model differ in the class they see."""
-    words = ["yolo.backbone=darknet_cfg", f"yolo.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
+    words = ["model.backbone=darknet_cfg", f"model.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
     words += ["train.batch_size=4", "train.subdivisions=2"]
     words += ["run.device=hpu", "run.lazy=true", "run.deterministic=true", "run.precision=off"]  # of another machine
     settings, _ = load_settings(ARGS, words=words)
     states = []
     for label in (0, 1):
-        model = build_detector(settings.yolo, settings.evaluation, 3).model
+        model = build_detector(settings, 3).model
         (last,) = model.output_convolutions()
         with torch.no_grad():
             last.weight.zero_()

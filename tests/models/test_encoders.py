@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.contract import Detector
 from detection.errors import SettingsError
-from detection.models import BACKBONES, build_backbone, build_detector
+from detection.models import build_detector
+from detection.models.backbones import BACKBONES, build_backbone
 from detection.models.backbones.darknet import DarknetTiny
 from detection.models.backbones.timm_backbone import TimmBackbone, check_declaration
 from detection.models.darknet.cfg import parse_cfg
@@ -24,7 +25,7 @@ needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason
 TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
 WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first
 TINY = [
-    "yolo.backbone=darknet_tiny",
+    "model.backbone=darknet_tiny",
     "yolo.neck_channels=[256, 128]",
     "yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]",
 ]
@@ -32,12 +33,12 @@ TINY = [
 
 def words(backbone: str, levels: int) -> list[str]:
     anchors = [[[10 * 2**level, 12 * 2**level], [14 * 2**level, 9 * 2**level]] for level in range(levels)]
-    return [f"yolo.backbone={backbone}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
+    return [f"model.backbone={backbone}", f"yolo.neck_channels={WIDTHS[:levels]}", f"yolo.anchors={anchors}"]
 
 
 def build(*settings: str, num_classes: int = 2) -> Detector:
     loaded, _ = load_settings(ARGS, words=settings)
-    return build_detector(loaded.yolo, loaded.evaluation, num_classes)
+    return build_detector(loaded, num_classes)
 
 
 @pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
@@ -45,7 +46,7 @@ def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with the statistics of a few batches, as after some training."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
-    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].yolo)
+    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].model, levels, "yolo.anchors")
     assert isinstance(module, nn.Module)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -144,12 +145,12 @@ def refuse(*settings: str) -> str:
 @pytest.mark.parametrize(("name", "own", "levels"), [("darknet_tiny", 2, 3), ("darknet", 3, 2), ("darknet", 3, 4)])
 def test_levels_must_be_the_backbones(name: str, own: int, levels: int) -> None:
     message = refuse(*words(name, levels))
-    assert f"yolo.anchors: has {levels} levels" in message and f"yolo.backbone={name} has {own}" in message
+    assert f"yolo.anchors: has {levels} levels" in message and f"model.backbone={name} has {own}" in message
 
 
 def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").write_text("[net]")
-    described = ["yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    described = ["model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'a.cfg'}"]
     for settings, name in ((TINY, "darknet_tiny"), (described, "darknet_cfg")):
         assert f"yolo.spp: backbone {name}" in refuse(*settings, "yolo.spp=true")
 
@@ -173,7 +174,7 @@ def test_timm_models_that_do_not_serve(name: str, expected: str) -> None:
 
 @needs_timm
 def test_a_false_declaration_is_found() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
     assert isinstance(backbone, TimmBackbone)
     for name, value in (("out_channels", (48, 192, 97)), ("strides", (4, 8, 16))):
         right = getattr(backbone, name)
@@ -185,7 +186,7 @@ def test_a_false_declaration_is_found() -> None:
 
 @needs_timm
 def test_the_check_of_the_declaration_leaves_no_trace() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].yolo)
+    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
     assert isinstance(backbone, TimmBackbone)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(value == 0 for name, value in before.items() if name.endswith("num_batches_tracked"))

@@ -8,7 +8,8 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.models import BACKBONES, build_detector
+from detection.models import build_detector
+from detection.models.backbones import BACKBONES
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
 from detection.models.yolo import CRITERIA
@@ -24,7 +25,7 @@ TORCHVISION = {"mobilenet_v3_large": mobilenet_v3_large, "mobilenet_v3_small": m
 
 def build(num_classes: int, *words: str) -> Detector:
     settings, _ = load_settings(ARGS, words=words)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def darknet() -> Detector:
 def small() -> Detector:
     """A quick one: MobileNetV3-small, narrow neck, 3 classes. Statistics of a few batches, as after some training."""
     torch.manual_seed(0)
-    detector = build(3, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
+    detector = build(3, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
     with torch.no_grad():
         for seed in range(3):
             detector.model(random_images(4, 64, 96, seed=seed))
@@ -70,7 +71,7 @@ def one_gt_box_per_level(height: int, width: int) -> dict[str, Tensor]:
     [
         ([], 61_949_149),
         (["yolo.spp=true"], 62_998_749),
-        (["yolo.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]", f"yolo.anchors={TINY_ANCHORS}"], 8_852_366),
+        (["model.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]", f"yolo.anchors={TINY_ANCHORS}"], 8_852_366),
     ],
 )
 def test_parameters_of_the_family(words: list[str], count: int) -> None:
@@ -104,7 +105,7 @@ def test_darknet53_is_that_of_table_1(darknet: Detector) -> None:
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_class_count_changes_only_the_last_convolutions(num_classes: int, small: Detector) -> None:
     """Three anchors * (5 + C) filters per level on 2 * width channels, and a bias each."""
-    model = build(num_classes, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
+    model = build(num_classes, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
     difference = sum(3 * (num_classes - 3) * (2 * width + 1) for width in (24, 16, 8))
     assert count_parameters(model) == count_parameters(small.model) + difference
     assert [output.shape[-1] for output in model(random_images(2, 32, 32))] == [5 + num_classes] * 3
@@ -125,7 +126,7 @@ def test_neck_width_by_hand(neck_channels: list[int]) -> None:
         if level < 2:
             carried = neck_channels[level + 1]
             expected += block(width, carried, 1)
-    model = build(4, "yolo.backbone=mobilenet_v3_small", f"yolo.neck_channels={neck_channels}").model
+    model = build(4, "model.backbone=mobilenet_v3_small", f"yolo.neck_channels={neck_channels}").model
     assert count_parameters(model) - count_parameters(model.backbone) == expected
 
 
@@ -246,7 +247,9 @@ def test_darknet_output_shapes(darknet: Detector) -> None:
 def test_anchors_per_level_may_differ() -> None:
     """Levels are told apart: 2 anchors at stride 8, 4 at 16, 1 at 32."""
     anchors = "[[[10, 13], [16, 30]], [[30, 61], [62, 45], [59, 119], [40, 40]], [[116, 90]]]"
-    detector = build(2, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}")
+    detector = build(
+        2, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}"
+    )
     outputs = detector.model(random_images(2, 64, 96))
     assert [tuple(output.shape[:4]) for output in outputs] == [(2, 2, 8, 12), (2, 4, 4, 6), (2, 1, 2, 3)]
     losses = detector.criterion(outputs, {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), -1)})
@@ -377,7 +380,7 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
     """At every cell of every level, up to the small random weights of the last convolution."""
     torch.manual_seed(1)
     detector = build(
-        3, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
+        3, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
     )
     with torch.no_grad():
         outputs = detector.model(random_images(2, 64, 96))
@@ -393,7 +396,7 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
 def test_criterion_is_built_from_the_settings(loss: str) -> None:
     words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4"]
     words += ["yolo.box_weight=2.0", "yolo.objectness_weight=3.0", "yolo.class_weight=4.0"]
-    criterion = build(3, "yolo.backbone=mobilenet_v3_small", *words).criterion
+    criterion = build(3, "model.backbone=mobilenet_v3_small", *words).criterion
     assert type(criterion) is CRITERIA[loss]
     assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
 
@@ -403,7 +406,7 @@ def test_criterion_is_built_from_the_settings(loss: str) -> None:
 def test_every_parameter_gets_a_gradient(backbone: str, num_classes: int) -> None:
     """No unused parameters, which a distributed run would wait for."""
     torch.manual_seed(2)
-    detector = build(num_classes, f"yolo.backbone={backbone}", "yolo.neck_channels=[24, 16, 8]")
+    detector = build(num_classes, f"model.backbone={backbone}", "yolo.neck_channels=[24, 16, 8]")
     assert_all_get_gradients(detector, 96, 128)
 
 
@@ -426,7 +429,7 @@ def assert_all_get_gradients(detector: Detector, height: int, width: int) -> Non
 
 def test_batch_norm_momentum_is_set_everywhere() -> None:
     model = build(
-        2, "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "yolo.batch_norm_momentum=0.03"
+        2, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "model.batch_norm_momentum=0.03"
     ).model
     momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(momenta) > 40 and set(momenta) == {0.03}
@@ -435,7 +438,7 @@ def test_batch_norm_momentum_is_set_everywhere() -> None:
 def test_settings_reach_the_parts() -> None:
     detector = build(
         2,
-        "yolo.backbone=mobilenet_v3_small",
+        "model.backbone=mobilenet_v3_small",
         "yolo.neck_channels=[24, 16, 8]",
         "yolo.ignore_threshold=0.6",
         "yolo.class_loss=cross_entropy",

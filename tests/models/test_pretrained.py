@@ -21,20 +21,20 @@ from detection.models.pretrained import load_pretrained
 from tests.support.paths import ARGS
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-SMALL = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
-LARGE = ["yolo.backbone=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
-TIMM = ["yolo.backbone=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
-TINY = ["yolo.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
+SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
+LARGE = ["model.backbone=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
+TIMM = ["model.backbone=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
+TINY = ["model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
 # Names by which torch's hub caches the weights in pytorch.org's list of torchvision models
 HUB_NAMES = {"small": "mobilenet_v3_small-047dcff4.pth", "large": "mobilenet_v3_large-8738ca79.pth"}
 
 
 def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int = 0) -> tuple[nn.Module, YoloSettings]:
     settings, _ = load_settings(
-        ARGS, words=[*words, f"yolo.pretrained={str(value).lower() if value is True else value}"]
+        ARGS, words=[*words, f"model.pretrained={str(value).lower() if value is True else value}"]
     )
     torch.manual_seed(seed)
-    return build_detector(settings.yolo, settings.evaluation, num_classes).model, settings.yolo
+    return build_detector(settings, num_classes).model, settings.yolo
 
 
 def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:
@@ -117,7 +117,7 @@ def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any
 
 def test_without_a_network(hub: Path) -> None:
     message = refuse(SMALL, True)
-    for word in ("https://download.pytorch.org/models/", HUB_NAMES["small"], "no way", "yolo.pretrained=FILE"):
+    for word in ("https://download.pytorch.org/models/", HUB_NAMES["small"], "no way", "model.pretrained=FILE"):
         assert word in message
 
 
@@ -198,7 +198,7 @@ def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
     write_darknet_weights(build(TINY)[0], tmp_path / "tiny.weights", Header())
     assert "darknet_tiny" in refuse(SMALL, tmp_path / "tiny.weights")
     torch.save(mobilenet_v3_small(weights=None).state_dict(), tmp_path / "small.pth")
-    assert "yolo.backbone=darknet_tiny starts from" in refuse(TINY, tmp_path / "small.pth")
+    assert "model.backbone=darknet_tiny starts from" in refuse(TINY, tmp_path / "small.pth")
     assert "darknet_tiny has no standard weights" in refuse(TINY, True, SettingsError)
 
 
@@ -342,7 +342,7 @@ def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(_builder, "load_state_dict_from_hf", fail)
     message = refuse(TIMM, True)
-    for word in ("timm/test_resnet", "HubIsAway: name resolution failed", "model.safetensors", "yolo.pretrained=FILE"):
+    for word in ("timm/test_resnet", "HubIsAway: name resolution failed", "model.safetensors", "model.pretrained=FILE"):
         assert word in message
 
 
@@ -355,7 +355,7 @@ def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
             "filters=18", "filters=18\nactivation=linear"
         )
     )
-    words = ["yolo.backbone=darknet_cfg", f"yolo.cfg={tmp_path / 'a.cfg'}"]
+    words = ["model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'a.cfg'}"]
     assert "darknet_cfg has no standard weights" in refuse(words, True, SettingsError)
     # a checkpoint of the same description for other classes
     source = save_run(tmp_path / "best.pt", words, 4, average=False)

@@ -27,7 +27,7 @@ SMALL = {
 def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype | None, frozen: bool) -> dict[str, Any]:
     """Two steps of two micro-batches; gradients of the last, weights, statistics, losses."""
     torch.manual_seed(0)
-    detector = build_detector(settings.yolo, settings.evaluation, 3).to(CPU, channels_last=True)
+    detector = build_detector(settings, 3).to(CPU, channels_last=True)
     if recomputed:
         recompute_backbone(detector.model)
     state = RunState(detector.model, settings.train, 10, build_scaler(CPU, dtype))
@@ -41,10 +41,10 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
             state.model, detector.criterion, state.optimizer, state.scaler, batches, lambda: autocast(CPU, dtype), CPU,
             None, state.statistics,
         )  # fmt: skip
-        state.average.update(state.model, number, result.finite)
+        state.ema.update(state.model, number, result.finite)
         found |= {f"{name} {number}": value for name, value in result.losses.items()}
     found |= {f"gradient {name}": value.grad for name, value in state.model.named_parameters()}
-    found |= {f"average {name}": value for name, value in state.average.model.state_dict().items()}
+    found |= {f"average {name}": value for name, value in state.ema.model.state_dict().items()}
     return found | state.model.state_dict()
 
 
@@ -56,13 +56,13 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
         (torch.bfloat16, False, []),
         (None, True, []),
         (None, False, ["train.encoder_batch_norm=frozen"]),
-        (None, False, ["yolo.batch_norm=darknet"]),
+        (None, False, ["model.batch_norm=darknet"]),
     ],
 )
 def test_every_number_is_the_same(
     default_settings: Callable[..., Settings], backbone: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
 ) -> None:
-    settings = default_settings(f"yolo.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
+    settings = default_settings(f"model.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
     plain = state_after_steps(settings, False, dtype, frozen)
     recomputed = state_after_steps(settings, True, dtype, frozen)
     assert list(plain) == list(recomputed)
@@ -75,8 +75,8 @@ def test_every_number_is_the_same(
 
 
 def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: Callable[..., Settings]) -> None:
-    settings = default_settings("yolo.backbone=darknet_tiny", *SMALL["darknet_tiny"])
-    model = build_detector(settings.yolo, settings.evaluation, 3).model
+    settings = default_settings("model.backbone=darknet_tiny", *SMALL["darknet_tiny"])
+    model = build_detector(settings, 3).model
     recompute_backbone(model)
     calls: list[nn.Module] = []
     block = model.backbone.stages[1][1]
@@ -94,7 +94,7 @@ def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
     settings = default_settings("train.batch_size=1")
     found = []
     for recomputed in (False, True):
-        detector = build_detector(settings.yolo, settings.evaluation, 3)
+        detector = build_detector(settings, 3)
         if recomputed:
             recompute_backbone(detector.model)
         estimate = estimate_memory(
@@ -113,5 +113,5 @@ def test_refusals_are_one_line(default_settings: Callable[..., Settings]) -> Non
             default_settings("train.activation_checkpointing=true", f"{other}=true")
     model = nn.Module()
     model.backbone = nn.Conv2d(3, 3, 1)
-    with pytest.raises(SettingsError, match="needs an backbone with stages"):
+    with pytest.raises(SettingsError, match="needs a backbone with stages"):
         recompute_backbone(model)

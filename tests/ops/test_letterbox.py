@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from detection.config.settings import Settings
-from detection.data.resize import INTERPOLATIONS, letterbox_image, resize_image
-from detection.data.transforms import Transform
-from detection.ops.letterbox import letterbox_geometry
+from detection.data.resize import INTERPOLATIONS, resize_image
+from detection.ops.letterbox import place_image
+from tests.support.detectors import letterbox_image, transform_of
 
 Load = Callable[..., Settings]
 DARKNET = INTERPOLATIONS["darknet"]
@@ -83,16 +83,16 @@ def test_the_resize_of_darknet_by_hand() -> None:
 )
 def test_sides_are_rounded_as_said(width, height, size, down, nearest) -> None:
     for rounding, expected in (("down", down), ("nearest", nearest)):
-        letterbox, *new = letterbox_geometry(width, height, size, True, rounding)
+        letterbox, *new = place_image(width, height, size, "letterbox", rounding)
         assert tuple(new) == expected
         assert (letterbox.left, letterbox.top) == ((size - new[0]) // 2, (size - new[1]) // 2)
         assert (letterbox.scale_x, letterbox.scale_y) == (new[0] / width, new[1] / height)
         image, same = letterbox_image(
-            np.zeros((height, width, 3), np.uint8), size, True, (9, 9, 9), cv2.INTER_LINEAR, rounding
+            np.zeros((height, width, 3), np.uint8), size, "letterbox", (9, 9, 9), cv2.INTER_LINEAR, rounding
         )
         assert same == letterbox
         assert (image[..., 0] == 0).any(axis=0).sum() == new[0] and (image[..., 0] == 0).any(axis=1).sum() == new[1]
-    assert letterbox_geometry(width, height, size, False, "down")[1:] == (size, size)
+    assert place_image(width, height, size, "squash", "down")[1:] == (size, size)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -102,14 +102,14 @@ def test_both_settings_reach_the_pixels(default_settings: Load, training: bool) 
     off = [f"data.augmentation.{name}.p=0" for name in sorted(names)]
     ramp = (np.arange(64) * 4).astype(np.uint8)[None, :, None].repeat(43, 0).repeat(3, 2)
     boxes = np.array([[0, 0, 64, 43]], np.float32)
-    words = ["data.interpolation=darknet", "data.letterbox_rounding=down", "data.fill=[1, 2, 3]"]
-    sample = Transform(default_settings(*off, *words).data, 32, 0, training)(ramp, boxes, np.array([0]), 0, 0, 0)
+    words = ["model.interpolation=darknet", "model.rounding=down", "model.fill=[1, 2, 3]"]
+    sample = transform_of(default_settings(*off, *words), 32, 0, training)(ramp, boxes, np.array([0]), 0, 0, 0)
     rows = np.flatnonzero((sample.image != (1, 2, 3)).any(axis=(1, 2)))
     assert (rows[0], len(rows)) == (5, 21)
     expected = [round(column * 63 / 31 * 4) for column in range(32)]
     assert np.abs(sample.image[10, :, 0].astype(int) - expected).max() <= 1
     assert sample.image[10, [0, -1], 0].tolist() == [0, 252]
     assert np.allclose(sample.boxes, [[0, 5, 32, 26]])
-    other = Transform(default_settings(*off, words[2]).data, 32, 0, training)(ramp, boxes, np.array([0]), 0, 0, 0)
+    other = transform_of(default_settings(*off, words[2]), 32, 0, training)(ramp, boxes, np.array([0]), 0, 0, 0)
     assert np.allclose(other.boxes, [[0, 5, 32, 27]])  # 21.5 to the nearest even number
     assert other.image[10, 0, 0] == 2  # half-way between the first two columns

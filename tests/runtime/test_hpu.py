@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.checkpoints import load_checkpoint
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.loaders import SMALLEST_BUCKET, build_training_loader, collate_samples
 from detection.data.sampler import TrainingBatchSampler
 from detection.errors import SettingsError
@@ -39,12 +38,13 @@ from detection.runtime.devices import (
 from detection.runtime.habana import LAZY_MODE, prepare_habana, wants_lazy
 from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
+from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
 
 STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
 SMALL = (
-    "data.fake=true", "data.num_workers=0", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small",
+    "data.fake=true", "data.num_workers=0", "model.num_classes=2", "model.backbone=mobilenet_v3_small",
     "yolo.neck_channels=[8,8,8]", "train.batch_size=2", "train.image_size=64",
 )  # fmt: skip
 ENTERED = "autocast hpu torch.bfloat16"
@@ -78,8 +78,8 @@ def real_steps(settings: Settings, steps: int) -> None:
     dtype = choose_precision(device, settings.run.precision)
     scaler = build_scaler(device, dtype)
     assert not scaler.is_enabled()
-    dataset, _ = build_datasets(settings.data, train.image_size, train.image_size, 0, settings.yolo.num_classes)
-    detector = build_detector(settings.yolo, settings.evaluation, 2).to(device, settings.run.channels_last)
+    dataset, _ = datasets_of(settings, train.image_size, train.image_size, 0, settings.model.num_classes)
+    detector = build_detector(settings, 2).to(device, settings.run.channels_last)
     assert detector.criterion is not None
     sampler = TrainingBatchSampler(len(dataset), train.batch_size, train.subdivisions, (0, steps), 0, train.image_size)
     batches = iter(build_training_loader(dataset, sampler, 0, torch.device("cpu")))
@@ -345,8 +345,8 @@ def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Se
         torch.rand(2).double()
     assert len(watch.found) == 3, "the watch itself"
     settings = default_settings(*SMALL, "run.device=cpu", "run.precision=bf16", f"yolo.loss={loss}")
-    detector = build_detector(settings.yolo, settings.evaluation, 2)
-    dataset, _ = build_datasets(settings.data, 64, 64, 0, 2)
+    detector = build_detector(settings, 2)
+    dataset, _ = datasets_of(settings, 64, 64, 0, 2)
     batch = collate_samples([dataset[(index, 0, 64)] for index in range(4)])
     batch["labels"][0, 0] = -2  # a crowd region
     optimizer = build_optimizer(detector.model.train(), settings.train)
@@ -365,7 +365,7 @@ def test_an_epoch_has_batches_of_few_shapes(
     drawn_dataset: Path, default_settings: Callable[..., Settings], resize_frequency: int
 ) -> None:
     settings = default_settings(f"data.root={drawn_dataset}", "data.num_workers=0")
-    dataset, _ = build_datasets(settings.data, 64, 64, 0, None)
+    dataset, _ = datasets_of(settings, 64, 64, 0, None)
     steps = 5  # of 2 images: 9 images do not fill the last batch of an epoch, the next epoch does
     sampler = TrainingBatchSampler(len(dataset), 2, 1, (0, steps), 0, 64, resize_frequency, (64, 128))
     shapes = set()

@@ -11,7 +11,7 @@ import pytest
 import anchor_creator
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
-from detection.models import build_model
+from detection.models.yolo.detector import build_model
 from tests.support import darknet_descriptions
 
 COCO = [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]
@@ -128,15 +128,15 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
     cfg.write_text(darknet_descriptions.yolov3_tiny(64))
     shapes = flat(OTHER)[:6]
     boxes = write_boxes(tmp_path / "boxes.json", shapes * 3)
-    words = (f"data.train_annotations={boxes}", "yolo.backbone=darknet_cfg", f"yolo.cfg={cfg}")
+    words = (f"data.train_annotations={boxes}", "model.backbone=darknet_cfg", f"model.cfg={cfg}")
     result = run(*words, "--output", tmp_path / "out")
     assert result.returncode == 0 and "stride 16: 20 x 20" in result.stdout
     assert "current = YOLOv3-tiny for COCO" in result.stdout
     settings, _ = load_settings(DEFAULTS, [tmp_path / "out" / "anchors.yaml"])
-    model = build_model(settings.yolo, 80)
+    model = build_model(settings.model, settings.yolo, 80)
     assert model.strides == (16, 32)
     assert [[list(anchor) for anchor in level] for level in model.anchors] == [shapes[:3], shapes[3:]]
-    assert (tmp_path / "out" / "anchors.cfg").read_text().strip() == (settings.yolo.cfg or "").strip()
+    assert (tmp_path / "out" / "anchors.cfg").read_text().strip() == (settings.model.cfg or "").strip()
     result = run(*words, "--per-level", 2, "--output", tmp_path / "other")
     assert result.returncode == 2 and "the Darknet description has 3,3" in result.stderr
 
@@ -149,7 +149,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
         (["data.train_annotations=broken.json"], 2, "broken.json"),
         (["data.train_annotations=few.json"], 2, "9 anchors need at least 9 distinct box shapes, found 2"),
         (["data.train_annotations=crowd.json"], 2, "no box to fit anchors to (2 crowd regions)"),
-        (["data.fake=true", "yolo.num_classes=3"], 2, "data.fake"),
+        (["data.fake=true", "model.num_classes=3"], 2, "data.fake"),
         (["--per-level", "3,3"], 2, "--per-level 3,3"),
         (["--per-level", "none"], 2, "--per-level none"),
         (["--per-level", "0"], 2, "--per-level 0"),

@@ -11,7 +11,7 @@ import batch_overfit
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = (
-    "run.device=cpu", "run.precision=off", "data.num_workers=0", "yolo.backbone=mobilenet_v3_small",
+    "run.device=cpu", "run.precision=off", "data.num_workers=0", "model.backbone=mobilenet_v3_small",
     "yolo.neck_channels=[32, 32, 32]", "train.image_size=96", "train.learning_rate=3e-3",
     "yolo.anchors=[[[16, 14], [22, 20]], [[40, 40]], [[90, 90]]]",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def test_augmentation_is_off_and_every_step_sees_the_same_pixels(run: Run, drawn
         (["--threshold", "1.5"], 2, "--threshold 1.5"),
         (["--images", "9"], 2, "only 6 training images have boxes"),
         (["yolo.nonsense=1"], 2, "yolo.nonsense"),
-        (["yolo.pretrained=gone.pth", "--images", "2"], 7, "gone.pth"),
+        (["model.pretrained=gone.pth", "--images", "2"], 7, "gone.pth"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, drawn_dataset: Path, arguments: list[str], code: int, part: str) -> None:

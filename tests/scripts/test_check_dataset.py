@@ -13,21 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import check_dataset
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
+from detection.contract import Anchors, Detector, Geometry
 from detection.data.annotation_file import sound_columns
 from detection.data.annotations import flatten_annotations
-from detection.data.build import build_datasets
 from detection.data.image_file import list_images, read_image
 from detection.dataset_checks.annotation_checks import check_annotations, check_categories, flatten_tolerantly
 from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.findings import KINDS, Findings
-from detection.dataset_checks.fit_checks import Network, check_fit
+from detection.dataset_checks.fit_checks import check_fit
 from detection.errors import DataError, DataReadError, UserError
-from detection.models import build_model
+from detection.models.yolo.detector import build_model
+from detection.models.yolo.fit import AnchorFit
 from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
+from tests.support.detectors import datasets_of
 
 Check = Callable[..., tuple[int, dict[str, Any], str, str]]
 NAMES = [fault.__name__ for fault in FAULTS]
@@ -153,9 +156,9 @@ def test_quick_sees_equal_files_of_one_name_in_both_splits(check: Check, tmp_pat
 def train_as_far_as_data_goes(words: list[str]) -> list[str]:
     """What yolo-v3/main.py does with a dataset: opens it, checks it, reads every image; the warnings of the plan."""
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *words])
-    sets = build_datasets(settings.data, 64, 64, 0, settings.yolo.num_classes)
-    network = Network(settings.yolo.anchors, (8, 16, 32), None, 64, 64)
-    warnings = check_before_training(*sets, settings.data, network)
+    sets = datasets_of(settings, 64, 64, 0, settings.model.num_classes)
+    detector = detector_with(settings.yolo.anchors, (8, 16, 32))
+    warnings = check_before_training(*sets, settings.data, settings.train, detector)
     for dataset in sets:
         for index in range(len(dataset)):
             sample = dataset[(index, 0, 0)]
@@ -176,7 +179,7 @@ def test_training_refuses_errors_and_nothing_else(tmp_path: Path, fault) -> None
         return
     warnings = train_as_far_as_data_goes(dataset.words)
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
-    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training, _ = datasets_of(settings, 64, 64, 0, None)
     for kind, split in expected:
         if kind in ("degenerate_box", "box_outside", "orphan_annotation"):
             assert list(training.annotations.counts.ids.values()) == [expected[kind, split]]
@@ -244,7 +247,7 @@ def test_links_may_be_allowed(check: Check, tmp_path: Path) -> None:
 def test_a_link_is_not_followed_in_the_middle_of_a_run_either(tmp_path: Path) -> None:
     dataset = Dataset(tmp_path / "data").write()
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
-    training, _ = build_datasets(settings.data, 64, 64, 0, None)
+    training, _ = datasets_of(settings, 64, 64, 0, None)
     path = dataset.path(dataset.content["training"]["images"][0])
     path.rename(tmp_path / "secret.png")
     path.symlink_to(tmp_path / "secret.png")
@@ -448,38 +451,46 @@ def annotations_of(boxes: list[list[float]], size: tuple[int, int] = (64, 64), l
     return flatten_annotations(content, "file.json")
 
 
+def detector_with(anchors: Anchors, strides: tuple[int, ...]) -> Detector:
+    """A detector that knows nothing but its anchors."""
+    nothing = torch.nn.Identity()
+    fit = AnchorFit(anchors, strides, [1.0] * len(strides))
+    return Detector(nothing, nothing, nothing, Geometry(strides[-1]), check_fit=fit)
+
+
 def test_fit_by_hand(default_settings) -> None:
     """A 128 x 128 image in a 64 px network: everything is halved."""
-    network = Network(((((10.0, 10.0)),), (((40.0, 40.0)),)), (8, 16), None, 64, 32)
+    network = detector_with((((10.0, 10.0),), ((40.0, 40.0),)), (8, 16))
+    words = ("train.image_size=64", "train.resize_frequency=1", "train.multiscale_sizes=[32, 64]")
+    train = default_settings(*words).train
     # 20x20 -> 10x10: IoU 1 with the first anchor; 40x40 -> 20x20: 100/400 and 400/1600, both 0.25, the first wins;
     # 7x20 -> 3.5x10: 35/100, and at the smallest size 1.75 px wide: tiny
     annotations = annotations_of([[0, 0, 20, 20], [50, 50, 40, 40], [100, 0, 7, 20]], (128, 128))
     findings = Findings()
-    numbers = check_fit(annotations, network, default_settings().data, "training", findings)
+    numbers, _ = check_fit(annotations, network, train, "training", findings)
     assert numbers["mean_best_iou"] == pytest.approx((1 + 0.25 + 0.35) / 3)
     assert numbers["recall_at_iou_0.5"] == pytest.approx(1 / 3)
     assert findings["tiny_box"] == [3] and findings["poor_anchors"] == findings["shared_prediction"] == []
-    check_fit(annotations_of([[50, 50, 40, 40]], (128, 128)), network, default_settings().data, "training", findings)
+    check_fit(annotations_of([[50, 50, 40, 40]], (128, 128)), network, train, "training", findings)
     assert findings["poor_anchors"] == ["yolo.anchors"]
 
 
 def test_the_letterbox_is_part_of_the_fit(default_settings) -> None:
     """128 x 64 in 64 px: scale 0.5, 16 px of border above; two centres share a cell of 8 px only with it."""
-    network = Network(((((10.0, 10.0)),),), (8,), None, 64, 64)
+    network = detector_with((((10.0, 10.0),),), (8,))
+    train = default_settings("train.image_size=64").train
     # centres y 12 and 20 -> 6 and 10 without the border: rows 0 and 1; the border of 16 px keeps the rows apart
     apart = annotations_of([[0, 2, 20, 20], [0, 10, 20, 20]], (128, 64))
     # y 18 and 28 -> 9 + 16 = 25 and 14 + 16 = 30: both row 3
     together = annotations_of([[0, 8, 20, 20], [0, 18, 20, 20]], (128, 64))
     for annotations, expected in ((apart, []), (together, [1])):
         findings = Findings()
-        check_fit(annotations, network, default_settings().data, "training", findings)
+        check_fit(annotations, network, train, "training", findings)
         assert findings["shared_prediction"] == expected
 
 
 def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> None:
     """The doctor's list against the rule of the loss itself."""
-    import torch
-
     from detection.models.yolo.darknet_loss import assign_targets
     from detection.models.yolo.grid import anchor_table
 
@@ -497,10 +508,10 @@ def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> No
     assignment = assign_targets(boxes, torch.zeros(1, 60, dtype=torch.int64), table)
     lost = annotations.annotation_ids[~assignment.last[0].numpy()].tolist()
     assert 5 < len(lost) < 55
-    settings, _ = load_settings(DEFAULTS)
+    train = load_settings(DEFAULTS, words=["train.image_size=64"])[0].train
     findings = Findings()
-    network = Network(tuple(tuple(map(tuple, level.tolist())) for level in levels), (8, 16), None, 64, 64)
-    check_fit(annotations, network, settings.data, "training", findings)
+    network = detector_with(tuple(tuple(map(tuple, level.tolist())) for level in levels), (8, 16))
+    check_fit(annotations, network, train, "training", findings)
     assert findings["shared_prediction"] == sorted(lost)
 
 

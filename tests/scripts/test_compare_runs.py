@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import compare_runs
-from detection.training.loggers import RunLogger
+from tests.support.run_logging import logging_to
 
 Run = Callable[..., Any]
 AP50 = {"A": [0.2, 0.5, 0.4], "B": [0.1, 0.3, 0.6]}
@@ -29,11 +29,11 @@ def two_runs(tmp_path: Path) -> list[Path]:
 
 
 def write_run(directory: Path, name: str, images_per_step: int) -> Path:
-    with RunLogger(directory) as logger:
+    with logging_to(directory) as logger:
         logger.line(f"batch       1 x 1 subdivisions x 1 process = {images_per_step} images per step", show=False)
         for number, ap50 in enumerate(AP50[name], start=1):
             step = 10 * number
-            logger.scalars(
+            logger.log(
                 step,
                 {
                     "train/loss": 100.0 / number,
@@ -153,6 +153,7 @@ def test_run_of_other_columns(run: Run, tmp_path: Path) -> None:
 def test_images_of_a_step_come_from_the_settings_where_the_log_is_silent(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "run", "A", 8)
     (directory / "train.log").unlink()
+    (directory / "args.yaml").unlink()
     assert compare_runs.read_run(directory, "run").images_per_step is None
     (directory / "args.yaml").write_text("train: {batch_size: 4, subdivisions: 3}")
     assert compare_runs.read_run(directory, "run").images_per_step == 12

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 import convert_dataset
-from detection.data.build import build_datasets
 from detection.data.image_file import read_image
+from tests.support.detectors import datasets_of
 
 Run = Callable[..., Any]
 RED = (255, 0, 0)
@@ -314,7 +314,7 @@ def test_the_result_trains_from_its_root_alone(run: Run, tmp_path: Path, default
     lay_out(tmp_path / "set", {**TWO_SPLITS, "classes.txt": "cat\ndog\n", "images/train/empty.jpg": ""})
     assert run("set").returncode == 0
     settings = default_settings(f"data.root={tmp_path / 'out'}", "data.strict=true")
-    training, validation = build_datasets(settings.data, 64, 64, 0, None)
+    training, validation = datasets_of(settings, 64, 64, 0, None)
     assert (len(training), len(validation)) == (2, 1)
     assert training.annotations.categories.names == ("cat", "dog")
     assert training[0].labels.tolist() == [0] and validation[0].labels.tolist() == [1]
@@ -586,7 +586,7 @@ def test_images_are_linked_copied_or_left(
         assert os.path.samefile(source, target) == (kind == "link")
     words = re.search(r"train with (.*)", result.stdout).group(1).split()
     monkeypatch.chdir(tmp_path)
-    training, validation = build_datasets(default_settings(*words).data, 64, 64, 0, None)
+    training, validation = datasets_of(default_settings(*words), 64, 64, 0, None)
     assert training.load_image(0).shape == validation.load_image(0).shape == (20, 10, 3)
 
 

@@ -17,7 +17,7 @@ from detection.training.step import train_step
 from detection.training.throughput import Meter
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
+WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
 
 
 def make_batch(size: int = 64) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def make_batch(size: int = 64) -> dict[str, Any]:
 def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -> Callable[[], None]:
     """Two micro-batches, clipping, the EMA and what the loop keeps of the step."""
     torch.manual_seed(0)
-    detector = build_detector(settings.yolo, settings.evaluation, 3).to(device, channels_last=True)
+    detector = build_detector(settings, 3).to(device, channels_last=True)
     state = RunState(detector.model, settings.train, 10, build_scaler(device, torch.bfloat16))
     set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     meter, batches = Meter(4), [make_batch(), make_batch()]
@@ -44,7 +44,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
             state.model, detector.criterion, state.optimizer, state.scaler, batches,
             lambda: autocast(device, torch.bfloat16), device, settings.train.clip_norm, state.statistics,
         )  # fmt: skip
-        state.average.update(state.model, state.step, result.finite)
+        state.ema.update(state.model, state.step, result.finite)
         state.skipped.add(state.step, result)
         meter.add(result)
         state.step += 1
@@ -61,7 +61,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
         *(([f"train.optimizer={name}", "train.clip_norm=0.1"], False) for name in ("adam", "adamw", "sgd")),
         (["train.clip_norm=null"], False),
         (["train.encoder_batch_norm=frozen"], False),
-        (["yolo.batch_norm=darknet"], True),
+        (["model.batch_norm=darknet"], True),
     ],
 )
 def test_no_host_read_in_a_whole_step(

@@ -25,11 +25,14 @@ import torch
 import yaml
 from torchvision.models import mobilenet_v3_small
 
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import load_settings
 from detection.errors import CheckpointError, exit_with_message
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime.devices import choose_precision
 from detection.training.console import plan_lines
-from tests.support.training_runs import MAIN, ROOT, first_difference, load_main
+from tests.support.paths import MAIN, REPOSITORY
+from tests.support.training_runs import first_difference, load_main
 
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
@@ -156,10 +159,10 @@ class Scenarios:
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
-        # Other features than in the first pair: SGD's momentum, cosine restarts, an backbone frozen for some steps.
+        # Other features than in the first pair: SGD's momentum, cosine restarts, a backbone frozen for some steps.
         self.bf16: list[str | Path] = [
             *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
-            "train.encoder_learning_rate_factor=0.5", "train.encoder_batch_norm=frozen",
+            "train.backbone_learning_rate_factor=0.5", "train.backbone_batch_norm=frozen",
             "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
         ]  # fmt: skip
         # (rows in metrics.jsonl, seconds more): the first after the evaluation of step 5, whose row is the sixth, has
@@ -248,7 +251,7 @@ class Scenarios:
         return run(self.base, *self.common, f"data.root={data}", "--output", self.base / "hole")
 
     def fake(self) -> Result:
-        words = ["data.fake=true", "yolo.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
+        words = ["data.fake=true", "model.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
         directory = self.base / "fake"
         directory.mkdir()
         return run(directory, "--config", self.overlay, *words, "evaluation.batch_size=16")
@@ -439,7 +442,7 @@ def test_damaged_checkpoint(scenarios: Scenarios) -> None:
 
 def test_no_data(scenarios: Scenarios) -> None:
     assert_refused(scenarios["no_data"], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
-    assert (ROOT / "recipes" / "quickstart.yaml").is_file()
+    assert (REPOSITORY / "recipes" / "quickstart.yaml").is_file()
 
 
 def test_unknown_setting(scenarios: Scenarios) -> None:
@@ -516,8 +519,8 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     module = load_main()
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(OVERLAY))
-    words = ["data.fake=true", "yolo.num_classes=3", "yolo.pretrained=gone.pth"]
-    settings, _ = module.load_settings(module.DEFAULTS, [tmp_path / "overlay.yaml"], words)
+    words = ["data.fake=true", "model.num_classes=3", "model.pretrained=gone.pth"]
+    settings, _ = load_settings(DEFAULTS, [tmp_path / "overlay.yaml"], words)
     alone = module.join_ranks(settings)
     with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
         module.Run(settings, alone, fresh=True)

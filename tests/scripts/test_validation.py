@@ -1,9 +1,10 @@
-"""validation.py: what it finds out about a detector, thresholds in one pass, detectors side by side.
+"""validation.py: error analysis, the official program's check, thresholds in one pass, detectors side by side.
 
 What the numbers of a single run must be is in test_weights.py; the network is the one made there.
 """
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import pytest
 
 import validation
 from detection.data.annotations import flatten_annotations
-from detection.data.build import build_datasets, keep_evenly
+from detection.data.build import keep_evenly
 from detection.errors import SettingsError
+from detection.evaluation import pycocotools_check
+from detection.evaluation.coco_metric import score
 from detection.evaluation.comparison import check_same_data
+from detection.evaluation.pycocotools_check import check_with_pycocotools, estimate_seconds
 from tests.support.darknet_files import CFG, NAMES, Files, Run, known_weights
-from tests.support.evaluation_cases import annotate, coco_content
+from tests.support.detectors import datasets_of
+from tests.support.evaluation_cases import annotate, coco_content, detect, ground_truth_as_detections
 
 WEIGHTS = ("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
 
@@ -63,6 +68,43 @@ def test_everything_is_written(files: Files, run: Run) -> None:
     assert len(points) == 1 + 4 * 1000 and points[1][0] == "mean"
 
 
+def test_the_official_program_agrees_or_the_exit_code_is_1(
+    files: Files, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A value that no longer exists is read as the default, with a notice.
+    code, out, err = run(*WEIGHTS, "evaluation.backend=faster_coco_eval", "--output", "good")
+    assert (code, err) == (0, "") and out.count("pycocotools gives the same twelve numbers") == 1
+    assert "evaluation.backend=faster_coco_eval no longer exists and is read as arrays" in out
+    check = json.loads((files.root / "good" / "metrics.json").read_text())["pycocotools"]
+    assert check["agrees"] is True and check["differences"] == {} and check["seconds"] > 0
+
+    def wrong(*arguments: Any) -> Any:
+        scores = score(*arguments)
+        return dataclasses.replace(scores, metrics=scores.metrics | {"AP75": 0.25, "APl": 0.5})
+
+    monkeypatch.setattr(pycocotools_check, "score", wrong)
+    code, out, err = run(*WEIGHTS, "--output", "bad")
+    assert code == 1 and err.count("\n") == 1 and "pycocotools disagrees with arrays: AP75" in err
+    metrics = json.loads((files.root / "bad" / "metrics.json").read_text())  # written all the same
+    assert metrics["pycocotools"]["agrees"] is False
+    assert metrics["pycocotools"]["differences"] == {"AP75": 0.25, "APl": 0.5}
+
+
+def test_the_official_program_is_not_asked_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    annotations = annotate([(1, 1, [0.0, 0.0, 9.0, 9.0]), (2, 90, [0.0, 0.0, 9.0, 9.0])], images=2)
+    detections = ground_truth_as_detections(annotations)
+    # 2 images x 3 classes, 2 of these pairs occupied, 2 detections, 2 pairs of boxes
+    assert estimate_seconds(annotations, detections) == pytest.approx(6 * 1.3e-5 + 2 * (1.5e-4 + 3e-5 + 7e-6))
+    # only the best 100 detections of an image and class count
+    many, most = (detect([(0, 0, [0.0, 0.0, 9.0, 9.0], 0.5)] * count) for count in (100, 1000))
+    assert estimate_seconds(annotations, many) == estimate_seconds(annotations, most)
+    metrics = score(annotations, detections, "arrays").metrics
+    monkeypatch.setattr(pycocotools_check, "MAX_SECONDS", 0)
+    check, line = check_with_pycocotools(annotations, detections, metrics, "arrays")
+    assert check["agrees"] is None and "evaluation.backend=pycocotools" in line
+    assert check_with_pycocotools(annotations, detections, metrics, "pycocotools")[0]["agrees"] is True
+
+
 def test_deviations_are_named(files: Files, run: Run) -> None:
     words = ["--score", "objectness", "evaluation.max_images=2", "evaluation.iou_threshold=0.6"]
     (files.root / "val" / "3.png").unlink()  # images 1 and 2 of 3 are chosen; the other one is not read
@@ -81,9 +123,8 @@ def test_deviations_are_named(files: Files, run: Run) -> None:
 
 
 def test_images_are_spread_evenly(default_settings: Any) -> None:
-    settings = default_settings("data.fake=true", "yolo.num_classes=3")
-    arguments = (settings.data, 64, 64, 0, 3)
-    whole, part = build_datasets(*arguments)[1], build_datasets(*arguments, max_validation_images=5)[1]
+    settings = default_settings("data.fake=true", "model.num_classes=3")
+    whole, part = (datasets_of(settings, 64, 64, 0, 3, most)[1] for most in (None, 5))
     assert len(whole) == 64 and len(part) == 5
     assert part.annotations.image_ids.tolist() == [1, 13, 26, 39, 52]  # 64 / 5 = 12.8 apart
     for place, index in enumerate((0, 12, 25, 38, 51)):
@@ -191,7 +232,7 @@ def test_pictures_are_shown_after_they_were_written(
         ([*WEIGHTS, "--confidence", "0.1", "1e-1"], "--confidence 1e-1: occurs twice"),
         ([*WEIGHTS, "--confidence", "0.1", "evaluation.confidence_threshold=0.2"], "contradict"),
         ([*WEIGHTS, "evaluation.max_images=0"], "evaluation.max_images"),
-        ([*WEIGHTS, "evaluation.score=class"], "evaluation.score"),
+        ([*WEIGHTS, "yolo.score=class"], "yolo.score"),
     ],
 )
 def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:

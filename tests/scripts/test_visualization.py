@@ -342,7 +342,7 @@ def test_loader_is_told_how_to_collate(drawn_dataset: Path) -> None:
         (["--show"], 2, "--show: there is no display"),
         (["data.root=/nowhere"], 2, "/nowhere"),
         (["data.train_annotations=annotations"], 2, "annotations"),
-        (["data.fake=true", "yolo.num_classes=2"], 2, "data.fake"),
+        (["data.fake=true", "model.num_classes=2"], 2, "data.fake"),
         (["run.seed=x"], 2, "run.seed"),
     ],
 )

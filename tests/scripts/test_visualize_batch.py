@@ -12,18 +12,18 @@ import torch
 
 import visualize_batch
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows, values_of
-from detection.visualization.target_pictures import assigned_predictions, draw_level
+from detection.visualization.target_pictures import draw_level
+from tests.support.detectors import datasets_of, geometry_of
 from tests.support.training_runs import load_main
 
 Run = Callable[..., Any]
 FILL = [124, 116, 104]
 SMALL = (
-    "run.device=cpu", "data.num_workers=0", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
+    "run.device=cpu", "data.num_workers=0", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]",
     "train.image_size=96", "train.batch_size=4", "evaluation.image_size=96",
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_what_is_printed_repeats_it(
     content = content_of(tmp_path)
     assert "optimizer step 2: 4 images of 96 px, seed 0; 3 drawn" in result.stdout and len(content["images"]) == 3
     settings = default_settings(*SMALL, f"data.root={drawn_dataset}")
-    dataset, _ = build_datasets(settings.data, 96, 96, 0, None)
+    dataset, _ = datasets_of(settings, 96, 96, 0, None)
     for row in content["images"]:
         sample = dataset[row["index"], row["epoch"], row["size"]]
         assert np.array(row["boxes"]).reshape(-1, 4) == pytest.approx(sample.boxes, abs=1e-3)
@@ -123,7 +123,7 @@ LABELS = torch.tensor([[1, 0, 1, -2, -1]])
 
 def rows_of(criterion_name: str, boxes: torch.Tensor, labels: torch.Tensor) -> list[tuple]:
     criterion = CRITERIA[criterion_name](ANCHORS, [8, 16, 32], 0.5)
-    found = assigned_predictions(criterion, boxes, labels, 64)
+    found = criterion.assigned_predictions(boxes, labels, 64)
     return [(e.image, e.gt, e.level, e.anchor, e.anchor_size, e.column, e.row, e.overruled) for e in found]
 
 
@@ -154,7 +154,7 @@ def test_assignment_of_mmdetection_by_hand() -> None:
 def test_level_is_drawn_where_it_lies() -> None:
     """640 px: ten times 64, so cell (1, 1) of stride 16 is 160..320 and its anchor of 18 px 150..330."""
     criterion = CRITERIA["darknet"](ANCHORS, [8, 16, 32], 0.5)
-    found = [entry for entry in assigned_predictions(criterion, BOXES, LABELS, 64) if entry.level == 1]
+    found = [entry for entry in criterion.assigned_predictions(BOXES, LABELS, 64) if entry.level == 1]
     picture = draw_level(np.zeros((64, 64, 3), np.uint8), BOXES[0].numpy(), LABELS[0].numpy(), "ab", found, 16, "title")
     picture = picture[-640:]
     inside, grid, outside = picture[250, 200], picture[400, 480], picture[400, 400]
@@ -184,7 +184,7 @@ def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
 
 
 def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
-    words = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
+    words = ("model.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]")
     assert run("--targets", "--split", "val", *words).returncode == 0
     assert cv2.imread(str(tmp_path / "out" / "targets.png")).shape[1] == 2 * (96 * 7 + 6) + 6
     strides = {target["stride"] for row in content_of(tmp_path)["images"] for target in row["targets"]}
@@ -193,7 +193,7 @@ def test_targets_of_two_levels(run: Run, tmp_path: Path) -> None:
 
 def test_targets_of_a_darknet_description(run: Run, tmp_path: Path, shared_weights) -> None:
     cfg = shared_weights("yolo-fastest-1.1-xl.cfg")
-    result = run("--targets", "yolo.backbone=darknet_cfg", f"yolo.cfg={cfg}")
+    result = run("--targets", "model.backbone=darknet_cfg", f"model.cfg={cfg}")
     assert result.returncode == 0 and "level 1, stride 32" in result.stdout, result.stderr
     sizes = {tuple(target["anchor_size"]) for row in content_of(tmp_path)["images"] for target in row["targets"]}
     # from the file's own line: anchors = 12, 18,  37, 49,  52,132, 115, 73, 119,199, 242,238
@@ -241,9 +241,11 @@ def sheet(default_settings: Callable[..., Settings]) -> Callable[..., dict[tuple
     image[90:, 80:] = 0  # not symmetric
 
     def made(name: str, *words: str) -> dict[tuple[str, str], Any]:
-        data = default_settings(*words).data
+        settings = default_settings(*words)
         boxes = np.array([[30, 30, 70, 70]], np.float32)
-        rows = strength_rows(data, name, 100, 0, image, boxes, np.array([0]), 0, draws=3)
+        rows = strength_rows(
+            settings.data.augmentation, geometry_of(settings), name, 100, 0, image, boxes, np.array([0]), 0, draws=3
+        )
         return {(tile.setting, tile.value): tile.sample for row in rows for tile in row}
 
     return made
@@ -316,7 +318,7 @@ def test_transform_is_written(run: Run, tmp_path: Path) -> None:
 
 
 def test_synthetic_data_has_batches_too(run: Run, tmp_path: Path) -> None:
-    assert run("data.fake=true", "yolo.num_classes=2").returncode == 0
+    assert run("data.fake=true", "model.num_classes=2").returncode == 0
     assert len(content_of(tmp_path)["images"]) == 4
 
 
@@ -332,7 +334,7 @@ def test_synthetic_data_has_batches_too(run: Run, tmp_path: Path) -> None:
         (["--images", "0"], 2, "--images 0"),
         (["--step", "-1"], 2, "--step -1"),
         (["--split", "val", "--step", "1"], 2, "4 validation images make batches 0 to 0"),
-        (["--targets", "yolo.backbone=darknet_tiny"], 2, "yolo.anchors"),
+        (["--targets", "model.backbone=darknet_tiny"], 2, "yolo.anchors"),
         (["--show"], 2, "--show: there is no display"),
         (["data.root=/nowhere"], 2, "/nowhere"),
     ],

@@ -17,7 +17,7 @@ from PIL import Image
 WIDTH, HEIGHT = 64, 48
 BOX = [20, 14, 20, 20]
 WORDS = (  # the anchors fit BOX, and 64 px is the images' own size: nothing is to be said of the sound dataset
-    *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "yolo.backbone=mobilenet_v3_small"),
+    *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "model.backbone=mobilenet_v3_small"),
     *("yolo.neck_channels=[8, 8, 8]", "yolo.anchors=[[[20, 20]], [[40, 40]], [[60, 44]]]"),
 )
 FOLDERS = {"training": "train", "validation": "val"}
@@ -211,7 +211,7 @@ def other_category_ids(d: Dataset) -> Expected:
 
 
 def wrong_class_count(d: Dataset) -> Expected:
-    d.words.append("yolo.num_classes=80")
+    d.words.append("model.num_classes=80")
     return {("wrong_class_count", "training"): ["2, not 80"]}
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import albumentations  # noqa: F401  (imported later by what is forked, once per process)
 import cv2
-import faster_coco_eval  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -132,18 +131,19 @@ class Run:
 
 
 def at_step(main: ModuleType, step: int, action: Callable[[], None]) -> None:
-    """Do something at the start of an optimizer step, numbered from 0, when what was saved before is on the disk."""
-    take_step = main.Run.take_step
+    """Do something in an optimizer step, numbered from 0, when its batches are there and all before is saved."""
+    next_batches = main.Supervisor.next_batches
 
-    def step_with_fault(run: Any, state: Any, *arguments: Any, **keywords: Any) -> Any:
-        if state.step == step and not keywords.get("discard"):
+    def next_batches_and_fault(supervisor: Any, count: int) -> Any:
+        batches = next_batches(supervisor, count)
+        if supervisor.step == step:
             for thread in threading.enumerate():
                 if thread.name == "checkpoint writer":
                     thread.join()
             action()
-        return take_step(run, state, *arguments, **keywords)
+        return batches
 
-    main.Run.take_step = step_with_fault
+    main.Supervisor.next_batches = next_batches_and_fault
 
 
 def die() -> None:

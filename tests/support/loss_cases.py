@@ -15,6 +15,8 @@ from torch import Tensor
 
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
+from detection.models.yolo.grid import flatten_levels
+from detection.models.yolo.head import HeadLayout
 
 WIDTH, HEIGHT = 96, 64  # pixels of the network input, where a case does not say otherwise
 LEVELS = {
@@ -254,3 +256,11 @@ def darknet_deltas(case: Case) -> list[Tensor]:
                     delta[5 + number] = 1 - sigmoid(raw[5 + number])
             seen.add(place)
     return deltas
+
+
+def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:
+    """Boxes of one level as its head decodes them, (B, A, H, W, X) to (B, A, H, W, 4)."""
+    layout = HeadLayout([anchors.tolist()], [stride], [scale_xy], new_coords)
+    batch, count, rows, columns = raw.shape[:4]
+    boxes = layout.decode(flatten_levels([raw]), [(rows, columns)])
+    return boxes.view(batch, rows, columns, count, 4).permute(0, 3, 1, 2, 4)

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from tests.support.paths import REPOSITORY
+
 TESTS = Path(__file__).resolve().parent
 STEPS = 10
 OVERLAY: dict[str, Any] = {
@@ -38,7 +40,7 @@ def start(processes: int, directory: Path, *arguments: str | Path, fault: str = 
     return subprocess.Popen(
         command(processes, fault, words),
         cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

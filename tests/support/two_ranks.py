@@ -1,6 +1,7 @@
-"""Started by torchrun in tests: yolo-v3/main.py with all batch-norm layers frozen, so that the number of processes changes
-no number. The first argument is a fault: of rank 1 at step 2, raise, kill or hang, or hang_in_evaluation; of
-rank 0, slow_evaluation; or none.
+"""Started by torchrun in tests: yolo-v3/main.py with all batch-norm layers frozen.
+
+So the number of processes changes no number. The first argument is a fault: raise, kill or hang of rank 1 at step 2, or
+its hang_in_evaluation; slow_evaluation of rank 0; or none.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import time
 import pytest
 import torch
 
+from detection.training import evaluation
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
 
@@ -31,7 +33,7 @@ def main() -> None:
     module = load_main()
     if "FAULTS_GUARD_OFF" in os.environ:
         switch_off(*json.loads(os.environ["FAULTS_GUARD_OFF"]), pytest.MonkeyPatch())
-    set_frozen, take_step = module.set_backbone_frozen, module.Run.take_step
+    set_frozen, next_batches = module.set_backbone_frozen, module.Supervisor.next_batches
 
     def freeze_all(model, frozen, batch_norm="train"):
         set_frozen(model, frozen, batch_norm)
@@ -39,15 +41,15 @@ def main() -> None:
             if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
                 part.eval()
 
-    def faulty_step(run, state, *arguments, **keywords):
-        if run.ranks.rank == 1 and state.step == 2:
+    def faulty_batches(supervisor, count):
+        if supervisor.run.ranks.rank == 1 and supervisor.step == 2:
             if fault == "raise":
                 raise ValueError("a bug in rank 1")
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "hang":
                 time.sleep(1000)
-        return take_step(run, state, *arguments, **keywords)
+        return next_batches(supervisor, count)
 
     def slow_score(*arguments):
         time.sleep(15)
@@ -58,12 +60,12 @@ def main() -> None:
             time.sleep(1000)
         return run_inference(*arguments, **keywords)
 
-    compute_metrics, run_inference = module.compute_metrics, module.run_inference
+    compute_metrics, run_inference = evaluation.compute_metrics, evaluation.run_inference
     if fault == "hang_in_evaluation":
-        module.run_inference = hanging_find
+        evaluation.run_inference = hanging_find
     if fault == "slow_evaluation":
-        module.compute_metrics = slow_score
-    module.set_backbone_frozen, module.Run.take_step = freeze_all, faulty_step
+        evaluation.compute_metrics = slow_score
+    module.set_backbone_frozen, module.Supervisor.next_batches = freeze_all, faulty_batches
     module.exit_with_message(module.main, module.OUT_OF_MEMORY)
 
 

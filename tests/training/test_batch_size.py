@@ -129,9 +129,9 @@ def test_a_tried_step_has_everything_and_changes_nothing(
 ) -> None:
     settings = default_settings(
         "train.image_size=64", "train.subdivisions=4", "train.ema_decay=0.9", "train.learning_rate=0.1",
-        "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
     )  # fmt: skip
-    detector = build_detector(settings.yolo, settings.evaluation, 2)
+    detector = build_detector(settings, 2)
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
     state, real, taken = torch.get_rng_state(), batch_size.train_step, []
 
@@ -175,7 +175,7 @@ def test_what_is_found_on_cuda_trains(default_settings: Callable[..., Settings])
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     settings = default_settings("train.batch_size=auto", "train.image_size=608")
-    detector = build_detector(settings.yolo, settings.evaluation, 80).to(torch.device("cuda"), channels_last=True)
+    detector = build_detector(settings, 80).to(torch.device("cuda"), channels_last=True)
     number, line = find_batch_size(
         detector, settings, alone(), 1000, contextlib.nullcontext, lambda: build_scaler(torch.device("cuda"), None)
     )
@@ -198,7 +198,7 @@ def main(run_script: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: Path) -> None:
     words = (
-        "data.fake=true", "yolo.num_classes=2", "yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "data.fake=true", "model.num_classes=2", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
         "train.image_size=64", "evaluation.image_size=64", "train.subdivisions=32", "train.steps=1",
         "data.num_workers=0", "run.device=cpu", "evaluation.max_images=2",
     )  # fmt: skip
@@ -216,9 +216,9 @@ def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: 
 
 
 def test_a_profile_needs_a_run(main: Callable[..., Any], tmp_path: Path) -> None:
-    result = main("--profile", "--dry-run", "data.fake=true", "yolo.num_classes=2")
+    result = main("--profile", "--dry-run", "data.fake=true", "model.num_classes=2")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "--profile belongs to a run, not to --dry-run\n"
+    assert result.stderr == "--dry-run and --profile are both given\n"
 
 
 def test_other_scripts_ask_for_a_number(run_script: Callable[..., Any]) -> None:

@@ -50,10 +50,10 @@ def test_weights_and_first_output() -> None:
     with torch.no_grad():
         model.second.weight[0, 0] = math.inf
     lines = diagnose(model)
-    assert lines[0] == "weights that are non-finite: second.weight"
-    assert lines[1] == "first output that is non-finite: of second"
+    assert lines[0] == "non-finite weights: second.weight"
+    assert lines[1] == "first non-finite output: of second"
     assert lines[2].startswith("loss: loss_box = ")
-    assert any(line.startswith("gradients that are non-finite: ") and "first.weight" in line for line in lines)
+    assert any(line.startswith("non-finite gradients: ") and "first.weight" in line for line in lines)
 
 
 def test_the_image_is_named() -> None:
@@ -72,7 +72,7 @@ def test_statistics_that_the_replay_itself_breaks_are_not_called_the_cause() -> 
     model.forward = forward
     lines = diagnose(model)
     assert not model[1].running_var.isfinite().all(), "now they are"
-    assert lines[0] == "first output that is non-finite: of 0"
+    assert lines[0] == "first non-finite output: of 0"
 
 
 # What a checkpoint of a run must have.

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from detection.config.loading import load_settings
-from detection.data.build import build_datasets
 from detection.data.loaders import build_evaluation_loader, collate_samples
 from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
@@ -15,6 +14,7 @@ from detection.runtime.devices import autocast, build_scaler, choose_precision
 from detection.runtime.reproducibility import seed_everything
 from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
+from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
 
 COCO_MINI = REPOSITORY.parent / "shared" / "data" / "coco_mini"
@@ -44,11 +44,11 @@ def test_darknet53_overfits_one_batch_of_coco(tmp_path, capsys):
         build_scaler(device, None),
         functools.partial(autocast, device, choose_precision(device, "auto")),
     )
-    _, dataset = build_datasets(settings.data, 320, 320, seed=0, num_classes=80)
+    _, dataset = datasets_of(settings, 320, 320, seed=0, num_classes=80)
     batch = collate_samples([dataset[index] for index in range(8)])  # letterbox only: the same pixels in every step
 
     seed_everything(0)
-    detector = build_detector(settings.yolo, settings.evaluation, 80).to(device, channels_last=True)
+    detector = build_detector(settings, 80).to(device, channels_last=True)
     optimizer = build_optimizer(detector.model, settings.train)
     ap50 = 0.0
     for step in range(240):

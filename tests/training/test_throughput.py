@@ -41,15 +41,15 @@ class TwoConvolutions(nn.Module):
 
 def test_operations_by_hand() -> None:
     # per pixel: a quarter has 8 outputs of 3 * 9 products, a sixteenth 5 of 8; two operations each; backward is twice
-    assert flops_per_pixel(TwoConvolutions()) == pytest.approx(3 * 2 * (8 * 27 / 4 + 5 * 8 / 16))
+    assert flops_per_pixel(TwoConvolutions(), 4) == pytest.approx(3 * 2 * (8 * 27 / 4 + 5 * 8 / 16))
 
 
 def test_operations_of_darknet_53_are_the_published_ones(default_settings: Callable[..., Settings]) -> None:
     """65.86 billion at 416 px for YOLOv3 on COCO (the table of https://pjreddie.com/darknet/yolo), forward."""
     settings = default_settings()
-    model = build_detector(settings.yolo, settings.evaluation, 80).model.train()
+    model = build_detector(settings, 80).model.train()
     before = model.get_buffer("backbone.stem.1.running_mean").clone()
-    assert flops_per_pixel(model) * 416**2 / 3 == pytest.approx(65.86e9, rel=0.01)
+    assert flops_per_pixel(model, 32) * 416**2 / 3 == pytest.approx(65.86e9, rel=0.01)
     assert model.training and torch.equal(model.get_buffer("backbone.stem.1.running_mean"), before)
 
 

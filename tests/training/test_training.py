@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.config.settings import Settings, TrainSettings
 from detection.contract import Detector
-from detection.data.build import build_datasets
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
 from detection.runtime.devices import autocast, build_scaler
-from detection.training import step as training
+from detection.training import throughput
 from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss, SkippedSteps, StepResult
 from detection.training.step import train_step
 from detection.training.throughput import Meter
+from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
 
 CPU = torch.device("cpu")
-WORDS = ["yolo.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
+WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
 
 
 def read_settings(*words: str) -> Settings:
@@ -40,7 +40,7 @@ def train_settings(**values: Any) -> TrainSettings:
 def small_detector(num_classes: int = 3) -> Detector:
     settings = read_settings()
     torch.manual_seed(0)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 def make_batch(count: int, size: int = 64, seed: int = 0, first_index: int = 0) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def test_momentum_by_hand() -> None:
 
 def test_learning_rate_of_each_group() -> None:
     optimizer = build_optimizer(small_detector().model, train_settings())
-    set_learning_rates(optimizer, {"weights": 0.1, "norms": 0.2, "biases": 0.3}.__getitem__)
+    set_learning_rates(optimizer, lambda step, group: step * {"weights": 0.1, "norms": 0.2, "biases": 0.3}[group], 1)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
         "weights": 0.1, "norms": 0.2, "biases": 0.3,
     }  # fmt: skip
@@ -252,7 +252,8 @@ def test_backbone_has_groups_of_its_own_with_a_factor_only() -> None:
 
 def test_factor_multiplies_every_rate_of_the_schedule() -> None:
     optimizer = build_optimizer(small_detector().model, train_settings(backbone_learning_rate_factor=0.25))
-    set_learning_rates(optimizer, {"weights": 0.4, "norms": 0.2, "biases": 8.0}.__getitem__)  # biases: their warm-up
+    rates = {"weights": 0.4, "norms": 0.2, "biases": 8.0}  # biases: their warm-up
+    set_learning_rates(optimizer, lambda _, group: rates[group], 0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.2, 8.0, 0.1, 0.05, 2.0])
 
 
@@ -267,7 +268,7 @@ def test_backbone_moves_by_its_share(factor: float) -> None:
             optimizer="sgd", learning_rate=1e-3, weight_decay=0.0, backbone_learning_rate_factor=value
         )
         optimizer = build_optimizer(model, settings)
-        set_learning_rates(optimizer, lambda _: 1e-3)
+        set_learning_rates(optimizer, lambda *_: 1e-3, 0)
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
         step(model, detector.criterion, optimizer, [make_batch(4)])
         moved[name] = {key: parameter.detach() - before[key] for key, parameter in model.named_parameters()}
@@ -294,7 +295,7 @@ def test_optimizer_with_a_factor_continues_exactly(name: str) -> None:
                 model.load_state_dict(weights)
                 optimizer = build_optimizer(model, settings)
                 optimizer.load_state_dict(state)
-            set_learning_rates(optimizer, lambda _, number=number: 1e-3 / (number + 1))
+            set_learning_rates(optimizer, lambda step, _: 1e-3 / (step + 1), number)
             step(model, detector.criterion, optimizer, [make_batch(4, seed=number)])
         return bits(model)
 
@@ -559,7 +560,7 @@ def test_frozen_batch_norm_keeps_its_statistics_while_all_weights_train(frozen_b
 
 def test_frozen_batch_norm_survives_an_evaluation(drawn_dataset: Path) -> None:
     settings = read_settings(f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.image_size=64")
-    _, validation_set = build_datasets(settings.data, 64, 64, 0, None)
+    _, validation_set = datasets_of(settings, 64, 64, 0, None)
     detector = small_detector(2)
     model = detector.model.train()
     set_backbone_frozen(model, False, "frozen")
@@ -696,7 +697,7 @@ def test_average_follows_tensors_that_are_exchanged_between_two_updates() -> Non
 
 def test_meter_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     meter = Meter(images_per_step=8)
     for box, objectness in ((1.0, 10.0), (2.0, 20.0)):
         meter.add(result_of(True, loss_box=box, loss_objectness=objectness))

@@ -9,10 +9,10 @@ import pytest
 
 from detection.data.annotations import Annotations, load_annotations
 from detection.data.coco import CocoDataset
-from detection.data.transforms import Transform
 from detection.errors import DataError
 from detection.visualization import box_shapes
 from detection.visualization.box_shapes import shapes_at
+from tests.support.detectors import geometry_of, transform_of
 
 
 @pytest.fixture
@@ -20,21 +20,21 @@ def annotations(drawn_dataset: Path) -> Annotations:
     return load_annotations(drawn_dataset / "annotations" / "instances_train.json")
 
 
-@pytest.mark.parametrize("words", [(), ("data.keep_aspect=false",), ("data.letterbox_rounding=down",)])
+@pytest.mark.parametrize("words", [(), ("model.placement=squash",), ("model.rounding=down",)])
 def test_shapes_are_those_of_the_transform(
     drawn_dataset: Path, annotations: Annotations, default_settings: Callable, words: tuple[str, ...]
 ) -> None:
-    data = default_settings(*words).data
+    settings = default_settings(*words)
     expected = []
     for size in (96, 224):
         dataset = CocoDataset(
             drawn_dataset / "train",
             drawn_dataset / "annotations" / "instances_train.json",
-            Transform(data, size, 0, training=False),
+            transform_of(settings, size),
         )
         boxes = np.concatenate([dataset[index].boxes for index in range(len(dataset))])
         expected.append(boxes[:, 2:] - boxes[:, :2])
-    shapes, left_out = shapes_at(annotations, data, [96, 224], seed=0)
+    shapes, left_out = shapes_at(annotations, geometry_of(settings), [96, 224], seed=0)
     np.testing.assert_allclose(shapes, np.concatenate(expected), rtol=1e-4)
     assert left_out == []
 
@@ -42,10 +42,10 @@ def test_shapes_are_those_of_the_transform(
 def test_many_boxes_are_taken_at_one_size_each(
     annotations: Annotations, default_settings: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = default_settings().data
-    (small, _), (large, _) = (shapes_at(annotations, data, [size], 0) for size in (64, 128))
+    geometry = geometry_of(default_settings())
+    (small, _), (large, _) = (shapes_at(annotations, geometry, [size], 0) for size in (64, 128))
     monkeypatch.setattr(box_shapes, "MAX_SHAPES", len(small))
-    shapes, _ = shapes_at(annotations, data, [64, 128], 0)
+    shapes, _ = shapes_at(annotations, geometry, [64, 128], 0)
     at_small = np.isclose(shapes, small, rtol=0.02).all(axis=1)
     at_large = np.isclose(shapes, large, rtol=0.02).all(axis=1)
     assert len(shapes) == len(small) and (at_small ^ at_large).all()
@@ -53,7 +53,7 @@ def test_many_boxes_are_taken_at_one_size_each(
 
 
 def test_everything_left_out_is_counted(annotations: Annotations, default_settings: Callable) -> None:
-    data = default_settings().data
+    geometry = geometry_of(default_settings())
     total = len(annotations.labels)
     crowd = np.zeros(total, bool)
     crowd[:2] = True
@@ -61,11 +61,11 @@ def test_everything_left_out_is_counted(annotations: Annotations, default_settin
     sizes[-1] = 0  # image 8 of 0..8 has no box; 7 has three
     sizes[7] = 0
     changed = dataclasses.replace(annotations, crowd=crowd, image_sizes=sizes)
-    shapes, left_out = shapes_at(changed, data, [96], 0)
+    shapes, left_out = shapes_at(changed, geometry, [96], 0)
     assert len(shapes) == total - 2 - 3
     assert left_out == ["2 crowd regions", "3 boxes of images without width and height in the file"]
     # at 4 px every box (8 to 20 of at least 92 px) is below 1 px
     with pytest.raises(DataError, match=f"no box to fit anchors to .*{total} boxes narrower or lower than 1 px"):
-        shapes_at(annotations, data, [4], 0)
+        shapes_at(annotations, geometry, [4], 0)
     with pytest.raises(DataError, match="no box to fit anchors to"):
-        shapes_at(dataclasses.replace(annotations, crowd=np.ones(total, bool)), data, [96], 0)
+        shapes_at(dataclasses.replace(annotations, crowd=np.ones(total, bool)), geometry, [96], 0)

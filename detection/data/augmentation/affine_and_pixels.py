@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from detection.config.augmentation import AugmentationSettings
-from detection.config.settings import DataSettings
+from detection.contract import Geometry
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
 
 # Stop albumentations from asking the package index for a newer version on import.
@@ -23,13 +23,14 @@ class Augmentation:
     Transforms of probability 0 are not built.
 
     Args:
-        data: augmentation, min_visibility, fill and interpolation are used.
-        seed: seed of the run.
+        settings: of all transforms.
+        geometry: of the detector; its fill and interpolation.
+        seed: of the run.
     """
 
-    def __init__(self, data: DataSettings, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.compose = build_augmentation(data.augmentation, data.fill)
+    def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
+        self.settings, self.geometry, self.seed = settings, geometry, seed
+        self.compose = build_augmentation(settings, geometry.fill)
         steps = {type(step).__name__: step for step in self.compose.transforms}
         self.affine, *self.flips = (steps.pop(name, None) for name in ("Affine", "HorizontalFlip", "VerticalFlip"))
         self.pixelwise = list(steps.values())
@@ -56,8 +57,8 @@ class Augmentation:
             matrix[axis] = (0, 0, size) - matrix[axis]
 
         image = self.transform_image(placed, matrix, moved, mirrored, size)
-        rotate_method = self.data.augmentation.affine.rotate_method if moved else "largest_box"
-        boxes, kept = move_boxes(boxes, matrix, size, rotate_method, self.data.augmentation.min_visibility)
+        rotate_method = self.settings.affine.rotate_method if moved else "largest_box"
+        boxes, kept = move_boxes(boxes, matrix, size, rotate_method, self.settings.min_visibility)
         for step in self.pixelwise:
             image = step(image=image)["image"]
         return image, boxes[kept], labels[kept]
@@ -68,12 +69,12 @@ class Augmentation:
     def transform_image(
         self, placed: Placed, matrix: np.ndarray, moved: bool, mirrored: list[bool], size: int
     ) -> np.ndarray:
-        """Resize and warp the image; a single resampling if `data.interpolation` is linear, as that of the warp."""
-        if moved and self.data.interpolation == "linear":
-            return warp_placed(placed, matrix, size, self.data.fill)
-        image = resize_placed(placed, size, self.data.fill, INTERPOLATIONS[self.data.interpolation])
+        """Letterbox and matrix; with an affine sampled once, where `Geometry.interpolation` is what a warp does."""
+        if moved and self.geometry.interpolation == "linear":
+            return warp_placed(placed, matrix, size, self.geometry.fill)
+        image = resize_placed(placed, size, self.geometry.fill, INTERPOLATIONS[self.geometry.interpolation])
         if moved:
-            return warp_placed(Placed(image, 0, 0, size, size), matrix, size, self.data.fill)
+            return warp_placed(Placed(image, 0, 0, size, size), matrix, size, self.geometry.fill)
         if any(mirrored):
             return cv2.flip(image, -1 if all(mirrored) else 1 if mirrored[0] else 0)
         return image

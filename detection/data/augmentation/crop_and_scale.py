@@ -13,10 +13,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 from detection.config.augmentation import AugmentationSettings, IoUCrop
-from detection.config.settings import DataSettings
-from detection.contract import CROWD_LABEL
+from detection.contract import CROWD_LABEL, Geometry
 from detection.data.resize import Placed
-from detection.ops.letterbox import letterbox_geometry
 from detection.runtime.reproducibility import sample_stream, torch_stream
 
 # Random streams of an image; unlike 0 and those in color.py.
@@ -40,16 +38,15 @@ class RandomPlacement:
     """Places an image and its boxes in the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
 
     Args:
-        data: settings of the three, min_visibility and the letterbox.
-        seed: seed of the run.
+        settings: of all transforms.
+        geometry: of the detector: where an image lies in the square without a jitter.
+        seed: of the run.
     """
 
-    def __init__(self, data: DataSettings, seed: int) -> None:
-        self.data = data
-        self.seed = seed
-        augmentation = data.augmentation
-        self.expand = v2.RandomZoomOut(side_range=augmentation.expand.ratio)
-        self.iou_crop = build_iou_crop(augmentation.iou_crop)
+    def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
+        self.settings, self.geometry, self.seed = settings, geometry, seed
+        self.expand = v2.RandomZoomOut(side_range=settings.expand.ratio)
+        self.iou_crop = build_iou_crop(settings.iou_crop)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, size: int, epoch: int, index: int
@@ -61,7 +58,7 @@ class RandomPlacement:
         view, inside = self.draw_view(image.shape[1], image.shape[0], boxes, labels, epoch, index)
         target = self.draw_target(view, size, epoch, index)
         placed, visible, boxes = place_view(image, boxes, view, target, size)
-        kept = inside & (visible > 0) & (visible >= self.data.augmentation.min_visibility)
+        kept = inside & (visible > 0) & (visible >= self.settings.min_visibility)
         return placed, boxes[kept], labels[kept]
 
     def draw_view(
@@ -73,26 +70,24 @@ class RandomPlacement:
         """
         view, counts = Rectangle(0, 0, width, height), np.ones(len(boxes), bool)
         generator = sample_stream(self.seed, epoch, index, EXPAND_STREAM)
-        if generator.random() < self.data.augmentation.expand.p:
+        if generator.random() < self.settings.expand.p:
             with torch_stream(generator):
                 view = expanded(view, self.expand)
         inside = boxes.clip(0, np.array([width, height] * 2, np.float32))  # unclipped if the file states no image size
         objects = (labels != CROWD_LABEL) & (inside[:, 2:] > inside[:, :2]).all(axis=1)
         generator = sample_stream(self.seed, epoch, index, IOU_CROP_STREAM)
-        if generator.random() < self.data.augmentation.iou_crop.p:
+        if generator.random() < self.settings.iou_crop.p:
             with torch_stream(generator):
                 view, counts[objects] = cropped(view, inside[objects], self.iou_crop)
         return view, counts
 
     def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> Rectangle:
-        """Draw the rectangle of the square that the view fills."""
-        settings = self.data.augmentation.darknet_jitter
+        """Where the view lies in the square."""
+        settings = self.settings.darknet_jitter
         generator = sample_stream(self.seed, epoch, index, JITTER_STREAM)
         if generator.random() < settings.p:
             return jittered(view.width, view.height, size, settings.jitter, generator)
-        letterbox, width, height = letterbox_geometry(
-            view.width, view.height, size, self.data.keep_aspect, self.data.letterbox_rounding
-        )
+        letterbox, width, height = self.geometry.place(view.width, view.height, size)
         return Rectangle(letterbox.left, letterbox.top, width, height)
 
 

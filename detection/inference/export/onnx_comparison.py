@@ -16,9 +16,9 @@ from detection.data.image_file import read_image
 from detection.data.layouts import find_validation_set
 from detection.data.resize import INTERPOLATIONS, resize_image
 from detection.errors import DataError, DataReadError, UserError
-from detection.inference.onnx_model import Description, FinalDetections, OnnxModel
+from detection.inference.onnx_model import Description, OnnxModel
 from detection.inference.weights import OpenedDetector
-from detection.models.yolo.postprocess import YOLOPostprocess
+from detection.models.postprocess import DensePostprocess, FinalDetections
 
 BATCHES = (1, 3)  # neither is the one that was traced
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -100,7 +100,7 @@ def compare_logits(
 def compare_decoded(
     opened: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], side: int, _: Tolerance
 ) -> Differences:
-    boxes, scores = cast(YOLOPostprocess, opened.detector.postprocess).decode(levels)
+    boxes, scores = cast(DensePostprocess, opened.detector.postprocess).decode(levels)
     return Differences(
         {"boxes": _largest(boxes, outputs[0], _scale(boxes, side)), "scores": _largest(scores, outputs[1], 1)}
     )

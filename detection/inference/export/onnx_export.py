@@ -1,5 +1,6 @@
 """From a detector to an ONNX model: traced by torch, then half precision, NMS and metadata put in place."""
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from detection.errors import SettingsError
 from detection.inference.onnx_model import NEEDED, Description, OutputKind
 from detection.inference.weights import OpenedDetector
-from detection.models import size_multiple
-from detection.models.yolo.postprocess import YOLOPostprocess
+from detection.models.postprocess import DensePostprocess
 
 OPSETS = range(18, 25)  # torch's exporter writes 18 and converts upwards
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
@@ -61,7 +61,7 @@ class ExportedDetector(nn.Module):
     def __init__(self, opened: OpenedDetector, decode: bool) -> None:
         super().__init__()
         self.model = opened.detector.model
-        self.postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
+        self.postprocess = cast(DensePostprocess, opened.detector.postprocess)
         self.decode = decode
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -114,8 +114,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
 
 def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> Any:
     """torch's `ONNXProgram`, unsimplified. Grids and anchors follow from the shape of the input."""
-    model = opened.detector.model
-    multiple, size = size_multiple(model), opened.settings.evaluation.image_size
+    multiple, size = opened.detector.geometry.size_multiple, opened.settings.evaluation.image_size
     rows = columns = size
     sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if options.dynamic_size:
@@ -213,10 +212,9 @@ def add_nms(model: Any, opened: OpenedDetector) -> Any:
 
 def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
     """The metadata of the file."""
-    settings, model = opened.settings, opened.detector.model
-    evaluation, data = settings.evaluation, settings.data
-    postprocess = cast(YOLOPostprocess, opened.detector.postprocess)
-    levels = range(len(postprocess.strides))
+    settings, detector = opened.settings, opened.detector
+    evaluation, name = settings.evaluation, settings.model.detector
+    own = getattr(settings, name, None)
     return Description(
         program=f"yolo-v3 {tomllib.loads(PROJECT.read_text(encoding='utf-8'))['project']['version']}",
         output_kind=options.outputs,
@@ -225,28 +223,22 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         input=cast(Any, options.input),
         image_size=evaluation.image_size,
         dynamic_size=options.dynamic_size,
-        size_multiple=size_multiple(model),
+        size_multiple=detector.geometry.size_multiple,
         half=options.half,
-        letterbox={
-            "keep_aspect": data.keep_aspect,
-            "fill": data.fill,
-            "interpolation": data.interpolation,
-            "rounding": data.letterbox_rounding,
-        },
-        pixel_mean=tuple(model.get_buffer("pixel_mean").flatten().tolist()),
-        pixel_std=tuple(model.get_buffer("pixel_std").flatten().tolist()),
-        strides=tuple(postprocess.strides),
-        anchors=cast(Any, [postprocess.get_buffer(f"anchors_{level}").tolist() for level in levels]),
-        scale_xy=tuple(postprocess.scales_xy),
-        new_coords=postprocess.new_coords,
-        score=evaluation.score,
+        geometry=dataclasses.asdict(detector.geometry),
+        strides=tuple(detector.model.strides),
+        decoding=dict(detector.metadata),
+        score=detector.score,
         thresholds={
             "confidence": evaluation.confidence_threshold,
-            "objectness": evaluation.objectness_threshold,
             "iou": evaluation.iou_threshold,
             "max_detections": evaluation.max_detections,
         },
-        yolo=settings.yolo.model_dump(mode="json") | {"pretrained": False},  # a path of this machine
+        held_settings=cast(Any, detector.held_settings),
+        settings={
+            "model": settings.model.model_dump(mode="json") | {"pretrained": False},  # a path of this machine
+            **({} if own is None else {name: own.model_dump(mode="json")}),
+        },
         parameters=opened.num_parameters(),
         step=opened.step,
         seen=opened.seen,

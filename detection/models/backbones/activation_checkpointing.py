@@ -33,7 +33,7 @@ def recompute_backbone(model: nn.Module) -> None:
     stages = getattr(model.backbone, "stages", None)
     if not isinstance(stages, nn.ModuleList) or any(type(stage) is not nn.Sequential for stage in stages):
         raise SettingsError(
-            "train.activation_checkpointing needs an backbone with stages: darknet, darknet_tiny or mobilenet_v3_*"
+            "train.activation_checkpointing needs a backbone with stages: darknet, darknet_tiny or mobilenet_v3_*"
         )
     for stage in stages:
         stage.__class__ = RecomputedStage

@@ -1,4 +1,4 @@
-"""MobileNetV3 from torchvision as an backbone, without its classifier."""
+"""MobileNetV3 from torchvision as a backbone, without its classifier."""
 
 import torch
 from torch import Tensor, nn

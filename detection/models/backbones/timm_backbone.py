@@ -1,4 +1,4 @@
-"""Any feature extractor of the optional package timm as an backbone, checked against what it declares."""
+"""Any feature extractor of the optional package timm as a backbone, checked against what it declares."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detection.config.settings import SIZE_MULTIPLE
 from detection.errors import CheckpointError, SettingsError
 
+COARSEST_STRIDE = 32  # pixels per cell of the last map
 TIMM_PREFIX = "timm/"  # of the backbone's name in the settings
 PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed
 
@@ -47,7 +47,7 @@ def timm_backbone(name: str, levels: int) -> TimmBackbone:
     try:
         import timm
     except ImportError:
-        raise SettingsError(f"yolo.backbone=timm/{name} needs the package timm: pip install timm") from None
+        raise SettingsError(f"model.backbone=timm/{name} needs the package timm: pip install timm") from None
     known = timm.list_models()
     names = (
         known
@@ -56,14 +56,14 @@ def timm_backbone(name: str, levels: int) -> TimmBackbone:
     )
     if name not in [*known, *names]:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-        raise SettingsError(f"yolo.backbone=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
+        raise SettingsError(f"model.backbone=timm/{name}: timm has no such model; the nearest are {', '.join(nearest)}")
     reductions = [feature["reduction"] for feature in create_features(name).feature_info.info]
     last_of_stride = {stride: index for index, stride in enumerate(reductions)}
-    strides = [SIZE_MULTIPLE >> halvings for halvings in reversed(range(levels))]
+    strides = [COARSEST_STRIDE >> halvings for halvings in reversed(range(levels))]
     if not set(strides) <= set(reductions):
         raise SettingsError(
-            f"yolo.backbone=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
-            f"{levels} levels of yolo.anchors need {', '.join(map(str, strides))}"
+            f"model.backbone=timm/{name} has maps at the strides {', '.join(map(str, sorted(last_of_stride)))}; "
+            f"{levels} levels need maps of strides {', '.join(map(str, strides))}"
         )
     backbone = TimmBackbone(name, [last_of_stride[stride] for stride in strides])
     check_declaration(backbone)
@@ -77,7 +77,7 @@ def create_features(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, features_only=True, **arguments)
     except Exception as error:  # noqa: BLE001  (each family of models refuses in its own way)
-        raise SettingsError(f"yolo.backbone=timm/{name} gives no features: {one_line(error)}") from None
+        raise SettingsError(f"model.backbone=timm/{name} gives no features: {one_line(error)}") from None
 
 
 @torch.no_grad()
@@ -92,14 +92,14 @@ def check_declaration(backbone: TimmBackbone) -> None:
         maps = backbone.eval()(torch.zeros(1, 3, height, width))
     except Exception as error:  # noqa: BLE001  (models of fixed size assert, raise or fail in a product)
         raise SettingsError(
-            f"yolo.backbone=timm/{backbone.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
+            f"model.backbone=timm/{backbone.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
         ) from None
     backbone.train()
     found = [tuple(feature.shape[1:]) for feature in maps]
     expected = [(c, height // s, width // s) for c, s in zip(backbone.out_channels, backbone.strides, strict=True)]
     if found != expected:
         raise SettingsError(
-            f"yolo.backbone=timm/{backbone.name}: maps of (channels, rows, columns) {expected} are declared, "
+            f"model.backbone=timm/{backbone.name}: maps of (channels, rows, columns) {expected} are declared, "
             f"{found} come out of {width} x {height} pixels"
         )
 
@@ -120,8 +120,8 @@ def download_weights(backbone: TimmBackbone) -> str:
         )
     except Exception as error:  # noqa: BLE001  (hub, HTTP, socket and file errors share no base)
         raise CheckpointError(
-            f"yolo.pretrained=true: weights of timm/{backbone.name} could not be fetched ({one_line(error)}); without "
-            f"a network, fetch model.safetensors from {where} elsewhere and use yolo.pretrained=FILE"
+            f"model.pretrained=true: weights of timm/{backbone.name} could not be fetched ({one_line(error)}); without "
+            f"a network, fetch model.safetensors from {where} elsewhere and use model.pretrained=FILE"
         ) from None
     backbone.features.load_state_dict(features.state_dict())
     return where

@@ -211,7 +211,7 @@ def unused_keys(sections: Sequence[CfgSection]) -> tuple[list[str], list[str]]:
     return list(known), list(unknown)
 
 
-def cfg_notices(sections: Sequence[CfgSection], sizes: dict[str, int]) -> list[str]:
+def cfg_notices(sections: Sequence[CfgSection], sizes: Mapping[str, int]) -> list[str]:
     """What a user should know about a description whose network is used with our settings.
 
     Args:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from detection.models.backbones.darknet import LEAKY_SLOPE
@@ -11,6 +10,7 @@ from detection.models.backbones.mobilenet import use_depthwise_class
 from detection.models.darknet.cfg import CfgSection, with_classes
 from detection.models.darknet.layers import Route, Shape, Shortcut, YoloOutput, build_layers, cfg_classes
 from detection.models.yolo.network import initialise_output
+from detection.ops.pixels import NormalizePixels
 
 
 class DarknetNetwork(nn.Module):
@@ -30,8 +30,8 @@ class DarknetNetwork(nn.Module):
     """
 
     # Darknet scales RGB to 0..1 and does nothing else.
-    PIXEL_MEAN = (0.0, 0.0, 0.0)
-    PIXEL_STD = (1.0, 1.0, 1.0)
+    pixel_mean = (0.0, 0.0, 0.0)
+    pixel_std = (1.0, 1.0, 1.0)
 
     def __init__(
         self,
@@ -68,10 +68,7 @@ class DarknetNetwork(nn.Module):
                 module.momentum = batch_norm_momentum
         for level, convolution in zip(levels, self.output_convolutions(), strict=True):
             initialise_output(convolution, len(level.anchors), num_classes, objectness_prior)
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(self.PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(self.PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.normalize = NormalizePixels(self.pixel_mean, self.pixel_std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Args:
@@ -85,7 +82,7 @@ class DarknetNetwork(nn.Module):
         """
         if images.shape[2] % self.size_multiple or images.shape[3] % self.size_multiple:
             raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.size_multiple}")
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = self.normalize(images)
         kept: dict[int, Tensor] = {}
         outputs: dict[int, Tensor] = {}
         for number, layer in enumerate([*self.backbone, *self.decoder]):

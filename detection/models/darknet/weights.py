@@ -131,7 +131,7 @@ def identify(
     raise CheckpointError(
         f"{path} has {found} bytes, this network needs {ends[-1]} ({found - ends[-1]:+d}); nor does it end after a "
         f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download, or another network "
-        "(--cfg, yolo.cfg)?"
+        "(--cfg, model.cfg)?"
     )
 
 
@@ -151,7 +151,7 @@ def as_darknet(model: nn.Module) -> DarknetModel:
     """
     if not isinstance(model, DarknetModel) or not model.darknet_convolutions():
         raise CheckpointError(
-            "Darknet weights need a network that Darknet has: yolo.backbone darknet, darknet_tiny or darknet_cfg"
+            "Darknet weights need a network that Darknet has: model.backbone darknet, darknet_tiny or darknet_cfg"
         )
     return model
 

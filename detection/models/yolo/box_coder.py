@@ -3,50 +3,24 @@
 import torch
 from torch import Tensor
 
-from detection.models.yolo.grid import cell_grid
 from detection.ops.boxes import cxcywh_to_xyxy
 
 
-def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:
-    """Turn the raw output of one level into boxes. Inverse of `encode_boxes` at the cell and anchor of the box.
-
-    The formula is that of `decode_cxcywh`, in float32 whatever the input's type.
+def decode_predictions(raw: Tensor, table: Tensor, new_coords: bool = False) -> Tensor:
+    """Turn the raw box values of all levels into boxes. Inverse of `encode_boxes` at the cell and anchor of a box.
 
     Args:
-        raw: network output before any activation, (B, A, H, W, 4 or more); only the first four values are read.
-        anchors: (width, height) in pixels of the network input, (A, 2).
-        stride: pixels per cell.
-        scale_xy: see `decode_cxcywh`; one number for the level.
+        raw: network output before any activation, (..., P, 4) float32 in the order of `grid.flatten_levels`.
+        table: `grid.prediction_table`, (P, 6).
         new_coords: see `decode_cxcywh`.
 
     Returns:
-        Boxes (x1, y1, x2, y2) in pixels of the network input, (B, A, H, W, 4) float32; may exceed the image.
-
-    Raises:
-        ValueError: if `raw` and `anchors` disagree on A.
+        Boxes (x1, y1, x2, y2) in pixels of the network input, (..., P, 4); may exceed the image.
 
     Source: YOLOv3, section 2.1, https://arxiv.org/abs/1804.02767
     """
-    if raw.shape[1] != len(anchors):
-        raise ValueError(f"raw output has {raw.shape[1]} anchors per cell, expected {len(anchors)}")
-    cells = cell_grid(raw.shape[2], raw.shape[3], raw.device)
-    return cxcywh_to_xyxy(
-        decode_cxcywh(raw[..., :4].float(), anchors[:, None, None, :], cells, stride, scale_xy, new_coords)
-    )
-
-
-def decode_predictions(raw: Tensor, table: Tensor) -> Tensor:
-    """`decode_boxes` of all levels at once: a sixth of the operations.
-
-    Args:
-        raw: (..., P, 4 or more) float32 in the order of `anchors.flatten_levels`.
-        table: `anchors.prediction_table`, (P, 6).
-
-    Returns:
-        Boxes (x1, y1, x2, y2) in pixels of the network input, (..., P, 4).
-    """
     cells, anchors, stride, scale_xy = table.split([2, 2, 1, 1], dim=-1)
-    return cxcywh_to_xyxy(decode_cxcywh(raw[..., :4], anchors, cells, stride, scale_xy))
+    return cxcywh_to_xyxy(decode_cxcywh(raw, anchors, cells, stride, scale_xy, new_coords))
 
 
 def decode_cxcywh(

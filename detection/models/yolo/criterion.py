@@ -2,25 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.contract import CROWD_LABEL, PADDING_LABEL
-from detection.models.yolo.grid import Anchors, anchor_table, flatten_levels, prediction_table
+from detection.contract import CROWD_LABEL, PADDING_LABEL, Anchors, AssignedPrediction
+from detection.models.yolo.grid import flatten_levels
+from detection.models.yolo.head import HeadLayout, sizes_of
 from detection.ops.boxes import box_area, pairwise_intersection
 from detection.runtime.devices import max_chunk_elements
 
+LOSS_NAMES = ("loss_box", "loss_objectness", "loss_class")
 MAX_PIECES = 3  # of a batch: each costs about 20 operations, and a loss has at most 300 whatever it is given
-
-
-class Tables(NamedTuple):
-    """What a loss looks up, for one input size."""
-
-    anchors: Tensor  # see `target_assignment.anchor_table`
-    predictions: Tensor  # see `anchors.prediction_table`
 
 
 class Criterion(nn.Module):
@@ -46,37 +42,10 @@ class Criterion(nn.Module):
         scales_xy: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.strides = list(strides)
+        self.layout = HeadLayout(anchors, strides, scales_xy)
         self.ignore_threshold = ignore_threshold
         self.class_loss = class_loss
         self.weights = weights
-        self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
-        if not len(anchors) == len(self.strides) == len(self.scales_xy):
-            raise ValueError(
-                f"{len(anchors)} levels of anchors, {len(self.strides)} strides and {len(self.scales_xy)} scales_xy; "
-                "their numbers must be equal"
-            )
-        self._tables: dict[tuple, Tables] = {}
-        for level, level_anchors in enumerate(anchors):
-            self.register_buffer(f"anchors_{level}", torch.tensor(level_anchors, dtype=torch.float32), persistent=False)
-
-    @property
-    def anchors(self) -> list[Tensor]:
-        return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
-
-    def tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:
-        """Kept per input size: building them anew would make the host wait for the device in every step.
-
-        Args:
-            sizes: (rows, columns) per level.
-        """
-        key = (self.anchors[0].device, tuple(sizes))
-        if key not in self._tables:
-            self._tables[key] = Tables(
-                anchor_table(self.anchors, self.strides, sizes, self.scales_xy),
-                prediction_table(self.anchors, self.strides, sizes, self.scales_xy),
-            )
-        return self._tables[key]
 
     def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Args:
@@ -87,14 +56,13 @@ class Criterion(nn.Module):
         Returns:
             "loss_box", "loss_objectness", "loss_class": float32 scalars.
         """
-        sizes = [(output.shape[2], output.shape[3]) for output in outputs]
+        sizes = sizes_of(outputs)
         boxes, labels = targets["boxes"].float(), targets["labels"]
         if not labels.shape[1]:  # a row of padding: there is no largest of nothing
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
             losses = self.compute_losses(flatten_levels(outputs).float(), sizes, boxes, labels)
-        names = ("loss_box", "loss_objectness", "loss_class")
-        return {name: loss * weight for name, loss, weight in zip(names, losses, self.weights, strict=True)}
+        return {name: loss * weight for name, loss, weight in zip(LOSS_NAMES, losses, self.weights, strict=True)}
 
     def compute_losses(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
@@ -102,11 +70,60 @@ class Criterion(nn.Module):
         """Box, objectness and class loss before their weights.
 
         Args:
-            raw: logits of all predictions in the order of `anchors.flatten_levels`, (B, P, 5 + C) float32.
+            raw: logits of all predictions in the order of `grid.flatten_levels`, (B, P, 5 + C) float32.
             sizes: (rows, columns) per level.
             boxes, labels: as in `forward`.
         """
         raise NotImplementedError
+
+    def assign(
+        self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which predictions learn which ground-truth boxes; N pairs per image.
+
+        Args:
+            boxes, labels: as in `forward`.
+            sizes: (rows, columns) per level.
+
+        Returns:
+            Whether the pair counts, bool; flat index of the prediction; row of the ground-truth box; whether a later
+            box of the same prediction gives its target box, bool; all (B, N).
+        """
+        raise NotImplementedError
+
+    def assigned_predictions(self, boxes: Tensor, labels: Tensor, size: int) -> list[AssignedPrediction]:
+        """The pairs of `assign` for people, ordered by image, ground-truth box, level and anchor.
+
+        Args:
+            size: side of the network input in pixels.
+        """
+        layout = self.layout
+        sizes = [(size // stride, size // stride) for stride in layout.strides]
+        positive, index, gt, overruled = self.assign(boxes, labels, sizes)
+        levels = zip(layout.anchors, sizes, strict=True)
+        starts = np.cumsum([0, *(len(anchors) * rows * columns for anchors, (rows, columns) in levels)])
+        pairs = []
+        for image, place in positive.nonzero().tolist():
+            flat = int(index[image, place])
+            level = int(np.searchsorted(starts, flat, side="right")) - 1
+            anchors, stride = layout.anchors[level], layout.strides[level]
+            cell, anchor = divmod(flat - int(starts[level]), len(anchors))  # the anchor varies fastest
+            row, column = divmod(cell, size // stride)
+            width, height = anchors[anchor].tolist()
+            pairs.append(
+                AssignedPrediction(
+                    image,
+                    int(gt[image, place]),
+                    level,
+                    stride,
+                    anchor,
+                    (width, height),
+                    column,
+                    row,
+                    bool(overruled[image, place]),
+                )
+            )
+        return sorted(pairs, key=lambda pair: (pair.image, pair.gt, pair.level, pair.anchor))
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
         """The class loss of each prediction, (B, N).

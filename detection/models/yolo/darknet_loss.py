@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.models.yolo.box_coder import decode_cxcywh, decode_predictions, encode_boxes
+from detection.models.yolo.box_coder import decode_cxcywh, encode_boxes
 from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
 from detection.models.yolo.grid import place_in_cell
+from detection.models.yolo.head import BOX, CLASSES, OBJECTNESS
 from detection.ops.boxes import (
     complete_iou,
     generalized_iou,
@@ -90,25 +91,23 @@ class DarknetLoss(Criterion):
     def compute_losses(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        input_area = sizes[0][0] * sizes[0][1] * self.strides[0] ** 2  # pixels
+        input_area = sizes[0][0] * sizes[0][1] * self.layout.strides[0] ** 2  # pixels
         batch_size, predictions, values = raw.shape
-        tables = self.tables(sizes)
-
-        gt = assign_targets(boxes, labels, tables.anchors)
+        gt = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
         positive_raw = raw.gather(1, gt.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
 
         boxes_cxcywh = xyxy_to_cxcywh(boxes)
         # Padding has no size; 1 keeps the logarithm finite there.
         boxes_cxcywh = torch.where(gt.valid[..., None], boxes_cxcywh, 1.0)
         scale = 2 - boxes_cxcywh[..., 2:].prod(-1) / input_area  # (B, G)
-        loss_box = (scale * self.compare_boxes(positive_raw[..., :4], boxes_cxcywh, gt) * gt.last).sum()
+        loss_box = (scale * self.compare_boxes(positive_raw[..., BOX], boxes_cxcywh, gt) * gt.last).sum()
 
-        decoded = decode_predictions(raw.detach(), tables.predictions)
+        decoded = self.layout.decode(raw.detach(), sizes)
         ignored = ignored_predictions(decoded, boxes, labels, self.ignore_threshold)
         positive = mark_positives(gt.index, gt.valid, predictions)
-        loss_objectness = compare_objectness(raw[..., 4], positive, ignored)
+        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored)
 
-        class_logits = positive_raw[..., 5:]  # (B, G, C)
+        class_logits = positive_raw[..., CLASSES]  # (B, G, C)
         classes = labels.clamp(min=0)
         # Classes of all ground-truth boxes of a prediction, written to the one that counts. Not F.one_hot: to check the labels it
         # makes the host wait for them, except on CUDA.
@@ -116,6 +115,13 @@ class DarknetLoss(Criterion):
         united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)
         loss_class = (self.compare_classes(class_logits, united, classes) * gt.last).sum()
         return loss_box / batch_size, loss_objectness / batch_size, loss_class / batch_size
+
+    def assign(
+        self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gt = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
+        rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        return gt.valid, gt.index, rows, ~gt.last
 
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
         """The box loss of each ground-truth box and its prediction before the factor s, (B, G), finite for padding too.

@@ -5,10 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Anchors = Sequence[
-    Sequence[tuple[float, float]]
-]  # per level, per anchor: (width, height) in pixels of the network input
-
 
 def cell_grid(rows: int, columns: int, device: torch.device) -> Tensor:
     """(column, row) of every cell as float32, (H, W, 2): the offset that decoding adds to a predicted centre."""
@@ -34,7 +30,7 @@ def prediction_table(
     """What decoding adds to and multiplies every raw prediction by, in the order of `flatten_levels`; (P, 6) float32.
 
     Columns: column and row of the cell, width and height of the anchor (pixels), stride, scale_xy. Depends on the input
-    size only. Arguments: see `target_assignment.anchor_table`.
+    size only. Arguments: see `anchor_table`.
     """
     levels = []
     for level_anchors, stride, (rows, columns), scale_xy in zip(anchors, strides, sizes, scales_xy, strict=True):

@@ -17,12 +17,11 @@ from detection.models.yolo.criterion import (
     split_batch,
 )
 from detection.models.yolo.grid import place_in_cell
+from detection.models.yolo.head import BOX, CLASSES, OBJECTNESS
 from detection.ops.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 
-MAX_OVERLAPS = (
-    2**27
-)  # of ground-truth boxes and priors at once: 512 MiB, reached by 64 images of 512 ground-truth boxes
-
+# Of ground-truth boxes and priors at once: 512 MiB, reached by 64 images of 512 boxes.
+MAX_OVERLAPS = 2**27
 WEIGHT_XY, WEIGHT_WH = 2.0, 2.0
 SMALLEST = 1e-6  # targets of xy stay this far from 0 and 1; the ratio of ground truth and anchor is at least this
 
@@ -105,24 +104,30 @@ class MMDetectionLoss(Criterion):
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch_size, predictions, values = raw.shape
-        tables = self.tables(sizes)
+        tables = self.layout.tables(sizes)
         grid = assign_by_grid(boxes, labels, tables.anchors, self.ignore_threshold)
         positive_raw = raw.gather(1, grid.index[..., None].expand(-1, -1, values))  # (B, N, 5 + C)
 
         boxes_of_gt = boxes.gather(1, grid.gt[..., None].expand(-1, -1, 4))  # (B, N, 4)
-        loss_box = (self._compare_boxes(positive_raw[..., :4], boxes_of_gt, grid) * grid.positive).sum()
+        loss_box = (self._compare_boxes(positive_raw[..., BOX], boxes_of_gt, grid) * grid.positive).sum()
 
         cells, anchors, stride, _ = tables.predictions.split([2, 2, 1, 1], dim=-1)
         priors = cxcywh_to_xyxy(torch.cat([(cells + 0.5) * stride, anchors], dim=-1))  # anchors in the middle of cells
         ignored = ignored_predictions(priors.expand(batch_size, -1, -1), boxes, labels, self.ignore_threshold)
         positive = mark_positives(grid.index, grid.positive, predictions)
-        loss_objectness = compare_objectness(raw[..., 4], positive, ignored)
+        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored)
 
-        class_logits = positive_raw[..., 5:]  # (B, N, C)
+        class_logits = positive_raw[..., CLASSES]  # (B, N, C)
         classes = labels.clamp(min=0).gather(1, grid.gt)  # (B, N)
         one_hot = torch.zeros_like(class_logits).scatter_(2, classes[..., None], 1.0)
         loss_class = (self.compare_classes(class_logits, one_hot, classes) * grid.positive).sum()
         return loss_box, loss_objectness, loss_class
+
+    def assign(
+        self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grid = assign_by_grid(boxes, labels, self.layout.tables(sizes).anchors, self.ignore_threshold)
+        return grid.positive, grid.index, grid.gt, torch.zeros_like(grid.positive)
 
     @staticmethod
     def _compare_boxes(raw: Tensor, boxes: Tensor, grid: GridAssignment) -> Tensor:

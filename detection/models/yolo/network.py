@@ -1,25 +1,17 @@
-"""The YOLOv3 family: an backbone, a top-down neck and one head per level, however many levels the backbone has."""
+"""The YOLOv3 family: a backbone, a top-down neck and one head per level, however many levels the backbone has."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
-
-
-class Backbone(Protocol):
-    """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending by 2."""
-
-    out_channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    pixel_mean: tuple[float, float, float]
-    pixel_std: tuple[float, float, float]
-
-    def __call__(self, images: Tensor) -> list[Tensor]: ...
+from detection.models.yolo.head import CLASSES, OBJECTNESS, num_values
+from detection.ops.pixels import NormalizePixels
 
 
 class PyramidPooling(nn.Module):
@@ -76,9 +68,9 @@ def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, obj
     """An untrained network says "nothing here" and "any class alike": thousands of empty cells would otherwise dominate
     the first steps with log(2) each."""
     nn.init.normal_(output.weight, std=0.01)
-    bias = torch.zeros(num_anchors, 5 + num_classes)
-    bias[:, 4] = math.log(objectness_prior / (1 - objectness_prior))
-    bias[:, 5:] = -math.log(max(num_classes - 1, 1))
+    bias = torch.zeros(num_anchors, num_values(num_classes))
+    bias[:, OBJECTNESS] = math.log(objectness_prior / (1 - objectness_prior))
+    bias[:, CLASSES] = -math.log(max(num_classes - 1, 1))
     with torch.no_grad():
         output.bias.copy_(bias.flatten())  # type: ignore[union-attr]
 
@@ -95,7 +87,7 @@ class Head(nn.Sequential):
     def __init__(
         self, in_channels: int, width: int, num_anchors: int, num_classes: int, objectness_prior: float
     ) -> None:
-        output = nn.Conv2d(2 * width, num_anchors * (5 + num_classes), 1)
+        output = nn.Conv2d(2 * width, num_anchors * num_values(num_classes), 1)
         super().__init__(conv_block(in_channels, 2 * width, 3), output)
         self.num_anchors = num_anchors
         initialise_output(output, num_anchors, num_classes, objectness_prior)
@@ -155,10 +147,8 @@ class YOLOv3(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = batch_norm_momentum
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", torch.tensor(backbone.pixel_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(backbone.pixel_std).view(1, 3, 1, 1), persistent=False)
+        self.pixel_mean, self.pixel_std = backbone.pixel_mean, backbone.pixel_std
+        self.normalize = NormalizePixels(self.pixel_mean, self.pixel_std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Args:
@@ -172,13 +162,9 @@ class YOLOv3(nn.Module):
         """
         if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
             raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        images = (images - self.pixel_mean) / self.pixel_std
-
         outputs: list[Tensor] = []
         carried: Tensor | None = None
-        for level, features in enumerate(reversed(self.backbone(images))):
+        for level, features in enumerate(reversed(self.backbone(self.normalize(images)))):
             if carried is not None:
                 upsampled = F.interpolate(self.laterals[level - 1](carried), scale_factor=2.0, mode="nearest")
                 features = torch.cat([upsampled, features], dim=1)

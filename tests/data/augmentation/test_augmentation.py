@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from albumentations.augmentations.pixel.functional import add_fog
 
-from detection.config.settings import DataSettings, Settings
+from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import Augmentation, build_augmentation
 from detection.data.augmentation.fog import RandomFog, count_discs
-from detection.data.resize import INTERPOLATIONS, Placed, letterbox_image, warp_placed
-from detection.data.transforms import Sample, Transform
+from detection.data.resize import INTERPOLATIONS, Placed, warp_placed
+from detection.data.transforms import Sample
+from tests.support.detectors import geometry_of, letterbox_image, transform_of
 
 Load = Callable[..., Settings]
 NAMES = (
@@ -25,9 +26,12 @@ NAMES = (
 GEOMETRY = {"affine": 0.7, "horizontal_flip": 0.5, "vertical_flip": 0.5}
 
 
-def settings(default_settings: Load, *words: str, **chosen: float) -> DataSettings:
+def settings(default_settings: Load, *words: str, **chosen: float) -> Settings:
     probabilities = [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in NAMES]
-    return default_settings(*probabilities, *words).data
+    return default_settings(*probabilities, *words)
+
+
+FILL = (124, 116, 104)
 
 
 def photograph(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -45,22 +49,24 @@ def random_boxes(width: int, height: int, count: int, seed: int) -> np.ndarray:
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
 
 
-def in_two_steps(data: DataSettings, size: int, seed: int, image: Any, boxes: Any, labels: Any, place: Any) -> Sample:
+def in_two_steps(settings: Settings, size: int, seed: int, image: Any, boxes: Any, labels: Any, place: Any) -> Sample:
     """The letterbox, then albumentations' own `Compose` with its own boxes: what the program did before."""
     index, epoch = place
-    picture, letterbox = letterbox_image(image, size, data.keep_aspect, data.fill, INTERPOLATIONS[data.interpolation])
+    geometry, augmentation = geometry_of(settings), settings.data.augmentation
+    interpolation = INTERPOLATIONS[geometry.interpolation]
+    picture, letterbox = letterbox_image(image, size, geometry.placement, geometry.fill, interpolation)
     scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
     boxes = boxes * scale + np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # boxes without a geometric transform
         compose = A.Compose(
-            build_augmentation(data.augmentation, data.fill).transforms,
+            build_augmentation(augmentation, geometry.fill).transforms,
             bbox_params=A.BboxParams(
                 format="pascal_voc",
                 label_fields=["labels"],
                 clip=True,
                 filter_invalid_bboxes=True,
-                min_visibility=data.augmentation.min_visibility,
+                min_visibility=augmentation.min_visibility,
                 min_width=1,
                 min_height=1,
             ),
@@ -72,17 +78,17 @@ def in_two_steps(data: DataSettings, size: int, seed: int, image: Any, boxes: An
 
 
 @pytest.mark.parametrize("method", ["largest_box", "ellipse"])
-@pytest.mark.parametrize("words", [[], ["data.keep_aspect=false", "data.augmentation.min_visibility=0"]])
+@pytest.mark.parametrize("words", [[], ["model.placement=squash", "data.augmentation.min_visibility=0"]])
 def test_boxes_are_those_of_albumentations(default_settings: Load, method: str, words: list[str]) -> None:
     """To 0.01 px: there the boxes are float32 fractions of the size, and an ellipse has 360 points."""
     rotated = [f"data.augmentation.affine.rotate_method={method}", "data.augmentation.affine.rotate=[-30, 30]"]
-    data = settings(default_settings, *words, *rotated, **GEOMETRY)
-    transform, total = Transform(data, 128, 3, training=True), 0
+    chosen_settings = settings(default_settings, *words, *rotated, **GEOMETRY)
+    transform, total = transform_of(chosen_settings, 128, 3, training=True), 0
     for index in range(60):
         width, height = (160, 90) if index % 2 else (70, 200)
         image, boxes = np.zeros((height, width, 3), np.uint8), random_boxes(width, height, 20, index)
         ours = transform(image, boxes, np.arange(20), index, 1, 0)
-        theirs = in_two_steps(data, 128, 3, image, boxes, np.arange(20), (index, 1))
+        theirs = in_two_steps(chosen_settings, 128, 3, image, boxes, np.arange(20), (index, 1))
         assert ours.labels.tolist() == theirs.labels.tolist()
         assert np.abs(ours.boxes - theirs.boxes).max(initial=0) < 0.01
         total += len(ours.boxes)
@@ -92,12 +98,12 @@ def test_boxes_are_those_of_albumentations(default_settings: Load, method: str, 
 def test_without_an_affine_every_pixel_is_that_of_albumentations(default_settings: Load) -> None:
     """Letterbox, flips and everything that changes pixels, from the same random numbers; the fog has its own test."""
     chosen = {name: 0.5 for name in NAMES if name not in ("affine", "random_fog")}
-    data = settings(default_settings, **chosen)
-    transform = Transform(data, 96, 5, training=True)
+    chosen_settings = settings(default_settings, **chosen)
+    transform = transform_of(chosen_settings, 96, 5, training=True)
     for index in range(20):
         image = photograph(130, 80, index)
         arguments = image, random_boxes(130, 80, 3, index), np.arange(3)
-        theirs = in_two_steps(data, 96, 5, *arguments, (index, 2))
+        theirs = in_two_steps(chosen_settings, 96, 5, *arguments, (index, 2))
         assert np.array_equal(transform(*arguments, index, 2, 0).image, theirs.image)
 
 
@@ -105,14 +111,14 @@ def test_without_an_affine_every_pixel_is_that_of_albumentations(default_setting
 def test_the_warp_shows_what_two_steps_show(default_settings: Load, interpolation: str) -> None:
     """Where the picture has no fine detail, sampling once or twice is the same but for a second rounding."""
     chosen = {**GEOMETRY, "affine": 1.0}
-    data = settings(default_settings, f"data.interpolation={interpolation}", **chosen)
-    transform = Transform(data, 128, 5, training=True)
+    chosen_settings = settings(default_settings, f"model.interpolation={interpolation}", **chosen)
+    transform = transform_of(chosen_settings, 128, 5, training=True)
     for index in range(20):
         image = cv2.GaussianBlur(photograph(300, 200, index), (0, 0), 4)
         nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
         ours = transform(image, *nothing, index, 0, 0).image.astype(int)
-        theirs = in_two_steps(data, 128, 5, image, *nothing, (index, 0)).image
-        shown = np.pad((theirs != data.fill).any(axis=2), 1).astype(np.uint8)  # the border may lie in the last pixel
+        theirs = in_two_steps(chosen_settings, 128, 5, image, *nothing, (index, 0)).image
+        shown = np.pad((theirs != FILL).any(axis=2), 1).astype(np.uint8)  # the border may lie in the last pixel
         away_from_the_border = cv2.erode(shown, np.ones((5, 5)))[1:-1, 1:-1] > 0
         difference = np.abs(ours - theirs)[away_from_the_border]
         assert difference.mean() < 1 and difference.max() <= 10, (index, difference.mean(), difference.max())
@@ -128,20 +134,20 @@ def reference_warp(image: np.ndarray, matrix: np.ndarray, size: int, fill: tuple
 
 def test_one_warp_is_nearer_to_the_picture_than_two_samplings(default_settings: Load) -> None:
     """Over the default scales; the bar is the mean over fine samples. Halving keeps the small ones from aliasing."""
-    data = settings(default_settings, affine=1)
-    augmentation, errors = Augmentation(data, 0), []
+    chosen_settings = settings(default_settings, affine=1)
+    augmentation, errors = Augmentation(chosen_settings.data.augmentation, geometry_of(chosen_settings), 0), []
     for index in range(40):
         image = photograph(320, 240, index)
         image += np.random.default_rng(index).integers(0, 20, image.shape, dtype=np.uint8).clip(0, 255 - image)
         placed = Placed(image, 0, 26, 208, 156)
         augmentation.affine.set_random_state(np.random.default_rng(index), random.Random(index))
         matrix = augmentation.affine.get_params_dependent_on_data({"shape": (208, 208, 3)}, {})["bbox_matrix"]
-        gt = reference_warp(image, matrix @ placed.matrix(), 208, data.fill)
-        once = warp_placed(placed, matrix, 208, data.fill)
-        letterboxed = letterbox_image(image, 208, True, data.fill, cv2.INTER_LINEAR)[0]
+        gt = reference_warp(image, matrix @ placed.matrix(), 208, FILL)
+        once = warp_placed(placed, matrix, 208, FILL)
+        letterboxed = letterbox_image(image, 208, "letterbox", FILL, cv2.INTER_LINEAR)[0]
         still = Placed(letterboxed, 0, 0, 208, 208).matrix() @ matrix
         still[:2, 2] += still[:2, :2] @ (0.5, 0.5) - 0.5
-        twice = cv2.warpAffine(letterboxed, still[:2], (208, 208), borderValue=data.fill)
+        twice = cv2.warpAffine(letterboxed, still[:2], (208, 208), borderValue=FILL)
         errors.append([np.sqrt(((result - gt) ** 2).mean()) for result in (once, twice)])
     once_error, twice_error = np.mean(errors, axis=0)
     assert once_error < twice_error

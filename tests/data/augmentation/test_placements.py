@@ -25,7 +25,8 @@ from detection.data.augmentation.crop_and_scale import (
 )
 from detection.data.resize import resize_placed
 from detection.data.transforms import Sample, Transform
-from detection.ops.letterbox import letterbox_geometry
+from detection.ops.letterbox import place_image
+from tests.support.detectors import geometry_of, transform_of
 
 Load = Callable[..., Settings]
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
@@ -41,7 +42,7 @@ def probabilities(default_settings: Load, **chosen: float) -> list[str]:
 
 
 def build(default_settings: Load, *words: str, size: int = 64, seed: int = 0, **chosen: float) -> Transform:
-    return Transform(default_settings(*probabilities(default_settings, **chosen), *words).data, size, seed, True)
+    return transform_of(default_settings(*probabilities(default_settings, **chosen), *words), size, seed, True)
 
 
 def picture(width: int = 64, height: int = 48) -> np.ndarray:
@@ -79,6 +80,10 @@ def torch_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 # --- Darknet's jitter ---
 
 
+def placement_of(settings: Settings) -> RandomPlacement:
+    return RandomPlacement(settings.data.augmentation, geometry_of(settings), 0)
+
+
 def test_jitter_by_hand() -> None:
     # (640 + 64) / (480 - 80) = 1.76: 416 wide, 416 / 1.76 = 236.36 high; 179.64 rows are free
     draws = Scripted(64, -80, 0, 100.7)
@@ -105,7 +110,7 @@ def test_jitter_stays_inside_the_square(width: int, height: int) -> None:
 def test_jittered_boxes_by_hand(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """640 x 480 at (0, 100), 416 x 236: x * 0.65, y * 236 / 480 + 100."""
     monkeypatch.setattr(placements, "jittered", lambda *arguments: Rectangle(0, 100, 416, 236))
-    transform = build(default_settings, "data.fill=[1, 2, 3]", size=416, darknet_jitter=1)
+    transform = build(default_settings, "model.fill=[1, 2, 3]", size=416, darknet_jitter=1)
     sample = transform(np.full((480, 640, 3), 200, np.uint8), array((100, 120, 300, 240)), np.array([79]), 0, 0, 0)
     assert np.allclose(sample.boxes, [[65, 100 + 59, 195, 100 + 118]], atol=1e-3) and sample.labels.tolist() == [79]
     expected = np.empty((416, 416, 3), np.uint8)
@@ -139,7 +144,7 @@ def test_expanded_boxes_by_hand() -> None:
 
 def test_expand_without_growth_is_the_letterbox(default_settings: Load) -> None:
     labels = np.array([1])
-    for words in ([], ["data.keep_aspect=false"], ["data.interpolation=darknet", "data.letterbox_rounding=down"]):
+    for words in ([], ["model.placement=squash"], ["model.interpolation=darknet", "model.rounding=down"]):
         plain = build(default_settings, *words)
         still = build(default_settings, *words, "data.augmentation.expand.ratio=[1, 1]", expand=1)
         for width, height in ((50, 31), (31, 50), (64, 64), (1, 9)):
@@ -179,7 +184,7 @@ def test_crop_by_hand(torch_draws: Callable[..., None], iou_crop: v2.RandomIoUCr
 
 
 def test_a_crop_always_shows_an_object(default_settings: Load) -> None:
-    placement = RandomPlacement(default_settings(*SETTINGS).data, 0)
+    placement = placement_of(default_settings(*SETTINGS))
     boxes, labels = array((5, 5, 20, 20), (70, 50, 95, 75)), np.array([0, 79])
     cropped_once = 0
     for index in range(60):
@@ -194,7 +199,7 @@ def test_a_crop_always_shows_an_object(default_settings: Load) -> None:
 
 
 def test_crowd_is_no_reason_to_crop_and_is_not_judged_by_its_centre(default_settings: Load) -> None:
-    placement = RandomPlacement(default_settings(*SETTINGS).data, 0)
+    placement = placement_of(default_settings(*SETTINGS))
     crowd, small = (0, 0, 50, 80), (60, 50, 95, 78)
     for index in range(30):
         assert placement.draw_view(100, 80, array(crowd), np.array([-2]), 0, index)[0] == Rectangle(0, 0, 100, 80)
@@ -267,14 +272,14 @@ def bright_extent(image: np.ndarray) -> np.ndarray | None:
         ({"expand": 1}, []),
         ({"iou_crop": 1}, []),
         ({"darknet_jitter": 1}, []),
-        ({"expand": 1, "iou_crop": 1}, ["data.keep_aspect=false"]),
-        (dict.fromkeys(GEOMETRIC, 1), ["data.interpolation=darknet", "data.letterbox_rounding=down"]),
-        ({**dict.fromkeys(GEOMETRIC, 0.5), "horizontal_flip": 0.5}, ["data.interpolation=area"]),
+        ({"expand": 1, "iou_crop": 1}, ["model.placement=squash"]),
+        (dict.fromkeys(GEOMETRIC, 1), ["model.interpolation=darknet", "model.rounding=down"]),
+        ({**dict.fromkeys(GEOMETRIC, 0.5), "horizontal_flip": 0.5}, ["model.interpolation=area"]),
     ],
 )
 def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, words: list[str]) -> None:
     """Within a pixel, or where the image is enlarged n times within n / 2 and a half: an edge is n pixels wide."""
-    words = ["data.fill=[0, 0, 0]", KEEP_EVERYTHING, *words]
+    words = ["model.fill=[0, 0, 0]", KEEP_EVERYTHING, *words]
     transform = build(default_settings, *words, size=128, seed=7, **chosen)
     generator = np.random.default_rng(0)
     places = set()
@@ -296,7 +301,7 @@ def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, 
 
 def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
     """First class, last class and a crowd region, each in its colour."""
-    words = ["data.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
+    words = ["model.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
     transform = build(default_settings, *words, size=96, **dict.fromkeys(GEOMETRIC, 0.7))
     image = np.zeros((80, 120, 3), np.uint8)
     drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}
@@ -342,7 +347,7 @@ def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.Mo
     for name in NAMED:
         built = build(default_settings, **{name: 0.1})
         assert (built.placement is not None) == (name in GEOMETRIC) and (built.color is None) == (name in GEOMETRIC)
-    validation = Transform(default_settings(*(f"data.augmentation.{name}.p=1" for name in NAMED)).data, 64, 0, False)
+    validation = transform_of(default_settings(*(f"data.augmentation.{name}.p=1" for name in NAMED)), 64, 0, False)
     assert validation.placement is None and validation.color is None
     # the jitter needs nothing of torch's
     monkeypatch.setattr(torch.random, "fork_rng", lambda **keywords: pytest.fail("forked for nothing"))
@@ -351,7 +356,7 @@ def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.Mo
 
 def test_the_letterbox_of_a_sample_is_the_images(default_settings: Load) -> None:
     sample = build(default_settings, **dict.fromkeys(GEOMETRIC, 1))(picture(90, 50), *NO_BOXES, 0, 0, 0)
-    assert sample.letterbox == letterbox_geometry(90, 50, 64, True)[0]
+    assert sample.letterbox == place_image(90, 50, 64, "letterbox")[0]
 
 
 # --- randomness ---
@@ -398,10 +403,9 @@ def test_the_global_random_states_are_left_alone(default_settings: Load, monkeyp
 
 def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:
     """At 0.5 each, all pairs are drawn together for a quarter of the images; 400, standard error 0.022."""
-    data = default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))).data
-    placement = RandomPlacement(data, 0)
+    placement = placement_of(default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))))
     alone = {
-        name: RandomPlacement(default_settings(*probabilities(default_settings, **{name: 1})).data, 0)
+        name: placement_of(default_settings(*probabilities(default_settings, **{name: 1})))
         for name in ("expand", "darknet_jitter")
     }
     whole, letterbox = Rectangle(0, 0, 100, 80), Rectangle(0, 6, 64, 51)

@@ -22,7 +22,7 @@ from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
 from detection.inference.export.onnx_export import NMS_TEMPLATE, OnnxOptions, describe
-from detection.inference.onnx_model import read_cfg
+from detection.inference.onnx_model import read_metadata
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
@@ -69,13 +69,13 @@ def weights_of(directory: Path) -> list[str | Path]:
 
 
 KINDS = {
-    "decoded": ["evaluation.objectness_threshold=0.45"],
+    "decoded": ["yolo.objectness_threshold=0.45"],
     "raw": ["--outputs", "raw", "--input", "float", "--dynamic-size", "--opset", "24", "--no-simplify"],
     "nms": [
         *("--nms", "--dynamic-size", "yolo.class_loss=cross_entropy", "evaluation.confidence_threshold=0.1"),
-        *("evaluation.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
+        *("yolo.objectness_threshold=0.2", "evaluation.iou_threshold=0.3", "evaluation.max_detections=6"),
     ],
-    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1", "evaluation.score=objectness"],
+    "half": ["--nms", "--half", "evaluation.confidence_threshold=0.1", "yolo.score=objectness"],
 }
 
 
@@ -329,7 +329,7 @@ def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> N
     source = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
     for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
         description = describe(opened, OnnxOptions(outputs="raw", half=True))
-        assert read_cfg(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
+        assert read_metadata(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
         assert description.anchors == (((10, 12), (30, 28)), ((60, 50),)) and description.scale_xy == (1.1, 1.0)
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
@@ -380,7 +380,7 @@ def test_detect_draws_the_same_boxes_with_another_size(
 ) -> None:
     """Thresholds and, with --dynamic-size, the size are still the command line's."""
     common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
-    common += ["evaluation.visualization_threshold=0.2", "evaluation.score=objectness", "run.precision=off"]
+    common += ["evaluation.visualization_threshold=0.2", "yolo.score=objectness", "run.precision=off"]
     for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
         result = run("detect.py", *source, *common, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
@@ -419,8 +419,8 @@ def test_consumer_example_finds_what_detect_finds(
     [
         ("nms", ["evaluation.confidence_threshold=0.5"], "evaluation.confidence_threshold"),
         ("nms", ["evaluation.max_detections=null"], "evaluation.max_detections"),
-        ("decoded", ["evaluation.objectness_threshold=0.1"], "evaluation.objectness_threshold"),
-        ("decoded", ["evaluation.score=objectness"], "evaluation.score"),
+        ("decoded", ["yolo.objectness_threshold=0.1"], "yolo.objectness_threshold"),
+        ("decoded", ["yolo.score=objectness"], "yolo.score"),
         ("decoded", ["evaluation.image_size=96"], "--dynamic-size"),
         ("raw", ["evaluation.image_size=72"], "multiple of 32"),
         ("raw", ["yolo.class_loss=cross_entropy"], "yolo.class_loss"),
@@ -469,10 +469,10 @@ def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatc
 
 
 def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
-    from detection.models import build_model
+    from detection.models.yolo.detector import build_model
     from detection.models.pretrained import load_pretrained
 
-    yolo_settings = default_settings("yolo.backbone=mobilenet_v3_small", "yolo.pretrained=a.onnx").yolo
+    yolo_settings = default_settings("model.backbone=mobilenet_v3_small", "model.pretrained=a.onnx").yolo
     with pytest.raises(CheckpointError, match="cannot be trained"):
         load_pretrained(build_model(yolo_settings, 2), yolo_settings)
 
@@ -509,7 +509,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
     kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel) * np.float32(1.01), kernel.name))
     monkeypatch.setattr(export, "build_onnx", lambda *_: (model, []))
-    words = ["evaluation.objectness_threshold=0.45", "--output", tmp_path]
+    words = ["yolo.objectness_threshold=0.45", "--output", tmp_path]
     result = run("export.py", *weights_of(files), *words)
     assert result.returncode == 1 and "does not compute what PyTorch does" in result.stderr
     assert list(tmp_path.iterdir()) == []

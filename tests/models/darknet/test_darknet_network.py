@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 import tests.support.darknet_reference as reference
 from detection.config.loading import load_settings
-from detection.contract import Detector
+from detection.contract import Detector, Geometry
 from detection.errors import SettingsError
-from detection.models import build_detector, check_image_size
+from detection.models import build_detector
 from detection.models.backbones.darknet import DarknetBatchNorm2d
 from detection.models.darknet.cfg import parse_cfg, unused_keys
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import convolution_tensors, load_darknet_weights
-from detection.models.yolo.box_coder import decode_boxes
 from detection.training.optimizer import set_backbone_frozen
 from tests.support.darknet_descriptions import (
     COCO_ANCHORS_V4,
@@ -42,6 +41,7 @@ from tests.support.darknet_descriptions import (
     yolov4,
     yolov4_tiny,
 )
+from tests.support.loss_cases import decode_boxes
 from tests.support.paths import REPOSITORY
 
 SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
@@ -176,7 +176,7 @@ def test_activations_at_their_bends() -> None:
 
 @pytest.mark.parametrize("variance", [1e-10, 1e-6, 1e-4])
 def test_both_batch_norms_at_small_variances(variance: float, tmp_path: Path) -> None:
-    """Where sqrt(v + 1e-5) and sqrt(v) + 1e-6 differ much; the latter by the setting yolo.batch_norm."""
+    """Where sqrt(v + 1e-5) and sqrt(v) + 1e-6 differ much; the latter by the setting model.batch_norm."""
     text = single_level(conv(4, 3, 2))
     path = tmp_path / "small.weights"
     content = bytearray(reference.random_weights(text, 0))
@@ -185,7 +185,7 @@ def test_both_batch_norms_at_small_variances(variance: float, tmp_path: Path) ->
     path.write_bytes(bytes(content))
     values = reference.read_weights(path)
     for setting in ("standard", "darknet"):
-        model = build(text, tmp_path, f"yolo.batch_norm={setting}").model.eval()
+        model = build(text, tmp_path, f"model.batch_norm={setting}").model.eval()
         load_darknet_weights(model, path)
         assert isinstance(model.backbone[0][1], DarknetBatchNorm2d) == (setting == "darknet")
         assert_equals_reference(model, text, values, setting == "darknet")
@@ -343,9 +343,9 @@ def test_a_map_coarser_than_every_level() -> None:
     assert network(torch.rand(1, 3, 48, 16))[0].shape == (1, 3, 12, 4, 7)
     with pytest.raises(ValueError, match="multiple of 16"):
         network(torch.rand(1, 3, 24, 32))
-    check_image_size(network, "evaluation.image_size", 48)
+    Geometry(network.size_multiple).check_size("evaluation.image_size", 48)
     with pytest.raises(SettingsError, match=r"evaluation.image_size = 24: must be a multiple of 16"):
-        check_image_size(network, "evaluation.image_size", 24)
+        Geometry(network.size_multiple).check_size("evaluation.image_size", 24)
 
 
 def test_another_size_than_the_description(tmp_path: Path) -> None:
@@ -397,9 +397,9 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
 def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Detector:
     path = directory / "network.cfg"
     path.write_text(text)
-    words = ("yolo.backbone=darknet_cfg", f"yolo.cfg={path}", *words)
+    words = ("model.backbone=darknet_cfg", f"model.cfg={path}", *words)
     settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
-    return build_detector(settings.yolo, settings.evaluation, num_classes)
+    return build_detector(settings, num_classes)
 
 
 def test_contract(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_untrained_objectness_is_the_prior(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_batch_norms(tmp_path: Path) -> None:
-    model = build(yolov4_tiny(64), tmp_path, "yolo.batch_norm_momentum=0.03", num_classes=80).model
+    model = build(yolov4_tiny(64), tmp_path, "model.batch_norm_momentum=0.03", num_classes=80).model
     momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert momenta == [0.03] * 19  # all but the two output convolutions
 
@@ -522,7 +522,7 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
 def test_training_with_new_coords_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
     path.write_text(NEW_COORDS.replace("height=24", "height=16"))
-    words = ["data.fake=true", "yolo.num_classes=2", "yolo.backbone=darknet_cfg", f"yolo.cfg={path}"]
+    words = ["data.fake=true", "model.num_classes=2", "model.backbone=darknet_cfg", f"model.cfg={path}"]
     words += ["train.image_size=16", "evaluation.image_size=16", "run.device=cpu", "--dry-run"]
     result = subprocess.run(
         [sys.executable, REPOSITORY / "yolo-v3" / "main.py", *words],

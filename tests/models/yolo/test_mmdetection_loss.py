@@ -284,7 +284,7 @@ def test_assignment_names_the_gt_boxes_and_repeats_no_positive() -> None:
     grid = assign_by_grid(
         case.boxes,
         case.labels,
-        case.criterion().tables([tuple(output.shape[2:4]) for output in case.outputs]).anchors,
+        case.criterion().layout.tables([tuple(output.shape[2:4]) for output in case.outputs]).anchors,
         0.5,
     )
     flat = sorted(all_predictions(case), key=lambda place: (place[0], place[2], place[3], place[1]))

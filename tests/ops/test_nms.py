@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
-from torchvision.ops import nms
 
-from detection.ops import nms as nms
+from detection.ops import nms
 from detection.ops.nms import grouped_nms
 
 Boxes = tuple[Tensor, Tensor, Tensor]
@@ -30,7 +30,7 @@ def per_group(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: floa
     kept = []
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero()[:, 0]
-        kept += rows[nms(boxes[rows], scores[rows], iou_threshold)[:most]].tolist()
+        kept += rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)[:most]].tolist()
     return kept
 
 

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from detection.errors import CheckpointError
-from detection.inference.export.darknet_export import describe_network
 from detection.models import build_detector
 from detection.models.darknet.cfg import format_cfg, parse_cfg
+from detection.models.darknet.export import describe_detector
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, darknet_bytes, load_darknet_weights
 
-TINY = ("yolo.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]",
+TINY = ("model.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]",
         "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]")  # fmt: skip
 # bytes of the published 80-class files: header of 20 and 4 for each number
 FAMILY = [
@@ -26,8 +26,8 @@ FAMILY = [
 
 def build(default_settings, words: tuple[str, ...], num_classes: int) -> tuple[nn.Module, list]:
     settings = default_settings(*words)
-    model = build_detector(settings.yolo, settings.evaluation, num_classes).model
-    return model, describe_network(model, settings.yolo.anchors, 416, settings.yolo.ignore_threshold)
+    detector = build_detector(settings, num_classes)
+    return detector.model, describe_detector(detector, 416)
 
 
 @pytest.mark.parametrize(("words", "file_bytes", "layers"), FAMILY)
@@ -82,4 +82,4 @@ def test_yolov3_refers_to_the_layers_of_the_public_description(default_settings)
 
 def test_a_network_that_the_program_lacks_is_refused(default_settings) -> None:
     with pytest.raises(CheckpointError, match="darknet_tiny"):
-        build(default_settings, ("yolo.backbone=mobilenet_v3_small",), 3)
+        build(default_settings, ("model.backbone=mobilenet_v3_small",), 3)

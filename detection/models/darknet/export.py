@@ -4,25 +4,29 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from detection.contract import Detector
 from detection.errors import CheckpointError
 from detection.models.backbones.darknet import Darknet53, DarknetTiny, ResidualBlock
 from detection.models.darknet.cfg import CfgSection
 from detection.models.darknet.network import DarknetNetwork
-from detection.models.yolo.grid import Anchors
+from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.network import PyramidPooling, YOLOv3
 
+DEFAULT_IGNORE_THRESHOLD = 0.7  # of a network that is not trained here, new_coords
 
-def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore_threshold: float) -> list[CfgSection]:
+
+def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
     """Sections of a hand-written YOLOv3, or those that a described network was built from, for another input size.
 
     Args:
-        anchors: per level (width, height) in pixels of the network input, stride ascending.
+        detector: its network, and the anchors and ignore threshold of its criterion.
         image_size: side of the network input in pixels.
-        ignore_threshold: written for a training by that program.
 
     Raises:
         CheckpointError: Darknet has no such backbone.
     """
+    model, criterion = detector.model, detector.criterion
+    ignore_threshold = criterion.ignore_threshold if isinstance(criterion, Criterion) else DEFAULT_IGNORE_THRESHOLD
     if isinstance(model, DarknetNetwork):
         changed = {
             "net": {"width": str(image_size), "height": str(image_size)},
@@ -34,8 +38,10 @@ def describe_network(model: nn.Module, anchors: Anchors, image_size: int, ignore
         ]
     if not isinstance(model, YOLOv3) or not isinstance(model.backbone, Darknet53 | DarknetTiny):
         raise CheckpointError(
-            "Darknet has no such network: only yolo.backbone darknet, darknet_tiny and darknet_cfg export"
+            "Darknet has no such network: only model.backbone darknet, darknet_tiny and darknet_cfg export"
         )
+    assert detector.anchors is not None, "a YOLOv3 has anchors"
+    anchors = detector.anchors.levels
     writer = _Writer()
     size = str(image_size)
     writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")

@@ -1,0 +1,90 @@
+"""From raw outputs to detections, for every detector that scores all classes of many predictions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detection.ops.nms import grouped_nms
+from detection.runtime.devices import nms_device
+
+SCORES_AT_A_TIME = 2**24  # raw values: 64 MiB for each of the few arrays that decoding makes
+
+
+class DensePostprocess(nn.Module):
+    """Score threshold and class-wise NMS over what a subclass decodes.
+
+    Every class of a prediction whose score exceeds the confidence threshold is a candidate (multi-label); NMS runs per
+    class; then the best `max_detections` per class are kept, which is all the COCO metric looks at.
+
+    Args:
+        confidence_threshold: of the score.
+        iou_threshold: of the NMS.
+        max_detections: per image and class; None: all.
+    """
+
+    def __init__(
+        self, confidence_threshold: float = 0.001, iou_threshold: float = 0.45, max_detections: int | None = 100
+    ) -> None:
+        super().__init__()
+        self.confidence_threshold = confidence_threshold
+        self.iou_threshold = iou_threshold
+        self.max_detections = max_detections
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """Every prediction: boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, outputs: Any) -> list[dict[str, Tensor]]:
+        """Turn raw outputs into detections.
+
+        Args:
+            outputs: a sequence of tensors whose first dimension is the image.
+
+        Returns:
+            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first;
+            on `devices.nms_device`.
+        """
+        values_per_image = sum(level[0].numel() for level in outputs)
+        images_at_a_time = max(SCORES_AT_A_TIME // max(values_per_image, 1), 1)
+        detections = []
+        for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
+            boxes, scores = (values.to(nms_device(values.device)) for values in self.decode(images))
+            # The host waits for a device as often for many images as for one; on the CPU one by one needs less memory.
+            together = len(boxes) if boxes.is_cuda else 1
+            for some in zip(boxes.split(together), scores.split(together), strict=True):
+                detections += self._select(*some)
+        return detections
+
+    def _select(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
+        """What `forward` gives for the images of (B, P, 4) and (B, P, C)."""
+        # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.
+        image, prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
+        num_images, num_classes = len(scores), scores.shape[2]
+        boxes, scores = boxes[image, prediction], scores[image, prediction, label]
+        group = image * num_classes + label
+        kept = grouped_nms(boxes, scores, group, self.iou_threshold, self.max_detections)
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]  # of equals the lower class first
+        kept = kept[image[kept].argsort(stable=True)]
+        counts = image[kept].bincount(minlength=num_images).tolist()
+        columns = (values[kept].split(counts) for values in (boxes, scores, label))
+        return [dict(zip(("boxes", "scores", "labels"), values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+class DecodedPostprocess(DensePostprocess):
+    """For exported files that hold the decoding: the selection alone."""
+
+    def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        boxes, scores = outputs
+        return boxes, scores
+
+
+class FinalDetections(nn.Module):
+    """For exported files with final detections: sorts them into their images."""
+
+    def forward(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Split boxes (K, 4), scores, labels and image_index (K,) by the numbers of the images (B,)."""
+        boxes, scores, labels, image_index, images = outputs
+        rows = [image_index == image for image in images]
+        return [{"boxes": boxes[row], "scores": scores[row], "labels": labels[row]} for row in rows]

@@ -1,0 +1,192 @@
+"""The YOLO family as a detector: the triple of docs/contract.md, and what it knows about itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from detection.config.settings import DARKNET_CFG, EvaluationSettings, ModelSettings, Settings, YoloSettings
+from detection.contract import AnchorLayout, Anchors, Detector, Geometry
+from detection.errors import SettingsError
+from detection.models.backbones import build_backbone
+from detection.models.backbones.darknet import use_darknet_batch_norm
+from detection.models.darknet.cfg import cfg_notices, format_cfg, parse_cfg, with_anchors
+from detection.models.darknet.layers import build_layers
+from detection.models.darknet.network import DarknetNetwork
+from detection.models.yolo import CRITERIA
+from detection.models.yolo.fit import AnchorFit
+from detection.models.yolo.network import YOLOv3, spp_stage, tiny_stage, yolov3_stage
+from detection.models.yolo.postprocess import YOLOPostprocess
+
+FILL = (124, 116, 104)  # RGB, ImageNet's mean
+HELD_SETTINGS: dict[str, list[str]] = {
+    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss")],
+    "decoding": ["yolo.score", "yolo.objectness_threshold"],
+}
+
+
+def build_yolo(
+    model_settings: ModelSettings, yolo: YoloSettings, evaluation: EvaluationSettings, num_classes: int
+) -> Detector:
+    """The detector that the settings describe, with random weights, on the CPU."""
+    model = build_model(model_settings, yolo, num_classes)
+    if model_settings.batch_norm == "darknet":
+        use_darknet_batch_norm(model)
+    anchors: Anchors
+    if isinstance(model, DarknetNetwork):  # a cfg says more than the settings
+        anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
+        size_multiple = model.size_multiple
+    else:
+        anchors, scales_xy, new_coords = yolo.anchors, (1.0,) * len(yolo.anchors), False
+        size_multiple = model.strides[-1]
+    criterion = None
+    if not new_coords:  # that size has no encoding here
+        weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
+        criterion = CRITERIA[yolo.loss](
+            anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
+        )
+    metadata = {
+        "strides": list(model.strides),
+        "anchors": [[list(anchor) for anchor in level] for level in anchors],
+        "scale_xy": list(scales_xy),
+        "new_coords": new_coords,
+    }
+    return Detector(
+        model,
+        criterion,
+        build_postprocess(metadata, yolo, evaluation),
+        Geometry(
+            size_multiple,
+            model_settings.placement or "letterbox",
+            model_settings.rounding,
+            model_settings.interpolation,
+            model_settings.fill or FILL,
+            pixel_mean=model.pixel_mean,
+            pixel_std=model.pixel_std,
+        ),
+        plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
+        notices=CfgNotices(model_settings.cfg),
+        score="objectness x class probability" if yolo.score == "product" else "objectness of the likeliest class",
+        deviations=tuple(
+            text
+            for text, deviates in (
+                ("scored by objectness alone", yolo.score != "product"),
+                (f"objectness above {yolo.objectness_threshold:g} only", yolo.objectness_threshold > 0),
+            )
+            if deviates
+        ),
+        metadata=metadata,
+        held_settings=HELD_SETTINGS,
+        anchors=anchor_layout(model_settings, yolo, model, anchors),
+        check_fit=AnchorFit(anchors, model.strides, scales_xy),
+    )
+
+
+class CfgNotices:
+    """`Detector.notices` of a network from a Darknet cfg."""
+
+    def __init__(self, cfg: str | None) -> None:
+        self.cfg = cfg
+
+    def __call__(self, sizes: Mapping[str, int]) -> list[str]:
+        return [] if self.cfg is None else [f"cfg         {line}" for line in cfg_notices(parse_cfg(self.cfg), sizes)]
+
+
+def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork:
+    """The network of the settings with random weights.
+
+    Raises:
+        SettingsError: backbone and anchors have different numbers of levels; the cfg is none of a detector.
+    """
+    prior, momentum = yolo.objectness_prior, model_settings.batch_norm_momentum
+    if model_settings.cfg is not None:
+        return DarknetNetwork(parse_cfg(model_settings.cfg), num_classes, prior, momentum)
+    tiny = model_settings.backbone == "darknet_tiny"
+    try:
+        backbone = build_backbone(model_settings, len(yolo.anchors), "yolo.anchors")
+    except SettingsError as error:
+        if tiny:
+            raise SettingsError(f"{error}; for YOLOv3-tiny: --config recipes/yolov3_tiny.yaml") from None
+        raise
+    return YOLOv3(
+        backbone,
+        yolo.neck_channels,
+        [len(level) for level in yolo.anchors],
+        num_classes,
+        prior,
+        momentum,
+        tiny_stage if tiny else spp_stage if yolo.spp else yolov3_stage,
+    )
+
+
+def build_postprocess(
+    metadata: Mapping[str, Any], yolo: YoloSettings, evaluation: EvaluationSettings
+) -> YOLOPostprocess:
+    """Decoding and selection for raw outputs.
+
+    Args:
+        metadata: `Detector.metadata`, also as an exported file gives it back.
+    """
+    return YOLOPostprocess(
+        metadata["anchors"],
+        metadata["strides"],
+        evaluation.confidence_threshold,
+        evaluation.iou_threshold,
+        evaluation.max_detections,
+        yolo.class_loss,
+        yolo.objectness_threshold,
+        metadata["scale_xy"],
+        metadata["new_coords"],
+        yolo.score,
+    )
+
+
+def postprocess_from_metadata(metadata: Mapping[str, Any], settings: Settings) -> nn.Module:
+    """`build_postprocess` for raw outputs of an exported file."""
+    return build_postprocess(metadata, settings.yolo, settings.evaluation)
+
+
+def upgrade_metadata(entries: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of files written before detectors had a section each and a geometry of their own."""
+    if "geometry" in entries or "letterbox" not in entries:
+        return entries
+    letterbox, yolo, thresholds = (entries[key] for key in ("letterbox", "yolo", "thresholds"))
+    entries["geometry"] = {
+        "size_multiple": entries["size_multiple"],
+        "placement": "letterbox" if letterbox["keep_aspect"] else "squash",
+        "rounding": letterbox["rounding"],
+        "interpolation": letterbox["interpolation"],
+        "fill": letterbox["fill"],
+        "pixel_mean": entries["pixel_mean"],
+        "pixel_std": entries["pixel_std"],
+    }
+    entries["decoding"] = {key: entries[key] for key in ("strides", "anchors", "scale_xy", "new_coords")}
+    data = {
+        "keep_aspect": letterbox["keep_aspect"],
+        "letterbox_rounding": letterbox["rounding"],
+        "interpolation": letterbox["interpolation"],
+        "fill": letterbox["fill"],
+    }
+    entries["settings"] = {
+        "yolo": yolo | {"score": entries["score"], "objectness_threshold": thresholds["objectness"]},
+        "data": data,
+    }
+    entries["held_settings"] = HELD_SETTINGS
+    product = "objectness x class probability"
+    entries["score"] = product if entries["score"] == "product" else "objectness of the likeliest class"
+    return entries
+
+
+def anchor_layout(
+    model_settings: ModelSettings, yolo: YoloSettings, model: YOLOv3 | DarknetNetwork, anchors: Anchors
+) -> AnchorLayout:
+    """The current anchors; a cfg is written anew with other ones."""
+    if model_settings.backbone != DARKNET_CFG or model_settings.cfg is None:
+        return AnchorLayout(anchors, model.strides, "yolo.anchors")
+    sections = parse_cfg(model_settings.cfg)
+    layers = [level.layer for level in sorted(build_layers(sections)[2], key=lambda level: level.stride)]
+
+    def cfg_with(levels: Anchors) -> str:
+        return format_cfg(with_anchors(sections, dict(zip(layers, levels, strict=True))))
+
+    return AnchorLayout(anchors, model.strides, "model.cfg", cfg_with)

@@ -1,0 +1,99 @@
+"""The layout of a YOLO head: what the raw values of a prediction mean, and how they become boxes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detection.contract import Anchors
+from detection.models.yolo.box_coder import decode_predictions
+from detection.models.yolo.grid import anchor_table, prediction_table
+
+BOX, OBJECTNESS, CLASSES = slice(0, 4), 4, slice(5, None)  # of the raw values of one prediction
+
+
+def num_values(num_classes: int) -> int:
+    """Raw values per prediction: four of the box, objectness, one per class."""
+    return 5 + num_classes
+
+
+class Tables(NamedTuple):
+    """What assignment and decoding look up, for one input size."""
+
+    anchors: Tensor  # see `grid.anchor_table`
+    predictions: Tensor  # see `grid.prediction_table`
+
+
+class HeadLayout(nn.Module):
+    """Anchors, strides and scales of all levels, and the decoding of their raw values.
+
+    Args:
+        anchors: per level (width, height) in pixels of the network input, stride ascending.
+        strides: pixels per cell, per level; two levels may have the same.
+        scales_xy: per level, see `box_coder.decode_cxcywh`; None: 1 everywhere.
+        new_coords: see `box_coder.decode_cxcywh`.
+
+    Raises:
+        ValueError: the numbers of levels differ.
+    """
+
+    def __init__(
+        self,
+        anchors: Anchors,
+        strides: Sequence[int],
+        scales_xy: Sequence[float] | None = None,
+        new_coords: bool = False,
+    ) -> None:
+        super().__init__()
+        self.strides = list(strides)
+        self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
+        self.new_coords = new_coords
+        if not len(anchors) == len(self.strides) == len(self.scales_xy):
+            raise ValueError(
+                f"{len(anchors)} levels of anchors, {len(self.strides)} strides and {len(self.scales_xy)} scales_xy; "
+                "their numbers must be equal"
+            )
+        self._tables: dict[tuple, Tables] = {}
+        for level, level_anchors in enumerate(anchors):
+            self.register_buffer(f"anchors_{level}", torch.tensor(level_anchors, dtype=torch.float32), persistent=False)
+
+    @property
+    def anchors(self) -> list[Tensor]:
+        return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
+
+    def tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:
+        """Tables of an input size, kept: building them anew would make the host wait for the device in every step.
+
+        Args:
+            sizes: (rows, columns) per level.
+        """
+        if torch.compiler.is_exporting():  # there the sizes may be symbols
+            return self._build_tables(sizes)
+        key = (self.anchors[0].device, tuple(sizes))
+        if key not in self._tables:
+            self._tables[key] = self._build_tables(sizes)
+        return self._tables[key]
+
+    def _build_tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:
+        return Tables(
+            anchor_table(self.anchors, self.strides, sizes, self.scales_xy),
+            prediction_table(self.anchors, self.strides, sizes, self.scales_xy),
+        )
+
+    def decode(self, raw: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Turn raw values into boxes, in float32.
+
+        Args:
+            raw: (..., P, 4 or more) in the order of `grid.flatten_levels`; only the box values are read.
+            sizes: (rows, columns) per level.
+
+        Returns:
+            Boxes (x1, y1, x2, y2) in pixels of the network input, (..., P, 4); may exceed the image.
+        """
+        return decode_predictions(raw[..., BOX].float(), self.tables(sizes).predictions, self.new_coords)
+
+
+def sizes_of(outputs: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(rows, columns) of each level's (B, A, H, W, X)."""
+    return [(output.shape[2], output.shape[3]) for output in outputs]

@@ -1,0 +1,68 @@
+"""Evaluation during training: score the validation set, log the result, keep the best checkpoint."""
+
+from detection.data.loaders import build_evaluation_loader
+from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
+from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
+from detection.training.checkpoint_writer import Saver
+from detection.training.loggers import Loggers
+from detection.training.run import Run
+from detection.training.state import RunState
+from detection.training.supervisor import Supervisor
+
+
+def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
+    """Evaluate the model after this step and save it; best.pt is replaced if AP50 is higher than ever before."""
+    # Whatever happens to the evaluation, the steps are kept; a continued run repeats it.
+    saver.save(numbered=saver.due())
+    evaluation = evaluate_run(run, state, supervisor)
+    if evaluation is not None:
+        log_evaluation(run, evaluation, state.step, loggers)
+    ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
+    saver.save(best=state.record_evaluation(ap50 or 0.0))
+    state.meter.restart_clock()
+
+
+def evaluate_run(run: Run, state: RunState, supervisor: Supervisor) -> Evaluation | None:
+    """Evaluate the validation set, shared among all processes; the first one scores, the others get None."""
+    settings, dataset, ranks = run.settings, run.validation_set, run.ranks
+    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
+    share = run_inference(
+        state.evaluated_model,
+        run.criterion,
+        run.detector.postprocess,
+        build_evaluation_loader(dataset, batch_size, settings.data.num_workers, run.device, ranks.rank, ranks.size),
+        run.device,
+        run.autocast,
+        on_batch=supervisor.between_batches,
+    )
+    supervisor.rest()
+    shares = ranks.gather(share)
+    return None if shares is None else compute_metrics(shares, dataset.annotations, settings.evaluation.backend)
+
+
+def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers) -> None:
+    """Log numbers, lines, a picture and the result files of an evaluation."""
+    settings, dataset = run.settings.evaluation, run.validation_set
+    loss = sum(evaluation.losses.values())
+    row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+    row |= {"val/loss": loss, **{f"val/{name}": value for name, value in evaluation.losses.items()}}
+    row |= {"val/boxes": len(evaluation.detections), "epoch": step / run.steps_per_epoch}
+    loggers.evaluation(step, row)
+    names = {"nms": "NMS", "metric": evaluation.backend}
+    parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
+    weights = "EMA" if run.settings.train.ema_decay else "weights"
+    loggers.line(f"evaluation of the {weights}: {protocol_line(run.settings, run.detector)}")
+    loggers.line(
+        f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
+        f"validation loss {loss:.3f}"
+    )
+    if evaluation.dropped:
+        loggers.line(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
+    for line in metric_table(evaluation):
+        loggers.line(line)
+    picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
+    if picture is not None:
+        loggers.image(step, "validation", picture)
+    write_evaluation(loggers.directory, evaluation, dataset, step, settings.model_dump(mode="json"))
+    for name in ("metrics.json", "detections.json"):
+        loggers.artifact(loggers.directory / name)

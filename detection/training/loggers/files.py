@@ -1,0 +1,180 @@
+"""The run's own files: settings, environment, numbers, lines and pictures in the run directory."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from detection.config.loading import dump_settings
+from detection.config.settings import Settings
+from detection.drawing.boxes import save_jpeg, save_png
+from detection.errors import OutputError
+from detection.training.loggers.protocol import Resumed
+from detection.training.loggers.terminal import show_line
+
+STEP = "step"
+
+
+class FilesLogger:
+    """Writes `args.yaml`, `environment.json`, `train.log`, `metrics.jsonl`, `results.csv` and `images/`.
+
+    Each row is handed to the operating system before the method returns, so a killed process loses nothing. One process
+    at a time holds the lock of the directory. Every method raises OSError if its file cannot be written.
+    """
+
+    def start(
+        self, directory: Path, settings: Settings, environment: Mapping[str, Any], resumed: Resumed | None
+    ) -> None:
+        """Open the files of a run, new or continued.
+
+        Existing files are continued, never emptied. Rows that a continued run will log again, and rows torn by a crash,
+        are moved to `<name>.discarded`.
+
+        Raises:
+            OSError: the directory or a file cannot be written.
+            OutputError: another process writes there.
+        """
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            self._log = opened.enter_context(_open_to_append(directory / "train.log"))
+            _lock(self._log, directory)
+            self._open_tables(opened, resumed)
+            (directory / "images").mkdir(exist_ok=True)
+            (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
+            # Each continuation has its own environment beside the first one.
+            name = "environment.json" if resumed is None else f"environment_{resumed.step}.json"
+            (directory / name).write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            self._opened = opened.pop_all()
+
+    def _open_tables(self, opened: ExitStack, resumed: Resumed | None) -> None:
+        metrics_path, results_path = self.directory / "metrics.jsonl", self.directory / "results.csv"
+        last_step = math.inf if resumed is None else resumed.step
+        last_evaluation = math.inf if resumed is None else resumed.evaluated_step
+
+        def step_of_json(row: str) -> float:
+            values = json.loads(row)
+            again = values[STEP] > last_evaluation and any(tag.startswith("val/") for tag in values)
+            return math.inf if again else int(values[STEP])
+
+        moved_rows = {
+            metrics_path.name: _move_rows(metrics_path, step_of_json, last_step),
+            results_path.name: _move_rows(results_path, _step_of_csv, last_evaluation),
+        }
+        self._metrics = opened.enter_context(_open_to_append(metrics_path))
+        self._results = opened.enter_context(_open_to_append(results_path))
+        self._columns = _read_columns(results_path)
+        for name, count in moved_rows.items():
+            if count:
+                self._notify(f"{name}: {count} rows that are torn or will come again moved to {name}.discarded")
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append a row to `metrics.jsonl`; NaN and infinity become null."""
+        row = {STEP: step} | {tag: _finite_or_none(value) for tag, value in values.items()}
+        self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
+        """Append a row to `metrics.jsonl` and `results.csv`.
+
+        The first row ever fixes the columns of `results.csv`; None, NaN and infinity leave their field empty.
+        """
+        self.log(step, row)
+        if self._columns is None:
+            self._columns = list(row)
+            self._results.write(",".join([STEP, *self._columns]) + "\n")
+        fields = [_finite_or_none(row.get(column)) for column in self._columns]
+        # No quoting needed: a legal tag has no comma, quote or line end.
+        self._results.write(",".join([str(step), *("" if field is None else repr(field) for field in fields)]) + "\n")
+        without_column = [tag for tag in row if tag not in self._columns]
+        if without_column:
+            self._notify(f"results.csv has no column {', '.join(without_column)}: written to metrics.jsonl only")
+
+    def line(self, text: str) -> None:
+        """Append a line to `train.log`."""
+        self._log.write(text + "\n")
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        """Write `images/<tag>.png` (step 0: the input, without loss) or `images/<tag>_<step>.jpg`."""
+        if step == 0:
+            save_png(self.directory / "images" / f"{tag}.png", image)
+        else:
+            save_jpeg(self.directory / "images" / f"{tag}_{step:06d}.jpg", image)
+
+    def artifact(self, path: Path) -> None:
+        """Files of the run directory stay where they are."""
+
+    def finish(self, status: str) -> None:
+        """Close all files, also those after one that fails."""
+        self._opened.close()
+
+    def _notify(self, text: str) -> None:
+        self.line(text)
+        show_line(text)
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    """Replace NaN and infinity, which JSON lacks, by None, and NumPy's subclasses of float by plain numbers."""
+    if value is None or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _open_to_append(path: Path) -> TextIO:
+    # Line buffered: each complete row goes to the operating system at once.
+    return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _lock(file: TextIO, directory: Path) -> None:
+    """Lock a run directory until this process ends, however it ends; its loader workers do not hold the lock."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
+        # A file system without locks cannot tell.
+
+
+def _step_of_csv(row: str) -> float:
+    first_field = row.split(",")[0]
+    return -math.inf if first_field == STEP else int(first_field)  # the header always stays
+
+
+def _read_columns(path: Path) -> list[str] | None:
+    """Return the columns of `results.csv` without the step; None while it has no header."""
+    with open(path, encoding="utf-8") as file:
+        header = file.readline().rstrip("\n")
+    return header.split(",")[1:] if header else None
+
+
+def _move_rows(path: Path, step_of_row: Callable[[str], float], last_step: float) -> int:
+    """Move the rows after a step, and those torn by a crash, to `<name>.discarded`; a crash here loses no row.
+
+    Returns:
+        Number of rows moved.
+    """
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    moved: list[str] = []
+    for row in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            stays = row.endswith("\n") and step_of_row(row.strip()) <= last_step
+        except (ValueError, KeyError, TypeError):
+            stays = False
+        (kept if stays else moved).append(row)
+    if moved:
+        with open(path.with_name(f"{path.name}.discarded"), "a", encoding="utf-8", newline="\n") as discarded:
+            discarded.writelines(row.rstrip("\n") + "\n" for row in moved)
+            discarded.flush()
+            os.fsync(discarded.fileno())
+        shortened = path.with_name(f"{path.name}.tmp")
+        shortened.write_text("".join(kept), encoding="utf-8", newline="\n")
+        os.replace(shortened, path)
+    return len(moved)

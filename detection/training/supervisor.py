@@ -1,0 +1,149 @@
+"""Watches over the steps of a run, so that the loop holds nothing but the training."""
+
+import contextlib
+import functools
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from detection.contract import Batch
+from detection.data.workers import restore_default_sigchld
+from detection.errors import OUT_OF_MEMORY, UserError, known_failure
+from detection.runtime.distributed import Watchdog
+from detection.runtime.profiling import StepProfiler, waiting_for_data
+from detection.runtime.signals import StopRequest, stopped_by
+from detection.training.loggers import Loggers
+from detection.training.prefetch import Prefetcher
+from detection.training.run import Run
+from detection.training.state import RunState
+from detection.training.unreadable_images import STOP_UNREADABLE, UnreadableImages
+
+MIN_BAR_COLUMNS = 40  # of a terminal that gets a progress bar
+
+
+class Supervisor:
+    """Watches over the steps of a run: signals, unreadable images, hanging processes, waiting times, profile, progress.
+
+    Use it as a context around the loop. In each step call `begin`, `next_batches` and `end`, in this order. All
+    processes of a run stop after the same step: each votes at its beginning, and the result is read at its end, so that
+    the exchange costs no time.
+
+    Args:
+        batches: of the remaining steps; closed at the end.
+        stop: with its handlers installed.
+        profile: record a few steps with torch's profiler.
+    """
+
+    def __init__(
+        self, run: Run, state: RunState, batches: Prefetcher, loggers: Loggers, stop: StopRequest, profile: bool = False
+    ) -> None:
+        self.run, self.state, self.batches, self.loggers, self.stop = run, state, batches, loggers, stop
+        self.profile = profile and run.ranks.is_first
+        self.unreadable = UnreadableImages(len(run.training_set), run.settings.data.max_unreadable_fraction)
+        # Other processes have no log, but their images are named too.
+        to_stderr = functools.partial(print, file=sys.stderr, flush=True)
+        self.warn: Callable[[str], None] = loggers.line if run.ranks.is_first else to_stderr
+        self.first_step = self.step = state.step
+        self.vote: Callable[[], int] = lambda: 0
+
+    def __enter__(self) -> Self:
+        run = self.run
+        restore_default_sigchld()
+        self.watchdog = Watchdog(run.ranks, lambda: self.state.step)
+        self.profiler = StepProfiler(self.loggers.directory, run.device, self.loggers.line, self.profile)
+        # A terminal of unknown width (0 columns) gets plain lines, which read better there.
+        columns = shutil.get_terminal_size((0, 0)).columns
+        has_bar = run.ranks.is_first and sys.stderr.isatty() and columns >= MIN_BAR_COLUMNS
+        self.bar = tqdm(total=run.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not has_bar)
+        self.started = time.perf_counter()
+        self.state.meter.restart_clock()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.watchdog.rest()
+        self.profiler.close()
+        self.bar.close()
+        self.batches.close()
+
+    def begin(self, step: int) -> None:
+        """Begin a step, numbered from 0."""
+        self.step = step
+        self.watchdog.beat()
+        self.vote = self.run.ranks.all_reduce_max_async(self._ballot)
+
+    def next_batches(self, count: int) -> list[Batch]:
+        """Wait for the next `count` micro-batches.
+
+        Raises:
+            DataReadError: an image cannot be read or a worker has died; the state is still that after the last step.
+        """
+        with self._waiting():
+            try:
+                micro_batches = [next(self.batches) for _ in range(count)]
+            except RuntimeError as error:
+                failure = known_failure(error, OUT_OF_MEMORY)
+                if failure is None:
+                    raise
+                raise failure from None
+        for line in (line for batch in micro_batches for line in self.unreadable.note(batch)):
+            self.warn(line)
+        # Among several processes the vote decides: the others would wait for the gradient of this one.
+        if self.unreadable.too_many() and self.run.ranks.size == 1:
+            raise self.unreadable.error()
+        return micro_batches
+
+    def end(self) -> UserError | None:
+        """End a step: count it, prefetch the batches of the next one, read the vote.
+
+        Returns:
+            The error with which all processes end the run now; None: the run goes on.
+        """
+        self.bar.update(1)
+        with self._waiting():
+            self.batches.prefetch(self.run.settings.train.subdivisions)
+        self.profiler.step()
+        result = self.vote()
+        if not result:
+            return None
+        return self.unreadable.error() if result == STOP_UNREADABLE else stopped_by(result)
+
+    def between_batches(self) -> None:
+        """Watch over an evaluation; call it after each of its batches.
+
+        Raises:
+            StoppedBySignal: one process alone can stop at once, last.pt has been written.
+        """
+        if self.run.ranks.size == 1:
+            self.stop.check()
+        else:  # the others wait for this process's share
+            self.watchdog.beat()
+
+    def rest(self) -> None:
+        """Expect no progress until the next step: the other processes wait while the first one scores."""
+        self.watchdog.rest()
+
+    def minutes(self) -> float:
+        """Return the time since the first step, with evaluations."""
+        return (time.perf_counter() - self.started) / 60
+
+    def seconds_left(self) -> float:
+        """Estimate the time until the end of the run."""
+        done = self.state.step - self.first_step
+        return (time.perf_counter() - self.started) / done * (self.run.steps - self.state.step)
+
+    def _ballot(self) -> int:
+        return STOP_UNREADABLE if self.unreadable.too_many() else self.stop.signal_number or 0
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        with waiting_for_data():
+            yield
+        self.state.meter.waited += time.perf_counter() - started
