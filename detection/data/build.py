@@ -23,11 +23,13 @@ DetectionDataset = CocoDataset | FakeDataset
 def build_datasets(
     data: DataSettings, seed: int, num_classes: int | None, max_validation_images: int | None = None
 ) -> tuple[DetectionDataset, DetectionDataset]:
-    """Read the training and validation set of the settings; their `sample_transform` is set once a detector is there.
+    """Build the training set and the validation set, which uses the training set's labels.
+
+    Both lack a `sample_transform`, which depends on the detector, which in turn depends on the number of classes.
 
     Args:
-        seed: of the run.
-        num_classes: what the settings demand; None: whatever the annotations have.
+        seed: seed of the run.
+        num_classes: required number of classes; None: as many as the annotations have.
         max_validation_images: see `keep_evenly`.
 
     Raises:
@@ -35,7 +37,7 @@ def build_datasets(
     """
     make_builtin(data)
     if not data.fake:
-        find_dataset(data)  # what is missing of either is said before either is read
+        find_dataset(data)  # report a missing split before spending time on reading the other
     training_set = build_training_dataset(data, seed, num_classes)
     validation_set: DetectionDataset
     if isinstance(training_set, FakeDataset):
@@ -59,7 +61,7 @@ def build_datasets(
 
 
 def build_training_dataset(data: DataSettings, seed: int, num_classes: int | None) -> DetectionDataset:
-    """Read the training set alone; arguments and errors as of `build_datasets`."""
+    """Build the training set alone; arguments and errors as in `build_datasets`."""
     if data.fake:
         names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
         return FakeDataset(FAKE_IMAGES[0], names, seed)
@@ -90,10 +92,10 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
 def build_validation_dataset(
     data: DataSettings, names: Sequence[str] | None, max_images: int | None = None
 ) -> CocoDataset:
-    """Read the validation set alone, with the labels of a trained detector.
+    """Build the validation set alone, with the labels of a trained detector.
 
     Args:
-        names: classes of the detector, label by label; None: all categories of the file, by ascending id.
+        names: class names of the detector in label order; None: all categories of the file, by ascending id.
         max_images: see `keep_evenly`.
 
     Raises:

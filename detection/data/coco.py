@@ -30,7 +30,7 @@ class CocoDataset(Dataset):
     Args:
         images: directory the file names are relative to.
         annotations: annotation file.
-        transform: maps image and boxes to the network input.
+        transform: maps image and boxes to the network input; None: set `sample_transform` before loading samples.
         class_names: use only these categories, in this order; None: all of the file, by ascending id.
         categories: classes of the training set, whose labels this validation set takes over by name.
         fraction: (fraction, inside); keep the images whose hash lies inside (validation) or outside (training) it.

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-SIZE_STEP = 32  # pixels between the sizes of multiscale training, at least
-# Streams of the one seed; the numbers only have to differ.
+SIZE_STEP = 32  # minimum pixels between the sizes of multiscale training
+# Independent random streams derived from the run's seed; the numbers only have to differ.
 ORDER_STREAM, SIZE_STREAM, BALANCE_STREAM = 1, 2, 3
 
 
 def size_step(size_multiple: int) -> int:
-    """Pixels between the sizes of multiscale training of a detector with this `Geometry.size_multiple`."""
+    """Return the pixels between sizes of multiscale training for a detector with this `Geometry.size_multiple`."""
     return math.lcm(SIZE_STEP, size_multiple)
 
 

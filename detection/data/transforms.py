@@ -33,10 +33,10 @@ class Transform:
     choice is a pure function of (seed, epoch, index), independent of worker, rank and order.
 
     Args:
-        geometry: of the detector.
-        size: side of the network input in pixels, where the position gives none.
-        seed: of the run.
-        augmentation: of training; None: the geometry alone.
+        geometry: geometry of the detector.
+        size: default side of the network input in pixels.
+        seed: seed of the run.
+        augmentation: settings of training's augmentation; None: no augmentation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checks of annotations alone: numbers, boxes and categories. No image is opened; seconds for COCO."""
+"""Checks of annotations: ids, boxes and categories. No image is opened; COCO takes seconds."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,20 +21,20 @@ from detection.dataset_checks.findings import Findings
 from detection.errors import DataError
 
 DROPPED = {ORPHAN: "orphan_annotation", DEGENERATE: "degenerate_box", OUTSIDE: "box_outside"}
-ROUNDING = 1e-9  # pixels that a sum of two decimal numbers may be wrong by
-HAIR = 1.0  # pixels
-WHOLE_IMAGE = 0.99  # of the area
+ROUNDING = 1e-9  # pixels of error in a sum of two decimal numbers
+HAIR = 1.0  # pixels over the border that are only worth a note
+WHOLE_IMAGE = 0.99  # fraction of the image's area
 MANY_BOXES = 100  # detections that the COCO metric counts per image and class
-RARE = 0.01  # of the largest class
-LARGEST_AREA = 1.02  # of width * height; COCO's area is that of the outline and so smaller
+RARE = 0.01  # fraction of the largest class
+LARGEST_AREA = 1.02  # factor of width * height; COCO's area is that of the segmentation and so smaller
 SMALLEST_SIDE, LARGEST_ASPECT = 10, 10
 
 
 def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any]:
-    """Report everything that makes training refuse the file; returns the entries that are sound.
+    """Report everything that makes training refuse the file and return the valid entries.
 
     Raises:
-        DataError: it is no COCO annotation file at all.
+        DataError: not a COCO annotation file at all.
     """
     content, faults = read_json(file)
     content = sound_columns(content, str(file), faults.append)
@@ -43,11 +43,11 @@ def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any
 
 
 def add_faults(faults: list[Fault], split: str, findings: Findings) -> None:
-    """One finding per kind, with the message where the item alone does not say what is wrong."""
+    """Add one finding per kind, with the message where the item alone does not explain the fault."""
     for kind in dict.fromkeys(fault.kind for fault in faults):
         same = [fault for fault in faults if fault.kind == kind]
-        told = kind.startswith(("bad_", "missing_"))
-        details = [fault.message.partition(": ")[2] for fault in same] if told else []  # without the entry's name
+        explain = kind.startswith(("bad_", "missing_"))
+        details = [fault.message.partition(": ")[2] for fault in same] if explain else []  # without the entry's name
         findings.add(kind, split, [fault.item for fault in same], details)
 
 
@@ -59,10 +59,10 @@ def flatten_tolerantly(
     trained: Categories | None,
     findings: Findings,
 ) -> Annotations | None:
-    """The arrays that training would use; None where even the sound entries are refused.
+    """Build the arrays that training would use; None if even the valid entries are refused.
 
     Args:
-        trained: of the training set, for a validation set.
+        trained: categories of the training set, for a validation set.
     """
     class_names = data.class_names
     names = [str(entry["name"]) for entry in content["categories"]]
@@ -71,7 +71,7 @@ def flatten_tolerantly(
         class_names = tuple(name for name in names if name not in extra)
     fraction = None if data.validation_fraction is None else (data.validation_fraction, split == "validation")
     if not content["images"] or not content["categories"]:
-        return None  # found already
+        return None  # reported already
     try:
         return flatten_annotations(content, str(file), class_names, trained, fraction)
     except DataError as error:
@@ -80,7 +80,7 @@ def flatten_tolerantly(
 
 
 def check_annotations(annotations: Annotations, split: str, findings: Findings) -> None:
-    """Everything about one split that its arrays show."""
+    """Check the arrays of one split."""
     check_boxes(annotations, split, findings)
     check_categories(annotations, split, findings)
     names = [annotations.file_name(index) for index in range(len(annotations))]
@@ -94,7 +94,7 @@ def check_annotations(annotations: Annotations, split: str, findings: Findings) 
 
 
 def check_image_sizes(names: list[str], sizes: np.ndarray, split: str, findings: Findings) -> None:
-    """Sizes that train badly; (M, 2) width and height, 0 where not known."""
+    """Report tiny and extremely elongated images; `sizes` are width and height, (M, 2), 0 if unknown."""
     shorter, longer = sizes.min(axis=1), sizes.max(axis=1)
     known = shorter > 0
     tiny = known & (shorter < SMALLEST_SIDE)
@@ -121,12 +121,12 @@ def check_boxes(annotations: Annotations, split: str, findings: Findings) -> Non
     findings.add("box_cut", split, ids[over > HAIR].tolist())
     findings.add("box_hair_over", split, ids[(over > ROUNDING) & (over <= HAIR)].tolist())
 
-    # Equal boxes have equal areas, and rows are sorted by image and area: each has an equal neighbour there.
+    # Boxes are sorted by image and area, so equal boxes are among neighbours of equal area.
     area = given[:, 2:].prod(axis=1)
     next_alike = (image_of_box[1:] == image_of_box[:-1]) & (area[1:] == area[:-1])
     rows = np.flatnonzero(np.append(next_alike, False) | np.insert(next_alike, 0, False))
     key = np.column_stack([image_of_box, annotations.labels, given])[rows]
-    order = np.lexsort(key.T[::-1])  # stable: of equal boxes the first in the order of the arrays stays
+    order = np.lexsort(key.T[::-1])  # stable: the first of equal boxes is not reported
     same = (key[order[1:]] == key[order[:-1]]).all(axis=1)
     findings.add("duplicate_box", split, sorted(ids[rows[order[1:][same]]].tolist()))
 
@@ -143,7 +143,7 @@ def check_categories(annotations: Annotations, split: str, findings: Findings) -
     counts = boxes_per_class(annotations)
     if not sum(counts.values()):
         findings.add("no_boxes" if split == "training" else "no_ground_truth", split, ["annotations"])
-    elif split == "training":  # validation follows its names
+    elif split == "training":  # validation uses the same names
         plain = [" ".join(name.casefold().split()) for name in names]
         similar = [name for name, text in zip(names, plain, strict=True) if plain.count(text) > 1]
         findings.add("similar_category_names", split, similar)
@@ -154,15 +154,15 @@ def check_categories(annotations: Annotations, split: str, findings: Findings) -
 
 
 def boxes_per_class(annotations: Annotations) -> dict[str, int]:
-    """Without crowd."""
+    """Count the boxes of each class, without crowd regions."""
     counts = np.bincount(annotations.labels[~annotations.crowd], minlength=len(annotations.categories.names))
     return dict(zip(annotations.categories.names, counts.tolist(), strict=True))
 
 
 def compare_categories(training: Annotations, validation: Annotations, findings: Findings) -> None:
-    """Ids of the validation file that differ from those of the training file."""
+    """Report categories whose ids differ between the two files."""
     pairs = zip(training.categories.names, training.categories.ids, validation.categories.ids, strict=True)
-    present = {int(label) for label in np.unique(validation.labels)}  # an absent category's id is made up
+    present = {int(label) for label in np.unique(validation.labels)}  # the id of an absent category is invented
     other = [(name, f"{ours}, in validation {theirs}") for name, ours, theirs in pairs if ours != theirs]
     other = [(name, text) for name, text in other if training.categories.names.index(name) in present]
     findings.add("other_category_ids", "both", [name for name, _ in other], [text for _, text in other])

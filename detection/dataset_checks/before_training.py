@@ -1,4 +1,4 @@
-"""The cheap part of check_dataset.py, as training runs it before its first step: no image is opened."""
+"""The cheap checks, which open no image, as training runs them before its first step."""
 
 from detection.config.settings import DataSettings, TrainSettings
 from detection.contract import Detector
@@ -18,10 +18,10 @@ def check_before_training(
     train: TrainSettings,
     detector: Detector,
 ) -> list[str]:
-    """Warnings for the plan, but for the boxes left out, which it lists anyway.
+    """Check both splits and return warnings for the plan, except about dropped boxes, which the plan lists itself.
 
     Raises:
-        DataError: an image of the dataset is not there; one line with the first names.
+        DataError: images are missing; one line with the first names.
     """
     if isinstance(training, FakeDataset) or isinstance(validation, FakeDataset):
         return []

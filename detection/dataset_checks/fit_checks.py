@@ -1,4 +1,4 @@
-"""Do the boxes fit the detector: its input size, and what it knows itself? From the annotations alone."""
+"""Checks of how well the annotated boxes suit a detector: its input size, and what the detector itself can tell."""
 
 import numpy as np
 
@@ -15,14 +15,14 @@ def check_fit(
 ) -> tuple[dict[str, float], list[str]]:
     """Report boxes that cannot be learned well.
 
-    Boxes of images whose size is not stated are not looked at, nor are crowd boxes, which nothing learns.
+    Crowd regions and boxes of images of unknown size are skipped.
 
     Args:
-        detector: its weights may be on the device "meta".
-        train: its sizes.
+        detector: detector, whose weights may be on the device "meta".
+        train: settings of the input size.
 
     Returns:
-        Numbers and lines for the summary; both empty without boxes.
+        Numbers and lines for the summary; both empty if there are no boxes.
     """
     size = train.image_size
     smallest = train.multiscale_sizes[0] if train.resize_frequency else size
@@ -45,10 +45,11 @@ def check_fit(
 def boxes_at_input(
     annotations: Annotations, size: int, geometry: Geometry
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes as the network of this input size sees them, without augmentation.
+    """Map the boxes to the network input, without augmentation.
 
     Returns:
-        xyxy in pixels of the network input, (K, 4) float64; their rows in the annotations, and their images, (K,).
+        Boxes xyxy in pixels of the network input, (K, 4) float64; their rows in the annotations, (K,); and their image
+        indices, (K,).
     """
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     distinct, which = np.unique(annotations.image_sizes, axis=0, return_inverse=True)

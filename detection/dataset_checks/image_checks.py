@@ -1,4 +1,4 @@
-"""Checks of image files: what the listing shows, what each file holds, and which images are the same."""
+"""Checks of image files: presence, content, duplicates and leakage between the splits."""
 
 import filecmp
 import hashlib
@@ -19,21 +19,21 @@ from detection.data.image_file import Header, decode_image, list_images, read_fi
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataReadError
 
-LOOK_SIDE = 16  # pixels of the small grey picture that stands for an image
-LOOK_BITS = 4  # of 64 that may differ between images that look alike
-LOOK_LEVELS = 3.0  # mean difference of their small pictures, grey levels
+LOOK_SIDE = 16  # pixels of the grey thumbnail
+LOOK_BITS = 4  # maximum number of differing hash bits (of 64) of similar images
+LOOK_LEVELS = 3.0  # maximum mean difference of their thumbnails in grey levels
 IN_FLIGHT = 8  # images per thread
 
 
 @dataclass
 class Split:
-    """One split with its image directory and what is known of its files; positions are those of the annotations."""
+    """One split with its image directory and what is known about its files; positions are those of the annotations."""
 
-    name: str  # training or validation
+    name: str  # "training" or "validation"
     root: Path
     annotations: Annotations
     names: list[str] = field(init=False)
-    unreadable: set[int] = field(default_factory=set)  # positions that the listing has refused
+    unreadable: set[int] = field(default_factory=set)  # positions refused by `check_listing`
     images: dict[int, "Inspected"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,19 +42,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What one image file holds."""
+    """Result of inspecting one image file."""
 
     problem: str | None = None  # a kind of finding
     detail: str = ""
     header: Header | None = None
-    size: tuple[int, int] = (0, 0)  # width and height, turned; 0: not known
+    size: tuple[int, int] = (0, 0)  # width and height after the EXIF orientation; 0: unknown
     content: bytes = b""  # digest of the file
     pixels: bytes = b""  # digest of the decoded image; empty: not decoded
     look: tuple[int, np.ndarray] | None = None  # see `describe_look`
 
 
 def check_listing(splits: Sequence[Split], follow_links: bool, findings: Findings) -> None:
-    """Files that are missing, no files, outside, not listed, or of one name and size in both splits."""
+    """Report files that are missing, not regular, outside the image directory, or not listed."""
     unlisted: dict[Path, set[str]] = {}
     listings = [list_images(split.root, split.names, follow_links) for split in splits]
     for split, listing in zip(splits, listings, strict=True):
@@ -82,24 +82,24 @@ def check_listing(splits: Sequence[Split], follow_links: bool, findings: Finding
 
 
 def check_shared_names(splits: Sequence[Split], findings: Findings) -> None:
-    """Leakage that shows without opening every image: equal files of one name in both splits."""
+    """Report equal files of the same name in both splits: leakage that shows without reading every image."""
     if len(splits) < 2:
         return
     readable = [
         {name for position, name in enumerate(split.names) if position not in split.unreadable} for split in splits
     ]
     shared = sorted(readable[0] & readable[1])
-    # compares the sizes first, and stops at the first difference
+    # filecmp compares the sizes first and stops at the first difference
     same = [name for name in shared if filecmp.cmp(splits[0].root / name, splits[1].root / name, shallow=False)]
     findings.add("leakage", "both", same, [f"same as {name}" for name in same])
 
 
 def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
-    """Open every file that the listing found, in threads: decoding and hashing run outside Python's lock.
+    """Inspect every file that `check_listing` found, in threads: decoding and hashing release the GIL.
 
     Args:
-        decode: whether to decode and hash, or to read the headers only.
-        workers: threads.
+        decode: whether to decode and hash the images, or only to read their headers.
+        workers: number of threads.
     """
     tasks = [(split, index) for split in splits for index in range(len(split.names)) if index not in split.unreadable]
     remaining: Iterator[tuple[Split, int]] = iter(tasks)
@@ -107,7 +107,7 @@ def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
         ThreadPoolExecutor(max(workers, 1)) as pool,
         tqdm(total=len(tasks), unit="image", desc="images", disable=None) as bar,
     ):
-        # A few at a time: a future keeps its result, and 118,000 of them would all wait at once.
+        # Submit a few at a time: the futures of 118,000 images would keep all results in memory.
         while batch := list(islice(remaining, max(workers, 1) * IN_FLIGHT)):
             results = pool.map(lambda task: inspect_image(task[0].root / task[0].names[task[1]], decode), batch)
             for (split, index), inspected in zip(batch, results, strict=True):
@@ -116,7 +116,7 @@ def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
 
 
 def inspect_image(path: Path, decode: bool) -> Inspected:
-    """Read one file as training would."""
+    """Read one file as training does."""
     try:
         encoded = read_file(path)
         if not len(encoded):
@@ -138,9 +138,9 @@ def inspect_image(path: Path, decode: bool) -> Inspected:
 
 
 def describe_look(image: np.ndarray) -> tuple[int, np.ndarray]:
-    """Perceptual hash of 64 bits and a grey picture of 16 x 16: both hardly change when an image is saved again.
+    """Compute a 64-bit perceptual hash and a 16 x 16 grey thumbnail, which hardly change when an image is re-encoded.
 
-    Bit k: is the k-th of the lowest 8 x 8 frequencies of the 32 x 32 grey picture above their median?
+    Bit k is set if the k-th of the lowest 8 x 8 frequencies of the 32 x 32 grey image exceeds their median.
 
     Source: Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010, section 3.2.1 (DCT based)
     """
@@ -152,7 +152,7 @@ def describe_look(image: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def check_images(split: Split, findings: Findings) -> None:
-    """What was found in the files of one split."""
+    """Report the problems of one split's files."""
     by_kind: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for index, image in split.images.items():
         name = split.names[index]
@@ -161,7 +161,7 @@ def check_images(split: Split, findings: Findings) -> None:
             by_kind[image.problem].append((name, image.detail))
         elif all(image.size) and all(stated) and image.size != stated:
             kind = "size_swapped" if image.size == stated[::-1] else "size_differs"
-            text = "is {} x {}, the file says {} x {}".format(*image.size, *stated)
+            text = "is {} x {}, annotated as {} x {}".format(*image.size, *stated)
             by_kind[kind].append((name, text))
         if image.header is not None:
             for kind, text in describe_header(image.header, Path(name).suffix):
@@ -171,7 +171,7 @@ def check_images(split: Split, findings: Findings) -> None:
 
 
 def describe_header(header: Header, suffix: str) -> Iterator[tuple[str, str]]:
-    """(kind, detail) of what is worth knowing about a sound image."""
+    """Yield (kind, detail) of remarkable properties of a valid image."""
     if header.orientation != 1:
         yield "exif_orientation", str(header.orientation)
     if header.mode != "RGB" or header.bits != 8 or header.transparent:
@@ -183,7 +183,7 @@ def describe_header(header: Header, suffix: str) -> Iterator[tuple[str, str]]:
 
 
 def check_same_images(splits: Sequence[Split], findings: Findings) -> None:
-    """Equal files or equal pixels within a split and between splits; and images that look alike between them."""
+    """Report equal files or equal pixels within and between the splits, and similar images between them."""
     groups: dict[bytes, list[tuple[Split, int]]] = defaultdict(list)
     for split in splits:
         for index, image in split.images.items():
@@ -193,7 +193,7 @@ def check_same_images(splits: Sequence[Split], findings: Findings) -> None:
     leaked: dict[str, str] = {}
     for group in groups.values():
         for split in splits:
-            # one file in two entries is found by its name
+            # a file listed twice is reported by `check_annotations`
             own = list(dict.fromkeys(other.names[index] for other, index in group if other is split))
             repeated[split.name] += [(name, f"same as {own[0]}") for name in own[1:]]
         first, last = splits[0], splits[-1]
@@ -209,7 +209,7 @@ def check_same_images(splits: Sequence[Split], findings: Findings) -> None:
 
 
 def alike_images(training: Split, validation: Split, leave_out: dict[str, str]) -> dict[str, str]:
-    """Validation image -> the training image that looks most like it, if it does."""
+    """Map each validation image to the most similar training image, if any is similar enough."""
     ours = [(training.names[index], image.look) for index, image in training.images.items() if image.look]
     if not ours:
         return {}

@@ -1,6 +1,6 @@
-"""Boxes on images, grids of images.
+"""Drawing boxes on images, and arranging images in grids.
 
-Images are RGB uint8 (H, W, 3) on the host; boxes are xyxy in pixels of the image they are drawn on.
+Images are RGB uint8 (H, W, 3) NumPy arrays; boxes are xyxy in pixels of the image they are drawn on.
 """
 
 import colorsys
@@ -15,23 +15,23 @@ import numpy as np
 from detection.contract import CROWD_LABEL, PADDING_LABEL
 
 Color = tuple[int, int, int]  # RGB, 0..255
-CROWD_COLOR: Color = (160, 160, 160)  # no class is grey: classes have at least 60 % saturation
+CROWD_COLOR: Color = (160, 160, 160)  # grey; the colours of classes have at least 60 % saturation
 CROWD_DARK_COLOR: Color = (60, 60, 60)
 BLACK: Color = (0, 0, 0)
 WHITE: Color = (255, 255, 255)
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-SMALLEST_LETTER_PIXELS = 10  # height of a capital; below that OpenCV's letters run together
+SMALLEST_LETTER_PIXELS = 10  # height of a capital; OpenCV's smaller letters are illegible
 LARGEST_LETTER_PIXELS = 40
 
 
 def class_color(label: int) -> Color:
-    """Colour of a class: the same in every picture and run, and far from that of the neighbouring labels.
+    """Return the colour of a class: the same in every image and run, and far from those of neighbouring labels.
 
     Steps of the golden ratio spread any number of hues evenly around the circle.
     """
     hue = (label * (math.sqrt(5) - 1) / 2) % 1
-    # Hues of far-away labels come close to each other; saturation and brightness keep these apart.
+    # Distant labels may have similar hues; saturation and brightness keep them apart.
     saturation, value = ((0.95, 1.0), (0.6, 1.0), (0.9, 0.7))[label % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -48,23 +48,23 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draw boxes with the names of their classes on a copy of an image.
 
-    A box covers the pixels from x1 up to, not including, x2; its border lies inside it. What exceeds the image is
-    moved to the image's edge, so that every box shows. Tiny images are not enlarged: letters on them stay tiny.
+    A box covers the pixels from x1 up to, but not including, x2, with its border inside. Boxes are clipped to the image
+    and stay visible if they are outside it. Text on tiny images is tiny too.
 
     Args:
         image: RGB uint8 (H, W, 3).
         boxes: (x1, y1, x2, y2) in pixels of the image, (n, 4).
         labels: index into `class_names`, -1 for padding (not drawn), -2 for a crowd region (dashed grey), (n,).
         class_names: name of each label.
-        scores: shown behind the names with two digits, (n,).
+        scores: printed after the names with two decimals, (n,).
         title: text of a white strip above the image.
-        notes: what to write behind each name and score, (n,).
+        notes: text after each name and score, (n,).
 
     Returns:
-        RGB uint8 (H, W, 3), higher by the strip if there is a title.
+        RGB uint8 (H, W, 3), taller by the strip if there is a title.
 
     Raises:
-        ValueError: if the arrays do not fit together, a box is not a number, or a label has no name.
+        ValueError: the lengths of the arrays differ, a coordinate is NaN, or a label has no name.
     """
     _check_image(image)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
@@ -75,12 +75,12 @@ def draw_boxes(
     for label in labels.tolist():
         if not CROWD_LABEL <= label < len(class_names):
             raise ValueError(f"label {label} has no name: there are {len(class_names)} classes")
-    drawn = np.ascontiguousarray(image).copy()  # OpenCV writes only into contiguous memory
+    drawn = np.ascontiguousarray(image).copy()  # OpenCV draws only on contiguous arrays
     shown = np.flatnonzero(labels != PADDING_LABEL)
     labels, edges = labels[shown], _whole_pixels(boxes[shown], *image.shape[:2])
     line_pixels = max(1, round(0.003 * _side(image)))
 
-    # Crowd regions first, then from large to small: nothing covers a small box.
+    # Crowd regions first, then by descending area, so that no small box is covered.
     areas = (edges[:, 2] - edges[:, 0]) * (edges[:, 3] - edges[:, 1])
     for index in np.lexsort((-areas, labels != CROWD_LABEL)):
         if labels[index] == CROWD_LABEL:
@@ -88,33 +88,33 @@ def draw_boxes(
         else:
             _draw_border(drawn, edges[index], class_color(int(labels[index])), line_pixels)
 
-    # Names last, so that no border runs through one. The surest detection chooses its place first.
-    surest_first = np.arange(len(shown)) if scores is None else np.argsort(-np.asarray(scores)[shown], kind="stable")
+    # Names last, so that no border crosses them. The detection with the highest score is placed first.
+    by_score = np.arange(len(shown)) if scores is None else np.argsort(-np.asarray(scores)[shown], kind="stable")
     texts, colors = [], []
-    for index in surest_first:
+    for index in by_score:
         label = int(labels[index])
         score = "" if scores is None else f" {float(scores[shown[index]]):.2f}"
         note = f" {notes[shown[index]]}" if notes is not None and notes[shown[index]] else ""
         texts.append(("crowd" if label == CROWD_LABEL else class_names[label] + score) + note)
         colors.append(CROWD_COLOR if label == CROWD_LABEL else class_color(label))
-    _draw_tags(drawn, edges[surest_first], texts, colors)
+    _draw_tags(drawn, edges[by_score], texts, colors)
     return drawn if title is None else _add_title(drawn, title)
 
 
 def make_grid(images: list[np.ndarray], columns: int, padding: int = 4, background: Color = WHITE) -> np.ndarray:
-    """Put images into the cells of a grid, row by row.
+    """Arrange images in a grid, row by row.
 
     Args:
-        images: RGB uint8 (H, W, 3) each; sizes may differ, cells have the largest height and width, images are centred.
-        columns: images per row; fewer images than that make a shorter row.
+        images: RGB uint8 (H, W, 3) each. Sizes may differ; images are centred in cells of the largest height and width.
+        columns: images per row, reduced to the number of images.
         padding: pixels between cells and around the grid.
-        background: colour of everything that no image covers.
+        background: colour of the padding.
 
     Returns:
         RGB uint8, (rows * (height + padding) + padding, columns * (width + padding) + padding, 3).
 
     Raises:
-        ValueError: if there is no image or no column.
+        ValueError: there are no images or no columns.
     """
     if not images or columns < 1 or padding < 0:
         raise ValueError(f"cannot lay out {len(images)} images in {columns} columns with padding {padding}")
@@ -144,34 +144,34 @@ def ground_truth_beside_detections(
     scores: np.ndarray,
     class_names: Sequence[str],
 ) -> np.ndarray:
-    """One image twice, side by side: with its ground truth and with what was detected. Arguments as in `draw_boxes`."""
-    gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="gt")
+    """Draw an image twice, side by side: with its ground truth and with detections. Arguments as in `draw_boxes`."""
+    gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="ground truth")
     detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections")
     return make_grid([gt, detections], columns=2)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write an RGB uint8 image (H, W, 3). A reader sees the old file or the whole new one.
+    """Write an RGB uint8 image (H, W, 3) atomically as PNG.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: the file cannot be written.
     """
     replace_file(path, _encode(image, ".png", []))
 
 
 def save_jpeg(path: Path, image: np.ndarray) -> None:
-    """As `save_png`, a tenth of the size for a photograph, with losses that the eye does not see."""
+    """Write an image as `save_png` does, but as JPEG: a tenth of the size for a photograph, without visible loss."""
     replace_file(path, encode_jpeg(image))
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """An RGB uint8 image (H, W, 3) as the content of a JPEG file."""
+    """Encode an RGB uint8 image (H, W, 3) as JPEG."""
     return _encode(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 
 def _encode(image: np.ndarray, kind: str, options: list[int]) -> bytes:
     _check_image(image)
-    # In memory, because `cv2.imwrite` only returns False when it fails, with no word about the cause.
+    # In memory, because `cv2.imwrite` returns False on failure without a reason.
     encoded, content = cv2.imencode(kind, np.ascontiguousarray(image[:, :, ::-1]), options)  # OpenCV's order is BGR
     if not encoded:
         raise OSError(f"OpenCV cannot encode an image of shape {image.shape} as {kind[1:].upper()}")
@@ -184,7 +184,7 @@ def _check_image(image: np.ndarray) -> None:
 
 
 def _side(image: np.ndarray) -> float:
-    """Side of the square with the image's area: lines and letters grow with it."""
+    """Return the side of the square with the image's area, to which lines and letters are proportional."""
     return math.sqrt(image.shape[0] * image.shape[1])
 
 
@@ -193,9 +193,9 @@ def _letter_pixels(image: np.ndarray) -> float:
 
 
 def _whole_pixels(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Round boxes to pixels inside the image, at least one pixel wide and high, (n, 4)."""
+    """Round boxes to whole pixels inside the image, at least one pixel wide and high, (n, 4)."""
     if np.isnan(boxes).any():
-        raise ValueError(f"box {boxes[np.isnan(boxes).any(axis=1)][0].tolist()} has a coordinate that is not a number")
+        raise ValueError(f"box {boxes[np.isnan(boxes).any(axis=1)][0].tolist()} has a NaN coordinate")
     limits = np.array([width, height, width, height])
     edges: np.ndarray = np.rint(np.clip(boxes, 0, limits)).astype(np.int64)
     edges[:, :2] = np.minimum(edges[:, :2], limits[:2] - 1)
@@ -224,23 +224,23 @@ def _draw_dashes(image: np.ndarray, edges: np.ndarray, line_pixels: int) -> None
 
 
 def _text_style(text: str, letter_pixels: float, image_width: int) -> tuple[float, int, int]:
-    """Font scale, stroke thickness and margin in pixels, smaller than asked where the text would not fit the image."""
-    (unit_width, unit_height), _ = cv2.getTextSize(text, FONT, 1.0, 1)  # measured: OpenCV 4 and 5 differ in their fonts
+    """Return font scale, stroke thickness and margin in pixels, reduced where the text would not fit the image."""
+    (unit_width, unit_height), _ = cv2.getTextSize(text, FONT, 1.0, 1)  # the fonts of OpenCV 4 and 5 differ
     margin = max(2, round(letter_pixels / 4))
     scale = letter_pixels / max(unit_height, 1)
-    fitting_scale = 0.97 * (image_width - 2 * margin) / max(unit_width, 1)  # letters are rounded to pixels, some up
+    fitting_scale = 0.97 * (image_width - 2 * margin) / max(unit_width, 1)  # 3 % for letters rounded up to pixels
     return max(min(scale, fitting_scale), 0.1), max(1, round(letter_pixels / 12)), margin
 
 
 def _tag_size(text: str, letter_pixels: float, image_width: int) -> tuple[int, int]:
-    """Width and height in pixels of a text with its margins."""
+    """Return the width and height in pixels of a text with its margins."""
     scale, thickness, margin = _text_style(text, letter_pixels, image_width)
     (text_width, text_height), below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
     return text_width + 2 * margin, text_height + below_baseline + 2 * margin
 
 
 def _draw_tags(image: np.ndarray, edges: np.ndarray, texts: list[str], colors: list[Color]) -> None:
-    """Name boxes, (n, 4) in whole pixels. The first ones choose their places first and are painted last."""
+    """Draw the names of boxes, (n, 4) in whole pixels. The first are placed first and drawn last, on top."""
     letter_pixels = _letter_pixels(image)
     places = np.zeros((0, 4), dtype=np.int64)
     for box, text in zip(edges, texts, strict=True):
@@ -251,32 +251,32 @@ def _draw_tags(image: np.ndarray, edges: np.ndarray, texts: list[str], colors: l
 
 
 def _place_tag(edges: np.ndarray, tag_size: tuple[int, int], image: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """Choose where the name of a box goes: at a corner of the box, inside the image, where it covers least.
+    """Choose the corner of a box, inside the image, where its name covers least.
 
     Args:
-        edges: the box in whole pixels, (4,).
+        edges: box in whole pixels, (4,).
         tag_size: width and height of the tag in pixels.
-        image: only its size counts.
-        taken: tags that have their place, xyxy, (n, 4).
+        image: only its size is used.
+        taken: tags placed before, xyxy, (n, 4).
 
     Returns:
         Place of the tag, xyxy, (4,).
     """
     x1, y1, x2, y2 = edges
     width, height = min(tag_size[0], image.shape[1]), min(tag_size[1], image.shape[0])
-    # Best first: above the box, inside its top, below, inside its bottom; each at the left, then at the right.
+    # In order of preference: above the box, inside its top, below, inside its bottom; at the left, then at the right.
     corners = np.array([(x, y) for x in (x1, x2 - width) for y in (y1 - height, y1, y2, y2 - height)])
     corners = np.clip(corners, 0, (image.shape[1] - width, image.shape[0] - height))
     candidates: np.ndarray = np.hstack((corners, corners + np.array((width, height))))  # (8, 4)
     covered = _overlap_areas(candidates, taken).sum(axis=1)  # pixels of other names, (8,)
     hidden = _overlap_areas(candidates, edges[None])[:, 0]  # pixels of the box itself, (8,)
-    covered += np.where(hidden > (x2 - x1) * (y2 - y1) / 4, hidden, 0)  # a corner of a large box may be hidden
+    covered += np.where(hidden > (x2 - x1) * (y2 - y1) / 4, hidden, 0)  # up to a quarter of the box may be hidden
     best: np.ndarray = candidates[covered.argmin()]
     return best
 
 
 def _overlap_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Pixels that boxes (n, 4) and others (m, 4) have in common, (n, m)."""
+    """Compute the intersection areas of boxes (n, 4) and others (m, 4) in pixels, (n, m)."""
     starts = np.maximum(boxes[:, None, :2], others[:, :2])
     ends = np.minimum(boxes[:, None, 2:], others[:, 2:])
     areas: np.ndarray = (ends - starts).clip(min=0).prod(axis=2)
@@ -284,10 +284,10 @@ def _overlap_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _draw_tag(image: np.ndarray, text: str, place: np.ndarray, letter_pixels: float, color: Color) -> None:
-    """Fill a tag with a colour and write on it in black or white, whichever stands out."""
+    """Fill a tag with a colour and write on it in black or white, whichever has more contrast."""
     x1, y1, x2, y2 = (int(edge) for edge in place)
     image[y1:y2, x1:x2] = color
-    # Relative brightness of red, green and blue to the eye: ITU-R BT.601, section 2.5.1.
+    # Luma weights of red, green and blue: ITU-R BT.601, section 2.5.1.
     luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     scale, thickness, margin = _text_style(text, letter_pixels, image.shape[1])
     _, below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
@@ -304,7 +304,7 @@ def _add_title(image: np.ndarray, title: str) -> np.ndarray:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside its final name first: a reader, or a full disk, never leaves half a picture."""
+    """Write a file atomically, under a temporary name first, so that neither a full disk nor a reader sees a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Figures: curves, bars and whatever else a script plots, drawn without a window and written whole or not at all."""
+"""Matplotlib figures without a window, written atomically."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def new_figure(
     size_inches: tuple[float, float] = (8, 5), rows: int = 1, columns: int = 1
 ) -> "tuple[Figure, list[Axes]]":
-    """An empty figure of 120 dots per inch and its axes, row by row."""
-    # Figure and canvas directly: pyplot would choose a backend for the whole process and keep every figure alive.
+    """Create an empty figure of 120 dots per inch and its axes, row by row."""
+    # Not with pyplot, which chooses a backend for the whole process and keeps every figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,10 +28,10 @@ def new_figure(
 
 
 def save_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure, whole or not at all; its suffix chooses the format (.png, .svg, .pdf).
+    """Write a figure atomically; the suffix selects the format (.png, .svg, .pdf).
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: the file cannot be written.
     """
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:] or "png")
@@ -39,7 +39,7 @@ def save_figure(path: Path, figure: "Figure") -> None:
 
 
 def figure_pixels(figure: "Figure") -> np.ndarray:
-    """The drawn figure as RGB uint8, (H, W, 3)."""
+    """Render a figure as RGB uint8, (H, W, 3)."""
     figure.canvas.draw()
     return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""One HTML file with text, tables and pictures in it: opens anywhere, needs no network and no other file."""
+"""Self-contained HTML report of text, tables and images in one file."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ STYLE = (
     "table{border-collapse:collapse}td,th{padding:.15em .8em;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,th:first-child{text-align:left}"
 )
-JPEG_QUALITY = 85  # photographs: a tenth of the bytes of PNG
+JPEG_QUALITY = 85  # a tenth of the size of PNG for photographs
 
 
 class HtmlReport:
-    """Collects parts in order, then writes them. Every text is escaped: names come from other people's files."""
+    """Builder of an HTML page. All text is escaped, because names come from untrusted files."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -43,7 +43,7 @@ class HtmlReport:
         self._picture(content, "png", caption)
 
     def photograph(self, image: np.ndarray, caption: str) -> None:
-        """An RGB uint8 image (H, W, 3), as JPEG."""
+        """Add an RGB uint8 image (H, W, 3) as JPEG."""
         encoded, content = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         assert encoded, "OpenCV encodes every RGB image as JPEG"
         self._picture(content.tobytes(), "jpeg", caption)
@@ -54,8 +54,10 @@ class HtmlReport:
         self.parts.append(f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>')
 
     def write(self, path: Path) -> None:
-        """Raises:
-        OSError: if the file cannot be written.
+        """Write the page atomically.
+
+        Raises:
+            OSError: the file cannot be written.
         """
         title = escape(self.title)
         head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'

@@ -1,4 +1,4 @@
-"""Pictures on a screen, where there is one: `--show` of the scripts. Files are written whether or not."""
+"""Windows that show images, for `--show` of the scripts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from detection.errors import SettingsError
 
 
 class Window:
-    """One window that shows RGB uint8 images (H, W, 3), one after the other.
+    """Window that shows one RGB uint8 image (H, W, 3) at a time.
 
     Raises:
-        SettingsError: this machine has no display, or Python no toolkit for windows.
+        SettingsError: there is no display, or Python has no GUI toolkit.
     """
 
     def __init__(self, title: str) -> None:
@@ -26,11 +26,11 @@ class Window:
 
     @property
     def open(self) -> bool:
-        """Whether the user has not closed it."""
+        """Whether the user has not closed the window."""
         return bool(self._plot.fignum_exists(self._figure.number))
 
     def show(self, image: np.ndarray, title: str = "") -> str:
-        """Show an image without waiting; the key pressed since the last call, or ""."""
+        """Show an image without waiting; returns the key pressed since the last call, or ""."""
         if self._picture is None or self._picture.get_array().shape != image.shape:
             self._axes.clear()
             self._axes.set_axis_off()
@@ -44,7 +44,7 @@ class Window:
         return key
 
     def wait(self) -> str:
-        """Wait for a key or for the user to close the window; the key, or "" when it was closed."""
+        """Wait for a key or for the window to close; returns the key, or "" if the window was closed."""
         while self.open:
             if self._plot.waitforbuttonpress(0.5) and self._key:
                 break
@@ -56,12 +56,12 @@ class Window:
 
 
 def browse(title: str, count: int, page: Callable[[int], np.ndarray], first: int = 0) -> None:
-    """Show pages until the user closes the window or presses q; any other key goes on, left and up go back.
+    """Browse pages until the user closes the window or presses q; left and up go back, other keys forward.
 
     Args:
         count: number of pages.
-        page: makes the image of a page, RGB uint8 (H, W, 3); called when the page is wanted.
-        first: page to begin with.
+        page: renders a page as RGB uint8 (H, W, 3); called when the page is shown.
+        first: page to start with.
     """
     window, number = Window(title), first
     while window.open:
@@ -84,4 +84,4 @@ def _interactive_pyplot() -> Any:
         except (ImportError, RuntimeError):  # toolkit missing, or no display
             continue
     matplotlib.use("agg")
-    raise SettingsError("--show: there is no display here, or Python has no toolkit for windows; the files are written")
+    raise SettingsError("--show: there is no display, or Python has no GUI toolkit; the files are written")

@@ -1,79 +1,38 @@
-"""One augmentation alone, at several strengths: what each of its settings does, and what training draws from it."""
+"""Sheet of one augmentation: each of its settings at several strengths, then random draws as in training."""
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from detection.config.augmentation import AugmentationSettings
+from detection.config.fields import Section
 from detection.contract import Geometry
 from detection.data.augmentation.color import distort_hsv
 from detection.data.augmentation.crop_and_scale import build_iou_crop
 from detection.data.transforms import Sample, Transform
 
-STRENGTHS = (0.5, 1.0, 2.0)  # 1: the limit of the settings
+STRENGTHS = (0.5, 1.0, 2.0)  # relative to the limits in the settings
 NEUTRAL = "off"
-CROP_ATTEMPTS = 20  # times 40 of torchvision
+CROP_ATTEMPTS = 20  # times the 40 of torchvision
+CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
-Kind = Literal["factor", "shift", "bits", "limit", "choices", "amount"]
-
-
-class Varied(NamedTuple):
-    """How a setting of an augmentation is varied: a value at which it does nothing, and values that are possible."""
-
-    name: str
-    kind: Kind  # factor: 1 is off, powers of the limit; shift: 0 is off, multiples; the others: see `values_of`
-    smallest: float = -np.inf
-    largest: float = np.inf
+NOT_VARIED = frozenset({"p", "per_channel", "elementwise", "tile_grid_size", "alpha_coef", "rotate_method"})
+# A factor changes nothing at 1, other settings at 0. Twice the strength of a factor is its square.
+FACTORS = frozenset({"multiplier", "clip_limit", "brightness", "contrast", "saturation", "exposure", "scale", "ratio"})
+AMOUNTS = {"jitter": 1, "min_crop_size": -1}  # exponent of the strength: a smaller crop is the stronger one
 
 
-# What has no entry here has no strength: a flip is on or off.
-VARIED: dict[str, tuple[Varied, ...]] = {
-    "multiplicative_noise": (Varied("multiplier", "factor"),),
-    "clahe": (Varied("clip_limit", "factor", smallest=1),),
-    "posterize": (Varied("num_bits", "bits"),),
-    "random_brightness_contrast": (
-        Varied("brightness_limit", "limit", -1, 1),
-        Varied("contrast_limit", "limit", -1, 1),
-    ),
-    "rgb_shift": tuple(Varied(f"{channel}_shift_limit", "limit", -255, 255) for channel in "rgb"),
-    "color_jitter": (
-        Varied("brightness", "factor"),
-        Varied("contrast", "factor"),
-        Varied("saturation", "factor"),
-        Varied("hue", "shift", -0.5, 0.5),
-    ),
-    "gauss_noise": (Varied("std_range", "shift", 0, 1),),
-    "random_fog": (Varied("fog_coef_range", "shift", 0, 1),),
-    "affine": (
-        Varied("scale", "factor"),
-        Varied("translate_percent", "shift"),
-        Varied("rotate", "shift"),
-        Varied("shear", "shift"),
-    ),
-    "expand": (Varied("ratio", "factor", smallest=1),),
-    "iou_crop": (Varied("min_ious", "choices"), Varied("min_crop_size", "amount", 0.05, 1)),
-    "darknet_jitter": (Varied("jitter", "amount", 0, 0.99),),
-    "darknet_hsv": (Varied("hue", "limit", -0.5, 0.5), Varied("saturation", "factor"), Varied("exposure", "factor")),
-    "photometric_distortion": (
-        Varied("brightness", "factor"),
-        Varied("contrast", "factor"),
-        Varied("saturation", "factor"),
-        Varied("hue", "shift", -0.5, 0.5),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """One image after the augmentation."""
 
-    setting: str  # that was varied; "draw": a random draw as in training
-    value: str  # as a person reads it
+    setting: str  # name of the varied setting; "draw": a random draw as in training
+    value: str  # label of its value
     sample: Sample
 
 
@@ -81,8 +40,18 @@ def augmentation_names() -> list[str]:
     return [name for name in AugmentationSettings.model_fields if name != "min_visibility"]
 
 
+def varied_settings(section: Section) -> list[str]:
+    """List the settings of an augmentation that have a strength; a flip has none."""
+    return [name for name in type(section).model_fields if name not in NOT_VARIED]
+
+
 def only(augmentation: AugmentationSettings, name: str, **settings: Any) -> AugmentationSettings:
-    """The settings with one augmentation on every image, changed if asked, and all others off; not validated again."""
+    """Return settings with one augmentation applied to every image and all others off.
+
+    Args:
+        name: name of the augmentation; "" turns off all.
+        settings: changes of its section, not validated.
+    """
     sections: dict[str, Any] = {
         other: getattr(augmentation, other).model_copy(update={"p": 0.0}) for other in augmentation_names()
     }
@@ -103,144 +72,141 @@ def strength_rows(
     index: int,
     draws: int,
 ) -> Iterator[list[Tile]]:
-    """Rows of tiles: one per setting of the augmentation, the others of it off; at last draws with all of them.
+    """Yield rows of tiles: one per setting with the others neutral, then random draws with all of them.
 
     Args:
-        augmentation, geometry, size, seed: of the training, see `Transform`.
-        name: of the augmentation.
-        image, boxes, labels, index: as `Transform` takes them.
-        draws: of epochs 0, 1, ... in the last row.
+        augmentation, geometry, size, seed: as in training, see `Transform`.
+        name: name of the augmentation.
+        image, boxes, labels, index: as in `Transform.__call__`.
+        draws: number of draws in the last row, of epochs 0, 1, ...
     """
 
-    def through(transform: Transform, epoch: int = 0) -> Sample:
+    def apply(transform: Transform, epoch: int = 0) -> Sample:
         return transform(image, boxes, labels, index, epoch, size)
 
-    plain = through(Transform(geometry, size))
+    plain = apply(Transform(geometry, size))
     section = getattr(augmentation, name)
-    for varied in VARIED.get(name, ()):
+    for setting in varied_settings(section):
         tiles = []
-        for value, label in values_of(varied, getattr(section, varied.name)):
-            sample = (
-                plain
-                if label == NEUTRAL
-                else _apply(augmentation, geometry, name, varied, value, size, seed, plain, through)
-            )
-            if name == "iou_crop" and sample is not plain and np.array_equal(sample.image, plain.image):
-                label += ": no such crop"
-            tiles.append(Tile(varied.name, label, sample))
+        for value, label in values_of(section, setting):
+            if label == NEUTRAL:
+                sample = plain
+            elif name in ("darknet_hsv", "photometric_distortion"):
+                sample = recolored(plain, recolor(plain.image, name, setting, value))
+            else:
+                sample = apply(transform_at(augmentation, geometry, name, setting, value, size, seed))
+                if name == "iou_crop" and np.array_equal(sample.image, plain.image):
+                    label += ": no such crop"
+            tiles.append(Tile(setting, label, sample))
         if len(tiles) > 1:
             yield tiles
     if name == "photometric_distortion":
-        orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
         yield [
-            Tile("channels", "".join("RGB"[channel] for channel in order), _recolored(plain, plain.image[..., order]))
-            for order in orders
+            Tile("channels", "".join("RGB"[channel] for channel in order), recolored(plain, plain.image[..., order]))
+            for order in CHANNEL_ORDERS
         ]
     transform = _training(only(augmentation, name), geometry, size, seed)
-    if VARIED.get(name):
-        yield [Tile("draw", f"epoch {epoch}", through(transform, epoch)) for epoch in range(draws)]
+    if varied_settings(section):
+        yield [Tile("draw", f"epoch {epoch}", apply(transform, epoch)) for epoch in range(draws)]
     else:
-        yield [Tile("draw", NEUTRAL, plain), Tile("draw", "on", through(transform))]
+        yield [Tile("draw", NEUTRAL, plain), Tile("draw", "on", apply(transform))]
 
 
-def values_of(varied: Varied, setting: Any) -> list[tuple[Any, str]]:
-    """Values of a setting in rising order with their names; the limits of the settings and what lies within, beyond."""
-    if varied.kind == "bits":
+def values_of(section: Section, name: str) -> list[tuple[Any, str]]:
+    """List values of a setting with their labels: the neutral one, and those within, at and beyond its limits.
+
+    Values that the settings refuse are left out.
+    """
+    off, setting = (None, NEUTRAL), getattr(section, name)
+    if name == "num_bits":
         lowest, highest = setting
-        return [(None, NEUTRAL)] + [
-            (bits, f"{bits} bits{' = limit' if bits in (lowest, highest) else ''}")
-            for bits in range(min(7, highest + 1), max(1, lowest - 2) - 1, -1)
+        bits_of = range(min(7, highest + 1), max(1, lowest - 2) - 1, -1)
+        return [off, *((bits, f"{bits} bits{' = limit' if bits in setting else ''}") for bits in bits_of)]
+    if name == "min_ious":
+        return [off, *((choice, f"{choice:g}") for choice in sorted({0.0, *setting}))]
+    if name in AMOUNTS:
+        return [
+            off,
+            *_labelled(section, name, [(setting * strength ** AMOUNTS[name], strength) for strength in STRENGTHS]),
         ]
-    if varied.kind == "choices":
-        return [(None, NEUTRAL)] + [(choice, f"{choice:g}") for choice in sorted({0.0, *setting})]
-    if varied.kind == "amount":
-        # a smaller part of the image is the stronger crop
-        power = -1 if varied.name == "min_crop_size" else 1
-        scaled = [(setting * strength**power, strength) for strength in STRENGTHS]
-        return [(None, NEUTRAL), *_named(varied, scaled)]
-    low, high = setting if isinstance(setting, tuple) else (-setting, setting)
-    if varied.kind == "factor" and not isinstance(setting, tuple):  # up to a factor, or its inverse
-        low, high = 1 / setting, setting
-    neutral = 1.0 if varied.kind == "factor" else 0.0
-    below: list[tuple[float, float]] = []
-    above: list[tuple[float, float]] = []
-    for limit, side in ((low, below), (high, above)):
-        if limit != neutral:
-            for strength in STRENGTHS:
-                value = limit**strength if varied.kind == "factor" else limit * strength
-                side.append((value, strength))
-    if low != neutral and high != neutral and (low < neutral) == (high < neutral):  # a range on one side of neutral
-        return [(None, NEUTRAL), *_named(varied, sorted(below + above))]
-    return [*_named(varied, below)[::-1], (None, NEUTRAL), *_named(varied, above)]
+    factor = name in FACTORS
+    neutral = 1.0 if factor else 0.0
+    if isinstance(setting, tuple):
+        low, high = setting
+    else:
+        low, high = (1 / setting, setting) if factor else (-setting, setting)
+    below, above = (
+        [(limit**strength if factor else limit * strength, strength) for strength in STRENGTHS if limit != neutral]
+        for limit in (low, high)
+    )
+    if (low - neutral) * (high - neutral) > 0:  # the whole range is on one side of neutral
+        return [off, *_labelled(section, name, sorted(below + above))]
+    return [*_labelled(section, name, below)[::-1], off, *_labelled(section, name, above)]
 
 
-def _named(varied: Varied, scaled: Sequence[tuple[float, float]]) -> list[tuple[Any, str]]:
-    """Values that are possible and differ; which is the limit of the settings."""
-    named: dict[float, str] = {}
+def _labelled(section: Section, name: str, scaled: list[tuple[float, float]]) -> list[tuple[Any, str]]:
+    """Label distinct values, given with their strengths, and drop those that the settings refuse."""
+    labels: dict[float, str] = {}
     for value, strength in scaled:
-        if varied.smallest <= value <= varied.largest:
-            named.setdefault(value, f"{value:.4g}{' = limit' if strength == 1 else ''}")
-    return list(named.items())
+        if _is_valid(section, name, value):
+            labels.setdefault(value, f"{value:.4g}{' = limit' if strength == 1 else ''}")
+    return list(labels.items())
 
 
-def _apply(
-    augmentation: AugmentationSettings,
-    geometry: Geometry,
-    name: str,
-    varied: Varied,
-    value: Any,
-    size: int,
-    seed: int,
-    plain: Sample,
-    through: Callable[[Transform], Sample],
-) -> Sample:
-    """The image with one setting of the augmentation at exactly this value, and all others off."""
-    if name == "darknet_hsv":
-        arguments = {"hue": 0.0, "saturation": 1.0, "exposure": 1.0, varied.name: value}
-        return _recolored(plain, distort_hsv(plain.image, **arguments))
-    if name == "photometric_distortion":
-        adjust = getattr(v2.functional, f"adjust_{varied.name}")  # what torchvision's RandomPhotometricDistort calls
-        planes = adjust(torch.from_numpy(plain.image).permute(2, 0, 1), value)
-        return _recolored(plain, planes.permute(1, 2, 0).numpy())
-    neutral = {
-        other.name: (1.0, 1.0) if other.kind == "factor" else (0.0, 0.0)
-        for other in VARIED[name]
-        if other.kind in ("factor", "shift", "limit")
-    }
-    exact = value if varied.kind in ("amount", "choices") else (value, value)
+def _is_valid(section: Section, name: str, value: float) -> bool:
+    current = getattr(section, name)
+    if isinstance(current, tuple):
+        setting: Any = (value, value)
+    else:  # a single number stands for both directions, and is validated strictly as an int or a float
+        setting = type(current)(max(value, 1 / value) if name in FACTORS else abs(value))
+    try:
+        type(section).model_validate(section.model_dump() | {name: setting})
+    except ValidationError:
+        return False
+    return True
+
+
+def transform_at(
+    augmentation: AugmentationSettings, geometry: Geometry, name: str, setting: str, value: Any, size: int, seed: int
+) -> Transform:
+    """Build the training transform with one setting at exactly this value and the others neutral."""
     if name == "iou_crop":
-        return _crop(augmentation, geometry, varied, value, size, seed, through)
-    changed = only(augmentation, name, **{**neutral, varied.name: exact})
-    return through(_training(changed, geometry, size, seed))
+        return _crop_at(augmentation, geometry, setting, value, size, seed)
+    section = getattr(augmentation, name)
+    neutral = {other: (float(other in FACTORS),) * 2 for other in varied_settings(section) if other not in AMOUNTS}
+    exact = value if setting in AMOUNTS else (value, value)
+    return _training(only(augmentation, name, **{**neutral, setting: exact}), geometry, size, seed)
 
 
-def _crop(
-    augmentation: AugmentationSettings,
-    geometry: Geometry,
-    varied: Varied,
-    value: float,
-    size: int,
-    seed: int,
-    through: Callable[[Transform], Sample],
-) -> Sample:
-    settings = augmentation.iou_crop
-    if varied.name == "min_crop_size":
-        settings = settings.model_copy(update={"min_crop_size": value})
+def _crop_at(
+    augmentation: AugmentationSettings, geometry: Geometry, setting: str, value: float, size: int, seed: int
+) -> Transform:
+    section = augmentation.iou_crop
+    if setting == "min_crop_size":
+        section = section.model_copy(update={"min_crop_size": value})
     transform = _training(only(augmentation, "iou_crop"), geometry, size, seed)
     assert transform.placement is not None, "iou_crop is on"
-    crop = build_iou_crop(settings)
-    # Without the choice to keep the image; but no crop overlaps a small object much, and torchvision never gives up.
-    wanted = [value] if varied.name == "min_ious" else [option for option in crop.options if option < 1]
-    crop.options = [*wanted * CROP_ATTEMPTS, 1.0]
+    crop = build_iou_crop(section)
+    # Without the option to keep the image, torchvision would never stop where no crop overlaps a small object enough.
+    options = [value] if setting == "min_ious" else [option for option in crop.options if option < 1]
+    crop.options = [*options * CROP_ATTEMPTS, 1.0]
     transform.placement.iou_crop = crop
-    return through(transform)
+    return transform
+
+
+def recolor(image: np.ndarray, name: str, setting: str, value: float) -> np.ndarray:
+    """Apply one setting of a colour distortion at exactly this value to (H, W, 3) uint8."""
+    if name == "darknet_hsv":
+        return distort_hsv(image, **{"hue": 0.0, "saturation": 1.0, "exposure": 1.0, setting: value})
+    adjust = getattr(v2.functional, f"adjust_{setting}")  # what torchvision's RandomPhotometricDistort calls
+    return adjust(torch.from_numpy(image).permute(2, 0, 1), value).permute(1, 2, 0).numpy()
+
+
+def recolored(sample: Sample, image: np.ndarray) -> Sample:
+    return dataclasses.replace(sample, image=np.ascontiguousarray(image))
 
 
 def _training(augmentation: AugmentationSettings, geometry: Geometry, size: int, seed: int) -> Transform:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Pydantic serializer")  # a pair stands where a number was
+        warnings.filterwarnings("ignore", message="Pydantic serializer")  # pairs replace single numbers in `only`
         return Transform(geometry, size, seed, augmentation)
-
-
-def _recolored(sample: Sample, image: np.ndarray) -> Sample:
-    return Sample(np.ascontiguousarray(image), sample.boxes, sample.labels, sample.index, sample.letterbox)

@@ -294,7 +294,7 @@ def test_the_order_of_boxes_does_not_depend_on_the_file() -> None:
     for _ in range(5):
         generator.shuffle(content["annotations"])
         for field in fields(Annotations):
-            if field.name != "counts":
+            if field.name not in ("counts", "file_order"):
                 assert np.array_equal(getattr(flatten(content), field.name), getattr(expected, field.name)), field.name
 
 
@@ -494,8 +494,8 @@ def test_only_arrays_are_left(open_dataset) -> None:
         value = getattr(dataset.annotations, field.name)
         if field.name not in ("categories", "counts"):
             assert isinstance(value, np.ndarray) and value.dtype != object, field.name
-    # 16 + 8 + 8 + 32 + 1 + 8 bytes per box; with 20 kB for all else, the transform among it
-    assert len(pickle.dumps(dataset)) < 73 * number + 20_000
+    # 16 + 8 + 8 + 32 + 1 + 8 + 8 bytes per box; with 20 kB for all else
+    assert len(pickle.dumps(dataset)) < 81 * number + 20_000
     assert len(raw) > 150 * number
 
 

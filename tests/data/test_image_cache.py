@@ -80,8 +80,10 @@ def test_batches_are_the_same_with_a_cache(
         batches.append(list(build_training_loader(dataset, sampler, workers, torch.device("cpu"))))
     for plain, cached in zip(*batches, strict=True):
         assert all(torch.equal(plain[key], cached[key]) for key in ("images", "boxes", "labels", "indices"))
-    sizes = dataset.annotations.image_sizes.astype(int)
-    assert dataset.cache.read_head()["end"] == dataset.cache.first_pixel + 3 * sizes.prod(axis=1).sum()
+    pixels = dataset.cache.read_head()["end"] - dataset.cache.first_pixel
+    once = 3 * dataset.annotations.image_sizes.astype(int).prod(axis=1).sum()
+    # two workers may decode an image of the epochs' border at the same time, and both keep it
+    assert pixels == once if workers == 0 else once <= pixels < 2 * once
 
 
 def test_an_edited_file_is_decoded_anew(make, pictures: list[Path]) -> None:

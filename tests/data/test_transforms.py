@@ -98,8 +98,11 @@ def test_letterbox_has_an_exact_inverse(placement: str) -> None:
         assert torch.allclose(letterbox.to_original(letterbox.to_input(boxes.float())).double(), boxes, atol=1e-2)
         # the corners of the image are the corners of the picture in the square
         corners = letterbox.to_input(torch.tensor([[0.0, 0.0, width, height]], dtype=torch.float64))[0].tolist()
-        right, bottom = size - corners[2], size - corners[3]
-        assert 0 <= right - corners[0] <= 1 + 1e-9 and 0 <= bottom - corners[1] <= 1 + 1e-9
+        if placement == "top_left":
+            assert corners[:2] == [0, 0] and max(corners[2:]) == pytest.approx(size, abs=1e-9)
+        else:  # the right and bottom padding exceeds that of the other side by at most a pixel
+            right, bottom = size - corners[2], size - corners[3]
+            assert 0 <= right - corners[0] <= 1 + 1e-9 and 0 <= bottom - corners[1] <= 1 + 1e-9
 
 
 def test_the_border_has_the_fill_colour_and_the_picture_lies_inside() -> None:

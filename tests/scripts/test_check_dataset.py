@@ -1,7 +1,6 @@
 """check_dataset.py finds every fault made on purpose, with exactly its ids, and nothing in a sound dataset."""
 
 import copy
-import functools
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import torch
 import check_dataset
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
+from detection.config.settings import Settings
 from detection.contract import Anchors, Detector, Geometry
 from detection.data.annotation_file import sound_columns
 from detection.data.annotations import flatten_annotations
@@ -27,7 +27,7 @@ from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.findings import KINDS, Findings
 from detection.dataset_checks.fit_checks import check_fit
 from detection.errors import DataError, DataReadError, UserError
-from detection.models.yolo.detector import build_model
+from detection.models import build_detector
 from detection.models.yolo.fit import AnchorFit
 from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
 from tests.support.detectors import datasets_of
@@ -36,13 +36,20 @@ Check = Callable[..., tuple[int, dict[str, Any], str, str]]
 NAMES = [fault.__name__ for fault in FAULTS]
 
 
-built_once = functools.cache(build_model)  # the network of the settings is always the same here
+detectors: dict[str, Detector] = {}  # most tests use the same
+
+
+def built_once(settings: Settings, num_classes: int) -> Detector:
+    key = repr((settings.model, settings.yolo, settings.train.image_size))
+    if key not in detectors:
+        detectors[key] = build_detector(settings, num_classes)
+    return detectors[key]
 
 
 @pytest.fixture
 def check(run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """`check(dataset, "--quick")`: exit code, check.json, text and error line."""
-    monkeypatch.setattr(check_dataset, "build_model", built_once)
+    monkeypatch.setattr(check_dataset, "build_detector", built_once)
 
     def started(dataset: Dataset, *arguments: str) -> tuple[int, dict[str, Any], str, str]:
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
@@ -550,7 +557,7 @@ def test_training_names_missing_images_before_the_first_step(tmp_path: Path) -> 
     dataset.write()
     with pytest.raises(UserError) as caught:
         train_as_far_as_data_goes(dataset.words)
-    assert caught.value.exit_code == 2 and "image files that do not exist: 7 (" in caught.value.line
+    assert caught.value.exit_code == 2 and "missing image files: 7 (" in caught.value.line
     assert all(name in caught.value.line for name in names[:5]) and names[6] not in caught.value.line
 
 

@@ -15,7 +15,7 @@ from detection.config.settings import Settings
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
-from detection.visualization.augmentation_sheet import VARIED, Varied, augmentation_names, strength_rows, values_of
+from detection.visualization.augmentation_sheet import augmentation_names, strength_rows, values_of
 from detection.visualization.target_pictures import draw_level
 from tests.support.detectors import datasets_of, geometry_of
 from tests.support.training_runs import load_main
@@ -204,29 +204,33 @@ def test_targets_of_a_darknet_description(run: Run, tmp_path: Path, shared_weigh
 
 
 @pytest.mark.parametrize(
-    ("varied", "setting", "values"),
+    ("path", "setting", "values"),
     [
-        (Varied("scale", "factor"), (0.25, 4.0), [0.0625, 0.25, 0.5, None, 2, 4, 16]),
-        (Varied("rotate", "shift"), (-5.0, 6.0), [-10, -5, -2.5, None, 3, 6, 12]),
-        (Varied("rotate", "shift"), (0.0, 6.0), [None, 3, 6, 12]),
-        (Varied("hue", "shift", -0.5, 0.5), (-0.3, 0.3), [-0.3, -0.15, None, 0.15, 0.3]),
-        (Varied("brightness_limit", "limit", -1, 1), 0.2, [-0.4, -0.2, -0.1, None, 0.1, 0.2, 0.4]),
-        (Varied("exposure", "factor"), 4.0, [0.0625, 0.25, 0.5, None, 2, 4, 16]),
-        (Varied("std_range", "shift", 0, 1), (0.01, 0.04), [None, 0.005, 0.01, 0.02, 0.04, 0.08]),
-        (Varied("num_bits", "bits"), (4, 6), [None, 7, 6, 5, 4, 3, 2]),
-        (Varied("num_bits", "bits"), (1, 7), [None, 7, 6, 5, 4, 3, 2, 1]),
-        (Varied("jitter", "amount", 0, 0.99), 0.3, [None, 0.15, 0.3, 0.6]),
-        (Varied("min_crop_size", "amount", 0.05, 1), 0.4, [None, 0.8, 0.4, 0.2]),
-        (Varied("min_ious", "choices"), (0.5, 0.3), [None, 0, 0.3, 0.5]),
-        (Varied("shear", "shift"), (0.0, 0.0), [None]),
+        ("affine.scale", [0.25, 4.0], [0.0625, 0.25, 0.5, None, 2, 4, 16]),
+        ("affine.rotate", [-5.0, 6.0], [-10, -5, -2.5, None, 3, 6, 12]),
+        ("affine.rotate", [0.0, 6.0], [None, 3, 6, 12]),
+        ("color_jitter.hue", [-0.3, 0.3], [-0.3, -0.15, None, 0.15, 0.3]),
+        ("random_brightness_contrast.brightness_limit", 0.2, [-0.4, -0.2, -0.1, None, 0.1, 0.2, 0.4]),
+        ("rgb_shift.r_shift_limit", 200, [-200, -100, None, 100, 200]),
+        ("clahe.clip_limit", [1.0, 4.0], [None, 2, 4, 16]),
+        ("darknet_hsv.exposure", 4.0, [0.0625, 0.25, 0.5, None, 2, 4, 16]),
+        ("gauss_noise.std_range", [0.01, 0.04], [None, 0.005, 0.01, 0.02, 0.04, 0.08]),
+        ("posterize.num_bits", [4, 6], [None, 7, 6, 5, 4, 3, 2]),
+        ("posterize.num_bits", [1, 7], [None, 7, 6, 5, 4, 3, 2, 1]),
+        ("darknet_jitter.jitter", 0.3, [None, 0.15, 0.3, 0.6]),
+        ("darknet_jitter.jitter", 0.5, [None, 0.25, 0.5]),
+        ("iou_crop.min_crop_size", 0.4, [None, 0.8, 0.4, 0.2]),
+        ("iou_crop.min_ious", [0.5, 0.3], [None, 0, 0.3, 0.5]),
+        ("affine.shear", [0.0, 0.0], [None]),
     ],
 )
-def test_strengths_by_hand(varied: Varied, setting: Any, values: list[float | None]) -> None:
-    found = values_of(varied, setting)
-    assert [None if name == "off" else value for value, name in found] == pytest.approx(values)
-    limits = {value for value, name in found if "limit" in name}
-    if varied.kind == "shift":
-        assert limits == {limit for limit in setting if limit}
+def test_strengths_by_hand(default_settings, path: str, setting: Any, values: list[float | None]) -> None:
+    section, name = path.split(".")
+    augmentation = default_settings(f"data.augmentation.{path}={setting}").data.augmentation
+    found = values_of(getattr(augmentation, section), name)
+    assert [None if label == "off" else value for value, label in found] == pytest.approx(values)
+    if section in ("affine", "color_jitter") and name != "scale":
+        assert {value for value, label in found if "limit" in label} == {limit for limit in setting if limit}
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +301,6 @@ def test_crops_overlap_as_far_as_asked(sheet) -> None:
 @pytest.mark.parametrize("name", augmentation_names())
 def test_every_augmentation_is_shown(sheet, name: str) -> None:
     made = sheet(name)
-    settings = {setting for setting, _ in made} - {"draw", "channels"}
-    assert settings == {varied.name for varied in VARIED.get(name, ())}
     plain = next(sample.image for (_, value), sample in made.items() if value == "off")
     assert plain[2, 2].tolist() == [80, 120, 160] and plain[50, 50].tolist() == [60, 60, 60]
     assert any((sample.image != plain).any() for sample in made.values())

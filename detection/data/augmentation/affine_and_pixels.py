@@ -23,9 +23,9 @@ class Augmentation:
     Transforms of probability 0 are not built.
 
     Args:
-        settings: of all transforms.
-        geometry: of the detector; its fill and interpolation.
-        seed: of the run.
+        settings: settings of all transforms.
+        geometry: geometry of the detector; its fill and interpolation are used.
+        seed: seed of the run.
     """
 
     def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
@@ -69,7 +69,7 @@ class Augmentation:
     def transform_image(
         self, placed: Placed, matrix: np.ndarray, moved: bool, mirrored: list[bool], size: int
     ) -> np.ndarray:
-        """Letterbox and matrix; with an affine sampled once, where `Geometry.interpolation` is what a warp does."""
+        """Resize and warp the image, with a single resampling if `Geometry.interpolation` is that of the warp."""
         if moved and self.geometry.interpolation == "linear":
             return warp_placed(placed, matrix, size, self.geometry.fill)
         image = resize_placed(placed, size, self.geometry.fill, INTERPOLATIONS[self.geometry.interpolation])

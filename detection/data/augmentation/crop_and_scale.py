@@ -38,9 +38,9 @@ class RandomPlacement:
     """Places an image and its boxes in the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
 
     Args:
-        settings: of all transforms.
-        geometry: of the detector: where an image lies in the square without a jitter.
-        seed: of the run.
+        settings: settings of all transforms.
+        geometry: geometry of the detector, which places the view unless `darknet_jitter` does.
+        seed: seed of the run.
     """
 
     def __init__(self, settings: AugmentationSettings, geometry: Geometry, seed: int) -> None:
@@ -82,7 +82,7 @@ class RandomPlacement:
         return view, counts
 
     def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> Rectangle:
-        """Where the view lies in the square."""
+        """Draw the rectangle of the square that the view fills."""
         settings = self.settings.darknet_jitter
         generator = sample_stream(self.seed, epoch, index, JITTER_STREAM)
         if generator.random() < settings.p:
