@@ -6,7 +6,8 @@ python batch_overfit.py model.backbone=darknet data.root=data/coco train.learnin
 
 Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
 average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
-the loss, writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below logs/.
+the loss, writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
+logs/.
 """
 
 import argparse
@@ -128,7 +129,8 @@ def main() -> None:
     if ap50 < arguments.threshold:
         raise NotLearned(
             f"not learned: AP50 {ap50:.3f} after {step} steps, {arguments.threshold:g} was asked for; look at "
-            "after.png for wrong ground truth or objects of a few pixels, try another train.learning_rate or more --steps"
+            "after.png for wrong ground truth or objects of a few pixels, try another train.learning_rate or more "
+            "--steps"
         )
     print(f"learned: AP50 {ap50:.3f} after {step} steps")
 

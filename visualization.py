@@ -5,7 +5,8 @@ python visualization.py data.root=my_dataset --split val --pages all    every im
 python visualization.py data.root=my_dataset --class dog --random --per-page 6
 python visualization.py data.root=my_dataset --images 139 285 632
 python visualization.py data.validation_annotations=instances_val2017.json --split val    annotations alone: statistics
-python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   ground truth beside detections, worst images first
+python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   ground truth beside detections, worst images
+first
 
 Writes into a new directory below logs/: report.html (one file with everything in it, no network), page_0001.png ...
 (the grids of images), class_distribution.png, statistics.png and statistics.json; with --weights (a checkpoint, or

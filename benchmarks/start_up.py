@@ -33,7 +33,10 @@ from detection.training.throughput import matmul_rates
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
 DEFAULTS = [
-    "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[128,96,64]", "train.image_size=320", "train.batch_size=16",
+    "model.backbone=mobilenet_v3_small",
+    "yolo.neck_channels=[128,96,64]",
+    "train.image_size=320",
+    "train.batch_size=16",
     "evaluation.image_size=320", "evaluation.batch_size=16", "data.num_workers=2",
 ]  # fmt: skip
 # stage -> where its function is called
@@ -73,7 +76,8 @@ def main() -> None:
     device = open_machine(settings.run).device
     rate = max(matmul_rates(2048, torch.float32, device, 3)) / 1e12
     print(
-        f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, annotations of {size:.0f} MB; "
+        f"{describe_device(device)}, torch {torch.__version__}, {settings.model.backbone}, "
+        f"annotations of {size:.0f} MB; "
         f"matmul float32 {rate:.2f} TFLOP/s"
     )
     print(f"{'seconds':<36}{'median':>8}{'spread':>16}")

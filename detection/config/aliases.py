@@ -1,4 +1,5 @@
-"""Flags and keys of other programs as settings, so that the commands of MMDetection on Habana run as they are. Imports no torch.
+"""Flags and keys of other programs as settings, so that the commands of MMDetection on Habana run as they are. Imports
+no torch.
 
 Every one of them stands for a setting, or two, and is printed with it; `docs/hpu.md` has the table.
 """

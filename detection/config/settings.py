@@ -147,8 +147,8 @@ class YoloSettings(Section):
         """Refuse what does not go with the backbone; a whole network from a Darknet cfg has a neck of its own."""
         if backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
             raise ValueError(
-                f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has {len(self.anchors)} levels; "
-                "one value per level is needed"
+                f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
+                f"{len(self.anchors)} levels; one value per level is needed"
             )
         if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")

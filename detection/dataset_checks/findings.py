@@ -48,7 +48,9 @@ KINDS = {
     "no_ground_truth": Kind("warning", "validation set without a usable box: no AP", "annotate it"),
     "image_id_twice": Kind("error", "image ids that occur twice", "give each image its own id"),
     "file_name_twice": Kind("warning", "file names shared by several images", "merge the entries"),
-    "file_name_escapes": Kind("error", "file names that are not plain relative paths", "name files below the image directory"),
+    "file_name_escapes": Kind(
+        "error", "file names that are not plain relative paths", "name files below the image directory"
+    ),
     "annotation_id_twice": Kind("warning", "annotation ids that occur twice", "renumber: other programs drop boxes"),
     "annotation_id_zero": Kind("info", "annotation with id 0", "pycocotools counts it as missed; we do not"),
     "orphan_annotation": Kind("warning", "boxes of unlisted images, left out", "list the images"),

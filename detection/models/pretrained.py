@@ -61,8 +61,8 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
     if isinstance(backbone, TimmBackbone):
         return load_timm_file(backbone, state, path)
     raise CheckpointError(
-        f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files (.weights, "
-        ".conv.N) or checkpoints of this program"
+        f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files "
+        "(.weights, .conv.N) or checkpoints of this program"
     )
 
 

@@ -23,7 +23,8 @@ def draw_level(
     stride: int,
     title: str,
 ) -> np.ndarray:
-    """One level: its grid, the cells that learn in the colour of the class, anchors in black and white, ground-truth boxes.
+    """One level: its grid, the cells that learn in the colour of the class, anchors in black and white, ground-truth
+    boxes.
 
     Args:
         image: the network input, RGB uint8 (S, S, 3).

@@ -197,7 +197,7 @@ def test_a_damaged_image_in_a_worker_is_no_line_of_opencv(
     (tmp_path / "val" / "0.png").write_bytes(truncated_bitmap())
     dataset = CocoDataset(tmp_path / "val", tmp_path / "annotations" / "instances_val.json")
     dataset.sample_transform = transform_of(default_settings(), 64)
-    with pytest.raises(DataReadError, match="0.png"):
+    with pytest.raises(DataReadError, match=r"0\.png"):
         next(iter(build_evaluation_loader(dataset, 1, 1, torch.device("cpu"))))
     assert capfd.readouterr().err == ""
 

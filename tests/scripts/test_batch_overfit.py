@@ -39,7 +39,8 @@ def test_coloured_rectangles_are_learned(run: Run, drawn_dataset: Path, tmp_path
     assert metrics["AP50"] >= 0.95 and metrics["step"] <= 150 and metrics["step"] % 10 == 0
     before, after = ((out / f"{name}.png").read_bytes() for name in ("before", "after"))
     assert before != after
-    # AP50 ranks and may be there while the scores are low: what is drawn is named and shows nearly every ground-truth box.
+    # AP50 ranks and may be there while the scores are low: what is drawn is named and shows nearly every ground-truth
+    # box.
     (drawn,) = re.findall(r"scores from (\d\.\d+), of the highest mean F1", text)
     shown = [row for row in json.loads((out / "detections.json").read_text()) if row["score"] >= float(drawn) - 0.005]
     assert 6 <= len(shown) <= 9

@@ -251,7 +251,9 @@ def test_worst_images_first(
     monkeypatch,
     no_statistics: None,
 ) -> None:
-    """A made-up detector finds every ground-truth box, but nothing on image 107 (3 ground-truth boxes); on 104 (no ground-truth box) it sees a dog."""
+    """A made-up detector finds every ground-truth box, but nothing on image 107 (3 ground-truth boxes); on 104 (no
+    ground-truth box) it sees a dog.
+    """
     root = tmp_path / "data"
     shutil.copytree(drawn_dataset, root)
     damage(root)

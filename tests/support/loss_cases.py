@@ -1,8 +1,10 @@
 """Random heads and targets, and a slow loop over Darknet's per-logit gradients, from their published definitions:
 
 per image, delta = minus the gradient of the loss with respect to a raw value,
-    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any ground-truth box exceeds the threshold
-    class:      one-hot - sigmoid on positives; where a ground-truth box came before, only the true class of the next one is set
+    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any ground-truth box exceeds the
+        threshold
+    class:      one-hot - sigmoid on positives; where a ground-truth box came before, only the true class of the next
+        one is set
     xy:         s * (t - sigmoid),  wh: s * (t - raw),  s = 2 - w * h relative to the network input
 A crowd region (ours, Darknet has none) is never assigned; predictions inside it by more than the threshold carry none.
 """

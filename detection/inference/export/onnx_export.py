@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from detection.contract import DetectorModel
 from detection.errors import SettingsError
 from detection.inference.onnx_model import NEEDED, Description, OutputKind
 from detection.inference.weights import OpenedDetector
@@ -226,7 +227,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         size_multiple=detector.geometry.size_multiple,
         half=options.half,
         geometry=dataclasses.asdict(detector.geometry),
-        strides=tuple(detector.model.strides),
+        strides=tuple(cast(DetectorModel, detector.model).strides),
         decoding=dict(detector.metadata),
         score=detector.score,
         thresholds={

@@ -16,7 +16,8 @@ from detection.ops.pixels import NormalizePixels
 class DarknetNetwork(nn.Module):
     """Images to raw predictions per level, stride ascending, as `YOLOv3` does it.
 
-    The backbone, for freezing and learning rates, is what comes before the neck: everything up to the last [shortcut] in
+    The backbone, for freezing and learning rates, is what comes before the neck: everything up to the last [shortcut]
+        in
     front of the first [yolo], or, without any, up to the last layer that lowers the resolution.
 
     Args:

@@ -161,7 +161,8 @@ def compare_objectness(logits: Tensor, positive: Tensor, ignored: Tensor) -> Ten
 def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> Tensor:
     """Predictions that overlap some ground truth too well to be called background.
 
-    Against a ground-truth box the overlap is the IoU; against a crowd region it is the share of the prediction that lies inside,
+    Against a ground-truth box the overlap is the IoU; against a crowd region it is the share of the prediction that
+    lies inside,
     as the COCO evaluator counts it.
 
     Args:

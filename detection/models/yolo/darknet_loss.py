@@ -18,13 +18,16 @@ from detection.ops.boxes import (
     xyxy_to_cxcywh,
 )
 
-# e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any ground-truth box, where an overlap has no gradient anyway
+# e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any ground-truth box, where an overlap has no
+# gradient anyway
 LARGEST_EXPONENT = 10.0
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The positive prediction of every ground-truth box; all shapes (B, G) unless stated, padding and crowd carry valid = 0."""
+    """The positive prediction of every ground-truth box; all shapes (B, G) unless stated, padding and crowd carry valid
+    = 0.
+    """
 
     valid: Tensor  # bool: a real ground-truth box
     index: Tensor  # int64: flat index over all predictions in the order of `anchors.flatten_levels`; 0 where not valid
@@ -59,7 +62,8 @@ def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
     valid = labels >= 0
 
     numbers = torch.arange(labels.shape[1], device=labels.device)
-    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last ground-truth box.
+    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last ground-truth
+    # box.
     key = torch.where(valid, index, -1 - numbers)
     ascending, order = key.sort(dim=-1, stable=True)
     final = order.gather(-1, torch.searchsorted(ascending, key, right=True) - 1)
@@ -80,9 +84,12 @@ class DarknetLoss(Criterion):
 
     s * BCE(xy) + s/2 * (t_wh - raw_wh)^2 + BCE(objectness) + BCE(class), s = 2 - w*h with w, h relative to the input
 
-    Ground-truth boxes that share an anchor and cell: the last one gives the box, the classes unite (with "cross_entropy" the last
-    one gives the class too). The order of the ground-truth boxes is the dataset's (area descending, then annotation id), so it
-    does not depend on the order in the annotation file. Predictions whose decoded box overlaps a ground-truth box by more than
+    Ground-truth boxes that share an anchor and cell: the last one gives the box, the classes unite (with
+    "cross_entropy" the last
+    one gives the class too). The order of the ground-truth boxes is the dataset's (area descending, then annotation
+    id), so it
+    does not depend on the order in the annotation file. Predictions whose decoded box overlaps a ground-truth box by
+    more than
     `ignore_threshold` carry no objectness loss. Arguments: see `Criterion`.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; gradients of Darknet's yolo layer.
@@ -109,7 +116,8 @@ class DarknetLoss(Criterion):
 
         class_logits = positive_raw[..., CLASSES]  # (B, G, C)
         classes = labels.clamp(min=0)
-        # Classes of all ground-truth boxes of a prediction, written to the one that counts. Not F.one_hot: to check the labels it
+        # Classes of all ground-truth boxes of a prediction, written to the one that counts. Not F.one_hot: to check the
+        # labels it
         # makes the host wait for them, except on CUDA.
         place = gt.final * class_logits.shape[-1] + classes
         united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)

@@ -28,7 +28,8 @@ SMALLEST = 1e-6  # targets of xy stay this far from 0 and 1; the ratio of ground
 
 @dataclass(frozen=True)
 class GridAssignment:
-    """All anchors in the cells of all ground-truth boxes, N = G * all anchors; where ground-truth boxes share a cell, a prediction is repeated.
+    """All anchors in the cells of all ground-truth boxes, N = G * all anchors; where ground-truth boxes share a cell, a
+    prediction is repeated.
 
     Shapes (B, N) unless stated. A repeated prediction is positive at most once.
     """
@@ -49,7 +50,8 @@ def assign_by_grid(boxes: Tensor, labels: Tensor, table: Tensor, threshold: floa
     A prior box is the anchor in the middle of its cell. It learns, the later rule before the earlier:
     1. the ground truth it overlaps most (the first of equals), if the IoU exceeds the threshold;
     2. a ground-truth box of which it is the best prior (any of equals) with an IoU above 0; the last such ground truth.
-    Both look at the priors in the cells of all ground-truth boxes of the image, so a ground-truth box may take one in another's cell.
+    Both look at the priors in the cells of all ground-truth boxes of the image, so a ground-truth box may take one in
+    another's cell.
 
     Static shapes and no host synchronisation. Padding and crowd regions have no part in it.
 
@@ -91,7 +93,8 @@ class MMDetectionLoss(Criterion):
     2 * BCE(xy) + 2 * (t_wh - raw_wh)^2 + BCE(objectness) + BCE(class)
 
     Positives: see `assign_by_grid`. Negatives by the prior boxes, not by what the network predicts: those that no
-    ground truth overlaps by more than `ignore_threshold`, which is the threshold of positives too (MMDetection: 0.5 both).
+    ground truth overlaps by more than `ignore_threshold`, which is the threshold of positives too (MMDetection: 0.5
+    both).
     Arguments: see `Criterion`.
 
     Differs from MMDetection: crowd regions (priors of which more than the threshold lies inside are ignored), and a
@@ -152,7 +155,8 @@ def _compare(boxes: Tensor, priors: Tensor, available: Tensor) -> tuple[Tensor, 
     """Overlaps of ground-truth boxes and priors, (B, G, 4), (B, N, 4), (B, N) bool.
 
     Returns:
-        IoU and number of the ground truth that each prior overlaps most, the first of equals; number of the last ground-truth box of
+        IoU and number of the ground truth that each prior overlaps most, the first of equals; number of the last
+        ground-truth box of
         which it is the best prior, -1 for none; each (B, N).
     """
     iou = pairwise_iou(boxes, priors).mul_(available[:, None])  # (B, G, N)

@@ -403,7 +403,9 @@ def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Dete
 
 
 def test_contract(tmp_path: Path) -> None:
-    """Model, criterion and postprocess: a loss with a gradient everywhere, detections, no image without ground-truth boxes."""
+    """Model, criterion and postprocess: a loss with a gradient everywhere, detections, no image without ground-truth
+    boxes.
+    """
     torch.manual_seed(0)
     detector = build(CASES["two levels, coarse first"], tmp_path, num_classes=3)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)

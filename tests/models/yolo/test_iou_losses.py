@@ -1,6 +1,7 @@
 """`GIoULoss` and `CIoULoss` against plain Python floats: values, and central differences for the box gradients.
 
-Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive with its (last) ground truth, s = 2 - w * h;
+Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive with its (last) ground truth, s = 2 - w
+    * h;
 objectness and classes are Darknet's.
 """
 

@@ -183,7 +183,9 @@ def test_size_term_by_hand() -> None:
 
 
 def test_objectness_by_hand() -> None:
-    """No ground-truth box: BCE against 0. A ground-truth box that the prediction fits exactly stays positive although above the threshold."""
+    """No ground-truth box: BCE against 0. A ground-truth box that the prediction fits exactly stays positive although
+    above the threshold.
+    """
     assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
     assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
 
@@ -420,7 +422,9 @@ def test_trace_sees_what_waits() -> None:
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
 @pytest.mark.parametrize("rows_of_targets", [32, 160])
 def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: str) -> None:
-    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 ground-truth boxes per image."""
+    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 ground-truth boxes per
+    image.
+    """
     case = Case("three levels", 4, [30, 30], seed=16, loss=loss)
     criterion = case.criterion(class_loss=class_loss)
     criterion(case.outputs, case.targets())  # the first call at a size makes its table

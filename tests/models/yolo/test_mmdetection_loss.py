@@ -2,8 +2,10 @@
 
 every prior box (the anchor in the middle of its cell) of an image is
     negative where no ground-truth box overlaps it by an IoU above the threshold,
-    positive, among those in a cell (of its level) that holds the centre of some ground truth, for the ground truth it overlaps
-        most if that IoU exceeds the threshold; then ground truth after ground truth takes those that it overlaps most, ties too,
+    positive, among those in a cell (of its level) that holds the centre of some ground truth, for the ground truth it
+    overlaps
+        most if that IoU exceeds the threshold; then ground truth after ground truth takes those that it overlaps most,
+        ties too,
     ignored otherwise.
 d loss / d logit: sigmoid - target for objectness and classes, 2 * (sigmoid - target) for xy, 4 * (raw - target) for wh.
 A crowd region (ours): priors of which more than the threshold lies inside are not negative.

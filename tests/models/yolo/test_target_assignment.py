@@ -150,7 +150,9 @@ def test_padding_and_crowd_are_never_assigned() -> None:
 
 
 def test_padding_and_crowd_do_not_share_prediction_0() -> None:
-    """Their index is 0; a ground-truth box that really has index 0 (4 x 5 in the first cell) is alone with it all the same."""
+    """Their index is 0; a ground-truth box that really has index 0 (4 x 5 in the first cell) is alone with it all the
+    same.
+    """
     boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
     gt = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
     assert gt.index.tolist() == [[0, 0, 0]]
