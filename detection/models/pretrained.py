@@ -117,12 +117,14 @@ def load_checkpoint_weights(
     """Fill a whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
     declared = cast(DetectorModel, model)
     try:
+        if not checkpoint["settings"]:
+            raise KeyError("settings")
         its = complete_settings(checkpoint["settings"], DEFAULTS).model
         names = checkpoint["categories"]["names"]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (KeyError, TypeError, AttributeError, SettingsError) as error:
-        raise CheckpointError(f"model.pretrained={path} is not the checkpoint of a run: no {error}") from None
+        raise CheckpointError(f"model.pretrained={path} is not the checkpoint of a run: no {str(error).strip(chr(39))}") from None
     for kind in ("detector", "backbone"):
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")

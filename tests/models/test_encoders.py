@@ -164,7 +164,7 @@ def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
     [
         ("mobilenetv3_smal_050", "no such model; the nearest are mobilenetv3_small_050"),
         ("resnet18.a1_in2k", "no such model; the nearest are resnet18.a1_in1k"),
-        ("vit_tiny_patch16_224", "has maps at the strides 16; 3 levels of yolo.anchors need 8, 16, 32"),
+        ("vit_tiny_patch16_224", "has maps at the strides 16; 3 levels need maps of strides 8, 16, 32"),
         ("swin_tiny_patch4_window7_224", "cannot be run on 96 x 64 pixels"),
     ],
 )

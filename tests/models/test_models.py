@@ -450,5 +450,5 @@ def test_settings_reach_the_parts() -> None:
     postprocess = detector.postprocess
     assert (postprocess.confidence_threshold, postprocess.iou_threshold, postprocess.max_detections) == (0.2, 0.3, 7)
     assert postprocess.softmax
-    assert torch.equal(postprocess.get_buffer("anchors_2"), torch.tensor([[116.0, 90], [156, 198], [373, 326]]))
-    assert torch.equal(detector.criterion.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))
+    assert torch.equal(postprocess.layout.anchors[2], torch.tensor([[116.0, 90], [156, 198], [373, 326]]))
+    assert torch.equal(detector.criterion.layout.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))

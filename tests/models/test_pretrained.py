@@ -13,7 +13,7 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.checkpoints import save_checkpoint
 from detection.config.loading import load_settings
-from detection.config.settings import YoloSettings
+from detection.config.settings import Settings
 from detection.errors import CheckpointError, SettingsError, UserError
 from detection.models import build_detector, pretrained
 from detection.models.darknet.weights import Header, write_darknet_weights
@@ -29,20 +29,20 @@ TINY = ["model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.ancho
 HUB_NAMES = {"small": "mobilenet_v3_small-047dcff4.pth", "large": "mobilenet_v3_large-8738ca79.pth"}
 
 
-def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int = 0) -> tuple[nn.Module, YoloSettings]:
+def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int = 0) -> tuple[nn.Module, Settings]:
     settings, _ = load_settings(
         ARGS, words=[*words, f"model.pretrained={str(value).lower() if value is True else value}"]
     )
     torch.manual_seed(seed)
-    return build_detector(settings, num_classes).model, settings.yolo
+    return build_detector(settings, num_classes).model, settings
 
 
 def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:
     """Message with which the run ends before its first step; the model is as it was."""
-    model, yolo = build(words, value, num_classes)
+    model, settings = build(words, value, num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error) as raised:
-        load_pretrained(model, yolo)
+        load_pretrained(model, settings.model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     message = str(raised.value)
     assert "\n" not in message and len(message) < 700
@@ -81,8 +81,8 @@ def last_of_each_stride(features: nn.Sequential, images: Tensor) -> list[Tensor]
 
 
 def test_false_loads_nothing() -> None:
-    model, yolo = build(SMALL)
-    assert load_pretrained(model, yolo) == [] and not changed(model, SMALL)
+    model, settings = build(SMALL)
+    assert load_pretrained(model, settings.model) == [] and not changed(model, SMALL)
 
 
 # torchvision
@@ -103,8 +103,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any, hub: Path) -> None:
     classifier = with_noise(network(weights=None))
     torch.save(classifier.state_dict(), hub / HUB_NAMES[size])
-    model, yolo = build(words, True)
-    (line,) = load_pretrained(model, yolo)
+    model, settings = build(words, True)
+    (line,) = load_pretrained(model, settings.model)
     assert HUB_NAMES[size] in line and "IMAGENET1K_V1" in line
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -131,8 +131,8 @@ def test_files_of_a_classifier(tmp_path: Path) -> None:
     features = {name[len("features.") :]: value for name, value in state.items() if name.startswith("features.")}
     for content in (state, features, {"model": state, "epoch": 3}, {"state_dict": state}):
         torch.save(content, tmp_path / "file.pth")
-        model, yolo = build(SMALL, tmp_path / "file.pth")
-        (line,) = load_pretrained(model, yolo)
+        model, settings = build(SMALL, tmp_path / "file.pth")
+        (line,) = load_pretrained(model, settings.model)
         assert str(tmp_path / "file.pth") in line and f"{len(features)} tensors" in line
         # the second stage begins with torchvision's layer 4
         assert torch.equal(model.backbone.stages[1][0].block[0][0].weight, state["features.4.block.0.0.weight"])
@@ -174,8 +174,8 @@ def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: py
 
     source = with_noise(build(words)[0])
     write_darknet_weights(source, tmp_path / "darknet53.conv.74", Header(), count=52)
-    model, yolo = build(words, True)
-    lines = load_pretrained(model, yolo)
+    model, settings = build(words, True)
+    lines = load_pretrained(model, settings.model)
     assert any("first 52 of 75 convolutions" in line for line in lines)
     assert parts(changed(model, words)) == {"backbone"}
     for name, tensor in model.backbone.state_dict().items():
@@ -186,8 +186,8 @@ def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: py
 def test_darknet_file_of_other_classes(tmp_path: Path) -> None:
     source = with_noise(build(TINY, num_classes=7)[0])
     write_darknet_weights(source, tmp_path / "tiny.weights", Header())
-    model, yolo = build(TINY, tmp_path / "tiny.weights", num_classes=3)
-    lines = " ".join(load_pretrained(model, yolo))
+    model, settings = build(TINY, tmp_path / "tiny.weights", num_classes=3)
+    lines = " ".join(load_pretrained(model, settings.model))
     assert "7 classes" in lines and "network 3" in lines
     counters = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
     outputs = {f"heads.{level}.1.{kind}" for level in (0, 1) for kind in ("weight", "bias")}
@@ -207,14 +207,14 @@ def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
 
 def save_run(path: Path, words: list[str], num_classes: int, average: bool, **changes: Any) -> nn.Module:
     """What a run leaves; returns the network whose weights are to be used."""
-    model, yolo = build(words, num_classes=num_classes, seed=5)
+    model, settings = build(words, num_classes=num_classes, seed=5)
     best, other = (
         with_noise(model, 1).state_dict(),
         with_noise(build(words, num_classes=num_classes)[0], 2).state_dict(),
     )
     content = {
         "step": 40,
-        "settings": {"yolo": yolo.model_dump(mode="json")},
+        "settings": settings.model_dump(mode="json"),
         "categories": {"names": [f"class {label}" for label in range(num_classes)], "ids": list(range(num_classes))},
         "model": other if average else best,
         "average": best if average else None,
@@ -226,8 +226,8 @@ def save_run(path: Path, words: list[str], num_classes: int, average: bool, **ch
 @pytest.mark.parametrize("average", [False, True])
 def test_whole_detector(average: bool, tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", SMALL, 3, average)
-    model, yolo = build(SMALL, tmp_path / "best.pt")
-    (line,) = load_pretrained(model, yolo)
+    model, settings = build(SMALL, tmp_path / "best.pt")
+    (line,) = load_pretrained(model, settings.model)
     kind = "EMA" if average else "weights"
     assert f"{kind} after 40 steps, 3 classes" in line and str(tmp_path / "best.pt") in line
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
@@ -240,8 +240,8 @@ OTHER_ANCHORS = "yolo.anchors=[[[9, 9]], [[20, 20], [30, 30]], [[80, 80]]]"
 @pytest.mark.parametrize(("classes", "words"), [(5, SMALL), (1, SMALL), (3, [*SMALL, OTHER_ANCHORS])])
 def test_other_classes_or_anchors(classes: int, words: list[str], tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", words, classes, average=True)
-    model, yolo = build(SMALL, tmp_path / "best.pt")
-    lines = load_pretrained(model, yolo)
+    model, settings = build(SMALL, tmp_path / "best.pt")
+    lines = load_pretrained(model, settings.model)
     assert len(lines) == 2 and "output convolutions start anew" in lines[1]
     assert f"{classes} classes" in lines[1] and "this run 3" in lines[1]
     outputs = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
@@ -253,8 +253,8 @@ def test_other_classes_or_anchors(classes: int, words: list[str], tmp_path: Path
 def test_equal_shapes_of_other_classes_are_not_taken(tmp_path: Path) -> None:
     two = "yolo.anchors=[[[9, 9], [10, 10]], [[20, 20], [30, 30]], [[80, 80], [90, 90]]]"
     save_run(tmp_path / "best.pt", [*SMALL, two], 4, average=False)  # 2 * (5 + 4) filters
-    model, yolo = build(SMALL, tmp_path / "best.pt", num_classes=1)  # 3 * (5 + 1) filters
-    assert "start anew" in load_pretrained(model, yolo)[1]
+    model, settings = build(SMALL, tmp_path / "best.pt", num_classes=1)  # 3 * (5 + 1) filters
+    assert "start anew" in load_pretrained(model, settings.model)[1]
     assert not any(name.startswith("heads.0.1.") for name in changed(model, SMALL, num_classes=1))
 
 
@@ -266,7 +266,7 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     save_run(path, [SMALL[0], "yolo.neck_channels=[24, 12, 8]"], 3, average=False)
     assert "of another shape: neck.0.0.0.weight (24, 576, 1, 1) instead of (16, 576, 1, 1), " in refuse(SMALL, path)
     save_run(path, SMALL, 3, average=False, settings={})
-    assert "no 'yolo'" in refuse(SMALL, path)
+    assert "no settings" in refuse(SMALL, path)
     save_run(path, SMALL, 3, average=False)
     path.write_bytes(path.read_bytes()[:-1000])
     assert "damaged" in refuse(SMALL, path)
@@ -293,8 +293,8 @@ def test_timm_classifier_file(num_classes: int, suffix: str, tmp_path: Path) -> 
         from safetensors.torch import save_file
 
         save_file(classifier.state_dict(), path)
-    model, yolo = build(TIMM, path)
-    (line,) = load_pretrained(model, yolo)
+    model, settings = build(TIMM, path)
+    (line,) = load_pretrained(model, settings.model)
     assert str(path) in line and "timm/test_resnet" in line
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -326,8 +326,8 @@ def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     state = timm_classifier().state_dict()
     monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *_, **__: dict(state))  # what the hub would send
-    model, yolo = build(TIMM, True)
-    (line,) = load_pretrained(model, yolo)
+    model, settings = build(TIMM, True)
+    (line,) = load_pretrained(model, settings.model)
     assert "https://huggingface.co/timm/test_resnet" in line
     images = torch.rand(1, 3, 64, 96)
     classifier = timm_classifier().eval()
@@ -360,7 +360,7 @@ def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
     # a checkpoint of the same description for other classes
     source = save_run(tmp_path / "best.pt", words, 4, average=False)
     shutil.copy(tmp_path / "best.pt", tmp_path / "copy.pt")
-    model, yolo = build(words, tmp_path / "copy.pt", num_classes=1)
-    assert "4 classes" in load_pretrained(model, yolo)[1]
+    model, settings = build(words, tmp_path / "copy.pt", num_classes=1)
+    assert "4 classes" in load_pretrained(model, settings.model)[1]
     assert changed(model, words, num_classes=1) == {"backbone.0.0.weight", "backbone.0.0.bias"}
     assert torch.equal(model.state_dict()["backbone.0.0.weight"], source.state_dict()["backbone.0.0.weight"])

@@ -223,7 +223,7 @@ def test_uint8_equals_float(tmp_path: Path) -> None:
     with torch.no_grad():
         for one, other in zip(network(image), network(image.float() / 255), strict=True):
             assert torch.equal(one, other)
-    assert network.pixel_mean.flatten().tolist() == [0, 0, 0] and network.pixel_std.flatten().tolist() == [1, 1, 1]
+    assert (network.pixel_mean, network.pixel_std) == ((0, 0, 0), (1, 1, 1))
 
 
 # Published descriptions

@@ -382,7 +382,7 @@ def test_well_known_files_name_the_command_that_fetches_them(name: str, tmp_path
 
 def test_networks_that_darknet_does_not_have(tmp_path: Path) -> None:
     for model in (nn.Conv2d(3, 3, 1), nn.Sequential()):
-        with pytest.raises(CheckpointError, match=r"yolo\.backbone"):
+        with pytest.raises(CheckpointError, match=r"model\.backbone"):
             as_darknet(model)
         with pytest.raises(CheckpointError):
             load_darknet_weights(model, tmp_path / "gone")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.support.operation_trace import OperationTrace
 from detection.models.yolo import CRITERIA
-from detection.models.yolo import darknet_loss as target_assignment
+from detection.models.yolo import criterion as criterion_module
 from detection.models.yolo.darknet_loss import DarknetLoss
 from tests.support.loss_cases import (
     HEIGHT,
@@ -451,7 +451,7 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}
     for whole_batch, comfortable in ((True, 2**40), (False, 1)):  # as on a machine where the batch is cut into pieces
-        monkeypatch.setattr(target_assignment, "max_chunk_elements", lambda device, most=comfortable: most)
+        monkeypatch.setattr(criterion_module, "max_chunk_elements", lambda device, most=comfortable: most)
         for batch_size, rows, boxes_per_image in ((2, 32, 7), (2, 32, 30), (2, 128, 93), (64, 128, 93)):
             outputs = [torch.randn(batch_size, 3, side, side, 8).bfloat16() for side in (12, 6, 3)]
             corner = torch.rand(batch_size, rows, 2) * 60

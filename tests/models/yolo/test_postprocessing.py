@@ -279,15 +279,15 @@ def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(most: int 
 
 
 def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from detection.models.yolo import postprocess as postprocessing
+    from detection.models import postprocess as postprocessing
 
     outputs = random_outputs(images=5, classes=3, seed=5)
     whole = build()(outputs)
     postprocess, decoded = build(), []
     decode = postprocess.decode
     monkeypatch.setattr(postprocess, "decode", lambda levels: decoded.append(len(levels[0])) or decode(levels))
-    # 2 anchors on 4 x 6 and 2 x 3 cells: 60 predictions of 3 classes
-    for limit, sizes in ((1, [1] * 5), (360, [2, 2, 1]), (899, [4, 1])):
+    # 2 anchors on 4 x 6 and 2 x 3 cells: 60 predictions of 5 + 3 values
+    for limit, sizes in ((1, [1] * 5), (960, [2, 2, 1]), (2399, [4, 1])):
         monkeypatch.setattr(postprocessing, "SCORES_AT_A_TIME", limit)
         decoded.clear()
         for expected, found in zip(whole, postprocess(outputs), strict=True):
@@ -296,7 +296,7 @@ def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_score_by_objectness_has_one_class_per_prediction() -> None:
-    """As seed 002 scored: objectness alone, for the likeliest class."""
+    """As the research repository scored: objectness alone, for the likeliest class."""
     outputs = random_outputs(images=1, classes=4, seed=6)
     (found,) = build(score="objectness", iou_threshold=1.0, max_detections=None, confidence_threshold=0.4)(outputs)
     expected = sorted(

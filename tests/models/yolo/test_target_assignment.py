@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.models.yolo import darknet_loss as target_assignment
+from detection.models.yolo import criterion
 from detection.models.yolo.criterion import MAX_PIECES, ignored_predictions, split_batch
 from detection.models.yolo.darknet_loss import assign_targets
 from detection.models.yolo.grid import anchor_table
@@ -268,7 +268,7 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("at_once", [10**9, 1])
 def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
     """Ground-truth boxes, crowd regions and padding in turn; the whole batch at once and in pieces."""
-    monkeypatch.setattr(target_assignment, "max_chunk_elements", lambda device: at_once)
+    monkeypatch.setattr(criterion, "max_chunk_elements", lambda device: at_once)
     boxes, labels = random_targets(4, count, seed=7)
     labels[:, 1::5] = -1
     labels[:, 3::5] = -2
