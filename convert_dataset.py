@@ -39,7 +39,7 @@ from detection.data.conversion.dataset import ConvertedDataset, Findings, assign
 from detection.data.conversion.voc import read_voc
 from detection.data.conversion.yolo import data_yaml, read_yolo, yolo_label
 from detection.data.conversion.yolo_layout import DESCRIPTIONS
-from detection.drawing.boxes import replace_file
+from detection.drawing.files import replace_file
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.inference.weights import read_names
 

@@ -18,10 +18,11 @@ photo = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
 min_score = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
 
 # Letterbox: as large as fits, in the middle of a square. AFFINE samples the pixels that training's resize does.
-size, rule, longest = about["image_size"], about["letterbox"], max(photo.size)
-exact = [side * size / (longest if rule["keep_aspect"] else side) for side in photo.size]
+size, rule, longest = about["image_size"], about["geometry"], max(photo.size)
+exact = [side * size / (side if rule["placement"] == "squash" else longest) for side in photo.size]
 width, height = (max(int(side) if rule["rounding"] == "down" else round(side), 1) for side in exact)
-zoom_x, zoom_y, left, top = photo.width / width, photo.height / height, (size - width) // 2, (size - height) // 2
+zoom_x, zoom_y = photo.width / width, photo.height / height
+left, top = (0, 0) if rule["placement"] == "top_left" else ((size - width) // 2, (size - height) // 2)
 laid = photo.transform((width, height), Image.Transform.AFFINE, (zoom_x, 0, 0, 0, zoom_y, 0), Image.Resampling.BILINEAR)
 square = Image.new("RGB", (size, size), tuple(rule["fill"]))
 square.paste(laid, (left, top))

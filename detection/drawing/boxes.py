@@ -5,7 +5,6 @@ Images are RGB uint8 (H, W, 3) NumPy arrays; boxes are xyxy in pixels of the ima
 
 import colorsys
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL
+from detection.drawing.files import replace_file
 
 Color = tuple[int, int, int]  # RGB, 0..255
 CROWD_COLOR: Color = (160, 160, 160)  # grey; the colours of classes have at least 60 % saturation
@@ -297,19 +297,8 @@ def _draw_tag(image: np.ndarray, text: str, place: np.ndarray, letter_pixels: fl
 
 def _add_title(image: np.ndarray, title: str) -> np.ndarray:
     letter_pixels = 1.2 * _letter_pixels(image)
-    width, height = _tag_size(title, letter_pixels, image.shape[1])
+    width, _ = _tag_size(title, letter_pixels, image.shape[1])
+    _, height = _tag_size("gl", letter_pixels, image.shape[1])  # equal for all titles, so that panels line up
     strip = np.full((height, image.shape[1], 3), WHITE, dtype=np.uint8)
     _draw_tag(strip, title, np.array([0, 0, min(width, image.shape[1]), height]), letter_pixels, WHITE)
     return np.vstack((strip, image))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically, under a temporary name first, so that neither a full disk nor a reader sees a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

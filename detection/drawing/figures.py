@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detection.drawing.boxes import replace_file
+from detection.drawing.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from detection.drawing.boxes import replace_file
+from detection.drawing.files import replace_file
 
 STYLE = (
     "body{font-family:sans-serif;max-width:1640px;margin:1.5em auto;padding:0 1em;color:#222}"

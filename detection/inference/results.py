@@ -10,7 +10,8 @@ from typing import Any, Self
 import numpy as np
 from tqdm import tqdm
 
-from detection.drawing.boxes import draw_boxes, replace_file, save_jpeg, save_png
+from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
+from detection.drawing.files import replace_file
 from detection.inference.sources import Source
 from detection.inference.video import Frame
 

@@ -124,7 +124,9 @@ def load_checkpoint_weights(
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (KeyError, TypeError, AttributeError, SettingsError) as error:
-        raise CheckpointError(f"model.pretrained={path} is not the checkpoint of a run: no {str(error).strip(chr(39))}") from None
+        raise CheckpointError(
+            f"model.pretrained={path} is not the checkpoint of a run: no {str(error).strip(chr(39))}"
+        ) from None
     for kind in ("detector", "backbone"):
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")

@@ -1,4 +1,4 @@
-"""Which images a detector does worst on: ground-truth boxes it missed and detections that are wrong, counted per image."""
+"""Ranking of images by the mistakes of a detector: missed ground-truth boxes and wrong detections per image."""
 
 import csv
 from collections.abc import Iterator, Sequence

@@ -312,9 +312,12 @@ def test_workers_leave_signals_to_the_training_process() -> None:
 
 FAILING_RUN = """
 import torch, numpy as np
-from detection.data.loaders import TrainingBatchSampler, build_training_loader
+from detection.data.loaders import build_training_loader
+from detection.data.sampler import TrainingBatchSampler
+from detection.data.workers import prepare_process
 from detection.data.transforms import Sample
 
+prepare_process()
 class Failing:
     def __getitem__(self, position):
         if position[0] == 3:

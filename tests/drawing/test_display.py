@@ -87,8 +87,8 @@ def test_pages_are_turned_until_the_window_is_left(screen: str, keys: list[str],
 def test_no_screen_is_one_line() -> None:
     started = time.monotonic()
     result = run(
-        "from detection import display, errors\n"
-        "errors.exit_with_message(lambda: display.Window('x'))"
+        "from detection import errors\nfrom detection.drawing import window\n"
+        "errors.exit_with_message(lambda: window.Window('x'))"
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no display" in result.stderr, result
     assert time.monotonic() - started < 60

@@ -57,8 +57,8 @@ def test_open_darknet(files: Files) -> None:
     assert opened.settings.evaluation.image_size == 32
     assert not any(module.training for module in opened.detector.model.modules())
     assert opened.lines == [
-        "cfg: not used, the settings decide: [yolo] ignore_thresh",
-        "cfg: unknown keys, ignored: [convolutional] jitter",
+        "cfg         not used, the settings decide: [yolo] ignore_thresh",
+        "cfg         unknown keys, ignored: [convolutional] jitter",
         "net.weights: Darknet weights of the whole network, version 0.2.5, 64,000 images seen",
         "loaded all 2 convolutions",
     ]

@@ -19,7 +19,7 @@ from detection.runtime.devices import (
     choose_device,
     choose_precision,
     describe_device,
-    open_device,
+    open_machine,
     peak_memory_gib,
 )
 
@@ -203,9 +203,9 @@ def restored_switches() -> Iterator[None]:
 def test_deterministic_is_a_switch_of_the_settings(
     restored_switches: None, default_settings: Callable[..., Settings]
 ) -> None:
-    assert open_device(default_settings("run.device=cpu").run) == CPU
+    assert open_machine(default_settings("run.device=cpu").run).device == CPU
     assert not torch.are_deterministic_algorithms_enabled()
-    assert open_device(default_settings("run.device=cpu", "run.deterministic=true").run) == CPU
+    assert open_machine(default_settings("run.device=cpu", "run.deterministic=true").run).device == CPU
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
@@ -220,9 +220,9 @@ def test_cublas_gets_a_workspace_that_repeats(
     run = default_settings("run.device=auto", "run.deterministic=true").run
     monkeypatch.setenv(CUBLAS_WORKSPACE, ":0:0")
     with pytest.raises(SettingsError, match=r"^run.deterministic: CUBLAS_WORKSPACE_CONFIG=:0:0 .* or :16:8$"):
-        open_device(run)
+        open_machine(run)
     monkeypatch.delenv(CUBLAS_WORKSPACE)
-    assert open_device(run, "cuda:1") == torch.device("cuda", 1)
+    assert open_machine(run, "cuda:1").device == torch.device("cuda", 1)
     assert os.environ[CUBLAS_WORKSPACE] == ":4096:8"
 
 

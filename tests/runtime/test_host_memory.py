@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from detection.data import loaders
+from detection.data import workers
 from detection.runtime import allocator as host_memory
 from detection.runtime.allocator import disable_malloc_trim, free_memory
 from detection.runtime.devices import available_memory
@@ -22,8 +22,8 @@ MIB = 2**20
 
 FAULTS = """
 import resource, torch
-from detection.devices import choose_device
-choose_device("cpu")
+from detection.runtime.allocator import disable_malloc_trim
+disable_malloc_trim()
 def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def like_a_step():
@@ -73,11 +73,11 @@ def test_what_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loaders_and_their_workers_do_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(loaders, "disable_malloc_trim", lambda: calls.append(None))
-    monkeypatch.setattr(loaders.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(workers, "disable_malloc_trim", lambda: calls.append(None))
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    loaders.prepare_worker(0)
-    loaders.prepare_process()
+    workers.prepare_worker(0)
+    workers.prepare_process()
     assert len(calls) == 2
 
 

@@ -28,11 +28,10 @@ from detection.runtime.devices import (
     choose_precision,
     compile_forward,
     describe_device,
-    mark_step_of,
     nms_device,
-    open_device,
+    open_machine,
     peak_memory_gib,
-    pinning,
+    pins_memory,
     prepare_distributed,
 )
 from detection.runtime.habana import LAZY_MODE, prepare_habana, wants_lazy
@@ -74,7 +73,8 @@ def step_events(subdivisions: int, lazy: bool) -> list[str]:
 
 def real_steps(settings: Settings, steps: int) -> None:
     """What the training script does with a device, on its own loader."""
-    train, device = settings.train, open_device(settings.run)
+    train, machine = settings.train, open_machine(settings.run)
+    device = machine.device
     dtype = choose_precision(device, settings.run.precision)
     scaler = build_scaler(device, dtype)
     assert not scaler.is_enabled()
@@ -94,7 +94,7 @@ def real_steps(settings: Settings, steps: int) -> None:
             functools.partial(autocast, device, dtype),
             device,
             train.clip_norm,
-            mark_step=mark_step_of(device, settings.run.lazy),
+            mark_step=machine.mark_step,
         )
 
 
@@ -241,15 +241,15 @@ def test_a_mode_that_is_set_stays_and_must_agree(
     prepare_habana(["run.lazy=false"])
     assert os.environ[LAZY_MODE] == "1"
     with pytest.raises(SettingsError, match=f"^run.lazy = false needs {LAZY_MODE}=0, the environment has 1; set it "):
-        open_device(default_settings("run.device=hpu").run)
+        open_machine(default_settings("run.device=hpu").run)
     monkeypatch.delenv(LAZY_MODE)
     with pytest.raises(SettingsError, match="=1, the environment has no such variable; "):
-        open_device(default_settings("run.device=hpu", "run.lazy=true").run)
+        open_machine(default_settings("run.device=hpu", "run.lazy=true").run)
 
 
 def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callable[..., Settings]) -> None:
     with pytest.raises(SettingsError, match=r"^run.lazy \(--lazy\) is a mode of device hpu, this is cpu"):
-        open_device(default_settings("run.device=cpu", "run.lazy=true").run)
+        open_machine(default_settings("run.device=cpu", "run.lazy=true").run)
     with pytest.raises(SettingsError, match=r"^run.compile: must be false in lazy mode"):
         default_settings("run.lazy=true", "run.compile=true")
 
@@ -262,7 +262,7 @@ def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) ->
     assert describe_device(HPU) == "hpu (STAND-IN, eager)"
     assert peak_memory_gib(HPU) == 3.0
     assert available_memory(HPU) == (96 - 5) * 2**30
-    assert pinning(HPU) == {"pin_memory": True, "pin_memory_device": "hpu"}
+    assert pins_memory(HPU) == torch.accelerator.is_available()  # torch itself must know the accelerator
 
 
 def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Augmentation with albumentations: the library draws parameters and changes pixels; all geometry is one warp."""
 
-import os
 import random
 from typing import Any
 
@@ -10,9 +9,6 @@ import numpy as np
 from detection.config.augmentation import AugmentationSettings
 from detection.contract import Geometry
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
-
-# Stop albumentations from asking the package index for a newer version on import.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 MINIMUM_SIDE = 1.0  # pixels of the network input; smaller boxes are removed after augmentation
 

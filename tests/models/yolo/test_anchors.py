@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from detection.data.annotations import load_annotations
-from detection.visualization import anchor_clustering as anchors_module
 from detection.models.yolo.grid import cell_grid, flatten_levels
+from detection.visualization import anchor_clustering as anchors_module
 from detection.visualization.anchor_clustering import (
     best_ious,
     best_side_ratios,

@@ -468,7 +468,7 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
 
 
 def test_cross_entropy_against_torch() -> None:
-    """Softmax cross-entropy of each ground-truth box that gives its prediction's box; crowd and padding count nothing."""
+    """Softmax cross-entropy of each box that rules its prediction; crowd and padding count nothing."""
     case = Case("three levels", 5, [7, 0, 13], seed=17)
     losses = case.criterion(class_loss="cross_entropy")(case.outputs, case.targets())
     expected = 0.0
