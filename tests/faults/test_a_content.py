@@ -190,7 +190,7 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
     assert metrics["AP"] == pytest.approx(1) and class_ap["ninety"] == (None, None, 0)
     run = train("run", f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=1")
     run.ends_with(0)
-    (line,) = [line for line in run.out.splitlines() if "categories without a box" in line]
+    (line,) = [line for line in run.out.splitlines() if "categories without boxes" in line]
     assert line.startswith("warning") and "ninety" in line
 
 

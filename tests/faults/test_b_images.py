@@ -14,9 +14,9 @@ from PIL import Image
 
 from detection.checkpoints import load_checkpoint
 from detection.config.settings import Settings
-from detection.data.build import build_datasets
 from detection.data.image_file import read_image
 from detection.errors import DataReadError
+from tests.support.detectors import datasets_of
 from tests.support.fault_runs import Run
 
 
@@ -77,9 +77,7 @@ def test_B01_the_substitute_is_the_next_image_that_can_be_read(
     dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
 ) -> None:
     shutil.copytree(dataset, tmp_path / "data")
-    training_set, validation_set = build_datasets(
-        default_settings(f"data.root={tmp_path / 'data'}").data, 64, 64, 0, None
-    )
+    training_set, validation_set = datasets_of(default_settings(f"data.root={tmp_path / 'data'}"), 64, 64, 0, None)
     expected = training_set[(0, 4, 96)]
     for index in (11, 12):
         (tmp_path / "data" / "train" / training_set.annotations.file_name(index)).unlink()

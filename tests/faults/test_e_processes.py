@@ -164,7 +164,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
         assert last - first < 50e6
 
 
-@pytest.mark.guard("detection.data.workers:prepare_worker", "cv2.setNumThreads(0)", "pass")
+@pytest.mark.guard("detection.data.workers:_prepare_libraries", "cv2.setNumThreads(0)", "pass")
 def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
     training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     load_image = training_set.load_image

@@ -319,7 +319,7 @@ def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
     protocol = REPOSITORY / "recipes" / "darknet_protocol.yaml"
     weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
     code, out, err = run("--config", protocol, *weights)
-    assert (code, err) == (0, "") and "32 px letterbox (darknet)" in out and "of objectness above 0.005" in out
+    assert (code, err) == (0, "") and "32 px letterbox (darknet)" in out and "objectness above 0.005 only" in out
     assert_everything_found(files)
 
 

@@ -217,7 +217,7 @@ def test_cublas_gets_a_workspace_that_repeats(
     default_settings: Callable[..., Settings],
 ) -> None:
     machine(cuda=2)
-    run = default_settings("run.device=auto", "run.deterministic=true").run
+    run = default_settings("run.device=auto", "run.deterministic=true", "run.precision=off").run
     monkeypatch.setenv(CUBLAS_WORKSPACE, ":0:0")
     with pytest.raises(SettingsError, match=r"^run.deterministic: CUBLAS_WORKSPACE_CONFIG=:0:0 .* or :16:8$"):
         open_machine(run)

@@ -18,7 +18,7 @@ from torch import nn
 
 import visualization
 from detection.config.settings import Settings
-from detection.contract import Detector
+from detection.contract import Detector, Geometry
 from detection.data.annotations import flatten_annotations, load_annotations
 from detection.data.loaders import build_evaluation_loader
 from detection.drawing.boxes import class_color, draw_boxes
@@ -260,7 +260,9 @@ def test_worst_images_first(
     settings = default_settings(
         f"data.root={root}", "data.num_workers=0", "evaluation.batch_size=2", "evaluation.image_size=96"
     )
-    opened = OpenedDetector(Detector(nn.Identity(), None, nn.Identity()), settings, ("red", "green"), 2, 0, 0, [])
+    opened = OpenedDetector(
+        Detector(nn.Identity(), None, nn.Identity(), Geometry(32)), settings, ("red", "green"), 2, 0, 0, []
+    )
     _, annotations, dataset = visualization.open_dataset(settings, "train", opened)
     assert dataset is not None
     answers = []
@@ -274,7 +276,7 @@ def test_worst_images_first(
         if number == 107:  # below the threshold of 0.5
             score = 0.4
         answers.append({"boxes": boxes, "labels": labels, "scores": torch.full((len(boxes),), score)})
-    detector = Detector(nn.Identity(), None, MadeUp(answers))
+    detector = opened.detector.replace(postprocess=MadeUp(answers))
     monkeypatch.setattr(visualization, "open_command_line", lambda *_: dataclasses.replace(opened, detector=detector))
     result = run("--weights", "made-up.pt", "--split", "train", "--pages", "all", "--per-page", 2)
     assert result.returncode == 0, result.stderr
