@@ -110,7 +110,7 @@ ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detect
 
 
 def test_no_yolo_outside_its_family() -> None:
-    """No identifier, import or attribute of that name in shared code; texts may name the family's files and settings."""
+    """No identifier, import or attribute of that name in shared code; texts may name its files."""
     found = []
     for path in sorted([*(REPOSITORY / "detection").rglob("*.py"), REPOSITORY / "yolo-v3" / "main.py"]):
         name = path.relative_to(REPOSITORY).as_posix()
