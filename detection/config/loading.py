@@ -244,11 +244,15 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
         if any(path.startswith(f"{key}.") for path in known):
             raise SettingsError(f"{where}: {key} is a section, not a value")
+        spellings = [*known, *MOVED_NAMES]
         candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES, *MOVED_NAMES], n=1, cutoff=0.0)
         by_last_part = difflib.get_close_matches(
-            key.rpartition(".")[2], [path.rpartition(".")[2] for path in known], n=1, cutoff=0.75
+            key.rpartition(".")[2], [path.rpartition(".")[2] for path in spellings], n=1, cutoff=0.75
         )
-        nearest = next((path for path in known if by_last_part and path.endswith("." + by_last_part[0])), candidates[0])
+        nearest = next(
+            (path for path in spellings if by_last_part and path.endswith("." + by_last_part[0])),
+            candidates[0],
+        )
         nearest = MOVED_NAMES.get(nearest, nearest)
         raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
     if isinstance(value, str) and (key, value) in REPLACED_VALUES:

@@ -8,7 +8,8 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.models import build_detector
+from detection.errors import SettingsError
+from detection.models import build_detector, check_input_sizes
 from detection.models.backbones import BACKBONES
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
@@ -452,3 +453,20 @@ def test_settings_reach_the_parts() -> None:
     assert postprocess.softmax
     assert torch.equal(postprocess.layout.anchors[2], torch.tensor([[116.0, 90], [156, 198], [373, 326]]))
     assert torch.equal(detector.criterion.layout.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "size"),
+    [
+        ("train.image_size=300", "train.image_size", 300),
+        ("train.image_size=336", "train.image_size", 336),  # a multiple of 16
+        ("train.multiscale_sizes=[320, 600]", "train.multiscale_sizes", 600),
+        ("evaluation.image_size=417", "evaluation.image_size", 417),
+    ],
+)
+def test_sizes_that_the_grids_do_not_divide_are_one_line(word: str, path: str, size: int) -> None:
+    settings, _ = load_settings(ARGS, words=[word, "train.resize_frequency=1"])
+    with torch.device("meta"):
+        detector = build_detector(settings, 2)
+    with pytest.raises(SettingsError, match=rf"^{path} = {size}: must be a multiple of 32"):
+        check_input_sizes(detector, settings)
