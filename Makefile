@@ -1,5 +1,6 @@
 # make train   fresh machine: environment, built-in dataset, a few minutes of training, metrics, pictures
 # make test    fresh machine: environment, all tests that need neither a GPU, nor a network, nor minutes
+# make fast    the tests of ops, models, losses and data in under a minute, while editing
 # make check   lint, types and tests, before each commit
 # make slow    the tests of several minutes each
 # make faults  what happens when things break: kill -9, full disks, dead ranks, hostile files (under 20 minutes)
@@ -13,13 +14,18 @@ RUN = $(VENV)/bin/python
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 BENCHMARKS = matmul training_step loss optimizer loader nms evaluation logs annotations start_up memory checkpoint inference
 
-.PHONY: train test check slow faults bench clean
+.PHONY: train test fast check slow faults bench clean
 
 train: $(VENV)/ready
 	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
 
 test: $(VENV)/ready-dev
 	$(TEST)
+
+# Without the files that start processes, make the built-in dataset or write whole weight files.
+fast: $(VENV)/ready-dev
+	$(TEST) tests/ops tests/models tests/data $(addprefix --ignore=tests/,data/test_loaders.py data/test_image_cache.py \
+		data/test_digits.py models/test_pretrained.py models/darknet/test_darknet_export.py)
 
 check: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
