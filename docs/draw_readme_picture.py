@@ -1,8 +1,8 @@
-"""Draw the README's picture from a finished quickstart run: ground truth beside detections.
+"""Draw the README's picture from a finished run on the blood cells: ground truth beside detections.
 
-python3 -m docs.draw_readme_picture logs/<run>
+python3 -m docs.draw_readme_picture logs/<run> DIRECTORY_OF_BCCD_IN_COCO_FORMAT
 
-Writes docs/quickstart.png. Only digits on photographs that are CC0 or of no known copyright (docs/data_sources.md).
+Writes docs/blood_cells.png. BCCD is under the MIT licence (docs/data_sources.md).
 """
 
 import json
@@ -15,24 +15,21 @@ from detection.data.annotations import load_annotations
 from detection.data.image_file import read_image
 from detection.drawing.boxes import ground_truth_beside_detections, make_grid, save_png
 
-PHOTOGRAPHS = ("chelsea", "coins", "grass")
 THRESHOLD = 0.5
-PICTURES = 4
+PICTURES = (3, 40)  # of the validation set
 
 
 def main() -> None:
-    root, run = Path("data/digits"), Path(sys.argv[1])
-    content = json.loads((root / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    run, root = Path(sys.argv[1]), Path(sys.argv[2])
     annotations = load_annotations(root / "annotations" / "instances_val.json")
     detections = json.loads((run / "detections.json").read_text(encoding="utf-8"))
     label_of_id = {number: label for label, number in enumerate(annotations.categories.ids)}
-    chosen = [index for index, image in enumerate(content["images"]) if image["photograph"] in PHOTOGRAPHS][:PICTURES]
     pictures = []
-    for index in chosen:
+    for index in PICTURES:
         rows = slice(annotations.first_box[index], annotations.first_box[index + 1])
         number = annotations.image_ids[index]
-        found = [row for row in detections if row["image_id"] == number and row["score"] >= THRESHOLD]
-        boxes = np.array([row["bbox"] for row in found]).reshape(-1, 4)
+        shown = [row for row in detections if row["image_id"] == number and row["score"] >= THRESHOLD]
+        boxes = np.array([row["bbox"] for row in shown]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         pictures.append(
             ground_truth_beside_detections(
@@ -40,12 +37,12 @@ def main() -> None:
                 annotations.boxes[rows],
                 annotations.labels[rows],
                 boxes,
-                np.array([label_of_id[row["category_id"]] for row in found], dtype=int),
-                np.array([row["score"] for row in found]),
+                np.array([label_of_id[row["category_id"]] for row in shown], dtype=int),
+                np.array([row["score"] for row in shown]),
                 annotations.categories.names,
             )
         )
-    save_png(Path("docs/quickstart.png"), make_grid(pictures, columns=2))
+    save_png(Path("docs/blood_cells.png"), make_grid(pictures, columns=1))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def test_a_recipe_loads_and_shows_how_to_run_it(path: Path) -> None:
     )
 
 
-def test_every_recipe_is_in_the_readme() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+def test_every_recipe_is_in_the_documents() -> None:
+    readme = (REPOSITORY / "docs" / "recipes_and_scripts.md").read_text()
     assert not [path.stem for path in RECIPES if f"`{path.stem}`" not in readme]
 
 
