@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Base of all errors that a user can cause and mend; the text is one line: what, where, what is allowed."""
+    """Base of all errors that a user can cause and fix; the text is one line: what, where, what is allowed."""
 
     exit_code = 1
 

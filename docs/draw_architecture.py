@@ -108,7 +108,7 @@ def draw_headings(axes: Axes, model: YOLOv3) -> None:
         axes.text(x + width / 2, top, text, ha="center", fontsize=11, color=GREY)
     axes.text(X_OUTPUT + HEAD_WIDTH / 2, top, "outputs", ha="center", fontsize=11, color=GREY)
     notes = [
-        f"Blue: the backbone Darknet-53 without its classifier, {counts['encoder']} convolutions.",
+        f"Blue: the backbone Darknet-53 without its classifier, {counts['backbone']} convolutions.",
         "A residual block adds to its input a 1×1 convolution to half the channels and a 3×3 back.",
         "Every convolution but the last of a head: no bias, batch norm, leaky ReLU.",
         f"Each cell predicts, per anchor, x, y, width, height, objectness and {CLASSES} classes.",

@@ -1,1 +1,1 @@
-"""What a run is told: `args.yaml`, overlays, words and flags, validated into frozen sections. Imports no torch."""
+"""Settings of a run: `args.yaml`, overlays, words and flags, validated into frozen sections. Imports no torch."""

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -39,6 +40,7 @@ from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
 from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
+from tests.support.processes import free_port
 
 STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
@@ -311,6 +313,44 @@ def test_hccl_is_imported_before_the_process_group_starts(
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     distributed.Ranks(HPU, functools.partial(prepare_distributed, "hpu"), 10)
     assert stand_in()[-2:] == ["import hccl", "init_process_group cpu:gloo,hpu:hccl"]
+
+
+EIGHT_CARDS = [  # the recipe of eight cards, small
+    *("--config", REPOSITORY / "recipes" / "d53_320_273e_8x16.yaml", "data.fake=true", "model.num_classes=2"),
+    *("model.backbone=mobilenet_v3_small", "model.pretrained=false", "yolo.neck_channels=[8,8,8]"),
+    *("train.batch_size=2", "train.image_size=64", "train.steps=2", "evaluation.image_size=64"),
+    *("evaluation.max_images=2", "data.num_workers=0", "run.preflight=false", "run.log_frequency=1"),
+]
+
+
+@pytest.mark.slow  # 20 s
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_recipe_of_eight_cards_with_two_processes(tmp_path: Path, complete: bool) -> None:
+    """End to end over hccl, which gloo stands in for; one line where Habana's software lacks it."""
+    software = STAND_IN
+    if not complete:
+        software = tmp_path / "software"
+        shutil.copytree(STAND_IN, software, ignore=shutil.ignore_patterns("distributed"))
+    (tmp_path / "events").touch()
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"),
+        *(REPOSITORY / "yolo-v3" / "main.py", *EIGHT_CARDS, "--output", tmp_path / "run"),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(software),
+        "HPU_EVENTS": str(tmp_path / "events"),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop(LAZY_MODE, None)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    if not complete:
+        assert done.returncode != 0 and "need Habana's hccl, which is missing" in done.stderr
+        assert 'main.py", line' not in done.stderr, done.stderr  # no traceback of ours
+        return
+    assert done.returncode == 0, done.stderr
+    assert "2 processes = 4 images per step" in done.stdout and "finished at step 2" in done.stdout
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["conditions"]["processes"] == 2
+    assert (tmp_path / "events").read_text().count("process group hccl") == 2
 
 
 # Static shapes, and what MPS lacks
