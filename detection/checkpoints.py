@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and types, written atomically, their digest inside, read with weights_only=True."""
+"""Checkpoints of tensors and plain values: written atomically with a digest, read with weights_only=True."""
 
 import contextlib
 import hashlib
@@ -27,15 +27,14 @@ RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimize
 def save_checkpoint(path: Path, content: dict[str, Any], other_names: Sequence[str] = ()) -> None:
     """Write `content` with its digest; a reader sees the old file or the complete new one, never a part.
 
-    The new file is written beside the target, brought to the disk and read back before it takes the target's place:
-    until then the old one is there.
+    The new file is written to a temporary name, synced to disk and read back before it replaces the old one.
 
     Args:
-        other_names: names in the same directory that the same file gets as well, before `path` does: who finds the new
-            one under `path` need not ask for them.
+        other_names: further names of the file in the same directory, linked before `path` is replaced, so that the new
+            `path` implies them.
 
     Raises:
-        OutputError: the file cannot be written (disk full, no permission) or is not what was written; the old file is
+        OutputError: the file cannot be written (disk full, no permission) or fails verification; the old file is
             untouched.
     """
     content = {"format": FORMAT_VERSION, **content}
@@ -79,7 +78,7 @@ def link_file(path: Path, name: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left of its writes; no other one may be writing here."""
+    """Remove temporary files of killed processes; no other process may be writing to the directory."""
     for path in directory.glob(".*.pt.*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -89,16 +88,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and verify its digest. Nothing in the file is ever executed.
 
     Raises:
-        CheckpointError: missing, damaged, foreign, or of a format version this program does not know.
+        CheckpointError: missing, damaged, foreign, or of an unknown format version.
     """
-    return verified(read_file(path), path)
+    return verify_checkpoint(read_file(path), path)
 
 
 def read_file(path: Path) -> Any:
-    """Whatever tensors and plain values a `torch.save` file holds, on the CPU; CheckpointError if it cannot be read."""
+    """Read the tensors and plain values of a `torch.save` file onto the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, or holds other objects.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on the format of foreign files before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about foreign formats before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
@@ -113,18 +116,22 @@ def read_file(path: Path) -> Any:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether what a file holds was written by `save_checkpoint`."""
+    """Whether the content of a file was written by `save_checkpoint`."""
     return isinstance(content, dict) and DIGEST_KEY in content and "format" in content
 
 
-def verified(content: Any, path: Path) -> dict[str, Any]:
-    """What `read_file` returned without its digest, if that is right; CheckpointError otherwise."""
+def verify_checkpoint(content: Any, path: Path) -> dict[str, Any]:
+    """Check the digest and version of what `read_file` returned; returns the content without the digest.
+
+    Raises:
+        CheckpointError: damaged, foreign, or of an unknown format version.
+    """
     if not is_checkpoint(content):
         raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest and format version")
     expected = content.pop(DIGEST_KEY)
     try:
         digest = content_digest(content)
-    except (TypeError, RuntimeError):  # something that `save_checkpoint` would never have written
+    except (TypeError, RuntimeError):  # not written by `save_checkpoint`
         digest = None
     if digest is None or digest != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
@@ -133,11 +140,11 @@ def verified(content: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has format version {content['format']}, this program reads {versions}"
         )
-    return upgraded(content)
+    return upgrade_checkpoint(content)
 
 
-def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """Give the tensors of an older version the names of today."""
+def upgrade_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
+    """Rename the tensors of an older format version in place."""
     if content["format"] < 3:
         for key in ("model", "average"):
             if isinstance(state := content.get(key), dict):
@@ -146,10 +153,13 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
-    """As `load_checkpoint`, of a file that must hold more than its digest.
+    """Load a checkpoint that must have some fields.
 
     Args:
         fields: names and types; `DETECTOR_FIELDS` or `RUN_FIELDS`.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, or a field is missing or of another type.
     """
     content = load_checkpoint(path)
     for name, kind in fields.items():
@@ -161,7 +171,7 @@ def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
 
 
 def content_digest(content: Any) -> str:
-    """SHA-256 over everything that loading returns: every key, type, shape and value, in order."""
+    """SHA-256 over every key, type, shape and value, in order."""
     digest = hashlib.sha256()
     _feed(digest, content)
     return digest.hexdigest()

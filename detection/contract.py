@@ -1,4 +1,4 @@
-"""What crosses the borders between data, detectors, training and evaluation; docs/contract.md explains it."""
+"""Interfaces between data, detectors, training and evaluation; see docs/contract.md."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,39 +12,39 @@ from torch import Tensor, nn
 from detection.errors import SettingsError
 from detection.ops.letterbox import Letterbox, Placement, place_image
 
-PADDING_LABEL = -1  # fills rows of targets that hold no box
+PADDING_LABEL = -1  # rows of the targets without a box
 CROWD_LABEL = -2  # a crowd region: never assigned, and predictions inside carry no negative loss
 
-Anchors = Sequence[
-    Sequence[tuple[float, float]]
-]  # per level, per anchor (width, height) in pixels of the network input
+# Per level and anchor (width, height) in pixels of the network input.
+Anchors = Sequence[Sequence[tuple[float, float]]]
 
 
 class Batch(TypedDict):
-    """A micro-batch, as the collate function makes it."""
+    """A collated micro-batch."""
 
     images: Tensor  # (B, 3, S, S) uint8 RGB
     boxes: Tensor  # (B, G, 4) float32 xyxy in pixels of the network input, padded
     labels: Tensor  # (B, G) int64: class, PADDING_LABEL or CROWD_LABEL
-    indices: Tensor  # (B,) int64: images of the dataset
+    indices: Tensor  # (B,) int64: indices of the images in the dataset
     letterboxes: NotRequired[list[Letterbox]]
     unreadable: NotRequired[list[str]]  # a line per image that could not be read and was replaced
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image becomes the network input: a property of the detector, or of the weights it was given.
+    """How an image becomes the network input.
 
-    Training, validation, detection, export and pictures read it from the detector and from nowhere else.
+    A property of the detector or its weights: training, validation, detection, export and pictures all read it from
+    the detector.
 
     Attributes:
-        size_multiple: what the sides of the input must be a multiple of, pixels.
-        placement: "letterbox" keeps the aspect and centres the image, "top_left" keeps the aspect, "squash" does not.
+        size_multiple: pixels that the sides of the input must be a multiple of.
+        placement: "letterbox" (aspect ratio kept, centred), "top_left" (aspect ratio kept) or "squash".
         rounding: of the resized sides to whole pixels.
         interpolation: of the resize, a key of `data.resize.INTERPOLATIONS`.
         fill: RGB of the empty region, 0..255.
-        pixel_range: what a pixel of 255 becomes before mean and deviation.
-        channel_order: that the network sees; images are RGB everywhere else.
+        pixel_range: value of a pixel of 255 before mean and deviation.
+        channel_order: of the network input; images are RGB everywhere else.
         pixel_mean, pixel_std: per channel, in `pixel_range`.
     """
 
@@ -59,14 +59,18 @@ class Geometry:
     pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def place(self, width: int, height: int, size: int) -> tuple[Letterbox, int, int]:
-        """Where an image of (width, height) lies in a square of `size`, and its new width and height."""
+        """Letterbox of an image of (width, height) in a square of `size`, and the resized width and height."""
         return place_image(width, height, size, self.placement, self.rounding)
 
     def check_size(self, name: str, size: int) -> None:
-        """Refuse a size that the network's grids do not divide.
+        """Check that a side of the input is a multiple of `size_multiple`.
+
+        Args:
+            name: path of the setting that holds it, for the error.
+            size: pixels.
 
         Raises:
-            SettingsError: names the setting.
+            SettingsError: it is not.
         """
         if size < 1 or size % self.size_multiple:
             raise SettingsError(f"{name} = {size}: must be a multiple of {self.size_multiple} for this detector")
@@ -84,22 +88,22 @@ class Geometry:
 
 @runtime_checkable
 class DetectorModel(Protocol):
-    """What the `nn.Module` of a detector declares, beside mapping (B, 3, H, W) images to raw outputs per level."""
+    """Protocol of a detector's `nn.Module`, which maps (B, 3, H, W) images to raw outputs per level."""
 
-    backbone: nn.Module  # what freezing and learning-rate factors act on
+    backbone: nn.Module  # freezing and learning-rate factors act on it
     strides: tuple[int, ...]  # pixels per cell of each output, ascending
     num_classes: int
 
     def __call__(self, images: Tensor) -> Any: ...
 
     def output_convolutions(self) -> list[nn.Conv2d]:
-        """Convolutions that make the predictions, which start anew for other classes."""
+        """Convolutions that make the predictions; re-initialised when the classes change."""
         ...
 
 
 @dataclass(frozen=True)
 class AssignedPrediction:
-    """One prediction of one image and the ground-truth box that it learns."""
+    """A prediction of an image and a ground-truth box assigned to it."""
 
     image: int  # row of the batch
     gt: int  # row of the image's ground-truth boxes
@@ -109,7 +113,7 @@ class AssignedPrediction:
     anchor_size: tuple[float, float]  # width, height in pixels of the network input
     column: int
     row: int
-    overruled: bool  # a later box of the same prediction gives the target box; this one only adds its class
+    overruled: bool  # a later ground-truth box of this prediction gives the box target; this one adds its class only
 
 
 class FitReport(NamedTuple):
@@ -127,28 +131,27 @@ class AnchorLayout:
     levels: Anchors
     strides: tuple[int, ...]
     setting: str  # path of the setting that holds them
-    with_anchors: Callable[[Anchors], str] | None = None  # the detector's cfg with other anchors, where a cfg rules
+    with_anchors: Callable[[Anchors], str] | None = None  # text of the cfg with other anchors, if from a cfg
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A detector family's model, criterion and postprocess, and what they know about themselves.
+    """A model with its criterion, its postprocess and what the scripts need to know about them.
 
     outputs = model(images); losses = criterion(outputs, targets); detections = postprocess(outputs)
 
     Attributes:
         model: a `DetectorModel`; images to raw outputs.
-        criterion: raw outputs and targets to a dict of weighted float32 scalars; None: a network that can only detect.
+        criterion: raw outputs and targets to a dict of weighted float32 scalars; None: detection only.
         postprocess: raw outputs to boxes, scores and labels per image; its `decode` gives all boxes and scores.
         geometry: how an image becomes the network input.
         plan: lines for the plan of a run.
-        notices: (name of a setting -> side of the square input in pixels) -> further lines, where the sizes in use
-            matter to it.
-        score: how a detection's score comes about, for the header of an evaluation.
-        deviations: in what detections are not made by the one protocol of docs/contract.md.
-        metadata: what a raw exported file must know to be decoded again, plain values.
-        held_settings: paths of settings that an exported graph holds, of the "network" and of the "decoding".
-        anchors: for anchor-based detectors.
+        notices: (name of a setting -> side of the square input in pixels) -> further lines about these sizes.
+        score: how the score of a detection is computed, for the header of an evaluation.
+        deviations: how its detections depart from the evaluation protocol of docs/contract.md.
+        metadata: plain values stored in a raw exported file, from which its outputs can be decoded.
+        held_settings: paths of the settings that an exported graph fixes, for its "network" and its "decoding".
+        anchors: of anchor-based detectors.
         check_fit: (boxes xyxy (K, 4) in pixels of the network input, image of each box (K,), input size) -> report.
     """
 
@@ -166,7 +169,7 @@ class Detector:
     check_fit: Callable[[np.ndarray, np.ndarray, int], FitReport] | None = None
 
     def to(self, device: torch.device, channels_last: bool) -> "Detector":
-        """Move all three to the device, the model's weights in the memory layout that suits it."""
+        """Move model, criterion and postprocess to the device, the model in the channels-last format if asked for."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
         return dataclasses.replace(
@@ -177,5 +180,5 @@ class Detector:
         )
 
     def replace(self, **parts: Any) -> "Detector":
-        """The same detector with other parts."""
+        """Return a copy with some attributes replaced."""
         return dataclasses.replace(self, **parts)

@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class SettingsError(UserError):
-    """A setting or command-line word is unknown, of the wrong type or impossible."""
+    """A setting or command-line argument is unknown, of the wrong type or impossible."""
 
     exit_code = 2
 
@@ -43,7 +43,7 @@ class DataReadError(UserError):
 
 
 class NumericsError(UserError):
-    """The loss is not a finite number."""
+    """The loss is non-finite."""
 
     exit_code = 4
 
@@ -80,10 +80,10 @@ OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisi
 
 
 def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) -> NoReturn:
-    """Run `main` and leave the process with the exit code of what happened.
+    """Run `main` and exit with the code of its outcome.
 
-    A `UserError` prints its one line, so do the failures that torch reports as others; anything else is a bug and keeps
-    its traceback.
+    A `UserError`, and a failure of torch that amounts to one, prints one line; anything else is a bug and keeps its
+    traceback.
 
     Args:
         memory_hint: what to do when memory runs out.
@@ -98,19 +98,19 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
         if known is None:
             raise
         exit_code = report(known)
-    except KeyboardInterrupt:  # before a `StopRequest` takes care of it: nothing is there to save
+    except KeyboardInterrupt:  # no `StopRequest` yet, so nothing to save
         print("stopped by SIGINT", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
     except BrokenPipeError:
         pass
     except OSError as error:
-        if error.errno != errno.ENOSPC:  # that of what our output is sent to; a script's own files say which one
+        if error.errno != errno.ENOSPC:  # of stdout; errors of a script's own files name the file
             raise
         exit_code = report(OutputError("the output cannot be written: no space left on device"))
     try:
         sys.stdout.flush()
     except OSError as error:
-        # The reader of our output (`... | head`) has gone, or its disk is full. Python would try again at exit, print a
+        # The reader of stdout (`... | head`) is gone, or its disk is full. Python would flush again at exit, print a
         # traceback and change the exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -119,18 +119,19 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
 
 
 def report(error: UserError) -> int:
-    with contextlib.suppress(OSError):  # the disk of `nohup_0.out` may be the full one: the exit code is left
+    """Print the error's line to stderr and return its exit code."""
+    with contextlib.suppress(OSError):  # stderr may be a file on the full disk
         print(error.line, file=sys.stderr)
     return error.exit_code
 
 
 def known_failure(error: RuntimeError | MemoryError, memory_hint: str) -> UserError | None:
-    """The user error behind an exception of torch that is no bug of ours; None: it may be one."""
+    """Translate an exception of torch that a user can fix; None: it may be a bug of ours."""
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         return DeviceMemoryError(f"{memory_hint} ({text[-100:]})")
     if "does not have a deterministic implementation" in text:
-        return SettingsError(f"run.deterministic: {text.split(',')[0]}; say run.deterministic=false")
+        return SettingsError(f"run.deterministic: {text.split(',')[0]}; set run.deterministic=false")
     if "DataLoader worker" in text:
         return DataReadError(f"a loader worker died, perhaps for want of memory (data.num_workers): {text}")
     return None

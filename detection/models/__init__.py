@@ -1,4 +1,4 @@
-"""Detectors by name. A detector family is a folder here, and nothing above it knows its name."""
+"""Detectors by name. Each family is a package here; only this file refers to it by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from detection.models.yolo.detector import build_yolo, postprocess_from_metadata
 # Name -> builder: (section `model`, the detector's own section, section `evaluation`, number of classes) -> Detector
 # with random weights, on the CPU.
 DETECTORS: dict[str, Callable[[ModelSettings, Any, EvaluationSettings, int], Detector]] = {"yolo": build_yolo}
-# Name -> what turns raw outputs of an exported file into detections: (`Detector.metadata`, settings) -> postprocess.
+# Name -> builder of the postprocess for raw outputs of an exported file: (`Detector.metadata`, settings) -> module.
 POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {"yolo": postprocess_from_metadata}
 
 __all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "upgrade_metadata"]
@@ -23,7 +23,7 @@ def build_detector(settings: Settings, num_classes: int) -> Detector:
     """Build the detector that the settings name, with random weights, on the CPU.
 
     Raises:
-        SettingsError: there is no such detector, or its settings contradict one another.
+        SettingsError: unknown detector, or its settings contradict one another.
     """
     name = settings.model.detector
     if name not in DETECTORS:
@@ -32,10 +32,10 @@ def build_detector(settings: Settings, num_classes: int) -> Detector:
 
 
 def check_input_sizes(detector: Detector, settings: Settings) -> None:
-    """Refuse sizes of training and evaluation that the detector's grids do not divide.
+    """Check the input sizes of training and evaluation against the detector's `size_multiple`.
 
     Raises:
-        SettingsError: names the setting.
+        SettingsError: a size is not a multiple; names the setting.
     """
     train = settings.train
     detector.geometry.check_size("train.image_size", train.image_size)

@@ -1,4 +1,4 @@
-"""From raw outputs to detections, for every detector that scores all classes of many predictions."""
+"""Post-processing of dense detectors: raw outputs to detections."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 from detection.ops.nms import grouped_nms
 from detection.runtime.devices import nms_device
 
-SCORES_AT_A_TIME = 2**24  # raw values: 64 MiB for each of the few arrays that decoding makes
+MAX_VALUES = 2**24  # raw values decoded at once: 64 MiB for each of the few intermediate arrays
 
 
 class DensePostprocess(nn.Module):
-    """Score threshold and class-wise NMS over what a subclass decodes.
+    """Score threshold and class-wise NMS; a subclass implements `decode`.
 
-    Every class of a prediction whose score exceeds the confidence threshold is a candidate (multi-label); NMS runs per
-    class; then the best `max_detections` per class are kept, which is all the COCO metric looks at.
+    Every class of a prediction whose score exceeds the confidence threshold is a candidate (multi-label). After NMS the
+    best `max_detections` per image and class are kept, which is all the COCO metric looks at.
 
     Args:
-        confidence_threshold: of the score.
-        iou_threshold: of the NMS.
+        confidence_threshold: scores up to this are dropped.
+        iou_threshold: largest IoU of two detections of a class.
         max_detections: per image and class; None: all.
     """
 
@@ -32,7 +32,7 @@ class DensePostprocess(nn.Module):
         self.max_detections = max_detections
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """Every prediction: boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C)."""
+        """Decode all predictions: boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -43,29 +43,29 @@ class DensePostprocess(nn.Module):
             outputs: a sequence of tensors whose first dimension is the image.
 
         Returns:
-            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,); best score first;
+            Per image "boxes" (K, 4) xyxy in pixels of the network input, "scores" and "labels" (K,), by falling score,
             on `devices.nms_device`.
         """
         values_per_image = sum(level[0].numel() for level in outputs)
-        images_at_a_time = max(SCORES_AT_A_TIME // max(values_per_image, 1), 1)
+        images_at_a_time = max(MAX_VALUES // max(values_per_image, 1), 1)
         detections = []
         for images in zip(*(level.split(images_at_a_time) for level in outputs), strict=True):
             boxes, scores = (values.to(nms_device(values.device)) for values in self.decode(images))
-            # The host waits for a device as often for many images as for one; on the CPU one by one needs less memory.
+            # On CUDA all images together cost as many synchronisations as one; on the CPU one by one saves memory.
             together = len(boxes) if boxes.is_cuda else 1
             for some in zip(boxes.split(together), scores.split(together), strict=True):
                 detections += self._select(*some)
         return detections
 
     def _select(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
-        """What `forward` gives for the images of (B, P, 4) and (B, P, C)."""
-        # NaN compares false and is left out here; infinite boxes are left to the evaluation, which counts them.
+        """Detections of boxes (B, P, 4) and scores (B, P, C)."""
+        # Drops NaN scores too; non-finite boxes are left to the evaluation, which counts them.
         image, prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
         num_images, num_classes = len(scores), scores.shape[2]
         boxes, scores = boxes[image, prediction], scores[image, prediction, label]
         group = image * num_classes + label
         kept = grouped_nms(boxes, scores, group, self.iou_threshold, self.max_detections)
-        kept = kept[scores[kept].argsort(descending=True, stable=True)]  # of equals the lower class first
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]  # stable: of equal scores the lower class first
         kept = kept[image[kept].argsort(stable=True)]
         counts = image[kept].bincount(minlength=num_images).tolist()
         columns = (values[kept].split(counts) for values in (boxes, scores, label))
@@ -73,7 +73,7 @@ class DensePostprocess(nn.Module):
 
 
 class DecodedPostprocess(DensePostprocess):
-    """For exported files that hold the decoding: the selection alone."""
+    """Postprocess for exported files whose graph decodes: threshold and NMS only."""
 
     def decode(self, outputs: Any) -> tuple[Tensor, Tensor]:
         boxes, scores = outputs
@@ -81,10 +81,10 @@ class DecodedPostprocess(DensePostprocess):
 
 
 class FinalDetections(nn.Module):
-    """For exported files with final detections: sorts them into their images."""
+    """Postprocess for exported files whose graph includes NMS: groups the detections by image."""
 
     def forward(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Split boxes (K, 4), scores, labels and image_index (K,) by the numbers of the images (B,)."""
+        """Split boxes (K, 4), scores, labels and image_index (K,) by the image numbers (B,)."""
         boxes, scores, labels, image_index, images = outputs
         rows = [image_index == image for image in images]
         return [{"boxes": boxes[row], "scores": scores[row], "labels": labels[row]} for row in rows]

@@ -1,4 +1,4 @@
-"""`model.pretrained`: weights that a fresh run starts from, of the backbone or of a whole detector."""
+"""`model.pretrained`: initial weights of the backbone or of a whole detector."""
 
 import http.client
 import pickle
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from detection.checkpoints import is_checkpoint, read_file, verified
+from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import complete_settings
 from detection.config.settings import ModelSettings
@@ -20,21 +20,21 @@ from detection.models.backbones.timm_backbone import TimmBackbone, classifier_st
 from detection.models.darknet.weights import load_darknet_weights
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
-DARKNET_FILE = "darknet53.conv.74"  # `pretrained: true`; for the small Darknet no such file was published
-NAMES_SHOWN = 3  # of the tensors that do not fit
+DARKNET_FILE = "darknet53.conv.74"  # `model.pretrained: true`; none was published for DarknetTiny
+NAMES_SHOWN = 3  # in an error about tensors that do not fit
 
 
 def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
-    """Fill the model, or its backbone, with what the settings name.
+    """Load the weights that the settings name into the model or its backbone.
 
-    Only for a run that begins: a continued one has all weights in its checkpoint and needs none of these files.
+    For new runs only: a resumed one has all weights in its checkpoint.
 
     Returns:
-        What was loaded, for the plan.
+        Lines about what was loaded, for the plan of the run.
 
     Raises:
-        CheckpointError: missing, damaged, foreign or not fitting weights; no network to fetch them.
-        SettingsError: the backbone has no standard weights.
+        CheckpointError: weights are missing, damaged, foreign or do not fit, or the download failed.
+        SettingsError: `pretrained: true` and the backbone has no standard weights.
     """
     if settings.pretrained is False:
         return []
@@ -54,7 +54,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
         return load_timm_file(backbone, read_safetensors(path), path)
     content = read_file(path)
     if is_checkpoint(content):
-        return load_checkpoint_weights(model, settings, verified(content, path), path)
+        return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path)
     state = find_state(content, path)
     if isinstance(backbone, MobileNetV3):
         return [load_torchvision(backbone, state, str(path))]
@@ -67,7 +67,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
 
 
 def load_standard_weights(model: nn.Module, name: str) -> list[str]:
-    """The weights that a backbone is commonly started from."""
+    """Load the published weights of a backbone (`pretrained: true`); see `load_pretrained`."""
     backbone = cast(DetectorModel, model).backbone
     if name == "darknet":
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
@@ -91,7 +91,7 @@ def load_standard_weights(model: nn.Module, name: str) -> list[str]:
 
 
 def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
-    """Fill the backbone from the state of torchvision's classifier, or of its `features` alone."""
+    """Load the state of torchvision's classifier, or of its `features` alone, into the backbone."""
     if any(name.startswith("features.") for name in state):
         state = {
             name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
@@ -104,6 +104,7 @@ def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source:
 
 
 def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path) -> list[str]:
+    """Load the state of a timm classifier, with or without its last layers, into the backbone."""
     expected, classifier = classifier_state(backbone)
     kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
     check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, str(path))
@@ -114,7 +115,7 @@ def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Pa
 def load_checkpoint_weights(
     model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path
 ) -> list[str]:
-    """Fill a whole detector from one of our runs; output convolutions for other classes or anchors stay as they are."""
+    """Load the detector of one of our runs, except output convolutions for other classes or anchors."""
     declared = cast(DetectorModel, model)
     try:
         if not checkpoint["settings"]:
@@ -150,7 +151,11 @@ def load_checkpoint_weights(
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Refuse a state that is not tensor by tensor what is expected; one line names the first of each kind."""
+    """Check the names and shapes of a state.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or of another shape; names the first of each kind.
+    """
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
@@ -168,7 +173,7 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sourc
 
 
 def find_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, which training programs put under "state_dict" or "model"."""
+    """Return the state dict of a file, possibly under "state_dict" or "model"; CheckpointError if it has none."""
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -178,7 +183,8 @@ def find_state(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError  # timm needs it, so it is there
+    """Read the tensors of a .safetensors file; CheckpointError if that fails."""
+    from safetensors import SafetensorError  # a dependency of timm
     from safetensors.torch import load_file
 
     try:

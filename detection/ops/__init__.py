@@ -1,1 +1,1 @@
-"""Pure functions on tensors: boxes, NMS, the letterbox."""
+"""Boxes, NMS, letterbox and pixel normalisation."""

@@ -1,4 +1,4 @@
-"""Box formats and overlaps. Lowest layer: imports nothing of this package.
+"""Box formats and overlaps.
 
 Boxes are (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2 unless a name says `_cxcywh` (centre, width, height).
 """
@@ -29,7 +29,7 @@ def box_area(boxes: Tensor) -> Tensor:
 
 
 def pairwise_intersection(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
-    """Area that each box of one set shares with each box of the other; (..., N, 4) and (..., M, 4) to (..., N, M)."""
+    """Area of intersection of every pair; (..., N, 4) and (..., M, 4) to (..., N, M)."""
     # One coordinate at a time: the (..., N, M, 2) intermediates of the short form cost twice the memory traffic.
     left_1, top_1, right_1, bottom_1 = boxes_1.unsqueeze(-2).unbind(-1)  # each (..., N, 1)
     left_2, top_2, right_2, bottom_2 = boxes_2.unsqueeze(-3).unbind(-1)  # each (..., 1, M)
@@ -49,7 +49,7 @@ def pairwise_iou(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
 
 
 def pairwise_wh_iou(wh_1: Tensor, wh_2: Tensor) -> Tensor:
-    """IoU of (width, height) pairs laid on one corner; (..., N, 2) and (M, 2) to (..., N, M)."""
+    """IoU of every pair of (width, height) with a common corner; (..., N, 2) and (M, 2) to (..., N, M)."""
     width_1, height_1 = wh_1.unsqueeze(-2).unbind(-1)  # each (..., N, 1)
     width_2, height_2 = wh_2.unbind(-1)
     intersection = torch.minimum(width_1, width_2) * torch.minimum(height_1, height_2)
@@ -58,11 +58,11 @@ def pairwise_wh_iou(wh_1: Tensor, wh_2: Tensor) -> Tensor:
 
 
 def generalized_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
-    """GIoU of boxes one by one; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
+    """Elementwise GIoU; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
 
-    GIoU = IoU - (hull - union) / hull, hull the area of the smallest box around both
+    GIoU = IoU - (hull - union) / hull, hull: area of the smallest enclosing box
 
-    Not torchvision's: its boolean index makes the host wait for the device in every step.
+    torchvision's `generalized_box_iou_loss` indexes by a mask, which synchronises with the device in every step.
 
     Source: https://arxiv.org/abs/1902.09630, algorithm 1.
     """
@@ -72,13 +72,13 @@ def generalized_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
 
 
 def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
-    """CIoU of boxes one by one; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes with a size.
+    """Elementwise CIoU; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes with a size.
 
     CIoU = IoU - d^2 / c^2 - alpha * v,  v = 4 / pi^2 * (atan(w_2 / h_2) - atan(w_1 / h_1))^2,
-    alpha = v / (1 - IoU + v) without gradient; d: distance of the centres, c: diagonal of the smallest box around both
+    alpha = v / (1 - IoU + v) without gradient; d: distance of the centres, c: diagonal of the smallest enclosing box
 
-    Differs from the paper: it replaces 1 / (w^2 + h^2) in the gradient of v by 1. That is against large gradients in
-    width and height; with respect to their logarithms, which a network predicts, the true gradient is bounded.
+    Differs from the paper, which replaces 1 / (w^2 + h^2) in the gradient of v by 1 to avoid large gradients in width
+    and height. The network predicts their logarithms, for which the true gradient is bounded.
 
     Source: https://arxiv.org/abs/1911.08287, equations 7 to 12.
     """
@@ -95,9 +95,9 @@ def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
 
 
 def _overlap_and_hull(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Area of intersection and of union; width and height of the smallest box around both; each (...)."""
-    # Corners are seen from the centre of the second box: small boxes far from the origin keep their digits. Width and
-    # height are multiplied by hand because the gradient of `prod` makes the host look for zeros.
+    """Areas of intersection and union; width and height of the smallest enclosing box; each (...)."""
+    # Corners relative to the centre of the second box, so that small boxes far from the origin keep their precision.
+    # Not `prod`: its gradient synchronises with the device to look for zeros.
     offset = boxes_1_cxcywh[..., :2] - boxes_2_cxcywh[..., :2]
     half_1, half_2 = boxes_1_cxcywh[..., 2:] / 2, boxes_2_cxcywh[..., 2:] / 2
     upper_1, lower_1 = offset + half_1, offset - half_1
@@ -113,6 +113,6 @@ def _not_zero(divisor: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
-    """Cut boxes to the image; (..., 4) to (..., 4), 0 <= x <= width and 0 <= y <= height."""
+    """Clip boxes to the image; (..., 4) to (..., 4), 0 <= x <= width and 0 <= y <= height."""
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)

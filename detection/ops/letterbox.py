@@ -1,4 +1,4 @@
-"""How an image is laid into the network input, and back; exact inverses."""
+"""Placement of an image in the network input."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +12,10 @@ Placement = Literal["letterbox", "top_left", "squash"]
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How an image was laid into the network input: scaled, then moved right and down by the padding.
+    """Placement of an image in the network input: scaled, then moved right and down by the padding.
 
     Attributes:
-        scale_x, scale_y: network pixels per original pixel; equal but for rounding to whole pixels when aspect is kept.
+        scale_x, scale_y: network pixels per original pixel; equal up to rounding if the aspect ratio is kept.
         left, top: padding in network pixels.
         width, height: size of the original image in pixels.
     """
@@ -28,11 +28,11 @@ class Letterbox:
     height: int
 
     def to_input(self, boxes_orig: Tensor) -> Tensor:
-        """Boxes (N, 4) xyxy from original pixels to network pixels."""
+        """Map boxes (N, 4) xyxy from original pixels to network pixels."""
         return boxes_orig * self._scales(boxes_orig) + self._offsets(boxes_orig)
 
     def to_original(self, boxes: Tensor) -> Tensor:
-        """Boxes (N, 4) xyxy from network pixels to original pixels, exact inverse of `to_input`; not clipped."""
+        """Map boxes (N, 4) xyxy from network pixels to original pixels. Inverse of `to_input`; not clipped."""
         return (boxes - self._offsets(boxes)) / self._scales(boxes)
 
     def _scales(self, like: Tensor) -> Tensor:
@@ -45,13 +45,17 @@ class Letterbox:
 def place_image(
     width: int, height: int, size: int, placement: Placement = "letterbox", rounding: str = "nearest"
 ) -> tuple[Letterbox, int, int]:
-    """Where an image of (width, height) lies in a square of `size`, and its new width and height.
+    """Place an image of (width, height) in a square of `size` pixels.
 
     Args:
-        placement: "letterbox" (aspect kept, centred), "top_left" (aspect kept) or "squash" (each side to `size`).
-        rounding: of the shorter side to whole pixels, "nearest" or "down", as Darknet does it.
+        placement: "letterbox" (aspect ratio kept, centred), "top_left" (aspect ratio kept) or "squash" (each side to
+            `size`).
+        rounding: of the shorter side to whole pixels, "nearest" or "down" (Darknet).
 
-    Source: letterbox_image in src/image.c of https://github.com/pjreddie/darknet for "down"
+    Returns:
+        The letterbox and the resized width and height in pixels.
+
+    Source: "down": letterbox_image in src/image.c of https://github.com/pjreddie/darknet
     """
     longest = max(width, height)
     if placement == "squash":
@@ -66,5 +70,5 @@ def place_image(
 
 
 def boxes_to_original(boxes: Tensor, letterbox: Letterbox) -> Tensor:
-    """Detections from network pixels to original pixels, cut to the image; (K, 4) to (K, 4)."""
+    """Map boxes (K, 4) xyxy from network pixels to original pixels and clip them to the image."""
     return clip_boxes(letterbox.to_original(boxes), letterbox.width, letterbox.height)

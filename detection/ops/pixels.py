@@ -1,4 +1,4 @@
-"""From pixels to what a network computes with."""
+"""Pixel normalisation inside a network."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class NormalizePixels(nn.Module):
-    """Scale, reorder and normalise images inside a network: (x * range - mean) / deviation.
+    """Scale, reorder and normalise images: (x * pixel_range - mean) / std for x in 0..1.
 
     Args:
-        mean, std: per channel, in `pixel_range`.
-        pixel_range: what a pixel of 255 becomes first.
-        channel_order: "rgb", or "bgr" to turn the channels around before mean and deviation.
+        mean, std: per channel of the result, in units of `pixel_range`.
+        pixel_range: value of a pixel of 255 before mean and std.
+        channel_order: "rgb", or "bgr" to flip the channels before mean and std.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class NormalizePixels(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) RGB, uint8 0..255 or float 0..1, to float32 of the same shape."""
+        """Normalise RGB images, (B, 3, H, W), uint8 0..255 or float 0..1."""
         if images.dtype == torch.uint8:
             images = images.float() / 255 if self.pixel_range == 1 else images.float() * (self.pixel_range / 255)
         elif self.pixel_range != 1:

@@ -310,7 +310,7 @@ def no_temporary_folder(main: ModuleType) -> None:
 # D05, D06: damaged and hostile files
 
 
-@pytest.mark.guard("detection.checkpoints:verified", "digest is None or digest != expected", "False")
+@pytest.mark.guard("detection.checkpoints:verify_checkpoint", "digest is None or digest != expected", "False")
 def test_D05_no_single_flipped_bit_loads_with_other_values(tmp_path: Path) -> None:
     # The bits of the values themselves; tests/test_checkpoints.py flips those of the whole file.
     path = tmp_path / "last.pt"

@@ -13,12 +13,12 @@ from detection.ops.nms import grouped_nms
 Boxes = tuple[Tensor, Tensor, Tensor]
 
 
-def on_device(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None) -> Tensor:
+def on_device(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_per_group: int | None) -> Tensor:
     """What `grouped_nms` does with CUDA tensors, on the CPU."""
     order = scores.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
     sizes = groups.bincount()
-    return order[nms._nms_on_device(boxes[order], sizes, iou_threshold, most)]
+    return order[nms._nms_on_device(boxes[order], sizes, iou_threshold, max_per_group)]
 
 
 @pytest.fixture(params=[grouped_nms, on_device], ids=["cpu", "accelerator"])
@@ -26,11 +26,13 @@ def function(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     return request.param
 
 
-def per_group(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, most: int | None) -> list[int]:
+def per_group(
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_per_group: int | None
+) -> list[int]:
     kept = []
     for group in groups.unique().tolist():
         rows = (groups == group).nonzero()[:, 0]
-        kept += rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)[:most]].tolist()
+        kept += rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)[:max_per_group]].tolist()
     return kept
 
 
@@ -70,17 +72,17 @@ def crowded(count: int, classes: int, seed: int = 0, objects: int | None = None,
     return boxes, scores, groups
 
 
-@pytest.mark.parametrize("most", [1, 10, 100, None])
+@pytest.mark.parametrize("max_per_group", [1, 10, 100, None])
 @pytest.mark.parametrize(
     ("count", "classes", "levels"), [(1, 1, None), (60, 30, 4), (1000, 80, None), (6000, 80, 5), (3000, 1, None)]
 )
 def test_equal_to_a_call_per_group(
-    function: Callable[..., Tensor], count: int, classes: int, levels: int | None, most: int | None
+    function: Callable[..., Tensor], count: int, classes: int, levels: int | None, max_per_group: int | None
 ) -> None:
     boxes, scores, groups = crowded(count, classes, levels=levels)
     for threshold in (0.0, 0.45, 0.6):
-        expected = per_group(boxes, scores, groups, threshold, most)
-        assert function(boxes, scores, groups, threshold, most).tolist() == expected
+        expected = per_group(boxes, scores, groups, threshold, max_per_group)
+        assert function(boxes, scores, groups, threshold, max_per_group).tolist() == expected
     if count == 6000:  # groups for pairs and groups for calls
         assert groups.bincount().min() <= nms.SMALL_GROUP < groups.bincount()[:10].min()
 
@@ -152,9 +154,9 @@ def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monke
         monkeypatch.setattr(nms, name, size)
     for block in (1, 16, 256):
         monkeypatch.setattr(nms, "BLOCK", block)
-        for most in (7, None):
-            expected = per_group(boxes, scores, groups, 0.45, most)
-            assert function(boxes, scores, groups, 0.45, most).tolist() == expected
+        for max_per_group in (7, None):
+            expected = per_group(boxes, scores, groups, 0.45, max_per_group)
+            assert function(boxes, scores, groups, 0.45, max_per_group).tolist() == expected
 
 
 def test_one_after_the_other_along_a_chain(function: Callable[..., Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Backbones: images to one feature map per stride. Each declares channels, strides and pixel scaling."""
+"""Backbones by name."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,7 +13,10 @@ from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_backbone
 
 
 class Backbone(Protocol):
-    """What a backbone declares; it is an `nn.Module` that maps (B, 3, H, W) to one map per stride, ascending by 2."""
+    """Protocol of an `nn.Module` that maps (B, 3, H, W) to one feature map per stride, each twice the one before.
+
+    `pixel_mean` and `pixel_std` normalise RGB in 0..1.
+    """
 
     out_channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -23,7 +26,7 @@ class Backbone(Protocol):
     def __call__(self, images: Tensor) -> list[Tensor]: ...
 
 
-BACKBONES: dict[str, Callable[[], Any]] = {  # beside these: timm/NAME
+BACKBONES: dict[str, Callable[[], Any]] = {  # and timm/NAME
     "darknet": Darknet53,
     "darknet_tiny": DarknetTiny,
     "mobilenet_v3_large": mobilenet_v3_large_backbone,
@@ -35,11 +38,11 @@ def build_backbone(settings: ModelSettings, levels: int, setting: str) -> Backbo
     """Build the backbone of the settings with random weights.
 
     Args:
-        levels: number of maps that the detector needs.
-        setting: path of the setting that decides it, for the error.
+        levels: number of feature maps that the detector needs.
+        setting: path of the setting that `levels` comes from, for the error.
 
     Raises:
-        SettingsError: the backbone does not have as many maps.
+        SettingsError: the backbone has another number of feature maps; or see `timm_backbone`.
     """
     if settings.backbone.startswith(TIMM_PREFIX):
         return timm_backbone(settings.backbone.removeprefix(TIMM_PREFIX), levels)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the backbone's blocks are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: recompute the backbone's activations in the backward pass instead of keeping them."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from detection.errors import SettingsError
 
 
 class RecomputedStage(nn.Sequential):
-    """Keeps only the input of each of its blocks for the backward pass; same parameters, names and numbers."""
+    """A stage that keeps only the inputs of its blocks for the backward pass; same parameters, names and results."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -25,7 +25,7 @@ class RecomputedStage(nn.Sequential):
 
 
 def recompute_backbone(model: nn.Module) -> None:
-    """Turn every stage of the backbone into the class above.
+    """Turn the stages of the backbone into `RecomputedStage`s in place.
 
     Raises:
         SettingsError: the backbone has no stages.
@@ -40,17 +40,17 @@ def recompute_backbone(model: nn.Module) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Around the first computation, and around the second."""
+    """Contexts of the forward pass and of the recomputation."""
     return contextlib.nullcontext(), _keep_statistics(block)
 
 
 @contextlib.contextmanager
 def _keep_statistics(block: nn.Module) -> Iterator[None]:
-    """The batch has been counted once: batch-norm layers use its mean and variance again, but note them no more."""
+    """Keep batch-norm layers from updating their running statistics a second time with the same batch."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        # A share of 0 leaves the statistics as they are; without them autograd would miss tensors that it saved.
+        # Momentum 0 keeps the statistics; disabling them would change the tensors that autograd saves.
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield

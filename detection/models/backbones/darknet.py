@@ -1,4 +1,4 @@
-"""Darknet-53 and the small Darknet, the backbones of YOLOv3 and YOLOv3-tiny, written by hand."""
+"""The backbones of YOLOv3 and YOLOv3-tiny."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 0.1
-DARKNET_EPSILON = 1e-6  # added to the standard deviation, not to the variance
+DARKNET_EPSILON = 1e-6  # of batch norm; added to the standard deviation, not to the variance
 
 
 def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
@@ -19,20 +19,20 @@ def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: in
 
 
 def list_convolutions(module: nn.Module) -> list[nn.Sequential | nn.Conv2d]:
-    """Every `conv_block` and every plain convolution in `module`, in the order in which they were made."""
-    found: list[nn.Sequential | nn.Conv2d] = []
+    """Every `conv_block` and plain convolution in `module`, in the order of registration."""
+    convolutions: list[nn.Sequential | nn.Conv2d] = []
     for child in module.children():
         if isinstance(child, nn.Conv2d) or (
             isinstance(child, nn.Sequential) and isinstance(next(child.children(), None), nn.Conv2d)
         ):
-            found.append(child)
+            convolutions.append(child)
         else:
-            found += list_convolutions(child)
-    return found
+            convolutions += list_convolutions(child)
+    return convolutions
 
 
 class ResidualBlock(nn.Module):
-    """1x1 to half the channels, 3x3 back, added to the input; keeps (B, C, H, W)."""
+    """1x1 convolution to C / 2 channels and 3x3 back to C, added to the input; (B, C, H, W) to (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class ResidualBlock(nn.Module):
 
 
 class Darknet53(nn.Module):
-    """(B, 3, H, W) to maps of 256, 512 and 1024 channels at strides 8, 16 and 32; 52 convolutions.
+    """Darknet-53; (B, 3, H, W) to feature maps of 256, 512, 1024 channels at strides 8, 16, 32.
 
     Source: YOLOv3, section 2.4 and table 1, https://arxiv.org/abs/1804.02767 (without average pooling and classifier).
     """
 
     out_channels = (256, 512, 1024)
     strides = (8, 16, 32)
-    # The program that trained the published weights scales RGB to 0..1 and does nothing else.
+    # The published weights were trained on RGB in 0..1.
     pixel_mean = (0.0, 0.0, 0.0)
     pixel_std = (1.0, 1.0, 1.0)
 
@@ -77,12 +77,12 @@ class Darknet53(nn.Module):
         return maps[2:]
 
     def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
-        """In the order of Darknet's yolov3.cfg, in which its files store them."""
+        """Convolutions in the order of Darknet's weights files."""
         return list_convolutions(self)
 
 
 class DarknetTiny(nn.Module):
-    """(B, 3, H, W) to maps of 256 and 1024 channels at strides 16 and 32; 7 convolutions with pooling between them.
+    """Backbone of YOLOv3-tiny; (B, 3, H, W) to feature maps of 256 and 1024 channels at strides 16 and 32.
 
     Source: yolov3-tiny.cfg of Darknet, layers 0 to 12.
     """
@@ -100,7 +100,7 @@ class DarknetTiny(nn.Module):
         second = [
             nn.MaxPool2d(2),
             conv_block(256, 512, 3),
-            # Size 2, stride 1: Darknet pads one row below and one column on the right, which never win.
+            # Darknet pads pooling of size 2 and stride 1 below and on the right only.
             nn.ConstantPad2d((0, 1, 0, 1), -math.inf),
             nn.MaxPool2d(2, stride=1),
             conv_block(512, 1024, 3),
@@ -115,14 +115,14 @@ class DarknetTiny(nn.Module):
         return [fine, self.stages[1](fine)]
 
     def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
-        """In the order of Darknet's yolov3-tiny.cfg, in which its files store them."""
+        """Convolutions in the order of Darknet's weights files."""
         return list_convolutions(self)
 
 
 class DarknetBatchNorm2d(nn.BatchNorm2d):
-    """In evaluation (x - mean) / (sqrt(variance) + 1e-6), as the original Darknet program; same parameters and names.
+    """Batch norm that in evaluation computes (x - mean) / (sqrt(variance) + 1e-6), as the original Darknet.
 
-    AlexeyAB's program and PyTorch divide by sqrt(variance + 1e-5). Training is the parent's.
+    AlexeyAB's Darknet and PyTorch divide by sqrt(variance + 1e-5). Same parameters and training as the parent.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class DarknetBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_darknet_batch_norm(model: nn.Module) -> None:
-    """Turn every batch norm of `model` into the class above."""
+    """Turn every batch-norm layer of `model` into a `DarknetBatchNorm2d` in place."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = DarknetBatchNorm2d

@@ -1,4 +1,4 @@
-"""MobileNetV3 from torchvision as a backbone, without its classifier."""
+"""MobileNetV3 of torchvision as a backbone."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torchvision.models import (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# `pretrained: true`: what torchvision's own detectors with this backbone start from.
+# `model.pretrained: true`: the weights that torchvision's own detectors start from.
 STANDARD_WEIGHTS: dict[str, WeightsEnum] = {
     "mobilenet_v3_large": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
     "mobilenet_v3_small": MobileNet_V3_Small_Weights.IMAGENET1K_V1,
@@ -20,10 +20,10 @@ STANDARD_WEIGHTS: dict[str, WeightsEnum] = {
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that stays in float32 under autocast on the CPU; same parameters and names as its parent.
+    """A depthwise convolution that stays in float32 under autocast on the CPU; same parameters as its parent.
 
-    oneDNN has no fast bfloat16 gradient for depthwise kernels: the whole training step of MobileNetV3 is 1.4 times
-    faster this way (docs/results.md).
+    oneDNN has no fast bfloat16 gradient for depthwise kernels: this makes a training step of MobileNetV3 1.4 times
+    faster (docs/results.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,20 +34,24 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def use_depthwise_class(features: nn.Module) -> None:
-    """Turn every depthwise convolution of `features` into the class above, which adds no state of its own."""
+    """Turn every depthwise convolution of `features` into a `DepthwiseConv2d` in place."""
     for module in features.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
             module.__class__ = DepthwiseConv2d
 
 
 class MobileNetV3(nn.Module):
-    """(B, 3, H, W) to three maps at strides 8, 16 and 32: the last layer of each stride.
+    """MobileNetV3; (B, 3, H, W) to the last feature maps of strides 8, 16 and 32.
+
+    Args:
+        features: torchvision's layers.
+        ends: end of each stride in `features`, exclusive.
+        out_channels: of the three feature maps.
 
     Source: Searching for MobileNetV3, tables 1 and 2, https://arxiv.org/abs/1905.02244
     """
 
     strides = (8, 16, 32)
-    # torchvision's ImageNet weights were trained with this scaling.
     pixel_mean = IMAGENET_MEAN
     pixel_std = IMAGENET_STD
 
@@ -67,13 +71,15 @@ class MobileNetV3(nn.Module):
         return maps
 
     def torchvision_names(self) -> dict[str, str]:
-        """Our state's names by torchvision's within `features`: stages.1.7.block.0.weight by 7.block.0.weight."""
+        """Map torchvision's names within `features` to ours: 7.block.0.weight to stages.1.7.block.0.weight."""
         return {name.split(".", 2)[2]: name for name in self.state_dict()}
 
 
 def mobilenet_v3_large_backbone() -> MobileNetV3:
+    """MobileNetV3-Large: maps of 40, 112 and 960 channels."""
     return MobileNetV3(mobilenet_v3_large(weights=None).features, ends=(7, 13, 17), out_channels=(40, 112, 960))
 
 
 def mobilenet_v3_small_backbone() -> MobileNetV3:
+    """MobileNetV3-Small: maps of 24, 48 and 576 channels."""
     return MobileNetV3(mobilenet_v3_small(weights=None).features, ends=(4, 9, 13), out_channels=(24, 48, 576))

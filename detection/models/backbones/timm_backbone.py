@@ -1,4 +1,4 @@
-"""Any feature extractor of the optional package timm as a backbone, checked against what it declares."""
+"""Feature extractors of the optional package timm as backbones."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from detection.errors import CheckpointError, SettingsError
 
 COARSEST_STRIDE = 32  # pixels per cell of the last map
 TIMM_PREFIX = "timm/"  # of the backbone's name in the settings
-PROBE_SIZE = (64, 96)  # pixels; not square, so that exchanged axes are noticed
+PROBE_SIZE = (64, 96)  # height, width; not square, to catch swapped axes
 
 
 class TimmBackbone(nn.Module):
-    """(B, 3, H, W) to one map per level, stride ascending up to 32.
+    """A timm model; (B, 3, H, W) to its feature maps at `out_indices`, stride ascending.
 
     Source: https://github.com/huggingface/pytorch-image-models (`features_only`)
     """
@@ -38,11 +38,11 @@ class TimmBackbone(nn.Module):
 
 
 def timm_backbone(name: str, levels: int) -> TimmBackbone:
-    """The model's features at the `levels` coarsest strides (8, 16 and 32 for three), with random weights.
+    """Build the backbone of a timm model's feature maps at the `levels` strides up to 32, with random weights.
 
     Raises:
-        SettingsError: timm is not installed or knows no such model; the model gives no such maps, or not those that it
-            declares.
+        SettingsError: timm is not installed or has no such model; the model lacks such feature maps, or they are not
+            as declared.
     """
     try:
         import timm
@@ -71,26 +71,26 @@ def timm_backbone(name: str, levels: int) -> TimmBackbone:
 
 
 def create_features(name: str, **arguments: Any) -> Any:
-    """timm's feature extractor; the many ways in which a model has none are one line."""
+    """Create timm's feature extractor; SettingsError if the model has none."""
     import timm
 
     try:
         return timm.create_model(name, features_only=True, **arguments)
-    except Exception as error:  # noqa: BLE001  (each family of models refuses in its own way)
+    except Exception as error:  # noqa: BLE001  (each family of models raises its own)
         raise SettingsError(f"model.backbone=timm/{name} gives no features: {one_line(error)}") from None
 
 
 @torch.no_grad()
 def check_declaration(backbone: TimmBackbone) -> None:
-    """Run a small black image through; in evaluation mode, so that statistics stay.
+    """Compare the feature maps of a small image with the declared channels and strides.
 
     Raises:
-        SettingsError: the maps are not those declared, or the model does not take any image size.
+        SettingsError: they differ, or the model does not accept the image size.
     """
     height, width = PROBE_SIZE
     try:
         maps = backbone.eval()(torch.zeros(1, 3, height, width))
-    except Exception as error:  # noqa: BLE001  (models of fixed size assert, raise or fail in a product)
+    except Exception as error:  # noqa: BLE001  (models of fixed size assert, raise or fail in a matmul)
         raise SettingsError(
             f"model.backbone=timm/{backbone.name} cannot be run on {width} x {height} pixels: {one_line(error)}"
         ) from None
@@ -105,10 +105,10 @@ def check_declaration(backbone: TimmBackbone) -> None:
 
 
 def download_weights(backbone: TimmBackbone) -> str:
-    """Fill the backbone with the weights that timm names for it; returns where they are from.
+    """Load timm's default weights into the backbone; returns their address.
 
     Raises:
-        CheckpointError: there are none, or they cannot be fetched.
+        CheckpointError: there are none, or the download failed.
     """
     import timm
 
@@ -128,7 +128,7 @@ def download_weights(backbone: TimmBackbone) -> str:
 
 
 def classifier_state(backbone: TimmBackbone) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """State of the whole classifier, as files hold it, and the prefixes of its last layers, which a file may lack."""
+    """State of the whole classifier, as in a file, and the prefixes of its last layers, which a file may lack."""
     import timm
 
     model: Any = timm.create_model(backbone.name)
@@ -138,9 +138,9 @@ def classifier_state(backbone: TimmBackbone) -> tuple[dict[str, Tensor], tuple[s
 
 
 def load_classifier(backbone: TimmBackbone, state: Mapping[str, Tensor]) -> None:
-    """Fill the backbone from a classifier's state, which `classifier_state` was compared with.
+    """Load the state of a classifier, checked against `classifier_state`, into the backbone.
 
-    timm itself finds what of it belongs to the features: the names differ.
+    timm maps the names, which differ.
     """
     features = create_features(
         backbone.name,
@@ -152,4 +152,5 @@ def load_classifier(backbone: TimmBackbone, state: Mapping[str, Tensor]) -> None
 
 
 def one_line(error: Exception) -> str:
+    """Type and message of an error without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

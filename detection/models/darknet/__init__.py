@@ -1,1 +1,1 @@
-"""The file formats of Darknet: a network from a `.cfg`, weights from and to `.weights`."""
+"""File formats of Darknet: networks from and to `.cfg`, weights from and to `.weights`."""

@@ -1,6 +1,6 @@
-"""Darknet network descriptions (.cfg): text <-> sections, and which keys mean what.
+"""Darknet network files (.cfg): text to sections and back, and the meaning of keys.
 
-From sections to modules: `darknet_layers.py`, `darknet_network.py`.
+`layers` and `network` build modules from sections.
 
 Source: the parsers of https://github.com/pjreddie/darknet and https://github.com/AlexeyAB/darknet.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from detection.errors import SettingsError
 
-LARGEST = 2**20  # of any whole number in a description; keeps a slip from allocating the machine's memory
-LAYER_NAMES = {  # as written -> what it is called here
+MAX_INTEGER = 2**20  # keeps a typo from allocating all memory
+LAYER_NAMES = {  # name in the file -> canonical name
     "net": "net",
     "network": "net",
     "conv": "convolutional",
@@ -42,7 +42,7 @@ USED_KEYS = {
     "dropout": {"probability"},
     "yolo": {"mask", "anchors", "classes", "num", "scale_x_y", "new_coords"},
 }
-# Keys that change what the network computes and that we do not build -> the values with which they change nothing.
+# Unsupported keys that change what the network computes -> values with which they change nothing.
 REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "net": {"time_steps": ("1",)},
     "convolutional": {
@@ -55,7 +55,7 @@ REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "yolo": {"map": ()},
 }
 REFUSED_EVERYWHERE = {"dontload": ("0",), "dontloadscales": ("0",)}  # such layers are not in the weights file
-# Keys of the two programs that decide about training, the picture's way into the network or NMS.
+# Keys of pjreddie's and AlexeyAB's Darknet for training, preprocessing of the image or NMS.
 TRAINING_KEYS = {
     "net": """batch subdivisions momentum decay angle aspect saturation exposure hue learning_rate learning_rate_min
         burn_in max_batches policy steps scales seq_scales sgdr_cycle sgdr_mult step scale gamma power cutmix mosaic
@@ -73,43 +73,46 @@ TRAINING_KEYS = {
         label_smooth_eps objectness_smooth focal_loss show_details track_history_size sim_thresh dets_for_track
         dets_for_show track_ciou_norm embedding_layer""",
 }
-TRAINING_EVERYWHERE = (
-    "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip ground truth"
-)
-ALIKE = 0.8  # difflib's ratio from which an unknown key is taken for a slip
+TRAINING_EVERYWHERE = "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip truth"
+TYPO_RATIO = 0.8  # of difflib; an unknown key at least this similar to a used one is taken for a typo
 
 
 @dataclass(frozen=True)
 class CfgSection:
-    """One [section] of a description; `line` is where it begins, for messages."""
+    """One [section] of a cfg and its options; the getters raise SettingsError for a missing or invalid value."""
 
     name: str  # one of the values of LAYER_NAMES
-    line: int
+    line: int  # of the file where it begins, for messages
     options: dict[str, str] = field(default_factory=dict)
 
     def where(self) -> str:
+        """Name and line for a message."""
         return f"[{self.name}] in line {self.line}"
 
     def text(self, key: str, default: str | None = None) -> str:
+        """The value as it stands; without a default the key is required."""
         value = self.options.get(key, default)
         if value is None:
             raise SettingsError(f"cfg: {self.where()} has no {key!r}")
         return value
 
     def integer(self, key: str, default: int | None = None, minimum: int | None = None) -> int:
+        """A whole number of at most MAX_INTEGER."""
         value = self._number(key, None if default is None else float(default))
-        if value != int(value) or value > LARGEST or (minimum is not None and value < minimum):
+        if value != int(value) or value > MAX_INTEGER or (minimum is not None and value < minimum):
             at_least = "" if minimum is None else f" of at least {minimum}"
             raise SettingsError(
-                f"cfg: {self.where()}: {key} = {self.shown(key)} must be a whole number{at_least} and at most {LARGEST}"
+                f"cfg: {self.where()}: {key} = {self.shown(key)} must be a whole number{at_least} and at most "
+                f"{MAX_INTEGER}"
             )
         return int(value)
 
     def number(self, key: str, default: float) -> float:
+        """A finite number."""
         return self._number(key, default)
 
     def numbers(self, key: str) -> list[float]:
-        """Comma-separated numbers; a comma at the end is usual."""
+        """Finite numbers separated by commas, of which files often have one at the end."""
         try:
             values = [float(part) for part in self.text(key).split(",") if part]
         except ValueError:
@@ -119,7 +122,7 @@ class CfgSection:
         return values
 
     def shown(self, key: str) -> str:
-        """The value for a message."""
+        """The value, shortened for a message."""
         return self.options[key][:60]
 
     def _number(self, key: str, default: float | None) -> float:
@@ -133,10 +136,10 @@ class CfgSection:
 
 
 def parse_cfg(text: str) -> list[CfgSection]:
-    """Sections of a description, [net] first. As in Darknet the first of two equal keys counts; # and ; begin comments.
+    """Parse the sections of a cfg, [net] first. As in Darknet, of equal keys the first counts; # and ; begin comments.
 
     Raises:
-        SettingsError: not a description, an unknown layer, or a key that changes inference in a way we do not build.
+        SettingsError: not a cfg, an unknown layer, a misspelt key, or an unsupported key that changes inference.
     """
     sections: list[CfgSection] = []
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -174,7 +177,7 @@ def parse_cfg(text: str) -> list[CfgSection]:
 
 
 def _equals_number(value: str, neutral: Sequence[str]) -> bool:
-    """Whether another spelling of a neutral number, 0.0 or 1., is meant."""
+    """Whether a value equals a neutral one as a number: 0.0 or 1."""
     try:
         return any(number.isdigit() and float(value) == float(number) for number in neutral)
     except ValueError:
@@ -182,23 +185,23 @@ def _equals_number(value: str, neutral: Sequence[str]) -> bool:
 
 
 def check_spelling(section: CfgSection) -> None:
-    """Refuse an unknown key that looks like one that matters: `filtres=8` would build a single filter."""
+    """Raise SettingsError for an unknown key similar to one that matters: `filtres=8` would build a single filter."""
     matters = USED_KEYS[section.name] | REFUSED_KEYS.get(section.name, {}).keys()
     for key in section.options.keys() - matters - training_keys(section.name) - REFUSED_EVERYWHERE.keys():
-        if nearest := difflib.get_close_matches(key, sorted(matters), n=1, cutoff=ALIKE):
+        if nearest := difflib.get_close_matches(key, sorted(matters), n=1, cutoff=TYPO_RATIO):
             raise SettingsError(f"cfg: {section.where()}: unknown key {key[:60]!r}; is {nearest[0]!r} meant?")
 
 
 def training_keys(name: str) -> set[str]:
+    """Keys of a layer that Darknet uses but inference here does not."""
     return {*TRAINING_KEYS.get(name, "").split(), *TRAINING_EVERYWHERE.split()}
 
 
 def unused_keys(sections: Sequence[CfgSection]) -> tuple[list[str], list[str]]:
-    """Keys that play no part in inference, each once, as "[layer] key".
+    """List the keys that do not affect inference, each once, as "[layer] key".
 
     Returns:
-        Those that the Darknet programs use in training and detection, where our settings decide; and those that
-        neither they nor we know.
+        Those that Darknet uses in training and detection, for which our settings apply; and unknown ones.
     """
     known: dict[str, None] = {}
     unknown: dict[str, None] = {}
@@ -212,7 +215,7 @@ def unused_keys(sections: Sequence[CfgSection]) -> tuple[list[str], list[str]]:
 
 
 def cfg_notices(sections: Sequence[CfgSection], sizes: Mapping[str, int]) -> list[str]:
-    """What a user should know about a description whose network is used with our settings.
+    """Lines about what of a cfg is replaced by our settings or ignored.
 
     Args:
         sizes: name of a setting -> side of the square input in pixels.
@@ -232,7 +235,7 @@ def cfg_notices(sections: Sequence[CfgSection], sizes: Mapping[str, int]) -> lis
 
 
 def format_cfg(sections: Sequence[CfgSection]) -> str:
-    """The text of a description; inverse of `parse_cfg` but for comments and line numbers."""
+    """Format sections as the text of a cfg. Inverse of `parse_cfg` except for comments and line numbers."""
     blocks = (
         "\n".join([f"[{section.name}]", *(f"{key}={value}" for key, value in section.options.items())])
         for section in sections
@@ -241,13 +244,13 @@ def format_cfg(sections: Sequence[CfgSection]) -> str:
 
 
 def input_size(sections: Sequence[CfgSection]) -> int:
-    """Side in pixels of the square input; of a rectangular one the longer side."""
+    """Longer side of the input in pixels."""
     net = sections[0]
     return max(net.integer("width", 416, minimum=1), net.integer("height", 416, minimum=1))
 
 
 def with_classes(sections: Sequence[CfgSection], num_classes: int) -> list[CfgSection]:
-    """The same description for another number of classes: [yolo] classes and the filters in front of them."""
+    """Return the sections for other classes: changes `classes` of each [yolo] and `filters` of the layer before it."""
     result = list(sections)
     for index, section in enumerate(result):
         if section.name == "yolo":
@@ -262,17 +265,17 @@ def with_classes(sections: Sequence[CfgSection], num_classes: int) -> list[CfgSe
 def with_anchors(
     sections: Sequence[CfgSection], anchors_of_layer: Mapping[int, Sequence[tuple[float, float]]]
 ) -> list[CfgSection]:
-    """The same description with other anchors.
+    """Return the sections with other anchors.
 
     Args:
-        anchors_of_layer: number of each [yolo] layer -> its anchors, as many as it has, (width, height) in pixels.
+        anchors_of_layer: number of each [yolo] layer -> its anchors, as many as before, (width, height) in pixels.
     """
     levels = sorted(anchors_of_layer.values(), key=lambda level: level[0][0] * level[0][1])
     anchors = [anchor for level in levels for anchor in level]
     shared = {"anchors": ", ".join(f"{w:g},{h:g}" for w, h in anchors), "num": str(len(anchors))}
     result = list(sections)
     for number, level in anchors_of_layer.items():
-        section = result[number + 1]  # behind [net]
+        section = result[number + 1]  # [net] has no number
         mask = ",".join(str(anchors.index(anchor)) for anchor in level)
         result[number + 1] = CfgSection("yolo", section.line, {**section.options, "mask": mask, **shared})
     return result

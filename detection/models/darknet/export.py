@@ -1,4 +1,4 @@
-"""A network as a Darknet description (.cfg) that Darknet loads together with our .weights file."""
+"""Export of a network as a .cfg that Darknet loads together with our .weights file."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from detection.models.darknet.network import DarknetNetwork
 from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.network import PyramidPooling, YOLOv3
 
-DEFAULT_IGNORE_THRESHOLD = 0.7  # of a network that is not trained here, new_coords
+DEFAULT_IGNORE_THRESHOLD = 0.7  # for a network without a criterion (new_coords)
 
 
 def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
-    """Sections of a hand-written YOLOv3, or those that a described network was built from, for another input size.
+    """Return the cfg sections of a `YOLOv3`, or those that a `DarknetNetwork` was built from, for an input size.
 
     Args:
-        detector: its network, and the anchors and ignore threshold of its criterion.
+        detector: its network, anchors and ignore threshold are described.
         image_size: side of the network input in pixels.
 
     Raises:
@@ -45,7 +45,7 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
     writer = _Writer()
     size = str(image_size)
     writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")
-    maps = writer.backbone(model.backbone)  # layer of each of the backbone's maps, stride ascending
+    maps = writer.backbone(model.backbone)
     num_anchors = [len(level) for level in anchors]
     carried = maps[-1]
     for level, (stage, head) in enumerate(zip(model.neck, model.heads, strict=True)):
@@ -76,22 +76,23 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
 
 
 class _Writer:
-    """Collects sections; layers are numbered from 0 behind [net]."""
+    """Collects sections; layers after [net] are numbered from 0."""
 
     def __init__(self) -> None:
         self.sections: list[CfgSection] = []
 
     @property
     def last(self) -> int:
+        """Number of the last layer."""
         return len(self.sections) - 2
 
     def add(self, name: str, **options: str) -> int:
-        """Returns the number of the new layer."""
+        """Add a section and return the number of its layer."""
         self.sections.append(CfgSection(name, 0, options))
         return self.last
 
     def convolution(self, block: nn.Module) -> int:
-        """A `conv_block`, or a plain convolution with bias."""
+        """Add a `conv_block` or a plain convolution with bias."""
         parts = list(block) if isinstance(block, nn.Sequential) else [block]
         convolution = parts[0]
         assert isinstance(convolution, nn.Conv2d)
@@ -107,7 +108,7 @@ class _Writer:
         )
 
     def backbone(self, backbone: Darknet53 | DarknetTiny) -> Sequence[int]:
-        """Layers of the maps that the backbone returns."""
+        """Add the backbone and return the layers of its feature maps, stride ascending."""
         if isinstance(backbone, Darknet53):
             self.convolution(backbone.stem)
         ends = []
@@ -117,6 +118,7 @@ class _Writer:
         return ends[-len(backbone.out_channels) :]
 
     def sequence(self, modules: nn.Module) -> None:
+        """Add the children of a stage."""
         for module in modules.children():
             if isinstance(module, ResidualBlock):
                 self.convolution(module.reduce)
@@ -131,5 +133,5 @@ class _Writer:
                 self.add("route", layers="-4")
                 self.add("maxpool", size="13", stride="1")
                 self.add("route", layers="-1,-3,-5,-6")
-            elif not isinstance(module, nn.ConstantPad2d):  # that padding is Darknet's own for its pooling
+            elif not isinstance(module, nn.ConstantPad2d):  # part of Darknet's max pooling
                 self.convolution(module)

@@ -1,4 +1,4 @@
-"""The layers of a Darknet description as modules, with the shapes and levels that follow from it."""
+"""The layers of a Darknet cfg as modules, with their output shapes and the detection levels."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from detection.models.darknet.cfg import CfgSection
 from detection.models.yolo.network import raw_predictions
 
 Shape = tuple[int, int, int]  # channels, rows, columns
-LARGEST_KERNEL = 2**28  # values of one convolution
-LARGEST_MAP = 2**30  # values of one layer's input or output with its padding
+MAX_KERNEL_VALUES = 2**28  # of one convolution
+MAX_MAP_VALUES = 2**30  # of the padded input or the output of one layer
 
 
 class HardMish(nn.Module):
-    """x above 0, x * (x + 2) / 2 between -2 and 0, else 0, as AlexeyAB's program defines it."""
+    """x for x > 0, x * (x + 2) / 2 for -2 <= x <= 0, else 0, as in AlexeyAB's Darknet."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (x + 2).clamp(0, 2) / 2
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, type[nn.Module] | None] = {
     "mish": nn.Mish,
     "hard_mish": HardMish,
     "swish": nn.SiLU,
-    "hard_swish": nn.Hardswish,  # spelt in several ways by the programs that have it
+    "hard_swish": nn.Hardswish,  # Darknet's forks spell it differently
     "hard-swish": nn.Hardswish,
     "hardswish": nn.Hardswish,
     "logistic": nn.Sigmoid,
@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, type[nn.Module] | None] = {
 
 
 class MaxPool(nn.Module):
-    """Pooling with Darknet's padding: `padding` rows and columns in all, half of them (rounded down) above and left."""
+    """Max pooling with Darknet's padding: `padding` rows and columns, half of them (rounded down) above and left."""
 
     def __init__(self, size: int, stride: int, padding: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class MaxPool(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, times a constant."""
+    """Nearest-neighbour upsampling by `stride`, then multiplication by `scale`."""
 
     def __init__(self, stride: int, scale: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Upsample(nn.Module):
 
 
 class Route(nn.Module):
-    """Concatenation of earlier maps, or of one group of channels of each."""
+    """Concatenation of the outputs of earlier layers, or of one group of channels of each."""
 
     def __init__(self, sources: Sequence[int], groups: int, group: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Route(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """Sum with earlier maps, then an activation; of maps with unequal channels the first common ones are added."""
+    """Sum with the outputs of earlier layers, padded or cut to the channels of the input, then an activation."""
 
     def __init__(self, sources: Sequence[int], activation: nn.Module | None) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Shortcut(nn.Module):
 
 
 class YoloOutput(nn.Module):
-    """One level: (B, A * (5 + C), H, W) to (B, A, H, W, 5 + C), raw."""
+    """Raw predictions of one level: (B, A * (5 + C), H, W) to (B, A, H, W, 5 + C)."""
 
     def __init__(self, num_anchors: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class YoloOutput(nn.Module):
 
 @dataclass(frozen=True)
 class CfgLevel:
-    """What a [yolo] section says about one level."""
+    """One level, from its [yolo] section."""
 
     layer: int  # number of the [yolo] layer
     stride: int  # pixels per cell
@@ -117,10 +117,10 @@ class CfgLevel:
 
 
 def cfg_classes(sections: Sequence[CfgSection]) -> int:
-    """Number of classes of a description.
+    """Number of classes of a cfg.
 
     Raises:
-        SettingsError: there is no [yolo] layer, or they disagree.
+        SettingsError: there is no [yolo] layer, or they differ.
     """
     counts = {section.integer("classes", 20, minimum=1) for section in sections if section.name == "yolo"}
     if len(counts) != 1:
@@ -133,7 +133,14 @@ def cfg_classes(sections: Sequence[CfgSection]) -> int:
 
 
 def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[Shape], list[CfgLevel]]:
-    """Modules, output shapes (at the description's input size) and levels of all sections behind [net]."""
+    """Build the layers of all sections after [net].
+
+    Returns:
+        Modules, their output shapes at the input size of the cfg, and the levels in the order of the cfg.
+
+    Raises:
+        SettingsError: the cfg contradicts itself or is not supported; names the layer and its line.
+    """
     net = sections[0]
     input_shape = (
         net.integer("channels", 3),
@@ -150,7 +157,7 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
         if section.name == "yolo":
             level = read_level(section, number, sections[number], before, input_shape)
             if level.new_coords:
-                # The program leaves the sigmoid to this convolution; here outputs are logits, whatever the version.
+                # Darknet puts the sigmoid into this convolution; our outputs are logits.
                 layers[-1] = nn.Sequential(
                     *[part for part in layers[-1].children() if not isinstance(part, nn.Sigmoid)]
                 )
@@ -177,6 +184,13 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
 
 
 def read_level(section: CfgSection, number: int, before_section: CfgSection, before: Shape, image: Shape) -> CfgLevel:
+    """Read a [yolo] section and check it against the layer before it.
+
+    Args:
+        number: of the layer.
+        before_section, before: section and output shape of the layer before it.
+        image: shape of the network input.
+    """
     values = section.numbers("anchors")
     total = section.integer("num", 1, minimum=1)
     chosen = section.numbers("mask") if "mask" in section.options else range(len(values) // 2)
@@ -199,7 +213,7 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
             f"{image[2]} x {image[1]} pixels evenly"
         )
     new_coords = bool(section.integer("new_coords", 0))
-    # With new_coords the sigmoid is this convolution's, in older descriptions the [yolo] layer's own.
+    # With new_coords the sigmoid belongs to the convolution, otherwise to the [yolo] layer.
     allowed = ("logistic", "linear") if new_coords else ("linear",)
     activation = before_section.text("activation", "logistic")
     normalised = before_section.integer("batch_normalize", 0) or before_section.integer("cbn", 0)
@@ -216,6 +230,7 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
 
 
 def read_activation(section: CfgSection, default: str) -> nn.Module | None:
+    """Build the activation of a layer; None: linear."""
     name = section.text("activation", default)
     if name not in ACTIVATIONS:
         raise SettingsError(
@@ -228,6 +243,7 @@ def read_activation(section: CfgSection, default: str) -> nn.Module | None:
 
 
 def read_stride(section: CfgSection) -> int:
+    """Stride of a layer; unequal ones per axis are not supported."""
     stride = section.integer("stride", 1, minimum=1)
     strides = {section.integer("stride_x", stride), section.integer("stride_y", stride)}
     if len(strides) != 1 or min(strides) < 1:
@@ -236,7 +252,7 @@ def read_stride(section: CfgSection) -> int:
 
 
 def read_sources(section: CfgSection, key: str, number: int) -> list[int]:
-    """Numbers of earlier layers; negative ones count back from this layer."""
+    """Numbers of the earlier layers under `key`; negative values in the cfg count back from layer `number`."""
     sources = []
     for value in section.numbers(key):
         source = int(value) + number if value < 0 else int(value)
@@ -251,7 +267,8 @@ def read_sources(section: CfgSection, key: str, number: int) -> list[int]:
 
 
 def check_map(section: CfgSection, shape: Shape) -> None:
-    if math.prod(shape) > LARGEST_MAP:
+    """Raise SettingsError for a feature map of more than MAX_MAP_VALUES."""
+    if math.prod(shape) > MAX_MAP_VALUES:
         raise SettingsError(
             f"cfg: {section.where()}: a map of {shape[2]} x {shape[1]} pixels and {shape[0]} channels is too large"
         )
@@ -268,7 +285,7 @@ def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[S
             f"cfg: {section.where()}: groups = {groups} must divide {channels} channels and {filters} filters"
         )
     check_map(section, (channels, rows + 2 * padding * dilation, columns + 2 * padding * dilation))
-    if channels // groups * filters * size**2 > LARGEST_KERNEL:
+    if channels // groups * filters * size**2 > MAX_KERNEL_VALUES:
         raise SettingsError(f"cfg: {section.where()}: {filters} filters of {size} x {size} on {channels} is too large")
     normalised = bool(section.integer("batch_normalize", 0) or section.integer("cbn", 0))
     convolution = nn.Conv2d(channels, filters, size, stride, padding * dilation, dilation, groups, bias=not normalised)
@@ -338,6 +355,7 @@ def build_shortcut(section: CfgSection, number: int, before: Shape, shapes: Sequ
     return Shortcut(sources, read_activation(section, "linear")), before
 
 
+# Name -> builder: (section, number of the layer, shape before it, shapes of all layers before) -> module, output shape.
 LAYER_BUILDERS = {
     "convolutional": build_convolution,
     "maxpool": build_maxpool,

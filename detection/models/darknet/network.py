@@ -1,4 +1,4 @@
-"""Any detector that a Darknet description (.cfg) of the YOLOv3 and YOLOv4 families describes, as one module."""
+"""Detectors of the YOLOv3 and YOLOv4 families built from a Darknet .cfg."""
 
 import math
 from collections.abc import Sequence
@@ -14,23 +14,22 @@ from detection.ops.pixels import NormalizePixels
 
 
 class DarknetNetwork(nn.Module):
-    """Images to raw predictions per level, stride ascending, as `YOLOv3` does it.
+    """The network of a cfg, with the interface of `YOLOv3`.
 
-    The backbone, for freezing and learning rates, is what comes before the neck: everything up to the last [shortcut]
-        in
-    front of the first [yolo], or, without any, up to the last layer that lowers the resolution.
+    The backbone, for freezing and learning rates, ends with the last [shortcut] before the first [yolo] or, without
+    any, with the last layer before it that lowers the resolution.
 
     Args:
-        sections: the description.
-        num_classes: C; if it is not the description's, the output convolutions get another number of filters.
+        sections: of the cfg.
+        num_classes: C; replaces that of the cfg.
         objectness_prior: objectness the untrained network predicts.
-        batch_norm_momentum: of every batch norm.
+        batch_norm_momentum: of all batch-norm layers.
 
     Raises:
-        SettingsError: the description is not a detector, or contradicts itself; names the layer and its line.
+        SettingsError: see `build_layers`.
     """
 
-    # Darknet scales RGB to 0..1 and does nothing else.
+    # Darknet networks take RGB in 0..1.
     pixel_mean = (0.0, 0.0, 0.0)
     pixel_std = (1.0, 1.0, 1.0)
 
@@ -44,7 +43,7 @@ class DarknetNetwork(nn.Module):
         super().__init__()
         self.sections = with_classes(sections, num_classes) if cfg_classes(sections) != num_classes else list(sections)
         self.num_classes = num_classes
-        self.described_classes = cfg_classes(sections)  # those of the weights file that belongs to the description
+        self.described_classes = cfg_classes(sections)  # of the weights file that belongs to the cfg
         layers, shapes, levels = build_layers(self.sections)
         referred = {source for layer in layers if isinstance(layer, Route | Shortcut) for source in layer.sources}
         self._kept = frozenset(referred)
@@ -55,7 +54,7 @@ class DarknetNetwork(nn.Module):
         self.scales_xy = tuple(level.scale_xy for level in levels)
         self.new_coords = any(level.new_coords for level in levels)
         height = self.sections[0].integer("height", 416)
-        # A map inside may be coarser than every level and must still divide the image.
+        # Including maps coarser than every level.
         self.size_multiple = math.lcm(*(height // rows for _, rows, _ in shapes if height % rows == 0))
         end = backbone_end(self.sections[1:], shapes)
         self.backbone = nn.ModuleList(layers[:end])
@@ -72,7 +71,9 @@ class DarknetNetwork(nn.Module):
         self.normalize = NormalizePixels(self.pixel_mean, self.pixel_std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Args:
+        """Compute the raw predictions.
+
+        Args:
             images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of `size_multiple`.
 
         Returns:
@@ -96,7 +97,7 @@ class DarknetNetwork(nn.Module):
         return [outputs[layer] for layer in self._level_layers]
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions (each with its batch norm and activation) in the order of a weights file."""
+        """Convolutions, each with its batch norm and activation, in the order of Darknet's weights files."""
         layers = [*self.backbone, *self.decoder]
         return [layer for layer in layers if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Conv2d)]
 
@@ -107,7 +108,7 @@ class DarknetNetwork(nn.Module):
 
 
 def backbone_end(sections: Sequence[CfgSection], shapes: Sequence[Shape]) -> int:
-    """Number of layers of the backbone; see `DarknetNetwork`."""
+    """Number of layers of the backbone, as `DarknetNetwork` defines it."""
     first_yolo = next(number for number, section in enumerate(sections) if section.name == "yolo")
     shortcuts = [number for number in range(first_yolo) if sections[number].name == "shortcut"]
     lower = [number for number in range(1, first_yolo) if shapes[number][1] < shapes[number - 1][1]]

@@ -1,8 +1,8 @@
 """Darknet weight files (.weights, .conv.N): read into a network, written from one, bit for bit.
 
-Header: major, minor, revision as int32, then the images seen in training as uint64 (uint32 before version 0.2). Then
-float32 values, convolution by convolution in network order: with batch norm beta, gamma, running mean, running
-variance, kernel; without it bias, kernel. All little-endian.
+Little-endian. Header: major, minor, revision as int32, then the images seen in training as uint64 (uint32 before
+version 0.2). Then float32 values, convolution by convolution in network order: with batch norm beta, gamma, running
+mean, running variance, kernel; without it bias, kernel.
 
 Source: load_weights and save_weights of https://github.com/pjreddie/darknet, src/parser.c.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from detection.errors import CheckpointError, OutputError
 
-# what models/weights/download_darknet_weights.sh knows
+# The files that models/weights/download_darknet_weights.sh downloads.
 FETCHED = (
     *("darknet53.conv.74", "yolov3.weights", "yolov3-tiny.weights", "yolov3-spp.weights"),
     *("yolov4.weights", "yolov4-tiny.weights"),
@@ -30,48 +30,49 @@ FETCHED = (
 
 @runtime_checkable
 class DarknetModel(Protocol):
-    """A network whose convolutions have an order in Darknet; `YOLOv3` and `DarknetNetwork` are."""
+    """Protocol of networks whose convolutions have an order in Darknet: `YOLOv3` and `DarknetNetwork`."""
 
     num_classes: int
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions, each alone or in a Sequential with its batch norm, in network order."""
+        """Convolutions, each alone or in a Sequential with its batch norm, in network order; none: not in Darknet."""
 
     def output_convolutions(self) -> list[nn.Conv2d]:
-        """Those that make the predictions."""
+        """The convolutions that make the predictions."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself."""
+    """Header of a weights file."""
 
     major: int = 0
     minor: int = 2
     revision: int = 5
-    seen: int = 0  # images
+    seen: int = 0  # images in training
 
     @property
     def wide(self) -> bool:
-        """Whether `seen` has 64 bits. The program packs another flag into versions above 1000."""
+        """Whether `seen` has 64 bits. Darknet uses versions above 1000 for another flag."""
         return self.major * 10 + self.minor >= 2 and self.major < 1000 and self.minor < 1000
 
     def pack(self) -> bytes:
+        """The header as in a file."""
         numbers = struct.pack("<3i", self.major, self.minor, self.revision)
         return numbers + struct.pack("<Q" if self.wide else "<I", self.seen % 2 ** (64 if self.wide else 32))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_darknet_weights` found; `lines` says it to the user."""
+    """Result of `load_darknet_weights`; `lines` describes it for the log."""
 
     header: Header
-    convolutions: int  # number loaded, from the first
-    num_classes: int | None  # of the file where they differ from the network's; None: the same, or backbone weights
+    convolutions: int  # number in the file, from the first of the network
+    num_classes: int | None  # of the file, if not those of the network
     lines: list[str]
 
 
 def read_header(content: bytes, path: Path) -> tuple[Header, int]:
-    """The header and its length in bytes.
+    """Read the header; returns it and its length in bytes.
 
     Raises:
         CheckpointError: too short, or no plausible version numbers.
@@ -86,13 +87,13 @@ def read_header(content: bytes, path: Path) -> tuple[Header, int]:
 
 
 def load_darknet_weights(network: nn.Module, path: Path) -> Loaded:
-    """Fill the network from a file.
+    """Load a file into the network.
 
-    A file that ends exactly after a convolution is taken as backbone weights: the rest keeps its values. A file of the
-    same network with another number of classes fills everything but the output convolutions.
+    A file that ends exactly after a convolution is taken as backbone weights: the rest of the network keeps its values.
+    A file of the same network with another number of classes fills everything except the output convolutions.
 
     Raises:
-        CheckpointError: missing, or short or long by any byte (with both counts), or values that no training leaves.
+        CheckpointError: missing, of another length in bytes, or with negative variances.
     """
     model = as_darknet(network)
     try:
@@ -116,10 +117,18 @@ def load_darknet_weights(network: nn.Module, path: Path) -> Loaded:
 def identify(
     model: DarknetModel, blocks: Sequence[Sequence[Tensor]], found: int, start: int, path: Path
 ) -> tuple[int, int | None]:
-    """What a file of `found` bytes is: the number of its convolutions, and its classes where they differ from ours.
+    """Tell from the length of a file what it holds.
+
+    Args:
+        blocks: tensors of each convolution of the network, in network order.
+        found: length of the file in bytes.
+        start: length of its header in bytes.
+
+    Returns:
+        The number of its convolutions, and its number of classes if not the network's.
 
     Raises:
-        CheckpointError: neither the whole network nor its beginning, for any number of classes.
+        CheckpointError: it is neither the whole network, for any number of classes, nor its beginning.
     """
     ends = (start + 4 * np.cumsum([_values_in_file(model, block, None) for block in blocks])).tolist()
     if found in ends:
@@ -136,7 +145,7 @@ def identify(
 
 
 def _values_in_file(model: DarknetModel, block: Sequence[Tensor], num_classes: int | None) -> int:
-    """Float32 values of one convolution in a file with that many classes; None: as many as the network has."""
+    """Number of values of a convolution in a file with `num_classes` classes; None: as many as the network has."""
     own = sum(tensor.numel() for tensor in block)
     if num_classes is None or all(block[-1] is not output.weight for output in model.output_convolutions()):
         return own
@@ -144,7 +153,7 @@ def _values_in_file(model: DarknetModel, block: Sequence[Tensor], num_classes: i
 
 
 def as_darknet(model: nn.Module) -> DarknetModel:
-    """The same network, known to have a Darknet order.
+    """Cast a network to `DarknetModel`.
 
     Raises:
         CheckpointError: Darknet has no such network.
@@ -159,7 +168,7 @@ def as_darknet(model: nn.Module) -> DarknetModel:
 def describe(
     path: Path, header: Header, count: int, total: int, num_classes: int | None, model: DarknetModel
 ) -> list[str]:
-    """What was loaded, for the log."""
+    """Lines about what was loaded, for the log."""
     version = f"version {header.major}.{header.minor}.{header.revision}, {header.seen:,} images seen"
     if count < total:
         return [
@@ -178,7 +187,7 @@ def describe(
 
 
 def classes_of_file(model: DarknetModel, surplus: float) -> int | None:
-    """The number of classes that explains `surplus` float32 values more (or less) than this network has; or None."""
+    """Number of classes of a file with `surplus` more values than the network; None: it is of another network."""
     own = model.num_classes
     per_class = 0
     for convolution in model.output_convolutions():
@@ -188,7 +197,7 @@ def classes_of_file(model: DarknetModel, surplus: float) -> int | None:
     if difference != int(difference) or own + difference < 1:
         return None
     classes = own + int(difference)
-    described = getattr(model, "described_classes", classes)  # a description says what its file has
+    described = getattr(model, "described_classes", classes)  # a cfg states it
     return classes if classes == described else None
 
 
@@ -206,28 +215,28 @@ def convolution_tensors(module: nn.Module) -> list[Tensor]:
 def check_variances(
     path: Path, blocks: Sequence[list[Tensor]], first_values: Sequence[int], values: np.ndarray
 ) -> None:
-    """Running variances cannot be negative: a cheap proof that file and network are the same, layer by layer."""
+    """Raise CheckpointError for a negative running variance: the file is of another network of the same length."""
     for number, (block, first) in enumerate(zip(blocks, first_values, strict=False)):
         if len(block) == 5:
             filters = len(block[0])
             variances = values[first + 3 * filters : first + 4 * filters]
-            if not (variances >= 0).all():  # NaN too
+            if not (variances >= 0).all():  # false for NaN too
                 raise CheckpointError(
                     f"{path} does not belong to this network: convolution {number} would get a negative variance"
                 )
 
 
 def fill(block: Sequence[Tensor], values: np.ndarray) -> None:
+    """Copy the values of one convolution into its tensors, converted from little-endian to the machine's order."""
     position = 0
     for tensor in block:
-        # ascontiguousarray: the file is little-endian whatever the machine is
         part = np.ascontiguousarray(values[position : position + tensor.numel()], dtype=np.float32)
         tensor.copy_(torch.from_numpy(part.copy()).view(tensor.shape))
         position += tensor.numel()
 
 
 def darknet_bytes(network: nn.Module, header: Header, count: int | None = None) -> bytes:
-    """The content of a file with the first `count` convolutions (None: all)."""
+    """Content of a file with the first `count` convolutions; None: all."""
     parts = [header.pack()]
     for module in as_darknet(network).darknet_convolutions()[:count]:
         for tensor in convolution_tensors(module):
@@ -236,7 +245,7 @@ def darknet_bytes(network: nn.Module, header: Header, count: int | None = None) 
 
 
 def write_darknet_weights(network: nn.Module, path: Path, header: Header, count: int | None = None) -> None:
-    """Write a file; a reader sees the old one or the complete new one.
+    """Write a file with the first `count` convolutions (None: all) atomically.
 
     Raises:
         OutputError: the file cannot be written.
@@ -252,5 +261,5 @@ def write_darknet_weights(network: nn.Module, path: Path, header: Header, count:
 
 
 def fetch_hint(path: Path) -> str:
-    """Which command fetches a well-known file."""
+    """Hint at the command that downloads a well-known file, for an error; otherwise empty."""
     return f"; fetch it with: models/weights/download_darknet_weights.sh {path.name}" if path.name in FETCHED else ""

@@ -1,4 +1,4 @@
-"""The YOLO family: network, loss, postprocess. A loss is a file of its own, chosen by name from `CRITERIA`."""
+"""The YOLO family: network, criteria (by name in `CRITERIA`) and postprocess."""
 
 from detection.models.yolo.darknet_loss import CIoULoss, DarknetLoss, GIoULoss
 from detection.models.yolo.mmdetection_loss import MMDetectionLoss

@@ -1,4 +1,4 @@
-"""From raw network output to boxes and back, exact inverses."""
+"""Box encoding of YOLO: raw network outputs to boxes and back."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from detection.ops.boxes import cxcywh_to_xyxy
 
 
 def decode_predictions(raw: Tensor, table: Tensor, new_coords: bool = False) -> Tensor:
-    """Turn the raw box values of all levels into boxes. Inverse of `encode_boxes` at the cell and anchor of a box.
+    """Decode the raw box values of all levels.
 
     Args:
         raw: network output before any activation, (..., P, 4) float32 in the order of `grid.flatten_levels`.
@@ -31,7 +31,7 @@ def decode_cxcywh(
     scale_xy: Tensor | float = 1.0,
     new_coords: bool = False,
 ) -> Tensor:
-    """Raw values to boxes, each at its own cell and anchor; differentiable. All arguments broadcast.
+    """Decode raw values, each at its own cell and anchor. Inverse of `encode_boxes`; differentiable; broadcasts.
 
     centre = (s * sigmoid(t) - (s - 1) / 2 + cell) * stride
     size = anchor * exp(t), with `new_coords` anchor * (2 * sigmoid(t))^2
@@ -41,9 +41,8 @@ def decode_cxcywh(
         anchors: (width, height) in pixels, (..., 2).
         cells: (column, row), (..., 2).
         stride: pixels per cell, (..., 1) or one number.
-        scale_xy: s, (..., 1) or one number. 1 is YOLOv3; above 1 a centre on the border of its cell is reached by a
-            finite raw value.
-        new_coords: the size of Scaled-YOLOv4, at most four anchors. It has no encoding here: for detection only.
+        scale_xy: s, (..., 1) or one number. 1 is YOLOv3; above 1 a finite raw value reaches the border of the cell.
+        new_coords: size of Scaled-YOLOv4, at most four times the anchor. For detection only: `encode_boxes` lacks it.
 
     Returns:
         (centre x, centre y, width, height) in pixels of the network input, (..., 4).
@@ -52,7 +51,7 @@ def decode_cxcywh(
         sensitivity", https://arxiv.org/abs/2004.10934; new_coords: Scaled-YOLOv4, https://arxiv.org/abs/2011.08036,
         and the setting of that name in AlexeyAB's Darknet.
     """
-    # with s = 1 exactly (sigmoid + cell) * stride: the product and the offset change no digit
+    # For s = 1 the product and the offset round nothing: exactly (sigmoid + cell) * stride.
     centre = (raw[..., :2].sigmoid() * scale_xy + (cells - (scale_xy - 1) / 2)) * stride
     size = (2 * raw[..., 2:].sigmoid()).square() if new_coords else raw[..., 2:].exp()
     return torch.cat([centre, size * anchors], dim=-1)
@@ -61,7 +60,7 @@ def decode_cxcywh(
 def encode_boxes(
     boxes_cxcywh: Tensor, anchors: Tensor, cells: Tensor, strides: Tensor, scale_xy: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The values a prediction should have at the given cell and anchor so that decoding gives the box.
+    """Encode boxes as the regression targets of predictions at the given cells and anchors. Inverse of `decode_cxcywh`.
 
     Args:
         boxes_cxcywh: centre and size in pixels of the network input, (..., 4), sizes positive.
@@ -71,11 +70,11 @@ def encode_boxes(
         scale_xy: s of each box's level, (..., 1) or one number.
 
     Returns:
-        What sigmoid(t_xy) should be, (share of the cell + (s - 1) / 2) / s, 0..1 for a centre within the cell,
-        (..., 2); and the raw t_wh, (..., 2).
+        Targets of sigmoid(t_xy), (offset in cells + (s - 1) / 2) / s, within 0..1 if the centre lies in the cell,
+        (..., 2); and of the raw t_wh, (..., 2).
 
     Source: as `decode_cxcywh`.
     """
-    share_of_cell = boxes_cxcywh[..., :2] / strides[..., None] - cells
-    share = (share_of_cell + (scale_xy - 1) / 2) / scale_xy
-    return share, (boxes_cxcywh[..., 2:] / anchors).log()
+    offset = boxes_cxcywh[..., :2] / strides[..., None] - cells
+    target_xy = (offset + (scale_xy - 1) / 2) / scale_xy
+    return target_xy, (boxes_cxcywh[..., 2:] / anchors).log()

@@ -1,4 +1,4 @@
-"""What all YOLO criteria share: anchors, tables per input size, float32, weights. The criteria: losses.py."""
+"""Base class and shared functions of the YOLO criteria."""
 
 import math
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from detection.ops.boxes import box_area, pairwise_intersection
 from detection.runtime.devices import max_chunk_elements
 
 LOSS_NAMES = ("loss_box", "loss_objectness", "loss_class")
-MAX_PIECES = 3  # of a batch: each costs about 20 operations, and a loss has at most 300 whatever it is given
+MAX_PIECES = 3  # of a batch: each launches about 20 operations
 
 
 class Criterion(nn.Module):
-    """Raw outputs and padded targets -> weighted losses; a subclass says what in `compute_losses`.
+    """Raw outputs and padded targets to weighted losses; a subclass implements `compute_losses` and `assign`.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
         strides: pixels per cell, per level; two levels may have the same.
-        ignore_threshold: overlap above which a prediction that is no positive carries no objectness loss; the
-            subclass says of what.
+        ignore_threshold: IoU with a ground-truth box above which a prediction that is not positive has no objectness
+            loss; of the decoded prediction or of its prior, see the subclass.
         class_loss: "bce" (multi-label) or "cross_entropy" (softmax over the classes).
         weights: factors of the box, objectness and class loss.
         scales_xy: per level, see `box_coder.decode_cxcywh`; None: 1 everywhere.
@@ -48,7 +48,9 @@ class Criterion(nn.Module):
         self.weights = weights
 
     def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Args:
+        """Compute the weighted losses, in float32 also under autocast.
+
+        Args:
             outputs: raw logits per level, (B, A, H, W, 5 + C), any float type.
             targets: "boxes" (B, G, 4) xyxy in pixels of the network input, "labels" (B, G): class, -1 padding,
                 -2 crowd.
@@ -58,7 +60,7 @@ class Criterion(nn.Module):
         """
         sizes = sizes_of(outputs)
         boxes, labels = targets["boxes"].float(), targets["labels"]
-        if not labels.shape[1]:  # a row of padding: there is no largest of nothing
+        if not labels.shape[1]:  # reductions need at least one row
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
             losses = self.compute_losses(flatten_levels(outputs).float(), sizes, boxes, labels)
@@ -67,7 +69,7 @@ class Criterion(nn.Module):
     def compute_losses(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Box, objectness and class loss before their weights.
+        """Compute the box, objectness and class loss, unweighted.
 
         Args:
             raw: logits of all predictions in the order of `grid.flatten_levels`, (B, P, 5 + C) float32.
@@ -79,20 +81,20 @@ class Criterion(nn.Module):
     def assign(
         self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which predictions learn which ground-truth boxes; N pairs per image.
+        """Assign ground-truth boxes to predictions; N pairs per image.
 
         Args:
             boxes, labels: as in `forward`.
             sizes: (rows, columns) per level.
 
         Returns:
-            Whether the pair counts, bool; flat index of the prediction; row of the ground-truth box; whether a later
-            box of the same prediction gives its target box, bool; all (B, N).
+            Whether the pair is positive, bool; flat index of the prediction; row of the ground-truth box; whether a
+            later ground-truth box of the same prediction gives its box target, bool; all (B, N).
         """
         raise NotImplementedError
 
     def assigned_predictions(self, boxes: Tensor, labels: Tensor, size: int) -> list[AssignedPrediction]:
-        """The pairs of `assign` for people, ordered by image, ground-truth box, level and anchor.
+        """List the positive pairs of `assign` by image, ground-truth box, level and anchor.
 
         Args:
             size: side of the network input in pixels.
@@ -126,7 +128,7 @@ class Criterion(nn.Module):
         return sorted(pairs, key=lambda pair: (pair.image, pair.gt, pair.level, pair.anchor))
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
-        """The class loss of each prediction, (B, N).
+        """Class loss of each prediction, (B, N).
 
         Args:
             logits: (B, N, C).
@@ -139,35 +141,33 @@ class Criterion(nn.Module):
 
 
 def mark_positives(index: Tensor, positive: Tensor, predictions: int) -> Tensor:
-    """1 where a positive points, 0 elsewhere, (B, P) float32.
+    """Return 1 for positive predictions and 0 for the others, (B, P) float32.
 
     Args:
-        index: flat index of each prediction, (B, N).
-        positive: which of them count, (B, N) bool.
+        index: flat indices of predictions, (B, N).
+        positive: which of them are positive, (B, N) bool.
         predictions: P.
     """
-    # All others write into one extra slot behind the predictions.
+    # The others write to one extra slot, so that shapes stay static.
     slot = torch.where(positive, index, predictions)
     return torch.zeros(len(index), predictions + 1, device=index.device).scatter_(1, slot, 1.0)[:, :-1]
 
 
 def compare_objectness(logits: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-    """BCE against 1 on positives and 0 on the others that are not ignored, summed; all (B, P)."""
+    """Sum the BCE against 1 for positives and 0 for the others that are not ignored; all arguments (B, P)."""
     counted = torch.maximum(positive, (~ignored).float())
     return (F.binary_cross_entropy_with_logits(logits, positive, reduction="none") * counted).sum()
 
 
 @torch.no_grad()
 def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Predictions that overlap some ground truth too well to be called background.
+    """Return which predictions overlap a ground-truth box too much to count as background.
 
-    Against a ground-truth box the overlap is the IoU; against a crowd region it is the share of the prediction that
-    lies inside,
-    as the COCO evaluator counts it.
+    The overlap is the IoU or, for a crowd region, intersection over the prediction's area, as in the COCO evaluator.
 
     Args:
         predicted: decoded predictions (x1, y1, x2, y2) in pixels, (B, P, 4) float32.
-        boxes: ground-truth boxes in the same unit, (B, G, 4).
+        boxes: ground-truth boxes, likewise, (B, G, 4).
         labels: class, -1 padding, -2 crowd, (B, G).
         threshold: overlap above which a prediction is ignored.
 
@@ -187,11 +187,11 @@ def ignored_predictions(predicted: Tensor, boxes: Tensor, labels: Tensor, thresh
 
 
 def split_batch(values: int, max_values: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut tensors along the batch so that what is computed of a piece stays small, into at most `MAX_PIECES`.
+    """Split tensors along the batch, into at most `MAX_PIECES` pieces, to bound the memory of what is computed of them.
 
     Args:
-        values: computed per image.
-        max_values: in a piece, where that many pieces suffice.
+        values: number of values computed per image.
+        max_values: largest number per piece, exceeded only if `MAX_PIECES` do not suffice.
     """
     images = len(tensors[0])
     pieces = max(min(MAX_PIECES, math.ceil(images * values / max_values)), 1)
@@ -202,9 +202,9 @@ def split_batch(values: int, max_values: int, *tensors: Tensor) -> list[tuple[Te
 def _overlapped(
     threshold: float, predicted: Tensor, boxes: Tensor, crowd: Tensor, predicted_area: Tensor, area: Tensor
 ) -> Tensor:
-    """(B, P, 4), (B, G, 4), (B, 1, G) bool, (B, P, 1), (B, 1, G) to (B, P) bool."""
+    """`ignored_predictions` of one piece; (B, P, 4), (B, G, 4), (B, 1, G) bool, (B, P, 1), (B, 1, G) to (B, P)."""
     intersection = pairwise_intersection(predicted, boxes)  # (B, P, G)
     # In place: these are the largest tensors of the loss.
     union = (area - intersection).masked_fill_(crowd, 0).add_(predicted_area)
-    # intersection / union > threshold without the division; a prediction without area is never ignored
+    # Not intersection / union > threshold: a prediction without area is never ignored.
     return (intersection > union.mul_(threshold)).any(dim=-1)

@@ -1,4 +1,4 @@
-"""Criteria: raw outputs and padded targets -> dict of weighted float32 scalars. Formulas: docs/losses.md."""
+"""The criterion of Darknet and its variants with IoU losses. Formulas: docs/losses.md."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,59 +11,46 @@ from detection.models.yolo.box_coder import decode_cxcywh, encode_boxes
 from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
 from detection.models.yolo.grid import place_in_cell
 from detection.models.yolo.head import BOX, CLASSES, OBJECTNESS
-from detection.ops.boxes import (
-    complete_iou,
-    generalized_iou,
-    pairwise_wh_iou,
-    xyxy_to_cxcywh,
-)
+from detection.ops.boxes import complete_iou, generalized_iou, pairwise_wh_iou, xyxy_to_cxcywh
 
-# e^10 is a box of 22026 anchors, e^-10 one of a 22026th: far beyond any ground-truth box, where an overlap has no
-# gradient anyway
-LARGEST_EXPONENT = 10.0
+MAX_EXPONENT = 10.0  # boxes of 1/22026 to 22026 anchors: beyond any ground-truth box, where the IoU has no gradient
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The positive prediction of every ground-truth box; all shapes (B, G) unless stated, padding and crowd carry valid
-    = 0.
-    """
+    """The positive prediction of every ground-truth box; shapes (B, G) unless stated."""
 
-    valid: Tensor  # bool: a real ground-truth box
-    index: Tensor  # int64: flat index over all predictions in the order of `anchors.flatten_levels`; 0 where not valid
+    valid: Tensor  # bool: false for padding and crowd regions
+    index: Tensor  # int64: flat index of the prediction in the order of `grid.flatten_levels`; 0 where not valid
     anchor: Tensor  # (B, G, 2) float32: (width, height) of the assigned anchor, pixels
     cell: Tensor  # (B, G, 2) float32: (column, row)
     stride: Tensor  # float32: pixels per cell
     scale_xy: Tensor  # float32: of the level, see `box_coder.decode_cxcywh`
-    last: Tensor  # bool: valid, and no later ground truth of the image has the same index; this one gives the box
-    final: (
-        Tensor  # int64: number of the last valid ground truth of the image with the same index; its own where not valid
-    )
+    last: Tensor  # bool: valid, and no later box of the image has the same index; this one gives the box target
+    final: Tensor  # int64: row of the last valid box of the image with the same index; its own row where not valid
 
 
 def assign_targets(boxes: Tensor, labels: Tensor, table: Tensor) -> Assignment:
-    """Give each ground-truth box the anchor, of all levels, whose shape overlaps it most, in the cell of its centre.
+    """Assign each ground-truth box to the anchor of highest width-height IoU, of all levels, in the cell of its centre.
 
-    Static shapes and no host synchronisation: everything is computed for padding too and masked. Equal overlaps: the
-    first anchor, as in Darknet.
+    Of equal anchors the first, as in Darknet. Static shapes, no host synchronisation: padding is computed and masked.
 
     Args:
         boxes: (x1, y1, x2, y2) in pixels of the network input, (B, G, 4) float32.
         labels: class, -1 padding, -2 crowd, (B, G).
-        table: see `anchor_table`.
+        table: `grid.anchor_table`, (all anchors, 9).
 
     Source: YOLOv3, section 2.1; Darknet's yolo layer (best anchor by width-height IoU over the whole list).
     """
     boxes_cxcywh = xyxy_to_cxcywh(boxes)
-    # Of equals the first, as `argmax`, and faster.
+    # Of equals the first, as `argmax`, which is slower.
     number = pairwise_wh_iou(boxes_cxcywh[..., 2:], table[:, :2]).max(dim=-1).indices
     best = table[number]  # (B, G, 9)
     index, cell = place_in_cell(boxes_cxcywh[..., :2], best)
     valid = labels >= 0
 
     numbers = torch.arange(labels.shape[1], device=labels.device)
-    # What is not valid shares with nothing. Sorting keeps the order of equals: the last one is the last ground-truth
-    # box.
+    # Padding and crowd regions get unique keys, so they never collide. The stable sort puts the last box of a key last.
     key = torch.where(valid, index, -1 - numbers)
     ascending, order = key.sort(dim=-1, stable=True)
     final = order.gather(-1, torch.searchsorted(ascending, key, right=True) - 1)
@@ -84,13 +71,10 @@ class DarknetLoss(Criterion):
 
     s * BCE(xy) + s/2 * (t_wh - raw_wh)^2 + BCE(objectness) + BCE(class), s = 2 - w*h with w, h relative to the input
 
-    Ground-truth boxes that share an anchor and cell: the last one gives the box, the classes unite (with
-    "cross_entropy" the last
-    one gives the class too). The order of the ground-truth boxes is the dataset's (area descending, then annotation
-    id), so it
-    does not depend on the order in the annotation file. Predictions whose decoded box overlaps a ground-truth box by
-    more than
-    `ignore_threshold` carry no objectness loss. Arguments: see `Criterion`.
+    If ground-truth boxes share an anchor and cell, the last one gives the box target and the class targets are united
+    (with "cross_entropy" the last one gives the class too). The dataset orders them by descending area, then annotation
+    id, whatever their order in the annotation file. Other predictions whose decoded box has an IoU above
+    `ignore_threshold` with a ground-truth box have no objectness loss. Arguments: see `Criterion`.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; gradients of Darknet's yolo layer.
     """
@@ -100,72 +84,75 @@ class DarknetLoss(Criterion):
     ) -> tuple[Tensor, Tensor, Tensor]:
         input_area = sizes[0][0] * sizes[0][1] * self.layout.strides[0] ** 2  # pixels
         batch_size, predictions, values = raw.shape
-        gt = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
-        positive_raw = raw.gather(1, gt.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
+        assigned = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
+        positive_raw = raw.gather(1, assigned.index[..., None].expand(-1, -1, values))  # (B, G, 5 + C)
 
         boxes_cxcywh = xyxy_to_cxcywh(boxes)
-        # Padding has no size; 1 keeps the logarithm finite there.
-        boxes_cxcywh = torch.where(gt.valid[..., None], boxes_cxcywh, 1.0)
+        # Padding has no size; 1 keeps its logarithm finite.
+        boxes_cxcywh = torch.where(assigned.valid[..., None], boxes_cxcywh, 1.0)
         scale = 2 - boxes_cxcywh[..., 2:].prod(-1) / input_area  # (B, G)
-        loss_box = (scale * self.compare_boxes(positive_raw[..., BOX], boxes_cxcywh, gt) * gt.last).sum()
+        loss_box = (scale * self.compare_boxes(positive_raw[..., BOX], boxes_cxcywh, assigned) * assigned.last).sum()
 
         decoded = self.layout.decode(raw.detach(), sizes)
         ignored = ignored_predictions(decoded, boxes, labels, self.ignore_threshold)
-        positive = mark_positives(gt.index, gt.valid, predictions)
+        positive = mark_positives(assigned.index, assigned.valid, predictions)
         loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored)
 
         class_logits = positive_raw[..., CLASSES]  # (B, G, C)
         classes = labels.clamp(min=0)
-        # Classes of all ground-truth boxes of a prediction, written to the one that counts. Not F.one_hot: to check the
-        # labels it
-        # makes the host wait for them, except on CUDA.
-        place = gt.final * class_logits.shape[-1] + classes
+        # Unites the classes of all boxes of a prediction in the row of the last one. Not F.one_hot, which reads the
+        # labels back to the host to check them, except on CUDA.
+        place = assigned.final * class_logits.shape[-1] + classes
         united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)
-        loss_class = (self.compare_classes(class_logits, united, classes) * gt.last).sum()
+        loss_class = (self.compare_classes(class_logits, united, classes) * assigned.last).sum()
         return loss_box / batch_size, loss_objectness / batch_size, loss_class / batch_size
 
     def assign(
         self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gt = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
+        assigned = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
         rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-        return gt.valid, gt.index, rows, ~gt.last
+        return assigned.valid, assigned.index, rows, ~assigned.last
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
-        """The box loss of each ground-truth box and its prediction before the factor s, (B, G), finite for padding too.
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
+        """Box loss of each ground-truth box before the factor s, (B, G); finite for padding too.
 
         Args:
-            raw: the four box values of the assigned prediction, (B, G, 4).
+            raw: box values of the assigned predictions, (B, G, 4).
             boxes_cxcywh: ground-truth boxes in pixels of the network input, (B, G, 4).
-            ground truth: their assignment.
+            assigned: their assignment.
         """
-        target_xy, target_wh = encode_boxes(boxes_cxcywh, gt.anchor, gt.cell, gt.stride, gt.scale_xy[..., None])
+        target_xy, target_wh = encode_boxes(
+            boxes_cxcywh, assigned.anchor, assigned.cell, assigned.stride, assigned.scale_xy[..., None]
+        )
         loss_xy = F.binary_cross_entropy_with_logits(raw[..., :2], target_xy, reduction="none").sum(-1)
         loss_wh = (target_wh - raw[..., 2:4]).square().sum(-1) / 2
         return loss_xy + loss_wh
 
 
 class GIoULoss(DarknetLoss):
-    """`DarknetLoss` with s * (1 - GIoU) of the decoded box as box term.
+    """`DarknetLoss` with s * (1 - GIoU) of the decoded box as box loss.
 
     Source: https://arxiv.org/abs/1902.09630
     """
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
-        return 1 - generalized_iou(decode_assigned(raw, gt), boxes_cxcywh)
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
+        return 1 - generalized_iou(decode_assigned(raw, assigned), boxes_cxcywh)
 
 
 class CIoULoss(DarknetLoss):
-    """`DarknetLoss` with s * (1 - CIoU) of the decoded box as box term.
+    """`DarknetLoss` with s * (1 - CIoU) of the decoded box as box loss.
 
     Source: https://arxiv.org/abs/1911.08287
     """
 
-    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, gt: Assignment) -> Tensor:
-        return 1 - complete_iou(decode_assigned(raw, gt), boxes_cxcywh)
+    def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
+        return 1 - complete_iou(decode_assigned(raw, assigned), boxes_cxcywh)
 
 
-def decode_assigned(raw: Tensor, gt: Assignment) -> Tensor:
-    """The boxes that the assigned predictions stand for, (B, G, 4) cxcywh in pixels; differentiable, always finite."""
-    bounded = torch.cat([raw[..., :2], raw[..., 2:4].clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)], dim=-1)
-    return decode_cxcywh(bounded, gt.anchor, gt.cell, gt.stride[..., None], gt.scale_xy[..., None])
+def decode_assigned(raw: Tensor, assigned: Assignment) -> Tensor:
+    """Decode the assigned predictions, (B, G, 4) to (B, G, 4) cxcywh in pixels; differentiable, never infinite."""
+    bounded = torch.cat([raw[..., :2], raw[..., 2:4].clamp(-MAX_EXPONENT, MAX_EXPONENT)], dim=-1)
+    return decode_cxcywh(
+        bounded, assigned.anchor, assigned.cell, assigned.stride[..., None], assigned.scale_xy[..., None]
+    )

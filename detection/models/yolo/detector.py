@@ -1,4 +1,4 @@
-"""The YOLO family as a detector: the triple of docs/contract.md, and what it knows about itself."""
+"""The YOLO family as a `Detector` (docs/contract.md)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,19 +28,23 @@ HELD_SETTINGS: dict[str, list[str]] = {
 def build_yolo(
     model_settings: ModelSettings, yolo: YoloSettings, evaluation: EvaluationSettings, num_classes: int
 ) -> Detector:
-    """The detector that the settings describe, with random weights, on the CPU."""
+    """Build the detector of the settings with random weights, on the CPU.
+
+    Raises:
+        SettingsError: see `build_model`.
+    """
     model = build_model(model_settings, yolo, num_classes)
     if model_settings.batch_norm == "darknet":
         use_darknet_batch_norm(model)
     anchors: Anchors
-    if isinstance(model, DarknetNetwork):  # a cfg says more than the settings
+    if isinstance(model, DarknetNetwork):  # the cfg overrides the settings
         anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
         size_multiple = model.size_multiple
     else:
         anchors, scales_xy, new_coords = yolo.anchors, (1.0,) * len(yolo.anchors), False
         size_multiple = model.strides[-1]
     criterion = None
-    if not new_coords:  # that size has no encoding here
+    if not new_coords:  # `encode_boxes` lacks it
         weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
         criterion = CRITERIA[yolo.loss](
             anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
@@ -93,10 +97,10 @@ class CfgNotices:
 
 
 def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: int) -> YOLOv3 | DarknetNetwork:
-    """The network of the settings with random weights.
+    """Build the network of the settings with random weights.
 
     Raises:
-        SettingsError: backbone and anchors have different numbers of levels; the cfg is none of a detector.
+        SettingsError: backbone and anchors have different numbers of levels; the cfg is not a detector's.
     """
     prior, momentum = yolo.objectness_prior, model_settings.batch_norm_momentum
     if model_settings.cfg is not None:
@@ -122,10 +126,10 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
 def build_postprocess(
     metadata: Mapping[str, Any], yolo: YoloSettings, evaluation: EvaluationSettings
 ) -> YOLOPostprocess:
-    """Decoding and selection for raw outputs.
+    """Build the postprocess for raw outputs.
 
     Args:
-        metadata: `Detector.metadata`, also as an exported file gives it back.
+        metadata: `Detector.metadata`, possibly read from an exported file.
     """
     return YOLOPostprocess(
         metadata["anchors"],
@@ -147,7 +151,7 @@ def postprocess_from_metadata(metadata: Mapping[str, Any], settings: Settings) -
 
 
 def upgrade_metadata(entries: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of files written before detectors had a section each and a geometry of their own."""
+    """Convert metadata of files exported before the settings had a section per detector and a geometry."""
     if "geometry" in entries or "letterbox" not in entries:
         return entries
     letterbox, yolo, thresholds = (entries[key] for key in ("letterbox", "yolo", "thresholds"))
@@ -180,7 +184,7 @@ def upgrade_metadata(entries: dict[str, Any]) -> dict[str, Any]:
 def anchor_layout(
     model_settings: ModelSettings, yolo: YoloSettings, model: YOLOv3 | DarknetNetwork, anchors: Anchors
 ) -> AnchorLayout:
-    """The current anchors; a cfg is written anew with other ones."""
+    """Build `Detector.anchors`; for a network from a cfg it can rewrite the cfg."""
     if model_settings.backbone != DARKNET_CFG or model_settings.cfg is None:
         return AnchorLayout(anchors, model.strides, "yolo.anchors")
     sections = parse_cfg(model_settings.cfg)

@@ -1,4 +1,4 @@
-"""Do the boxes of a dataset fit the anchors and cells of a YOLO detector?"""
+"""How well the anchors and cells of a YOLO detector fit the boxes of a dataset."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from detection.models.yolo.grid import anchor_table, place_in_cell
 from detection.ops.boxes import pairwise_wh_iou
 
 GOOD_IOU = 0.5
-SMALLEST_MEAN_IOU = 0.5  # COCO's anchors have 0.63 on COCO
+MIN_MEAN_IOU = 0.5  # COCO's anchors have 0.63 on COCO
 
 
 class AnchorFit:
@@ -27,7 +27,7 @@ class AnchorFit:
         self.anchors, self.strides, self.scales_xy = anchors, strides, scales_xy
 
     def __call__(self, boxes: np.ndarray, image_of_box: np.ndarray, size: int) -> FitReport:
-        """Find anchors that suit the boxes badly, and boxes that share a prediction with a later one.
+        """Report a poor mean best IoU of boxes and anchors, and boxes that share a prediction with a later one.
 
         Args:
             boxes: xyxy in pixels of the network input, (K, 4) float64, at least one.
@@ -39,13 +39,13 @@ class AnchorFit:
         all_anchors = torch.tensor([anchor for level in self.anchors for anchor in level], dtype=torch.float64)
         best_iou, best_anchor = pairwise_wh_iou(sides, all_anchors).max(dim=1)
         mean, recall = float(best_iou.mean()), float((best_iou >= GOOD_IOU).double().mean())
-        if mean < SMALLEST_MEAN_IOU:
+        if mean < MIN_MEAN_IOU:
             text = f"mean best IoU {mean:.3f}, {recall:.1%} of the boxes at IoU {GOOD_IOU} or more, at {size} px"
             findings.append(("poor_anchors", ["yolo.anchors"], [text]))
 
         prediction = self._assigned_predictions(boxes, best_anchor, size)
         key = np.column_stack([image_of_box, prediction])
-        order = np.lexsort(key.T[::-1])  # stable: of those that share one, the last in the order of the arrays keeps it
+        order = np.lexsort(key.T[::-1])  # stable: the last box of a prediction keeps it
         shared = (key[order[1:]] == key[order[:-1]]).all(axis=1)
         findings.append(("shared_prediction", order[:-1][shared].tolist(), []))
         return FitReport(
@@ -55,7 +55,7 @@ class AnchorFit:
         )
 
     def _assigned_predictions(self, boxes: np.ndarray, best_anchor: Tensor, size: int) -> np.ndarray:
-        """Flat index of the prediction that learns each box, (K,) int64; see `darknet_loss.assign_targets`."""
+        """Flat index of the prediction assigned to each box, (K,) int64; see `darknet_loss.assign_targets`."""
         levels = [torch.tensor(level, dtype=torch.float32) for level in self.anchors]
         grids = [(size // stride, size // stride) for stride in self.strides]
         table = anchor_table(levels, self.strides, grids, self.scales_xy)

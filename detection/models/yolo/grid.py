@@ -1,4 +1,4 @@
-"""Anchor boxes and the cell grid: one flat index over all predictions of all levels."""
+"""The cell grid and anchors, and a flat index over the predictions of all levels."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ def cell_grid(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def flatten_levels(outputs: Sequence[Tensor]) -> Tensor:
-    """Join the levels' (B, A, H, W, X) into (B, P, X), stride ascending, then row, column, anchor.
+    """Concatenate the levels' (B, A, H, W, X) to (B, P, X), by ascending stride, row, column, anchor.
 
-    The anchor varies fastest because that is how a channels_last network output lies in memory: no copy per level.
+    The anchor varies fastest, as in the memory of a channels_last output, so no level is copied twice.
     """
     return torch.cat([level.permute(0, 2, 3, 1, 4).flatten(1, 3) for level in outputs], dim=1)
 
@@ -27,10 +27,10 @@ def flatten_levels(outputs: Sequence[Tensor]) -> Tensor:
 def prediction_table(
     anchors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[tuple[int, int]], scales_xy: Sequence[float]
 ) -> Tensor:
-    """What decoding adds to and multiplies every raw prediction by, in the order of `flatten_levels`; (P, 6) float32.
+    """Constants for decoding each prediction, in the order of `flatten_levels`, (P, 6) float32.
 
-    Columns: column and row of the cell, width and height of the anchor (pixels), stride, scale_xy. Depends on the input
-    size only. Arguments: see `anchor_table`.
+    Columns: column and row of the cell, width and height of the anchor (pixels), stride, scale_xy. Arguments: see
+    `anchor_table`.
     """
     levels = []
     for level_anchors, stride, (rows, columns), scale_xy in zip(anchors, strides, sizes, scales_xy, strict=True):
@@ -44,11 +44,10 @@ def prediction_table(
 def anchor_table(
     anchors: Sequence[Tensor], strides: Sequence[int], sizes: Sequence[tuple[int, int]], scales_xy: Sequence[float]
 ) -> Tensor:
-    """What assignment looks up by the number of the best anchor, (all anchors, 9) float32 on the anchors' device.
+    """Constants for assignment, one row per anchor of all levels, (all anchors, 9) float32 on the anchors' device.
 
     Columns: width, height (pixels), stride, columns, rows, flat index of the level's first prediction, anchors per
-    cell, number of the anchor within its level, scale_xy. Depends on the input size only, so a caller keeps one per
-    size.
+    cell, number of the anchor within its level, scale_xy.
 
     Args:
         anchors: per level (width, height) in pixels, (A, 2), stride ascending; levels may differ in A.
@@ -56,23 +55,23 @@ def anchor_table(
         sizes: (rows, columns), per level.
         scales_xy: see `box_coder.decode_cxcywh`, per level.
     """
-    lines = []
+    rows_of_table = []
     start = 0
     for level_anchors, stride, (rows, columns), scale_xy in zip(anchors, strides, sizes, scales_xy, strict=True):
         for number in range(len(level_anchors)):
-            lines.append([stride, columns, rows, start, len(level_anchors), number, scale_xy])
+            rows_of_table.append([stride, columns, rows, start, len(level_anchors), number, scale_xy])
         start += rows * columns * len(level_anchors)
     # float32 counts exactly up to 2^24, far above the number of predictions
-    constants = torch.tensor(lines, dtype=torch.float32, device=anchors[0].device)
+    constants = torch.tensor(rows_of_table, dtype=torch.float32, device=anchors[0].device)
     return torch.cat([torch.cat(list(anchors)), constants], dim=1)
 
 
 def place_in_cell(centres: Tensor, table_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction of an anchor in the cell of a centre; on the right or lower border that is the last cell.
+    """Locate the prediction of an anchor in the cell of a centre; the right and lower border belong to the last cell.
 
     Args:
         centres: (x, y) in pixels of the network input, (..., 2); the arguments broadcast.
-        table_rows: of `anchor_table`, (..., 9).
+        table_rows: rows of `anchor_table`, (..., 9).
 
     Returns:
         Flat index over all predictions, (...) int64; and (column, row) of the cell, (..., 2) float32.

@@ -1,4 +1,4 @@
-"""The layout of a YOLO head: what the raw values of a prediction mean, and how they become boxes."""
+"""Layout of the raw values of a YOLO head, and their decoding."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from detection.contract import Anchors
 from detection.models.yolo.box_coder import decode_predictions
 from detection.models.yolo.grid import anchor_table, prediction_table
 
-BOX, OBJECTNESS, CLASSES = slice(0, 4), 4, slice(5, None)  # of the raw values of one prediction
+BOX, OBJECTNESS, CLASSES = slice(0, 4), 4, slice(5, None)  # of a prediction's raw values
 
 
 def num_values(num_classes: int) -> int:
-    """Raw values per prediction: four of the box, objectness, one per class."""
+    """Number of raw values per prediction: box, objectness, classes."""
     return 5 + num_classes
 
 
 class Tables(NamedTuple):
-    """What assignment and decoding look up, for one input size."""
+    """Constants of assignment and decoding for one input size."""
 
     anchors: Tensor  # see `grid.anchor_table`
     predictions: Tensor  # see `grid.prediction_table`
 
 
 class HeadLayout(nn.Module):
-    """Anchors, strides and scales of all levels, and the decoding of their raw values.
+    """Anchors, strides and scales of all levels, with the decoding of raw values.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
@@ -63,12 +63,12 @@ class HeadLayout(nn.Module):
         return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
 
     def tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:
-        """Tables of an input size, kept: building them anew would make the host wait for the device in every step.
+        """Tables of an input size, cached: building them synchronises with the device.
 
         Args:
             sizes: (rows, columns) per level.
         """
-        if torch.compiler.is_exporting():  # there the sizes may be symbols
+        if torch.compiler.is_exporting():  # the sizes may be symbolic
             return self._build_tables(sizes)
         key = (self.anchors[0].device, tuple(sizes))
         if key not in self._tables:
@@ -82,7 +82,7 @@ class HeadLayout(nn.Module):
         )
 
     def decode(self, raw: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Turn raw values into boxes, in float32.
+        """Decode raw values to boxes, in float32.
 
         Args:
             raw: (..., P, 4 or more) in the order of `grid.flatten_levels`; only the box values are read.

@@ -1,4 +1,4 @@
-"""The YOLOv3 family: a backbone, a top-down neck and one head per level, however many levels the backbone has."""
+"""The YOLOv3 family: a backbone, a top-down neck and one head per level."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from detection.ops.pixels import NormalizePixels
 
 
 class PyramidPooling(nn.Module):
-    """The map beside its maxima over 13, 9 and 5 cells; (B, C, H, W) to (B, 4 C, H, W), the widest window first.
+    """Spatial pyramid pooling: max pooling over 13, 9 and 5 cells and the input; (B, C, H, W) to (B, 4 C, H, W).
 
-    Source: yolov3-spp.cfg of Darknet, whose weights depend on this order.
+    Source: yolov3-spp.cfg of Darknet; its weights depend on the order of the maps.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class PyramidPooling(nn.Module):
         return torch.cat([*(pool(x) for pool in self.pools), x], dim=1)
 
 
-# What a level does with the joined maps before its head; (B, in, H, W) to (B, width, H, W).
-# Arguments: in_channels, width, whether this is the coarsest level.
+# Layers of a level between the concatenated maps and its head; (B, in, H, W) to (B, width, H, W).
+# Arguments: in_channels, width, whether it is the coarsest level.
 NeckStage = Callable[[int, int, bool], nn.Sequential]
 
 
 def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """Five convolutions, 1x1 and 3x3 in turn."""
+    """YOLOv3: five convolutions, alternately 1x1 and 3x3."""
     return nn.Sequential(
         conv_block(in_channels, width, 1),
         conv_block(width, 2 * width, 3),
@@ -45,7 +45,7 @@ def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
 
 
 def spp_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """YOLOv3-SPP: the coarsest level pools after its third convolution, and one more narrows the result."""
+    """YOLOv3-SPP: as YOLOv3, with spatial pyramid pooling and a 1x1 convolution in the coarsest level."""
     if not coarsest:
         return yolov3_stage(in_channels, width, coarsest)
     return nn.Sequential(
@@ -60,13 +60,17 @@ def spp_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
 
 
 def tiny_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """YOLOv3-tiny: one convolution at the coarsest level; elsewhere none, and the joined maps keep their channels."""
+    """YOLOv3-tiny: a 1x1 convolution in the coarsest level, nothing in the others."""
     return nn.Sequential(conv_block(in_channels, width, 1)) if coarsest else nn.Sequential()
 
 
 def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
-    """An untrained network says "nothing here" and "any class alike": thousands of empty cells would otherwise dominate
-    the first steps with log(2) each."""
+    """Initialise an output convolution to predict `objectness_prior` everywhere and equal class probabilities.
+
+    With zero biases thousands of empty cells would dominate the first steps with a loss of log(2) each.
+
+    Source: objectness_prior: Focal Loss for Dense Object Detection, section 3.3, https://arxiv.org/abs/1708.02002
+    """
     nn.init.normal_(output.weight, std=0.01)
     bias = torch.zeros(num_anchors, num_values(num_classes))
     bias[:, OBJECTNESS] = math.log(objectness_prior / (1 - objectness_prior))
@@ -76,13 +80,13 @@ def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, obj
 
 
 def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
-    """(B, A * (5 + C), H, W) to (B, A, H, W, 5 + C); with channels_last memory a view."""
+    """Reshape (B, A * (5 + C), H, W) to (B, A, H, W, 5 + C), a view."""
     batch_size, _, rows, columns = x.shape
     return x.view(batch_size, num_anchors, -1, rows, columns).permute(0, 1, 3, 4, 2)
 
 
 class Head(nn.Sequential):
-    """3x3 to twice the width, then 1x1 to anchors * (5 + classes) raw values per cell."""
+    """3x3 convolution to 2 * width, then 1x1 to A * (5 + C) raw values; (B, in, H, W) to (B, A, H, W, 5 + C)."""
 
     def __init__(
         self, in_channels: int, width: int, num_anchors: int, num_classes: int, objectness_prior: float
@@ -97,18 +101,17 @@ class Head(nn.Sequential):
 
 
 class YOLOv3(nn.Module):
-    """Images to raw predictions per level, stride ascending.
+    """YOLOv3 with any backbone and number of levels.
 
     Args:
-        backbone: returns maps, stride ascending, and declares out_channels, strides, pixel_mean and pixel_std.
-        neck_channels: width of the neck per level, from the coarsest stride to the finest (512, 256, 128 in the paper;
-            256, 128 in YOLOv3-tiny): of the lateral convolution into the level, of its neck stage, and half that of
-            its head.
+        backbone: see `Backbone`.
+        neck_channels: output channels of each level's lateral convolution and neck stage, and half those of its head,
+            from the coarsest level to the finest (512, 256, 128 in the paper; 256, 128 in YOLOv3-tiny).
         anchors_per_level: stride ascending.
         num_classes: C.
         objectness_prior: objectness the untrained network predicts.
-        batch_norm_momentum: of every batch norm, the backbone's too.
-        neck_stage: what makes the family's member: `yolov3_stage`, `spp_stage` or `tiny_stage`.
+        batch_norm_momentum: of all batch-norm layers, the backbone's included.
+        neck_stage: `yolov3_stage`, `spp_stage` or `tiny_stage`.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -151,7 +154,9 @@ class YOLOv3(nn.Module):
         self.normalize = NormalizePixels(self.pixel_mean, self.pixel_std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Args:
+        """Compute the raw predictions.
+
+        Args:
             images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of the coarsest stride.
 
         Returns:
@@ -173,19 +178,18 @@ class YOLOv3(nn.Module):
         return outputs[::-1]
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions in the order of Darknet's .cfg, in which its files store them.
+        """Convolutions in the order of Darknet's weights files; empty if Darknet lacks the backbone.
 
-        The backbone; then from the coarsest level to the finest its neck, its head and the lateral to the next level.
-        Empty where the program has no such backbone.
+        The backbone; then, from the coarsest level to the finest, neck, head and the lateral to the next level.
         """
         if not isinstance(self.backbone, Darknet53 | DarknetTiny):
             return []
-        found: list[nn.Module] = [*self.backbone.darknet_convolutions()]
+        convolutions: list[nn.Module] = [*self.backbone.darknet_convolutions()]
         for level, (stage, head) in enumerate(zip(self.neck, self.heads, strict=True)):
-            found += list_convolutions(stage) + list_convolutions(head)
+            convolutions += list_convolutions(stage) + list_convolutions(head)
             if level < len(self.laterals):
-                found.append(self.laterals[level])
-        return found
+                convolutions.append(self.laterals[level])
+        return convolutions
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending."""

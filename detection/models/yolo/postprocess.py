@@ -1,4 +1,4 @@
-"""Raw YOLO outputs -> boxes and scores."""
+"""Post-processing of YOLO: raw outputs to boxes and scores."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,16 +13,16 @@ from detection.models.yolo.head import CLASSES, OBJECTNESS, HeadLayout, sizes_of
 
 
 class YOLOPostprocess(DensePostprocess):
-    """Boxes, scores and labels of each image; the score is objectness times class probability.
+    """Boxes, scores and labels per image; the score is objectness times class probability.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
         strides: pixels per cell, per level.
         confidence_threshold, iou_threshold, max_detections: see `DensePostprocess`.
-        class_loss: "cross_entropy" makes the class probability a softmax.
-        objectness_threshold: predictions with no more objectness than this are no candidates.
-        scales_xy, new_coords: of the levels, see `HeadLayout`.
-        score: "objectness" leaves the class probability out and gives a prediction its likeliest class alone.
+        class_loss: the loss of the training; "cross_entropy" makes the class probability a softmax.
+        objectness_threshold: predictions with an objectness up to this are dropped.
+        scales_xy, new_coords: see `HeadLayout`.
+        score: "objectness" ignores the class probability and gives each prediction its likeliest class only.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767
     """
@@ -44,10 +44,10 @@ class YOLOPostprocess(DensePostprocess):
         self.layout = HeadLayout(anchors, strides, scales_xy, new_coords)
         self.score = score
         self.objectness_threshold = objectness_threshold
-        self.softmax = class_loss == "cross_entropy"  # the class probability must be the one the loss trains
+        self.softmax = class_loss == "cross_entropy"
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode every prediction of all levels.
+        """Decode the predictions of all levels.
 
         Args:
             outputs: raw logits per level, (B, A, H, W, 5 + C).

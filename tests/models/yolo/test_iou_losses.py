@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.models.yolo.darknet_loss import LARGEST_EXPONENT
+from detection.models.yolo.darknet_loss import MAX_EXPONENT
 from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, gt_boxes_of, responsible
 from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
 
@@ -138,7 +138,7 @@ def test_very_small_and_very_large_predictions(exponent: float, loss: str) -> No
 @pytest.mark.parametrize("loss", ["giou", "ciou"])
 def test_no_gradient_beyond_the_bound_of_the_exponent(loss: str) -> None:
     case = Case("two levels", 2, [4], 3, loss=loss)
-    for value in (-LARGEST_EXPONENT - 0.1, LARGEST_EXPONENT + 0.1):
+    for value in (-MAX_EXPONENT - 0.1, MAX_EXPONENT + 0.1):
         for output in case.outputs:
             output[..., 2:4] = value
         _, gradients = case.gradients()

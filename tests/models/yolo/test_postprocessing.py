@@ -288,7 +288,7 @@ def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(postprocess, "decode", lambda levels: decoded.append(len(levels[0])) or decode(levels))
     # 2 anchors on 4 x 6 and 2 x 3 cells: 60 predictions of 5 + 3 values
     for limit, sizes in ((1, [1] * 5), (960, [2, 2, 1]), (2399, [4, 1])):
-        monkeypatch.setattr(postprocessing, "SCORES_AT_A_TIME", limit)
+        monkeypatch.setattr(postprocessing, "MAX_VALUES", limit)
         decoded.clear()
         for expected, found in zip(whole, postprocess(outputs), strict=True):
             assert all(torch.equal(expected[name], found[name]) for name in expected)

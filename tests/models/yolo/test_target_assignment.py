@@ -84,17 +84,17 @@ def test_anchor_table_by_hand() -> None:
 
 def test_assignment_against_loop() -> None:
     boxes, labels = random_targets(3, 40, seed=0)
-    gt = assign_targets(boxes, labels, TABLE)
+    assigned = assign_targets(boxes, labels, TABLE)
     levels = set()
     for image in range(3):
         for number, box in enumerate(boxes[image].tolist()):
             expected = slow_assignment(box)
-            assert gt.index[image, number] == expected["index"]
-            assert gt.anchor[image, number].tolist() == expected["anchor"]
-            assert gt.cell[image, number].tolist() == expected["cell"]
-            assert gt.stride[image, number] == expected["stride"]
+            assert assigned.index[image, number] == expected["index"]
+            assert assigned.anchor[image, number].tolist() == expected["anchor"]
+            assert assigned.cell[image, number].tolist() == expected["cell"]
+            assert assigned.stride[image, number] == expected["stride"]
             levels.add(expected["level"])
-    assert gt.valid.all()
+    assert assigned.valid.all()
     assert levels == {0, 1, 2}  # the random boxes exercise every level
 
 
@@ -104,20 +104,20 @@ def test_best_anchor_is_sought_over_all_levels() -> None:
     # stride 16: 12 x 24: 96 / (240 + 288 - 96) = 0.22;  25 x 18: 72 / 618 = 0.12
     # stride 32: 46 x 36: 144 / 1752 = 0.08;  62 x 40: 160 / 2560 = 0.06;  80 x 60: 240 / 4800 = 0.05
     boxes = torch.tensor([[[50.0, 2.0, 54.0, 62.0]]])
-    gt = assign_targets(boxes, torch.tensor([[0]]), TABLE)
-    assert gt.anchor.tolist() == [[[12, 24]]]
+    assigned = assign_targets(boxes, torch.tensor([[0]]), TABLE)
+    assert assigned.anchor.tolist() == [[[12, 24]]]
     # level 1 begins at 8 * 12 * 3 = 288; centre (52, 32) / 16: column 3, row 2; (2 * 6 + 3) * 2 anchors + 0
-    assert gt.cell.tolist() == [[[3, 2]]]
-    assert gt.index.tolist() == [[288 + 30]]
+    assert assigned.cell.tolist() == [[[3, 2]]]
+    assert assigned.index.tolist() == [[288 + 30]]
 
 
 def test_centre_on_the_border_belongs_to_the_last_cell() -> None:
     """Boxes without the inner half: centres exactly on the right, the lower, and both borders of the input."""
     boxes = torch.tensor([[[94.0, 10, 98, 15], [10, 61.5, 14, 66.5], [94, 61.5, 98, 66.5], [-2, -2.5, 2, 2.5]]])
-    gt = assign_targets(boxes, torch.zeros(1, 4, dtype=torch.long), TABLE)
+    assigned = assign_targets(boxes, torch.zeros(1, 4, dtype=torch.long), TABLE)
     # all are 4 x 5, the first anchor of stride 8: columns 0..11, rows 0..7
-    assert gt.cell.tolist() == [[[11, 1], [1, 7], [11, 7], [0, 0]]]
-    assert gt.index.tolist() == [[(1 * 12 + 11) * 3, (7 * 12 + 1) * 3, (7 * 12 + 11) * 3, 0]]
+    assert assigned.cell.tolist() == [[[11, 1], [1, 7], [11, 7], [0, 0]]]
+    assert assigned.index.tolist() == [[(1 * 12 + 11) * 3, (7 * 12 + 1) * 3, (7 * 12 + 11) * 3, 0]]
 
 
 def test_centre_on_a_cell_boundary_belongs_to_the_next_cell() -> None:
@@ -131,9 +131,9 @@ def test_equal_overlaps_take_the_first_anchor() -> None:
     table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)], [1, 1])
     # square: 15 * 10 shared with each; wide and tall: equal to one anchor of each level
     boxes = torch.tensor([[[0.0, 0, 15, 15], [0, 0, 20, 10], [0, 0, 10, 20]]])
-    gt = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
-    assert gt.stride.tolist() == [[8, 8, 8]]
-    assert gt.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
+    assigned = assign_targets(boxes, torch.zeros(1, 3, dtype=torch.long), table)
+    assert assigned.stride.tolist() == [[8, 8, 8]]
+    assert assigned.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
 
 
 def test_padding_and_crowd_are_never_assigned() -> None:
@@ -142,11 +142,11 @@ def test_padding_and_crowd_are_never_assigned() -> None:
     boxes[0, 1] = boxes[0, 0]
     boxes[0, 3] = boxes[0, 2]
     labels[0, 1], labels[0, 3] = -1, -2
-    gt = assign_targets(boxes, labels, TABLE)
-    assert gt.valid.tolist() == [[True, False, True, False, True, True]]
-    assert not gt.last[0, [1, 3]].any() and gt.last[0, [0, 2]].all()
-    assert gt.final[0, :4].tolist() == [0, 1, 2, 3]
-    assert gt.index[0, [1, 3]].tolist() == [0, 0]
+    assigned = assign_targets(boxes, labels, TABLE)
+    assert assigned.valid.tolist() == [[True, False, True, False, True, True]]
+    assert not assigned.last[0, [1, 3]].any() and assigned.last[0, [0, 2]].all()
+    assert assigned.final[0, :4].tolist() == [0, 1, 2, 3]
+    assert assigned.index[0, [1, 3]].tolist() == [0, 0]
 
 
 def test_padding_and_crowd_do_not_share_prediction_0() -> None:
@@ -154,10 +154,10 @@ def test_padding_and_crowd_do_not_share_prediction_0() -> None:
     same.
     """
     boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
-    gt = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
-    assert gt.index.tolist() == [[0, 0, 0]]
-    assert gt.last.tolist() == [[True, False, False]]
-    assert gt.final.tolist() == [[0, 1, 2]]
+    assigned = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
+    assert assigned.index.tolist() == [[0, 0, 0]]
+    assert assigned.last.tolist() == [[True, False, False]]
+    assert assigned.final.tolist() == [[0, 1, 2]]
 
 
 def test_padding_does_not_change_the_gt_boxes() -> None:
@@ -174,9 +174,9 @@ def test_two_gt_boxes_in_one_cell_the_last_gives_the_box() -> None:
     first, second = [20.0, 20, 24, 25], [20.5, 20, 24.5, 25]  # anchor 4 x 5, centres in column 2, row 2 of stride 8
     elsewhere, other_anchor = [60.0, 20, 64, 25], [19.0, 16, 25, 28]  # 6 x 12, same cell as the first
     boxes = torch.tensor([[first, elsewhere, other_anchor, second]])
-    gt = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
-    assert gt.last.tolist() == [[False, True, True, True]]
-    assert gt.final.tolist() == [[3, 1, 2, 3]]
+    assigned = assign_targets(boxes, torch.tensor([[0, 1, 2, 3]]), TABLE)
+    assert assigned.last.tolist() == [[False, True, True, True]]
+    assert assigned.final.tolist() == [[3, 1, 2, 3]]
 
 
 def test_last_and_final_against_loop() -> None:
@@ -185,31 +185,31 @@ def test_last_and_final_against_loop() -> None:
     places, _ = random_targets(2, 12, seed=5)
     boxes = places[:, torch.randint(0, 12, (80,), generator=generator)]
     labels = torch.randint(-2, 3, (2, 80), generator=generator)
-    gt = assign_targets(boxes, labels, TABLE)
+    assigned = assign_targets(boxes, labels, TABLE)
     shared = 0
     for image in range(2):
-        index = gt.index[image].tolist()
+        index = assigned.index[image].tolist()
         valid = [label >= 0 for label in labels[image].tolist()]
         for i in range(80):
             later = [j for j in range(i + 1, 80) if valid[j] and index[j] == index[i]]
-            assert gt.last[image, i].item() == (valid[i] and not later)
+            assert assigned.last[image, i].item() == (valid[i] and not later)
             shared += bool(later)
-            assert gt.final[image, i] == (later[-1] if valid[i] and later else i)
+            assert assigned.final[image, i] == (later[-1] if valid[i] and later else i)
     assert shared > 20
 
 
 def test_images_do_not_mix() -> None:
     """The same prediction in two images of a batch is not shared."""
     boxes = torch.tensor([[[20.0, 20, 24, 25]], [[20.0, 20, 24, 25]]])
-    gt = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
-    assert gt.last.all() and gt.index[0] == gt.index[1]
+    assigned = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
+    assert assigned.last.all() and assigned.index[0] == assigned.index[1]
 
 
 @pytest.mark.parametrize("labels", [[-1] * 6, [0, -1, -2, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
 def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
     boxes, _ = random_targets(2, 6, seed=6)
-    gt = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
-    shapes = {name: tuple(value.shape) for name, value in vars(gt).items()}
+    assigned = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
+    shapes = {name: tuple(value.shape) for name, value in vars(assigned).items()}
     assert shapes == {
         "valid": (2, 6),
         "index": (2, 6),
@@ -220,13 +220,13 @@ def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
         "last": (2, 6),
         "final": (2, 6),
     }
-    assert gt.valid.dtype == gt.last.dtype == torch.bool
-    assert gt.index.dtype == gt.final.dtype == torch.int64
+    assert assigned.valid.dtype == assigned.last.dtype == torch.bool
+    assert assigned.index.dtype == assigned.final.dtype == torch.int64
 
 
 def test_assignment_of_no_rows() -> None:
-    gt = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
-    assert gt.index.shape == gt.final.shape == (2, 0)
+    assigned = assign_targets(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long), TABLE)
+    assert assigned.index.shape == assigned.final.shape == (2, 0)
 
 
 # Ignored predictions
