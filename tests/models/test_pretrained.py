@@ -1,4 +1,4 @@
-"""What a fresh run starts from: the right tensors in the right places, or one line."""
+"""`model.pretrained`: the right tensors in the right places, or an error of one line."""
 
 import importlib.util
 import shutil
@@ -50,7 +50,7 @@ def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointErro
 
 
 def with_noise(module: nn.Module, seed: int = 1) -> nn.Module:
-    """Statistics and scales are not those of a fresh module, so that none can be forgotten unnoticed."""
+    """Change all tensors, so that a forgotten one is noticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in module.state_dict().values():
@@ -62,7 +62,7 @@ def with_noise(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def changed(model: nn.Module, words: list[str], num_classes: int = 3) -> set[str]:
-    """First part of the names of the tensors that are not those of a model that was only built."""
+    """First parts of the names of the tensors that differ from those of a new model."""
     fresh = build(words, num_classes=num_classes)[0].state_dict()
     return {name for name, value in model.state_dict().items() if not torch.equal(value, fresh[name])}
 

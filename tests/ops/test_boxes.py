@@ -139,7 +139,7 @@ def test_overlaps_of_no_boxes_have_shape() -> None:
 
 
 def test_overlaps_leave_their_input_alone() -> None:
-    """The functions work in place on their own intermediates."""
+    """Arguments are unchanged by the in-place operations on intermediates."""
     boxes_1, boxes_2 = random_boxes(5, seed=10), random_boxes(5, seed=11)
     before = boxes_1.clone(), boxes_2.clone()
     pairwise_iou(boxes_1, boxes_2)
@@ -207,7 +207,7 @@ def test_box_functions_keep_the_float_type(dtype: torch.dtype) -> None:
 
 
 def random_boxes_cxcywh(count: int, seed: int) -> Tensor:
-    """Near the origin and in one another's neighbourhood; float64."""
+    """Overlapping boxes near the origin, float64."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 12
     size = torch.exp(torch.randn(count, 2, generator=generator, dtype=torch.float64) + 1.5)
@@ -288,7 +288,7 @@ def test_iou_of_extreme_boxes_is_finite_with_finite_gradients(function: Callable
 
 
 def test_small_boxes_far_from_the_origin_keep_their_digits() -> None:
-    """Half over one another, 0.01 pixels wide at x = 600: the corners themselves are 6e-5 apart in float32."""
+    """Boxes of 0.01 pixels at x = 600, where float32 numbers are 6e-5 apart."""
     boxes = torch.tensor([[600.0, 600, 0.01, 0.01]])
     others = torch.tensor([[600.0, 600, 0.02, 0.01]])
     assert generalized_iou(boxes, others).item() == pytest.approx(0.5, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The resize of Darknet, and both ways to round the sides; the rest of the letterbox is in test_transforms.py."""
+"""Darknet's resize, and both roundings of the sides; see test_transforms.py for the rest of the letterbox."""
 
 import math
 from collections.abc import Callable

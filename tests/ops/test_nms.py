@@ -1,4 +1,4 @@
-"""NMS of many groups at once against a call of torchvision's `nms` per group, and against a plain loop."""
+"""`grouped_nms` against a call of torchvision's `nms` per group, and against a plain loop."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ Boxes = tuple[Tensor, Tensor, Tensor]
 
 
 def on_device(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, max_per_group: int | None) -> Tensor:
-    """What `grouped_nms` does with CUDA tensors, on the CPU."""
+    """The path of `grouped_nms` for CUDA tensors, run on the CPU."""
     order = scores.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
     sizes = groups.bincount()
@@ -37,7 +37,7 @@ def per_group(
 
 
 def slow(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> list[int]:
-    """One box after the other."""
+    """Greedy NMS, one box after the other."""
     kept: list[int] = []
     corners = boxes.tolist()
     order = sorted(range(len(scores)), key=lambda row: (groups[row].item(), -scores[row].item(), row))
@@ -67,7 +67,7 @@ def crowded(count: int, classes: int, seed: int = 0, objects: int | None = None,
     scores = torch.rand(count, generator=generator)
     if levels:
         scores = (scores * levels).ceil() / levels
-    # a class has a share that falls with its number: large groups and small ones
+    # skewed: large groups and small ones
     groups = (torch.rand(count, generator=generator) ** 3 * classes).long()
     return boxes, scores, groups
 
@@ -83,7 +83,7 @@ def test_equal_to_a_call_per_group(
     for threshold in (0.0, 0.45, 0.6):
         expected = per_group(boxes, scores, groups, threshold, max_per_group)
         assert function(boxes, scores, groups, threshold, max_per_group).tolist() == expected
-    if count == 6000:  # groups for pairs and groups for calls
+    if count == 6000:  # both CPU paths
         assert groups.bincount().min() <= nms.SMALL_GROUP < groups.bincount()[:10].min()
 
 
@@ -160,7 +160,7 @@ def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monke
 
 
 def test_one_after_the_other_along_a_chain(function: Callable[..., Tensor]) -> None:
-    """Each box overlaps the next one alone: every second one stays, which only the whole chain decides."""
+    """Each box overlaps only its neighbours: every second one is kept, which needs one pass per box."""
     corner = torch.arange(50.0)[:, None] * 3
     boxes = torch.cat([corner, torch.zeros(50, 1), corner + 10, torch.full((50, 1), 10.0)], dim=1)
     # IoU of neighbours 7 / 13, of the next but one 4 / 16

@@ -1,6 +1,6 @@
-"""Datasets with faults made on purpose: a sound one, and functions that each break it in one way.
+"""A sound dataset, and functions that each break it in one way.
 
-Each function of FAULTS changes a `Dataset` and returns what must be found: (kind, split) -> items, nothing else.
+Each function of FAULTS changes a `Dataset` and returns exactly the expected findings: (kind, split) -> items.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What tests of checkpoints share."""
+"""Helpers for tests of checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ def equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         if first.dtype != second.dtype or first.shape != second.shape:
             return False
-        # The integers that the bits mean: comparing floats would lose NaN and the sign of zero.
+        # Bytes: as floats NaN would differ from itself and the sign of zero would not count.
         first, second = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second))
         return torch.equal(first, second)
     if isinstance(first, dict) and isinstance(second, dict):

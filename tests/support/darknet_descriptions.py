@@ -1,4 +1,4 @@
-"""Descriptions of published detectors, written by loops from their published structure, for the tests."""
+"""Cfg texts of published detectors, generated from their published structure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def upsample(stride: int = 2) -> Section:
 
 
 def pyramid_pooling(first: int) -> list[Section]:
-    """Pooled maps of 5, 9 and 13 in front of the map itself, and the convolution that reduces them."""
+    """Max pooling of sizes 5, 9 and 13 concatenated with the input, and the 1x1 convolution after it."""
     pools = [pool(5, 1), route(-2), pool(9, 1), route(-4), pool(13, 1), route(-1, -3, -5, -6)]
     return [*pools, conv(first, 1)]
 

@@ -1,4 +1,4 @@
-"""A small Darknet network on the disk whose detections are known by hand."""
+"""Files of a small Darknet network with known detections."""
 
 import json
 import struct
@@ -27,7 +27,7 @@ SEEN = 64_000
 
 
 def known_weights(num_classes: int = 3, label: int = 1) -> bytes:
-    """Kernels of zeros; the output's bias alone decides: centre of the cell, size of the anchor, one class."""
+    """Zero kernels; the bias of the output predicts the anchor centred in each cell, with one class."""
     classes = [6.0 if number == label else -9.0 for number in range(num_classes)]
     normalised = [0.0] * 2 + [1.0] * 2 + [0.0] * 2 + [1.0] * 2 + [0.0] * 54
     bias = [0.0, 0.0, 0.0, 0.0, 5.0, *classes]
@@ -54,7 +54,7 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """COCO layout: two grey images with a motorcycle where the network sees one, one without anything."""
+    """COCO layout: two grey images with a motorcycle where the network predicts one, and an empty one."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val").mkdir()
     images, rows = [], []
@@ -68,11 +68,11 @@ def files(tmp_path: Path) -> Files:
     categories = [{"id": number, "name": name} for number, name in CATEGORIES]
     content = {"images": images, "annotations": rows, "categories": categories}
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    found = Files(tmp_path)
-    found("net.cfg", CFG)
-    found("net.names", NAMES)
-    found("net.weights", known_weights())
-    return found
+    written = Files(tmp_path)
+    written("net.cfg", CFG)
+    written("net.names", NAMES)
+    written("net.weights", known_weights())
+    return written
 
 
 @pytest.fixture

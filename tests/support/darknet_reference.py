@@ -1,4 +1,4 @@
-"""An independent forward pass of Darknet networks for the tests: float64, NumPy alone, own readers, slow and obvious.
+"""An independent, slow forward pass of Darknet networks for tests: float64, NumPy only, with its own file readers.
 
 Written from the formulas of https://github.com/AlexeyAB/darknet; shares nothing with `detection`.
 """
@@ -44,7 +44,7 @@ def numbers(options: dict[str, str], key: str) -> list[float]:
 
 
 def weight_shapes(text: str) -> list[tuple[bool, tuple[int, int, int, int]]]:
-    """Per convolution whether it is normalised, and its kernel's shape."""
+    """Whether each convolution has batch norm, and the shape of its kernel."""
     sections = read_cfg(text)
     channels: list[int] = []
     result = []
@@ -62,7 +62,7 @@ def weight_shapes(text: str) -> list[tuple[bool, tuple[int, int, int, int]]]:
 
 
 def random_weights(text: str, seed: int, header: tuple[int, int, int] = (0, 2, 5), seen: int = 0) -> bytes:
-    """A complete file with values that keep the activations of the order of 1."""
+    """A weights file with random values that keep activations of the order of 1."""
     generator = np.random.default_rng(seed)
     parts = [np.array(header, "<i4").tobytes(), np.array([seen], "<u8").tobytes()]
     for normalised, (filters, channels, size, _) in weight_shapes(text):
@@ -80,7 +80,7 @@ def random_weights(text: str, seed: int, header: tuple[int, int, int] = (0, 2, 5
 
 
 def read_weights(path: Path) -> np.ndarray:
-    """The float32 values behind the header."""
+    """The values after the header."""
     major, minor, _ = np.fromfile(path, "<i4", count=3)
     return np.fromfile(path, "<f4", offset=20 if major * 10 + minor >= 2 else 16).astype(np.float64)
 
@@ -118,7 +118,7 @@ def convolve(
 
 
 def pool(x: np.ndarray, size: int, stride: int, padding: int) -> np.ndarray:
-    """Window by window; what lies outside the map does not take part."""
+    """Max pooling, window by window; padding is ignored."""
     channels, rows, columns = x.shape
     before = padding // 2
     out_rows, out_columns = (rows + padding - size) // stride + 1, (columns + padding - size) // stride + 1
@@ -132,10 +132,10 @@ def pool(x: np.ndarray, size: int, stride: int, padding: int) -> np.ndarray:
 
 
 def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm: bool = False) -> list[np.ndarray]:
-    """What arrives at each [yolo], in the order of the file, (filters, rows, columns).
+    """Input of each [yolo], in the order of the file, (filters, rows, columns).
 
     Args:
-        values: of the weights file, behind its header.
+        values: of the weights file, after its header.
         image: RGB 0..1, (3, rows, columns).
         darknet_batch_norm: (x - mean) / (sqrt(variance) + 1e-6) instead of / sqrt(variance + 1e-5).
     """

@@ -1,4 +1,4 @@
-"""Datasets and transforms with a detector's geometry, as scripts make them, without a detector."""
+"""Datasets and transforms with the geometry of a detector, without building one."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from detection.ops.letterbox import Letterbox, Placement, place_image
 
 
 def geometry_of(settings: Settings) -> Geometry:
-    """What a YOLOv3 of these settings has."""
+    """Geometry of a YOLOv3 with these settings."""
     model = settings.model
     fill = model.fill or (124, 116, 104)
     return Geometry(32, model.placement or "letterbox", model.rounding, model.interpolation, fill)
@@ -48,7 +48,7 @@ def letterbox_image(
     interpolation: int,
     rounding: str = "nearest",
 ) -> tuple[np.ndarray, Letterbox]:
-    """The image in its square, (size, size, 3), and where it lies there."""
+    """The letterboxed image, (size, size, 3), and its letterbox."""
     letterbox, width, height = place_image(image.shape[1], image.shape[0], size, placement, rounding)
     return resize_placed(
         Placed(image, letterbox.left, letterbox.top, width, height), size, fill, interpolation

@@ -1,4 +1,4 @@
-"""Annotations and detections made up for tests of the metrics."""
+"""Synthetic annotations and detections for tests of the metrics."""
 
 import contextlib
 from collections.abc import Callable
@@ -145,7 +145,7 @@ def tied_set(seed: int) -> tuple[dict[str, Any], Annotations, Detections]:
 
 
 def official_evaluator(content: dict[str, Any], annotations: Annotations, detections: Detections) -> COCOeval:
-    """pycocotools as its own example uses it, on the parsed annotation file; detection k has the id k + 1."""
+    """COCOeval of pycocotools on the parsed annotation file; detection k has the id k + 1."""
     ids = annotations.categories.ids
     results = [
         {"image_id": int(annotations.image_ids[image]), "category_id": ids[label], "score": score,

@@ -1,7 +1,7 @@
 """yolo-v3/main.py in processes of its own, with a fault inside: started by the fixture `launch`, and by torchrun.
 
 The processes are forked from one that has imported everything (multiprocessing's "forkserver"): importing torch takes
-seconds. Apart from that they are what a shell would start.
+seconds. Otherwise they equal processes started by a shell.
 """
 
 import atexit
@@ -53,7 +53,7 @@ OVERLAY: dict[str, Any] = {
 
 
 def load_main() -> Any:
-    """The script as a module; one per process."""
+    """Import the script, once per process."""
     name = "yolo_v3_main"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, MAIN)
@@ -110,7 +110,7 @@ class Run:
         return self.process.exitcode
 
     def ends_with(self, code: int, *words: str) -> str:
-        """Wait for this exit code and one line on stderr, after those that say it was expected; returns it."""
+        """Assert the exit code and a single line on stderr besides notices of signals; returns the line."""
         found = self.wait()
         assert found == code, f"exit code {found}\n{self.out}{self.err}"
         lines = [line for line in self.err.splitlines() if "received: finishing the step" not in line]

@@ -1,6 +1,6 @@
-"""Switching a guard off: a function runs as if the named text of its source were another.
+"""Switch a guard off: replace part of a function's source.
 
-A test that still passes without the guard it is about proves nothing; conftest.py runs each marked one both ways.
+A test that passes without the guard it is about proves nothing; conftest.py runs each marked test with and without.
 """
 
 import __future__
@@ -15,13 +15,13 @@ import pytest
 
 
 def switch_off(place: str, text: str, replacement: str, patch: pytest.MonkeyPatch) -> None:
-    """Exchange the code of a function, so that all who imported it are affected.
+    """Replace the code object of a function, which affects all modules that imported it.
 
     Args:
         place: "module:function" or "module:Class.method".
         text: part of its source, which must occur there exactly once.
-        replacement: what stands there instead.
-        patch: takes it back.
+        replacement: of `text`.
+        patch: undoes it.
     """
     module, _, path = place.partition(":")
     function = inspect.unwrap(operator.attrgetter(path)(importlib.import_module(module)))

@@ -1,12 +1,12 @@
-"""Random heads and targets, and a slow loop over Darknet's per-logit gradients, from their published definitions:
+"""Random outputs and targets, and a slow loop over Darknet's gradients per logit, from their published definitions:
 
-per image, delta = minus the gradient of the loss with respect to a raw value,
-    objectness: (1 or 0) - sigmoid; 0 where the best IoU of the decoded prediction with any ground-truth box exceeds the
-        threshold
-    class:      one-hot - sigmoid on positives; where a ground-truth box came before, only the true class of the next
-        one is set
+Per image, delta = minus the gradient of the loss with respect to a raw value,
+    objectness: 1 - sigmoid on positives; else -sigmoid, or 0 if an IoU of the decoded prediction with a ground-truth
+        box exceeds the threshold
+    class:      one-hot - sigmoid on positives; a later ground-truth box of the same prediction sets its class only
     xy:         s * (t - sigmoid),  wh: s * (t - raw),  s = 2 - w * h relative to the network input
-A crowd region (ours, Darknet has none) is never assigned; predictions inside it by more than the threshold carry none.
+Crowd regions (ours, Darknet has none) are never assigned; predictions with more than the threshold of their area inside
+have objectness delta 0.
 """
 
 import math
@@ -20,7 +20,7 @@ from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.grid import flatten_levels
 from detection.models.yolo.head import HeadLayout
 
-WIDTH, HEIGHT = 96, 64  # pixels of the network input, where a case does not say otherwise
+WIDTH, HEIGHT = 96, 64  # default network input in pixels
 LEVELS = {
     "three levels": (
         [8, 16, 32],
@@ -39,7 +39,7 @@ Anchors = list[list[tuple[float, float]]]
 
 
 class Case:
-    """Random raw outputs and targets, with everything in them that the loss has a rule for.
+    """Random raw outputs and targets for every rule of the loss.
 
     Args:
         layout: key of `LEVELS`.
@@ -47,7 +47,7 @@ class Case:
         counts: ground-truth boxes and crowd regions per image.
         seed: of all that is random.
         threshold: the criterion's `ignore_threshold`.
-        planted: share of the ground-truth boxes for which some prediction nearly equals the ground truth.
+        planted: fraction of the ground-truth boxes that some prediction nearly equals.
         size: (width, height) of the network input in pixels, multiples of 32.
         scale_xy: of all levels.
         loss: name of the criterion.
@@ -111,7 +111,7 @@ class Case:
         self.labels[image, number] = -2 if self._uniform() < 0.1 else int(self._uniform() * self.num_classes)
 
     def _plant(self, image: int, number: int) -> None:
-        """Make the prediction of a random anchor decode to almost this box, so that the ignore rule has work to do."""
+        """Make the prediction of a random anchor decode to almost this box, so that the ignore rule applies."""
         x1, y1, x2, y2 = self.boxes[image, number].tolist()
         level = int(self._uniform() * len(self.strides))
         stride = self.strides[level]
@@ -140,10 +140,10 @@ class Case:
         return {"boxes": self.boxes, "labels": self.labels}
 
     def gradients(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The losses, and the gradients of their sum over all images, which is what Darknet computes."""
+        """The losses, and the gradients of their sum over all images, as in Darknet."""
         outputs = [output.clone().requires_grad_() for output in self.outputs]
         losses = self.criterion()(outputs, self.targets())
-        images = 1 if self.loss == "mmdetection" else len(self.boxes)  # mmdetection's is a sum already
+        images = 1 if self.loss == "mmdetection" else len(self.boxes)  # mmdetection's loss is a sum already
         (torch.stack(list(losses.values())).sum() * images).backward()
         gradients = [output.grad for output in outputs]
         assert all(gradient is not None for gradient in gradients)
@@ -170,7 +170,7 @@ def decode(case: Case, raw: list[float], level: int, anchor: int, row: int, colu
 
 
 def overlap(predicted: list[float], gt: list[float], crowd: bool) -> float:
-    """IoU; with a crowd region the share of the prediction inside it."""
+    """IoU, or for a crowd region intersection over the prediction's area."""
     width = min(predicted[2], gt[2]) - max(predicted[0], gt[0])
     height = min(predicted[3], gt[3]) - max(predicted[1], gt[1])
     shared = width * height if width > 0 and height > 0 else 0.0
@@ -189,7 +189,7 @@ def is_ignored(case: Case, image: int, predicted: list[float]) -> bool:
 
 
 def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
-    """(level, anchor, row, column): the anchor of all levels with the best IoU of shapes, in the cell of the centre."""
+    """(level, anchor, row, column) of the anchor of highest width-height IoU, in the cell of the centre."""
     width, height = box[2] - box[0], box[3] - box[1]
     best_iou, best = 0.0, (-1, -1)
     for level, anchors in enumerate(case.anchors):
@@ -206,7 +206,7 @@ def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
 
 
 def box_targets(case: Case, box: list[float]) -> tuple[list[float], float]:
-    """(t_x, t_y, t_w, t_h) at the responsible prediction and s; t_x and t_y are what the sigmoids should be."""
+    """(t_x, t_y, t_w, t_h) at the responsible prediction and s; t_x and t_y are the targets of the sigmoids."""
     level, number, row, column = responsible(case, box)
     stride, (anchor_width, anchor_height) = case.strides[level], case.anchors[level][number]
     width, height = box[2] - box[0], box[3] - box[1]
@@ -230,7 +230,7 @@ def all_predictions(case: Case) -> list[tuple[int, int, int, int]]:
 
 
 def darknet_deltas(case: Case) -> list[Tensor]:
-    """What Darknet's yolo layer writes into its delta, per level in the shape of the outputs, float64."""
+    """Deltas of Darknet's yolo layer, per level in the shape of the outputs, float64."""
     deltas = [torch.zeros(output.shape, dtype=torch.float64) for output in case.outputs]
     for image in range(len(case.boxes)):
         for level, anchor, row, column in all_predictions(case):
@@ -261,7 +261,7 @@ def darknet_deltas(case: Case) -> list[Tensor]:
 
 
 def decode_boxes(raw: Tensor, anchors: Tensor, stride: int, scale_xy: float = 1.0, new_coords: bool = False) -> Tensor:
-    """Boxes of one level as its head decodes them, (B, A, H, W, X) to (B, A, H, W, 4)."""
+    """Boxes of one level, (B, A, H, W, X) to (B, A, H, W, 4)."""
     layout = HeadLayout([anchors.tolist()], [stride], [scale_xy], new_coords)
     batch, count, rows, columns = raw.shape[:4]
     boxes = layout.decode(flatten_levels([raw]), [(rows, columns)])

@@ -1,4 +1,4 @@
-"""Several processes started by torchrun, as a user would."""
+"""Runs of several processes started by torchrun."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def start(processes: int, directory: Path, *arguments: str | Path, fault: str = 
 
 
 def output_of(process: subprocess.Popen[str], seconds: float = 120) -> str:
-    """Everything it prints until its end."""
+    """Wait for the process and return its output."""
     try:
         return process.communicate(timeout=seconds)[0]
     finally:

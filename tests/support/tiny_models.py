@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class OneConvolution(nn.Module):
-    """Keeps exactly its float32 input (3 channels) and, for the square, its output (4 channels)."""
+    """Keeps its float32 input (3 channels) and, for the square, its output (4 channels) for the backward pass."""
 
     strides = (32,)
 

@@ -54,7 +54,7 @@ def split(level: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ToyCriterion(nn.Module):
-    """The cell at a box's centre learns the box and its class, all others that there is nothing."""
+    """The cell at a box's centre is its positive, all others are background."""
 
     def forward(self, outputs: list[Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (level,) = outputs
@@ -65,14 +65,16 @@ class ToyCriterion(nn.Module):
         cell = row.clamp(0, level.shape[2] - 1) * level.shape[3] + column.clamp(0, level.shape[3] - 1)
         image, place = (labels >= 0).nonzero(as_tuple=True)
         target[image, cell[image, place], labels[image, place]] = 1.0
-        found = boxes[image, cell[image, place]]
+        predicted = boxes[image, cell[image, place]]
         return {
-            "loss_regression": F.smooth_l1_loss(found, gt[image, place], reduction="sum") / len(labels) / PRIOR,
+            "loss_regression": F.smooth_l1_loss(predicted, gt[image, place], reduction="sum") / len(labels) / PRIOR,
             "loss_classification": F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(labels),
         }
 
 
 class ToyPostprocess(DensePostprocess):
+    """Scores are class probabilities."""
+
     def decode(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         boxes, logits = split(outputs[0])
         return boxes, logits.sigmoid()

@@ -1,4 +1,4 @@
-"""The training script in this process, and its results compared."""
+"""The training script as a module, and comparison of checkpoints."""
 
 import importlib.util
 from typing import Any
@@ -9,7 +9,7 @@ from tests.support.paths import MAIN
 
 
 def first_difference(first: Any, second: Any, where: str = "") -> str | None:
-    """Path of the first value in which two checkpoints differ; tensors must agree in every bit."""
+    """Path of the first value in which two checkpoints differ; tensors must be equal."""
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
         return None if same else where
@@ -29,7 +29,7 @@ def first_difference(first: Any, second: Any, where: str = "") -> str | None:
 
 
 def load_main() -> Any:
-    """The script as a module, for refusals that need no process of their own."""
+    """Import the script, for tests that need no process of its own."""
     spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Started by torchrun in tests: yolo-v3/main.py with all batch-norm layers frozen.
 
-So the number of processes changes no number. The first argument is a fault: raise, kill or hang of rank 1 at step 2, or
-its hang_in_evaluation; slow_evaluation of rank 0; or none.
+So results do not depend on the number of processes. The first argument is a fault: raise, kill or hang of rank 1 at
+step 2, hang_in_evaluation of rank 1, slow_evaluation of rank 0, or none.
 """
 
 import importlib.util
@@ -51,20 +51,20 @@ def main() -> None:
                 time.sleep(1000)
         return next_batches(supervisor, count)
 
-    def slow_score(*arguments):
+    def slow_compute_metrics(*arguments):
         time.sleep(15)
         return compute_metrics(*arguments)
 
-    def hanging_find(*arguments, **keywords):
+    def hanging_run_inference(*arguments, **keywords):
         if int(os.environ["RANK"]) == 1:
             time.sleep(1000)
         return run_inference(*arguments, **keywords)
 
     compute_metrics, run_inference = evaluation.compute_metrics, evaluation.run_inference
     if fault == "hang_in_evaluation":
-        evaluation.run_inference = hanging_find
+        evaluation.run_inference = hanging_run_inference
     if fault == "slow_evaluation":
-        evaluation.compute_metrics = slow_score
+        evaluation.compute_metrics = slow_compute_metrics
     module.set_backbone_frozen, module.Supervisor.next_batches = freeze_all, faulty_batches
     module.exit_with_message(module.main, module.OUT_OF_MEMORY)
 

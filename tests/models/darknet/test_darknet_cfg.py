@@ -1,4 +1,4 @@
-"""Darknet descriptions: what is read from them, and that everything wrong in one is said in one line with its place."""
+"""Reading of Darknet cfg files, and errors of one line that name the place."""
 
 import time
 
@@ -91,7 +91,7 @@ def test_sections_keys_and_lines() -> None:
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_line_ends(ending: str) -> None:
-    """Of Windows, old Macs, and no end of the last line, as editors leave it."""
+    """CRLF, CR, and no newline at the end of the file."""
     text = write_cfg(GOOD)
     assert parse_cfg(text.replace("\n", ending)) == parse_cfg(text)
     assert parse_cfg(text.replace("\n", ending).rstrip()) == parse_cfg(text)
@@ -102,7 +102,7 @@ def test_byte_order_mark_of_windows_editors() -> None:
 
 
 def test_the_first_of_two_equal_keys_counts() -> None:
-    """As in the program, which searches its list from the front."""
+    """As in Darknet."""
     text = write_cfg(GOOD).replace("filters=4\n", "filters=4\nfilters=7\n", 1)
     network = DarknetNetwork(parse_cfg(text), 1)
     assert network.backbone[0][0].out_channels == 4
@@ -128,10 +128,10 @@ def test_input_size() -> None:
 
 
 def test_unused_keys_are_listed_once() -> None:
-    """What belongs to training is another file's business here, but nobody should believe that it has an effect."""
+    """Keys without effect, split into those of Darknet's training and unknown ones."""
     sections: list[Section] = [
         ("net", {"width": 32, "height": 32, "batch": 64, "angle": 0}),
-        conv(4, 3, 2, stopbackward=1),
+        conv(4, 3, 2, stopbackward=1, truth=1),
         ("dropout", {"probability": 0.2, "dropblock": 1}),
         conv(4, 3, 2, stopbackward=1),
         output(12),
@@ -142,6 +142,7 @@ def test_unused_keys_are_listed_once() -> None:
         "[net] batch",
         "[net] angle",
         "[convolutional] stopbackward",
+        "[convolutional] truth",
         "[dropout] dropblock",
         "[yolo] jitter",
         "[yolo] ignore_thresh",
@@ -397,7 +398,7 @@ def test_route_to_an_output() -> None:
 
 
 def test_layers_after_an_output() -> None:
-    """The program would convolve the activated predictions; nobody means that."""
+    """Darknet would convolve the activated predictions."""
     for layer in (conv(4, 1), pool(2, 2), upsample(), yolo("0,2", ANCHORS, 1), shortcut(-3), ("dropout", {})):
         assert_refused(write_cfg([*GOOD, layer]), 4, f"[{layer[0]}]", "[yolo] ")
 
@@ -481,7 +482,7 @@ def test_cells_must_divide_the_input() -> None:
 
 
 def test_good_is_good() -> None:
-    """The description that all the wrong ones derive from."""
+    """The cfg from which the wrong ones are derived."""
     with torch.device("meta"):
         network = DarknetNetwork(parse_cfg(write_cfg(GOOD)), 1)
     assert network.strides == (4,) and network.anchors == (((4.0, 6.0), (10.0, 14.0)),)

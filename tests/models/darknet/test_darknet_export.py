@@ -1,4 +1,4 @@
-"""Our hand-written networks as Darknet descriptions: read back, they are the same network, weight for weight."""
+"""`YOLOv3` networks exported as Darknet cfg and weights and read back are the same, weight for weight."""
 
 from pathlib import Path
 

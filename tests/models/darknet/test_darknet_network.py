@@ -1,4 +1,4 @@
-"""Networks from Darknet descriptions against an independent float64 forward pass, published facts, and the contract."""
+"""Networks from Darknet cfg files against an independent float64 forward pass, published facts and the contract."""
 
 import os
 import subprocess
@@ -216,7 +216,7 @@ def test_real_models_equal_the_reference(name: str, bytes_of_file: int, strides:
 
 
 def test_uint8_equals_float(tmp_path: Path) -> None:
-    """The program scales to 0..1 and does nothing else."""
+    """Darknet scales to 0..1 and does nothing else."""
     text = CASES["two levels, fine first"]
     network, _ = load(text, tmp_path)
     image = random_image(text)
@@ -349,7 +349,7 @@ def test_a_map_coarser_than_every_level() -> None:
 
 
 def test_another_size_than_the_description(tmp_path: Path) -> None:
-    """The size in [net] is where a user starts, not a part of the network."""
+    """The network also takes sizes other than that of [net]."""
     text = yolov4_tiny(64)
     network, values = load(text, tmp_path)
     other = text.replace("width=64", "width=96").replace("height=64", "height=32")
@@ -403,9 +403,7 @@ def build(text: str, directory: Path, *words: str, num_classes: int = 2) -> Dete
 
 
 def test_contract(tmp_path: Path) -> None:
-    """Model, criterion and postprocess: a loss with a gradient everywhere, detections, no image without ground-truth
-    boxes.
-    """
+    """Model, criterion and postprocess: every parameter has a gradient, and there are detections."""
     torch.manual_seed(0)
     detector = build(CASES["two levels, coarse first"], tmp_path, num_classes=3)
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
@@ -495,7 +493,7 @@ def test_new_coords_can_only_detect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new_coords", [True, False])
 def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> None:
-    """All boxes and scores of a level, through postprocess with nothing suppressed, as Darknet's formulas give them."""
+    """All boxes and scores of a level after postprocess without NMS, against Darknet's formulas."""
     text = NEW_COORDS
     if not new_coords:
         text = text.replace("activation=logistic", "activation=linear").replace("new_coords=1\n", "")

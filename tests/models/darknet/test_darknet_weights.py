@@ -68,7 +68,7 @@ def assert_unchanged(network: nn.Module, before: dict[str, torch.Tensor]) -> Non
 
 
 def refused(network: nn.Module, content: bytes, directory: Path) -> str:
-    """The message; the network keeps what it had."""
+    """The message of the error, which leaves the network unchanged."""
     before = state(network)
     with pytest.raises(CheckpointError) as caught:
         load_bytes(network, content, directory)
@@ -261,7 +261,7 @@ def test_old_header_counts_16_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_files_that_end_after_a_convolution(count: int, tmp_path: Path) -> None:
-    """Backbone weights: the first convolutions are those of the file, the others keep their values, both are said."""
+    """Backbone weights: the first convolutions are those of the file, the others keep their values; both are logged."""
     content = reference.random_weights(TWO_LEVELS, 3)
     whole = build(TWO_LEVELS, 2)
     load_bytes(whole, content, tmp_path)

@@ -1,8 +1,7 @@
 """`GIoULoss` and `CIoULoss` against plain Python floats: values, and central differences for the box gradients.
 
-Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive with its (last) ground truth, s = 2 - w
-    * h;
-objectness and classes are Darknet's.
+Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive and its last ground-truth box,
+s = 2 - w * h; objectness and class loss are Darknet's.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`DarknetLoss` against the slow loop of `loss_cases.py`; what holds for every criterion."""
+"""`DarknetLoss` against the slow loop of `loss_cases.py`; properties of all criteria."""
 
 import math
 from collections import Counter
@@ -85,7 +85,7 @@ def test_gradients_and_values_are_darknets(arguments: tuple[Any, ...]) -> None:
 
 
 def met_rules(case: Case) -> Counter[str]:
-    """How often each rule of the loss decided something in the case."""
+    """How often each rule of the loss applies in the case."""
     met: Counter[str] = Counter()
     deltas = darknet_deltas(case)
     for image in range(len(case.boxes)):
@@ -115,7 +115,7 @@ def met_rules(case: Case) -> Counter[str]:
 
 
 def test_cases_contain_every_rule() -> None:
-    """The random cases above would prove little without shared cells, ignored predictions and crowd regions."""
+    """The random cases above include shared cells, ignored predictions and crowd regions."""
     met: Counter[str] = Counter()
     for arguments in CASES:
         met += met_rules(Case(*arguments))
@@ -144,7 +144,7 @@ def test_published_anchors_meet_every_rule(arguments: tuple[Any, ...], levels: i
 
 @pytest.mark.parametrize("layout", ["full", "tiny"])
 def test_three_gt_boxes_of_three_classes_in_one_prediction(layout: str) -> None:
-    """The last gives the box, all three classes unite; a fourth shares the cell but not the anchor."""
+    """The last gives the box target, all three the classes; a fourth shares the cell but not the anchor."""
     case = Case(layout, 5, [2, 0], seed=20, size=LARGE)
     centre = torch.tensor([103.0, 71.0])
     for row, (size, label) in enumerate([((31, 60), 4), ((30, 62), 0), ((33, 59), 2), ((100, 80), 1)]):
@@ -183,9 +183,7 @@ def test_size_term_by_hand() -> None:
 
 
 def test_objectness_by_hand() -> None:
-    """No ground-truth box: BCE against 0. A ground-truth box that the prediction fits exactly stays positive although
-    above the threshold.
-    """
+    """BCE against 0 without a ground-truth box, against 1 for a positive even if its IoU exceeds the threshold."""
     assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
     assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
 
@@ -201,7 +199,7 @@ def class_gradient(labels: list[int], classes: int) -> list[float]:
 
 
 def test_classes_of_a_shared_prediction_unite() -> None:
-    """sigmoid(0) - target: 1/2 for classes that no ground-truth box has, -1/2 once for each that one or more have."""
+    """sigmoid(0) - target: -1/2 for the classes of the ground-truth boxes, 1/2 for all others."""
     assert class_gradient([1], 4) == [0.5, -0.5, 0.5, 0.5]
     assert class_gradient([1, 3], 4) == class_gradient([3, 1], 4) == [0.5, -0.5, 0.5, -0.5]
     assert class_gradient([2, 2, 2], 4) == [0.5, 0.5, -0.5, 0.5]
@@ -232,7 +230,7 @@ def test_crowd_region_excuses_background_only() -> None:
     output.grad = None
     losses = criterion([output], {"boxes": torch.tensor([[region, gt]]), "labels": torch.tensor([[-2, 0]])})
     losses["loss_objectness"].backward()
-    assert output.grad[0, 0, 0, :, 4].tolist() == [0, -0.5, 0.5]  # a ground-truth box inside the region is learned
+    assert output.grad[0, 0, 0, :, 4].tolist() == [0, -0.5, 0.5]  # the ground-truth box inside the region is positive
 
 
 # Special targets
@@ -240,7 +238,7 @@ def test_crowd_region_excuses_background_only() -> None:
 
 @pytest.mark.parametrize("loss", CRITERIA)
 def test_whole_batch_empty(loss: str) -> None:
-    """Only background is learned, every output takes part, so no process of a distributed run waits for another."""
+    """Objectness against 0 everywhere. Every output has a gradient: in a distributed run no process waits for another."""
     case = Case("three levels", 4, [0, 0], seed=6, loss=loss)
     losses, gradients = case.gradients()
     assert losses["loss_box"] == 0 and losses["loss_class"] == 0
@@ -309,7 +307,7 @@ def test_order_of_gt_boxes_that_share_nothing_does_not_matter() -> None:
 
 @pytest.mark.parametrize("loss", CRITERIA)
 def test_batch_is_the_mean_of_its_images(loss: str) -> None:
-    """So that micro-batches of one size add up to a large batch. mmdetection's is their sum."""
+    """So that equal micro-batches add up to a large batch. For mmdetection the sum."""
     case = Case("unequal levels", 3, [4, 0, 12], seed=12, loss=loss)
     criterion = case.criterion()
     singles = [
@@ -327,7 +325,7 @@ def test_batch_is_the_mean_of_its_images(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", CRITERIA)
 def test_input_size_may_change_between_calls(loss: str) -> None:
-    """Multi-scale training: the criterion remembers something per size, never of another size."""
+    """Multi-scale training: the tables cached for one size are not used for another."""
     generator = torch.Generator().manual_seed(13)
     strides, anchors = LEVELS["three levels"]
     remembering = CRITERIA[loss](anchors, strides, 0.7)
@@ -344,9 +342,8 @@ def test_input_size_may_change_between_calls(loss: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_under_autocast(dtype: torch.dtype, loss: str) -> None:
     """All arithmetic is float32: exactly the losses of the rounded outputs, close to those of the unrounded."""
-    case = Case(
-        "three levels", 4, [6, 11], seed=14, planted=0, loss=loss
-    )  # nothing so near the threshold that rounding decides
+    # planted=0: no IoU so near the threshold that rounding decides
+    case = Case("three levels", 4, [6, 11], seed=14, planted=0, loss=loss)
     half = [output.to(dtype).requires_grad_() for output in case.outputs]
     with torch.autocast("cpu", dtype=dtype):
         losses = case.criterion()(half, case.targets())
@@ -382,9 +379,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(logit: float, loss: str
     losses, gradients = case.gradients()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(gradient.isfinite().all() for gradient in gradients)
-    if (
-        logit == 1e4 and loss != "mmdetection"
-    ):  # every background prediction costs log(1 + e^1e4) = 1e4, as none is ignored
+    if logit == 1e4 and loss != "mmdetection":  # log(1 + e^1e4) = 1e4 for every negative, as none is ignored
         positives = {(i, responsible(case, box)) for i in range(3) for box, label in gt_boxes_of(case, i) if label >= 0}
         background = 3 * len(all_predictions(case)) - len(positives)
         assert losses["loss_objectness"].item() == pytest.approx(background * 1e4 / 3, rel=1e-5)
@@ -422,9 +417,7 @@ def test_trace_sees_what_waits() -> None:
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
 @pytest.mark.parametrize("rows_of_targets", [32, 160])
 def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: str) -> None:
-    """No operation waits, backward neither, and they are the same whether there are 0, 7 or 30 ground-truth boxes per
-    image.
-    """
+    """Forward and backward never wait, and run the same operations for 0, 7 and 30 ground-truth boxes per image."""
     case = Case("three levels", 4, [30, 30], seed=16, loss=loss)
     criterion = case.criterion(class_loss=class_loss)
     criterion(case.outputs, case.targets())  # the first call at a size makes its table
@@ -447,11 +440,11 @@ def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: st
 def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
     monkeypatch: pytest.MonkeyPatch, class_loss: str, loss: str
 ) -> None:
-    """P6: assignment and loss, forward, views counted; half precision and contiguous outputs need the most."""
+    """Assignment and loss, forward, views included; contiguous half-precision outputs need the most."""
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}
-    for whole_batch, comfortable in ((True, 2**40), (False, 1)):  # as on a machine where the batch is cut into pieces
-        monkeypatch.setattr(criterion_module, "max_chunk_elements", lambda device, most=comfortable: most)
+    for whole_batch, max_elements in ((True, 2**40), (False, 1)):  # 1: the batch is cut into pieces
+        monkeypatch.setattr(criterion_module, "max_chunk_elements", lambda device, limit=max_elements: limit)
         for batch_size, rows, boxes_per_image in ((2, 32, 7), (2, 32, 30), (2, 128, 93), (64, 128, 93)):
             outputs = [torch.randn(batch_size, 3, side, side, 8).bfloat16() for side in (12, 6, 3)]
             corner = torch.rand(batch_size, rows, 2) * 60
@@ -468,7 +461,7 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
 
 
 def test_cross_entropy_against_torch() -> None:
-    """Softmax cross-entropy of each box that rules its prediction; crowd and padding count nothing."""
+    """Softmax cross-entropy of the last box of each prediction; none for crowd regions and padding."""
     case = Case("three levels", 5, [7, 0, 13], seed=17)
     losses = case.criterion(class_loss="cross_entropy")(case.outputs, case.targets())
     expected = 0.0
@@ -514,11 +507,8 @@ def test_weights_scale_the_parts_and_their_gradients(loss: str) -> None:
 def test_scale_xy_changes_the_target_of_the_centre_by_hand() -> None:
     """Centre a quarter into the cell in x, on its border in y; s = 1.2: (0.25 + 0.1) / 1.2 and (0 + 0.1) / 1.2."""
     output = torch.zeros(1, 1, 2, 2, 6, requires_grad=True)
-    targets = {
-        "boxes": torch.tensor([[[0.0, 8, 16, 24]]]),
-        "labels": torch.tensor([[0]]),
-    }  # centre (8, 16), cells of 16
-    targets["boxes"][..., 0::2] += 12  # (20, 16): column 1, row 1
+    # centre (20, 16), cells of 16: column 1, row 1
+    targets = {"boxes": torch.tensor([[[12.0, 8, 28, 24]]]), "labels": torch.tensor([[0]])}
     losses = DarknetLoss([[(16, 16)]], [16], 0.7, scales_xy=[1.2])([output], targets)
     losses["loss_box"].backward()
     assert output.grad is not None
@@ -528,7 +518,7 @@ def test_scale_xy_changes_the_target_of_the_centre_by_hand() -> None:
 
 
 def test_every_level_has_its_own_scale() -> None:
-    """Each ground-truth box's gradient is that of a criterion with its level's scale everywhere."""
+    """The gradient of a level is that of a criterion with its scale on all levels."""
     case = Case("three levels", 2, [20, 20], seed=22)
     scales = [1.05, 1.1, 1.2]
     outputs = [output.clone().requires_grad_() for output in case.outputs]
@@ -545,8 +535,3 @@ def test_numbers_of_levels_must_agree() -> None:
         DarknetLoss([[(8, 8)]], [8, 16], 0.7)
     with pytest.raises(ValueError, match="2 levels of anchors, 2 strides and 1 scales_xy"):
         DarknetLoss([[(8, 8)], [(16, 16)]], [8, 16], 0.7, scales_xy=[1.1])
-
-
-def test_criterion_by_name() -> None:
-    assert list(CRITERIA) == ["darknet", "giou", "ciou", "mmdetection"]
-    assert CRITERIA["darknet"] is DarknetLoss

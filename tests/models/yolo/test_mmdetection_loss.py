@@ -1,14 +1,12 @@
-"""`MMDetectionLoss` and its assignment against plain loops over all prior boxes, from the rules of the original:
+"""`MMDetectionLoss` and its assignment against plain loops over all priors, from the rules of the original:
 
-every prior box (the anchor in the middle of its cell) of an image is
-    negative where no ground-truth box overlaps it by an IoU above the threshold,
-    positive, among those in a cell (of its level) that holds the centre of some ground truth, for the ground truth it
-    overlaps
-        most if that IoU exceeds the threshold; then ground truth after ground truth takes those that it overlaps most,
-        ties too,
+A prior (an anchor centred in its cell) is
+    negative if it has no IoU above the threshold with a ground-truth box;
+    positive, if its cell holds the centre of a ground-truth box, for the ground-truth box of highest IoU if that
+        exceeds the threshold; then each ground-truth box in turn takes the priors of its highest IoU, all of equals;
     ignored otherwise.
 d loss / d logit: sigmoid - target for objectness and classes, 2 * (sigmoid - target) for xy, 4 * (raw - target) for wh.
-A crowd region (ours): priors of which more than the threshold lies inside are not negative.
+Crowd regions (ours): priors with more than the threshold of their area inside are not negative.
 """
 
 import math
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.models.yolo import mmdetection_loss as grid_assignment
+from detection.models.yolo import mmdetection_loss
 from detection.models.yolo.mmdetection_loss import MMDetectionLoss, assign_by_grid
 from tests.support.loss_cases import Case, all_predictions, cross_entropy_of_bit, gt_boxes_of, overlap, sigmoid
 
@@ -55,13 +53,13 @@ def cell_of(case: Case, box: list[float], level: int) -> tuple[int, int]:
 
 
 def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[dict[Place, int], set[Place]]:
-    """The ground truth (its number among the rows of targets) of each positive, and the negatives."""
+    """The row of the ground-truth box of each positive, and the negatives."""
     met = Counter() if met is None else met
     boxes, labels = case.boxes[image].tolist(), case.labels[image].tolist()
-    gt_boxes = [number for number, label in enumerate(labels) if label >= 0]
+    gt_rows = [number for number, label in enumerate(labels) if label >= 0]
     crowds = [number for number, label in enumerate(labels) if label == -2]
     iou = {
-        place: {number: overlap(prior_box(case, place), boxes[number], False) for number in gt_boxes}
+        place: {number: overlap(prior_box(case, place), boxes[number], False) for number in gt_rows}
         for place in all_predictions(case)
     }
     negatives = {
@@ -73,16 +71,16 @@ def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[
     available = [
         (level, anchor, row, column)
         for level, anchor, row, column in iou
-        if any(cell_of(case, boxes[number], level) == (row, column) for number in gt_boxes)
+        if any(cell_of(case, boxes[number], level) == (row, column) for number in gt_rows)
     ]
     positives: dict[Place, int] = {}
     for place in available:
-        number = max(gt_boxes, key=lambda number: iou[place][number])  # the first of equals
+        number = max(gt_rows, key=lambda number: iou[place][number])  # the first of equals
         if iou[place][number] > case.threshold:
             positives[place] = number
             met["above the threshold"] += 1
     met["above the threshold, not the best"] += len(positives)
-    for number in gt_boxes:
+    for number in gt_rows:
         best = max(iou[place][number] for place in available)
         for place in available:
             if best > 0 and iou[place][number] == best:
@@ -94,7 +92,7 @@ def slow_grid(case: Case, image: int, met: Counter[str] | None = None) -> tuple[
         cell_of(case, boxes[number], place[0]) != place[2:] for place, number in positives.items()
     )
     met["several for one ground-truth box"] += len(positives) - len(set(positives.values()))
-    met["ground truth without a prior"] += len(gt_boxes) - len(set(positives.values()))
+    met["ground truth without a prior"] += len(gt_rows) - len(set(positives.values()))
     met["ignored"] += sum(place not in negatives and place not in positives for place in iou)
     met["several levels"] += len({place[0] for place in positives}) > 1
     return positives, negatives - set(positives)
@@ -181,7 +179,7 @@ def test_cases_contain_every_rule() -> None:
 @pytest.mark.parametrize("counts", [[84], [3, 133]])
 def test_many_gt_boxes_all_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
-    monkeypatch.setattr(grid_assignment, "MAX_OVERLAPS", 1)
+    monkeypatch.setattr(mmdetection_loss, "MAX_OVERLAPS", 1)
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
 
 
@@ -227,7 +225,7 @@ BETWEEN = [9.9, 2.0, 21.9, 14.0]
 
 
 def test_ignored_prior_by_hand() -> None:
-    """A prior that the ground truth overlaps by more than the threshold, in a cell without a centre."""
+    """A prior with an IoU above the threshold in a cell without a centre."""
     _, gradient = two_cells([BETWEEN], [0], threshold=0.15)
     assert gradient[:, :, 4].tolist() == [[-0.5, 0], [0.5, 0.5]]
 
@@ -243,7 +241,7 @@ def test_ground_truth_may_take_a_prior_in_the_cell_of_another() -> None:
 
 
 def test_later_ground_truth_overrides_and_gives_its_class() -> None:
-    """Two ground-truth boxes whose best prior is the same: the last one takes it, whatever it overlaps more."""
+    """Two ground-truth boxes with the same best prior: the last one takes it, even with the lower IoU."""
     exact, loose = [2.0, 2, 14, 14], [2.0, 2, 14, 13]
     for gt_boxes, labels, expected in [([exact, loose], [0, 1], 1), ([loose, exact], [2, 0], 0)]:
         losses, gradient = two_cells(gt_boxes, labels)

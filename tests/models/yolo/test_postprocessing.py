@@ -41,7 +41,12 @@ def slow_iou(box_1: list[float], box_2: list[float]) -> float:
 
 
 def slow_detections(
-    outputs: list[Tensor], image: int, confidence: float, iou_threshold: float, most: int, softmax: bool = False
+    outputs: list[Tensor],
+    image: int,
+    confidence: float,
+    iou_threshold: float,
+    max_detections: int,
+    softmax: bool = False,
 ) -> list[tuple[float, int, list[float]]]:
     """(score, label, box), score descending."""
     candidates: dict[int, list[tuple[float, list[float]]]] = {}
@@ -64,7 +69,7 @@ def slow_detections(
         for score, box in sorted(of_class, key=lambda candidate: -candidate[0]):
             if all(slow_iou(box, other) <= iou_threshold for _, other in kept):
                 kept.append((score, box))
-        found += [(score, label, box) for score, box in kept[:most]]
+        found += [(score, label, box) for score, box in kept[:max_detections]]
     return sorted(found, key=lambda detection: -detection[0])
 
 
@@ -76,26 +81,29 @@ def assert_equals_oracle(found: dict[str, Tensor], expected: list[tuple[float, i
 
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
 @pytest.mark.parametrize(
-    ("classes", "confidence", "iou_threshold", "most"),
+    ("classes", "confidence", "iou_threshold", "max_detections"),
     [(3, 0.001, 0.45, 100), (3, 0.001, 0.45, 4), (1, 0.3, 0.6, 100), (5, 0.001, 0.1, 7), (20, 0.05, 0.45, 2)],
 )
 def test_detections_against_loop(
-    classes: int, confidence: float, iou_threshold: float, most: int, class_loss: str
+    classes: int, confidence: float, iou_threshold: float, max_detections: int, class_loss: str
 ) -> None:
-    """Multi-label, NMS within a class only, at most so many per class, score descending."""
+    """Multi-label, NMS within a class, at most `max_detections` per class, by falling score."""
     outputs = random_outputs(2, classes, seed=classes)
     postprocess = build(
-        confidence_threshold=confidence, iou_threshold=iou_threshold, max_detections=most, class_loss=class_loss
+        confidence_threshold=confidence,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        class_loss=class_loss,
     )
     softmax = class_loss == "cross_entropy"
     for image, found in enumerate(postprocess(outputs)):
-        expected = slow_detections(outputs, image, confidence, iou_threshold, most, softmax)
+        expected = slow_detections(outputs, image, confidence, iou_threshold, max_detections, softmax)
         assert len(expected) > 3
         assert_equals_oracle(found, expected)
 
 
 def test_many_candidates_against_loop() -> None:
-    """More than 1000 candidates, from where torchvision's batched form takes another path on the CPU."""
+    """More than 1000 candidates."""
     outputs = random_outputs(1, 30, seed=40)
     outputs = [output + 3 * (torch.arange(35) >= 4) for output in outputs]
     expected = slow_detections(outputs, 0, 0.001, 0.45, 100)
@@ -130,7 +138,7 @@ def test_softmax_probabilities_are_those_of_the_loss() -> None:
 
 
 def test_confidence_threshold() -> None:
-    """Every detection exceeds it, and a lower one only adds detections where nothing is suppressed."""
+    """Every detection exceeds it, and without NMS a lower one only adds detections."""
     outputs = random_outputs(1, 4, seed=50)
     all_found = build(confidence_threshold=0.0, iou_threshold=1.0)(outputs)[0]
     candidates = 2 * (ROWS * COLUMNS + ROWS * COLUMNS // 4) * 4
@@ -141,14 +149,14 @@ def test_confidence_threshold() -> None:
     assert torch.equal(some_found["scores"], all_found["scores"][: candidates // 3])
 
 
-@pytest.mark.parametrize("most", [1, 5])
-def test_most_detections_are_per_class(most: int) -> None:
+@pytest.mark.parametrize("max_detections", [1, 5])
+def test_most_detections_are_per_class(max_detections: int) -> None:
     outputs = random_outputs(2, 3, seed=60)
     unlimited = build(iou_threshold=1.0, max_detections=10**6)(outputs)
-    for found, every in zip(build(iou_threshold=1.0, max_detections=most)(outputs), unlimited, strict=True):
-        assert found["labels"].bincount().tolist() == [most] * 3
+    for found, every in zip(build(iou_threshold=1.0, max_detections=max_detections)(outputs), unlimited, strict=True):
+        assert found["labels"].bincount().tolist() == [max_detections] * 3
         for label in range(3):
-            best = every["scores"][every["labels"] == label][:most]
+            best = every["scores"][every["labels"] == label][:max_detections]
             assert torch.equal(found["scores"][found["labels"] == label], best)
 
 
@@ -260,17 +268,17 @@ def test_boxes_to_original_are_clipped_to_the_image() -> None:
 # One pass for several thresholds, and decoding in pieces
 
 
-@pytest.mark.parametrize("most", [3, 100, None])
+@pytest.mark.parametrize("max_detections", [3, 100, None])
 @pytest.mark.parametrize("step", [0, 0.05])
-def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(most: int | None, step: float) -> None:
-    """With step the logits are rounded, so that many scores are equal."""
+def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(max_detections: int | None, step: float) -> None:
+    """A step rounds the logits, so that many scores are equal."""
     outputs = random_outputs(images=3, classes=2, seed=4)
     if step:
         outputs = [(level / step).round() * step for level in outputs]
-    lowest = build(confidence_threshold=0.0001, max_detections=most)(outputs)
+    lowest = build(confidence_threshold=0.0001, max_detections=max_detections)(outputs)
     for threshold in (0.001, 0.01, 0.1, 0.3):
         for wide, narrow in zip(
-            lowest, build(confidence_threshold=threshold, max_detections=most)(outputs), strict=True
+            lowest, build(confidence_threshold=threshold, max_detections=max_detections)(outputs), strict=True
         ):
             kept = wide["scores"] > threshold
             assert len(narrow["scores"]) > 0

@@ -99,7 +99,7 @@ def test_assignment_against_loop() -> None:
 
 
 def test_best_anchor_is_sought_over_all_levels() -> None:
-    """A tall thin box, 4 x 60, that no anchor fits well gets the one that fits least badly."""
+    """A box of 4 x 60, which fits no anchor well, gets the best of all levels."""
     # stride 8:  4 x 5: 20 / 240 = 0.08;  6 x 12: 48 / (240 + 72 - 48) = 0.18;  13 x 9: 36 / 321 = 0.11
     # stride 16: 12 x 24: 96 / (240 + 288 - 96) = 0.22;  25 x 18: 72 / 618 = 0.12
     # stride 32: 46 x 36: 144 / 1752 = 0.08;  62 x 40: 160 / 2560 = 0.06;  80 x 60: 240 / 4800 = 0.05
@@ -126,7 +126,7 @@ def test_centre_on_a_cell_boundary_belongs_to_the_next_cell() -> None:
 
 
 def test_equal_overlaps_take_the_first_anchor() -> None:
-    """Darknet keeps the first of equals: its comparison is `>`."""
+    """As in Darknet, which compares with `>`."""
     anchors = [torch.tensor([[20.0, 10.0], [10.0, 20.0]]), torch.tensor([[10.0, 20.0], [20.0, 10.0]])]
     table = anchor_table(anchors, [8, 16], [(4, 4), (2, 2)], [1, 1])
     # square: 15 * 10 shared with each; wide and tall: equal to one anchor of each level
@@ -137,7 +137,7 @@ def test_equal_overlaps_take_the_first_anchor() -> None:
 
 
 def test_padding_and_crowd_are_never_assigned() -> None:
-    """Labels decide: a padding row may hold any box, even a copy of a ground-truth box."""
+    """Only labels count: a padding row may hold any box, even a copy of a ground-truth box."""
     boxes, labels = random_targets(1, 6, seed=1)
     boxes[0, 1] = boxes[0, 0]
     boxes[0, 3] = boxes[0, 2]
@@ -150,9 +150,7 @@ def test_padding_and_crowd_are_never_assigned() -> None:
 
 
 def test_padding_and_crowd_do_not_share_prediction_0() -> None:
-    """Their index is 0; a ground-truth box that really has index 0 (4 x 5 in the first cell) is alone with it all the
-    same.
-    """
+    """Their index is 0, as that of a 4 x 5 box in the first cell, which nevertheless shares it with none."""
     boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
     assigned = assign_targets(boxes, torch.tensor([[3, -1, -2]]), TABLE)
     assert assigned.index.tolist() == [[0, 0, 0]]
@@ -180,7 +178,7 @@ def test_two_gt_boxes_in_one_cell_the_last_gives_the_box() -> None:
 
 
 def test_last_and_final_against_loop() -> None:
-    """Eighty ground-truth boxes drawn around a few places: many share a prediction, also three and more."""
+    """Eighty ground-truth boxes at 12 places: many predictions are shared, some by three and more."""
     generator = torch.Generator().manual_seed(4)
     places, _ = random_targets(2, 12, seed=5)
     boxes = places[:, torch.randint(0, 12, (80,), generator=generator)]
@@ -205,10 +203,9 @@ def test_images_do_not_mix() -> None:
     assert assigned.last.all() and assigned.index[0] == assigned.index[1]
 
 
-@pytest.mark.parametrize("labels", [[-1] * 6, [0, -1, -2, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
-def test_shapes_depend_on_padded_size_only(labels: list[int]) -> None:
+def test_shapes_and_dtypes() -> None:
     boxes, _ = random_targets(2, 6, seed=6)
-    assigned = assign_targets(boxes, torch.tensor([labels, labels]), TABLE)
+    assigned = assign_targets(boxes, torch.tensor([[0, -1, -2, -1, -1, -1]] * 2), TABLE)
     shapes = {name: tuple(value.shape) for name, value in vars(assigned).items()}
     assert shapes == {
         "valid": (2, 6),
@@ -267,7 +264,7 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("count", [1, 9, 150])
 @pytest.mark.parametrize("at_once", [10**9, 1])
 def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
-    """Ground-truth boxes, crowd regions and padding in turn; the whole batch at once and in pieces."""
+    """Ground-truth boxes, crowd regions and padding; the batch in one piece and in several."""
     monkeypatch.setattr(criterion, "max_chunk_elements", lambda device: at_once)
     boxes, labels = random_targets(4, count, seed=7)
     labels[:, 1::5] = -1
@@ -300,7 +297,7 @@ def test_pieces_of_a_batch(images: int, max_values: int, sizes: list[int]) -> No
 @pytest.mark.parametrize("position", [0, 63, 137])
 @pytest.mark.parametrize("label", [0, -2])
 def test_the_only_ground_truth_may_stand_anywhere(position: int, label: int) -> None:
-    """A ground-truth box or crowd region counts wherever it stands, with padding around it."""
+    """A ground-truth box or crowd region counts in any row, with padding around it."""
     boxes, labels = torch.zeros(1, 138, 4), torch.full((1, 138), -1)
     boxes[0, position], labels[0, position] = torch.tensor([10.0, 10, 30, 30]), label
     predicted = torch.tensor([[[10.0, 10, 30, 28], [12.0, 12, 20, 20], [50.0, 10, 70, 28]]])
@@ -309,7 +306,7 @@ def test_the_only_ground_truth_may_stand_anywhere(position: int, label: int) -> 
 
 
 def test_crowd_counts_the_share_inside_by_hand() -> None:
-    """A small prediction inside a large crowd region is ignored, inside a large ground truth it is not."""
+    """A small prediction inside a large crowd region is ignored, inside a large ground-truth box it is not."""
     region = torch.tensor([[[0.0, 0, 90, 60]]])
     predicted = torch.tensor(
         [
@@ -341,7 +338,7 @@ def test_padding_ignores_nothing_whatever_it_holds() -> None:
 
 
 def test_degenerate_predictions_are_not_ignored() -> None:
-    """Empty and infinite predictions, as an exploding network gives, are background; nothing becomes NaN."""
+    """Empty and infinite predictions, as of a diverging network, are background; nothing becomes NaN."""
     infinity = float("inf")
     predicted = torch.tensor(
         [

@@ -1,4 +1,4 @@
-"""Every backbone keeps one contract; the YOLOv3 family is that of Darknet's descriptions."""
+"""The contract of all backbones, and the YOLOv3 family compared with Darknet's cfg files."""
 
 import importlib.util
 import sys
@@ -43,7 +43,7 @@ def build(*settings: str, num_classes: int = 2) -> Detector:
 
 @pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
 def backbone(request: pytest.FixtureRequest) -> nn.Module:
-    """One of each, with the statistics of a few batches, as after some training."""
+    """One of each, with batch-norm statistics of a few batches."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
     module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].model, levels, "yolo.anchors")
@@ -269,7 +269,7 @@ THREE = "yolo.anchors=[[[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33,
     ids=["yolov3", "yolov3-spp", "yolov3-tiny"],
 )
 def test_family_is_the_described_network(cfg: str, settings: list[str], convolutions: int, tmp_path: Path) -> None:
-    """The same file of weights makes both networks compute the same: order of layers, of channels and padding."""
+    """With the same weights file both networks compute the same: order of layers and channels, padding."""
     torch.manual_seed(0)
     model = build(*settings).model
     assert isinstance(model, YOLOv3) and len(model.darknet_convolutions()) == convolutions

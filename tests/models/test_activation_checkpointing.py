@@ -1,4 +1,4 @@
-"""Activation checkpointing changes memory and time, and no number."""
+"""Activation checkpointing changes memory and time, but no result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +55,7 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
         (None, False, []),
         (torch.bfloat16, False, []),
         (None, True, []),
-        (None, False, ["train.encoder_batch_norm=frozen"]),
+        (None, False, ["train.backbone_batch_norm=frozen"]),
         (None, False, ["model.batch_norm=darknet"]),
     ],
 )
@@ -70,7 +70,7 @@ def test_every_number_is_the_same(
         other = recomputed[name]
         assert (value is None and other is None) or torch.equal(value, other), name
     counters = [name for name in plain if name.endswith("num_batches_tracked") and "backbone" in name]
-    moves = not frozen and "train.encoder_batch_norm=frozen" not in words
+    moves = not frozen and "train.backbone_batch_norm=frozen" not in words
     assert {int(recomputed[name]) for name in counters} == {4 if moves else 0}
 
 
