@@ -160,7 +160,7 @@ def parse_cfg(text: str) -> list[CfgSection]:
             )
         sections[-1].options.setdefault(key, value)
     if not sections or sections[0].name != "net" or sum(section.name == "net" for section in sections) != 1:
-        raise SettingsError("cfg: must begin with one [net] section; is this a Darknet description?")
+        raise SettingsError("cfg: must begin with one [net] section; is this a .cfg file?")
     for section in sections:
         check_spelling(section)
         for key, neutral in (REFUSED_KEYS.get(section.name, {}) | REFUSED_EVERYWHERE).items():

@@ -238,7 +238,7 @@ def test_crowd_region_excuses_background_only() -> None:
 
 @pytest.mark.parametrize("loss", CRITERIA)
 def test_whole_batch_empty(loss: str) -> None:
-    """Objectness against 0 everywhere. Every output has a gradient: in a distributed run no process waits for another."""
+    """Objectness against 0 everywhere; all outputs have a gradient, so no process of a distributed run waits."""
     case = Case("three levels", 4, [0, 0], seed=6, loss=loss)
     losses, gradients = case.gradients()
     assert losses["loss_box"] == 0 and losses["loss_class"] == 0
