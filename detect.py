@@ -42,7 +42,7 @@ from detection.data.transforms import Sample, Transform
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
-from detection.inference.results import Found, Results
+from detection.inference.results import ImageDetections, Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
 from detection.inference.weights import OpenedDetector, open_command_line
@@ -150,18 +150,18 @@ class Finder:
         """RGB uint8 (H, W, 3) as the network takes it."""
         return self.transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0, 0, 0)
 
-    def find(self, samples: Sequence[Sample]) -> list[Found]:
+    def find(self, samples: Sequence[Sample]) -> list[ImageDetections]:
         with torch.no_grad(), self.machine.autocast():
             outputs = self.detector.model(collate_samples(samples)["images"].to(self.machine.device))
         detections = zip(self.detector.postprocess(outputs), samples, strict=True)
         return [self._of_image(found, sample) for found, sample in detections]
 
-    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> Found:
+    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> ImageDetections:
         boxes = boxes_to_original(found["boxes"], sample.letterbox).cpu().numpy()
         labels, scores = found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
         # a diverged network may find boxes that are not numbers; nothing can be drawn or said of them
         shown = (scores >= self.threshold) & self.wanted[labels] & np.isfinite(boxes).all(axis=1)
-        return Found(boxes[shown], labels[shown], scores[shown])
+        return ImageDetections(boxes[shown], labels[shown], scores[shown])
 
 
 @dataclass
