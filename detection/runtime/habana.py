@@ -23,7 +23,8 @@ LAZY_MODE = "PT_HPU_LAZY_MODE"  # 1 lazy, 0 eager; which one is the default depe
 def prepare_habana(arguments: Sequence[str]) -> None:
     """Set the lazy or eager mode that the command line selects, unless the environment has set one.
 
-    Does nothing without Habana's software. `check_lazy` reports a conflict later, the script's parser invalid arguments.
+    Does nothing without Habana's software. `check_lazy` reports a conflict later; the script's parser reports invalid
+    arguments.
     """
     if importlib.util.find_spec("habana_frameworks") is not None:
         os.environ.setdefault(LAZY_MODE, "1" if wants_lazy(arguments) else "0")
