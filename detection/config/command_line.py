@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             "settings",
             nargs="*",
             metavar="key.path=value",
-            help="settings to override; yolo-v3/args.yaml documents all of them",
+            help="settings to override; see yolo-v3/args.yaml",
         )
         add(
             "--config",
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             default=[],
             type=Path,
             metavar="FILE",
-            help="YAML file with settings that override args.yaml; repeatable, later files win",
+            help="overlay on args.yaml; repeatable, later files win",
         )
         if device:
             add_device_flags(self)
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     def add_output(self) -> None:
         """Add --output and --show."""
         self.add_argument(
-            "--output", type=Path, metavar="DIRECTORY", help="output directory (default: a new one below logs/)"
+            "--output", type=Path, metavar="DIRECTORY", help="output directory (default: new, below logs/)"
         )
         self.add_argument("--show", action="store_true", help="also show the images in a window")
 

@@ -41,7 +41,8 @@ def find_batch_size(
 
     At most `IMAGES_PER_STEP` images per optimizer step, and at most `num_images` (but at least one per micro-batch).
     Starts from `estimate_memory`; on an accelerator, training steps are then tried with decreasing batch sizes until
-    one fits. On the CPU, where a process that allocates too much is killed, only the estimate is used; the preflight step tries the result.
+    one fits. On the CPU, where a process that allocates too much is killed, only the estimate is used; the preflight
+    step tries the result.
 
     Args:
         detector: detector on its device; its weights and statistics do not change.
