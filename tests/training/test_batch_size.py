@@ -1,4 +1,4 @@
-"""`train.batch_size: auto`: the number it finds, against memory that is counted by hand."""
+"""`train.batch_size: auto` against memory counted by hand."""
 
 import contextlib
 import importlib.util
@@ -33,7 +33,7 @@ WORDS = ("train.batch_size=auto", "train.image_size=64", "data.num_workers=2")
 
 
 def alone(size: int = 1, others: tuple[int, ...] = ()) -> Any:
-    """Ranks of which the others have found these numbers."""
+    """Ranks whose other processes have found these numbers."""
     return SimpleNamespace(
         size=size,
         local_size=size,
