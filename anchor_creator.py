@@ -1,25 +1,24 @@
-"""Anchors for a dataset: k-means of its box shapes, compared with the current anchors, as an overlay to train with.
+"""Fit anchors to a dataset by k-means, compare them with the current ones, and write them as an overlay.
 
 python anchor_creator.py --config recipes/quickstart.yaml                      built-in digits, about 5 seconds
 python anchor_creator.py data.root=my_dataset train.image_size=320
 python anchor_creator.py data.train_annotations=boxes.json --per-level 4       no images are needed
 python yolo-v3/main.py --config my_overlay.yaml --config logs/<run>/anchors.yaml
 
-Takes the boxes of the training images at the size of the network input (train.image_size, with the letterbox of
-training), without crowd regions and without what is below 1 pixel there. With train.resize_frequency on, the network
-meets every box at all of train.multiscale_sizes equally often while anchors stay at their pixels: they are fitted to
-the boxes at all these sizes. Augmentation and data.balance are not modelled: a random scale widens the spread around
-the same shapes.
+Uses the boxes of the training images at the size of the network input (train.image_size, letterboxed as in training),
+without crowd regions and boxes below 1 pixel. With train.resize_frequency, training shows every box at all of
+train.multiscale_sizes equally often, so the anchors are fitted to the boxes at all these sizes. Augmentation and
+data.balance are ignored.
 
-Distance is 1 - shape IoU (boxes and anchors laid over one another, same centre). Prints the mean best shape IoU, and
-two kinds of best possible recall: the share of boxes whose best anchor has a shape IoU of at least --threshold, and the
-share of which both sides are within --ratio times the sides of an anchor. Anchors are sorted by area and dealt to the
-levels, finest stride first, as many each as now or as --per-level says: where all objects are small, more of them serve
-at the fine levels. Says whether they are worth it: the anchors published for COCO are fine for many datasets.
+The distance is 1 - shape IoU (IoU of box and anchor with the same centre). Prints the mean best shape IoU and two upper
+bounds of the recall: the share of boxes whose best anchor has a shape IoU of at least --threshold, and the share with
+both sides within a factor of --ratio of those of an anchor. Anchors are sorted by area and assigned to the levels,
+finest stride first, with the current number per level or that of --per-level; if all objects are small, the fine levels
+need more. Recommends whether to use them: the anchors published for COCO suit many datasets.
 
-Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet
-description also that description with the new anchors, anchors.cfg. Seconds; about 20 for COCO's 860,001 boxes.
-docs/anchors.png is that of all boxes of COCO val2017 (data.train_annotations=instances_val2017.json).
+Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet .cfg
+also anchors.cfg, with the new anchors. Takes seconds; about 20 for COCO's 860,001 boxes. docs/anchors.png shows all
+boxes of COCO val2017 (data.train_annotations=instances_val2017.json).
 """
 
 import argparse
@@ -63,7 +62,7 @@ PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yo
     ),
     6: ("YOLOv3-tiny for COCO", [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]),
 }
-# Anchors fitted to COCO itself at 416 px gain 0.015 on the published ones, and new anchors have not raised the AP there
+# Mean IoU. Anchors fitted to COCO at 416 px gain 0.015 over the published ones without raising the AP
 # (https://github.com/ultralytics/yolov3/pull/754).
 SMALL_GAIN = 0.02
 
@@ -131,11 +130,11 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--per-level",
         metavar="N[,N...]",
-        help="anchors of every level, or of each, finest stride first (default: as yolo.anchors)",
+        help="number of anchors per level; one for all or one each, finest stride first (default: as yolo.anchors)",
     )
-    add("--restarts", type=int, default=10, metavar="N", help="clusterings, the best of which counts (default: 10)")
-    add("--threshold", type=float, default=0.5, metavar="IOU", help="shape IoU of the recall (default: 0.5)")
-    add("--ratio", type=float, default=4.0, metavar="R", help="ratio of sides of the recall (default: 4)")
+    add("--restarts", type=int, default=10, metavar="N", help="number of clusterings, the best is used (default: 10)")
+    add("--threshold", type=float, default=0.5, metavar="IOU", help="minimum shape IoU for the recall (default: 0.5)")
+    add("--ratio", type=float, default=4.0, metavar="R", help="maximum ratio of sides for the recall (default: 4)")
     parser.add_output()
     arguments = parser.parse_intermixed_args()
     if arguments.restarts < 1:
@@ -148,10 +147,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_detector(settings: Settings) -> tuple[Detector, AnchorLayout]:
-    """The detector of the settings without weights, and its anchors.
+    """Build the detector on the meta device; returns it and its anchors.
 
     Raises:
-        SettingsError: it has none.
+        SettingsError: it has no anchors.
     """
     with torch.device("meta"):
         detector = build_detector(settings, settings.model.num_classes or 1)
@@ -161,7 +160,7 @@ def open_detector(settings: Settings) -> tuple[Detector, AnchorLayout]:
 
 
 def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
-    """Anchors per level, stride ascending."""
+    """Parse --per-level to the number of anchors per level, stride ascending; None: the current numbers."""
     current = [len(level) for level in layout.levels]
     if text is None:
         return current
@@ -183,7 +182,7 @@ def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
 
 
 def input_sizes(settings: Settings, step: int) -> list[int]:
-    """Sides in pixels at which training meets the boxes, all equally often."""
+    """List the input sizes of training in pixels; all are equally frequent."""
     train = settings.train
     if not train.resize_frequency:
         return [train.image_size]
@@ -192,13 +191,13 @@ def input_sizes(settings: Settings, step: int) -> list[int]:
 
 
 def deal(anchors: np.ndarray, counts: Sequence[int]) -> list[list[tuple[float, float]]]:
-    """Anchors sorted by area to levels, stride ascending."""
+    """Distribute anchors (K, 2), sorted by area, over the levels, stride ascending."""
     pieces = np.split(anchors, np.cumsum(counts)[:-1])
     return [[(float(width), float(height)) for width, height in piece] for piece in pieces]
 
 
 def compare(shapes: np.ndarray, new: Anchors, current: Anchors, arguments: argparse.Namespace) -> list[Fit]:
-    """The new anchors, the current ones, and those published for COCO unless these are the current ones."""
+    """Measure the new anchors, the current ones and, if different, those published for COCO."""
     flat_new, flat = ([anchor for level in levels for anchor in level] for levels in (new, current))
     published_name, published = PUBLISHED.get(len(flat), PUBLISHED[9])
     sets = [("new", flat_new), ("current", flat), (published_name, published)]
@@ -224,7 +223,7 @@ def table(fits: Sequence[Fit], arguments: argparse.Namespace) -> list[str]:
 
 
 def level_lines(levels: Anchors, strides: Sequence[int], shapes: np.ndarray) -> list[str]:
-    """New anchors of each level, and the share of the boxes that are nearest to them."""
+    """Format the new anchors of each level, with the share of boxes nearest to them."""
     anchors = np.array([anchor for level in levels for anchor in level])
     level_of_anchor = np.repeat(np.arange(len(levels)), [len(level) for level in levels])
     shares = np.bincount(level_of_anchor[nearest_anchors(shapes, anchors)], minlength=len(levels)) / len(shapes)
@@ -236,6 +235,7 @@ def level_lines(levels: Anchors, strides: Sequence[int], shapes: np.ndarray) -> 
 
 
 def judge(fits: Sequence[Fit]) -> str:
+    """Recommend the new or the current anchors."""
     new, current, *published = fits
     gain = new.mean_iou - current.mean_iou
     if gain < SMALL_GAIN:

@@ -1,12 +1,12 @@
-"""Learn one batch by heart: is it my data or my code? A network that cannot do this will learn nothing from more.
+"""Overfit a single batch, as a sanity check: a detector that cannot do this has a fault in its data or code.
 
 python batch_overfit.py                                            built-in digits, about 20 seconds on 2 CPU cores
 python batch_overfit.py --config recipes/bccd.yaml data.root=my_dataset --images 8 --steps 300
 python batch_overfit.py model.backbone=darknet data.root=data/coco train.learning_rate=5e-4 && echo "the data is fine"
 
-Trains on the first images with boxes, with the run's own settings but without augmentation, schedule and moving
-average, until AP50 on these images reaches --threshold: exit 0; or until --steps are over: exit 1. Prints the parts of
-the loss, writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
+Trains on the first images that have boxes, with the given settings but without augmentation, schedule and EMA, until
+AP50 on these images reaches --threshold (exit code 0) or --steps are done (exit code 1). Prints the components of the
+loss; writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
 logs/.
 """
 
@@ -50,7 +50,7 @@ from detection.training.optimizer import build_optimizer, set_backbone_frozen, s
 from detection.training.step import train_step
 
 BUILTIN = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
-WARMUP = 10  # steps of a linear rise: the outputs start far from where they will be
+WARMUP = 10  # steps of linear warm-up
 EVALUATE_EVERY = 10  # steps
 MEMORY_HINT = "out of memory: take fewer --images or a smaller train.image_size"
 
@@ -108,7 +108,7 @@ def main() -> None:
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
     evaluation, step = train(overfit, arguments.steps, arguments.threshold)
-    # AP50 ranks; how sure the network is does not count. The picture shows what it finds at its own best threshold.
+    # AP50 does not depend on calibration, so the pictures use the threshold of the highest F1 instead of a fixed one.
     curves = confidence_curves(dataset.annotations, evaluation.detections, settings.evaluation.confidence_threshold)
     drawn = float(curves.confidence[curves.best])
     pictures = []
@@ -139,8 +139,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("batch_overfit.py", __doc__)
     parser.add_settings()
     add = parser.add_argument
-    add("--images", type=int, default=8, metavar="N", help="images of the batch (default: 8)")
-    add("--steps", type=int, default=200, metavar="N", help="at most so many optimizer steps (default: 200)")
+    add("--images", type=int, default=8, metavar="N", help="number of images in the batch (default: 8)")
+    add("--steps", type=int, default=200, metavar="N", help="maximum number of optimizer steps (default: 200)")
     add("--threshold", type=float, default=0.95, metavar="AP50", help="AP50 that counts as learned (default: 0.95)")
     parser.add_output()
     arguments = parser.parse_intermixed_args()
@@ -153,7 +153,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def take_images(settings: Settings, count: int) -> DetectionDataset:
-    """A dataset of the first training images that have boxes."""
+    """Build a dataset of the first `count` training images that have boxes.
+
+    Raises:
+        DataError: there are not enough of them.
+    """
     dataset = build_training_dataset(settings.data, settings.run.seed, settings.model.num_classes)
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
@@ -186,7 +190,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
                 settings.clip_norm,
                 mark_step=machine.mark_step,
             )
-            # A few steps more or less do not matter here, waiting for the device does not either.
+            # Speed does not matter here, so waiting for the device each step is fine.
             if not finite and not scaler.is_enabled():
                 parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.items())
                 raise NumericsError(f"non-finite at step {step}: {parts}; try a lower train.learning_rate")
@@ -205,7 +209,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
 
 
 def warmup_rate(learning_rate: float, step: int, _: str) -> float:
-    """The same for every parameter group."""
+    """Return the learning rate of a step, the same for every parameter group."""
     return learning_rate * min(step / WARMUP, 1.0)
 
 

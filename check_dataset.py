@@ -1,15 +1,15 @@
-"""Look through a dataset before it costs days: everything that would stop training or make it wrong, with ids.
+"""Check a dataset before training: reports everything that would stop or degrade training, with ids.
 
 python check_dataset.py data.root=my_dataset                     both splits; about 4 ms per image and core
-python check_dataset.py data.root=my_dataset --quick             no image is opened: what training does before step 0
-python check_dataset.py data.root=my_dataset --headers           sizes, EXIF and formats, but nothing is decoded
+python check_dataset.py data.root=my_dataset --quick             opens no image; training makes these checks itself
+python check_dataset.py data.root=my_dataset --headers           checks sizes, EXIF and formats without decoding
 python check_dataset.py data.train_annotations=boxes.json data.train_images=photos --split training
 python check_dataset.py --config my.yaml && python3 yolo-v3/main.py --config my.yaml       as a gate
 
-Checks the annotation files, the image files (decoded as training does), leakage between the splits, and whether the
-boxes fit the network's input size, cells and anchors. Errors stop training; warnings make it worse. Prints both and
-writes check.json with all ids into a new directory below logs/. Never changes the dataset. Exit code: 0 no error, 1 an
-error (with --strict: or a warning), 2 nothing that could be checked.
+Checks the annotation files, the image files (decoded as in training), leakage between the splits, and whether the
+boxes fit the network's input size, cells and anchors. Errors stop training; warnings degrade it. Prints both and writes
+check.json with all ids into a new directory below logs/. Never changes the dataset. Exit code: 0 without errors, 1 with
+errors (with --strict also warnings), 2 if nothing could be checked.
 """
 
 import argparse
@@ -53,11 +53,11 @@ SPLITS = ("training", "validation")
 
 
 class DatasetFault(UserError):
-    """The dataset was read, and has errors."""
+    """The dataset has errors."""
 
 
 class Source(NamedTuple):
-    """Where a split lies."""
+    """Annotation file and image directory of a split."""
 
     split: str
     file: Path
@@ -112,18 +112,18 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--split", choices=["both", *SPLITS], default="both", help="check one split alone (default: both)")
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--quick", action="store_true", help="open no image")
-    depth.add_argument("--headers", action="store_true", help="read the header of every image, decode none")
-    add("--strict", action="store_true", help="exit 1 for warnings too")
-    add("--output", type=Path, metavar="DIRECTORY", help="where check.json goes (default: new, below logs/)")
+    depth.add_argument("--quick", action="store_true", help="do not open any image")
+    depth.add_argument("--headers", action="store_true", help="only read the headers of images")
+    add("--strict", action="store_true", help="exit with code 1 for warnings too")
+    add("--output", type=Path, metavar="DIRECTORY", help="directory of check.json (default: new, below logs/)")
     return parser.parse_intermixed_args()
 
 
 def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings) -> list[Source]:
-    """Annotation file and image directory of each split, as training finds them; what is not there is a finding.
+    """Locate the annotation file and image directory of each split as training does; adds a finding for missing ones.
 
     Raises:
-        DataError: no annotation file at all.
+        DataError: there is no annotation file at all.
     """
     share = data.validation_fraction
     if share is not None and data.validation_annotations is not None:
@@ -152,10 +152,10 @@ def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings
 
 
 def check_files(sources: list[Source], settings: Settings, findings: Findings) -> dict[str, Annotations]:
-    """Split -> what training would use of its annotation file.
+    """Check the annotation files; returns, by split, the annotations that training would use.
 
     Raises:
-        DataError: none of the files can be read.
+        DataError: no file can be read.
     """
     data = settings.data
     found: dict[str, Annotations] = {}
@@ -192,7 +192,7 @@ def check_files(sources: list[Source], settings: Settings, findings: Findings) -
 
 
 def check_unstated_sizes(split: Split, findings: Findings) -> None:
-    """Tiny and extreme images among those whose size the annotation file does not state."""
+    """Check for tiny and extreme images among those whose size is not in the annotation file."""
     stated = set(np.flatnonzero(np.all(split.annotations.image_sizes > 0, axis=1)).tolist())
     sizes = np.zeros((len(split.names), 2), dtype=np.int64)
     for index, image in split.images.items():
@@ -204,11 +204,15 @@ def check_unstated_sizes(split: Split, findings: Findings) -> None:
 def fit_to_detector(
     annotations: dict[str, Annotations], settings: Settings, findings: Findings
 ) -> tuple[dict[str, float], list[str]]:
-    """Numbers and summary lines of the training set (or of what there is) against the detector of the settings."""
+    """Check how the boxes of the training set (or of the only split) fit the detector.
+
+    Returns:
+        Numbers for check.json and lines for the terminal.
+    """
     if not annotations:
         return {}, []
     split = next(iter(annotations))
-    with torch.device("meta"):  # what the detector knows about itself, but no weights
+    with torch.device("meta"):  # only the metadata of the detector is needed, not its weights
         detector = build_detector(settings, 1)
     detector.geometry.check_size("train.image_size", settings.train.image_size)
     return check_fit(annotations[split], detector, settings.train, split, findings)
@@ -221,7 +225,7 @@ def describe(
     findings: Findings,
     fit: dict[str, float],
 ) -> dict[str, Any]:
-    """check.json."""
+    """Build the content of check.json."""
     report: dict[str, Any] = {}
     for source in sources:
         found = annotations.get(source.split)
@@ -238,7 +242,7 @@ def describe(
 
 
 def text_lines(report: dict[str, Any], fit_lines: list[str], findings: Findings) -> list[str]:
-    """What the terminal shows: the dataset, then errors, warnings and notes, each with what to do."""
+    """Format the report for the terminal: the dataset, then errors, warnings and notes with advice."""
     lines = [
         f"{split:<12}{values['images']} images, {values['boxes']} boxes, {len(values['boxes_per_class'])} classes, "
         f"{values['images_opened']} images opened: {values['annotations']}"
@@ -253,7 +257,7 @@ def text_lines(report: dict[str, Any], fit_lines: list[str], findings: Findings)
 
 
 def finding_lines(finding: Finding) -> list[str]:
-    """Kind and count; the first items; what to do."""
+    """Format a finding: kind and count, first items, advice."""
     kind = KINDS[finding.kind]
     lines = [
         f"{finding.severity:<9}{finding.kind:<23}{finding.split:<11}{len(finding.items):>6} {kind.what}",

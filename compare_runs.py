@@ -1,17 +1,17 @@
-"""Compare runs: their curves in one figure and their best numbers in one table.
+"""Compare training runs: curves in one figure and best results in one table.
 
 python compare_runs.py logs/240224-211713_LambdaLR logs/240312-101500_CosineAnnealing_T2
 python compare_runs.py logs/24* --x time --smooth 20
 python compare_runs.py logs/A logs/B --output comparison
 
-Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, also of runs
+Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, including runs
 that are still running or were killed in the middle of a line. Draws learning rate, training and validation loss, AP50,
-AP and recall (AR100) over --x: step, epoch, images seen, or training time without the evaluations. A star marks the
-best evaluation. Missing data is named and left out. --smooth N draws the mean of N logged training losses, N // 2 on
-either side, over the raw values in a pale colour; nothing else is smoothed.
+AP and recall (AR100) over --x: step, epoch, images seen, or training time without evaluations. A star marks the best
+evaluation. Missing data is reported and left out. --smooth N draws the moving average of about N logged training
+losses, with the raw values in a pale colour behind it; nothing else is smoothed.
 
-Writes compare.png, compare.csv (one row per run) and compare.json (the same, and the curves) into a new directory below
-logs/, in a few seconds.
+Writes compare.png, compare.csv (one row per run) and compare.json (the same with the curves) into a new directory below
+logs/. Takes a few seconds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from detection.runtime.run_directory import new_run_directory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS = {  # column -> title, which end is the best (None: neither)
+PANELS = {  # column -> title, function that chooses the best value (None: there is no best)
     "train/learning_rate": ("learning rate", None),
     "train/loss": ("training loss", None),
     "val/loss": ("validation loss", min),
@@ -140,14 +140,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("compare_runs.py", __doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN_DIRECTORY", help="directories that training made")
-    add("--x", choices=list(AXES), default="step", help="the common axis (default: step)")
+    add("runs", nargs="+", type=Path, metavar="RUN_DIRECTORY", help="run directories of yolo-v3/main.py")
+    add("--x", choices=list(AXES), default="step", help="x axis (default: step)")
     add(
         "--smooth",
         type=int,
         default=1,
         metavar="N",
-        help="training loss: mean of about N logged values (default: off)",
+        help="moving average of the training loss over about N logged values (default: off)",
     )
     parser.add_output()
     arguments = parser.parse_intermixed_args()
@@ -212,7 +212,7 @@ def read_rows(path: Path, parse: Any, notices: list[str]) -> list[dict[str, floa
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
-            # A line without its end may be cut inside its last number.
+            # A line without a line break may be truncated within its last number.
             row = parse(line.strip()) if line.endswith("\n") else None
         except (ValueError, TypeError, AttributeError):
             row = None

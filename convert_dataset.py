@@ -1,25 +1,26 @@
-"""Datasets between YOLO txt, Pascal VOC XML and COCO JSON, which is what the training reads. Boxes stay exact.
+"""Convert datasets between YOLO txt, Pascal VOC XML and COCO JSON, the format of training. Boxes stay exact.
 
 python convert_dataset.py my_yolo_dataset --output my_dataset && python yolo-v3/main.py data.root=my_dataset
 python convert_dataset.py VOCdevkit/VOC2007 --from voc --output voc2007
 python convert_dataset.py my_dataset --to yolo --output my_yolo_dataset
 python convert_dataset.py photos_with_txt --names classes.txt --split train --strict --output my_dataset
 
-SOURCE is one of
+SOURCE, whose format is detected unless --from is given, is one of
   yolo  a data.yaml (train, val, test: folders, images or lists; names), Darknet's .data, or a folder that has one; or a
-        folder with images/ and labels/, as they are or per split, or with the .txt beside the images
-  voc   Annotations/, JPEGImages/ and ImageSets/Main/; or XML files beside the images, as they are or per split
+        folder with images/ and labels/, with or without splits, or with the .txt beside the images
+  voc   Annotations/, JPEGImages/ and ImageSets/Main/; or XML files beside the images, with or without splits
   coco  annotations/instances_*.json, Roboflow's _annotations.coco.json per split, or one .json file
-and what it is, is found out unless --from says it. Writes in a few seconds per thousand images
-  coco  annotations/instances_SPLIT.json and SPLIT/; category ids from 1 in the order of the classes
-  yolo  images/SPLIT/, labels/SPLIT/ and data.yaml; the class is the place in the order of category ids
-and conversion.json, which lists every line, box and image that was left out, and what else is worth a word.
+Writes, in a few seconds per thousand images, either
+  coco  annotations/instances_SPLIT.json and SPLIT/; category ids start from 1, in the order of the classes
+  yolo  images/SPLIT/, labels/SPLIT/ and data.yaml; classes are numbered in the order of category ids
+and conversion.json, which lists every line, box and image that was left out, and other notes.
 
-Sizes are those of the image files, turned by their EXIF orientation as our loader and OpenCV do; boxes of annotations
-that state the stored size instead are turned too. VOC's corners count from 1 and belong to the box: x = xmin - 1,
-width = xmax - xmin + 1; many tools write them from 0, the last one outside: --voc-corners exclusive. Objects that VOC
-marks difficult become crowd regions, neither learned nor counted: --difficult keep. YOLO txt cannot hold crowd regions.
-Boxes that reach outside the image stay as they are; those without width or height are left out.
+Image sizes are read from the files, rotated by their EXIF orientation as the loader and OpenCV do; boxes of annotations
+that state the size before rotation are rotated too. VOC corners count from 1 and are inclusive: x = xmin - 1,
+width = xmax - xmin + 1; for the many tools that write them from 0 and exclusive, use --voc-corners exclusive. VOC's
+difficult objects become crowd regions, which are neither trained on nor evaluated, unless --difficult keep is given.
+YOLO txt cannot hold crowd regions. Boxes that extend outside the image are not changed; those without width or height
+are left out.
 """
 
 import argparse
@@ -81,30 +82,45 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("convert_dataset.py", __doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="folder, or the file that describes the dataset")
-    add("--output", type=Path, required=True, metavar="DIRECTORY", help="new or empty, not inside SOURCE")
-    add("--from", choices=FORMATS, dest="source_format", help="format of SOURCE (default: found out)")
-    add("--to", choices=("coco", "yolo"), dest="target_format", help="(default: coco, or yolo if SOURCE is COCO JSON)")
-    add("--names", type=Path, metavar="FILE", help="class names, one per line, where the dataset does not tell them")
-    add("--split", default="train", metavar="NAME", help="of images where nothing tells of splits (default: train)")
+    add("source", type=Path, metavar="SOURCE", help="folder or description file of the dataset")
+    add("--output", type=Path, required=True, metavar="DIRECTORY", help="new or empty directory, not inside SOURCE")
+    add("--from", choices=FORMATS, dest="source_format", help="format of SOURCE (default: detected)")
+    add(
+        "--to",
+        choices=("coco", "yolo"),
+        dest="target_format",
+        help="format to write (default: coco, or yolo if SOURCE is COCO JSON)",
+    )
+    add("--names", type=Path, metavar="FILE", help="class names, one per line, if the dataset has none")
+    add("--split", default="train", metavar="NAME", help="split of the images if SOURCE has no splits (default: train)")
     add(
         "--images",
         choices=("link", "copy", "none"),
         default="link",
-        help="link: hard links, which take no space and survive a move of either folder, copies where the file system "
-        "cannot (default); none: annotations only",
+        help="link: hard links, which take no space, or copies if the file system has none (default); copy: copies; "
+        "none: annotations only",
     )
-    add("--voc-corners", choices=("inclusive", "exclusive"), default="inclusive", help="(default: VOC's inclusive)")
-    add("--difficult", choices=("crowd", "keep"), default="crowd", help="what VOC's difficult objects become")
-    add("--strict", action="store_true", help="write nothing and exit 1 if anything would be left out")
+    add(
+        "--voc-corners",
+        choices=("inclusive", "exclusive"),
+        default="inclusive",
+        help="whether xmax and ymax are inside the box (default: inclusive, as in VOC)",
+    )
+    add(
+        "--difficult",
+        choices=("crowd", "keep"),
+        default="crowd",
+        help="convert VOC's difficult objects to crowd regions (default), or keep them as objects",
+    )
+    add("--strict", action="store_true", help="write nothing and exit with code 1 if anything would be left out")
     return parser.parse_args()
 
 
 def detect_format(source: Path) -> str:
-    """yolo, voc or coco.
+    """Detect the format of a dataset: "yolo", "voc" or "coco".
 
     Raises:
-        DataError: it looks like none, or like several of them.
+        DataError: the format is not recognised or ambiguous.
     """
     if not source.exists():
         raise DataError(f"{source} does not exist")
@@ -130,7 +146,7 @@ def detect_format(source: Path) -> str:
 
 
 def check_arguments(arguments: argparse.Namespace, source_format: str, target_format: str) -> None:
-    """Contradictions, and a place where nothing of the user's can be overwritten."""
+    """Refuse contradicting arguments, and an output directory that is not empty or inside the source."""
     if source_format == target_format:
         raise SettingsError(f"SOURCE is {FORMATS[source_format]} already; choose another --to")
     if not arguments.split or arguments.split in (".", "..") or set("/\\") & set(arguments.split):
@@ -189,7 +205,7 @@ def drop_empty_splits(dataset: ConvertedDataset, findings: Findings) -> None:
 def write_dataset(
     dataset: ConvertedDataset, output: Path, origin: dict[str, str], findings: Findings, images: str
 ) -> None:
-    """All or nothing: into a folder beside the wanted one, which then takes its name."""
+    """Write the dataset atomically: to a temporary folder, which is then renamed to `output`."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Boxes on images, videos and cameras: draws what trained weights find.
+"""Detect objects in images, videos and camera streams with trained weights.
 
 python detect.py --weights logs/240224-211713_LambdaLR/best.pt photo.jpg folder/ 'holiday/*.jpg' clip.mp4
 python detect.py --weights best.pt folder/ --recursive --confidence 0.3 --class person --class 'traffic light' --txt
@@ -6,12 +6,11 @@ python detect.py --weights best.pt clip.mp4 --stride 2              every second
 python detect.py --weights best.pt 0 --show                         camera 0 until q or Ctrl-C
 python detect.py --weights my.weights --cfg my.cfg --names my.names photo.jpg
 
-A SOURCE is an image, a video (.mp4 .avi .mov .mkv .webm ...), a folder, a pattern in quotes, a .txt file with one path
-per line, or a camera's number. Writes into a new directory below logs/: every picture with its boxes, in the same
-structure as in its folder; every video as .mp4 of the same rate and size (MPEG-4; --stride divides the rate);
-detections.json with boxes x1, y1, x2, y2 in pixels of the image; with --txt labels/ of YOLO's lines (class, centre x
-and y, width, height as shares of the image) and classes.txt. What is damaged is named and left out. Ctrl-C finishes the
-files first.
+SOURCE is an image, a video (.mp4 .avi .mov .mkv .webm ...), a folder, a quoted pattern, a .txt file with one path per
+line, or the number of a camera. Writes into a new directory below logs/: every image with its boxes, keeping the folder
+structure; every video as .mp4 (MPEG-4) of the same size and rate (divided by --stride); detections.json with boxes
+x1, y1, x2, y2 in pixels of the image; with --txt also labels/ in YOLO txt (class, centre x and y, width, height, all
+relative to the image) and classes.txt. Damaged files are reported and left out. Ctrl-C completes the files and stops.
 About 30 images per second on 2 CPU cores with a network of a million parameters at 320 px.
 """
 
@@ -42,7 +41,7 @@ from detection.data.transforms import Sample, Transform
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
-from detection.inference.results import Found, Results
+from detection.inference.results import ImageDetections, Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
 from detection.inference.weights import OpenedDetector, open_command_line
@@ -52,7 +51,7 @@ from detection.runtime.run_directory import new_run_directory
 from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-BATCH_SIZE = 8  # images, where evaluation.batch_size does not say
+BATCH_SIZE = 8  # if evaluation.batch_size is null
 MAX_THREADS = 8  # for reading and writing pictures; each holds a decoded image
 Loaded = tuple[np.ndarray, Sample] | DataReadError
 STOP_KEYS = ("q", "escape")
@@ -82,7 +81,7 @@ def main() -> None:
                 else:
                     for source in group:
                         run.look_at_video(source)
-    except OSError as error:  # reading an image has its own error
+    except OSError as error:  # unreadable images raise DataReadError
         raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     print(results.summary(finder.threshold, time.perf_counter() - start))
     stop.check()
@@ -101,14 +100,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_output()
     parser.usage = "detect.py --weights FILE SOURCE ... [key.path=value ...] [options]"
     add = parser.add_argument
-    add("--recursive", action="store_true", help="folders with everything below them")
-    add("--confidence", type=float, metavar="SCORE", help="smallest score (evaluation.visualization_threshold)")
-    add("--class", action="append", default=[], dest="classes", metavar="NAME", help="only this class; repeatable")
-    add("--stride", type=int, default=1, metavar="N", help="look at every N-th frame of a video (default: 1)")
-    add("--txt", action="store_true", help="YOLO txt too, one file per image")
-    add("--txt-scores", action="store_true", help="YOLO txt with the score as the sixth number")
-    add("--format", choices=("png", "jpg"), default="png", help="of the pictures (default: png)")
-    add("--no-pictures", action="store_true", help="only write detections.json and --txt")
+    add("--recursive", action="store_true", help="include subfolders")
+    add(
+        "--confidence",
+        type=float,
+        metavar="SCORE",
+        help="minimum score (default: the setting evaluation.visualization_threshold)",
+    )
+    add(
+        "--class",
+        action="append",
+        default=[],
+        dest="classes",
+        metavar="NAME",
+        help="only detect this class; repeatable",
+    )
+    add("--stride", type=int, default=1, metavar="N", help="process every N-th frame of a video (default: 1)")
+    add("--txt", action="store_true", help="also write YOLO txt, one file per image")
+    add("--txt-scores", action="store_true", help="as --txt, with the score as a sixth column")
+    add("--format", choices=("png", "jpg"), default="png", help="format of pictures (default: png)")
+    add("--no-pictures", action="store_true", help="write no pictures and videos, only detections.json and YOLO txt")
     arguments = parser.parse_intermixed_args()
     if arguments.stride < 1:
         raise SettingsError(f"--stride {arguments.stride}: must be at least 1")
@@ -120,15 +131,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Finder:
-    """Detects objects on images.
+    """Detects objects in images.
 
     Args:
         opened: trained weights with their settings.
-        machine: that computes.
-        wanted: class names; none: all.
+        machine: device and precision.
+        wanted: names of the classes to detect; empty: all.
 
     Raises:
-        SettingsError: a wanted class is none of the detector's, or the wanted scores are below what it gives.
+        SettingsError: a class is unknown, or the minimum score is below evaluation.confidence_threshold.
     """
 
     def __init__(self, opened: OpenedDetector, machine: Machine, wanted: Sequence[str]) -> None:
@@ -147,40 +158,41 @@ class Finder:
         self.wanted = np.array([name in wanted or not wanted for name in self.names])
 
     def prepare(self, image: np.ndarray) -> Sample:
-        """RGB uint8 (H, W, 3) as the network takes it."""
+        """Transform an image, RGB uint8 (H, W, 3), to the network input."""
         return self.transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0, 0, 0)
 
-    def find(self, samples: Sequence[Sample]) -> list[Found]:
+    def find(self, samples: Sequence[Sample]) -> list[ImageDetections]:
+        """Run the detector on a batch of prepared images."""
         with torch.no_grad(), self.machine.autocast():
             outputs = self.detector.model(collate_samples(samples)["images"].to(self.machine.device))
         detections = zip(self.detector.postprocess(outputs), samples, strict=True)
         return [self._of_image(found, sample) for found, sample in detections]
 
-    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> Found:
+    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> ImageDetections:
         boxes = boxes_to_original(found["boxes"], sample.letterbox).cpu().numpy()
         labels, scores = found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
-        # a diverged network may find boxes that are not numbers; nothing can be drawn or said of them
+        # A diverged network may predict NaN boxes, which cannot be drawn or written.
         shown = (scores >= self.threshold) & self.wanted[labels] & np.isfinite(boxes).all(axis=1)
-        return Found(boxes[shown], labels[shown], scores[shown])
+        return ImageDetections(boxes[shown], labels[shown], scores[shown])
 
 
 @dataclass
 class Run:
-    """Sources through the finder into the results, until the stop request."""
+    """Runs the finder on sources and writes the results, until the stop request."""
 
     finder: Finder
     results: Results
     stop: StopRequest
     stride: int
     show: bool
-    no_window: SettingsError | None = None  # said at the end, after the files
+    no_window: SettingsError | None = None  # raised at the end, when the files are written
 
     @property
     def stopped(self) -> bool:
         return self.stop.signal_number is not None
 
     def look_at_images(self, sources: list[Source]) -> None:
-        """Reading, drawing and writing run in threads beside the network, a batch at a time."""
+        """Process images in batches; reading and writing run in threads beside the network."""
         results, threads = self.results, min(MAX_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, tqdm(total=len(sources), unit="image", disable=None) as bar:
             loaded = read_ahead(pool, self._load, sources, threads)
@@ -209,7 +221,7 @@ class Run:
         return image, self.finder.prepare(image)
 
     def look_at_video(self, source: Source) -> None:
-        """A video or a camera to its end, to the stop request, or until q is pressed in its window."""
+        """Process a video or camera until its end, the stop request, or q in its window."""
         if self.stopped:
             return
         camera = source.kind == "camera"
@@ -230,7 +242,7 @@ class Run:
                 for frame, found in zip(frames, founds, strict=True):
                     if self.results.picture_format:
                         drawn = self.results.draw(frame.image, found)
-                        # A camera goes on while the network computes: its frame is repeated up to its time.
+                        # The camera runs on while the network computes, so frames are repeated to keep its rate.
                         copies = max(round(frame.seconds * rate) - writer.frames, 0) + 1 if camera else 1
                         writer.write(drawn, copies)
                     self.results.add(source, frame.image, found, frame)
@@ -243,7 +255,7 @@ class Run:
             window.close()
 
     def _report_end(self, source: Source, reader: VideoReader) -> None:
-        """What a video held less than it promised."""
+        """Report frames of a video that are damaged or missing."""
         if not reader.read:
             self.results.leave_out(f"{source.file}: not one frame can be read")
         elif reader.read < reader.expected or reader.damaged:

@@ -1,4 +1,4 @@
-"""Trained weights in the form that other programs read.
+"""Export trained weights to ONNX, or as Darknet files.
 
 python export.py --weights logs/240224-211713_LambdaLR/best.pt                     best.onnx beside the weights
 python export.py --weights logs/240224-211713_LambdaLR/best.pt --nms --half        with NMS, network in float16
@@ -7,17 +7,19 @@ python export.py --weights best.pt --format darknet                             
 python export.py --weights yolov3.weights --format backbone                        yolov3.conv.52: the backbone alone
 python export.py --weights my.weights --cfg my.cfg --names my.names evaluation.image_size=416
 
-onnx: one file for any batch size; docs/deploy_onnx.md shows how to use it. Input `images`: RGB (B, 3, size, size),
-letterboxed; the pixel scaling is inside. Outputs:
+onnx: a file for any batch size; docs/deploy_onnx.md shows how to use it. Input `images`: RGB (B, 3, size, size),
+letterboxed; pixel scaling is part of the graph. Outputs:
   --outputs raw      one per level, `stride_8`, ...: logits (B, anchors, H, W, 5 + classes)
   --outputs decoded  (default) `boxes` (B, P, 4): x1, y1, x2, y2 in pixels of the input, and `scores` (B, P, classes):
-                     objectness times class probability; both before NMS
-  --nms              final detections of the whole batch, best score first: `boxes` (K, 4), `scores`, `labels` and
+                     objectness x class probability; before NMS
+  --nms              final detections of the whole batch by descending score: `boxes` (K, 4), `scores`, `labels` and
                      `image_index` (K); thresholds: evaluation.confidence_threshold, .iou_threshold, .max_detections
-Names, size, letterbox, anchors and thresholds are in its metadata; validation.py and detect.py take it as --weights.
-ONNX Runtime runs it beside PyTorch on pictures of data.root (or photographs of installed packages) and on noise; a
-difference beyond the tolerance removes it (exit 1). Needs `pip install onnx onnxscript onnxruntime`. Half a minute.
-darknet: files that Darknet loads, bit for bit our weights.
+The metadata holds class names, size, letterbox, anchors and thresholds; validation.py and detect.py accept the file as
+--weights. ONNX Runtime is compared with PyTorch on images of data.root (or photographs of installed packages) and on
+noise; if they differ by more than the tolerance, no file is written (exit code 1). Needs `pip install onnx onnxscript
+onnxruntime`. Takes half a minute.
+darknet: .weights, .cfg and .names for Darknet; the weights are bit-identical.
+backbone: the Darknet .weights of the backbone alone.
 """
 
 import argparse
@@ -62,26 +64,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_weights()
     parser.add_settings(device=False)
     add = parser.add_argument
-    add("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="default: onnx")
-    add("--output", type=Path, metavar="DIRECTORY", help="where the files go (default: beside the weights)")
+    add("--format", choices=("onnx", "darknet", "backbone"), default="onnx", help="format to write (default: onnx)")
+    add("--output", type=Path, metavar="DIRECTORY", help="output directory (default: that of the weights)")
     onnx = parser.add_argument_group("onnx")
     add = onnx.add_argument
-    add("--outputs", choices=("raw", "decoded"), help="default: decoded")
-    add("--nms", action="store_const", const=True, help="final detections, by the operator NonMaxSuppression")
-    add("--input", choices=("uint8", "float"), help="RGB of 0..255 (default), or float32 of 0..1")
-    add("--dynamic-size", action="store_const", const=True, help="any height and width, multiples of the stride")
-    add("--half", action="store_const", const=True, help="network in float16; inputs, outputs, boxes stay float32")
-    add("--opset", type=int, metavar="N", help=f"{OPSETS[0]} (default) to {OPSETS[-1]}")
+    add("--outputs", choices=("raw", "decoded"), help="logits, or boxes and scores (default: decoded)")
+    add("--nms", action="store_const", const=True, help="include NMS (operator NonMaxSuppression)")
+    add("--input", choices=("uint8", "float"), help="input range: uint8 0..255 (default), or float32 0..1")
+    add(
+        "--dynamic-size",
+        action="store_const",
+        const=True,
+        help="accept any height and width that are multiples of the largest stride",
+    )
+    add("--half", action="store_const", const=True, help="network in float16; inputs, outputs and boxes stay float32")
+    add("--opset", type=int, metavar="N", help=f"ONNX opset, {OPSETS[0]} (default) to {OPSETS[-1]}")
     add(
         "--simplify",
         action=argparse.BooleanOptionalAction,
-        help="fold constants and batch norm with onnxscript's optimizer (default); --no-simplify: as traced",
+        help="fold constants and batch norm with onnxscript's optimizer (default), or keep the graph as traced",
     )
     return parser.parse_intermixed_args()
 
 
 def onnx_options(arguments: argparse.Namespace) -> OnnxOptions:
-    """Raises SettingsError: flags that contradict each other."""
+    """Collect the flags of the ONNX export.
+
+    Raises:
+        SettingsError: flags contradict each other, or have invalid values.
+    """
     names = ("outputs", "nms", "input", "dynamic_size", "half", "opset", "simplify")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if given and arguments.format != "onnx":
@@ -105,7 +116,7 @@ def refuse_overwriting(path: Path) -> None:
 
 
 def export_darknet(opened: OpenedDetector, stem: Path) -> None:
-    """All convolutions, the description and the class names."""
+    """Write .weights, .cfg and .names."""
     weights, cfg, names = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".weights", ".cfg", ".names"))
     for path in (weights, cfg, names):
         refuse_overwriting(path)
@@ -117,7 +128,7 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
 
 
 def export_backbone(opened: OpenedDetector, stem: Path) -> None:
-    """The convolutions of the backbone alone, as darknet53.conv.74 holds them."""
+    """Write the convolutions of the backbone alone, in the format of darknet53.conv.74."""
     model = opened.detector.model
     own = {id(parameter) for parameter in cast(nn.Module, model.backbone).parameters()}
     modules = as_darknet(model).darknet_convolutions()
@@ -129,7 +140,7 @@ def export_backbone(opened: OpenedDetector, stem: Path) -> None:
 
 
 def export_onnx(opened: OpenedDetector, stem: Path, options: OnnxOptions) -> None:
-    """Trace, write, run and compare; the file gets its name only when the comparison passed."""
+    """Export to a temporary file, compare it with PyTorch and, if they agree, rename it."""
     require_packages()
     import onnx
 

@@ -1,14 +1,14 @@
-"""Draw a learning-rate schedule before it costs days: every turn of it, from settings alone.
+"""Plot the learning-rate schedule of settings, or compare several schedules.
 
 python lr_scheduler_creator.py --config recipes/darknet_416.yaml
 python lr_scheduler_creator.py scheduler.strategy=WarmupMultiStepLR scheduler.warmup=2000 train.steps=273ep
 python lr_scheduler_creator.py --compare recipes/240224_LambdaLR.yaml --compare recipes/240312_CosineAnnealing_T2.yaml
 python lr_scheduler_creator.py --config recipes/bccd.yaml --images 205
 
-Writes schedule.png (with the end of the warm-up, milestones and restarts marked, and epochs on a second axis), one CSV
-per curve (step, epoch, learning rate) and TensorBoard events into a new directory below logs/, in a second.
-No network is built and no dataset read: --images says how long an epoch is. docs/learning_rate.png is the --compare
-of the recipes 240224_LambdaLR, 240308_CosineAnnealing_T1 and 240312_CosineAnnealing_T2.
+Writes schedule.png (with the end of the warm-up, milestones and restarts marked, and a second axis in epochs), one CSV
+per curve (step, epoch, learning rate) and TensorBoard events into a new directory below logs/. Takes a second, because
+no network is built and no dataset read: --images gives the length of an epoch. docs/learning_rate.png compares the
+recipes 240224_LambdaLR, 240308_CosineAnnealing_T1 and 240312_CosineAnnealing_T2.
 """
 
 import csv
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COCO_IMAGES = 118_287  # train2017
-POINTS = 2000  # of a curve, besides its turns
+POINTS = 2000  # per curve, in addition to its turns
 WARMUP_POINTS = 200
 MAX_MARKS = 60
 COSINE = "CosineAnnealingWarmRestartsWithWarmup"
@@ -46,7 +46,7 @@ class Curve:
     steps_per_epoch: float
 
     def steps(self) -> list[int]:
-        """Where the curve is drawn: evenly, closer during the warm-up, and on both sides of every turn."""
+        """List the steps to plot: evenly spaced, more densely in the warm-up, and both sides of every turn."""
         last = self.total_steps - 1
         turns = self.turns() if len(self.turns()) <= POINTS else []
         steps = {*range(0, self.total_steps, max(self.total_steps // POINTS, 1)), last}
@@ -55,11 +55,11 @@ class Curve:
         return sorted(steps)
 
     def turns(self) -> list[int]:
-        """Steps at which the rate drops or a cosine cycle begins."""
+        """List the steps at which the rate drops or a cosine cycle begins."""
         return self.schedule.changes(self.total_steps, limit=self.total_steps)
 
     def marks(self) -> dict[str, tuple[str, list[int]]]:
-        """Marker -> its meaning and the steps it marks; none of so many that they would hide the curve."""
+        """Map markers to their meaning and steps; without those of so many steps that they would hide the curve."""
         warmup = [self.schedule.warmup] if 0 < self.schedule.warmup < self.total_steps else []
         turns = [step for step in self.turns() if step not in warmup]
         turn = ("o", "restart") if self.schedule.strategy == COSINE else ("s", "milestone")
@@ -67,7 +67,7 @@ class Curve:
         return {marker: (name, steps) for marker, (name, steps) in found.items() if 0 < len(steps) <= MAX_MARKS}
 
     def groups(self) -> list[str]:
-        """Parameter groups with a rate of their own."""
+        """List the parameter groups with different rates."""
         return ["weights"] if self.schedule.warmup_bias_lr is None else ["weights", BIAS_GROUP]
 
 
@@ -81,9 +81,15 @@ def main() -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="one curve per overlay; repeatable",
+        help="plot one curve for each of these overlays; repeatable",
     )
-    add("--images", type=int, default=COCO_IMAGES, metavar="N", help=f"training images (default: COCO's {COCO_IMAGES})")
+    add(
+        "--images",
+        type=int,
+        default=COCO_IMAGES,
+        metavar="N",
+        help=f"number of training images, for the length of an epoch (default: {COCO_IMAGES}, as COCO)",
+    )
     parser.add_output()
     arguments = parser.parse_intermixed_args()
     if arguments.images < 1:
@@ -123,7 +129,7 @@ def build_curve(name: str, settings: Settings, images: int) -> Curve:
 
 
 def describe(curve: Curve) -> list[str]:
-    """Length and turns, for the terminal."""
+    """Format the length and turns of a schedule for the terminal."""
     schedule, last, turns = curve.schedule, curve.total_steps - 1, curve.turns()
     warmup = [schedule.warmup] if schedule.warmup <= last else []
     rates = [f"{schedule.at(step):.3g} at {step}" for step in sorted({0, *warmup, *turns[:8]})]
@@ -138,7 +144,7 @@ def describe(curve: Curve) -> list[str]:
 
 
 def draw(curves: Sequence[Curve]) -> "Figure":
-    """All curves over the steps, the end of the warm-up and every turn marked, epochs above."""
+    """Plot all curves over the steps, with marks and, if all epochs have the same length, a second axis in epochs."""
     figure, (axes,) = new_figure((10, 5.5))
     lines = {}
     for curve in curves:
@@ -156,7 +162,7 @@ def draw(curves: Sequence[Curve]) -> "Figure":
     for marker, meaning in named.items():
         axes.plot([], [], marker, color="white", markersize=7, markeredgecolor="black", label=meaning)
     if (legend := axes.get_legend()) is not None:
-        legend.remove()  # one below the figure hides no curve
+        legend.remove()  # replaced by one below the figure, which hides no curve
     figure.legend(loc="outside lower center", ncols=3)
     axes.set_ylim(bottom=0)
     lengths = {curve.steps_per_epoch for curve in curves}
@@ -176,7 +182,7 @@ def write_csv(path: Path, curve: Curve) -> None:
 
 
 def write_tensorboard(directory: Path, curve: Curve) -> None:
-    """One run per curve, so that TensorBoard lays them over one another."""
+    """Write the curve as a TensorBoard run of its own, so that TensorBoard overlays the curves."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -186,7 +192,7 @@ def write_tensorboard(directory: Path, curve: Curve) -> None:
         for group in curve.groups():
             tag = "learning_rate" if group == "weights" else f"learning_rate/{group}"
             value = Summary.Value(tag=tag, simple_value=curve.schedule.at(step, group))
-            # The time is the step: it keeps the file the same for the same settings.
+            # The step as wall time makes the file reproducible.
             writer.add_event(Event(wall_time=float(step), step=step, summary=Summary(value=[value])))
     writer.close()
 

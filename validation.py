@@ -8,18 +8,19 @@ python validation.py --weights best.pt --confidence 0.01 0.001 0.0001
 python validation.py --weights best.pt --score objectness evaluation.max_images=1000
 python validation.py --compare logs/A/best.pt logs/B/best.pt C.onnx D.weights --names coco.names data.root=data/coco
 
-Prints the official table, AP per class, by box size and by aspect, the confidence of the best F1, and the time of each
-part. Writes into a new directory below logs/: metrics.json, detections.json (COCO result format), and as pictures with
-their numbers as CSV: precision-recall and confidence curves, confusion matrix (of boxes drawn, score at least
-evaluation.visualization_threshold), metrics by size and aspect; validation.png shows ground truth beside detections.
+Prints the COCO table, AP per class, by box size and by aspect ratio, the confidence of the best F1, and timings. Writes
+into a new directory below logs/: metrics.json, detections.json (COCO result format), pictures and CSV files of the
+precision-recall and confidence curves, the confusion matrix (of detections with a score of at least
+evaluation.visualization_threshold) and the metrics by size and aspect ratio, and validation.png (ground truth beside
+detections).
 
---confidence  one pass over the images at the lowest threshold; each table is exactly that of a separate run
---compare     side by side: metrics, parameters, images/s, AP of each class; a Darknet FILE.weights takes FILE.cfg and,
-              without --names, FILE.names beside it
+--confidence  needs one pass over the images, at the lowest threshold; the tables are those of separate runs
+--compare     shows metrics, parameters, images/s and AP per class side by side; for Darknet FILE.weights it uses
+              FILE.cfg and, without --names, FILE.names in the same directory
 
-With --weights the twelve numbers are computed again by pycocotools, the official program, if that takes under a minute
-by estimate; one line and "pycocotools" in metrics.json say whether they agree. If not, the exit code is 1 after
-everything has been written.
+With --weights, the COCO metrics are computed again by pycocotools, the official implementation, if that is estimated to
+take less than a minute; a line and "pycocotools" in metrics.json report whether they agree. If not, the exit code is 1,
+after everything has been written.
 
 About 25 images per second on a CPU core with a network of a million parameters. Scoring 1.5 million boxes on 5000
 images takes 3 seconds and 80 MiB; evaluation.backend=pycocotools gives the same numbers in 2 minutes.
@@ -78,7 +79,7 @@ from detection.runtime.devices import Machine, describe_device, open_machine, pe
 from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-CARRY_THEIR_OWN = {".pt", ".onnx"}  # classes and description
+CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names and network
 
 
 def main() -> None:
@@ -94,14 +95,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("validation.py", __doc__)
     parser.add_weights(required=False)
     add = parser.add_argument
-    add("--compare", nargs="+", default=[], metavar="FILE", help="instead of --weights: two or more, side by side")
-    add("--confidence", nargs="+", default=[], metavar="C", help="confidence thresholds, compared in one pass")
-    add("--score", metavar="NAME", help="product (default) or objectness: the setting yolo.score")
+    add("--compare", nargs="+", default=[], metavar="FILE", help="two or more weights to compare, instead of --weights")
+    add("--confidence", nargs="+", default=[], metavar="C", help="one or more confidence thresholds to compare")
+    add("--score", metavar="NAME", help="same as yolo.score=NAME: product (default) or objectness")
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
     arguments = parser.parse_intermixed_args()
-    for name in ("compare", "confidence"):  # an option that takes several words takes the settings behind it too
+    for name in ("compare", "confidence"):  # options with several values also consume the settings that follow
         words = getattr(arguments, name)
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
@@ -119,10 +120,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_confidences(words: Sequence[str], settings: list[str]) -> list[float]:
-    """Parse the values of --confidence; the lowest becomes a setting.
+    """Parse the values of --confidence, and append the lowest to the settings.
 
     Raises:
-        SettingsError: not a number between 0 and 1, a repeated one, or the setting is given too.
+        SettingsError: a value is not between 0 and 1 or is repeated, or the setting is given too.
     """
     values = []
     for word in words:
@@ -247,7 +248,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
-    """Return the command line with this file as --weights."""
+    """Return the arguments with `file` as --weights, and the .cfg and .names beside Darknet weights."""
     own = vars(arguments) | {"weights": file, "cfg": None, "names": None}
     if file.suffix not in CARRY_THEIR_OWN:
         cfg, class_names = file.with_suffix(".cfg"), file.with_suffix(".names")
@@ -257,11 +258,11 @@ def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespa
 
 
 def open_dataset(opened: OpenedDetector) -> CocoDataset:
-    """Open the validation images that the settings name, with the detector's labels.
+    """Open the validation set with the labels of the detector.
 
     Raises:
-        SettingsError: the data has another number of classes than the network.
-        DataError: no data, or no ground-truth box in it.
+        SettingsError: the numbers of classes of data and network differ.
+        DataError: there is no data, or it has no ground-truth box.
     """
     evaluation = opened.settings.evaluation
     dataset = build_validation_dataset(opened.settings.data, opened.names, evaluation.max_images)
@@ -278,7 +279,7 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
 
 
 def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Machine) -> Evaluation:
-    """Run the detector on every image of the dataset and compute the metrics; shows a bar on a terminal."""
+    """Run the detector on the dataset and compute the metrics, with a progress bar on a terminal."""
     settings, device = opened.settings, machine.device
     how = f"{describe_device(device)}, {machine.precision}"
     print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector)}", flush=True)
@@ -309,7 +310,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Mac
 def compare_thresholds(
     confidences: Sequence[float], evaluation: Evaluation, dataset: CocoDataset
 ) -> list[dict[str, Any]]:
-    """Print the official table of each threshold, or the only one; returns their numbers for metrics.json."""
+    """Print the COCO table of each threshold, or the only one; returns the metrics per threshold for metrics.json."""
     if not confidences:
         print("\n".join(metric_lines(evaluation.metrics)))
         return []
@@ -334,7 +335,7 @@ def best_f1_line(analysis: Analysis) -> str:
 
 
 def time_lines(opened: OpenedDetector, evaluation: Evaluation, images: int) -> list[str]:
-    """Format the time of each part; an accelerator is synchronised at the end of each."""
+    """Format the timings; accelerators are synchronised after each part."""
     seconds, workers = evaluation.seconds, opened.settings.data.num_workers
     load = f"waiting for {workers} loader processes" if workers else "loading"
     loss = f", loss {seconds['loss']:.1f} s" if evaluation.losses else ""

@@ -1,18 +1,16 @@
-"""Look at a dataset through its annotation file: images with their boxes, and what the boxes are like.
+"""Visualise a dataset: images with ground truth, statistics of the boxes, and, with weights, the worst images.
 
 python visualization.py --config recipes/quickstart.yaml                built-in digits, 10 seconds
 python visualization.py data.root=my_dataset --split val --pages all    every image; --pages 3-5, --page 7
 python visualization.py data.root=my_dataset --class dog --random --per-page 6
 python visualization.py data.root=my_dataset --images 139 285 632
 python visualization.py data.validation_annotations=instances_val2017.json --split val    annotations alone: statistics
-python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   ground truth beside detections, worst images
-first
+python visualization.py --weights logs/240224-211713_LambdaLR/best.pt   ground truth and detections, worst images first
 
-Writes into a new directory below logs/: report.html (one file with everything in it, no network), page_0001.png ...
-(the grids of images), class_distribution.png, statistics.png and statistics.json; with --weights (a checkpoint, or
-Darknet's with --cfg and --names) worst_images.csv, the mistakes of every image. --show browses all pages in a window:
-left and up go back, q ends, any other key goes on. Statistics of 5,000 images take 5 seconds, a page one second; the
-detector takes as long as in validation.py.
+Writes into a new directory below logs/: report.html (everything in one self-contained file), page_0001.png ... (grids
+of images), class_distribution.png, statistics.png and statistics.json; with --weights also worst_images.csv, the
+mistakes in every image. --show browses all pages in a window: left and up go back, q quits, other keys go forward.
+Statistics of 5,000 images take 5 seconds, a page one second; the detector takes as long as in validation.py.
 """
 
 import argparse
@@ -66,7 +64,7 @@ def main() -> None:
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings
-    machine = open_machine(settings.run)  # though only --weights computes: every script refuses an absent device
+    machine = open_machine(settings.run)  # also without --weights, because every script refuses an absent device
     split = arguments.split or ("train" if opened is None else "val")
     file, annotations, dataset = open_dataset(settings, split, opened)
     statistics = measure_dataset(annotations)
@@ -94,7 +92,7 @@ def main() -> None:
                 if not len(readable):
                     raise DataReadError("none of these images can be read")
                 order = report_mistakes(directory, report, annotations, findings, unreadable)
-                # the rule's order, unless a random one was asked for
+                # Sorted by RULE unless --random.
                 chosen = readable if arguments.random else order[np.isin(order, readable)]
             pages = Pages(dataset, chosen, arguments.per_page, findings, unreadable)
             numbers = range(min(numbers.start, len(pages) - 1), min(numbers.stop, len(pages)))  # fewer can be read
@@ -117,16 +115,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_weights(required=False)
     parser.add_output()
     add = parser.add_argument
-    add("--split", choices=("train", "val"), help="which images (default: train; with --weights val)")
-    add("--images", nargs="+", metavar="ID", help="only the images of these ids, in this order")
-    add("--class", dest="class_name", metavar="NAME", help="only images with a box of this class")
-    add("--random", action="store_true", help="in random order; run.seed=N chooses another")
-    add("--per-page", type=int, metavar="N", help=f"images per page, 1 to {MAX_PER_PAGE} (default: 12; of pairs 4)")
+    add("--split", choices=("train", "val"), help="split to show (default: train; with --weights val)")
+    add("--images", nargs="+", metavar="ID", help="only show the images with these ids, in this order")
+    add("--class", dest="class_name", metavar="NAME", help="only show images with a box of this class")
+    add("--random", action="store_true", help="shuffle the images; run.seed=N chooses another order")
+    add(
+        "--per-page",
+        type=int,
+        metavar="N",
+        help=f"images per page, 1 to {MAX_PER_PAGE} (default: 12; with --weights 4)",
+    )
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--page", type=int, metavar="N", help="the page to write (default: 1)")
-    group.add_argument("--pages", metavar="A-B", help="several pages to write, or all")
+    group.add_argument("--page", type=int, metavar="N", help="page to write (default: 1)")
+    group.add_argument("--pages", metavar="A-B", help='range of pages to write, or "all"')
     arguments = parser.parse_intermixed_args()
-    # `--images 139 285 data.root=x`: what has a = is a setting
+    # In `--images 139 285 data.root=x`, words with = are settings.
     words = arguments.images or []
     arguments.settings += [word for word in words if "=" in word]
     arguments.images = [word for word in words if "=" not in word]
@@ -144,10 +147,11 @@ def parse_arguments() -> argparse.Namespace:
 def open_dataset(
     settings: Settings, split: str, opened: OpenedDetector | None
 ) -> tuple[Path, Annotations, CocoDataset | None]:
-    """Annotation file, its content, and the dataset; None where there are no images.
+    """Open a split; returns its annotation file, the annotations, and the dataset (None if there are no images).
 
     Raises:
-        DataError: nothing found, unusable annotations, or categories that the detector does not know.
+        DataError: there are no usable annotations, or the detector does not know their categories.
+        SettingsError: the numbers of classes of data and network differ, or the data is synthetic.
     """
     data = settings.data
     if data.fake:
@@ -178,7 +182,7 @@ def open_dataset(
 
 
 def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics) -> list[str]:
-    """The dataset in a few lines."""
+    """Summarise the dataset in a few lines."""
     summary = statistics.summary()
     sizes = ", ".join(f"{name} {statistics.size_counts[number]:,}" for number, name in enumerate(SIZE_NAMES))
     lines = [
@@ -214,10 +218,10 @@ def write_statistics(directory: Path, report: HtmlReport, statistics: DatasetSta
 
 
 def choose_images(arguments: argparse.Namespace, annotations: Annotations, seed: int) -> np.ndarray:
-    """Positions of the images that the flags ask for, in that order; with --random shuffled by the seed.
+    """Select and order images by the flags; returns their positions in the dataset, (K,).
 
     Raises:
-        SettingsError: an unknown id or class, or nothing is left.
+        SettingsError: an id or class is unknown, or no image is left.
     """
     chosen = np.arange(len(annotations))
     if arguments.images:
@@ -241,7 +245,14 @@ def choose_images(arguments: argparse.Namespace, annotations: Annotations, seed:
 
 
 def choose_pages(arguments: argparse.Namespace, count: int) -> range:
-    """Numbers of the pages to write, from 0."""
+    """Parse --page or --pages; returns the numbers of the pages to write, from 0.
+
+    Args:
+        count: number of pages.
+
+    Raises:
+        SettingsError: there is no such page.
+    """
     if arguments.pages == "all":
         return range(count)
     text = arguments.pages or str(1 if arguments.page is None else arguments.page)
@@ -257,7 +268,7 @@ def choose_pages(arguments: argparse.Namespace, count: int) -> range:
 def report_mistakes(
     directory: Path, report: HtmlReport, annotations: Annotations, findings: Findings, unreadable: dict[int, str]
 ) -> np.ndarray:
-    """Write and print the counts; positions of the images that can be read, worst first."""
+    """Write and print the mistakes; returns the positions of the readable images, worst first."""
     mistakes = findings.mistakes
     order = mistakes.worst_first()
     order = order[~np.isin(order, list(unreadable))]

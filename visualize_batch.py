@@ -1,17 +1,17 @@
-"""Exactly what the network sees: a batch of a training run, or of its validation, with boxes after the transforms.
+"""Show a training or validation batch exactly as the network sees it, with boxes after the transforms.
 
 python visualize_batch.py --config recipes/quickstart.yaml                     first batch of such a run, 5 seconds
 python visualize_batch.py --config recipes/bccd.yaml data.root=my_dataset --step 1000
 python visualize_batch.py data.root=my_dataset --split val                     letterboxed validation images
-python visualize_batch.py --config recipes/quickstart.yaml --targets           which cells and anchors learn them
+python visualize_batch.py --config recipes/quickstart.yaml --targets           assigned cells and anchors
 python visualize_batch.py --config recipes/quickstart.yaml --transform affine  one augmentation at several strengths
 
-The batch of step N is the very batch that yolo-v3/main.py trains on in that step with the same settings: images, order,
-size and augmentation follow from run.seed. Printed and written for each image: file, id, epoch, position in the dataset
-and size, from which it can be made again. Writes batch.png and batch.json, with --targets targets.png (a row per image,
-a panel per level: grid, cells that learn in the class's colour, their anchors in black and white), with --transform
-transform.png and transform.json (a row per setting: below, at and beyond its limits; then random draws) into a new
-directory below logs/.
+The batch of --step N is the one that yolo-v3/main.py trains on in that step with the same settings: images, order, size
+and augmentation follow from run.seed. For each image it prints and writes the file, id, epoch, position in the dataset
+and size. Writes batch.png and batch.json into a new directory below logs/; with --targets also targets.png (a row per
+image with a panel per level: grid, assigned cells in the colour of their class, their anchors in black and white); with
+--transform instead transform.png and transform.json (a row per setting, with values below, at and beyond its limits;
+then random draws).
 """
 
 import argparse
@@ -52,12 +52,12 @@ from detection.visualization.augmentation_sheet import augmentation_names, stren
 from detection.visualization.dataset_figures import printable
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
-IMAGES, IMAGES_WITH_TARGETS = 16, 3  # drawn without --images
+IMAGES, IMAGES_WITH_TARGETS = 16, 3  # defaults of --images
 COLUMNS = 4
-DRAWS = 7  # random draws of an augmentation
-TILE_SIDE = 260  # pixels of an image in the sheet of one augmentation
+DRAWS = 7  # random draws with --transform
+TILE_SIDE = 260  # pixels, side of an image with --transform
 
-Position = tuple[int, int, int]  # image index, epoch, size, as the datasets take it
+Position = tuple[int, int, int]  # image index, epoch, size: an index of the training dataset
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
     print("\n".join(notices), end="\n" if notices else "")
-    open_machine(settings.run)  # nothing is computed on it, but every script refuses an absent device
+    open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = open_detector(settings, arguments.split, len(names), arguments.targets)
@@ -104,11 +104,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="optimizer step, or number of the validation batch (default: 0)",
     )
-    add("--images", type=int, metavar="N", help="so many images of the batch (default: 16; with --targets 3)")
+    add("--images", type=int, metavar="N", help="number of images to draw (default: 16; with --targets 3)")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--targets", action="store_true", help="draw what the network is to learn, level by level")
-    group.add_argument("--transform", metavar="NAME", help="show one augmentation of data.augmentation alone")
-    add("--image", type=int, metavar="ID", help="image of --transform (default: the first of the batch with boxes)")
+    group.add_argument("--targets", action="store_true", help="also draw the assigned predictions of each level")
+    group.add_argument("--transform", metavar="NAME", help="show a single augmentation of data.augmentation instead")
+    add("--image", type=int, metavar="ID", help="image for --transform (default: first one of the batch with boxes)")
     arguments = parser.parse_intermixed_args()
     allowed = augmentation_names()
     if arguments.transform is not None and arguments.transform not in allowed:
@@ -125,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_dataset(settings: Settings, split: str) -> DetectionDataset:
-    """The training set, or the validation set, for which no training annotations are needed."""
+    """Build the training set, or the validation set without needing training annotations."""
     if split == "val" and not settings.data.fake:
         return build_validation_dataset(settings.data, None)
     seed, num_classes = settings.run.seed, settings.model.num_classes
@@ -135,9 +135,10 @@ def open_dataset(settings: Settings, split: str) -> DetectionDataset:
 
 
 def open_detector(settings: Settings, split: str, num_classes: int, targets: bool) -> Detector:
-    """The detector of the settings, for its geometry; with `targets` also for its rule of assignment.
+    """Build the detector: on the meta device, for its geometry, or with `targets` on the CPU, for its assignment.
 
-    Its weights are not made: they are on the device "meta" unless targets are asked for.
+    Raises:
+        SettingsError: an image size is invalid, or the criterion cannot show its assignment.
     """
     with torch.device("cpu" if targets else "meta"):
         detector = build_detector(settings, num_classes)
@@ -150,7 +151,7 @@ def open_detector(settings: Settings, split: str, num_classes: int, targets: boo
 
 
 def use_geometry(dataset: DetectionDataset, geometry: Geometry, settings: Settings, split: str) -> None:
-    """The transform of training or of validation, as yolo-v3/main.py makes it."""
+    """Set the training or validation transform of a dataset, as yolo-v3/main.py does."""
     if split == "val":
         dataset.sample_transform = Transform(geometry, settings.evaluation.image_size)
     else:
@@ -161,10 +162,10 @@ def use_geometry(dataset: DetectionDataset, geometry: Geometry, settings: Settin
 def positions_of_step(
     settings: Settings, dataset: DetectionDataset, split: str, step: int, detector: Detector
 ) -> list[Position]:
-    """The images of a training step, micro-batch by micro-batch, or of a validation batch.
+    """List the images of a training step, micro-batch by micro-batch, or of a validation batch.
 
     Args:
-        detector: of which the sizes of multiscale training depend.
+        detector: determines the sizes of multiscale training.
 
     Raises:
         SettingsError: there is no such validation batch.
@@ -206,7 +207,7 @@ def show_batch(
     detector: Detector,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Pictures by file name, and what they show for JSON; prints the positions."""
+    """Draw a batch; returns pictures by file name, and the content of the JSON file. Prints a line per image."""
     size, drawn = positions[0][2], list(positions[:count])
     kind = "optimizer step" if arguments.split == "train" else "validation batch"
     head = f"{kind} {arguments.step}: {len(positions)} images of {size} px, seed {settings.run.seed}"
@@ -260,7 +261,7 @@ def show_batch(
 
 
 def before(dataset: DetectionDataset, index: int) -> int:
-    """Boxes of an image before the transforms."""
+    """Return the number of boxes of an image before the transforms."""
     first, end = dataset.annotations.first_box[index : index + 2]
     return int(end - first)
 
@@ -273,7 +274,7 @@ def show_transform(
     positions: Sequence[Position],
     geometry: Geometry,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The sheet of one augmentation and its values for JSON."""
+    """Draw one augmentation at several strengths; returns pictures by file name, and the content of the JSON file."""
     annotations = dataset.annotations
     if arguments.image is not None:
         found = np.flatnonzero(annotations.image_ids == arguments.image)

@@ -1,4 +1,4 @@
-"""What the annotations of COCO's train2017 cost in memory, in the training process and in each loader worker.
+"""Memory of the annotations of COCO train2017 in the training process and in each loader worker.
 
 python3 -m benchmarks.annotations                    118,287 images and 860,001 boxes, 2 workers, one epoch
 python3 -m benchmarks.annotations --images 20000     a try
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def epoch(dataset: CocoDataset, workers: int) -> dict[int, list[tuple[int, int]]]:
-    """Memory of each worker after its first batches and after one epoch."""
+    """Measure the memory of each worker after its first batches and after one epoch."""
     steps = len(dataset) // BATCH
     sampler = TrainingBatchSampler(len(dataset), BATCH, 1, (0, steps), 0, SIZE)
     found: dict[int, list[tuple[int, int]]] = {}
@@ -78,7 +78,7 @@ def epoch(dataset: CocoDataset, workers: int) -> dict[int, list[tuple[int, int]]
 
 
 def memory_of(process: str) -> tuple[int, int]:
-    """Bytes that a process alone holds, and its share of what it holds with others."""
+    """Return the bytes private to a process, and its proportional share of those shared with others."""
     sizes = {}
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
         name, value, _ = line.split()

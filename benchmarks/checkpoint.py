@@ -1,6 +1,6 @@
-"""What a checkpoint costs the training loop, and what it costs in all.
+"""Time that a checkpoint takes: in the training loop, and in total.
 
-python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and a EMA
+python3 -m benchmarks.checkpoint                                   Darknet-53 with Adam and an EMA
 python3 -m benchmarks.checkpoint model.backbone=mobilenet_v3_small
 
 The loop waits for `save` alone, which copies; a thread writes, reads back and renames.

@@ -109,7 +109,7 @@ def largest_difference(result: dict[str, np.ndarray], reference: dict[str, np.nd
 
 
 def reset_peak_memory() -> int:
-    """Reset the peak where Linux allows it; returns the bytes in use."""
+    """Reset the peak if Linux allows it; returns the bytes in use."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()

@@ -1,4 +1,4 @@
-"""Images per second of detection, and what its parts cost: network, decoding, NMS.
+"""Speed of detection in images per second, and of its parts: network, decoding, NMS.
 
 python3 -m benchmarks.inference [--device cpu|cuda] [--batches 1 32] [--networks darknet mobilenet] [--ways torch ...]
 
@@ -103,13 +103,13 @@ def main() -> None:
 
 
 def random_images(batch: int) -> Tensor:
-    """(B, 3, S, S) uint8 in the memory layout of decoded images."""
+    """Make images, uint8 (B, 3, S, S), in the memory format of decoded images."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
 
 
 def count_operations(model: nn.Module) -> int:
-    """Floating point operations of one image."""
+    """Count the floating point operations per image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(random_images(1))
     return counter.get_total_flops()
@@ -118,8 +118,8 @@ def count_operations(model: nn.Module) -> int:
 def open_ways(
     detector: Detector, settings: Settings, ways: list[str], device: torch.device
 ) -> Iterator[tuple[str, torch.dtype | None, Callable[[Tensor], Any]]]:
-    """Name, autocast type (None: float32) and function of each way to run the network."""
-    if "onnx" in ways:  # traced before the weights go elsewhere
+    """List name, autocast type (None: float32) and function of each way to run the network."""
+    if "onnx" in ways:  # traced before the weights are moved to the device
         opened = OpenedDetector(detector, settings, None, CLASSES, 0, 0, [])
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "network.onnx"
@@ -138,7 +138,7 @@ def open_ways(
 
 
 def post_processing(detector: Detector, batch: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds for a batch: of decoding, and of NMS with the choice of its candidates."""
+    """Measure milliseconds per batch of decoding, and of NMS with the selection of candidates."""
     with torch.no_grad():
         shapes = [level.shape[1:] for level in detector.model(random_images(1))]
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def report_peer(batch: int, device: torch.device, measure: Callable[..., list[fl
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Of each repeat, after one that is not counted."""
+    """Measure each repeat, after one warm-up."""
     times = []
     for repeat in range(repeats + 1):
         synchronize(device)

@@ -1,4 +1,4 @@
-"""What an image costs on its way to the network, and how many a core and a loader deliver.
+"""Cost of loading and transforming an image, and throughput of a core and of the loader.
 
 python3 -m benchmarks.loader                          generated photographs of 640 x 480, 416 px, batches of 16
 python3 -m benchmarks.loader data.root=data/coco      real ones
@@ -143,7 +143,7 @@ def report(settings: Settings, count: int, repeats: int) -> None:
 
 
 def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int], object]]:
-    """What torchvision's own training scripts would do with an image on its way to the network."""
+    """Build the same steps from torchvision's transforms, as its reference training scripts do."""
     annotations = dataset.annotations
 
     def read(index: int) -> tv_tensors.Image:
@@ -172,7 +172,7 @@ def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int
 
 
 def all_on(augmentation: AugmentationSettings) -> AugmentationSettings:
-    """Every transform of albumentations on every image."""
+    """Return settings that apply every albumentations transform to every image."""
     sections = {
         name: getattr(augmentation, name).model_copy(update={"p": 1.0})
         for name in augmentation_names()
@@ -182,7 +182,7 @@ def all_on(augmentation: AugmentationSettings) -> AugmentationSettings:
 
 
 def measure(rows: dict[str, Callable[[int], object]], count: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of processor time per image; each repeat goes through all rows, so that they meet one machine."""
+    """Measure milliseconds of CPU time per image; each repeat runs all rows, to average over changes of the machine."""
     times: dict[str, list[float]] = {name: [] for name in rows}
     for repeat in range(-1, repeats):
         for name, work in rows.items():
@@ -204,10 +204,10 @@ def print_rows(rows: dict[str, list[float]], ceiling: list[float]) -> None:
 
 
 def images_per_second(dataset: DetectionDataset, workers: int, consumer: float) -> tuple[float, float]:
-    """Images per second after the first batch, and the share of its time that a consumer waits.
+    """Measure images per second after the first batch, and the share of time that a consumer waits.
 
     Args:
-        consumer: seconds that it works on a batch, asleep: the cores are the workers'.
+        consumer: seconds that the consumer sleeps per batch, which leaves the cores to the workers.
     """
     steps = LOADED // BATCH
     sampler = TrainingBatchSampler(len(dataset), BATCH, 1, (0, steps + 1), 0, 0)

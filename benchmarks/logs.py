@@ -1,4 +1,4 @@
-"""How many bytes a run writes into its logs per 100,000 steps.
+"""Size of the logs of a run per 100,000 steps.
 
 python3 -m benchmarks.logs [run.log_frequency=10 evaluation.evaluate_frequency=5000 ...]
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def event_bytes(directory: Path) -> tuple[int, int]:
-    """(numbers, pictures) in the event files of a run; pictures of one evaluation, those of the first step left out."""
+    """Return the bytes of scalars and of images in the event files of a run; images of one evaluation only."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     numbers = pictures = 0

@@ -1,4 +1,4 @@
-"""What assignment and loss cost: operations, reads by the host, milliseconds, share of a training step.
+"""Cost of assignment and loss: operations, host reads, milliseconds, share of a training step.
 
 python3 -m benchmarks.loss                                  416 px, batch 16, three numbers of boxes, all losses
 python3 -m benchmarks.loss --batch 64 --device cuda
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def boxes_of(batch: dict[str, Any], count: int, size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """`count` boxes in each image, padded as the loader does."""
+    """Make `count` boxes per image, padded as the loader does."""
     rows = SMALLEST_BUCKET
     while rows < count:
         rows *= 2

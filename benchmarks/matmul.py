@@ -1,4 +1,4 @@
-"""Rate of square matrix products: the ceiling that every speed of the same minute is compared with.
+"""Rate of square matrix products, the upper bound that other speeds are compared with.
 
 python3 -m benchmarks.matmul [--device cpu|cuda] [--size 4096]
 

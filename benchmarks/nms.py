@@ -1,4 +1,4 @@
-"""Milliseconds of NMS, ours beside torchvision's, by number of boxes.
+"""Milliseconds of NMS by number of boxes: this project's and torchvision's.
 
 python3 -m benchmarks.nms [--device cpu|cuda] [--boxes 1000 10000]
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def random_boxes(count: int, placed: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (N, 4) xyxy, scores (N,), labels (N,)."""
+    """Make boxes xyxy (N, 4), scores (N,) and labels (N,)."""
     generator = torch.Generator().manual_seed(count)
     objects = count // BOXES_PER_OBJECT if placed == "clustered" else count
     centres, sides = torch.rand(objects, 2, generator=generator) * SIZE, torch.rand(objects, 2, generator=generator)
@@ -107,7 +107,7 @@ def by_score(kept: Tensor, scores: Tensor) -> Tensor:
 
 
 def best_per_class(kept: Tensor, labels: Tensor) -> Tensor:
-    """The first MAX of each class, in the same order."""
+    """Keep the first MAX of each class, in the same order."""
     of_classes = [(labels[kept] == label).nonzero()[:MAX, 0] for label in range(CLASSES)]
     return kept[torch.cat(of_classes).sort().values]
 
@@ -123,7 +123,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def milliseconds(
     function: Callable[..., Tensor], boxes: list[Tensor], device: torch.device, repeats: int
 ) -> list[float]:
-    """Of each repeat, after two that are not counted."""
+    """Measure each repeat, after two for warm-up."""
     times = []
     for repeat in range(repeats + 2):
         synchronize(device)

@@ -1,4 +1,4 @@
-"""What moves the weights, and what one copy of the same bytes takes.
+"""Time of the optimizer, EMA and batch-norm statistics, relative to a copy of the same bytes.
 
 python3 -m benchmarks.optimizer                                     Darknet-53: 222 + 216 tensors
 python3 -m benchmarks.optimizer --backbone mobilenet_v3_small --device cuda
@@ -75,7 +75,7 @@ def main() -> None:
 def compare(
     name: str, function: Callable[[], object], tensors: Sequence[Tensor], device: torch.device, repeats: int
 ) -> None:
-    """One line; function and copy take turns, so that both see the same machine."""
+    """Print a line; function and copy alternate, so that both run under the same conditions."""
     sources = [tensor.detach() for tensor in tensors]
     targets = [tensor.clone() for tensor in sources]
 

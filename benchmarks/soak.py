@@ -1,4 +1,4 @@
-"""Kill a training with kill -9 at random moments, continue it, and compare it with one that nobody disturbed.
+"""Kill a training run with kill -9 at random moments, resume it, and compare it with an uninterrupted run.
 
 python3 -m benchmarks.soak                      100 kills, about 15 minutes on 2 CPU cores
 python3 -m benchmarks.soak --cycles 5           a try
@@ -114,7 +114,7 @@ def start(arguments: list[str], output: Path) -> subprocess.Popen[bytes]:
 
 
 def rows_of(directory: Path) -> list[dict[str, Any]]:
-    """Complete rows of metrics.jsonl."""
+    """Read the complete rows of metrics.jsonl."""
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -130,7 +130,7 @@ def saved_step(directory: Path) -> int:
 
 
 def wait_for_step(process: subprocess.Popen[bytes], directory: Path, step: int, output: Path) -> None:
-    """Until the process itself has begun, and its log has this step."""
+    """Wait until the process has started and its log has reached this step."""
     deadline = time.monotonic() + TIMEOUT
     while f"run directory {directory}, from step" not in output.read_text() or newest_step(directory) < step:
         if process.poll() is not None or time.monotonic() > deadline:
@@ -140,7 +140,7 @@ def wait_for_step(process: subprocess.Popen[bytes], directory: Path, step: int, 
 
 
 def place_of_kill(directory: Path) -> str:
-    """As far as the files tell."""
+    """Describe what the process was doing when it was killed, judging by its files."""
     if list(directory.glob(".*.tmp")):
         return "a save"
     step = newest_step(directory)
@@ -149,7 +149,7 @@ def place_of_kill(directory: Path) -> str:
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
-    """What differs, a line each."""
+    """List the differences between the two runs."""
     differences = []
     for name in ("last.pt", "best.pt"):
         difference = first_difference(load_checkpoint(whole / name), load_checkpoint(killed / name))

@@ -1,4 +1,4 @@
-"""From `python3 yolo-v3/main.py` to its first optimizer step, on annotations of the size of COCO's train2017.
+"""Time from `python3 yolo-v3/main.py` to the first optimizer step, with annotations of the size of COCO train2017.
 
 python3 -m benchmarks.start_up                                     generated data, MobileNetV3-small at 320 px
 python3 -m benchmarks.start_up model.backbone=darknet --repeats 3    Darknet-53
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def start(words: list[str]) -> dict[str, float]:
-    """Seconds of each stage of one start."""
+    """Measure the seconds of each stage of a start."""
     started = time.time()
     command = [sys.executable, "-c", "from benchmarks.start_up import run_timed; run_timed()", *words]
     environment = {**os.environ, STARTED: repr(started)}
@@ -103,7 +103,7 @@ def start(words: list[str]) -> dict[str, float]:
 
 
 def run_timed() -> None:
-    """In the new process: the script as it is, with a clock around its stages."""
+    """Run the script with timed stages; called in the new process."""
     started = float(os.environ[STARTED])
     seconds: dict[str, float] = {}
 

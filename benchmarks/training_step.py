@@ -1,4 +1,4 @@
-"""Speed of a whole training step, beside the matrix product rate of the same minute.
+"""Speed of a whole training step, relative to the matrix-product rate measured at the same time.
 
 python3 -m benchmarks.training_step                                          Darknet-53 at 416 px, batch 2
 python3 -m benchmarks.training_step --sizes 320 416 608 --batch 64 --device cuda
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def real_batches(settings: Settings, size: int, arguments: Any, device: torch.device) -> Iterator[Batch]:
-    """Those of a training run."""
+    """Load the micro-batches of a training run."""
     dataset, _ = build_datasets(settings.data, settings.run.seed, arguments.classes, 1)
     geometry = build_detector(settings, arguments.classes).geometry
     dataset.sample_transform = Transform(geometry, size, settings.run.seed, settings.data.augmentation)
@@ -138,7 +138,7 @@ def time_steps(
     called: nn.Module | None = None,
     depthwise: bool = False,
 ) -> tuple[list[float], float]:
-    """Images per second of each repeat, and the share of time in which batches were waited for.
+    """Measure images per second of each repeat, and the share of time spent waiting for batches.
 
     Args:
         called: the compiled network.
@@ -179,7 +179,7 @@ def time_steps(
 
 
 def time_peer(name: str, size: int, arguments: Any, device: torch.device, dtype: torch.dtype | None) -> Measured:
-    """A detector of torchvision, with SGD."""
+    """Build a torchvision detector with SGD."""
     from torchvision.models import get_model
 
     model = get_model(name, weights=None, weights_backbone=None, num_classes=arguments.classes)

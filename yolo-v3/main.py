@@ -2,11 +2,12 @@
 
 python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 3 minutes on 2 CPU cores
 python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
-python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       continue, number for number
+python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       resume exactly where the run stopped
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
-Writes logs/<YYMMDD-HHMMSS>_<name>/: args.yaml (resolved), environment.json, train.log, metrics.jsonl, results.csv,
-TensorBoard events, images/, metrics.json and detections.json of the last evaluation, best.pt (highest AP50), last.pt.
+Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), environment.json, train.log, metrics.jsonl,
+results.csv, TensorBoard events, images/, metrics.json and detections.json of the last evaluation, best.pt (highest
+AP50) and last.pt.
 """
 
 import argparse
@@ -48,15 +49,24 @@ def parse_arguments() -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DIRECTORY",
-        help="continue a run (default: the newest) from its last.pt",
+        help="resume a run (default: the newest) from its last.pt",
     )
-    add("--accept-changes", action="store_true", help="with --resume: though it makes another run")
-    add("--output", type=Path, metavar="DIRECTORY", help="run directory instead of a new one below run.logs_path")
-    add("--dry-run", action="store_true", help="the plan, and every check; leaves nothing behind")
-    add("--profile", action="store_true", help="table and trace of a few steps, in the log")
-    add("--replay", type=Path, metavar="DIRECTORY", help="look into a step that was non-finite: RUN/non_finite_<step>")
+    add(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: allow changes that affect results",
+    )
+    add("--output", type=Path, metavar="DIRECTORY", help="run directory (default: new, below run.logs_path)")
+    add("--dry-run", action="store_true", help="print the plan, run all checks, write nothing")
+    add("--profile", action="store_true", help="profile a few steps: table in the log, trace file")
+    add(
+        "--replay",
+        type=Path,
+        metavar="DIRECTORY",
+        help="diagnose a non-finite step: RUN/non_finite_<step>",
+    )
     arguments = parser.parse_intermixed_args()
-    if arguments.resume and "=" in arguments.resume:  # `--resume train.steps=9` names no directory
+    if arguments.resume and "=" in arguments.resume:  # in `--resume train.steps=9` the word is a setting
         arguments.settings.append(arguments.resume)
         arguments.resume = ""
     modes = [name for name in ("dry_run", "replay", "profile") if getattr(arguments, name)]
@@ -88,11 +98,13 @@ def main() -> None:
 
 
 def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | None, profile: bool = False) -> None:
-    """Train from the first step, or from that of a checkpoint, to the last; whatever ends it early, its steps are kept.
+    """Train from the first step, or from that of a checkpoint, to the last.
 
     Args:
+        run: the run.
         plan: lines for the log.
-        directory: of the run; None: a new one.
+        directory: run directory; None: a new one.
+        checkpoint: checkpoint to resume from; None: a new run.
         profile: record a few steps with torch's profiler.
     """
     settings = run.settings.train
@@ -109,7 +121,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
         loggers.line(f"run directory {loggers.directory}, from step {first_step}")
         with Supervisor(run, state, run.training_batches(first_step), loggers, stop, profile) as supervisor:
             if first_step and run.evaluates_at(first_step) and state.evaluated_step != first_step:
-                # The run was stopped during this evaluation.
+                # The run was stopped before this evaluation was complete.
                 evaluate_and_keep(run, state, saver, loggers, supervisor)
             for step in range(first_step, run.steps):
                 supervisor.begin(step)

@@ -1,1 +1,1 @@
-"""What benchmarks share: data made on the spot, traces of operations, clocks."""
+"""Shared by benchmarks: synthetic data, traces of operations, timers."""

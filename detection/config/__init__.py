@@ -1,1 +1,1 @@
-"""Settings of a run: `args.yaml`, overlays, words and flags, validated into frozen sections. Imports no torch."""
+"""Settings of a run from `args.yaml`, overlays and the command line, validated and frozen. Imports no torch."""

@@ -1,7 +1,6 @@
-"""Flags and keys of other programs as settings, so that the commands of MMDetection on Habana run as they are. Imports
-no torch.
+"""Flags and keys of other programs, mapped to settings, so that MMDetection commands for Habana run unchanged.
 
-Every one of them stands for a setting, or two, and is printed with it; `docs/hpu.md` has the table.
+Each alias sets one or two settings and is printed together with them; `docs/hpu.md` has the table. Imports no torch.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
 
 HPU_FLAGS = ("--hpu", "--hpus")
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun puts into the environment
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 RECIPES = {
     "yolov3_d53_320_273e_coco.py": "recipes/d53_320_273e.yaml; on HPUs recipes/d53_320_273e_1x32.yaml and its siblings",
     "yolov3_d53_mstrain-608_273e_coco.py": "recipes/d53_mstrain-608_273e.yaml",
@@ -25,25 +24,25 @@ RECIPES = {
 
 
 def add_device_flags(parser: argparse.ArgumentParser) -> None:
-    """For every script that computes on a device."""
+    """Add the flags of every script that computes on a device."""
     add = parser.add_argument
-    add("--gpu", type=int, metavar="N", help="CUDA device N")
+    add("--gpu", type=int, metavar="N", help="same as --device cuda:N")
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or hpu")
-    add("--hpu", choices=["1"], metavar="1", help="device hpu; a bare --hpu will do")
+    add("--hpu", choices=["1"], metavar="1", help="same as --device hpu; the value may be omitted")
     add("--hpus", choices=["1"], help=argparse.SUPPRESS)
     add("--lazy", action="store_true", help="lazy mode of device hpu")
-    add("--autocast", action="store_true", help="mixed precision in bfloat16")
-    add("--deterministic", action="store_true", help="only algorithms that repeat number for number")
+    add("--autocast", action="store_true", help="mixed precision with bfloat16")
+    add("--deterministic", action="store_true", help="use deterministic algorithms only")
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """For the scripts that evaluate."""
+    """Add the evaluation flags of other programs."""
     text = "--eval-batch-size N, --cfg-options key=value ..., --eval bbox: docs/hpu.md"
     _add_evaluation_flags(parser.add_argument_group("settings under the names of other programs", text))
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """For the training script."""
+    """Add the training flags of other programs."""
     text = (
         "--batch-size N, --eval-batch-size N, --epochs N, --log-interval N, --cfg-options key=value ..., "
         "--launcher pytorch, --eval bbox: docs/hpu.md"
@@ -67,19 +66,20 @@ def _add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def separate_hpu(words: Sequence[str]) -> list[str]:
-    """A bare --hpu gets its value 1, or it would take the next word for it."""
+    """Append the value 1 to a bare --hpu; argparse would consume the next word as its value."""
     pairs = itertools.pairwise([*words, ""])
     return [f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word for word, after in pairs]
 
 
 def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
-    """The settings that the flags of a command line stand for.
+    """Translate command-line flags to settings.
 
     Args:
-        defaults: args.yaml, whose settings --cfg-options takes too.
+        arguments: parsed command line.
+        defaults: args.yaml; --cfg-options accepts its settings too.
 
     Raises:
-        SettingsError: an unknown key, a configuration file of MMDetection, or no torchrun where --launcher wants it.
+        SettingsError: an unknown key, an MMDetection configuration file, or --launcher without torchrun.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
     check_files(given.get("settings", ()))
@@ -151,7 +151,7 @@ def epochs(path: str) -> Callable[[Any], dict[str, Any]]:
     return lambda value: {path: in_epochs(value)}
 
 
-# Key of MMDetection 2 -> the settings it means here. The learning rate falls in steps there, so those keys say so too.
+# MMDetection 2 key -> settings. Its learning rate drops in steps, so keys of that policy also select the strategy.
 MMDETECTION_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "data_root": same("data.root"),
     "data.samples_per_gpu": same("train.batch_size"),
@@ -177,7 +177,7 @@ MMDETECTION_KEYS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def translate_option(word: str, defaults: Path) -> list[Flag]:
-    """The settings of one key=value of --cfg-options."""
+    """Translate one key=value of --cfg-options to settings."""
     key, separator, text = word.partition("=")
     if not separator:
         raise SettingsError(f"--cfg-options {word!r}: expected key=value")

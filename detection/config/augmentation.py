@@ -2,11 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    FiniteFloat,
-)
+from pydantic import AfterValidator, Field, FiniteFloat
 
 from detection.config.fields import (
     Count,

@@ -1,4 +1,4 @@
-"""What the command lines of all scripts share."""
+"""Argument parser shared by all scripts."""
 
 import argparse
 import sys
@@ -13,14 +13,14 @@ DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
 
 
 def at_least_one(text: str) -> int:
-    """A whole number from 1 as the value of an option."""
+    """Parse an option's value as a whole number >= 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error, and takes no abbreviations."""
+    """Argument parser with one-line errors and without abbreviated options."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -30,20 +30,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
     def add_settings(self, device: bool = True) -> None:
-        """key.path=value words and --config; --device and --gpu where a device is used."""
+        """Add key.path=value words and --config; with `device` also --device, --gpu and the other device flags."""
         add = self.add_argument
         add(
             "settings",
             nargs="*",
             metavar="key.path=value",
-            help="single settings; yolo-v3/args.yaml explains all of them",
+            help="settings to override; see yolo-v3/args.yaml",
         )
-        add("--config", action="append", default=[], type=Path, metavar="FILE", help="overlay on args.yaml; repeatable")
+        add(
+            "--config",
+            action="append",
+            default=[],
+            type=Path,
+            metavar="FILE",
+            help="overlay on args.yaml; repeatable, later files win",
+        )
         if device:
             add_device_flags(self)
 
     def add_training_flags(self) -> None:
-        """Settings of training under the names that other programs give them."""
+        """Add training settings under the names of other programs."""
         add_training_flags(self)
 
     def parse_intermixed_args(  # type: ignore[override]
@@ -52,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(separate_hpu(sys.argv[1:] if args is None else args), namespace)
 
     def add_weights(self, required: bool = True) -> None:
-        """--weights with --cfg and --names."""
+        """Add --weights, --cfg and --names."""
         add = self.add_argument
         add(
             "--weights",
@@ -65,18 +72,18 @@ class Parser(argparse.ArgumentParser):
             "--cfg",
             type=Path,
             metavar="FILE",
-            help="description of the Darknet network (default: YOLOv3 of the settings)",
+            help="Darknet .cfg of the network, for .weights (default: YOLOv3 as configured)",
         )
-        add("--names", type=Path, metavar="FILE", help="class names of Darknet weights, one per line")
+        add("--names", type=Path, metavar="FILE", help="class names for Darknet weights, one per line")
 
     def add_output(self) -> None:
-        """--output and --show."""
+        """Add --output and --show."""
         self.add_argument(
-            "--output", type=Path, metavar="DIRECTORY", help="where results go (default: new, below logs/)"
+            "--output", type=Path, metavar="DIRECTORY", help="output directory (default: new, below logs/)"
         )
-        self.add_argument("--show", action="store_true", help="show the pictures in a window too")
+        self.add_argument("--show", action="store_true", help="also show the images in a window")
 
 
 def device_flags(arguments: argparse.Namespace) -> list[Flag]:
-    """The settings that the flags of a command line stand for; of the device alone where a script has no others."""
+    """Translate the flags of a command line (device flags, and other programs' where a script has them) to settings."""
     return settings_flags(arguments, DEFAULTS)

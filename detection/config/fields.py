@@ -1,20 +1,13 @@
-"""Types of single settings, each with its check."""
+"""Types of single settings with their validation."""
 
 import re
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 
 def whole_number(value: Any) -> Any:
-    """1e3 is a natural way to write 1000 steps."""
+    """Convert integral floats to int, so that 1e3 can be written for 1000 steps."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -25,7 +18,7 @@ def check_device(value: str) -> str:
 
 
 def check_duration(value: int | str) -> int | str:
-    """A duration is a number of optimizer steps (5000) or of epochs ("12ep"); `schedules.resolve_steps` counts it."""
+    """Check a duration: optimizer steps (5000) or epochs ("12ep"); see `schedules.resolve_steps`."""
     if value >= 0 if isinstance(value, int) else re.fullmatch(r"\d+(\.\d+)?ep", value):
         return value
     raise ValueError('must be a number of steps (5000) or of epochs ("12ep")')

@@ -1,4 +1,4 @@
-"""From args.yaml, overlays, `key=value` words and flags to one validated `Settings`."""
+"""Merge args.yaml, overlays, `key=value` words and flags into one validated `Settings`."""
 
 import difflib
 import re
@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file, read_yaml, write_yaml
 from detection.errors import SettingsError
 
-# Settings by which a run of today would differ from one that was trained before there was a choice.
+# Values for settings missing from old checkpoints, where today's default would change the results.
 DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data.decoder": "opencv"}
 
-
-# Flat names, as in the args.yaml of the research repository -> where the setting lives here.
+# Flat names, as in the args.yaml of the research repository -> path of the setting.
 FLAT_NAMES = {
     "name": "run.name",
     "logs_path": "run.logs_path",
@@ -48,8 +44,7 @@ FLAT_NAMES = {
     "visualization_threshold": "evaluation.visualization_threshold",
 }
 
-
-# Settings of the research repository that have another form here.
+# Settings of the research repository without a direct counterpart.
 REPLACED_NAMES = {
     "continue_training": "use --resume DIRECTORY",
     "checkpoint": "use --resume DIRECTORY",
@@ -62,10 +57,9 @@ REPLACED_NAMES = {
     "visualize_ratio": "use evaluation.visualize_images",
 }
 
-
-# Values that no longer exist -> the value that stands for them.
+# Removed values -> their replacement.
 REPLACED_VALUES = {("evaluation.backend", "faster_coco_eval"): "arrays"}
-# Earlier paths of settings -> where they live now. Overlays, command lines and checkpoints of any age keep working.
+# Earlier paths of settings -> current path, so that old overlays, command lines and checkpoints keep working.
 MOVED_NAMES = {
     **{
         f"yolo.{name}": f"model.{name}"
@@ -88,9 +82,9 @@ CONVERTED = {key for key, _ in MOVED_VALUES}
 
 
 class Flag(NamedTuple):
-    """A flag of the command line that stands for a setting."""
+    """Command-line flag that sets a setting."""
 
-    spelling: str  # as it was typed: "--batch-size"
+    spelling: str  # as typed, e.g. "--batch-size"
     path: str
     value: Any
 
@@ -104,17 +98,17 @@ def load_settings(
     """Merge and validate all sources.
 
     Args:
-        defaults: the complete `args.yaml`, or the settings of a run that is continued.
-        overlays: files with some of its keys, later ones win.
+        defaults: the complete `args.yaml`, or the settings of a resumed run.
+        overlays: files with some of its keys; later ones win.
         words: `key.path=value`, value in YAML syntax.
-        flags: of the command line.
+        flags: command-line flags; they win over everything else.
 
     Returns:
-        The frozen settings, and one notice per flat name or flag with the setting it means.
+        The frozen settings, and one notice per flag, flat name or old name with the setting it was read as.
 
     Raises:
-        SettingsError: unknown key (with the nearest valid one), wrong type or impossible value; or two spellings of one
-            setting, both on the command line, with different values.
+        SettingsError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
+            the command line sets one setting under two names to different values.
     """
     tree = defaults.model_dump(mode="json") if isinstance(defaults, Settings) else read_settings_file(defaults)
     known = leaf_paths(tree)
@@ -145,7 +139,7 @@ def load_settings(
 
 
 def read_cfg(cfg: Any) -> Any:
-    """The text of a Darknet cfg in place of its file name, so that a run and its checkpoint need no file."""
+    """Replace the file name of a Darknet cfg by its text, so that a run and its checkpoint do not need the file."""
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
     try:
@@ -155,8 +149,17 @@ def read_cfg(cfg: Any) -> Any:
 
 
 def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
-    """Validated settings of a checkpoint; those that did not exist when it was written get their defaults, or what
-    stands in DEFAULTS_FOR_OLD_CHECKPOINTS."""
+    """Complete and validate the settings of a checkpoint.
+
+    Settings that did not exist when it was written get `DEFAULTS_FOR_OLD_CHECKPOINTS` or the value in `defaults`.
+
+    Args:
+        tree: settings in the checkpoint, nested by section.
+        defaults: args.yaml.
+
+    Raises:
+        SettingsError: as in `load_settings`.
+    """
     complete = read_settings_file(defaults)
     known = leaf_paths(complete)
     for key, value in (*DEFAULTS_FOR_OLD_CHECKPOINTS.items(), *leaf_items(tree)):
@@ -165,7 +168,7 @@ def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
 
 
 def validate(tree: dict[str, Any]) -> Settings:
-    """Turn a complete nested mapping (a resolved file, a checkpoint's copy) into `Settings`; one line on error."""
+    """Build `Settings` from a complete nested mapping; all errors are reported in one line."""
     try:
         return Settings.model_validate(_tuples(tree))
     except ValidationError as error:
@@ -179,23 +182,24 @@ def validate(tree: dict[str, Any]) -> Settings:
             if not path:
                 line = message
             elif isinstance(item["input"], dict | BaseModel):
-                # Our own checks of a section begin with the name of the setting.
+                # Messages of our own section validators begin with the name of the setting.
                 line = f"{path}.{message}" if item["type"] == "value_error" else f"{path}: {message}"
             else:
                 line = f"{path} = {_lists(item['input'])!r}: {message}"
             if path not in {earlier.split(" = ")[0] for earlier in lines}:
                 lines.append(line)
-            elif item["type"] == "literal_error":  # a number or a word
+            elif item["type"] == "literal_error":  # another branch of a union, e.g. a number or "auto"
                 lines[-1] += f", or {item['ctx']['expected']}"
         raise SettingsError("; ".join(lines)) from None
 
 
 def dump_settings(settings: Settings) -> str:
-    """The resolved settings as YAML text that `load_settings` reads back to the same value."""
+    """Format settings as YAML that `load_settings` reads back to the same value."""
     return write_yaml(settings.model_dump(mode="json"))
 
 
 def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """List (dotted path, value) of every leaf of nested mappings."""
     items: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -210,13 +214,13 @@ def leaf_paths(tree: dict[str, Any]) -> list[str]:
 
 
 def changed_settings(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
-    """Full path -> (old value, new value) of every setting in which the two differ."""
+    """Map the path of every setting that differs to (old value, new value)."""
     before, after = dict(leaf_items(old.model_dump(mode="json"))), dict(leaf_items(new.model_dump(mode="json")))
     return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
 def claim(given: dict[str, Flag], flag: Flag) -> None:
-    """Note what the command line says; the same spelling twice is a correction, another one a contradiction."""
+    """Record a command-line setting; the last of equal spellings wins, two spellings must have the same value."""
     earlier = given.setdefault(flag.path, flag)
     if earlier.spelling != flag.spelling and earlier.value != flag.value:
         raise SettingsError(
@@ -227,12 +231,12 @@ def claim(given: dict[str, Flag], flag: Flag) -> None:
 
 
 def follow_move(key: str, value: Any) -> tuple[str, Any]:
-    """Path and value today of a setting under an earlier path."""
+    """Translate an earlier path of a setting, and its value, to the current ones."""
     return MOVED_NAMES[key], MOVED_VALUES.get((key, value), value) if isinstance(value, bool) else value
 
 
 def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, notices: list[str]) -> str:
-    """Put a value into the tree; returns the full path of its setting."""
+    """Set a value in the tree, following flat and earlier names; returns the full path of the setting."""
     if key not in known and key in FLAT_NAMES:
         notices.append(f"{where}: {key} means {FLAT_NAMES[key]}")
         key = FLAT_NAMES[key]
@@ -267,12 +271,12 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
 
 
 def _tuples(value: Any) -> Any:
-    """Lists to tuples at any depth: frozen settings hold no lists."""
+    """Convert lists to tuples at any depth: frozen settings hold no lists."""
     if isinstance(value, dict):
         return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
 def _lists(value: Any) -> Any:
-    """Tuples back to lists: a message shows the value as the user wrote it."""
+    """Convert tuples back to lists, so that messages show values as the user wrote them."""
     return [_lists(inner) for inner in value] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Settings of a run: `args.yaml` + overlays + `key=value` words, validated into frozen sections. Imports no torch.
+"""Schema of the settings, one class per section of `args.yaml`. Imports no torch.
 
 Order of precedence, lowest first: args.yaml, each `--config` overlay in turn, `key.path=value` words, flags.
 """
@@ -8,12 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from detection.config.augmentation import AugmentationSettings
 from detection.config.fields import (
@@ -30,8 +25,8 @@ from detection.config.fields import (
 )
 from detection.errors import SettingsError
 
-DARKNET_CFG = "darknet_cfg"  # the backbone name that stands for a whole network described by a Darknet .cfg file
-Placement = Literal["letterbox", "top_left", "squash"]  # as `ops.letterbox.Placement`, which imports torch
+DARKNET_CFG = "darknet_cfg"  # pseudo backbone: the whole network is built from a Darknet .cfg file
+Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
 BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
 
@@ -102,7 +97,7 @@ class DataSettings(Section):
 
 
 class ModelSettings(Section):
-    """What every detector has: its backbone, its classes, its starting weights, and how an image becomes its input."""
+    """Settings of every detector: backbone, classes, initial weights, and how an image becomes the network input."""
 
     detector: Annotated[str, Field(pattern=r"^\w+$")]
     backbone: Annotated[str, AfterValidator(check_backbone)]
@@ -144,7 +139,11 @@ class YoloSettings(Section):
         return self
 
     def check_backbone(self, backbone: str) -> None:
-        """Refuse what does not go with the backbone; a whole network from a Darknet cfg has a neck of its own."""
+        """Check the neck settings against the backbone; a network from a Darknet cfg brings its own neck.
+
+        Raises:
+            ValueError: the number of levels does not match, or `spp` is set without a neck to hold it.
+        """
         if backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
             raise ValueError(
                 f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
@@ -181,19 +180,19 @@ class TrainSettings(Section):
 
     @property
     def largest_size(self) -> int:
-        """Side of the largest network input of training, pixels."""
+        """Side of the largest network input in training, in pixels."""
         return self.multiscale_sizes[1] if self.resize_frequency else self.image_size
 
     @property
     def micro_batch(self) -> int:
-        """`batch_size`, where it is a number.
+        """`batch_size` as a number.
 
         Raises:
-            SettingsError: it is "auto", for which only training finds a number.
+            SettingsError: it is "auto", which only training resolves.
         """
         if self.batch_size == "auto":
             raise SettingsError(
-                "train.batch_size=auto: yolo-v3/main.py finds the number and writes it into its args.yaml; say one here"
+                "train.batch_size=auto: only yolo-v3/main.py resolves it (and writes it to its args.yaml); set a number"
             )
         return self.batch_size
 
@@ -263,7 +262,7 @@ class Settings(Section):
             "evaluation.image_size": [self.evaluation.image_size],
         }
         for name, values in sizes.items():
-            if wrong := [value for value in values if value < 1]:  # the detector knows of what they must be a multiple
+            if wrong := [value for value in values if value < 1]:  # `Geometry.check_size` checks the multiple
                 raise ValueError(f"{name} = {wrong[0]}: must be positive")
         if self.model.detector == "yolo":
             self.yolo.check_backbone(self.model.backbone)
@@ -271,7 +270,7 @@ class Settings(Section):
 
 
 def check_ascending(name: str, durations: Sequence[int | str]) -> None:
-    """Refuse durations that do not rise; steps and epochs cannot be compared before the dataset is known."""
+    """Check that durations ascend, steps and epochs separately: comparing the two needs the size of the dataset."""
     for unit in (int, str):
         values = [float(str(value).removesuffix("ep")) for value in durations if isinstance(value, unit)]
         if any(later <= earlier for earlier, later in itertools.pairwise(values)):

@@ -1,4 +1,4 @@
-"""Read and write settings as YAML, in which `1e-4` is a number and `on` a word."""
+"""Read and write settings as YAML, in which `1e-4` is a number and `on` a string."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from detection.errors import SettingsError
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe loading by the YAML 1.2 rules users expect: `1e-3` is a number, `off` is a word, a key occurs once."""
+    """Safe loader with YAML 1.2 scalars (`1e-3` is a number, `off` a string) that rejects duplicate keys."""
 
     yaml_implicit_resolvers = {
         first: [
@@ -29,7 +29,7 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        """PyYAML's own reads 010 as octal."""
+        """Read an int as decimal; PyYAML's own constructor reads 010 as octal."""
         return int(self.construct_scalar(node))
 
 
@@ -45,7 +45,7 @@ _RESOLVERS = (
 
 
 class _YamlDumper(yaml.SafeDumper):
-    """Quotes whatever the rules of `_YamlLoader` (or YAML 1.1) would read as something else than a string."""
+    """Dumper that quotes every string that `_YamlLoader` (or YAML 1.1) would read as another type."""
 
 
 for _name, _pattern, _first in _RESOLVERS:
@@ -55,12 +55,19 @@ _YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_decim
 
 
 def write_yaml(content: Any) -> str:
-    """YAML text that `read_yaml` reads back to the same value."""
+    """Format a value as YAML that `read_yaml` reads back to the same value."""
     return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML text; a mistake is one line naming `where`."""
+    """Parse YAML text.
+
+    Args:
+        where: origin of the text, for the error message.
+
+    Raises:
+        SettingsError: the text is not valid YAML.
+    """
     try:
         return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader subclass)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -68,6 +75,11 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
+    """Read the sections of a settings file; an empty file has none.
+
+    Raises:
+        SettingsError: the file cannot be read or is not a mapping.
+    """
     try:
         content = read_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""Pixels, axes, windows and pages. Knows no dataset and no model."""
+"""Drawing of boxes, figures, windows and HTML pages, independent of datasets and models."""

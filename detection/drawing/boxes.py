@@ -57,8 +57,8 @@ def draw_boxes(
         labels: index into `class_names`, -1 for padding (not drawn), -2 for a crowd region (dashed grey), (n,).
         class_names: name of each label.
         scores: printed after the names with two decimals, (n,).
-        title: text of a white strip above the image.
-        notes: text after each name and score, (n,).
+        title: text in a white strip above the image.
+        notes: text after each name and score, n strings.
 
     Returns:
         RGB uint8 (H, W, 3), taller by the strip if there is a title.
@@ -144,7 +144,7 @@ def ground_truth_beside_detections(
     scores: np.ndarray,
     class_names: Sequence[str],
 ) -> np.ndarray:
-    """Draw an image twice, side by side: with its ground truth and with detections. Arguments as in `draw_boxes`."""
+    """Draw an image twice, with its ground truth on the left and with detections on the right; see `draw_boxes`."""
     gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="ground truth")
     detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections")
     return make_grid([gt, detections], columns=2)
@@ -212,7 +212,7 @@ def _draw_border(image: np.ndarray, edges: np.ndarray, color: Color, line_pixels
 
 
 def _draw_dashes(image: np.ndarray, edges: np.ndarray, line_pixels: int) -> None:
-    """Draw a border half as wide as that of an object, in dashes of light and dark grey, one of which always shows."""
+    """Draw a border of half the usual width in light and dark grey dashes, one of which contrasts with any image."""
     dash_pixels = 3 + 3 * line_pixels
     x1, y1, x2, y2 = edges
     _draw_border(image, edges, CROWD_COLOR, thin := max(1, line_pixels // 2))

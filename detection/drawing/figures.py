@@ -45,7 +45,7 @@ def figure_pixels(figure: "Figure") -> np.ndarray:
 
 
 def add_second_x(axes: "Axes", factor: float, label: str) -> None:
-    """A second x axis above, whose values are x times the factor."""
+    """Add a second x axis at the top, with values x * factor."""
 
     def there(x: np.ndarray) -> np.ndarray:
         return x * factor

@@ -1,1 +1,1 @@
-"""A trained detector in use: from a file of weights, over images and videos, to results."""
+"""Inference with trained weights: load a detector, read images and videos, write results."""

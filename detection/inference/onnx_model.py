@@ -1,4 +1,4 @@
-"""ONNX files of export.py in the place of a PyTorch network: what they say about themselves, and how they run."""
+"""ONNX files written by export.py: their metadata, and a module that runs them in place of a PyTorch network."""
 
 import dataclasses
 import json
@@ -23,35 +23,36 @@ NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_t
 
 
 class Description(BaseModel):
-    """The metadata of a file: each field is one entry of `metadata_props`, its value as JSON."""
+    """Metadata of an ONNX file: each field is an entry of `metadata_props` with a JSON value."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    program: str  # name and version of what wrote the file
+    program: str  # name and version of the program that wrote the file
     output_kind: OutputKind
-    names: tuple[str, ...]  # class of each label; class_0, class_1, ... where the weights did not say
-    category_ids: tuple[int, ...] | None  # of the training annotations; None: not known
+    names: tuple[str, ...]  # class of each label; class_0, class_1, ... if the weights had no names
+    category_ids: tuple[int, ...] | None  # of the training annotations; None: unknown
     input: Literal["uint8", "float"]  # RGB 0..255, or 0..1
-    image_size: int  # pixels; side of the square input, with dynamic_size the one that validation uses
+    image_size: int  # side of the square input in pixels; with dynamic_size the validation size
     dynamic_size: bool  # any height and width that are multiples of size_multiple
     size_multiple: int
     half: bool  # the network computes in float16; inputs, outputs, decoding and NMS do not
     geometry: dict[str, Any]  # placement, fill, interpolation, rounding, ...: how an image becomes the input
     strides: tuple[int, ...]  # of raw outputs
     decoding: dict[str, Any]  # `Detector.metadata`: what decodes raw outputs
-    score: str  # how a score comes about
+    score: str  # formula of the detection score, as text
     thresholds: dict[str, Any]  # confidence, iou, max_detections (per image and class)
     held_settings: dict[Literal["network", "decoding"], list[str]]  # see `Detector.held_settings`
-    settings: dict[str, Any]  # the sections `model` and of the detector
-    parameters: int  # numbers in the network's weights
+    settings: dict[str, Any]  # the section `model` and that of the detector
+    parameters: int  # number of weights of the network
     step: int
     seen: int
 
     def to_metadata(self) -> dict[str, str]:
+        """Format the fields as entries of `metadata_props`."""
         return {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
 
     def settings_tree(self) -> dict[str, Any]:
-        """The part of the settings that the file knows."""
+        """Return the settings stored in the file, nested by section."""
         evaluation = {
             "image_size": self.image_size,
             "confidence_threshold": self.thresholds["confidence"],
@@ -62,10 +63,10 @@ class Description(BaseModel):
 
 
 class OnnxModel(nn.Module):
-    """A file that ONNX Runtime runs, called like a detector's model. It has no parameters of torch.
+    """Module that runs an exported file with ONNX Runtime, called like a detector's model; has no torch parameters.
 
     Args:
-        path: file that export.py wrote.
+        path: file written by export.py.
 
     Raises:
         CheckpointError: missing, damaged, or without our metadata.
@@ -94,7 +95,7 @@ class OnnxModel(nn.Module):
         self.num_parameters = self.description.parameters
 
     def use_device(self, name: str) -> str:
-        """Run on the device of a setting; returns the one that is used: `auto` is the CPU.
+        """Select the device of a `run.device` setting; returns the one in use (`auto` is the CPU).
 
         Raises:
             SettingsError: ONNX Runtime has no such device here.
@@ -115,12 +116,14 @@ class OnnxModel(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Args:
-            images: uint8 RGB (B, 3, H, W), of the size that the file takes.
+        """Run the network.
+
+        Args:
+            images: uint8 RGB (B, 3, H, W), of a size that the file accepts.
 
         Returns:
-            By the kind of the file: raw logits per level; all boxes (B, P, 4) and scores (B, P, C); or final boxes
-            (K, 4), scores, labels and image_index (K,), and the numbers of the images (B,).
+            Depending on `output_kind`: "raw": logits per level; "decoded": all boxes (B, P, 4) and scores (B, P, C);
+            "nms": final boxes (K, 4), scores, labels and image_index (K,), and the image numbers 0..B-1 (B,).
         """
         values = images.contiguous().cpu().numpy()
         if self.description.input == "float":
@@ -132,7 +135,7 @@ class OnnxModel(nn.Module):
 
 
 def build_exported(model: OnnxModel, settings: Settings) -> Detector:
-    """The detector of an exported file: it can only detect."""
+    """Build the detector of an exported file; it has no criterion."""
     description, evaluation = model.description, settings.evaluation
     postprocess: nn.Module
     if description.output_kind == "nms":
@@ -144,7 +147,7 @@ def build_exported(model: OnnxModel, settings: Settings) -> Detector:
     else:
         postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)
     geometry = Geometry(**{key: _tuple(value) for key, value in description.geometry.items()})
-    if settings.model.placement is not None:  # changed by the user; what the graph holds cannot be
+    if settings.model.placement is not None:  # `refuse_changes` has checked what the graph fixes
         geometry = dataclasses.replace(geometry, placement=settings.model.placement)
     geometry = dataclasses.replace(
         geometry,
@@ -160,10 +163,10 @@ def _tuple(value: Any) -> Any:
 
 
 def read_metadata(metadata: dict[str, str], path: Path) -> Description:
-    """Read what export.py wrote about a file.
+    """Parse the metadata that export.py writes.
 
     Raises:
-        CheckpointError: the metadata is of another program, or damaged.
+        CheckpointError: the metadata was written by another program, or is damaged.
     """
     if "program" not in metadata or "output_kind" not in metadata:
         raise CheckpointError(f"{path} has no metadata of export.py: only ONNX files that it wrote can be read here")
@@ -176,10 +179,14 @@ def read_metadata(metadata: dict[str, str], path: Path) -> Description:
 
 
 def refuse_changes(model: OnnxModel, own: Settings, settings: Settings) -> None:
-    """Settings that the graph holds cannot be changed by overlays and words.
+    """Refuse changes to settings that are fixed in the exported graph.
+
+    Args:
+        own: settings of the file.
+        settings: the same with the changes of the command line.
 
     Raises:
-        SettingsError: names the setting and how to get what was asked for.
+        SettingsError: names the setting and the export that has the wanted value.
     """
     description = model.description
     if settings.run.precision not in ("auto", "off"):

@@ -1,4 +1,4 @@
-"""Detections of images in their own pixels, and what `detect.py` writes of them: pictures, JSON, YOLO txt."""
+"""Result files of `detect.py`: pictures with boxes, detections.json and YOLO txt."""
 
 import json
 import sys
@@ -17,8 +17,8 @@ from detection.inference.video import Frame
 
 
 @dataclass(frozen=True)
-class Found:
-    """Detections of one image, best first: boxes (K, 4) xyxy in pixels of the image, labels and scores (K,)."""
+class ImageDetections:
+    """Detections of one image by descending score: boxes xyxy in pixels of the image (K, 4), labels and scores (K,)."""
 
     boxes: np.ndarray
     labels: np.ndarray
@@ -26,19 +26,21 @@ class Found:
 
 
 class Results:
-    """The files of a run, and what it counted. A context, at whose end detections.json is complete.
-
-    Args:
-        directory: exists.
-        names: of the classes.
-        picture_format: "png" or "jpg"; None: no pictures.
-        txt: YOLO txt too, with "boxes" or with "scores" as well.
-
-    Attributes:
-        images, frames: looked at.
-        pictures: of the images, written.
+    """Writer of the result files. A context manager: detections.json is complete when it exits.
 
     Every method raises OSError if its file cannot be written.
+
+    Args:
+        directory: existing directory for the files.
+        names: class names.
+        picture_format: "png" or "jpg"; None: no pictures.
+        txt: "boxes": also write YOLO txt; "scores": with the score on each line; None: no txt.
+
+    Attributes:
+        images, frames: number of images and video frames processed.
+        boxes: number of detections in them.
+        left_out: number of damaged inputs that were skipped.
+        pictures: paths of the pictures of images.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Results:
         self.pictures: list[Path] = []
         if self.txt:
             replace_file(directory / "classes.txt", "".join(f"{name}\n" for name in names).encode())
-        # Row by row: hours of video do not have to fit into memory.
+        # Written row by row, because the detections of hours of video may not fit in memory.
         self._json = open(directory / "detections.json", "w", encoding="utf-8")  # noqa: SIM115
         self._json.write("[")
 
@@ -65,17 +67,18 @@ class Results:
         with self._json:
             self._json.write("\n]\n")
 
-    def draw(self, image: np.ndarray, found: Found) -> np.ndarray:
+    def draw(self, image: np.ndarray, found: ImageDetections) -> np.ndarray:
+        """Draw the detections on a copy of an RGB uint8 image (H, W, 3)."""
         return draw_boxes(image, found.boxes, found.labels, self.names, found.scores)
 
     def picture_path(self, source: Source) -> Path:
         return self.directory / f"{source.name}.{self.picture_format}"
 
-    def save_picture(self, source: Source, image: np.ndarray, found: Found) -> None:
+    def save_picture(self, source: Source, image: np.ndarray, found: ImageDetections) -> None:
         (save_png if self.picture_format == "png" else save_jpeg)(self.picture_path(source), self.draw(image, found))
 
-    def add(self, source: Source, image: np.ndarray, found: Found, frame: Frame | None = None) -> None:
-        """One entry of detections.json and one file of YOLO's lines."""
+    def add(self, source: Source, image: np.ndarray, found: ImageDetections, frame: Frame | None = None) -> None:
+        """Write the row of detections.json and the YOLO txt file of an image or, with `frame`, of a video frame."""
         height, width = image.shape[:2]
         name = source.name
         row: dict[str, Any] = {"file": f"camera {source.file}" if source.kind == "camera" else str(source.file)}
@@ -97,20 +100,21 @@ class Results:
             replace_file(self.directory / "labels" / f"{name}.txt", "".join(lines).encode())
 
     def leave_out(self, reason: str) -> None:
+        """Count an input that cannot be read, and print why."""
         self.left_out += 1
         tqdm.write(f"left out: {reason}", file=sys.stderr)
 
     def summary(self, threshold: float, seconds: float) -> str:
         counts = [(self.images, "images"), (self.frames, "video frames")]
-        looked_at = " and ".join(f"{count} {what}" for count, what in counts if count) or "0 images"
+        inputs = " and ".join(f"{count} {what}" for count, what in counts if count) or "0 images"
         return (
-            f"{self.boxes} boxes with a score of at least {threshold:g} on {looked_at}, {self.left_out} left out, "
+            f"{self.boxes} boxes with a score of at least {threshold:g} on {inputs}, {self.left_out} left out, "
             f"{(self.images + self.frames) / seconds:.1f} images/s all in all: {self.directory}"
         )
 
 
-def describe(found: Found, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Detections as in detections.json."""
+def describe(found: ImageDetections, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Format detections for detections.json."""
     columns = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     return [
         {"class": names[label], "label": label, "score": round(score, 6), "box": [round(value, 3) for value in box]}
@@ -118,8 +122,8 @@ def describe(found: Found, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def yolo_lines(found: Found, width: int, height: int, with_scores: bool) -> list[str]:
-    """class, centre x, centre y, width, height as shares of the image, and the score if asked for."""
+def yolo_lines(found: ImageDetections, width: int, height: int, with_scores: bool) -> list[str]:
+    """Format detections as YOLO txt: label, centre x, centre y, width, height relative to the image, optional score."""
     corners = found.boxes.astype(np.float64) / [width, height, width, height]
     centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
     numbers = np.hstack([centres, sides, *([found.scores[:, None]] if with_scores else [])])

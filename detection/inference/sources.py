@@ -1,4 +1,4 @@
-"""What a user names to look at: image files, folders, patterns, lists of paths, videos, a camera."""
+"""Inputs of detect.py: image files, folders, patterns, lists of paths, videos and cameras."""
 
 import glob
 import os
@@ -24,8 +24,8 @@ class Source:
     """One image, video or camera.
 
     Attributes:
-        file: its path; of a camera its number.
-        name: of its results, without suffix, relative to where they are written; no two sources share one.
+        file: path, or the number of a camera.
+        name: path of its result files without suffix, relative to the output directory; unique.
     """
 
     kind: Literal["image", "video", "camera"]
@@ -34,17 +34,18 @@ class Source:
 
 
 def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
-    """Every image, video and camera that the words name, in their order; inside a folder or pattern by name.
+    """List the images, videos and cameras that the words name, in that order; sorted within a folder or pattern.
 
-    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path per line, or a camera's number. A
-    file or folder of that very name goes before a pattern or a number. Results keep the structure below a folder that
-    is named; where two would have one name, the later ones are numbered.
+    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path per line, or a camera's number. An
+    existing file or folder of that name takes precedence over a pattern or number. Results keep the structure below a
+    given folder; of several results with the same name, the later ones are numbered.
 
     Args:
-        recursive: folders with everything below them.
+        words: arguments of the command line.
+        recursive: include all subfolders of folders.
 
     Raises:
-        DataError: no word, a source does not exist, or nothing to look at in it.
+        DataError: there are no words, or a word names nothing that exists or no image or video.
     """
     found: list[Source] = []
     names = UniqueNames()
@@ -64,7 +65,7 @@ def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
 
 
 def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
-    """Files behind one word, each with the wanted name of its results."""
+    """Yield the files that a word names, each with the preferred name of its results."""
     path = Path(word)
     if path.is_dir():
         inside = media_files(path, recursive)
@@ -94,7 +95,7 @@ def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
 
 
 def media_files(directory: Path, recursive: bool) -> list[Path]:
-    """Images and videos in a folder, sorted; hidden files are none of them."""
+    """List the images and videos in a folder, sorted, without hidden files."""
     return sorted(file for file in (directory.rglob("*") if recursive else directory.iterdir()) if is_media(file))
 
 
@@ -106,7 +107,7 @@ def is_media(file: Path) -> bool:
 def read_ahead(
     pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """`work` on each item in other threads, at most `ahead` items before they are asked for; the order is kept."""
+    """Apply `work` to the items in a pool, up to `ahead` items in advance; yields (item, result) in order."""
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(work, item)))
@@ -119,10 +120,10 @@ def read_ahead(
 
 
 def batches(items: Iterable[Item], size: int, pixels: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Lists of at most `size` items in their order; a list ends early where its images become too large together.
+    """Group items into lists of at most `size`, fewer when their images reach `BATCH_PIXELS` together.
 
     Args:
-        pixels: of the decoded image that an item holds.
+        pixels: returns the number of pixels of an item's decoded image.
     """
     batch: list[Item] = []
     total = 0

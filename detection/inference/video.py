@@ -1,4 +1,4 @@
-"""Videos and cameras, frame by frame, by OpenCV."""
+"""Read videos and cameras frame by frame, and write videos, with OpenCV."""
 
 import math
 import time
@@ -12,8 +12,8 @@ import numpy as np
 
 from detection.errors import DataReadError, OutputError
 
-CODEC = "mp4v"  # MPEG-4 part 2: the codec for .mp4 that every wheel of OpenCV can write
-USUAL_RATE = 25.0  # frames per second where a video or camera does not say
+CODEC = "mp4v"  # MPEG-4 part 2: the .mp4 codec that all OpenCV wheels can write
+DEFAULT_RATE = 25.0  # frames per second if the video or camera does not report a rate
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,27 @@ class Frame:
 
 
 class VideoReader:
-    """The frames of a video file, or of a camera until somebody stops it; turned as the file says. A context.
+    """Iterable over the frames of a video file, rotated as its metadata says, or of a camera. A context manager.
 
     Args:
         source: path of a file, or number of a camera.
-        stride: every so many frames one is decoded and given.
+        stride: decode and yield every `stride`-th frame.
 
     Attributes:
         rate: frames per second of the source.
-        expected: frames that the file's header promises; 0: it does not say.
-        read: frames read so far, with those that the stride leaves out.
-        damaged: of these, those that could not be decoded.
+        expected: number of frames according to the file header; 0: unknown.
+        read: number of frames read so far, including those that the stride skips.
+        damaged: number of these that could not be decoded.
 
     Raises:
-        DataReadError: it cannot be opened.
+        DataReadError: the source cannot be opened.
     """
 
     def __init__(self, source: Path | int, stride: int = 1) -> None:
         self.live = isinstance(source, int)
         self.stride = stride
         self.read = self.damaged = 0
-        # An absolute path to FFmpeg alone: OpenCV would else try a name as a pattern of numbered images, or a protocol.
+        # Absolute path and FFmpeg only: OpenCV would otherwise also try the name as an image-sequence pattern or URL.
         self._capture = (
             cv2.VideoCapture(source)
             if isinstance(source, int)
@@ -60,7 +60,7 @@ class VideoReader:
                 f"video {source} {'is damaged or of an unknown kind' if source.exists() else 'is missing'}"
             )
         rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if 0 < rate <= 1000 else USUAL_RATE
+        self.rate = rate if 0 < rate <= 1000 else DEFAULT_RATE
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.expected = int(count) if not self.live and 0 < count < math.inf else 0
 
@@ -86,17 +86,16 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Writes RGB frames as a video of a constant rate; a context, at whose end the file is complete and checked.
+    """Writer of RGB frames at a constant rate. A context manager: on exit the file is completed and checked.
 
-    The codec wants even sides: an odd one gets a line of pixels more. A frame of another size than the first is
-    resized to it.
+    The codec needs even sides, so odd ones are padded by one pixel. Frames of another size than the first are resized.
 
     Args:
         path: .mp4 file.
         rate: frames per second.
 
     Raises:
-        OutputError: OpenCV cannot write such a video, or fewer frames are in the file than were written (full disk).
+        OutputError: OpenCV cannot write the video, or the file has fewer frames than were written (disk full).
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -131,7 +130,7 @@ class VideoWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._writer is None:
             return
-        self._writer.release()  # OpenCV reports no failed write; what is in the file tells
+        self._writer.release()  # OpenCV does not report failed writes, so the frames in the file are counted
         capture = cv2.VideoCapture(str(self.path.absolute()), cv2.CAP_FFMPEG)
         written = round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()

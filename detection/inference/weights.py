@@ -1,4 +1,4 @@
-"""From a file of weights to a detector that can be used: our checkpoints, Darknet's .weights and exported .onnx."""
+"""Open trained weights as a detector: checkpoints, Darknet .weights and exported .onnx files."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,22 +23,23 @@ COCO_CLASSES = 80
 
 @dataclass(frozen=True)
 class OpenedDetector:
-    """A detector with trained weights, on the CPU, in evaluation mode."""
+    """Detector with trained weights, on the CPU, in evaluation mode."""
 
     detector: Detector
-    settings: Settings  # the file's own (a checkpoint's) or args.yaml, with the command line's changes
-    names: tuple[str, ...] | None  # class of each label; None: the file does not say
+    settings: Settings  # those stored in the file, else args.yaml, with the changes of the command line
+    names: tuple[str, ...] | None  # class of each label; None: not in the file
     num_classes: int
-    step: int  # optimizer steps behind the weights; 0: the file does not say
-    seen: int  # training images behind them
-    lines: list[str]  # what was loaded, for the user
-    category_ids: tuple[int, ...] | None = None  # of each label in the training annotations; None: the file is silent
+    step: int  # optimizer steps trained; 0: not in the file
+    seen: int  # images trained on
+    lines: list[str]  # what was loaded, to be printed
+    category_ids: tuple[int, ...] | None = None  # category id of each label in the training annotations; None: unknown
 
     def class_names(self) -> tuple[str, ...]:
+        """Return the class of each label, class_0, class_1, ... if unknown."""
         return self.names or placeholder_names(self.num_classes)
 
     def num_parameters(self) -> int:
-        """Numbers in the network's weights; those of an ONNX file are no parameters of torch."""
+        """Count the weights of the network; for ONNX, whose module has no parameters, as stored in the file."""
         model = self.detector.model
         if isinstance(model, OnnxModel):
             return model.num_parameters
@@ -50,13 +51,14 @@ def placeholder_names(num_classes: int) -> tuple[str, ...]:
 
 
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
-    """What the options of `command_line.Parser.add_weights` and `add_settings` name; prints what was loaded.
+    """Open the weights given by the options of `Parser.add_weights` and `Parser.add_settings`; prints what was loaded.
 
     Args:
-        words: those of the command line that are settings.
+        arguments: parsed command line.
+        words: its `key.path=value` words.
 
     Raises:
-        See `open_weights`.
+        CheckpointError, SettingsError: see `open_weights`.
     """
     opened = open_weights(
         arguments.weights,
@@ -80,18 +82,18 @@ def open_weights(
     words: Sequence[str] = (),
     flags: Sequence[Flag] = (),
 ) -> OpenedDetector:
-    """Build the detector a file belongs to and fill it.
+    """Build the detector that a file of weights belongs to and load the weights.
 
     Args:
-        weights: our checkpoint (.pt; its EMA where it has one), an .onnx of export.py, or a Darknet file.
-        cfg: description of a Darknet network; None: the YOLOv3 of the settings.
-        names: class names of a Darknet file, one per line.
+        weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, or Darknet weights.
+        cfg: .cfg of a Darknet network; None: YOLOv3 as configured.
+        names: file with the class names of Darknet weights, one per line.
         defaults: args.yaml.
-        overlays, words, flags: the command line's settings, see `load_settings`.
+        overlays, words, flags: settings of the command line, see `load_settings`.
 
     Raises:
-        CheckpointError: the file is missing, damaged or does not fit.
-        SettingsError: contradicting arguments.
+        CheckpointError: the file is missing or damaged, or does not fit the network.
+        SettingsError: the arguments contradict one another.
     """
     own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
     if weights.suffix in own_kinds:
@@ -153,7 +155,7 @@ def _open_onnx(
 
 
 def on_this_machine(settings: Settings, defaults: Path) -> Settings:
-    """A checkpoint's settings without the device it was trained on, which may be elsewhere."""
+    """Replace the device and its modes in a checkpoint's settings by the defaults: it may be from another machine."""
     machine = load_settings(defaults)[0].run
     here = {name: getattr(machine, name) for name in ("device", "lazy", "compile", "deterministic")}
     return settings.model_copy(update={"run": settings.run.model_copy(update=here)})
@@ -209,10 +211,10 @@ def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetecto
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Class names, one per line; empty lines at the end do not count.
+    """Read class names, one per line; ignores empty lines at the end.
 
     Raises:
-        SettingsError: unreadable, empty, or a name occurs twice.
+        SettingsError: the file cannot be read or is empty, or a name is empty or occurs twice.
     """
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())

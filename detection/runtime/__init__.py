@@ -1,1 +1,1 @@
-"""The machine under a run: devices, processes, memory allocator, signals, determinism, profiling, run directory."""
+"""Runtime environment: devices, processes, memory allocator, signals, reproducibility, profiling, run directory."""

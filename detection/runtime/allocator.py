@@ -13,18 +13,17 @@ GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# Of the C library's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h of the GNU C library
 MEMORY_AHEAD = 2**26  # bytes
 
 
 def disable_malloc_trim() -> None:
     """Let this process reuse freed memory instead of returning it to the system.
 
-    By default the GNU C library maps each large tensor anew, page by page and zeroed: with Darknet-53 and batches of 8
-    that is a fifth of a training step on the CPU. The price: memory is not returned, and inputs of many sizes fragment
-    it, a fifth more in multiscale training. Does nothing with another C library, or where the environment configures
-    the allocator (MALLOC_..., GLIBC_TUNABLES).
+    By default the GNU C library maps fresh, zeroed pages for each large tensor, which takes a fifth of a training step
+    on the CPU (Darknet-53, batches of 8). In return, memory is never given back, and inputs of many sizes fragment it
+    (a fifth more in multiscale training). Does nothing with another C library, or if the environment configures the
+    allocator (MALLOC_..., GLIBC_TUNABLES).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
@@ -35,7 +34,7 @@ def disable_malloc_trim() -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still allocate, within the limits of its container or job; None: unknown."""
+    """Return the bytes that this process may still allocate within the limits of its cgroups; None: unknown."""
     free: int | None
     try:
         fields = dict(line.split(":") for line in MEMINFO.read_text(encoding="ascii").splitlines())
@@ -48,13 +47,13 @@ def free_memory() -> int | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Bytes left in each control group with a limit that this process belongs to, the outer ones too."""
+    """Yield the bytes left in each control group of this process that has a limit, including outer groups."""
     for directory in _own_groups():
         for limit, use, inactive in GROUP_FILES:
             try:
-                most, used = int((directory / limit).read_text()), int((directory / use).read_text())
+                maximum, used = int((directory / limit).read_text()), int((directory / use).read_text())
                 statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                yield max(most - used + int(statistics.get(inactive, 0)), 0)
+                yield max(maximum - used + int(statistics.get(inactive, 0)), 0)
             except (OSError, ValueError):  # no such file, or the limit is "max"
                 continue
 
@@ -70,7 +69,7 @@ def _own_groups() -> Iterator[Path]:
             continue
         root = GROUPS / controllers
         inner = root / path.lstrip("/")
-        # Inside a container the path may be the host's, of which only the end, the root here, can be seen.
+        # Inside a container the path may be that of the host, of which only the last part, `root`, is visible.
         for directory in (inner, *inner.parents):
             if directory.is_relative_to(root):
                 yield directory

@@ -1,6 +1,6 @@
-"""The machine that computes: device, precision, memory format, modes, compiler and memory, for every script alike.
+"""Devices: selection, precision, memory format, determinism, compilation and memory, shared by all scripts.
 
-Only the process group is elsewhere (`distributed`). Nothing of Habana's (hpu) was run on hardware by us; `docs/hpu.md`.
+The process group is in `distributed`. The Habana (hpu) code has not been run on hardware, see `docs/hpu.md`.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch accepts these two
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and how a network is computed on it. Making one changes nothing; `open_machine` does.
+    """A device and how networks run on it. Constructing one has no side effects; `open_machine` configures torch.
 
     Args:
-        device: where the network and its batches are.
-        dtype: of autocast; None: float32 throughout.
-        channels_last: whether the network's weights lie in memory as images are decoded.
+        device: device of the network and its batches.
+        dtype: type of autocast; None: float32 throughout.
+        channels_last: whether weights are in channels-last memory format.
         lazy: whether an HPU collects operations into graphs that run at `mark_step`.
     """
 
@@ -45,45 +45,46 @@ class Machine:
 
     @property
     def precision(self) -> str:
-        """Name of the type of matrix products: float32, bfloat16 or float16."""
+        """Type of matrix products: "float32", "bfloat16" or "float16"."""
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Context of a forward pass and its loss."""
+        """Return the autocast context for a forward pass and its loss."""
         return autocast(self.device, self.dtype)
 
     def build_scaler(self) -> torch.amp.GradScaler:
+        """Build the gradient scaler, see `devices.build_scaler`."""
         return build_scaler(self.device, self.dtype)
 
     @property
     def mark_step(self) -> Callable[[], None]:
-        """To be called where a collected graph should run; does nothing but in lazy mode of an HPU."""
+        """Function that runs the collected graph in lazy mode of an HPU; does nothing elsewhere."""
         return mark_step_of(self.device, self.lazy)
 
     def place(self, detector: Detector) -> Detector:
-        """Move a detector to the device, its weights in the memory format of the settings."""
+        """Move a detector to the device, with its weights in the configured memory format."""
         return detector.to(self.device, self.channels_last)
 
 
 def machine_of(device: torch.device, run: RunSettings) -> Machine:
-    """Combine a device with the section `run`.
+    """Combine a device with the settings of section `run`.
 
     Raises:
-        SettingsError: the device cannot have that precision or mode.
+        SettingsError: the device does not support the precision or mode.
     """
     check_lazy(device, run.lazy)
     return Machine(device, choose_precision(device, run.precision), run.channels_last, run.lazy)
 
 
 def open_machine(run: RunSettings, name: str | None = None) -> Machine:
-    """Choose the device of the settings and switch torch to its mode, once per process before anything is computed.
+    """Choose the device of the settings and configure torch; call once per process before anything is computed.
 
     Args:
-        run: the section of the settings.
-        name: device instead of `run.device`, where each process takes its own.
+        run: section `run` of the settings.
+        name: replaces `run.device`, for processes with a device each.
 
     Raises:
-        SettingsError: the device is absent, or cannot have that precision or mode.
+        SettingsError: the device is absent, or does not support the precision or mode.
     """
     machine = machine_of(choose_device(name or run.device), run)
     if run.deterministic:
@@ -92,7 +93,7 @@ def open_machine(run: RunSettings, name: str | None = None) -> Machine:
 
 
 def available_devices() -> list[str]:
-    """Names of the devices of this machine, best first."""
+    """List the devices of this machine, fastest kind first."""
     names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     names += ["hpu"] if _hpu_available() else []
     names += ["mps"] if torch.backends.mps.is_available() else []
@@ -117,7 +118,7 @@ _hpu_failure = ""  # why Habana's software is installed but unusable
 
 
 def _hpu_available() -> bool:
-    # The package loads the driver when imported, so it is only touched where it is installed.
+    # Importing the package loads the driver, so that is only done if the package is installed.
     global _hpu_failure
     if importlib.util.find_spec("habana_frameworks") is None:
         return False
@@ -137,7 +138,7 @@ def _hpu() -> Any:
 
 
 def check_lazy(device: torch.device, lazy: bool) -> None:
-    """Compare the mode of the setting with the one that Habana's software has read from the environment.
+    """Check `run.lazy` against the mode that Habana's software has read from the environment.
 
     Raises:
         SettingsError: they differ, or the device has no lazy mode.
@@ -155,9 +156,9 @@ def check_lazy(device: torch.device, lazy: bool) -> None:
 
 
 def mark_step_of(device: torch.device, lazy: bool) -> Callable[[], None]:
-    """Return what runs a collected graph, for after each backward pass and after the optimizer.
+    """Return the function to call after each backward pass and optimizer step.
 
-    Only lazy mode collects; everywhere else the function does nothing.
+    In lazy mode of an HPU it runs the collected graph; elsewhere it does nothing.
     """
     if device.type != "hpu" or not lazy:
         return lambda: None
@@ -167,10 +168,10 @@ def mark_step_of(device: torch.device, lazy: bool) -> Callable[[], None]:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Make torch refuse or avoid kernels whose results vary from run to run; call before the device computes anything.
+    """Make torch use deterministic algorithms only; call before the device computes anything.
 
     Raises:
-        SettingsError: the environment selects a workspace of cuBLAS whose results vary.
+        SettingsError: the environment selects a cuBLAS workspace that is not deterministic.
     """
     if device.type == "cuda":
         workspace = os.environ.setdefault(CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES[0])  # read at the first product
@@ -188,24 +189,24 @@ def make_deterministic(device: torch.device) -> None:
             _hpu().setDeterministic(True)
 
 
-GRAPHS_PER_SIZE = 2  # with the backbone frozen, and without
-CUDA_GRAPHS = "reduce-overhead"  # the compiler's mode that records them
+GRAPHS_PER_SIZE = 2  # with the backbone frozen and unfrozen
+CUDA_GRAPHS = "reduce-overhead"  # mode of `torch.compile` with CUDA graphs
 
 
 def compile_forward(model: nn.Module, device: torch.device, sizes: int = 1, mode: str | None = None) -> nn.Module:
     """Compile the forward pass, one graph per input size; weights and buffers stay the same tensors.
 
-    A single graph for all sizes would not do: Inductor specialises the backward pass of a convolution on one size, also
-    with dynamic shapes. Where the compiler would give up and run the rest without a graph, it raises an error instead.
+    One graph for all sizes is not possible: Inductor specialises the backward pass of a convolution on its size even
+    with dynamic shapes. If the compiler exceeds its recompilation limit, it raises instead of falling back to eager.
 
     Args:
-        model: called with images (B, 3, H, W).
-        device: of the model.
+        model: network whose inputs are images (B, 3, H, W).
+        device: device of the model.
         sizes: number of input sizes that will occur.
-        mode: of `torch.compile`.
+        mode: mode of `torch.compile`.
 
     Raises:
-        SettingsError: the compiler needs a program that is missing.
+        SettingsError: a C++ compiler (CPU) or triton (CUDA) is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
@@ -243,7 +244,7 @@ def pins_memory(device: torch.device) -> bool:
 
 
 def nms_device(device: torch.device) -> torch.device:
-    """Return where NMS runs: results of varying length recompile graphs on HPU, and MPS lacks some operations."""
+    """Return the device for NMS: the CPU for HPU, where varying lengths recompile graphs, and MPS, which lacks ops."""
     return torch.device("cpu") if device.type in ("hpu", "mps") else device
 
 
@@ -287,21 +288,21 @@ def synchronize(device: torch.device) -> None:
 
 
 def max_chunk_elements(device: torch.device) -> int:
-    """Elements of an intermediate tensor above which it is computed in chunks.
+    """Return the size, in elements, above which intermediate tensors are computed in chunks.
 
-    On the CPU the C library requests blocks above 32 MiB from the system each time, which costs more than the
-    computation (2^22 float32: 16 MiB); elsewhere the limit bounds the memory (2^27: 512 MiB).
+    On the CPU, blocks above 32 MiB are requested from the system each time, which costs more than the computation
+    (2^22 float32: 16 MiB); elsewhere the limit bounds the memory (2^27: 512 MiB).
     """
     return 2**22 if device.type == "cpu" else 2**27
 
 
 def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """Build the loss scaler of fp16, otherwise a disabled one: bfloat16 has the range of float32."""
+    """Build a gradient scaler, enabled for float16 only: bfloat16 has the range of float32."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: the device's on CUDA and HPU, what the driver holds now on MPS, else the resident set."""
+    """Return the peak memory in GiB: of CUDA or HPU, what the driver currently holds on MPS, the peak RSS on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "hpu":
@@ -313,7 +314,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Free bytes of the device (CPU and MPS: `allocator.free_memory`); None: unknown."""
+    """Return the free bytes of a device (CPU and MPS: `allocator.free_memory`); None: unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "hpu":
@@ -323,7 +324,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name of a device for the log, with the card's model, the mode, or the number of threads."""
+    """Format a device for the log, with the model of the card, the HPU mode, or the number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "hpu":

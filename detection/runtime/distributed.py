@@ -1,6 +1,6 @@
-"""Data-parallel processes of one run: torchrun's environment, the process group, and the few collectives.
+"""Data-parallel processes of a run: torchrun's environment, the process group, and a few collectives.
 
-Everything but gradients goes over gloo on the host: no collective here waits for the device.
+Everything but gradients and batch-norm statistics goes over gloo on the host, which does not wait for the device.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from detection.errors import SettingsError, UserError
 T = TypeVar("T")
 EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
 JOIN_TIMEOUT = datetime.timedelta(minutes=1)
-MAX_MESSAGE_CHARS = 200  # of torch's messages: the cause comes first, advice after it
+MAX_MESSAGE_CHARS = 200  # of torch's messages, which begin with the cause
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -31,15 +31,15 @@ class RankError(UserError):
 
 
 class Ranks:
-    """This process among those of the run. A single process forms no group, and its collectives return at once.
+    """Rank of this process and the collectives of its run. A single process has no group; its collectives are no-ops.
 
     Args:
-        device: of this process.
-        backend: registers and names the device's backend: nccl, hccl or gloo; called for several processes only.
-        timeout_seconds: a process that does not respond for that long ends the run.
+        device: device of this process.
+        backend: registers and names the backend of the device: nccl, hccl or gloo; not called for a single process.
+        timeout_seconds: the run ends if a process does not respond for that long.
 
     Raises:
-        SettingsError: torchrun's environment is incomplete, or the processes do not find one another.
+        SettingsError: torchrun's environment is incomplete, or the processes cannot connect.
     """
 
     def __init__(self, device: torch.device, backend: Callable[[], str], timeout_seconds: float) -> None:
@@ -51,7 +51,7 @@ class Ranks:
         timeout = datetime.timedelta(seconds=timeout_seconds)
         name = backend()
         try:
-            # They start together: one that is missing after a minute will not come. Later each may be slower.
+            # Processes start together, so one missing after a minute has failed; later they may wait longer.
             joined = min(timeout, JOIN_TIMEOUT)
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=joined))
             store.set_timeout(timeout)
@@ -77,10 +77,10 @@ class Ranks:
         return RankError(f"rank {self.rank} of {self.size}, step {step}: another process failed or hangs: {reason}")
 
     def all_reduce_max_async(self, value: Callable[[], int]) -> Callable[[], int]:
-        """Start reducing a number; the returned function waits and gives the maximum over all ranks.
+        """Start an all-reduce of a number; the returned function waits and returns the maximum over all ranks.
 
         Args:
-            value: called now; by a single process only at the end, so that later changes count.
+            value: returns the number; called now, but with a single process only when the result is read.
         """
         if self.size == 1:
             return value
@@ -94,13 +94,13 @@ class Ranks:
         return finish
 
     def average_(self, tensor: Tensor) -> None:
-        """Average over all ranks in place, by the backend of the tensor's device."""
+        """Average a tensor over all ranks in place, with the backend of its device."""
         if self.size > 1:
             dist.all_reduce(tensor)
             tensor /= self.size
 
     def average_of(self, values: Tensor) -> Tensor:
-        """Average a tensor on the host over all ranks, in place."""
+        """Average a CPU tensor over all ranks in place, and return it."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
@@ -127,15 +127,16 @@ class Ranks:
         return values[0]  # type: ignore[return-value]
 
     def close(self) -> None:
+        """Destroy the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def read_environment() -> tuple[int, int, int]:
-    """Read (rank, local rank, number of processes) of torchrun; (0, 0, 1) without it.
+    """Read (rank, local rank, number of processes) from torchrun's environment; (0, 0, 1) without torchrun.
 
     Raises:
-        SettingsError: incomplete or impossible.
+        SettingsError: the environment is incomplete or inconsistent.
     """
     if "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
@@ -156,7 +157,7 @@ def device_of_rank(name: str, local_rank: int, size: int) -> str:
     """Return the device setting of this process: each takes its own GPU.
 
     Raises:
-        SettingsError: one device named for several processes, or more processes than GPUs.
+        SettingsError: one CUDA device is named for several processes, or there are more processes than GPUs.
     """
     if size == 1:
         return name
@@ -180,10 +181,10 @@ def is_exchange_failure(error: Exception) -> bool:
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Convert every batch norm to one over the images of all processes.
+    """Convert the batch-norm layers of a model to `SyncBatchNorm`.
 
     Raises:
-        SettingsError: the device, or a batch norm of the model, does not support it.
+        SettingsError: the device, or a batch-norm layer, does not support it.
     """
     if device.type != "cuda":
         raise SettingsError(f"train.sync_batch_norm needs CUDA devices, this is {device.type}")

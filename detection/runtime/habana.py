@@ -1,7 +1,7 @@
-"""The environment that Habana's software reads when torch is imported. Imports no torch.
+"""Environment of Habana's software. Imports no torch.
 
-`import torch` loads Habana's plugin where it is installed, and the plugin reads its mode then: scripts call
-`prepare_habana` first.
+`import torch` loads Habana's plugin if it is installed, and the plugin reads its mode from the environment, so scripts
+call `prepare_habana` before they import torch.
 """
 
 import argparse
@@ -21,16 +21,17 @@ LAZY_MODE = "PT_HPU_LAZY_MODE"  # 1 lazy, 0 eager; which one is the default depe
 
 
 def prepare_habana(arguments: Sequence[str]) -> None:
-    """Set the mode of the command line; keeps a value that the environment has already, `open_machine` compares it.
+    """Set the lazy or eager mode that the command line selects, unless the environment has set one.
 
-    Does nothing without Habana's software. Invalid arguments are left to the script's own parser.
+    Does nothing without Habana's software. `check_lazy` reports a conflict later; the script's parser reports invalid
+    arguments.
     """
     if importlib.util.find_spec("habana_frameworks") is not None:
         os.environ.setdefault(LAZY_MODE, "1" if wants_lazy(arguments) else "0")
 
 
 def wants_lazy(arguments: Sequence[str]) -> bool:
-    """Return the value that `run.lazy` will have: from args.yaml, a resumed run, overlays, settings, or --lazy."""
+    """Return the value that `run.lazy` will have, from args.yaml, a resumed run, overlays, words or --lazy."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[], type=Path)
     parser.add_argument("--lazy", action="store_true")

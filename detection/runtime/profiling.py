@@ -1,4 +1,4 @@
-"""`--profile`: what the first steps of a run spend their time on."""
+"""`--profile`: time spent by the operations of the first steps of a run."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,26 +10,27 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 WARM_UP, RECORDED = 3, 5  # steps
 WAIT = "wait for data"
-SHOWN = 15  # operations
+SHOWN = 15  # operations in the table
 TRACE = "trace.json.gz"
 
 
 def waiting_for_data() -> AbstractContextManager[Any]:
-    """Marks the time in which the loop waits for the loader; costs a microsecond where nothing is recorded."""
+    """Return a context that marks waiting for the loader in the profile; costs a microsecond if none is recorded."""
     return record_function(WAIT)
 
 
 class StepProfiler:
-    """Records some steps with torch's profiler, then reports and is done; the run goes on.
+    """Records a few steps with torch's profiler, then writes a trace and logs a table; the run goes on.
 
     Args:
-        directory: of the run, gets the trace, to be looked at with https://ui.perfetto.dev.
-        say: takes the lines of the table.
-        enabled: false: does nothing.
+        directory: run directory; the trace in it can be opened with https://ui.perfetto.dev.
+        device: device of the run.
+        log: called with each line of the table.
+        enabled: false: do nothing.
     """
 
-    def __init__(self, directory: Path, device: torch.device, say: Callable[[str], None], enabled: bool) -> None:
-        self.directory, self.say, self.on_cuda = directory, say, device.type == "cuda"
+    def __init__(self, directory: Path, device: torch.device, log: Callable[[str], None], enabled: bool) -> None:
+        self.directory, self.log, self.on_cuda = directory, log, device.type == "cuda"
         self.profiler: profile | None = None
         self.steps = 0
         if enabled:
@@ -39,7 +40,7 @@ class StepProfiler:
             self.profiler.start()
 
     def step(self) -> None:
-        """A step of the run is over."""
+        """Count a step; after the last recorded one, report."""
         if self.profiler is None:
             return
         self.steps += 1
@@ -49,9 +50,9 @@ class StepProfiler:
             self.profiler.step()
 
     def close(self) -> None:
-        """The run ends."""
+        """Stop a recording that the end of the run has cut short."""
         if self.profiler is not None:
-            self.say(f"profile     the run ended after {self.steps} of {WARM_UP + RECORDED} steps; nothing recorded")
+            self.log(f"profile     the run ended after {self.steps} of {WARM_UP + RECORDED} steps; nothing recorded")
             self._stop(report=False)
 
     def _stop(self, report: bool) -> None:
@@ -62,19 +63,19 @@ class StepProfiler:
             path = self.directory / TRACE
             profiler.export_chrome_trace(str(path))
             for line in report_lines(profiler.key_averages(), self.on_cuda):
-                self.say(line)
-            self.say(f"profile     trace of {RECORDED} steps: {path}, to be opened in https://ui.perfetto.dev")
+                self.log(line)
+            self.log(f"profile     trace of {RECORDED} steps: {path}, to be opened in https://ui.perfetto.dev")
 
 
 def report_lines(averages: Any, on_cuda: bool) -> list[str]:
-    """A table of the operations that took most time in themselves, milliseconds per step.
+    """Format a table of the operations with the most self time, in milliseconds per step.
 
     Args:
-        averages: `profile.key_averages()`.
-        on_cuda: time on the device counts, else on the host.
+        averages: result of `profile.key_averages()`.
+        on_cuda: rank by time on the device instead of the host.
     """
     steps = [event for event in averages if event.key.startswith("ProfilerStep")]
-    seconds = sum(event.cpu_time_total for event in steps)  # microseconds, all recorded steps
+    microseconds = sum(event.cpu_time_total for event in steps)
     waited = sum(event.cpu_time_total for event in averages if event.key == WAIT)
     marks = {WAIT, *(event.key for event in steps)}
     times = [
@@ -85,8 +86,8 @@ def report_lines(averages: Any, on_cuda: bool) -> list[str]:
     total = sum(time for time, _ in times) or 1
     where = "device" if on_cuda else "host"
     lines = [
-        f"profile     {seconds / RECORDED / 1e3:.1f} ms per step, waiting for data {waited / max(seconds, 1):.1%}; "
-        f"most time on the {where}:",
+        f"profile     {microseconds / RECORDED / 1e3:.1f} ms per step, waiting for data "
+        f"{waited / max(microseconds, 1):.1%}; most time on the {where}:",
         f"{'operation':<52}{'ms/step':>10}{'share':>8}{'calls/step':>12}",
     ]
     for time, event in sorted(times, key=lambda pair: -pair[0])[:SHOWN]:

@@ -1,4 +1,4 @@
-"""Seeds, random state and a report of the environment."""
+"""Seeds, random streams and a report of the environment."""
 
 import importlib.metadata
 import platform
@@ -24,22 +24,25 @@ REPORTED_PACKAGES = (
 
 
 def seed_everything(seed: int) -> None:
-    """For weights and dropout-like layers; data and sizes have their own pure functions of the seed."""
+    """Seed the global generators, used for weights and dropout-like layers; data and sizes do not depend on them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def sample_stream(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
-    """Random numbers for one image in one epoch, of their own for each stream (1, 2, ...); 0 would equal no stream."""
+    """Build the generator of a stream (1, 2, ...) for one image in one epoch.
+
+    Stream 0 would be equal to the generator without a stream, because seed sequences ignore trailing zeros.
+    """
     return np.random.default_rng([seed, epoch, index, stream])
 
 
 @contextmanager
 def torch_stream(generator: np.random.Generator) -> Iterator[None]:
-    """Torch's global generator continues from the given one; afterwards it is as it was.
+    """Context in which torch's global CPU generator is seeded from the given generator; restores it at the end.
 
-    Only the CPU's: `torch.manual_seed` would change the accelerator's too.
+    Not with `torch.manual_seed`, which would also change the accelerator's generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(generator.integers(2**63)))
@@ -47,15 +50,15 @@ def torch_stream(generator: np.random.Generator) -> Iterator[None]:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Torch's generators, of which dropout-like layers draw, for one optimizer step of one process.
+    """Seed torch's generators, from which dropout-like layers draw, for one optimizer step of one process.
 
-    A function of its arguments alone: a continued run needs no stored state, and ranks never share a stream.
+    The state depends on the arguments alone: a resumed run needs no stored state, and ranks never share a stream.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def environment_report(device: str, precision: str) -> dict[str, Any]:
-    """What a reader needs to repeat or compare a run."""
+    """Collect what is needed to repeat or compare a run: command, hardware, versions and commit."""
     versions: dict[str, str | None] = {}
     for package in REPORTED_PACKAGES:
         try:

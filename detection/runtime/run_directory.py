@@ -1,4 +1,4 @@
-"""The directory of a run, new and empty."""
+"""Creation of run directories."""
 
 import datetime
 from pathlib import Path
@@ -7,10 +7,10 @@ from detection.errors import OutputError
 
 
 def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
-    """Make `logs/<YYMMDD-HHMMSS>_<name>`, or the wanted directory, which must be empty.
+    """Create `<logs>/<YYMMDD-HHMMSS>_<name>`, or the directory `wanted`, which must be empty or absent.
 
     Raises:
-        OutputError: it cannot be made, or is not empty.
+        OutputError: the directory cannot be created, or is not empty.
     """
     try:
         if wanted is not None:

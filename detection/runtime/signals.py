@@ -1,4 +1,4 @@
-"""Stopping a run from outside without losing work."""
+"""Graceful shutdown on signals."""
 
 import os
 import signal
@@ -8,18 +8,21 @@ from typing import Any
 
 from detection.errors import StoppedBySignal
 
-ECHO_SECONDS = 1.0
+ECHO_SECONDS = 1.0  # a repeated signal within this time is the same request
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Turns the first signal to stop into a request that a loop honours between two steps; a second ends at once.
+    """Turns the first stop signal into a request that a loop checks between two steps; a second one kills the process.
 
-    Handles Ctrl-C, SIGTERM, SIGHUP of a closing terminal, and SIGUSR1, with which Slurm announces that it will take the
-    machine away. Nothing is handled before `install`.
+    Handles Ctrl-C, SIGTERM, SIGHUP (terminal closed) and SIGUSR1 (Slurm's warning before the time limit), from the call
+    of `install` on.
 
     Args:
         unit: what the loop finishes first, for the message.
+
+    Attributes:
+        signal_number: the first signal received; None: none yet.
     """
 
     def __init__(self, unit: str = "step") -> None:
@@ -43,21 +46,21 @@ class StopRequest:
             name = signal.Signals(number).name
             text = f"{name} received: finishing the {self.unit} and saving; once more ends at once"
             print(text, file=sys.stderr, flush=True)
-        elif now - self._received > ECHO_SECONDS:  # a terminal and torchrun both pass the same Ctrl-C on
+        elif now - self._received > ECHO_SECONDS:  # both the terminal and torchrun forward the same Ctrl-C
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def check(self) -> None:
-        """Raise if a signal has come.
+        """Raise if a signal was received.
 
         Raises:
-            StoppedBySignal: one has.
+            StoppedBySignal: a signal was received.
         """
         if self.signal_number is not None:
             raise stopped_by(self.signal_number)
 
 
 def stopped_by(number: int) -> StoppedBySignal:
-    """Return the error of a run that a signal has stopped; SIGUSR1 exits like SIGTERM, with 143."""
+    """Return the error of a run stopped by a signal; SIGUSR1 exits like SIGTERM, with 143."""
     code = signal.SIGTERM if number == signal.SIGUSR1 else number
     return StoppedBySignal(f"stopped by {signal.Signals(number).name}", code)

@@ -1,1 +1,1 @@
-"""What `yolo-v3/main.py` drives: a run, its state, one optimizer step, and everything that watches over it."""
+"""Parts of `yolo-v3/main.py`: the run, its state, the optimizer step, checkpoints, logging and monitoring."""

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: the loop copies its state and goes on, a thread writes and verifies it."""
+"""Asynchronous checkpoints: the training loop copies its state, and a thread writes and verifies it."""
 
 import threading
 import time
@@ -20,14 +20,14 @@ NUMBERED = "step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].pt"  # of step n:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time, in the background. Leaving it as a context waits for the last.
+    """Writes checkpoints one at a time in a thread. A context manager that waits for the last write on exit.
 
-    `save` copies the tensors before it returns, into memory that is kept for the next call: the following step cannot
-    change what is being written. Another `save` waits until the previous one is on the disk, so there is never more
-    than one copy. An error of a write is raised by the next call of any method.
+    `save` copies the tensors into host memory, which is reused by the next call, so that training may change them while
+    the file is written. Another `save` first waits for the previous write, so there is never more than one copy. The
+    error of a failed write is raised by the next call of `save`, `wait` or `check`.
 
     Args:
-        directory: of the run; half-written files of a killed process are removed from it.
+        directory: run directory; partial files of a killed process are removed from it.
         keep: number of checkpoints `step_<n>.pt` to keep beside last.pt and best.pt; older ones are removed.
     """
 
@@ -49,10 +49,10 @@ class CheckpointWriter:
             self._thread.join()
 
     def save(self, content: dict[str, Any], *, best: bool = False, number: int | None = None) -> None:
-        """Begin to write last.pt, and the same content under further names.
+        """Start writing last.pt and, on request, the same content under other names.
 
         Args:
-            content: tensors of any device, plain values, dicts, lists and tuples of them.
+            content: tensors on any device and plain values, in nested dicts, lists and tuples.
             best: also write best.pt.
             number: also write step_<number>.pt, if any are kept.
 
@@ -96,7 +96,7 @@ class CheckpointWriter:
         try:
             save_checkpoint(self.directory / LAST, content, names)
             if self.keep:
-                # By age, not by number: a run continued from an older checkpoint writes lower numbers again.
+                # By age, not by number: a run resumed from an older checkpoint writes lower numbers again.
                 numbered = sorted(self.directory.glob(NUMBERED), key=lambda path: (path.stat().st_mtime_ns, path.name))
                 for path in numbered[: -self.keep]:
                     path.unlink()
@@ -133,13 +133,13 @@ class Saver:
         self.saved = time.monotonic()
 
     def due(self) -> bool:
-        """Whether a checkpoint is due after this step, by `train.save_frequency` or `train.save_minutes`."""
+        """Return whether `train.save_frequency` or `train.save_minutes` asks for a checkpoint after this step."""
         minutes = self.run.settings.train.save_minutes
         late = minutes is not None and time.monotonic() - self.saved >= 60 * minutes
         return late or self.state.step % self.run.save_frequency == 0
 
     def save(self, best: bool = False, numbered: bool = False) -> None:
-        """Copy the state and begin to write it to last.pt.
+        """Copy the state and start writing it to last.pt.
 
         Args:
             best: also write best.pt.

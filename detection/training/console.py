@@ -1,4 +1,4 @@
-"""Lines of a run: its plan before the first step, its progress and its end."""
+"""Log lines of a run: the plan before the first step, progress, and the summary at the end."""
 
 import datetime
 
@@ -15,7 +15,7 @@ from detection.training.throughput import Throughput, flops_per_pixel, matmul_ce
 
 
 def plan_lines(run: Run) -> list[str]:
-    """Describe the run that is about to begin, for the user to check before it costs days."""
+    """Format the plan of a run: device, data, batch size, duration and schedule."""
     settings, train, names = run.settings, run.settings.train, run.categories.names
     sizes = f"{train.image_size} px"
     if train.resize_frequency:
@@ -54,22 +54,22 @@ def plan_lines(run: Run) -> list[str]:
 
 
 def report_first_batch(run: Run, batch: Batch, loggers: Loggers) -> None:
-    """Show the images of a batch exactly as the network sees them, with their boxes."""
+    """Log the images of a batch as the network sees them, with their boxes."""
     if run.ranks.is_first:
         loggers.image(0, "train_batch", draw_batch(batch, run.categories.names))
 
 
 def report_progress(run: Run, state: RunState, size: int, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Read what the device has gathered since the last time, average it over all processes and log it.
+    """Read the losses since the last report, average them over all processes and log them.
 
-    On a terminal it becomes the text of the progress bar, else a line, so that `tail -f nohup_0.out` reads well.
+    Updates the progress bar if there is one, else prints a line.
 
     Args:
-        size: of the last images, in pixels.
+        size: side of the last images in pixels.
 
     Raises:
-        NonFiniteLoss: too many steps in a row were skipped.
-        NumericsError: the loss scale of fp16 has fallen too low.
+        NonFiniteLoss: too many consecutive steps were skipped.
+        NumericsError: the fp16 loss scale is too low.
     """
     for skipped in state.skipped.read(run.ranks.average_of):
         loggers.line(f"warning: step {skipped} was skipped, its loss or gradient was non-finite; nothing changed")
@@ -100,7 +100,7 @@ def report_progress(run: Run, state: RunState, size: int, loggers: Loggers, supe
 
 
 def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
-    """Log the speed of training; every process calls it at the same time."""
+    """Log the speed of training; a collective call, to be made by every process."""
     peak = peak_memory_gib(run.device)  # before the measurement that follows
     total, ceiling = vars(state.meter.total), matmul_ceiling(run.device, run.dtype) or 0.0
     mean = run.ranks.average({**total, "ceiling": ceiling})
@@ -113,7 +113,7 @@ def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
 
 
 def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Log speed, duration and the best checkpoint of a run that is complete."""
+    """Log speed, duration and best checkpoint of a completed run."""
     report_speed(run, state, loggers)
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "

@@ -1,4 +1,4 @@
-"""Checks before the first step, of what would end a run hours later: memory, disk, checkpoint, evaluator."""
+"""Checks before the first step of what could otherwise fail hours later: memory, disk, checkpoint, evaluation."""
 
 import shutil
 import tempfile
@@ -29,10 +29,11 @@ EVALUATED_IMAGES = 2
 
 
 def dry_run(run: Run, plan: Sequence[str], target: Path) -> None:
-    """Print the plan and make every check of a run (`--dry-run`); leaves nothing behind.
+    """Print the plan and make all checks (`--dry-run`) without leaving files behind.
 
     Args:
-        target: where the run directory would be.
+        plan: lines to print first.
+        target: path of the run directory, or of the directory that it would be created in.
     """
 
     def show(line: str) -> None:
@@ -50,23 +51,23 @@ def dry_run(run: Run, plan: Sequence[str], target: Path) -> None:
 
 
 def preflight(run: Run, state: RunState, saver: Saver, loggers: Loggers) -> None:
-    """Make the checks of a dry run in the run directory, before the first step of a run."""
+    """Make the checks of a dry run at the start of a run, in its directory."""
     try_step(run, state, loggers.line)
     if run.ranks.is_first:
         loggers.line(check_disk(loggers.directory, run.checkpoint(state), run.settings.train.keep_checkpoints))
-        saver.save()  # proves that it can be written and read; a run that is killed early can be continued from it
+        saver.save()  # a run killed before its first regular checkpoint can be resumed from this one
         loggers.line(try_evaluation(run, state))
         saver.wait()
 
 
 def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
-    """Take a whole step at the largest image size, which needs all the memory and changes nothing.
+    """Try a training step at the largest image size, for its peak memory; the state does not change.
 
     Args:
         show: called with each line of the result.
 
     Raises:
-        DeviceMemoryError: the memory does not suffice.
+        DeviceMemoryError: there is not enough memory.
     """
     train = run.settings.train
     size = train.largest_size
@@ -79,7 +80,7 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     positions = next(iter(run.sampler(state.step, state.step + 1)))
     batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
     set_backbone_frozen(state.model, False, train.backbone_batch_norm)
-    # The second micro-batch adds to existing gradients; more of them show nothing new.
+    # The second micro-batch adds to existing gradients; further ones need no more memory.
     micro_batches = min(train.subdivisions, 2)
     scale = state.scaler.state_dict()
     started = time.perf_counter()
@@ -105,15 +106,15 @@ def check_disk(directory: Path, content: dict[str, Any], keep: int) -> str:
     """Compare the free disk space with the size of the checkpoints.
 
     Args:
-        directory: of the run; its nearest existing parent is checked.
-        content: of a checkpoint.
+        directory: run directory; its nearest existing parent is checked.
+        content: content of a checkpoint.
         keep: number of checkpoints beside last.pt and best.pt.
 
     Returns:
         A line for the plan.
 
     Raises:
-        OutputError: there is no space for a checkpoint beside the previous one.
+        OutputError: there is not enough space for a checkpoint beside the previous one.
     """
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     size, free = tensor_bytes(content), shutil.disk_usage(existing).free
@@ -128,7 +129,12 @@ def check_disk(directory: Path, content: dict[str, Any], keep: int) -> str:
 
 
 def check_shared_memory(workers: int, batch_bytes: int) -> str | None:
-    """Return a warning if the shared memory, through which the loader's workers pass batches, may not suffice."""
+    """Return a warning if shared memory, through which the loader's workers pass batches, may be too small.
+
+    Args:
+        workers: number of loader workers on this machine.
+        batch_bytes: size of a micro-batch.
+    """
     if not workers or not SHARED_MEMORY.is_dir():
         return None
     needed, free = batches_ahead(workers) * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
@@ -144,7 +150,7 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint, read it back and remove it.
 
     Args:
-        parent: of the run directory; its nearest existing parent is used.
+        parent: directory, or its nearest existing parent, in which a temporary one is created.
 
     Raises:
         OutputError: it cannot be written, or reads back differently.
@@ -158,7 +164,7 @@ def try_checkpoint(parent: Path, content: dict[str, Any]) -> None:
 
 
 def try_evaluation(run: Run, state: RunState) -> str:
-    """Evaluate the first validation images; returns a line for the plan."""
+    """Evaluate the first validation images; returns a line for the log."""
     dataset, criterion, postprocess = run.validation_set, run.detector.criterion, run.detector.postprocess
     count = min(EVALUATED_IMAGES, len(dataset))
     batch = collate_samples([dataset[index] for index in range(count)])

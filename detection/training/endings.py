@@ -1,4 +1,4 @@
-"""How a run ends: what is saved, and the line that its user reads, if it ends early."""
+"""End of a run: save the state and report the reason if it ends early."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from detection.training.unreadable_images import TooManyUnreadable
 
 @contextlib.contextmanager
 def joint_work(ranks: Ranks) -> Iterator[None]:
-    """Context of everything that the processes of a run do together; leaves their group at the end.
+    """Context of a run with several processes; destroys the process group on exit.
 
     Raises:
         RankError: another process failed before the first step.
@@ -44,13 +44,13 @@ def joint_work(ranks: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
-    """Context of the steps of a run: saves and logs when it ends early, and finishes the loggers.
+    """Context of the training loop: saves and logs if the run ends early, and finishes the loggers.
 
     Yields:
         The saver of the run's checkpoints.
 
     Raises:
-        UserError: the run ends early; the line says what was saved and how to continue.
+        UserError: the run ended early; the message says what was saved and how to resume.
     """
     saver, status = Saver(run, state, loggers), FAILED
     try:
@@ -65,7 +65,7 @@ def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
             loggers.line(failure.line, show=False)  # stderr gets it too
             raise failure from None
         finally:
-            # After an error, that one is to be reported.
+            # An earlier error is the one to report.
             with contextlib.nullcontext() if status == FINISHED else contextlib.suppress(OSError):
                 loggers.finish(status)
     except BrokenPipeError:  # of stdout
@@ -77,7 +77,7 @@ def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
 def explain(
     error: UserError | RuntimeError, run: Run, state: RunState, saver: Saver, loggers: Loggers
 ) -> UserError | None:
-    """Save what can be saved and return the error for the user; None: the error is a bug."""
+    """Save the state if possible and return the error for the user; None: the error is a bug."""
     directory = loggers.directory
     resume = f"continue with: yolo-v3/main.py --resume {directory}"
     if isinstance(error, NonFiniteLoss):
@@ -94,12 +94,12 @@ def explain(
     if isinstance(error, StoppedBySignal | DataReadError):
         saver.save()
         saver.wait()
-        # Only the first process saves: if another one alone ends here, the checkpoint on the disk is older.
+        # Only the first process saves; if another one fails alone, the checkpoint on the disk is older.
         saved = run.ranks.is_first or isinstance(error, StoppedBySignal | TooManyUnreadable)
         line = f"{error.line}; {f'saved after step {state.step}, ' if saved else ''}{resume}"
         if not isinstance(error, StoppedBySignal):
             return DataReadError(line)
-        if run.ranks.size == 1:  # of several, some may be killed before they have exchanged anything
+        if run.ranks.size == 1:  # a collective could hang, since other processes may already have been killed
             report_speed(run, state, loggers)
         return StoppedBySignal(line, error.signal_number)
     if isinstance(error, UserError):
@@ -107,6 +107,6 @@ def explain(
     failure = run.ranks.explain(error, state.step) or known_failure(error, OUT_OF_MEMORY)
     if failure is None:
         return None
-    # In the middle of a step the state is not saved: the checkpoint on the disk counts.
+    # The state is inconsistent in the middle of a step, so the last checkpoint on the disk is kept.
     hint = f"; continue from its {LAST} with: yolo-v3/main.py --resume {directory}"
     return type(failure)(f"{failure.line}{hint if (directory / LAST).exists() else ''}")

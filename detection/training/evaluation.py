@@ -1,4 +1,4 @@
-"""Evaluation during training: score the validation set, log the result, keep the best checkpoint."""
+"""Evaluation during training: evaluate the validation set, log the metrics, keep the best checkpoint."""
 
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
@@ -11,8 +11,8 @@ from detection.training.supervisor import Supervisor
 
 
 def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Evaluate the model after this step and save it; best.pt is replaced if AP50 is higher than ever before."""
-    # Whatever happens to the evaluation, the steps are kept; a continued run repeats it.
+    """Evaluate the model after this step and save it, also as best.pt if AP50 is the highest so far."""
+    # Saved first, so that no steps are lost if the evaluation fails; a resumed run repeats it.
     saver.save(numbered=saver.due())
     evaluation = evaluate_run(run, state, supervisor)
     if evaluation is not None:
@@ -23,7 +23,7 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
 
 
 def evaluate_run(run: Run, state: RunState, supervisor: Supervisor) -> Evaluation | None:
-    """Evaluate the validation set, shared among all processes; the first one scores, the others get None."""
+    """Evaluate the validation set, split among all processes; the first computes the metrics, others return None."""
     settings, dataset, ranks = run.settings, run.validation_set, run.ranks
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     share = run_inference(
@@ -41,7 +41,7 @@ def evaluate_run(run: Run, state: RunState, supervisor: Supervisor) -> Evaluatio
 
 
 def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers) -> None:
-    """Log numbers, lines, a picture and the result files of an evaluation."""
+    """Log metrics, lines, a picture and the result files of an evaluation."""
     settings, dataset = run.settings.evaluation, run.validation_set
     loss = sum(evaluation.losses.values())
     row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}

@@ -16,9 +16,9 @@ class ExponentialMovingAverage:
     The ramp lets the early EMA forget the random initial weights.
 
     Args:
-        model: copied; the copy is `self.model`.
-        decay: of a late step.
-        ramp: in optimizer steps; 0: none.
+        model: model to copy; the copy is `self.model`.
+        decay: decay after the ramp.
+        ramp: time constant of the ramp in optimizer steps; 0: no ramp.
     """
 
     def __init__(self, model: nn.Module, decay: float, ramp: int) -> None:
@@ -32,7 +32,9 @@ class ExponentialMovingAverage:
         """Update with the weights after optimizer step `step` (the first is 0).
 
         Args:
-            finite: bool on the device; false: the step was skipped, the EMA keeps its values.
+            model: current model.
+            step: number of the step.
+            finite: bool tensor on the device; false: the step was skipped, the EMA does not change.
         """
         decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
         if self._pairs is None or not self._pairs.hold():
@@ -53,7 +55,7 @@ class ExponentialMovingAverage:
 
 
 class _TensorPairs:
-    """The tensors of two equal models in pairs, cached: collecting them takes as long as copying them."""
+    """Corresponding tensors of two equal models, cached because collecting them takes as long as copying them."""
 
     def __init__(self, ema: nn.Module, model: nn.Module) -> None:
         self._places = [*_state_places(ema), *_state_places(model)]  # in the same order
@@ -64,12 +66,12 @@ class _TensorPairs:
         self.others = _unzip([pair for pair in pairs if not pair[0].is_floating_point()])
 
     def hold(self) -> bool:
-        """Whether the models still hold these tensors; `BatchNormStatistics` replaces some."""
+        """Return whether the models still hold these tensors; `BatchNormStatistics` replaces some."""
         return all(place[name] is tensor for (place, name), tensor in zip(self._places, self._tensors, strict=True))
 
 
 def _state_places(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return the dicts and names that hold the tensors of `state_dict()`."""
+    """List the (dict, name) entries that hold the tensors of `state_dict()`."""
     return [
         (place, name)
         for module in model.modules()

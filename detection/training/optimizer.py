@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups, and freezing of the backbone."""
+"""Optimizer, parameter groups, and freezing of the backbone."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,10 +13,10 @@ FACTOR = "learning_rate_factor"  # key of an optimizer group
 
 
 def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optimizer:
-    """Build Adam, AdamW or SGD with three named parameter groups; weight decay acts on convolution weights only.
+    """Build Adam, AdamW or SGD with three named parameter groups; weight decay applies to "weights" only.
 
-    Groups: "weights" (kernels), "norms" (scale of the batch-norm layers and other factors per channel), "biases" (all
-    biases). A backbone with its own learning-rate factor has three more groups of the same names, with this factor.
+    Groups: "weights" (kernels), "norms" (batch-norm scales and other one-dimensional weights), "biases". A backbone
+    with its own learning-rate factor has three more groups of the same names.
     """
     factor = train.backbone_learning_rate_factor
     backbone = [] if factor == 1 else cast(nn.Module, model.backbone).parameters()
@@ -33,14 +33,14 @@ def build_optimizer(model: nn.Module, train: TrainSettings) -> torch.optim.Optim
     for (part, kind), parameters in groups.items():
         decay = train.weight_decay if kind == "weights" else 0.0
         group: dict[str, Any] = {"params": parameters, "name": kind, "weight_decay": decay}
-        if part:  # only then, so that the content of other checkpoints stays the same
+        if part:  # only then, so that checkpoints without such a group do not change
             group[FACTOR] = factor
         arguments.append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")  # one kernel for all weights where there is one
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(arguments, lr=train.learning_rate, momentum=train.momentum, fused=fused)
         if train.momentum:
-            # From the start: the fused kernel fails if a backbone unfrozen later has no buffers and the neck has.
+            # Created now: the fused kernel fails if only some parameters have a buffer when the backbone unfreezes.
             for parameter in model.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -52,8 +52,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rate_at: Callable[[int,
     """Set the learning rate of each group to the schedule's rate times the group's factor.
 
     Args:
-        rate_at: learning rate of a step and the name of a group, see `Schedule.at`.
-        step: the optimizer step that follows; the first is 0.
+        rate_at: returns the learning rate of a step and group, see `Schedule.at`.
+        step: number of the next optimizer step, from 0.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, group["name"]) * group.get(FACTOR, 1.0)
@@ -63,8 +63,9 @@ def set_backbone_frozen(model: nn.Module, frozen: bool, batch_norm: str = "train
     """Freeze or unfreeze the backbone of a model in training mode.
 
     Args:
+        model: model with a `backbone`.
         frozen: the weights get no gradient and the batch-norm layers keep their running statistics.
-        batch_norm: "frozen": normalise by the running statistics, and keep them, also while the weights train.
+        batch_norm: "frozen": the batch-norm layers use and keep their running statistics even while the weights train.
     """
     backbone = cast(nn.Module, model.backbone)
     for parameter in backbone.parameters():

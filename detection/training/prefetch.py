@@ -1,4 +1,4 @@
-"""Copies the next batches to the device while it computes."""
+"""Prefetching: copy the next batches to the device while it computes."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,10 +11,14 @@ from detection.errors import UserError
 
 
 class Prefetcher:
-    """Iterates over batches; on CUDA, `prefetch` copies the next ones on a separate stream.
+    """Iterator over the loader's batches; on CUDA, `prefetch` copies the next ones on a separate stream.
 
-    On other devices the loader's batches pass through unchanged. The order is the loader's; an error of the loader is
-    raised after the batches before it.
+    On other devices the batches pass through unchanged. The order is kept; an error of the loader is raised after the
+    batches that precede it.
+
+    Args:
+        batches: iterator of the loader.
+        device: target device.
     """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
@@ -24,7 +28,7 @@ class Prefetcher:
         self._error: Exception | None = None
 
     def prefetch(self, count: int) -> None:
-        """Begin to copy the next `count` batches; call it while the device is busy, as it waits for the loader."""
+        """Start copying the next `count` batches; call it while the device is busy, because it waits for the loader."""
         if self.stream is None or self._error is not None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Replay of non-finite steps: keep what is needed to repeat them, and find where numbers become non-finite."""
+"""Replay of non-finite steps: save what is needed to repeat them, and find where values become non-finite."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,19 +22,19 @@ from detection.training.resume import check_continued
 from detection.training.run import Run, join_ranks
 
 STATE, REPORT = "state.pt", "report.json"
-MAX_NAMES = 5  # of modules and parameters
+MAX_NAMES = 5  # of weights and gradients in a line
 
 
 def replay(directory: Path, words: Sequence[str], flags: Sequence[Flag]) -> None:
-    """Repeat the first step of a bundle and print where its numbers become non-finite (`--replay`).
+    """Repeat the first step of a bundle and print where values become non-finite (`--replay`).
 
     Args:
-        directory: the bundle.
-        words: settings that differ, as `key.path=value`.
-        flags: of the command line.
+        directory: directory of the bundle, see `write_bundle`.
+        words: settings to change, as `key.path=value`.
+        flags: settings to change, from command-line flags.
 
     Raises:
-        NumericsError: they are non-finite here too.
+        NumericsError: the step is non-finite again.
     """
     checkpoint, report = read_bundle(directory)
     settings, notices = load_settings(complete_settings(checkpoint["settings"], DEFAULTS), [], words, flags)
@@ -57,13 +57,14 @@ def write_bundle(
     losses: Mapping[int, Mapping[str, float]],
     image_ids: Mapping[int, Sequence[int]],
 ) -> None:
-    """Write what is needed to repeat skipped steps; they changed nothing, so the weights are those before the first.
+    """Write a bundle: what is needed to repeat skipped steps. These did not change the weights.
 
     Args:
-        directory: of the bundle; made if absent.
-        checkpoint: of the current state.
-        losses: by step and name.
-        image_ids: by step.
+        directory: directory of the bundle; created if absent.
+        checkpoint: content of a checkpoint of the current state.
+        seed: seed of the run.
+        losses: losses by step and name.
+        image_ids: image ids by step.
 
     Raises:
         OutputError: the bundle cannot be written.
@@ -101,7 +102,7 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[list[str]]:
-    """Repeat a skipped step with the same images, weights and random streams; the processes of a run one by one.
+    """Repeat a skipped step with the same images, weights and random streams, for one process after another.
 
     Yields:
         The lines of `diagnose_batch` for each micro-batch.
@@ -124,17 +125,17 @@ def diagnose_batch(
     device: torch.device,
     image_ids: np.ndarray,
 ) -> list[str]:
-    """Find where the numbers of one micro-batch become non-finite, forward and backward.
+    """Find where the values of one micro-batch become non-finite, forward and backward.
 
     Args:
-        model: in training mode; its weights do not change, its batch-norm statistics do.
-        image_ids: of the whole dataset, (M,).
+        model: model in training mode; only its batch-norm statistics change.
+        image_ids: ids of all images of the dataset, (M,).
 
     Returns:
-        A line for each place; none if all numbers are finite.
+        A line for each place; none if all values are finite.
     """
     lines: list[str] = []
-    # First: the forward pass changes the batch-norm statistics, and may make them non-finite itself.
+    # Before the forward pass, which may make the batch-norm statistics non-finite.
     if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
         lines.append(f"non-finite weights: {_shorten(bad)}")
     first: list[str] = []

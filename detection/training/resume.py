@@ -1,4 +1,4 @@
-"""Settings of a new run, or of one that is continued from its checkpoint, and what may change between the two."""
+"""Open a new or resumed run, and check what may change when a run is resumed."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from detection.training.loggers import build_loggers
 from detection.training.run import Run
 
 ACCEPT = "--accept-changes continues all the same"
-# May change when a run is continued: where it runs, how long, how often it saves; not what it learns from.
+# Settings that may change on resume: where and how long the run goes and how often it saves, not what it learns.
 RESUMABLE = (
     "run.device",
     "run.lazy",
@@ -26,7 +26,7 @@ RESUMABLE = (
     "data.root",
     "data.max_unreadable_fraction",
     "data.num_workers",
-    "data.decoder",  # the decoder in use is a condition of the checkpoint, see check_continued
+    "data.decoder",  # check_continued compares the decoder in use
     "data.cache",
     "data.cache_gib",
     "data.cache_path",
@@ -53,12 +53,12 @@ def open_run(
         settings; notices for the plan.
 
     Raises:
-        SettingsError: settings are refused, or are not those of the continued run.
+        SettingsError: settings are invalid, or must not change on resume.
         CheckpointError: there is no usable checkpoint.
     """
     if arguments.resume is None:
         settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
-        build_loggers(settings.run.loggers)  # refused before anything is built
+        build_loggers(settings.run.loggers)  # raises for unknown names before anything expensive
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
     build_loggers(settings.run.loggers)
@@ -68,7 +68,7 @@ def open_run(
 def open_resumed_run(
     arguments: argparse.Namespace, flags: list[Flag]
 ) -> tuple[dict[str, Any], Path, Settings, list[str]]:
-    """Read checkpoint, directory, settings and notices of a run to continue; few settings may change."""
+    """Read checkpoint, directory, settings and notices of a run to resume; see `open_run`."""
     for name in ("config", "output"):
         if getattr(arguments, name):
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
@@ -111,10 +111,10 @@ def load_last(directory: Path) -> dict[str, Any]:
 
 
 def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None, accept: bool) -> list[str]:
-    """Compare the data and conditions of a continued run with those of its checkpoint.
+    """Compare the data and conditions of a resumed run with those of its checkpoint.
 
     Args:
-        accept: return differences as warnings instead of raising; other classes are never accepted.
+        accept: return differences as warnings instead of raising; different classes are never accepted.
 
     Returns:
         One line per difference.

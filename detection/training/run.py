@@ -1,4 +1,4 @@
-"""The parts of a run: everything that its settings, data and device determine before the first step."""
+"""A training run: everything that settings, data and device determine before the first step."""
 
 import functools
 import inspect
@@ -31,7 +31,11 @@ from detection.training.state import RunState
 
 
 def join_ranks(settings: Settings) -> Ranks:
-    """Open the device of this process and join those that torchrun started, if any."""
+    """Open the device of this process and, if started by torchrun, join the process group.
+
+    Raises:
+        SettingsError: see `open_machine`, `device_of_rank` and `Ranks`.
+    """
     _, local_rank, size = read_environment()
     device = open_machine(settings.run, device_of_rank(settings.run.device, local_rank, size)).device
     if device.type == "cuda":
@@ -40,12 +44,13 @@ def join_ranks(settings: Settings) -> Ranks:
 
 
 class Run:
-    """Everything that is fixed before the first step: device, data, detector and all durations in steps.
+    """Everything that is fixed before the first step: device, data, detector, and durations in optimizer steps.
 
     Args:
-        ranks: this process among those of the run, with its device.
-        fresh: false for a continued run, whose weights all come from its checkpoint.
-        processes: how many the run had, if one process replays a step of several; None: as many as there are.
+        settings: settings of the run.
+        ranks: rank and device of this process.
+        fresh: load pretrained weights; false for a resumed run, whose weights come from its checkpoint.
+        processes: number of processes of the original run when one process replays its step; None: `ranks.size`.
     """
 
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
@@ -57,7 +62,7 @@ class Run:
 
         if ranks.is_first:
             make_builtin(settings.data)
-        ranks.broadcast(None)  # the others wait for it
+        ranks.broadcast(None)  # barrier: the others wait for the dataset
         self.training_set, self.validation_set = build_datasets(
             settings.data, settings.run.seed, settings.model.num_classes, evaluation.max_images
         )
@@ -120,7 +125,7 @@ class Run:
 
     @property
     def patience(self) -> float:
-        """Evaluations without a higher AP50 that end the run."""
+        """Number of evaluations without a higher AP50 after which the run ends."""
         patience = self.settings.train.patience
         return math.inf if patience is None else patience
 
@@ -129,15 +134,15 @@ class Run:
         return resolve_steps(duration, self.steps_per_epoch)
 
     def logs_at(self, step: int) -> bool:
-        """Whether progress is logged after this many steps."""
+        """Return whether progress is logged after this many steps."""
         return step % self.settings.run.log_frequency == 0 or step == self.steps
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the model is evaluated after this many steps."""
+        """Return whether the model is evaluated after this many steps."""
         return step % self.evaluate_frequency == 0 or step == self.steps
 
     def sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
-        """Return the micro-batches of this process, or of another one of the run, as positions in the dataset."""
+        """Build the sampler of micro-batches from `first_step` up to `end_step`, for this or another rank."""
         train = self.settings.train
         return TrainingBatchSampler(
             len(self.training_set),
@@ -155,22 +160,22 @@ class Run:
         )
 
     def training_batches(self, first_step: int) -> Prefetcher:
-        """Start the loader's workers; returns this process's micro-batches from `first_step` to the end of the run."""
+        """Start the loader; returns the micro-batches of this process from `first_step` to the end of the run."""
         sampler = self.sampler(first_step, self.steps)
         loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
         return Prefetcher(iter(loader), self.device)
 
     def image_ids_of_step(self, step: int) -> list[int]:
-        """Return the image ids of a step, of all its micro-batches and processes."""
+        """List the image ids of a step, over all micro-batches and processes."""
         images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
         sampler = self.sampler(step, step + 1)
         return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
 
     def new_state(self, checkpoint: dict[str, Any] | None = None) -> RunState:
-        """Build the state before the first step, or after that of a checkpoint.
+        """Build the state before the first step, or restore that of a checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint does not fit.
+            CheckpointError: the checkpoint does not fit this run.
         """
         state = RunState(
             self.detector.model,
@@ -187,12 +192,12 @@ class Run:
         return state
 
     def conditions(self) -> dict[str, str | int]:
-        """Return what influences the numbers besides settings and annotations."""
+        """Return what influences the results besides settings and annotations."""
         decoder = describe_decoder(choose_decoder(self.settings.data.decoder))
         return {"processes": self.processes, "precision": self.precision, "image decoder": decoder}
 
     def checkpoint(self, state: RunState) -> dict[str, Any]:
-        """Return all that a continued run, or a script with only this file, needs; the tensors are not copied."""
+        """Return the content of a checkpoint, which can resume the run or rebuild the detector; copies no tensors."""
         geometry = self.detector.geometry
         return {
             "settings": self.settings.model_dump(mode="json"),
@@ -207,21 +212,21 @@ class Run:
 
     @functools.cached_property
     def compiled(self) -> torch.nn.Module:
-        """The network, compiled once for the dry run and the whole run."""
+        """The compiled network, shared by the preflight step and the training loop."""
         train = self.settings.train
         smallest, largest = train.multiscale_sizes if train.resize_frequency else (0, 0)
         return compile_forward(self.detector.model, self.device, (largest - smallest) // self.size_step + 1)
 
     def wrapped(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Wrap the model for training: compiled, and exchanging gradients between processes.
+        """Wrap the model for training, with `torch.compile` and DistributedDataParallel as configured.
 
-        Must be repeated when a part of the model is frozen or unfrozen.
+        Call it again after a part of the model was frozen or unfrozen.
         """
         if self.settings.run.compile:
             model = self.compiled
         if self.ranks.size == 1:
             return model
-        # Statistics of batch-norm layers are averaged once per step, see BatchNormStatistics: buffers stay.
+        # DDP must not sync buffers: BatchNormStatistics averages batch-norm statistics once per step.
         names = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # before torch 2.14
         options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}

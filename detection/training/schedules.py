@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that resuming needs no scheduler state and plotting no network."""
+"""Learning rate as a pure function of the step: resuming needs no scheduler state, and plotting no network."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every step; all durations in optimizer steps, `args.yaml` explains the names.
+    """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
 
     Source: warm-up power 4, Darknet's `burn_in`; cosine restarts, SGDR, https://arxiv.org/abs/1608.03983
     """
@@ -39,7 +39,7 @@ class Schedule:
         """Return the learning rate of optimizer step `step` (the first is 0) for a parameter group."""
         if self.strategy == "WarmupMultiStepLR":
             return self._multi_step(step, group)
-        # step + 1: the first step already moves, as in Darknet, which counts the batch before it updates
+        # step + 1, as in Darknet, which counts the batch before the update: the first rate is not 0.
         rise = min((step + 1) / self.warmup, 1.0) ** 4 if self.warmup else 1.0
         if self.strategy == "LambdaLR":
             return self.learning_rate * rise * self.scale[sum(step >= begin for begin in self.index)]

@@ -1,4 +1,4 @@
-"""Skipping of non-finite steps: a step happens as a whole or not at all.
+"""Skip non-finite steps as a whole: weights, optimizer state and batch-norm statistics keep their values.
 
 The decision is made on the device; the host reads it a few steps later.
 """
@@ -14,15 +14,15 @@ from detection.errors import NumericsError
 
 
 class StepResult(NamedTuple):
-    """The result of a step, on the device: the caller chooses when to wait for it."""
+    """Result of a step, on the device; reading it waits for the device."""
 
     losses: dict[str, Tensor]  # averaged over the micro-batches, detached
-    finite: Tensor  # bool: false for a step that was skipped
+    finite: Tensor  # bool; false: the step was skipped
 
 
 @torch.no_grad()
 def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Call `optimizer.step()`, whose effect is kept only if `finite`, a bool on the device, is true."""
+    """Call `optimizer.step()`, and undo it unless `finite`, a bool tensor on the device, is true."""
     if all(group.get("fused") for group in optimizer.param_groups):  # these kernels read the flag themselves
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
@@ -43,14 +43,15 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class BatchNormStatistics:
-    """The running means and variances of all batch-norm layers of a model in one tensor.
+    """Running means and variances of all batch-norm layers of a model in one tensor.
 
-    One operation then saves or restores them all. Build it after the model is on its device; the buffers of the modules
-    become views of the tensor.
+    They can thus be saved and restored by one operation. Build it when the model is on its device; the buffers of the
+    modules become views of the tensor.
 
     Args:
-        exchange: averages a tensor over the processes of a run, in place: each sees other images, but they share
-            evaluation and EMA. None: one process.
+        model: model on its device.
+        exchange: averages a tensor over the processes of a run in place, because each process sees different images;
+            None: one process.
     """
 
     def __init__(self, model: nn.Module, exchange: Callable[[Tensor], None] | None = None) -> None:
@@ -82,9 +83,9 @@ class BatchNormStatistics:
         self._kept[1].copy_(self.counters)
 
     def settle(self, finite: Tensor) -> None:
-        """Restore the saved statistics after a step, unless `finite`, a bool on the device, is true."""
+        """Average the statistics over the processes after a step; restore the saved ones unless `finite` is true."""
         if self.exchange is not None:
-            # The change is exchanged, not the value: frozen statistics stay the same to the last bit.
+            # The change is averaged, not the value, so that frozen statistics stay bit-identical.
             change = self.floats - self._kept[0]
             self.exchange(change)
             torch.add(self._kept[0], change, out=self.floats)
@@ -93,17 +94,17 @@ class BatchNormStatistics:
 
 
 class SkippedSteps:
-    """Counts skipped steps; rarely reads them from the device, because reading waits for it.
+    """Counter of skipped steps that keeps results on the device until `read`.
 
     Args:
-        max_in_a_row: number of consecutive steps with a non-finite loss that ends the run.
-        ordinary: do not count infinite gradients of finite losses (fp16, where the scaler lowers its scale).
+        max_in_a_row: number of consecutive non-finite steps that ends the run.
+        ordinary: do not count non-finite gradients of finite losses, for fp16, where the scaler then lowers its scale.
     """
 
     def __init__(self, max_in_a_row: int, ordinary: bool = False) -> None:
         self.max_in_a_row, self.ordinary = max_in_a_row, ordinary
-        self.total = 0  # of the steps that were read; the schedule leaves them out
-        self.in_a_row: list[int] = []  # the newest consecutive steps that count
+        self.total = 0  # skipped steps read so far; the schedule does not advance for them
+        self.in_a_row: list[int] = []  # the latest consecutive skipped steps that count
         self._pending: list[tuple[int, Tensor]] = []  # unread: (step, (finite, losses ...) as float32)
         self.parts: list[str] = []
         self.last: dict[int, dict[str, float]] = {}  # losses of the steps in a row
@@ -115,13 +116,13 @@ class SkippedSteps:
         self._pending.append((step, values))
 
     def read(self, average: Callable[[Tensor], Tensor] = lambda values: values) -> list[int]:
-        """Return the steps skipped since the last reading; waits for the device.
+        """Return the steps skipped since the last call; waits for the device.
 
         Args:
-            average: averages a tensor on the host over all processes of the run, so that they decide alike.
+            average: averages a CPU tensor over all processes, so that all decide alike.
 
         Raises:
-            NonFiniteLoss: too many steps in a row were skipped.
+            NonFiniteLoss: too many consecutive steps were skipped.
         """
         if not self._pending:
             return []
@@ -142,7 +143,7 @@ class SkippedSteps:
         return skipped
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; unread results stay unread, so that a continued run reads them in time."""
+        """Return the state for a checkpoint, with the results not read yet."""
         return {
             "total": self.total,
             "in_a_row": list(self.in_a_row),
@@ -159,10 +160,10 @@ class SkippedSteps:
 
 
 class NonFiniteLoss(NumericsError):
-    """Too many steps in a row were non-finite.
+    """Too many consecutive steps were non-finite.
 
     Args:
-        losses: of each step, by name.
+        losses: losses by step and name.
     """
 
     def __init__(self, losses: dict[int, dict[str, float]]) -> None:

@@ -1,4 +1,4 @@
-"""Everything that training changes and a checkpoint holds, so that a continued run takes the same steps."""
+"""State of a training run: everything that training changes and a checkpoint restores exactly."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +19,12 @@ class RunState:
     """Model, optimizer, EMA and counters after `step` optimizer steps.
 
     Args:
-        model: on its device, in its memory layout for training.
+        model: model on its device, in its memory format for training.
+        train: settings of optimizer, EMA and skipped steps.
         ema_ramp: `train.ema_ramp` in steps.
-        scaler: gradient scaler, disabled where the precision needs none.
+        scaler: gradient scaler, disabled if the precision needs none.
         exchange: see `BatchNormStatistics`.
-        images_per_step: of all processes, for the meter.
+        images_per_step: number of images of all processes, for the meter.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class RunState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The model that is evaluated, and that `best.pt` is chosen by: the EMA if there is one."""
+        """The model to evaluate: the EMA if there is one."""
         return self.ema.model if self.ema else self.model
 
     def record(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
-        """Update the EMA and the counters after an optimizer step; reads nothing from the device."""
+        """Update the EMA and the counters after an optimizer step, without waiting for the device."""
         if self.ema:
             self.ema.update(self.model, self.step, result.finite)
         self.skipped.add(self.step, result)
@@ -65,7 +66,7 @@ class RunState:
         """Record the AP50 after this step.
 
         Returns:
-            Whether it is the best so far: the first one is, a tie is not.
+            Whether it is the highest so far; true for the first, false for a tie.
         """
         rises = self.best_ap50 is None or ap50 > self.best_ap50
         self.evaluated_step = self.step
@@ -78,7 +79,7 @@ class RunState:
         """Check the gradient scaler of fp16.
 
         Raises:
-            NumericsError: its scale has fallen below 1: even unscaled gradients overflow.
+            NumericsError: its scale has fallen below 1, so even unscaled gradients overflow.
         """
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise NumericsError(
@@ -87,7 +88,7 @@ class RunState:
             )
 
     def content(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the state; the tensors are not copied."""
+        """Return the state for a checkpoint; tensors are not copied."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -108,9 +109,9 @@ class RunState:
         """Restore the state that `content` returned.
 
         Raises:
-            CheckpointError: the checkpoint is of another network or optimizer, or of fp16 without its gradient scaler.
+            CheckpointError: the network or optimizer differs, or the state of an fp16 gradient scaler is missing.
         """
-        # A run whose precision has been changed to fp16, with the user's consent, begins with a new scale.
+        # A run resumed in fp16 from another precision (--accept-changes) starts with a new scale.
         was_fp16 = checkpoint.get("conditions", {}).get("precision", "float16") == "float16"
         if self.scaler.is_enabled() and was_fp16 and not checkpoint.get("scaler"):
             raise CheckpointError("the checkpoint has no state of the gradient scaler, which a run in fp16 needs")

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, criterion, backward, clip, step. Knows no dataset, logger or schedule."""
+"""One optimizer step: forward, criterion, backward, gradient clipping, update."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -29,18 +29,23 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, then update the weights once, or not at all.
 
-    The loss of each micro-batch is divided by their number, so that the gradients add up to that of one large batch. If
-    the loss or the gradient is non-finite, the step is skipped: weights, optimizer state and batch-norm statistics keep
-    their values. The device decides this without the host waiting for it, and all processes of a run decide alike,
-    because they see the same gradient.
+    The loss of each micro-batch is divided by their number, so that the gradients add up to the mean. If the loss or
+    the gradient is non-finite, the step is skipped: weights, optimizer state and batch-norm statistics keep their
+    values. This is decided on the device, without waiting for it, and alike in all processes of a run, because they
+    have the same gradient.
 
     Args:
-        model: may be wrapped in DistributedDataParallel; gradients are then exchanged with the last micro-batch only.
-        batches: the micro-batches of this step.
-        clip_norm: maximum L2 norm of the whole gradient; None: not clipped.
-        statistics: of the model's batch-norm layers, restored if the step is skipped; None: they always change.
-        discard: skip the step in any case; everything is computed and all memory used, but nothing changes.
-        mark_step: `devices.mark_step_of`, called after each backward pass and after the optimizer.
+        model: may be wrapped in DistributedDataParallel; gradients are then reduced with the last micro-batch only.
+        criterion: (outputs, targets) -> dict of losses.
+        optimizer: optimizer of the model.
+        scaler: gradient scaler, disabled unless in fp16.
+        batches: micro-batches of this step.
+        autocast: returns the context of the forward pass.
+        device: device of the model.
+        clip_norm: maximum L2 norm of the whole gradient; None: no clipping.
+        statistics: batch-norm statistics, restored if the step is skipped; None: they always change.
+        discard: compute everything but skip the update.
+        mark_step: called after each backward pass and after the update, see `devices.mark_step_of`.
 
     Returns:
         The losses, averaged over the micro-batches, and whether the step was taken; both on the device.

@@ -1,4 +1,4 @@
-"""Watches over the steps of a run, so that the loop holds nothing but the training."""
+"""Monitoring of the training loop: signals, unreadable images, watchdog, waiting times, profile and progress bar."""
 
 import contextlib
 import functools
@@ -27,15 +27,17 @@ MIN_BAR_COLUMNS = 40  # of a terminal that gets a progress bar
 
 
 class Supervisor:
-    """Watches over the steps of a run: signals, unreadable images, hanging processes, waiting times, profile, progress.
+    """Monitors the training loop. A context manager around the loop, which also closes the batches.
 
-    Use it as a context around the loop. In each step call `begin`, `next_batches` and `end`, in this order. All
-    processes of a run stop after the same step: each votes at its beginning, and the result is read at its end, so that
-    the exchange costs no time.
+    In each step call `begin`, `next_batches` and `end`, in this order. All processes stop after the same step: each
+    votes at the beginning of a step and reads the result at its end, so that the exchange overlaps with the step.
 
     Args:
-        batches: of the remaining steps; closed at the end.
-        stop: with its handlers installed.
+        run: the run.
+        state: its state.
+        batches: micro-batches of the remaining steps.
+        loggers: loggers of the run.
+        stop: stop request with installed signal handlers.
         profile: record a few steps with torch's profiler.
     """
 
@@ -45,7 +47,7 @@ class Supervisor:
         self.run, self.state, self.batches, self.loggers, self.stop = run, state, batches, loggers, stop
         self.profile = profile and run.ranks.is_first
         self.unreadable = UnreadableImages(len(run.training_set), run.settings.data.max_unreadable_fraction)
-        # Other processes have no log, but their images are named too.
+        # Other processes have no log, but must report their unreadable images too.
         to_stderr = functools.partial(print, file=sys.stderr, flush=True)
         self.warn: Callable[[str], None] = loggers.line if run.ranks.is_first else to_stderr
         self.first_step = self.step = state.step
@@ -56,7 +58,7 @@ class Supervisor:
         restore_default_sigchld()
         self.watchdog = Watchdog(run.ranks, lambda: self.state.step)
         self.profiler = StepProfiler(self.loggers.directory, run.device, self.loggers.line, self.profile)
-        # A terminal of unknown width (0 columns) gets plain lines, which read better there.
+        # No bar on a terminal of unknown width (0 columns).
         columns = shutil.get_terminal_size((0, 0)).columns
         has_bar = run.ranks.is_first and sys.stderr.isatty() and columns >= MIN_BAR_COLUMNS
         self.bar = tqdm(total=run.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not has_bar)
@@ -73,7 +75,7 @@ class Supervisor:
         self.batches.close()
 
     def begin(self, step: int) -> None:
-        """Begin a step, numbered from 0."""
+        """Start a step, numbered from 0: reset the watchdog and send this process's vote."""
         self.step = step
         self.watchdog.beat()
         self.vote = self.run.ranks.all_reduce_max_async(self._ballot)
@@ -82,7 +84,7 @@ class Supervisor:
         """Wait for the next `count` micro-batches.
 
         Raises:
-            DataReadError: an image cannot be read or a worker has died; the state is still that after the last step.
+            DataReadError: an image cannot be read or a worker has died; the state is unchanged.
         """
         with self._waiting():
             try:
@@ -94,7 +96,7 @@ class Supervisor:
                 raise failure from None
         for line in (line for batch in micro_batches for line in self.unreadable.note(batch)):
             self.warn(line)
-        # Among several processes the vote decides: the others would wait for the gradient of this one.
+        # With several processes the vote decides, because the others wait for the gradient of this one.
         if self.unreadable.too_many() and self.run.ranks.size == 1:
             raise self.unreadable.error()
         return micro_batches
@@ -103,7 +105,7 @@ class Supervisor:
         """End a step: count it, prefetch the batches of the next one, read the vote.
 
         Returns:
-            The error with which all processes end the run now; None: the run goes on.
+            The error with which all processes end the run; None: the run goes on.
         """
         self.bar.update(1)
         with self._waiting():
@@ -115,10 +117,10 @@ class Supervisor:
         return self.unreadable.error() if result == STOP_UNREADABLE else stopped_by(result)
 
     def between_batches(self) -> None:
-        """Watch over an evaluation; call it after each of its batches.
+        """Check for signals or reset the watchdog; call it after each batch of an evaluation.
 
         Raises:
-            StoppedBySignal: one process alone can stop at once, last.pt has been written.
+            StoppedBySignal: a signal was received; only a single process stops during an evaluation.
         """
         if self.run.ranks.size == 1:
             self.stop.check()
@@ -126,15 +128,15 @@ class Supervisor:
             self.watchdog.beat()
 
     def rest(self) -> None:
-        """Expect no progress until the next step: the other processes wait while the first one scores."""
+        """Pause the watchdog until the next step, while the first process computes the metrics."""
         self.watchdog.rest()
 
     def minutes(self) -> float:
-        """Return the time since the first step, with evaluations."""
+        """Return the minutes since the loop started, including evaluations."""
         return (time.perf_counter() - self.started) / 60
 
     def seconds_left(self) -> float:
-        """Estimate the time until the end of the run."""
+        """Estimate the seconds until the end of the run."""
         done = self.state.step - self.first_step
         return (time.perf_counter() - self.started) / done * (self.run.steps - self.state.step)
 

@@ -1,4 +1,4 @@
-"""Speed of training compared with that of the device, and the cost of an epoch."""
+"""Speed of training relative to the matrix-product speed of the device, and the cost of an epoch."""
 
 import time
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from detection.contract import Batch
 from detection.training.skipped_steps import StepResult
 
-COUNTED_SIDE = 4  # cells of the coarsest map; the operations of convolutions grow with the area
-MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the measured product; other devices take the CPU's
+COUNTED_SIDE = 4  # cells of the coarsest map; any size will do, since the FLOPs grow linearly with the area
+MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the measured products; other devices use that of the CPU
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Throughput:
     """Sums over the training steps of this process, without evaluations."""
 
     images: float = 0
-    pixels: float = 0  # of their network inputs
+    pixels: float = 0  # of the network inputs
     seconds: float = 0.0
-    waited: float = 0.0  # of these for the loader
+    waited: float = 0.0  # part of `seconds` spent waiting for the loader
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
     device = next(model.parameters()).device
     side = COUNTED_SIDE * size_multiple
     were_training = [(module, module.training) for module in model.modules()]
-    model.eval()  # statistics stay
+    model.eval()  # keeps the batch-norm statistics
     try:
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
@@ -45,10 +45,10 @@ def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
 def matmul_ceiling(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Measure the floating point operations per second of square matrix products.
 
-    Takes a fraction of a second. Draws random numbers.
+    Takes a fraction of a second. Advances torch's random state.
 
     Returns:
-        The best of a few products; None: no memory is left.
+        The highest rate of a few products; None: out of memory.
     """
     side = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"])
     try:
@@ -69,9 +69,13 @@ def summary_lines(
     """Format the speed and cost of a run; no lines if no step was timed.
 
     Args:
-        total: of one process, or the mean over all.
-        flops: per pixel, see `flops_per_pixel`.
-        ceiling: of the device of one process, see `matmul_ceiling`.
+        total: sums of one process, or their mean over all.
+        processes: number of processes.
+        flops: floating point operations per pixel, see `flops_per_pixel`.
+        ceiling: of the device of one process, see `matmul_ceiling`; None or 0: not measured.
+        precision: name of the type of matrix products.
+        images_per_epoch: images per epoch over all processes.
+        peak_gib: peak memory.
     """
     if not total.images or not total.seconds:
         return []
@@ -91,7 +95,7 @@ def summary_lines(
 
 
 def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
-    """Measure the floating point operations per second of square matrix products, the ceiling of a training step.
+    """Measure the floating point operations per second of square matrix products, one value per product.
 
     Args:
         size: number of rows and columns.
@@ -108,25 +112,28 @@ def matmul_rates(size: int, dtype: torch.dtype, device: torch.device, repeats: i
 
 
 class Meter:
-    """Mean losses and rates since the last reading; losses stay on the device until then.
+    """Mean losses and rates since the last `read`; losses stay on the device until then.
 
     Args:
-        images_per_step: of all processes.
+        images_per_step: number of images of all processes.
+
+    Attributes:
+        total: sums up to the last `read`.
     """
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
-        self.total = Throughput()  # of all readings
+        self.total = Throughput()
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything since the last reading."""
+        """Reset everything since the last `read`."""
         self.sums: dict[str, Tensor] = {}
         self.steps: Tensor | int = 0  # without skipped ones
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time until now, such as an evaluation; the losses since the last reading still count."""
+        """Exclude the time until now, such as an evaluation, from the rates; keeps the losses since the last `read`."""
         self.timed_steps, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.images = self.pixels = 0  # of this process
 
@@ -141,7 +148,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0) + torch.where(result.finite, value, 0)
 
     def read(self) -> dict[str, float]:
-        """Return values by tag for the log, and restart."""
+        """Return the values by tag for the log, and restart; waits for the device."""
         steps = max(int(self.steps), 1)
         parts = {f"train/{name}": value.item() / steps for name, value in self.sums.items()}
         seconds = time.perf_counter() - self.started
@@ -157,7 +164,7 @@ class Meter:
         return {"train/loss": sum(parts.values()), **parts, **rates}
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint: the next row of a continued run covers all steps since the last one."""
+        """Return the losses for a checkpoint, so that the next row of a resumed run covers all steps since the last."""
         return {"steps": torch.as_tensor(self.steps), "sums": dict(self.sums)}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:

@@ -1,9 +1,9 @@
-"""Counts training images that cannot be read: each is named once; too many of them end the run."""
+"""Count unreadable training images: each is reported once, and too many end the run."""
 
 from detection.contract import Batch
 from detection.errors import DataReadError
 
-# The vote of a process that wants all to stop for this; above any signal number.
+# Vote of a process that has too many of them; above any signal number.
 STOP_UNREADABLE = 1000
 
 
@@ -12,11 +12,11 @@ class TooManyUnreadable(DataReadError):
 
 
 class UnreadableImages:
-    """The unreadable images that this process has met since it started.
+    """Unreadable images seen by this process since it started.
 
     Args:
-        num_images: of the training set.
-        max_fraction: of them that may be unreadable, `data.max_unreadable_fraction`.
+        num_images: number of training images.
+        max_fraction: share of them that may be unreadable, `data.max_unreadable_fraction`.
     """
 
     def __init__(self, num_images: int, max_fraction: float) -> None:
@@ -32,11 +32,11 @@ class UnreadableImages:
         return [f"warning: {line}; another image takes its place ({count})" for line in found]
 
     def too_many(self) -> bool:
-        """Whether more are unreadable than allowed."""
+        """Return whether more images are unreadable than allowed."""
         return len(self.lines) > self.allowed
 
     def error(self) -> TooManyUnreadable:
-        """Return the error of a run that ends because of them."""
+        """Build the error of a run that ends because of unreadable images."""
         if not self.too_many():
             return TooManyUnreadable("another process could not read its images")
         last = next(reversed(self.lines))

@@ -1,1 +1,1 @@
-"""Pictures of datasets, targets, anchors and augmentation."""
+"""Statistics and pictures of datasets, targets, anchors and augmentation."""

@@ -1,26 +1,26 @@
-"""Anchors from the boxes of a dataset: k-means by IoU, and its refinement."""
+"""Fit anchors to the boxes of a dataset: k-means with IoU, and local refinement."""
 
 import numpy as np
 from tqdm import tqdm
 
-SAMPLE = 20_000  # boxes of a clustering; all of them changes the mean IoU by less than 0.001
-
-CHUNK = 16_384  # boxes at a time
+SAMPLE = 20_000  # boxes per clustering; more change the mean IoU by less than 0.001
+CHUNK = 16_384  # boxes per array operation
 
 
 def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations: int = 300) -> np.ndarray:
-    """k-means of box shapes with the distance 1 - IoU.
+    """Cluster box shapes by k-means with the distance 1 - IoU.
 
     Args:
-        box_sizes: (width, height) of boxes in one unit, (N, 2), all positive.
+        box_sizes: (width, height) of boxes in any unit, (N, 2), all positive.
         count: number of anchors.
-        seed: of the initial choice, which prefers shapes far from those chosen before (k-means++).
+        seed: of the initialisation, k-means++.
+        iterations: maximum number of iterations.
 
     Returns:
         Anchors sorted by area, (count, 2) float64, in the unit of `box_sizes`.
 
     Raises:
-        ValueError: with fewer distinct shapes than anchors.
+        ValueError: there are fewer distinct shapes than anchors.
 
     Source: YOLOv2, section 2 "Dimension Clusters", https://arxiv.org/abs/1612.08242
     """
@@ -40,7 +40,7 @@ def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations
         if (nearest == members).all():
             break
         members = nearest
-        # The median is less drawn to the few very large boxes than the mean; an empty cluster keeps its centre.
+        # The median is more robust to a few very large boxes than the mean; an empty cluster keeps its centre.
         centres = np.array(
             [np.median(sizes[members == k], axis=0) if (members == k).any() else centres[k] for k in range(count)]
         )
@@ -50,15 +50,16 @@ def cluster_anchors(box_sizes: np.ndarray, count: int, seed: int = 0, iterations
 def fit_anchors(
     box_sizes: np.ndarray, count: int, seed: int = 0, restarts: int = 10, known: np.ndarray | None = None
 ) -> np.ndarray:
-    """The anchors with the highest mean best IoU that several clusterings and a refinement of each find.
+    """Cluster and refine several times and return the anchors with the highest mean best IoU.
 
-    The clusterings work on at most `SAMPLE` boxes; the best result is refined on all of them.
+    The clusterings use at most `SAMPLE` boxes; the best result is refined on all boxes.
 
     Args:
         box_sizes, count: as in `cluster_anchors`, with the same result and errors.
-        seed: of the sample and of the first clustering; the others count up from it.
+        seed: of the sample and the first clustering; the next ones use seed + 1, seed + 2, ...
         restarts: number of clusterings.
-        known: anchors in use, refined and compared too if they are as many: the result is hardly ever below them.
+        known: current anchors, (K, 2); with K = `count` they are another starting point, so that the result is hardly
+            ever worse.
     """
     sizes = np.asarray(box_sizes, dtype=np.float64)
     sample = sizes
@@ -66,7 +67,7 @@ def fit_anchors(
         sample = sizes[np.random.default_rng(seed).choice(len(sizes), SAMPLE, replace=False)]
     found = []
     for number in tqdm(range(restarts), desc="clustering", leave=False, disable=None):
-        # Few iterations suffice: the refinement goes on from where they end.
+        # A few iterations suffice, because the refinement continues from their result.
         found.append(refine_anchors(sample, cluster_anchors(sample, count, seed + number, iterations=30)))
     if known is not None and len(known) == count:
         found.append(refine_anchors(sample, known))
@@ -77,15 +78,15 @@ def fit_anchors(
 def refine_anchors(
     box_sizes: np.ndarray, anchors: np.ndarray, step: float = 0.1, tolerance: float = 0.002
 ) -> np.ndarray:
-    """Move anchors until none gains from being wider, narrower, higher or lower: the mean best IoU never falls.
+    """Hill-climb the sides of each anchor; the mean best IoU never decreases.
 
-    Needed because neither mean nor median of a cluster is the shape with the highest mean IoU to its members.
+    Needed because neither the mean nor the median of a cluster maximises the mean IoU with its members.
 
     Args:
         box_sizes: (width, height), (N, 2), all positive.
         anchors: (K, 2), in the same unit.
-        step: first change of a side, as a share of it; halved for an anchor that stands still.
-        tolerance: ends when all changes are smaller.
+        step: initial relative change of a side; halved for an anchor that no change improves.
+        tolerance: stop when the steps of all anchors are smaller.
 
     Returns:
         Anchors sorted by area, (K, 2) float64.
@@ -94,13 +95,13 @@ def refine_anchors(
     directions = np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
     steps = np.full(len(anchors), step)
     while (steps >= tolerance).any():
-        candidates = anchors[:, None] * np.exp(directions * steps[:, None, None])  # (K, 9, 2), staying first
+        candidates = anchors[:, None] * np.exp(directions * steps[:, None, None])  # (K, 9, 2), the first is unchanged
         sums = np.zeros((len(anchors), len(directions)))
         for chunk in _chunks(sizes):
             nearest = _wh_iou(chunk, anchors).argmax(axis=1)
             for k in np.unique(nearest):
                 sums[k] += _wh_iou(chunk[nearest == k], candidates[k]).sum(axis=0)
-        gains = sums - sums[:, :1] > 1e-9 * len(sizes)  # not the noise of adding up
+        gains = sums - sums[:, :1] > 1e-9 * len(sizes)  # above the rounding error of the sums
         best = np.where(gains.any(axis=1), sums.argmax(axis=1), 0)
         steps = np.where(best == 0, steps / 2, steps)
         anchors = candidates[np.arange(len(anchors)), best]
@@ -108,40 +109,40 @@ def refine_anchors(
 
 
 def best_ious(box_sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Shape IoU of each box with its best anchor; (N, 2), (K, 2), one unit, to (N,)."""
+    """Compute the shape IoU of each box (N, 2) with its best anchor (K, 2), (N,)."""
     sizes, anchors = np.asarray(box_sizes, dtype=np.float64), np.asarray(anchors, dtype=np.float64)
     return np.concatenate([_wh_iou(chunk, anchors).max(axis=1) for chunk in _chunks(sizes)])
 
 
 def nearest_anchors(box_sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Index of the anchor with the highest shape IoU; (N, 2), (K, 2), one unit, to (N,)."""
+    """Find the anchor (K, 2) with the highest shape IoU for each box (N, 2): indices, (N,)."""
     sizes, anchors = np.asarray(box_sizes, dtype=np.float64), np.asarray(anchors, dtype=np.float64)
     return np.concatenate([_wh_iou(chunk, anchors).argmax(axis=1) for chunk in _chunks(sizes)])
 
 
 def best_side_ratios(box_sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """How many times a side of the box is longer or shorter than the anchor's, for the anchor that fits best; (N,)."""
+    """Compute the larger side ratio (>= 1) of each box (N, 2) to the anchor (K, 2) that minimises it, (N,)."""
     sizes, anchors = np.asarray(box_sizes, dtype=np.float64), np.asarray(anchors, dtype=np.float64)
     differences = [np.abs(np.log(chunk[:, None] / anchors)).max(axis=2).min(axis=1) for chunk in _chunks(sizes)]
     return np.exp(np.concatenate(differences))
 
 
 def mean_best_iou(box_sizes: np.ndarray, anchors: np.ndarray) -> float:
-    """Mean over boxes of the shape IoU with the best anchor; (N, 2), (K, 2), one unit."""
+    """Compute the mean over boxes (N, 2) of the shape IoU with their best anchor (K, 2)."""
     return float(best_ious(box_sizes, anchors).mean())
 
 
 def _by_area(anchors: np.ndarray) -> np.ndarray:
-    """Sorted; the narrower first of equal areas."""
+    """Sort anchors by area, then width."""
     return anchors[np.lexsort((anchors[:, 0], anchors.prod(axis=1)))]
 
 
 def _chunks(sizes: np.ndarray) -> list[np.ndarray]:
-    """Pieces that stay in the processor's cache: the (N, K) tables of a large dataset would not fit the memory."""
+    """Split boxes so that their (n, K) tables fit in the processor's cache."""
     return np.split(sizes, range(CHUNK, len(sizes), CHUNK))
 
 
 def _wh_iou(sizes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """(N, 2), (K, 2) to (N, K)."""
+    """Compute pairwise shape IoUs of boxes (N, 2) and anchors (K, 2), (N, K)."""
     intersection = np.minimum(sizes[:, :1], anchors[:, 0]) * np.minimum(sizes[:, 1:], anchors[:, 1])
     return intersection / (sizes.prod(axis=1)[:, None] + anchors.prod(axis=1)[None] - intersection)

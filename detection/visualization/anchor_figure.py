@@ -1,4 +1,4 @@
-"""The figure of anchors: the boxes they are for, and the anchors as rectangles."""
+"""Figure of two sets of anchors and the boxes that they are for."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,13 +23,14 @@ def draw_anchors(
     size: int,
     title: str,
 ) -> "Figure":
-    """Boxes as density with two sets of anchors on it, and each set as rectangles in the network input.
+    """Plot two sets of anchors over the density of box shapes, and each set as rectangles in the network input.
 
     Args:
         shapes: (width, height) of the boxes in pixels of the network input, (N, 2).
-        sets: name in the legend, title and anchors; the first set is filled.
-        strides: pixels per cell of the levels.
+        sets: (legend name, title, anchors) of two sets; the markers of the first are filled.
+        strides: pixels per cell of each level.
         size: side of the network input in pixels.
+        title: title of the figure.
     """
     figure, (density, *frames) = new_figure((14, 5.4), columns=3)
     largest = max(max(anchor) for _, _, levels in sets for level in levels for anchor in level)
@@ -59,7 +60,7 @@ def draw_anchors(
 
 
 def draw_density(axes: "Axes", shapes: np.ndarray, high: float) -> None:
-    """How many boxes have which width and height, both axes logarithmic and up to `high` pixels."""
+    """Plot the density of (width, height), (N, 2), on logarithmic axes up to `high` pixels."""
     from matplotlib.ticker import NullFormatter
 
     low = shapes.min() * 0.9
@@ -76,7 +77,7 @@ def draw_density(axes: "Axes", shapes: np.ndarray, high: float) -> None:
 
 
 def draw_centred(axes: "Axes", size: int, width: float, height: float, color: str) -> None:
-    """A rectangle in the middle of the network input."""
+    """Draw a rectangle in the middle of the network input."""
     left, top = (size - width) / 2, (size - height) / 2
     x, y = np.array([0, width, width, 0, 0]) + left, np.array([0, 0, height, height, 0]) + top
     axes.fill(x, y, facecolor=color, alpha=0.06)

@@ -1,4 +1,4 @@
-"""Sheet of one augmentation: each of its settings at several strengths, then random draws as in training."""
+"""Examples of one augmentation: each of its settings at several strengths, then random draws as in training."""
 
 import dataclasses
 import warnings
@@ -25,11 +25,11 @@ CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 
 NOT_VARIED = frozenset({"p", "per_channel", "elementwise", "tile_grid_size", "alpha_coef", "rotate_method"})
 # A factor changes nothing at 1, other settings at 0. Twice the strength of a factor is its square.
 FACTORS = frozenset({"multiplier", "clip_limit", "brightness", "contrast", "saturation", "exposure", "scale", "ratio"})
-AMOUNTS = {"jitter": 1, "min_crop_size": -1}  # exponent of the strength: a smaller crop is the stronger one
+AMOUNTS = {"jitter": 1, "min_crop_size": -1}  # exponent of the strength; a smaller crop is a stronger augmentation
 
 
 class Tile(NamedTuple):
-    """One image after the augmentation."""
+    """Image after the augmentation."""
 
     setting: str  # name of the varied setting; "draw": a random draw as in training
     value: str  # label of its value
@@ -37,6 +37,7 @@ class Tile(NamedTuple):
 
 
 def augmentation_names() -> list[str]:
+    """List the sections of `data.augmentation`."""
     return [name for name in AugmentationSettings.model_fields if name != "min_visibility"]
 
 

@@ -1,4 +1,4 @@
-"""Shapes of the boxes as the network meets them."""
+"""Box shapes at the resolution of the network input."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,23 @@ from detection.data.annotations import Annotations
 from detection.data.augmentation.affine_and_pixels import MINIMUM_SIDE
 from detection.errors import DataError
 
-MAX_SHAPES = 1_000_000  # of boxes at several sizes; above that each box is taken at one of the sizes
+MAX_SHAPES = 1_000_000  # boxes x input sizes; above that each box is taken at one random size
 
 
 def shapes_at(
     annotations: Annotations, geometry: Geometry, sizes: Sequence[int], seed: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Widths and heights of the boxes in pixels of the network input, over all sizes, and what was left out.
+    """Scale the boxes to the network input at each of several input sizes.
+
+    Args:
+        sizes: sides of the network input in pixels.
+        seed: of the random choice of sizes, see `MAX_SHAPES`.
 
     Returns:
-        (N, 2) float64, and one line per reason.
+        (width, height) in pixels of the network input, (N, 2) float64; one line per reason for leaving boxes out.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no box is left.
     """
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     known = np.all(annotations.image_sizes > 0, axis=1).reshape(-1)

@@ -1,4 +1,4 @@
-"""Figures of what a dataset holds: boxes per class, and the sizes, shapes and places of boxes."""
+"""Figures of dataset statistics: boxes per class, and sizes, shapes and positions of boxes."""
 
 import math
 import warnings
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 BAR_COLOR = "#3572b0"
 DENSITY_COLORS = "viridis"
-MAX_NAMES = 150  # of more classes the names would overlap
+MAX_NAMES = 150  # classes; the names of more would overlap
 LONGEST_NAME = 24  # characters
 
 
 def printable(text: str) -> str:
-    """Names come from files: characters that no terminal or font should be sent become question marks."""
+    """Replace unprintable characters, which names from files may contain, by question marks."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
-    """Boxes of each class in falling order, on a logarithmic axis.
+    """Plot the number of boxes of each class, in descending order on a logarithmic axis.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: the file cannot be written.
     """
     order = np.argsort(-statistics.boxes_per_class, kind="stable")
     counts = statistics.boxes_per_class[order]
@@ -52,7 +52,7 @@ def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     else:
         axes.set_xlabel("rank of the class; the names are in statistics.json")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks becomes empty squares
+        warnings.filterwarnings("ignore", message="Glyph")  # characters that the font lacks are drawn as squares
         save_figure(path, figure)
 
 
@@ -67,10 +67,10 @@ def _name_bars(axes: "Axes", names: Sequence[str], counts: np.ndarray) -> None:
 
 
 def draw_box_statistics(path: Path, statistics: DatasetStatistics) -> None:
-    """Six panels: width and height, COCO's sizes, aspect, area in the image, boxes per image, centres.
+    """Plot six panels: width and height, COCO sizes, aspect ratio, relative area, boxes per image, centres.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: the file cannot be written.
     """
     figure, axes = new_figure((16, 9), rows=2, columns=3)
     panels = (_draw_sizes, _draw_size_shares, _draw_aspects, _draw_relative_areas, _draw_boxes_per_image, _draw_centres)
@@ -80,7 +80,7 @@ def draw_box_statistics(path: Path, statistics: DatasetStatistics) -> None:
 
 
 def _logarithmic_bins(values: np.ndarray, count: int) -> np.ndarray:
-    """Edges around all values, equally far apart on a logarithmic axis, (count + 1,)."""
+    """Return bin edges around all values, equidistant on a logarithmic axis, (count + 1,)."""
     smallest, largest = float(values.min()), float(values.max())
     if largest < smallest * 1.1:
         smallest, largest = smallest / 1.5, largest * 1.5
@@ -88,15 +88,15 @@ def _logarithmic_bins(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _pixel_bins(lengths: np.ndarray) -> np.ndarray:
-    """As `_logarithmic_bins`, on whole pixels: small boxes of whole pixels would leave bins between them empty."""
+    """Return edges as `_logarithmic_bins`, but on whole pixels: bins between whole pixels would often be empty."""
     edges = _logarithmic_bins(lengths, 40)
-    edges = np.unique(np.where(edges < 1, edges, np.floor(edges)))  # below a pixel there is no whole one but 0
+    edges = np.unique(np.where(edges < 1, edges, np.floor(edges)))  # 0 has no place on a logarithmic axis
     last = np.floor(lengths.max()) + 1
     return np.append(edges[edges < last], last)
 
 
 def _plain_logarithmic(axis: "Axis") -> None:
-    """Ticks at 1, 2, 5, 10, ... in plain numbers: matplotlib's 3 x 10^1 run into one another."""
+    """Label ticks at 1, 2, 5, 10, ... with plain numbers: matplotlib's 3 x 10^1 would overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -112,13 +112,13 @@ def _empty(axes: "Axes", title: str, text: str = "no boxes") -> None:
 
 
 def _histogram(axes: "Axes", values: np.ndarray, title: str, x_label: str, unit: str = "") -> None:
-    """Of positive values on a logarithmic axis, with the median."""
+    """Plot a histogram of positive values on a logarithmic axis, with the median."""
     median = float(np.median(values))
     bins = _logarithmic_bins(values, 50)
     axes.hist(values, bins=bins.tolist(), color=BAR_COLOR)
     axes.set_xscale("log")
     axes.set_xlim(bins[0], bins[-1])
-    if bins[-1] < bins[0] * 1e4:  # of more powers of ten there is no room for numbers between
+    if bins[-1] < bins[0] * 1e4:  # over more decades the labels would overlap
         _plain_logarithmic(axes.xaxis)
     axes.axvline(median, color="black", linestyle="--", linewidth=1, label=f"median {median:.3g}{unit}")
     axes.set(title=title, xlabel=x_label, ylabel="boxes")
@@ -173,10 +173,9 @@ def _draw_relative_areas(axes: "Axes", statistics: DatasetStatistics) -> None:
 
 def _draw_boxes_per_image(axes: "Axes", statistics: DatasetStatistics) -> None:
     values = statistics.boxes_per_image
-    most, mean, median = int(values.max()), float(values.mean()), float(np.median(values))
-    # bins of whole numbers, at most 50
-    step = math.ceil((most + 1) / 50)
-    axes.hist(values, bins=(np.arange(0, most + step + 1, step) - 0.5).tolist(), color=BAR_COLOR, edgecolor="white")
+    largest, mean, median = int(values.max()), float(values.mean()), float(np.median(values))
+    step = math.ceil((largest + 1) / 50)  # at most 50 bins
+    axes.hist(values, bins=(np.arange(0, largest + step + 1, step) - 0.5).tolist(), color=BAR_COLOR, edgecolor="white")
     axes.axvline(median, color="black", linestyle="--", linewidth=1, label=f"median {median:g}, mean {mean:.1f}")
     axes.set(title=f"boxes per image ({(values == 0).sum():,} images with none)", xlabel="boxes", ylabel="images")
     axes.legend()

@@ -1,4 +1,4 @@
-"""Pages of a dataset: grids of its images with their boxes, ground truth alone or beside detections."""
+"""Pages of dataset images in a grid, with ground truth alone or beside detections."""
 
 import math
 from dataclasses import dataclass
@@ -21,22 +21,23 @@ LONGEST_FILE_NAME = 30  # characters of a file name above its image
 
 @dataclass
 class Pages:
-    """Grids of images in a given order; images that cannot be read are named and left out."""
+    """Pages of images in a given order; unreadable images are reported and left out."""
 
     dataset: CocoDataset
     order: np.ndarray  # positions of the images, (K,)
     per_page: int
     findings: Findings | None
-    unreadable: dict[int, str]  # position of an image -> what is wrong with it
+    unreadable: dict[int, str]  # position of an image -> error message; extended by `draw`
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.per_page)
 
     def indices(self, page: int) -> list[int]:
+        """List the positions of the images of a page."""
         return self.order[page * self.per_page : (page + 1) * self.per_page].tolist()
 
     def draw(self, page: int) -> np.ndarray:
-        """One page, RGB uint8."""
+        """Draw a page as RGB uint8 (H, W, 3)."""
         columns = max(1, round(math.sqrt(self.per_page * 4 / 3)))
         if self.findings is not None:
             columns = math.ceil(columns / 2)  # pairs are twice as wide
@@ -56,6 +57,7 @@ class Pages:
         return lay_out(tiles, columns)
 
     def caption(self, page: int) -> str:
+        """List the ids and files of the images of a drawn page."""
         annotations = self.dataset.annotations
         shown = [index for index in self.indices(page) if index not in self.unreadable]
         names = ", ".join(f"{annotations.image_ids[index]} ({annotations.file_name(index)})" for index in shown)
@@ -63,7 +65,11 @@ class Pages:
 
 
 def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | None) -> np.ndarray:
-    """An image with its ground truth, beside it its detections if there are any findings; `side` pixels long.
+    """Draw an image with its ground truth and, with `findings`, its detections beside it.
+
+    Args:
+        index: position of the image in the dataset.
+        side: longer side of the drawn image in pixels.
 
     Raises:
         DataReadError: the image cannot be read.
@@ -107,7 +113,7 @@ def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | 
 
 
 def lay_out(tiles: list[np.ndarray], columns: int) -> np.ndarray:
-    """Tiles row by row, each row as high as its highest tile and every column as wide as the widest."""
+    """Arrange tiles in rows, each as high as its highest tile, and columns as wide as the widest tile."""
     width = max(tile.shape[1] for tile in tiles)
     tiles = [np.pad(tile, ((0, 0), (0, width - tile.shape[1]), (0, 0)), constant_values=255) for tile in tiles]
     rows = [make_grid(tiles[first : first + columns], columns, padding=6) for first in range(0, len(tiles), columns)]

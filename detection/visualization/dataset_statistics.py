@@ -1,4 +1,4 @@
-"""What a dataset holds, in numbers: classes, sizes, shapes and places of its boxes, boxes per image."""
+"""Statistics of a dataset: classes, sizes, shapes and positions of its boxes, boxes per image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,8 @@ import numpy as np
 
 from detection.data.annotations import Annotations
 
-SIZE_LIMITS = (
-    32**2,
-    96**2,
-)  # pixels; source: areaRng of PythonAPI/pycocotools/cocoeval.py, github.com/cocodataset/cocoapi
+# Square pixels. Source: areaRng in PythonAPI/pycocotools/cocoeval.py, github.com/cocodataset/cocoapi
+SIZE_LIMITS = (32**2, 96**2)
 SIZE_NAMES = ("small", "medium", "large")
 PERCENTILES = (5, 25, 50, 75, 95)
 CENTRE_CELLS = 10  # rows and columns of the table of centres in `summary`
@@ -18,7 +16,7 @@ CENTRE_CELLS = 10  # rows and columns of the table of centres in `summary`
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """M images, C classes, N boxes that are no crowd regions, K of them on images whose size the file states."""
+    """Statistics of M images, C classes and N boxes (no crowd regions), K of them in images of known size."""
 
     class_names: tuple[str, ...]
     boxes_per_class: np.ndarray  # (C,) int64
@@ -34,11 +32,11 @@ class DatasetStatistics:
 
     @property
     def size_counts(self) -> np.ndarray:
-        """Boxes that the COCO metric calls small, medium and large, (3,); an area on a limit counts to the larger."""
+        """Number of small, medium and large boxes as in COCO, (3,); an area on a limit counts as the larger size."""
         return np.bincount(np.searchsorted(SIZE_LIMITS, self.areas, side="right"), minlength=3)
 
     def summary(self) -> dict[str, Any]:
-        """Everything as plain numbers, for JSON; what no box defines is None."""
+        """Return all statistics as plain numbers for JSON; None for percentiles of no values."""
         widths, heights = self.sizes.T
         rows = zip(
             self.class_names,
@@ -80,7 +78,7 @@ class DatasetStatistics:
 
 
 def measure_dataset(annotations: Annotations) -> DatasetStatistics:
-    """Statistics of the boxes as the file has them; crowd regions are counted apart."""
+    """Compute the statistics of the unclipped boxes; crowd regions are counted separately."""
     num_classes = len(annotations.categories.names)
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     real = ~annotations.crowd
@@ -105,7 +103,7 @@ def measure_dataset(annotations: Annotations) -> DatasetStatistics:
 
 
 def percentiles(values: np.ndarray) -> dict[str, float] | None:
-    """The 5th, 25th, 50th, 75th and 95th; None of no value."""
+    """Return the 5th, 25th, 50th, 75th and 95th percentile; None if there are no values."""
     if not len(values):
         return None
     numbers = np.percentile(values, PERCENTILES).tolist()

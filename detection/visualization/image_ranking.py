@@ -1,4 +1,4 @@
-"""Ranking of images by the mistakes of a detector: missed ground-truth boxes and wrong detections per image."""
+"""Rank images by the mistakes of a detector: missed ground-truth boxes and false detections."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -28,26 +28,26 @@ RULE = "worst first: most missed ground-truth boxes + false detections, then the
 
 @dataclass(frozen=True)
 class ImageMistakes:
-    """Counts of each image, all (M,)."""
+    """Counts per image, all (M,)."""
 
     gt_boxes: np.ndarray  # int64, without crowd regions
-    found: np.ndarray  # int64: ground-truth boxes with a detection
-    missed: np.ndarray  # int64: ground-truth boxes without
-    false: np.ndarray  # int64: detections without ground truth
-    in_crowd: np.ndarray  # int64: detections that count neither way
-    surest_false: np.ndarray  # float64: highest score of a false detection; 0 without
+    found: np.ndarray  # int64: ground-truth boxes with a matching detection
+    missed: np.ndarray  # int64: ground-truth boxes without one
+    false: np.ndarray  # int64: detections without a matching ground-truth box
+    in_crowd: np.ndarray  # int64: detections in crowd regions, which are ignored
+    surest_false: np.ndarray  # float64: highest score of a false detection; 0: there is none
 
     def worst_first(self) -> np.ndarray:
-        """Positions of the images by `RULE`; equals stay in the dataset's order, (M,) int64."""
+        """Return the positions of the images ordered by `RULE`, ties in dataset order, (M,) int64."""
         return np.lexsort((-self.surest_false, -(self.missed + self.false)))
 
 
 def count_mistakes(annotations: Annotations, detections: Detections, matches: np.ndarray) -> ImageMistakes:
-    """Count per image.
+    """Count the mistakes in each image.
 
     Args:
-        detections: those that count as shown, such as all above a score.
-        matches: of `match_detections` for them, (K,).
+        detections: K detections, such as all above a score.
+        matches: result of `match_detections` for them, (K,).
     """
     images = len(annotations)
     image_of_box = np.repeat(np.arange(images), np.diff(annotations.first_box))
@@ -64,7 +64,7 @@ def count_mistakes(annotations: Annotations, detections: Detections, matches: np
 
 
 def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
-    """One CSV row per image, in the given order."""
+    """Write one CSV row per image, in the given order of positions."""
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -85,16 +85,16 @@ def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes
 
 @dataclass(frozen=True)
 class Findings:
-    """What a detector found on the dataset, where it counts as shown."""
+    """Detections on a dataset at or above a score threshold, and their mistakes."""
 
-    detections: Detections  # at or above the threshold
-    matches: np.ndarray  # of `match_detections`
+    detections: Detections
+    matches: np.ndarray  # result of `match_detections`, (K,)
     mistakes: ImageMistakes
     threshold: float
 
 
 class Readable(torch.utils.data.Dataset):
-    """The dataset, but an image that cannot be read is its position and the reason instead of an error."""
+    """Dataset that returns (position, error message) for an unreadable image instead of raising."""
 
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
@@ -110,6 +110,7 @@ class Readable(torch.utils.data.Dataset):
 
 
 def collate_readable(items: Sequence[Sample | tuple[int, str]]) -> dict[str, Any]:
+    """Collate the samples of `Readable` to "batch" (None if there are none) and the rest to "unreadable"."""
     samples = [item for item in items if isinstance(item, Sample)]
     unreadable = [item for item in items if not isinstance(item, Sample)]
     return {"batch": collate_samples(samples) if samples else None, "unreadable": unreadable}
@@ -118,12 +119,15 @@ def collate_readable(items: Sequence[Sample | tuple[int, str]]) -> dict[str, Any
 def find_mistakes(
     opened: OpenedDetector, machine: Machine, dataset: CocoDataset, unreadable: dict[int, str]
 ) -> Findings:
-    """Run the detector on every image that can be read and count its mistakes.
+    """Run the detector on every readable image and count its mistakes.
 
     Args:
         opened: trained weights with their settings.
-        machine: that computes.
-        unreadable: gets the position and the reason of every other image.
+        machine: device and precision.
+        unreadable: filled with position -> error message of the other images.
+
+    Raises:
+        DataReadError: no image can be read.
     """
     settings, device = opened.settings, machine.device
     print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)

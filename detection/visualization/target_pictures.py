@@ -1,4 +1,4 @@
-"""Which predictions learn which ground truth, as a table and as pictures: one panel per level of the network."""
+"""Show which predictions are assigned to which ground truth: a table, and pictures with one panel per level."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import numpy as np
 from detection.contract import PADDING_LABEL, Anchors, AssignedPrediction, Batch
 from detection.drawing.boxes import BLACK, WHITE, class_color, draw_boxes, make_grid
 
-PANEL_SIDE = 640  # pixels, at least; smaller inputs are enlarged by a whole factor
-GRID_SHARE = 0.3  # of white in the lines of the grid
-CELL_SHARE = 0.55  # of the class colour in a cell that learns
+PANEL_SIDE = 640  # minimum in pixels; smaller inputs are enlarged by an integer factor
+GRID_SHARE = 0.3  # opacity of the white grid lines
+CELL_SHARE = 0.55  # opacity of the class colour in an assigned cell
 
 
 def draw_level(
@@ -23,14 +23,13 @@ def draw_level(
     stride: int,
     title: str,
 ) -> np.ndarray:
-    """One level: its grid, the cells that learn in the colour of the class, anchors in black and white, ground-truth
-    boxes.
+    """Draw a level: grid, assigned cells in the colour of their class, anchors in black and white, ground-truth boxes.
 
     Args:
         image: the network input, RGB uint8 (S, S, 3).
         boxes, labels: ground-truth boxes of the image, xyxy in pixels of the network input, (G, 4) and (G,).
-        names: of the classes.
-        assigned: the predictions of this image and level.
+        names: class names.
+        assigned: assigned predictions of this image and level.
         stride: pixels per cell.
         title: text above the panel.
     """
@@ -61,7 +60,7 @@ def draw_level(
 
 
 def gt_boxes_of(batch: Batch, place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image (S, S, 3), boxes (G, 4) and labels (G,) of one row of the batch, without padding."""
+    """Return image (S, S, 3), boxes (G, 4) and labels (G,) of an element of the batch, without padding."""
     labels = batch["labels"][place].numpy()
     real = labels != PADDING_LABEL
     image = np.ascontiguousarray(batch["images"][place].permute(1, 2, 0).numpy())
@@ -75,7 +74,7 @@ def draw_targets(
     strides: Sequence[int],
     assigned: Sequence[AssignedPrediction],
 ) -> np.ndarray:
-    """A row per image of the batch, a panel per level; arguments as of the other functions here."""
+    """Draw a row per image of the batch with a panel per level, see `draw_level`."""
     panels = []
     for place, number in enumerate(image_ids):
         image, boxes, labels = gt_boxes_of(batch, place)
@@ -90,7 +89,7 @@ def draw_targets(
 
 
 def count_targets(strides: Sequence[int], anchors: Anchors | None, assigned: Sequence[AssignedPrediction]) -> list[str]:
-    """How many predictions of each level learn, and of each anchor where there are anchors, as lines."""
+    """Format the number of assigned predictions per level and, if there are anchors, per anchor."""
     lines = []
     for level, stride in enumerate(strides):
         here = [entry for entry in assigned if entry.level == level]

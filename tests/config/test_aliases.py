@@ -1,4 +1,4 @@
-"""Flags of other programs: each means a setting of ours, two that contradict each other are refused."""
+"""Flags of other programs: each is translated to a setting, and contradictions are refused."""
 
 import argparse
 import shlex

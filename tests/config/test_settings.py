@@ -1,4 +1,4 @@
-"""Settings: which source wins, what is refused with which single line, and that the resolved file is complete."""
+"""Settings: precedence of sources, one-line errors, and the round trip of the resolved file."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def load(*words: str, overlays: tuple[Path, ...] = (), flags: tuple[Flag, ...] =
 
 
 def refusal(*words: str, overlays: tuple[Path, ...] = (), defaults: Path = ARGS) -> str:
-    """The message of the error that these words or files must cause; every one is a single line with exit code 2."""
+    """Return the message of the expected error, which must be a single line with exit code 2."""
     with pytest.raises(SettingsError) as caught:
         load_settings(defaults, overlays, words)
     message = str(caught.value)
@@ -46,7 +46,7 @@ def refusal(*words: str, overlays: tuple[Path, ...] = (), defaults: Path = ARGS)
 
 @pytest.fixture
 def overlay(tmp_path: Path):
-    """`overlay(text)`: a file with that text; each call makes another file."""
+    """Factory of overlay files: `overlay(text)` writes a new one."""
     made: list[Path] = []
 
     def write(text: str | bytes) -> Path:
@@ -575,7 +575,7 @@ def test_changed_settings() -> None:
 
 
 def test_reading_settings_does_not_import_torch() -> None:
-    """`main.py --help` and a refused setting answer at once."""
+    """`main.py --help` and an invalid setting do not import torch."""
     code = "import detection.config.settings, sys; print([name for name in ('torch', 'cv2') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, env=dict(os.environ)

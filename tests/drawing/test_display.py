@@ -1,4 +1,4 @@
-"""Windows: on a virtual screen where one is installed, and the one line where there is no screen."""
+"""Windows: on a virtual display if one is installed, and the one-line error without a display."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Figures, looked at through their pixels."""
+"""Figures, checked by their pixels."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from detection.drawing.figures import draw_curves, figure_pixels, new_figure, sa
 
 
 def has_color(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Where an image has exactly this colour, (H, W)."""
+    """Return the mask (H, W) of exactly this colour."""
     return (image == color).all(axis=2)
 
 

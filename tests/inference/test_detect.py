@@ -1,4 +1,4 @@
-"""detect.py as its users see it, with a network of one convolution whose detections are known by hand.
+"""detect.py end to end, with a network of one convolution whose detections are known by hand.
 
 The network looks at the top left pixel of each cell of 16 x 16: where it is red or green, it finds a box of the cell's
 size there, of the class of that name, with a score near 1.
@@ -53,7 +53,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """The options that name the network."""
+    """Return the options for the network's files."""
     directory = tmp_path_factory.mktemp("net")
     (directory / "net.cfg").write_text(CFG)
     (directory / "net.names").write_text("red\ngreen\n")
@@ -71,7 +71,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
 
 @pytest.fixture
 def run(run_script, weights: list[str | Path], tmp_path: Path) -> Iterator[Run]:
-    """`run(SOURCE, ...)`: detect.py with the network, into tmp_path/out; signals are as before afterwards."""
+    """Runner of detect.py into tmp_path/out: `run(SOURCE, ...)`. Restores the signal handlers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs behind a `&`
 
@@ -86,7 +86,7 @@ def run(run_script, weights: list[str | Path], tmp_path: Path) -> Iterator[Run]:
 
 
 def block_image(*blocks: tuple[int, int, tuple[int, int, int]], side: int = 64) -> np.ndarray:
-    """RGB, black, a block of 16/64 of the side around the top left corner of each (column, row, colour)."""
+    """Draw a black RGB image with a block of 16/64 of the side at each (column, row, colour)."""
     image = np.zeros((side, side, 3), np.uint8)
     cell = side // 4
     for column, row, color in blocks:
@@ -116,7 +116,7 @@ def save_video(path: Path, images: list[np.ndarray], codec: str = "mp4v", rate: 
 
 
 def walk(side: int = 64, frames: int = 8) -> list[np.ndarray]:
-    """Frame k has a block at column k % 4, row k // 4."""
+    """Write a video whose frame k has a block at column k % 4, row k // 4."""
     return [block_image((k % 4, k // 4, RED if k % 2 else GREEN), side=side) for k in range(frames)]
 
 
@@ -129,7 +129,7 @@ def boxes_of(row: dict[str, Any]) -> list[tuple[str, list[float]]]:
 
 
 def video_facts(path: Path) -> tuple[int, float, tuple[int, int]]:
-    """Frames that can be read, rate and (width, height)."""
+    """Read a video: number of readable frames, rate and (width, height)."""
     capture = cv2.VideoCapture(str(path))
     count = 0
     while capture.read()[0]:
@@ -142,7 +142,7 @@ def video_facts(path: Path) -> tuple[int, float, tuple[int, int]]:
 
 
 def test_boxes_pictures_and_yolo_lines(run: Run, tmp_path: Path) -> None:
-    """Red at column 1, row 2 and green at column 3, row 0 of a picture of twice the network's side."""
+    """Red at column 1, row 2 and green at column 3, row 0, in an image of twice the network's side."""
     picture = save(tmp_path / "photo.png", block_image((1, 2, RED), (3, 0, GREEN), side=128))
     result = run(picture, "--txt")
     assert result.returncode == 0 and "2 boxes" in result.stdout and "0 left out" in result.stdout, result.stderr
@@ -178,7 +178,7 @@ def test_scores_in_txt_jpeg_pictures_and_images_without_boxes(run: Run, tmp_path
 
 
 def test_folders_keep_their_structure_and_nothing_is_overwritten(run: Run, tmp_path: Path) -> None:
-    """Four pictures called a: two kinds in one folder, one below, one in another folder."""
+    """Four images named a: two formats in one folder, one in a subfolder, one in another folder."""
     blocks = {"one/a.png": (0, 0), "one/a.bmp": (1, 0), "one/deep/a.png": (2, 0), "two/A.png": (3, 0)}
     for name, (column, row) in blocks.items():
         save(tmp_path / name, block_image((column, row, RED)))
@@ -360,7 +360,7 @@ def test_every_frame_of_a_video_has_its_boxes(run: Run, tmp_path: Path, stride: 
 
 
 def test_odd_sides_get_a_line_more(run: Run, tmp_path: Path) -> None:
-    """By a codec that can hold odd sides; the wheel's own Motion JPEG writer."""
+    """Write with Motion JPEG, a codec that allows odd sides."""
     writer = cv2.VideoWriter(
         str(tmp_path / "clip.avi"), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG"), 5, (65, 63)
     )
@@ -388,7 +388,7 @@ def test_of_a_truncated_video_is_kept_what_can_be_read(run: Run, tmp_path: Path)
 
 
 def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal comes while the second batch of two frames is computed; two of four sources are not looked at."""
+    """The signal arrives during the second batch of two frames; two of four sources are not processed."""
     save_video(tmp_path / "clip.mp4", walk())
     for name in ("before.png", "after.png"):
         save(tmp_path / name, block_image((1, 1, RED)))
@@ -410,7 +410,7 @@ def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch: pytest
 
 
 class Camera:
-    """Stands in for cv2.VideoCapture(0): endless frames, one each `seconds`; a signal while frame `last` is taken."""
+    """Replaces cv2.VideoCapture(0): endless frames, one every `seconds`, and a signal while frame `last` is read."""
 
     seconds, last = 0.0, 4
 
@@ -450,7 +450,7 @@ def camera(monkeypatch: pytest.MonkeyPatch) -> Camera:
 
 
 def test_a_camera_runs_until_ctrl_c_in_its_own_time(run: Run, tmp_path: Path, camera: Camera) -> None:
-    """A frame every 0.4 s of a camera of 10 per second: frames 0.4, 0.8, ... 2.0 s make 4 * 5 + 1 = 21 of the video."""
+    """One frame every 0.4 s from a camera of 10 per second: frames at 0.4, ..., 2.0 s become 4 * 5 + 1 = 21 frames."""
     camera.seconds = 0.4
     result = run("0")
     assert result.returncode == 130 and "Ctrl-C stops" in result.stderr, result.stderr
@@ -465,7 +465,7 @@ def test_a_camera_runs_until_ctrl_c_in_its_own_time(run: Run, tmp_path: Path, ca
 
 
 class Screen:
-    """Stands in for detection.drawing.window.Window; q is pressed at its third picture."""
+    """Replaces detection.drawing.window.Window; q is pressed at the third image."""
 
     shown: list[np.ndarray] = []
     open = True

@@ -101,7 +101,7 @@ def test_wrong_number_of_names(files: Files, count: int) -> None:
 
 
 def test_weights_of_another_number_of_classes(files: Files) -> None:
-    """The description says 3: 6 values of 4 bytes too many."""
+    """The cfg has 3 classes, so 6 values of 4 bytes are left over."""
     files("five.weights", known_weights(5))
     with pytest.raises(CheckpointError, match=r"five.weights has 388 bytes, this network needs 364 \(\+24\)"):
         open_here(files, "five.weights")
@@ -123,7 +123,7 @@ def test_weights_that_do_not_fit(files: Files) -> None:
 
 
 def test_without_a_description_the_file_tells_the_number_of_classes(files: Files) -> None:
-    """A network of the settings; 3 anchors a level, so 3 * 3 filters more than for 2 classes at both outputs."""
+    """Network of the settings with 3 anchors per level: 3 * 3 more filters than for 2 classes at both outputs."""
     anchors = "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]"
     words = ("model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", anchors)
     settings, _ = load_settings(ARGS, words=words)
@@ -190,7 +190,7 @@ def test_bad_names(files: Files, content: str | bytes | None, word: str) -> None
 
 
 def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
-    """Of the hand-made network after 5 steps of 4 x 2 images; average and model differ in the class they see."""
+    """Checkpoint of the hand-made network after 5 steps of 4 x 2 images; EMA and model predict different classes."""
     words = ["model.backbone=darknet_cfg", f"model.cfg={files.root / 'net.cfg'}", "evaluation.image_size=32"]
     words += ["train.batch_size=4", "train.subdivisions=2"]
     words += ["run.device=hpu", "run.lazy=true", "run.deterministic=true", "run.precision=off"]  # of another machine
@@ -217,7 +217,7 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("average", [True, False])
 def test_open_checkpoint(files: Files, average: bool) -> None:
-    """The EMA where there is one; the file carries its settings, description and names."""
+    """The EMA is used if there is one; settings, cfg and names come from the file."""
     opened = open_here(files, checkpoint(files, average).name, None)
     assert opened.names == ("airplane", "motorcycle", "couch")
     assert (opened.num_classes, opened.step, opened.seen) == (3, 5, 5 * 8)
@@ -253,7 +253,7 @@ def test_checkpoints_that_do_not_fit_themselves(files: Files, changes: dict[str,
 
 
 def results_of(files: Files) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """metrics.json and detections.json of the only run directory."""
+    """Read metrics.json and detections.json of the only run directory."""
     (directory,) = (files.root / "logs").iterdir()
     assert re.fullmatch(r"\d{6}-\d{6}_validation_\w+", directory.name)
     assert (directory / "validation.png").is_file()
@@ -261,7 +261,7 @@ def results_of(files: Files) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def assert_everything_found(files: Files) -> None:
-    """Both motorcycles exactly, by hand: AP 1; the third image has a false one of equal score, after them in order."""
+    """Both motorcycles match exactly, and the false one of equal score is on a later image: AP 1."""
     metrics, detections = results_of(files)
     found = {row["image_id"]: row for row in detections}
     assert len(detections) == 3 and set(found) == {1, 2, 3}
@@ -275,7 +275,7 @@ def assert_everything_found(files: Files) -> None:
 
 
 def test_validation_as_a_user_starts_it(files: Files) -> None:
-    """In its own process, names as Darknet spells them, from another directory."""
+    """Run in a separate process from another directory, with Darknet's file names."""
     elsewhere = files.root / "elsewhere"
     elsewhere.mkdir()
     names = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
@@ -315,7 +315,7 @@ def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
 
 
 def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
-    """The recipe and the description are laid over one another: the size stays the description's."""
+    """The recipe does not override the image size of the cfg."""
     protocol = REPOSITORY / "recipes" / "darknet_protocol.yaml"
     weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
     code, out, err = run("--config", protocol, *weights)
@@ -324,7 +324,7 @@ def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
 
 
 def test_validation_without_names_takes_ascending_ids(files: Files, run: Run) -> None:
-    """Label 1 is then the airplane, of which there is none."""
+    """Label 1 is then the airplane, which the data does not have."""
     code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg")
     assert (code, err) == (0, "")
     metrics, detections = results_of(files)

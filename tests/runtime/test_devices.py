@@ -1,4 +1,4 @@
-"""Devices and precision; capabilities of other machines are put in place of ours."""
+"""Devices and precision, with the capabilities of other machines patched in."""
 
 import os
 import re

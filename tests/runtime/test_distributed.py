@@ -1,4 +1,4 @@
-"""Several processes that train one model: two on the CPU over gloo, started by torchrun as a user would."""
+"""Distributed training: two processes on the CPU over gloo, started by torchrun."""
 
 import socket
 from pathlib import Path

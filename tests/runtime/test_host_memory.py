@@ -1,4 +1,4 @@
-"""Memory of the machine: limits of containers, and what is freed is used again."""
+"""Host memory: limits of control groups, and reuse of freed memory."""
 
 import ctypes
 import os
@@ -87,7 +87,7 @@ def test_loaders_and_their_workers_do_it_too(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One with 1,000 MiB free; its control groups are to be made below."""
+    """Machine with 1,000 MiB free and no control groups; tests create these below the returned directory."""
     (tmp_path / "meminfo").write_text("MemTotal: 2048000 kB\nMemAvailable: 1024000 kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(host_memory, "OWN_GROUPS", tmp_path / "own")

@@ -1,4 +1,4 @@
-"""Habana's HPU with a stand-in for its software (`tests/support/stand_in`): our code is the same, the CPU computes."""
+"""Habana's HPU, with its software replaced by `tests/support/stand_in`, which computes on the CPU."""
 
 import functools
 import os
@@ -53,7 +53,7 @@ ENTERED = "autocast hpu torch.bfloat16"
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
-    """Habana's software is installed; what the fixture returns gives the events so far."""
+    """Install the stand-in; returns a function that lists the events so far."""
     file = tmp_path / "events"
     file.touch()
     monkeypatch.setenv("HPU_EVENTS", str(file))
@@ -67,14 +67,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
 
 def step_events(subdivisions: int, lazy: bool) -> list[str]:
-    """Of one step: each micro-batch forward and backward, then the optimizer; lazy graphs run after every backward
-    pass and after the optimizer."""
+    """List the expected events of a step; lazy graphs run after each backward pass and after the optimizer."""
     mark = ["mark_step"] if lazy else []
     return [ENTERED, "backward", *mark] * subdivisions + ["optimizer", *mark]
 
 
 def real_steps(settings: Settings, steps: int) -> None:
-    """What the training script does with a device, on its own loader."""
+    """Take training steps as the training script does, with its loader."""
     train, machine = settings.train, open_machine(settings.run)
     device = machine.device
     dtype = choose_precision(device, settings.run.precision)
@@ -132,7 +131,7 @@ SCRIPT_RUNS: dict[str, tuple[bool, int, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def script_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str], str]]:
-    """Per run of the training script: its directory, the events and its output. The lazy one is asked for in a file."""
+    """Runs of the training script: directory, events and output. Lazy mode is selected by an overlay."""
     directory = tmp_path_factory.mktemp("hpu")
     (directory / "lazy.yaml").write_text("run: {device: hpu, lazy: true}\n")
     processes = {}
@@ -326,7 +325,7 @@ EIGHT_CARDS = [  # the recipe of eight cards, small
 @pytest.mark.slow  # 20 s
 @pytest.mark.parametrize("complete", [True, False])
 def test_the_recipe_of_eight_cards_with_two_processes(tmp_path: Path, complete: bool) -> None:
-    """End to end over hccl, which gloo stands in for; one line where Habana's software lacks it."""
+    """End to end over hccl, replaced by gloo; a one-line error if Habana's software lacks it."""
     software = STAND_IN
     if not complete:
         software = tmp_path / "software"
@@ -357,7 +356,7 @@ def test_the_recipe_of_eight_cards_with_two_processes(tmp_path: Path, complete: 
 
 
 class Forbidden(TorchDispatchMode):
-    """Collects operations whose result's shape depends on values, and float64 results."""
+    """Collects operations with data-dependent result shapes or float64 results."""
 
     def __init__(self) -> None:
         super().__init__()

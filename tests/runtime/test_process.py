@@ -1,4 +1,4 @@
-"""One set-up for all scripts, and nothing global that changes without it."""
+"""`prepare_process` configures all scripts, and nothing changes global state without it."""
 
 import shutil
 import subprocess
@@ -171,7 +171,7 @@ def test_importing_and_constructing_change_nothing_global(tmp_path: Path) -> Non
 
 @pytest.fixture
 def messages_of_opencv() -> Iterator[None]:
-    """As they are before `prepare_process`."""
+    """Reset the state to that before `prepare_process`."""
     before = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_WARNING)
     yield
@@ -179,7 +179,7 @@ def messages_of_opencv() -> Iterator[None]:
 
 
 def truncated_bitmap() -> bytes:
-    """OpenCV logs an error about it."""
+    """OpenCV would log an error."""
     whole = cv2.imencode(".bmp", np.full((40, 40, 3), 90, np.uint8))[1].tobytes()
     return whole[: len(whole) // 2]
 

@@ -1,4 +1,4 @@
-"""anchor_creator.py as its user sees it: from an annotation file alone to an overlay that training reads."""
+"""anchor_creator.py end to end: from an annotation file to an overlay that training reads."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def anchors_in(overlay: Path) -> list[list[list[float]]]:
 
 
 def test_overlay_figure_and_numbers(run: Run, tmp_path: Path) -> None:
-    """Images of 832 px: boxes arrive at half their size. Nine shapes, so the anchors are these, sorted by area."""
+    """Images of 832 px halve the boxes; with nine shapes, the anchors are these shapes sorted by area."""
     boxes = write_boxes(tmp_path / "boxes.json", [(2 * w, 2 * h) for w, h in flat(OTHER)[::-1] * 3], side=832)
     result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
     assert result.returncode == 0 and result.stderr == ""
@@ -94,7 +94,7 @@ def test_bad_current_anchors_where_the_published_ones_do(run: Run, tmp_path: Pat
 
 
 def test_multiscale_training_meets_a_box_at_every_size(run: Run, tmp_path: Path) -> None:
-    """Boxes of half the image at 320, 352, ... 608 px: ten shapes, for ten anchors dealt as 4, 3 and 3."""
+    """Boxes of half the image at 320, 352, ... 608 px: ten shapes for ten anchors, 4, 3 and 3 per level."""
     boxes = write_boxes(tmp_path / "boxes.json", [(208, 208), (208, 208)])
     result = run(
         f"data.train_annotations={boxes}", "train.resize_frequency=10", "--per-level", "4,3,3",
@@ -123,7 +123,7 @@ def test_what_training_leaves_out_is_left_out_and_named(run: Run, tmp_path: Path
 
 
 def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
-    """Two levels of three anchors; the new description stands in the overlay and in a file of its own."""
+    """Two levels of three anchors; the new cfg is in the overlay and in a separate file."""
     cfg = tmp_path / "tiny.cfg"
     cfg.write_text(darknet_descriptions.yolov3_tiny(64))
     shapes = flat(OTHER)[:6]

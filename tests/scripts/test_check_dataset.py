@@ -1,4 +1,4 @@
-"""check_dataset.py finds every fault made on purpose, with exactly its ids, and nothing in a sound dataset."""
+"""check_dataset.py finds every injected fault, with exactly its ids, and nothing in a valid dataset."""
 
 import copy
 import hashlib
@@ -48,7 +48,7 @@ def built_once(settings: Settings, num_classes: int) -> Detector:
 
 @pytest.fixture
 def check(run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """`check(dataset, "--quick")`: exit code, check.json, text and error line."""
+    """Runner of check_dataset.py: exit code, check.json, text and error line."""
     monkeypatch.setattr(check_dataset, "build_detector", built_once)
 
     def started(dataset: Dataset, *arguments: str) -> tuple[int, dict[str, Any], str, str]:
@@ -69,12 +69,12 @@ def found_in(report: dict[str, Any]) -> Expected:
 
 
 def as_sets(expected: Expected) -> dict[tuple[str, str], list[str]]:
-    """Comparable whatever the order; repetitions count."""
+    """Count items, to compare them regardless of order."""
     return {key: sorted(map(repr, items)) for key, items in expected.items()}
 
 
 def tree_digest(root: Path) -> str:
-    """Names, kinds, times and contents of everything below a directory."""
+    """Collect names, types, times and contents of everything below a directory."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -161,7 +161,7 @@ def test_quick_sees_equal_files_of_one_name_in_both_splits(check: Check, tmp_pat
 
 
 def train_as_far_as_data_goes(words: list[str]) -> list[str]:
-    """What yolo-v3/main.py does with a dataset: opens it, checks it, reads every image; the warnings of the plan."""
+    """Open, check and read a dataset as yolo-v3/main.py does; returns the warnings of the plan."""
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *words])
     sets = datasets_of(settings, 64, 64, 0, settings.model.num_classes)
     detector = detector_with(settings.yolo.anchors, (8, 16, 32))
@@ -213,7 +213,7 @@ ODD_VALUES: list[Any] = [
 
 
 def test_doctor_and_loader_agree_on_any_value_anywhere(tmp_path: Path) -> None:
-    """One to three values at random places: there is an error exactly where the loader refuses, and never a crash."""
+    """With one to three random values replaced, it reports errors exactly if the loader refuses, and never crashes."""
     dataset = Dataset(tmp_path / "data")
     settings, _ = load_settings(DEFAULTS, words=[*WORDS, *dataset.words])
     generator = np.random.default_rng(0)
@@ -263,7 +263,7 @@ def test_a_link_is_not_followed_in_the_middle_of_a_run_either(tmp_path: Path) ->
 
 
 def test_every_kind_has_a_case() -> None:
-    """A kind that no test makes could be dead code."""
+    """Every kind of finding is produced by a test."""
     here = Path(__file__).read_text(encoding="utf-8")
     names = {fault.__name__ for fault in FAULTS}
     assert [kind for kind in KINDS if kind not in names and f'"{kind}"' not in here] == []
@@ -459,7 +459,7 @@ def annotations_of(boxes: list[list[float]], size: tuple[int, int] = (64, 64), l
 
 
 def detector_with(anchors: Anchors, strides: tuple[int, ...]) -> Detector:
-    """A detector that knows nothing but its anchors."""
+    """Detector with anchors and nothing else."""
     nothing = torch.nn.Identity()
     fit = AnchorFit(anchors, strides, [1.0] * len(strides))
     return Detector(nothing, nothing, nothing, Geometry(strides[-1]), check_fit=fit)
@@ -497,7 +497,7 @@ def test_the_letterbox_is_part_of_the_fit(default_settings) -> None:
 
 
 def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> None:
-    """The doctor's list against the rule of the loss itself."""
+    """The reported boxes agree with the assignment of the loss."""
     from detection.models.yolo.darknet_loss import assign_targets
     from detection.models.yolo.grid import anchor_table
 
@@ -532,7 +532,7 @@ def test_a_rare_category() -> None:
 
 
 def test_names_are_looked_up_by_listing(tmp_path: Path, monkeypatch) -> None:
-    """One listing per directory, and a question per file only where something is odd."""
+    """Directories are listed once, and single files queried only if they are links or missing."""
     for folder in ("", "a", "a/b"):
         (tmp_path / folder).mkdir(exist_ok=True)
         for number in range(20):
@@ -562,7 +562,7 @@ def test_training_names_missing_images_before_the_first_step(tmp_path: Path) -> 
 
 
 def test_blood_cells(run_script, shared_data, tmp_path: Path) -> None:
-    """Two photographs of one field of view lie in the two splits of this dataset; seen by eye."""
+    """The two splits contain two photographs of the same field of view, verified by eye."""
     words = ["--config", DEFAULTS.parent.parent / "recipes" / "bccd.yaml", f"data.root={shared_data('bccd')}"]
     result = run_script(check_dataset.main, *words, "--output", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "check.json").read_text())

@@ -1,4 +1,4 @@
-"""compare_runs.py on run directories written by the logger that training uses."""
+"""compare_runs.py on run directories written by the logger of training."""
 
 import csv
 import json
@@ -139,7 +139,7 @@ def test_cut_lines_and_runs_that_have_not_been_evaluated(run: Run, two_runs: lis
 
 
 def test_run_of_other_columns(run: Run, tmp_path: Path) -> None:
-    """An older or foreign results.csv alone: what it has is drawn."""
+    """A results.csv alone, of an older version or another program, is drawn as far as possible."""
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "results.csv").write_text("step,val/AP50\n5,0.25\n10,\n15,0.5\n")
     result = run(tmp_path / "old", "--output", tmp_path / "out")

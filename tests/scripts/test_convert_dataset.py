@@ -1,4 +1,4 @@
-"""convert_dataset.py as its users see it: boxes by hand, splits, names, what is left out and said so."""
+"""convert_dataset.py end to end: boxes computed by hand, splits, names, and what is left out."""
 
 import json
 import os
@@ -24,7 +24,7 @@ RED = (255, 0, 0)
 
 @pytest.fixture
 def run(run_script, tmp_path: Path) -> Run:
-    """`run(SOURCE, ...)`: convert_dataset.py into tmp_path/out."""
+    """Runner of convert_dataset.py into tmp_path/out: `run(SOURCE, ...)`."""
 
     def started(*arguments: str | Path, out: str = "out") -> Any:
         return run_script(convert_dataset.main, *arguments, "--output", out, cwd=tmp_path)
@@ -67,7 +67,7 @@ def coco_of(out: Path, split: str = "train") -> dict[str, Any]:
 
 
 def boxes_of(out: Path, split: str = "train") -> list[tuple[str, str, list[float]]]:
-    """(file name, class, bbox) of every annotation."""
+    """List (file name, class, bbox) of every annotation."""
     content = coco_of(out, split)
     images = {image["id"]: image["file_name"] for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
@@ -75,7 +75,7 @@ def boxes_of(out: Path, split: str = "train") -> list[tuple[str, str, list[float
 
 
 def tree(root: Path) -> dict[str, Any]:
-    """Every file below a directory with its content."""
+    """Map every file below a directory to its content."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
@@ -159,7 +159,7 @@ def test_coco_to_yolo_by_hand(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(3, 7), (640, 480), (1333, 17), (20011, 9973)])
 def test_round_trip_is_exact(run: Run, tmp_path: Path, size: tuple[int, int]) -> None:
-    """Pixels with up to 9 decimals come back as the same floats, though thirds have no finite decimals."""
+    """Pixels with up to 9 decimals survive the round trip exactly, even though thirds have no finite decimals."""
     generator = np.random.default_rng(0)
     boxes: list[list[float]] = [[0, 0, *size], [1, 2, 1, 3], [0.1, 0.2, 0.3, 0.7]]
     for digits in (0, 1, 2, 6, 9):
@@ -188,7 +188,7 @@ def test_six_decimals_of_other_programs_stay_what_they_are(run: Run, tmp_path: P
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["stored", "shown"])
 def test_boxes_agree_with_what_the_loader_sees(run: Run, tmp_path: Path, orientation: int, kind: str) -> None:
-    """A red block in a turned picture. VOC annotations made on the stored pixels are turned, on the shown ones not."""
+    """With an EXIF rotation, VOC annotations of the stored pixels are rotated, those of the displayed ones are not."""
     pixels = np.zeros((48, 80, 3), np.uint8)
     pixels[8:24, 16:56] = RED
     exif = Image.Exif()
@@ -368,7 +368,7 @@ def test_voc_lists_flags_and_alphabetical_classes(run: Run, tmp_path: Path) -> N
 
 
 def test_voc_folders_per_split_to_yolo(run: Run, tmp_path: Path) -> None:
-    """Roboflow's export: XML beside the images; straight to YOLO txt, difficult objects counted out."""
+    """Roboflow's export, with XML beside the images, to YOLO txt; difficult objects are left out."""
     for split, name in (("train", "a"), ("valid", "b")):
         save(tmp_path / "voc" / split / f"{name}.jpg")
         objects = voc_object(name, (1, 1, 10, 10)) + voc_object(name, (1, 1, 2, 2), "<difficult>1</difficult>")

@@ -1,4 +1,4 @@
-"""The download scripts against a local server that fails in the ways real ones do; small files stand in."""
+"""The download scripts with small files on a local server that fails as real ones do."""
 
 import hashlib
 import http.server

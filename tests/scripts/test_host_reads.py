@@ -1,4 +1,4 @@
-"""P7: a whole step with everything around it, but for logging, never makes the host wait for the device."""
+"""A training step, without logging, never makes the host wait for the device."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""lr_scheduler_creator.py as its user sees it: figure, CSV, TensorBoard events, and nothing heavy behind them."""
+"""lr_scheduler_creator.py end to end: figure, CSV and TensorBoard events."""
 
 import csv
 import subprocess
@@ -74,7 +74,7 @@ def test_biases_have_their_own_curve(run: Run, tmp_path: Path) -> None:
 
 
 def test_no_network_and_no_dataset(tmp_path: Path) -> None:
-    """Not even torch is imported, and half a million steps are drawn where there is no data."""
+    """Imports no torch, and plots half a million steps without data."""
     code = (
         "import sys, lr_scheduler_creator; sys.argv = ['x', 'train.steps=500000', '--output', sys.argv[1]]; "
         "lr_scheduler_creator.main(); sys.exit('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The training script as its user sees it: `python yolo-v3/main.py ...` in its own processes, from another directory.
+"""The training script end to end: `python yolo-v3/main.py ...` in separate processes, from another directory.
 
 Starting Python with torch takes seconds, so each run serves several tests; independent runs share the two cores.
 """
@@ -151,7 +151,7 @@ def make_dataset(root: Path) -> None:
 
 
 class Scenarios:
-    """Every process that the tests below look at, in chains that run two at a time from the beginning."""
+    """Start all processes that the tests below check, in chains of which two run at a time."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -192,7 +192,7 @@ class Scenarios:
         self._pool.shutdown(cancel_futures=True)
 
     def whole(self) -> dict[str, Result]:
-        """An uninterrupted run, and a second one from its args.yaml alone, under nohup, hung up on in the middle."""
+        """An uninterrupted run, and one from its args.yaml alone under nohup, which receives SIGHUP."""
         first = run(self.base, *self.common, "--output", self.base / "whole")
 
         def hang_up(process: subprocess.Popen[bytes]) -> None:
@@ -210,7 +210,7 @@ class Scenarios:
         return {"first": first, "again": second}
 
     def stopped(self) -> dict[str, Result]:
-        """SIGTERM at a random moment; refused continuations of copies; the continuation."""
+        """SIGTERM at a random moment; refused attempts to resume copies; the resumed run."""
         output = self.base / "stopped"
         first = run_with_signal(
             self.base, output, self.common, *self.moments["float32"], act=lambda process: process.terminate()
@@ -233,7 +233,7 @@ class Scenarios:
         return run(self.base, *self.bf16, "--output", self.base / "whole_bf16")
 
     def stopped_bf16(self) -> dict[str, Result]:
-        """Ctrl-C, which reaches the loader's workers too, at a random moment; the continuation."""
+        """Ctrl-C, which also reaches the loader's workers, at a random moment; the resumed run."""
         output = self.base / "stopped_bf16"
         first = run_with_signal(
             self.base,
@@ -291,7 +291,7 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
 
 
 def assert_plain(result: Result) -> None:
-    """Readable in a file: no traceback, no carriage returns, no escape sequences of a terminal."""
+    """Output redirected to a file has no traceback, carriage returns or terminal escape sequences."""
     for text in (result.out, result.err):
         assert "Traceback" not in text and "\r" not in text and "\x1b" not in text, text
 

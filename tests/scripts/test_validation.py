@@ -1,4 +1,4 @@
-"""validation.py: error analysis, the official program's check, thresholds in one pass, detectors side by side.
+"""validation.py: error analysis, the check by pycocotools, several thresholds, and comparison of detectors.
 
 What the numbers of a single run must be is in test_weights.py; the network is the one made there.
 """

@@ -1,4 +1,4 @@
-"""visualization.py as its user sees it: pages in the order asked for, numbers that can be counted, one safe report."""
+"""visualization.py end to end: order of pages, statistics counted by hand, and the HTML report."""
 
 import csv
 import dataclasses
@@ -42,18 +42,18 @@ def run(run_script, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their figures take most of the time of a run."""
+    """Skip the statistics figures, which take most of the time."""
     monkeypatch.setattr(visualization, "write_statistics", lambda *_: None)
 
 
 def pages_of(report: Path) -> list[list[int]]:
-    """Image ids of each page in the report, from its captions."""
+    """Read the image ids of each page from the captions of the report."""
     captions = re.findall(r"<figcaption>page \d+ of \d+: images (.*?)</figcaption>", report.read_text())
     return [[int(number) for number in re.findall(r"(\d+) \(", caption)] for caption in captions]
 
 
 def content_of(sizes: list[tuple[int, int]], boxes: list[tuple[int, int, list[float], dict[str, Any]]]) -> dict:
-    """COCO content; boxes are (image id, category id, bbox, further keys)."""
+    """Build COCO annotations; boxes are (image id, category id, bbox, further keys)."""
     return {
         "images": [{"id": n, "file_name": f"{n}.png", "width": w, "height": h} for n, (w, h) in enumerate(sizes)],
         "annotations": [
@@ -233,7 +233,7 @@ def test_mistakes_by_hand() -> None:
 
 
 class MadeUp(nn.Module):
-    """Finds what it is told, image after image."""
+    """Detector that returns given detections, image after image."""
 
     def __init__(self, answers: list[dict[str, torch.Tensor]]) -> None:
         super().__init__()

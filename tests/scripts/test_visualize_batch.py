@@ -1,4 +1,4 @@
-"""visualize_batch.py as its user sees it: the very batch of a run, its targets, one augmentation at known strengths."""
+"""visualize_batch.py end to end: the batch of a run, its targets, and augmentations at known strengths."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def content_of(directory: Path, name: str = "batch") -> dict[str, Any]:
 def test_it_is_the_batch_of_the_run(
     run: Run, drawn_dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
 ) -> None:
-    """Step 5 of a run with everything that decides what a step sees, against the run's own sampler and loader."""
+    """Step 5 of a run with multiscale, balancing and augmentation, against the run's own sampler and loader."""
     words = [
         "train.subdivisions=2", "train.resize_frequency=2", "train.multiscale_sizes=[64, 128]", "run.seed=3",
         "data.balance=repeat_factor", "data.balance_threshold=0.9",

@@ -1,4 +1,4 @@
-"""`train.batch_size: auto`: the number it finds, against memory that is counted by hand."""
+"""`train.batch_size: auto` against memory counted by hand."""
 
 import contextlib
 import importlib.util
@@ -33,7 +33,7 @@ WORDS = ("train.batch_size=auto", "train.image_size=64", "data.num_workers=2")
 
 
 def alone(size: int = 1, others: tuple[int, ...] = ()) -> Any:
-    """Ranks of which the others have found these numbers."""
+    """Ranks whose other processes have found these numbers."""
     return SimpleNamespace(
         size=size,
         local_size=size,
@@ -224,7 +224,7 @@ def test_a_profile_needs_a_run(main: Callable[..., Any], tmp_path: Path) -> None
 def test_other_scripts_ask_for_a_number(run_script: Callable[..., Any]) -> None:
     result = run_script(lr_scheduler_creator.main, "--images", "100", "train.batch_size=auto")
     assert result.returncode == 2
-    assert result.stderr.startswith("train.batch_size=auto: yolo-v3/main.py finds the number")
+    assert result.stderr.startswith("train.batch_size=auto: only yolo-v3/main.py resolves it")
     result = run_script(lr_scheduler_creator.main, "--images", "100", "train.batch_size=0")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "greater than or equal to 1" in result.stderr

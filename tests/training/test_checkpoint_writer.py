@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: what is on the disk is the state at `save`, whatever happens afterwards."""
+"""Asynchronous checkpoints: the file holds the state at the call of `save`, whatever happens afterwards."""
 
 import threading
 from pathlib import Path
@@ -20,7 +20,7 @@ def content(value: float = 1.0) -> dict[str, Any]:
 
 @pytest.fixture
 def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits for this event."""
+    """Event that delays writing until it is set."""
     release = threading.Event()
 
     def slow(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steps that were non-finite: what is kept, and finding the place."""
+"""Non-finite steps: the bundle, and the diagnosis of a replay."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How a run ends: its exit code, what the log says, the status that its loggers get."""
+"""End of a run: exit code, log, and the status passed to the loggers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from detection.training.loggers.protocol import FAILED, FINISHED, STOPPED
 
 
 def end(directory: Path, error: BaseException | None) -> tuple[BaseException | None, str | None, list[str]]:
-    """End a run of two processes, of which this is the second, by an error: what is raised, the status, the lines."""
+    """End a run by an error in the second of two processes; returns what is raised, the status and the lines."""
     statuses: list[str] = []
     lines: list[str] = []
     loggers = SimpleNamespace(

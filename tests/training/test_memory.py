@@ -1,4 +1,4 @@
-"""The memory estimate against what a hand calculation and a real backward pass say."""
+"""The memory estimate against a hand calculation and a real backward pass."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole chain, data to metric, on one batch: a network that cannot learn four images by heart is broken."""
+"""Overfit one batch, from data to metric."""
 
 import functools
 import json

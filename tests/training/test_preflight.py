@@ -1,4 +1,4 @@
-"""What is found out before the first step."""
+"""Checks before the first step."""
 
 from collections import namedtuple
 from pathlib import Path

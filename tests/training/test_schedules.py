@@ -17,7 +17,7 @@ STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiS
 def build(
     strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
 ) -> Schedule:
-    """Through the settings, as the training script does; `None` is YAML's null."""
+    """Build a schedule from settings, as the training script does."""
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
     settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
     return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
@@ -58,7 +58,7 @@ def test_steps_and_epochs_that_cross_are_refused() -> None:
 
 
 def test_lambda_by_hand() -> None:
-    """Darknet's recipe: power 4 over the warm-up, which has its full value at its last step, then the scales."""
+    """Darknet's schedule: warm-up of power 4, which reaches the full rate in its last step, then the scales."""
     schedule = build("LambdaLR", warmup=10, index="[20, 30, 50]", scale="[1.0, 0.5, 0.1, 0.05]")
     expected = {
         0: 0.1 * 0.0001,  # (1 / 10)^4
@@ -79,7 +79,7 @@ def test_lambda_by_hand() -> None:
 
 
 def test_default_recipe() -> None:
-    """args.yaml as it is: 1e-4, warm-up 1000, steps at 75,000, 100,000 and 125,000."""
+    """The defaults of args.yaml: 1e-4, warm-up 1000, drops at 75,000, 100,000 and 125,000."""
     settings, _ = load_settings(ARGS)
     schedule = build_schedule(settings.scheduler, settings.train.learning_rate, 150_000, 1000)
     steps = [499, 999, 1000, 74_999, 75_000, 99_999, 100_000, 125_000, 149_999]
@@ -148,7 +148,7 @@ def test_cosine_against_torch(growth: int, warmup: int, first_cycle: int) -> Non
 
 @pytest.mark.parametrize("growth", [1, 2])
 def test_cosine_is_continuous_and_reaches_eta_min(growth: int) -> None:
-    """No jump but the restart, nor from the warm-up into the cosine; a cycle ends at all but eta_min."""
+    """Restarts are the only jumps, also not from the warm-up to the cosine; a cycle ends close to eta_min."""
     schedule = build("CosineAnnealingWarmRestartsWithWarmup", warmup=100, T_0=500, T_mult=growth, eta_min=1e-6)
     rates = [schedule.at(step) for step in range(100 + 500 + 500 * growth + 1)]
     restarts = [600, 1100] if growth == 1 else [600, 1600]
@@ -171,7 +171,7 @@ def test_cosine_over_the_whole_run() -> None:
 
 
 def test_multi_step_by_hand() -> None:
-    """Linear from a tenth over 100 steps, then a fifth and a fifth of that."""
+    """Linear warm-up from a tenth over 100 steps, then two drops to a fifth."""
     schedule = build("WarmupMultiStepLR", warmup=100, milestones="[300, 400]", gamma=0.2, warmup_start_factor=0.1)
     expected = {
         0: 0.01,
@@ -189,7 +189,7 @@ def test_multi_step_by_hand() -> None:
 
 
 def test_bias_group_of_the_warm_up() -> None:
-    """Its own rate during the warm-up, including 0; the same rate as the others afterwards."""
+    """Biases have their own rate in the warm-up, which may be 0, and the common rate afterwards."""
     for bias_lr in (0.07, 0.0):
         schedule = build("WarmupMultiStepLR", warmup=10, milestones="[20]", warmup_bias_lr=bias_lr)
         assert [schedule.at(step, BIAS_GROUP) for step in (0, 5, 9)] == [bias_lr] * 3
@@ -241,7 +241,7 @@ def test_warm_up_rises_to_the_learning_rate(strategy: str, warmup: int) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rate_depends_on_the_step_alone(strategy: str) -> None:
-    """Asking in any order, repeatedly, or of a schedule built anew, as after a restart, gives the same numbers."""
+    """The rate does not depend on the order of calls, repetition, or rebuilding the schedule as on resume."""
     values = {"warmup": 20, "T_0": 30, "T_mult": 2, "milestones": "[60, 90]", "index": "[40]", "scale": "[1, 0.5]"}
     schedule = build(strategy, **values)
     in_order = [schedule.at(step) for step in range(200)]

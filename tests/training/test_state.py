@@ -1,4 +1,4 @@
-"""The state of a run: which evaluation is the best, and checkpoints that do not fit."""
+"""State of a run: the best evaluation, and checkpoints that do not fit."""
 
 from collections.abc import Callable
 from typing import Any

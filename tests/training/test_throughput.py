@@ -114,7 +114,7 @@ class Event:
 
 
 class Stream:
-    """In place of a stream of CUDA: what was recorded, and waited for."""
+    """Replaces a CUDA stream; logs what is recorded and waited for."""
 
     def __init__(self) -> None:
         self.waited: list[Event] = []
@@ -134,7 +134,7 @@ class Stream:
 
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
-    """A machine whose CUDA device is the CPU; the stream that computes."""
+    """Pretend that the CPU is a CUDA device; returns the stream that computes."""
     stream = Stream()
     cuda = SimpleNamespace(
         Stream=lambda device: Stream(), stream=lambda stream: stream, current_stream=lambda device: stream, Event=Event

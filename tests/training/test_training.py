@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, groups, clipping, freezing, averages, numbers that are non-finite."""
+"""One optimizer step: accumulation, parameter groups, clipping, freezing, EMA, non-finite steps."""
 
 import math
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def small_detector(num_classes: int = 3) -> Detector:
 
 
 def make_batch(count: int, size: int = 64, seed: int = 0, first_index: int = 0) -> dict[str, Any]:
-    """Noise with 0, 1, 2, ... random boxes per image; a crowd region in the last."""
+    """Make a batch of noise with 0, 1, 2, ... random boxes per image, and a crowd region in the last."""
     generator = torch.Generator().manual_seed(seed)
     boxes, labels = torch.zeros(count, 32, 4), torch.full((count, 32), -1)
     for image in range(count):
@@ -85,7 +85,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 class Weights(nn.Module):
-    """`w` alone; with the criterion below its gradient is whatever the boxes of the batch say."""
+    """Model of one weight `w`, whose gradient with the criterion below is given by the boxes of the batch."""
 
     def __init__(self, *values: float) -> None:
         super().__init__()
@@ -661,7 +661,7 @@ def test_average_of_channels_last_weights() -> None:
 
 
 def test_average_follows_tensors_that_are_exchanged_between_two_updates() -> None:
-    """Joining the statistics, loading a checkpoint and a parameter put in place of another: always the live tensors."""
+    """The EMA uses the current tensors after statistics were joined, a checkpoint loaded or a parameter replaced."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, affine=False))
     model.register_buffer("constant", torch.ones(1), persistent=False)

@@ -1,4 +1,4 @@
-"""Box shapes at the network input are those that the transform of training makes."""
+"""Box shapes at the network input agree with those of the training transform."""
 
 import dataclasses
 from collections.abc import Callable

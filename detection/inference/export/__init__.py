@@ -1,1 +1,1 @@
-"""From a trained detector to ONNX and Darknet files, compared with PyTorch before they get their names."""
+"""Export of trained detectors to ONNX, and comparison of the result with PyTorch."""

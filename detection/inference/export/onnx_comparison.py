@@ -1,4 +1,4 @@
-"""Whether an exported file computes what PyTorch does: both run on pictures and noise, in several batches and sizes."""
+"""Compare an exported file with PyTorch on pictures and noise, at several batch and image sizes."""
 
 import contextlib
 import itertools
@@ -20,18 +20,18 @@ from detection.inference.onnx_model import Description, OnnxModel
 from detection.inference.weights import OpenedDetector
 from detection.models.postprocess import DensePostprocess, FinalDetections
 
-BATCHES = (1, 3)  # neither is the one that was traced
+BATCHES = (1, 3)  # other than the traced batch size
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ."""
+    """Allowed differences between ONNX Runtime and PyTorch."""
 
     logits: float  # absolute below 1, else relative
-    boxes: float  # pixels; for coordinates beyond the image, relative to how far out they lie
+    boxes: float  # pixels; scaled up for coordinates outside the image
     scores: float
-    unmatched: float  # share of final detections: NMS at a threshold turns on the last digit
+    unmatched: float  # share of final detections; rounding may change the decisions of NMS
 
 
 FLOAT32 = Tolerance(logits=1e-3, boxes=0.05, scores=1e-4, unmatched=0.01)
@@ -39,17 +39,17 @@ FLOAT16 = Tolerance(logits=0.1, boxes=2.0, scores=0.03, unmatched=0.1)
 
 
 class ComparisonFailed(UserError):
-    """The exported file does not compute what PyTorch does."""
+    """The outputs of the exported file differ from those of PyTorch."""
 
 
 def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
-    """Run the file beside the network it was made from.
+    """Compare an exported file with the detector that it was exported from.
 
     Returns:
-        What was compared and the largest differences, for the user.
+        Lines about what was compared and the largest differences, for the user.
 
     Raises:
-        ComparisonFailed: a difference is beyond the tolerance.
+        ComparisonFailed: a difference exceeds the tolerance.
     """
     file = OnnxModel(path)
     tolerance = FLOAT16 if file.description.half else FLOAT32
@@ -76,7 +76,7 @@ def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
             f"{counts[1]} of {counts.sum()} final detections without a partner (allowed {tolerance.unmatched:.0%})"
         )
     differences = f"largest differences: {', '.join(parts) or 'none, nothing was found'}"
-    # not <=: a difference that is not a number is beyond every tolerance
+    # "not <=" rather than ">", so that NaN fails
     if any(not value <= getattr(tolerance, name) for name, value in largest.items()):
         raise ComparisonFailed(f"the file does not compute what PyTorch does and is not kept; {differences}")
     return [f"ONNX Runtime beside PyTorch on {source} and noise, batches of {batches}, {pixels} px", differences]
@@ -84,7 +84,7 @@ def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Differences:
-    """Of one batch."""
+    """Differences in one batch."""
 
     largest: dict[str, float]  # by the name of the tolerance
     counts: tuple[int, int] = (0, 0)  # final detections with a partner, without
@@ -109,9 +109,9 @@ def compare_decoded(
 def compare_final(
     opened: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], side: int, tolerance: Tolerance
 ) -> Differences:
-    """Detections as sets, image by image and class by class.
+    """Match final detections per image and class, in both directions.
 
-    Both sides count. A detection whose score is within the tolerance of the confidence threshold needs no partner.
+    A detection whose score is within the tolerance of the confidence threshold needs no partner.
     """
     minimum = opened.settings.evaluation.confidence_threshold + tolerance.scores
     largest, counts = {"boxes": 0.0, "scores": 0.0}, [0, 0]
@@ -138,7 +138,7 @@ def _of_label(detections: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]
 
 
 def _scale(boxes: Tensor, side: int) -> Tensor:
-    """1 in and near the image; an untrained network may predict boxes of any size."""
+    """Return the scale of the tolerance, 1 within the image: an untrained network may predict huge coordinates."""
     return (boxes.abs() / side).clamp(min=1)
 
 
@@ -148,7 +148,7 @@ def _largest(expected: Tensor, found: Tensor, scale: Tensor | int) -> float:
 
 
 def compared_sizes(description: Description) -> list[tuple[int, int]]:
-    """(height, width) in pixels: the size of validation, and where all are allowed two that are not square."""
+    """List (height, width) in pixels to compare: the validation size and, if dynamic, two that are not square."""
     size, multiple = description.image_size, description.size_multiple
     smaller = max(size // 2 // multiple, 1) * multiple
     return [(size, size), (size + multiple, size), (smaller, size + multiple)][
@@ -157,7 +157,7 @@ def compared_sizes(description: Description) -> list[tuple[int, int]]:
 
 
 def make_batch(pictures: list[np.ndarray], count: int, size: tuple[int, int]) -> Tensor:
-    """uint8 (count, 3, height, width): one picture, or other ones and noise at the end."""
+    """Make a batch, uint8 (count, 3, height, width): the first picture, or the others followed by noise."""
     height, width = size
     shown = pictures[:1] if count == 1 else pictures[1:count]
     images = [resize_image(picture, width, height, INTERPOLATIONS["linear"]) for picture in shown]
@@ -168,8 +168,11 @@ def make_batch(pictures: list[np.ndarray], count: int, size: tuple[int, int]) ->
 
 
 def find_pictures(data: DataSettings) -> tuple[list[np.ndarray], str]:
-    """As many pictures as the largest batch and where they are from: the validation images of the settings where they
-    are there, else photographs of the installed packages."""
+    """Load pictures for the largest batch: validation images if there are any, else photographs of installed packages.
+
+    Returns:
+        RGB uint8 pictures (H, W, 3), and their origin for the user.
+    """
     pictures: list[np.ndarray] = []
     with contextlib.suppress(DataError):
         _, directory = find_validation_set(data)

@@ -1,4 +1,4 @@
-"""From a detector to an ONNX model: traced by torch, then half precision, NMS and metadata put in place."""
+"""Export a detector to ONNX: trace it with torch, then convert to half precision and add NMS and metadata."""
 
 import dataclasses
 import tomllib
@@ -22,7 +22,8 @@ OUTPUT_NAMES: dict[OutputKind, list[str]] = {
     "decoded": ["boxes", "scores"],
     "nms": ["all_boxes", "all_scores"],  # inside the graph
 }
-# Boxes need no change of order: swapping x and y in both changes no IoU. Best score first over all images.
+# NonMaxSuppression expects y before x; xyxy boxes need no reordering, because IoU is symmetric in x and y. The result
+# is sorted by score over all images.
 NMS_TEMPLATE = """
 <ir_version: {ir_version}, opset_import: ["" : {opset}]>
 NMS (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
@@ -46,7 +47,7 @@ NMS (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """What the flags of export.py say."""
+    """Options of the ONNX export, see `export.py --help`."""
 
     outputs: OutputKind = "decoded"
     input: str = "uint8"
@@ -57,7 +58,7 @@ class OnnxOptions:
 
 
 class ExportedDetector(nn.Module):
-    """What the graph computes before half precision and NMS."""
+    """Module that is traced: network and, with `decode`, decoding of boxes; without NMS."""
 
     def __init__(self, opened: OpenedDetector, decode: bool) -> None:
         super().__init__()
@@ -66,13 +67,17 @@ class ExportedDetector(nn.Module):
         self.decode = decode
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) to the raw levels, and with `decode` also boxes (B, P, 4) and scores (B, P, C)."""
+        """Map images (B, 3, H, W) to the raw levels and, with `decode`, boxes (B, P, 4) and scores (B, P, C)."""
         levels = self.model(images)
         return (*levels, *self.postprocess.decode(levels)) if self.decode else tuple(levels)
 
 
 def require_packages() -> None:
-    """Raises SettingsError: a package that the export needs is not installed."""
+    """Check that the packages for the export are installed.
+
+    Raises:
+        SettingsError: one is missing.
+    """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -82,7 +87,14 @@ def require_packages() -> None:
 
 
 def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[str]]:
-    """The `onnx.ModelProto` with its metadata, and what was done, for the user."""
+    """Build the `onnx.ModelProto` with its metadata.
+
+    Returns:
+        The model, and lines about each stage for the user.
+
+    Raises:
+        SettingsError: torch cannot export the network, or not to this opset.
+    """
     import onnx
     from onnxscript.optimizer import remove_unused_nodes
 
@@ -91,7 +103,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
     model = without_traces(program.model_proto)
     lines = [f"graph as traced: {len(model.graph.node)} nodes, {model.ByteSize()} bytes"]
     if options.simplify:
-        program.optimize()  # constants are folded, batch norm goes into the convolutions (onnxscript's optimizer)
+        program.optimize()  # onnxscript's optimizer: folds constants, and batch norm into convolutions
         model = without_traces(program.model_proto)
         lines.append(f"simplified: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
     network = nodes_before(model, levels)
@@ -114,12 +126,21 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
 
 
 def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> Any:
-    """torch's `ONNXProgram`, unsimplified. Grids and anchors follow from the shape of the input."""
+    """Trace the detector to an unoptimized `torch.onnx.ONNXProgram`.
+
+    Args:
+        opened: the detector.
+        options: options of the export.
+        levels: names of the raw outputs.
+
+    Raises:
+        SettingsError: torch cannot export the network.
+    """
     multiple, size = opened.detector.geometry.size_multiple, opened.settings.evaluation.image_size
     rows = columns = size
     sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if options.dynamic_size:
-        # Traced at sides that differ and are no single cell, which the exporter would take for constants.
+        # The exporter would treat equal sides, or sides of a single cell, as constants.
         rows, columns = max(size, 2 * multiple), max(size, 2 * multiple) + multiple
         sizes |= {2: multiple * torch.export.Dim("rows"), 3: multiple * torch.export.Dim("columns")}
     dtype = torch.uint8 if options.input == "uint8" else torch.float32
@@ -147,7 +168,7 @@ def read_opset(model: Any) -> int:
 
 
 def without_traces(model: Any) -> Any:
-    """torch notes at each node where in the source it comes from: half the file, and the paths of this machine."""
+    """Remove the stack traces that torch adds to each node: they take half the file and contain local paths."""
     graph = model.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -156,7 +177,7 @@ def without_traces(model: Any) -> Any:
 
 
 def nodes_before(model: Any, values: list[str]) -> set[str]:
-    """Names of the nodes that the values are computed by."""
+    """Collect the names of all nodes that the given values depend on."""
     producers = {output: node for node in model.graph.node for output in node.output}
     names: set[str] = set()
     waiting = [*values]
@@ -169,7 +190,7 @@ def nodes_before(model: Any, values: list[str]) -> set[str]:
 
 
 def halve(model: Any, network: set[str]) -> Any:
-    """The nodes of the network in float16; inputs, outputs and what comes behind the network stay float32."""
+    """Convert the nodes of the network to float16; inputs, outputs and all other nodes stay float32."""
     import onnx
     import onnx_ir
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -178,7 +199,7 @@ def halve(model: Any, network: set[str]) -> Any:
     behind = {node.name for node in model.graph.node if node.name not in network}
     halved = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=True, node_block_list=list(behind)))
     halved.graph.sort()  # the converter appends its casts at the end
-    # Between two nodes that stay float32 it casts down and up again, which would round boxes to float16.
+    # Remove its casts to float16 and back between two float32 nodes, which would round the boxes.
     for up in [node for node in halved.graph if node.op_type == "Cast"]:
         down = up.inputs[0].producer()
         if down is None or down.op_type != "Cast":
@@ -191,12 +212,12 @@ def halve(model: Any, network: set[str]) -> Any:
                 up.outputs[0].name, source.name = f"{name}_cast", name
     remove_unused_nodes(halved)
     result = onnx_ir.to_proto(halved)
-    result.graph.ClearField("value_info")  # types of before
+    result.graph.ClearField("value_info")  # outdated types
     return onnx.shape_inference.infer_shapes(result)
 
 
 def add_nms(model: Any, opened: OpenedDetector) -> Any:
-    """`all_boxes`, `all_scores` to final detections by the standard operator NonMaxSuppression."""
+    """Append the standard operator NonMaxSuppression, with the thresholds of the settings as constants."""
     import onnx
 
     evaluation = opened.settings.evaluation
@@ -212,7 +233,7 @@ def add_nms(model: Any, opened: OpenedDetector) -> Any:
 
 
 def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
-    """The metadata of the file."""
+    """Collect the metadata of the file."""
     settings, detector = opened.settings, opened.detector
     evaluation, name = settings.evaluation, settings.model.detector
     own = getattr(settings, name, None)
@@ -237,7 +258,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         },
         held_settings=cast(Any, detector.held_settings),
         settings={
-            "model": settings.model.model_dump(mode="json") | {"pretrained": False},  # a path of this machine
+            "model": settings.model.model_dump(mode="json") | {"pretrained": False},  # may be a local path
             **({} if own is None else {name: own.model_dump(mode="json")}),
         },
         parameters=opened.num_parameters(),

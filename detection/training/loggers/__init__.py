@@ -23,15 +23,15 @@ LOGGERS: dict[str, Callable[[], Logger]] = {"files": FilesLogger, "tensorboard":
 
 
 class Loggers:
-    """The loggers of a run, called one after the other, and the lines that a run prints.
+    """The loggers of a run, called in turn, and the lines that it prints.
 
-    An error of `FilesLogger` ends the run: without its files it is worth nothing. Any other logger that fails is named
-    once in the log and switched off.
+    An error of `FilesLogger` ends the run, because resuming needs its files. Any other logger that fails is switched
+    off, with a warning.
 
     Args:
-        directory: of the run.
-        loggers: by name; empty in processes that write nothing.
-        show: print lines too.
+        directory: run directory.
+        loggers: loggers by name; empty in processes that write nothing.
+        show: also print lines.
     """
 
     def __init__(self, directory: Path, loggers: Mapping[str, Logger], show: bool = True) -> None:
@@ -51,8 +51,7 @@ class Loggers:
 
         Args:
             step: optimizer steps done.
-            values: Python numbers by tag. Tensors are refused: reading one waits for the device, and such a wait must
-                be visible in the training loop.
+            values: Python numbers by tag. Tensors are refused, because reading them would hide a wait for the device.
 
         Raises:
             TypeError: a value is not a number.
@@ -84,7 +83,7 @@ class Loggers:
         self._each(lambda logger: logger.artifact(path))
 
     def finish(self, status: str) -> None:
-        """Finish every logger, the last one first, so that the run's own files can name one that fails."""
+        """Finish all loggers, `FilesLogger` last, so that it can record the failure of another."""
         for name in reversed(list(self._loggers)):
             self._call(name, lambda logger: logger.finish(status))
             self._loggers.pop(name, None)
@@ -108,7 +107,7 @@ class Loggers:
 
 
 def build_loggers(names: Sequence[str]) -> dict[str, Logger]:
-    """Make the loggers of `run.loggers`; nothing is written before they are started.
+    """Build the loggers of `run.loggers`; nothing is written before they are started.
 
     Raises:
         SettingsError: a name is unknown, or "files" is missing.
@@ -118,16 +117,16 @@ def build_loggers(names: Sequence[str]) -> dict[str, Logger]:
             raise SettingsError(f"run.loggers: unknown logger {name!r}; allowed are {', '.join(LOGGERS)}")
     if "files" not in names:
         raise SettingsError(f"run.loggers = {list(names)}: files must be among them, a run is continued from its files")
-    # The run's own files come first: they hold the lock of the directory.
+    # In the order of LOGGERS: "files" comes first, because it locks the directory.
     return {name: build() for name, build in LOGGERS.items() if name in names}
 
 
 def open_loggers(run: Run, directory: Path | None, checkpoint: Mapping[str, Any] | None) -> Loggers:
-    """Make or reopen the run directory and start the loggers in it; only the first process of a run writes.
+    """Create or reopen the run directory and start the loggers; only the first process of a run writes.
 
     Args:
-        directory: of the run; None: a new one below `run.logs_path`.
-        checkpoint: that the run is continued from; None: a new run.
+        directory: run directory; None: a new one below `run.logs_path`.
+        checkpoint: checkpoint that the run is resumed from; None: a new run.
 
     Raises:
         OutputError: the directory cannot be written, is not empty, or is in use by another process.

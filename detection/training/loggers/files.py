@@ -1,4 +1,4 @@
-"""The run's own files: settings, environment, numbers, lines and pictures in the run directory."""
+"""Logger of plain files: settings, environment, scalars, lines and images in the run directory."""
 
 import errno
 import fcntl
@@ -25,21 +25,21 @@ STEP = "step"
 class FilesLogger:
     """Writes `args.yaml`, `environment.json`, `train.log`, `metrics.jsonl`, `results.csv` and `images/`.
 
-    Each row is handed to the operating system before the method returns, so a killed process loses nothing. One process
-    at a time holds the lock of the directory. Every method raises OSError if its file cannot be written.
+    Each row is passed to the operating system before the method returns, so a killed process loses nothing. The
+    directory is locked against other processes. Every method raises OSError if its file cannot be written.
     """
 
     def start(
         self, directory: Path, settings: Settings, environment: Mapping[str, Any], resumed: Resumed | None
     ) -> None:
-        """Open the files of a run, new or continued.
+        """Open the files of a new or resumed run.
 
-        Existing files are continued, never emptied. Rows that a continued run will log again, and rows torn by a crash,
-        are moved to `<name>.discarded`.
+        Existing files are appended to. Rows that a resumed run will log again, and rows truncated by a crash, are moved
+        to `<name>.discarded`.
 
         Raises:
             OSError: the directory or a file cannot be written.
-            OutputError: another process writes there.
+            OutputError: another process has locked the directory.
         """
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class FilesLogger:
             self._open_tables(opened, resumed)
             (directory / "images").mkdir(exist_ok=True)
             (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
-            # Each continuation has its own environment beside the first one.
+            # The environment may differ each time a run is resumed.
             name = "environment.json" if resumed is None else f"environment_{resumed.step}.json"
             (directory / name).write_text(json.dumps(environment, indent=2), encoding="utf-8")
             self._opened = opened.pop_all()
@@ -83,14 +83,14 @@ class FilesLogger:
     def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
         """Append a row to `metrics.jsonl` and `results.csv`.
 
-        The first row ever fixes the columns of `results.csv`; None, NaN and infinity leave their field empty.
+        The first row fixes the columns of `results.csv`; None, NaN and infinity become empty fields.
         """
         self.log(step, row)
         if self._columns is None:
             self._columns = list(row)
             self._results.write(",".join([STEP, *self._columns]) + "\n")
         fields = [_finite_or_none(row.get(column)) for column in self._columns]
-        # No quoting needed: a legal tag has no comma, quote or line end.
+        # Valid tags need no quoting: they have no comma, quote or line break.
         self._results.write(",".join([str(step), *("" if field is None else repr(field) for field in fields)]) + "\n")
         without_column = [tag for tag in row if tag not in self._columns]
         if without_column:
@@ -101,17 +101,17 @@ class FilesLogger:
         self._log.write(text + "\n")
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
-        """Write `images/<tag>.png` (step 0: the input, without loss) or `images/<tag>_<step>.jpg`."""
+        """Write `images/<tag>.png` (step 0, lossless) or `images/<tag>_<step>.jpg`."""
         if step == 0:
             save_png(self.directory / "images" / f"{tag}.png", image)
         else:
             save_jpeg(self.directory / "images" / f"{tag}_{step:06d}.jpg", image)
 
     def artifact(self, path: Path) -> None:
-        """Files of the run directory stay where they are."""
+        """Do nothing: the file is in the run directory already."""
 
     def finish(self, status: str) -> None:
-        """Close all files, also those after one that fails."""
+        """Close all files, even if one of them fails."""
         self._opened.close()
 
     def _notify(self, text: str) -> None:
@@ -120,7 +120,7 @@ class FilesLogger:
 
 
 def _finite_or_none(value: float | None) -> float | None:
-    """Replace NaN and infinity, which JSON lacks, by None, and NumPy's subclasses of float by plain numbers."""
+    """Convert NaN and infinity, which JSON lacks, to None, and NumPy's subclasses of float to plain numbers."""
     if value is None or not math.isfinite(value):
         return None
     return int(value) if isinstance(value, int) else float(value)
@@ -132,29 +132,29 @@ def _open_to_append(path: Path) -> TextIO:
 
 
 def _lock(file: TextIO, directory: Path) -> None:
-    """Lock a run directory until this process ends, however it ends; its loader workers do not hold the lock."""
+    """Lock a run directory until this process ends; the lock is not inherited by loader workers."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
-        # A file system without locks cannot tell.
+        # Other errors: the file system has no locks.
 
 
 def _step_of_csv(row: str) -> float:
     first_field = row.split(",")[0]
-    return -math.inf if first_field == STEP else int(first_field)  # the header always stays
+    return -math.inf if first_field == STEP else int(first_field)  # the header is always kept
 
 
 def _read_columns(path: Path) -> list[str] | None:
-    """Return the columns of `results.csv` without the step; None while it has no header."""
+    """Read the columns of `results.csv` without the step; None if it has no header yet."""
     with open(path, encoding="utf-8") as file:
         header = file.readline().rstrip("\n")
     return header.split(",")[1:] if header else None
 
 
 def _move_rows(path: Path, step_of_row: Callable[[str], float], last_step: float) -> int:
-    """Move the rows after a step, and those torn by a crash, to `<name>.discarded`; a crash here loses no row.
+    """Move rows after `last_step` and truncated rows to `<name>.discarded`, written first, so that a crash loses none.
 
     Returns:
         Number of rows moved.

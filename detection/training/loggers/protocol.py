@@ -1,4 +1,4 @@
-"""What a logger of a run must provide."""
+"""Interface of the loggers of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +12,12 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # status of a run t
 
 
 class Resumed(NamedTuple):
-    """Where a run is continued.
+    """Where a run is resumed.
 
     Args:
-        run_id: name of the run directory; a tracking service finds its run by it.
-        step: last step that is not repeated. Rows of later steps will be logged again.
-        evaluated_step: the same for evaluations, which are logged before the checkpoint that counts them.
+        run_id: name of the run directory, which identifies the run to a tracking service.
+        step: last step that is not repeated; rows of later steps will be logged again.
+        evaluated_step: last step whose evaluation is not repeated.
     """
 
     run_id: str
@@ -26,26 +26,26 @@ class Resumed(NamedTuple):
 
 
 class Logger(Protocol):
-    """Records one run. Only the first process of a run has loggers; every call comes from its main thread.
+    """Recorder of one run. Only the first process of a run has loggers; every call comes from its main thread.
 
-    A method may raise any exception: the run goes on without this logger, see `Loggers`. What a method was given is
-    recorded when it returns, so that a killed process loses nothing.
+    A method may raise any exception: the run goes on without this logger, see `Loggers`. Data must be recorded when a
+    method returns, so that a killed process loses nothing.
     """
 
     def start(
         self, directory: Path, settings: Settings, environment: Mapping[str, Any], resumed: Resumed | None
     ) -> None:
-        """Begin to record, before any other method is called.
+        """Start recording; called before any other method.
 
         Args:
-            directory: of the run; made if absent.
+            directory: run directory; created if absent.
             settings: all resolved settings.
             environment: see `environment_report`.
-            resumed: where the run is continued; None: a new run.
+            resumed: where the run is resumed; None: a new run.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of training.
+        """Record scalars of training.
 
         Args:
             step: optimizer steps done.
@@ -53,16 +53,16 @@ class Logger(Protocol):
         """
 
     def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
-        """Record the numbers of an evaluation; None is an undefined metric, such as AP of absent small objects."""
+        """Record the scalars of an evaluation; None: the metric is undefined, such as AP of absent small objects."""
 
     def line(self, text: str) -> None:
         """Record a line of text."""
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
-        """Record a picture, RGB uint8 (H, W, 3). Step 0 shows the input, other steps an evaluation."""
+        """Record an image, RGB uint8 (H, W, 3); step 0 is the first batch, other steps are evaluations."""
 
     def artifact(self, path: Path) -> None:
-        """Take note of a complete file in the run directory: `best.pt`, results of an evaluation."""
+        """Record a complete file in the run directory, such as `best.pt` or the results of an evaluation."""
 
     def finish(self, status: str) -> None:
         """Stop recording.

@@ -17,10 +17,10 @@ VERSION = "brain.Event:2"  # of the file format
 
 
 class TensorBoardLogger:
-    """Writes numbers and pictures as TensorBoard events into the run directory.
+    """Writes scalars and images as TensorBoard events into the run directory.
 
-    Records go to the file before a method returns. torch's `SummaryWriter` writes in a thread instead, one event per
-    number, and prints the traceback of a full disk from there.
+    Records are in the file when a method returns, unlike with torch's `SummaryWriter`, which writes in a thread, with
+    one event per scalar, and cannot report a full disk.
     """
 
     def start(
@@ -36,7 +36,7 @@ class TensorBoardLogger:
         self._records = RecordWriter(self._file)
         self._write(file_version=VERSION)
         if resumed is not None:
-            # TensorBoard hides the steps >= this one of earlier files; the resumed step itself is not repeated.
+            # Makes TensorBoard hide steps >= this one in earlier files; the resumed step itself is not repeated.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(step=resumed.step + 1, file_version=VERSION)
             self._write(step=resumed.step + 1, session_log=start)
@@ -45,7 +45,7 @@ class TensorBoardLogger:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         defined = [(tag, float(value)) for tag, value in values.items() if value is not None]
-        # One event for all values: one for each would be twice the size.
+        # One event for all values is half the size of one event each.
         numbers = [Summary.Value(tag=tag, simple_value=value) for tag, value in defined]
         self._write(step=step, summary=Summary(value=numbers))
 
@@ -53,19 +53,19 @@ class TensorBoardLogger:
         self.log(step, row)
 
     def line(self, text: str) -> None:
-        """TensorBoard shows no log lines."""
+        """Do nothing: TensorBoard shows no log lines."""
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         height, width, _ = image.shape
-        # JPEG: as PNG, photographs would take more room than all numbers of a run.
+        # As PNG, photographs would be larger than all scalars of a run.
         encoded = encode_jpeg(image)
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
         self._write(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=picture)]))
 
     def artifact(self, path: Path) -> None:
-        """TensorBoard keeps no files."""
+        """Do nothing: TensorBoard stores no files."""
 
     def finish(self, status: str) -> None:
         self._file.close()
@@ -77,7 +77,7 @@ class TensorBoardLogger:
 
 
 def _new_event_file(directory: Path) -> BinaryIO:
-    """Open a file whose name TensorBoard looks for; it reads the files of a directory in the order of their names."""
+    """Open a file named as TensorBoard expects; it reads the files of a directory in the order of their names."""
     name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
     number = 0
     while (directory / f"{name}.{number}").exists():

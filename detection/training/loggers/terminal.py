@@ -1,4 +1,4 @@
-"""Lines on the terminal."""
+"""Printing of lines beside a progress bar."""
 
 import sys
 
@@ -6,8 +6,8 @@ from tqdm import tqdm
 
 
 def show_line(text: str) -> None:
-    """Print a line above the progress bar, if there is one; what the terminal cannot show is escaped."""
+    """Print a line above the progress bar, if there is one; escapes characters that the terminal cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
-    printable = text.encode(encoding, "backslashreplace").decode(encoding)  # a class name must not stop a run
-    with tqdm.external_write_mode():  # takes the bars away while we print, as `tqdm.write` does
+    printable = text.encode(encoding, "backslashreplace").decode(encoding)  # class names may have any character
+    with tqdm.external_write_mode():  # hides the bars, as `tqdm.write` does
         print(printable, flush=True)

@@ -1,1 +1,1 @@
-"""How much memory a training step needs, and the batch size that fits."""
+"""Memory of a training step: estimate, and the largest batch size that fits."""

@@ -19,44 +19,50 @@ from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
 
-# Of one optimizer step, in args.yaml and in Darknet's yolov3.cfg: what their learning rates belong to.
+# Images per optimizer step in args.yaml and Darknet's yolov3.cfg, for which their learning rates are tuned.
 IMAGES_PER_STEP = 64
-# Of the free memory. The rest is for workspaces of the convolutions and fragments; on the CPU for everything else too.
+# Of the free memory; the rest is for convolution workspaces and fragmentation, on the CPU also for other processes.
 USED_SHARE, USED_SHARE_CPU = 0.9, 0.5
-LARGEST = 4096  # of the numbers that are looked at
+LARGEST = 4096  # largest batch size considered
 
 Autocast = Callable[[], AbstractContextManager]
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few, so that machines that differ little find the same one."""
-    powers = [2**exponent for exponent in range(most.bit_length())]
-    return sorted(size for size in {*powers, *(3 * power for power in powers)} if size <= most)
+def sizes_up_to(maximum: int) -> list[int]:
+    """List the candidate sizes 1, 2, 3, 4, 6, 8, 12, ...: few, so that similar machines choose the same one."""
+    powers = [2**exponent for exponent in range(maximum.bit_length())]
+    return sorted(size for size in {*powers, *(3 * power for power in powers)} if size <= maximum)
 
 
 def find_batch_size(
     detector: Detector, settings: Settings, ranks: Ranks, num_images: int, autocast: Autocast, scaler: Callable
 ) -> tuple[int, str]:
-    """The number for `train.batch_size`, the same in all processes, and a line for the plan.
+    """Find the largest `train.batch_size` that fits, the same in all processes.
 
-    Never more than makes 64 images per optimizer step, nor than there are (one where subdivisions and processes alone
-    make more). Found by the estimate of `memory.py`; on an accelerator whole steps are then tried, with smaller batches
-    until one has room. On the CPU, where a process that asks for too much is killed, the step before training tries
-    what was found.
+    At most `IMAGES_PER_STEP` images per optimizer step, and at most `num_images` (but at least one per micro-batch).
+    Starts from `estimate_memory`; on an accelerator, training steps are then tried with decreasing batch sizes until
+    one fits. On the CPU, where a process that allocates too much is killed, only the estimate is used; the preflight
+    step tries the result.
 
     Args:
-        detector: on its device; its weights and statistics stay as they are.
-        num_images: of the training set.
-        scaler: makes a gradient scaler.
+        detector: detector on its device; its weights and statistics do not change.
+        settings: settings of the run.
+        ranks: processes of the run.
+        num_images: number of training images.
+        autocast: returns the context of the forward pass.
+        scaler: builds a gradient scaler.
+
+    Returns:
+        The batch size, and a line for the plan.
 
     Raises:
         DeviceMemoryError: not even one image fits.
-        SettingsError: nobody knows how much memory there is.
+        SettingsError: the free memory is unknown.
     """
     train, size = settings.train, settings.train.largest_size
     device = next(detector.model.parameters()).device
     limit, parts = min(IMAGES_PER_STEP, num_images), train.subdivisions * ranks.size
-    most = max(limit // parts, 1)
+    maximum = max(limit // parts, 1)
     one = estimate_memory(detector.model, detector.criterion, train, 1, size, autocast, device)  # type: ignore[arg-type]
     if one.available is None:
         raise SettingsError(f"train.batch_size=auto: the free memory of {device} is not known; say a number")
@@ -69,7 +75,7 @@ def find_batch_size(
         return dataclasses.replace(one, batch_size=number).total + number * per_loaded_image
 
     room_for = [number for number in sizes_up_to(LARGEST) if estimated(number) <= budget]
-    fitting = [number for number in room_for if number <= most]
+    fitting = [number for number in room_for if number <= maximum]
     tries = 0
     while fitting and device.type != "cpu":
         tries += 1
@@ -86,7 +92,7 @@ def find_batch_size(
     line = f"batch size  {number} found: about {estimated(number) / 2**30:.1f} {how}"
     if number * parts > limit:
         line += f"; subdivisions and processes alone make {parts} images per step"
-    elif number == sizes_up_to(most)[-1]:
+    elif number == sizes_up_to(maximum)[-1]:
         line += f"; not more than {limit} images per step unless you say so, there may be room for {room_for[-1]}"
     else:
         needed = train.subdivisions * limit // (number * parts)
@@ -99,14 +105,14 @@ def find_batch_size(
 def has_room(
     detector: Detector, settings: Settings, number: int, autocast: Autocast, scaler: torch.amp.GradScaler, room: int
 ) -> bool:
-    """Whether two whole steps with everything that training keeps stay below the share of `room` bytes.
+    """Return whether two training steps of a copy of the model stay below `USED_SHARE` of `room` bytes.
 
-    They are those of a copy: the second step has the optimizer's state and, with subdivisions, adds to a gradient.
+    Two, because only the second has the optimizer's state.
     """
     train, device = settings.train, next(detector.model.parameters()).device
     batch = synthetic_batch(train.largest_size, number, detector.model.num_classes)  # type: ignore[arg-type]
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what a failed try has left would count as taken before
+        torch.cuda.empty_cache()  # else memory cached by a failed try would count as used before this one
     before = _reserved(device, reset=True)
     try:
         model = copy.deepcopy(detector.model).train()
@@ -134,7 +140,7 @@ def has_room(
 
 
 def _reserved(device: torch.device, reset: bool = False) -> int:
-    """Largest memory that torch has taken from a CUDA device; 0 elsewhere, where only running out of it tells."""
+    """Return the peak memory that torch has reserved on a CUDA device; 0 on others, where only an error counts."""
     if device.type != "cuda":
         return 0
     if reset:

@@ -1,4 +1,4 @@
-"""How much memory training will take, before it is tried."""
+"""Estimate the memory of training without running a full-size step."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from detection.config.settings import TrainSettings
 from detection.models.backbones.activation_checkpointing import RecomputedStage
 from detection.runtime.devices import available_memory
 
-PROBE_SIDES = (128, 256)  # pixels; what the backward pass keeps grows linearly with the area of the input
-OPTIMIZER_TENSORS = {"adam": 2, "adamw": 2, "sgd": 1}  # of the size of the weights
+PROBE_SIDES = (128, 256)  # pixels; activations grow linearly with the area of the input
+OPTIMIZER_TENSORS = {"adam": 2, "adamw": 2, "sgd": 1}  # state tensors per weight tensor
 FLOAT32 = 4  # bytes
 
 
@@ -23,10 +23,10 @@ class MemoryEstimate:
     """Bytes that one training process needs on its device at the largest input size."""
 
     state: int  # weights, gradients, optimizer, EMA
-    once: int  # kept for the backward pass, whatever the number of images
-    per_image: float  # kept for each image of a micro-batch
+    once: int  # saved for the backward pass, independent of the number of images
+    per_image: float  # saved for the backward pass per image of a micro-batch
     batch_size: int
-    available: int | None  # on the device, before anything of it is there; None: unknown
+    available: int | None  # free on the device before training; None: unknown
 
     @property
     def activations(self) -> int:
@@ -53,14 +53,18 @@ def estimate_memory(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
 ) -> MemoryEstimate:
-    """Count what autograd keeps for one image of two small sizes and scale it to the batch and size.
+    """Measure the tensors that autograd saves for one image at two small sizes and extrapolate to batch and size.
 
-    Workspaces of the convolutions, the loader's batches and the process itself come on top.
+    Does not include workspaces of convolutions, batches of the loader, or the process itself.
 
     Args:
-        model: on the device; neither its weights nor its statistics change.
-        batch_size: images of a micro-batch.
+        model: model on the device; neither its weights nor its statistics change.
+        criterion: (outputs, targets) -> dict of losses.
+        train: settings of optimizer and EMA.
+        batch_size: images per micro-batch.
         size: side of the network input in pixels.
+        autocast: returns the context of the forward pass.
+        device: device of the model.
     """
     parameters = list(model.parameters())
     copies = 2 + OPTIMIZER_TENSORS[train.optimizer] + (train.ema_decay is not None)
@@ -68,13 +72,13 @@ def estimate_memory(
     coarsest = cast(tuple[int, ...], model.strides)[-1]
     sides = [coarsest * math.ceil(side / coarsest) for side in PROBE_SIDES]
     was_training = [(module, module.training) for module in model.modules()]
-    model.eval()  # batch-norm layers keep their statistics; the same tensors are kept for the backward pass
+    model.eval()  # keeps the batch-norm statistics; autograd saves the same tensors as in training mode
     try:
         small, large = (_kept_bytes(model, criterion, side, autocast, device) for side in sides)
     finally:
         for module, training in was_training:
             module.training = training
-    # What does not grow with the area (weights cast to bfloat16) is there once.
+    # What does not grow with the area, such as weights cast to bfloat16, does not grow with the batch either.
     per_pixel = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
     once = max(round(large - per_pixel * sides[1] ** 2), 0)
     return MemoryEstimate(state, once, per_pixel * size**2, batch_size, available_memory(device))
@@ -87,7 +91,7 @@ def _kept_bytes(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
 ) -> int:
-    """Bytes that autograd keeps for one image, without the weights themselves."""
+    """Count the bytes that autograd saves for one image, without the weights."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -102,7 +106,7 @@ def _kept_bytes(
         "boxes": torch.zeros(1, 1, 4, device=device),
         "labels": torch.full((1, 1), -1, dtype=torch.int64, device=device),
     }
-    # What is kept to compute a block again is no tensor that autograd saves.
+    # The inputs that activation checkpointing keeps are not reported to saved_tensors_hooks.
     recomputed = [block for stage in model.modules() if isinstance(stage, RecomputedStage) for block in stage]
     hooks = [block.register_forward_pre_hook(lambda _, inputs: (count(inputs[0]), None)[1]) for block in recomputed]
     try:
@@ -111,5 +115,5 @@ def _kept_bytes(
     finally:
         for hook in hooks:
             hook.remove()
-    del losses  # held the graph, and with it what was counted
+    del losses  # kept the graph alive until here, so that no storage address was reused
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""export.py as its users see it, and its files as weights, with a network made in a moment from a small description."""
+"""export.py end to end, and its files as weights, with a small network from a cfg."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ Run = Callable[..., Any]
 
 
 def make_weights(directory: Path) -> DarknetNetwork:
-    """net.cfg, net.weights (random) and net.names; the outputs vary enough from cell to cell to find something."""
+    """Write net.cfg, net.weights (random) and net.names; outputs vary enough between cells to give detections."""
     torch.manual_seed(0)
     network = DarknetNetwork(parse_cfg(CFG), num_classes=2, objectness_prior=0.5).eval()
     with torch.no_grad():
@@ -81,7 +81,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """`exported("nms")`: the file that export.py makes with the flags of that kind, made once."""
+    """Factory of exported files, cached by kind: `exported("nms")`."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -116,7 +116,7 @@ def open_file(path: Path, *words: str) -> OpenedDetector:
 
 
 def some_images(count: int, height: int, width: int) -> np.ndarray:
-    """Coarse random patches, (count, 3, height, width) uint8."""
+    """Make images of coarse random patches, (count, 3, height, width) uint8."""
     patches = np.random.default_rng(1).integers(0, 256, (count, 3, height // 16, width // 16), dtype=np.uint8)
     return patches.repeat(16, axis=2).repeat(16, axis=3)
 
@@ -139,7 +139,7 @@ def test_darknet_export_is_the_same_file(run: Run, files: Path, tmp_path: Path) 
 def test_darknet_export_describes_the_size_it_was_asked_for(
     run: Run, files: Path, drawn_dataset: Path, tmp_path: Path
 ) -> None:
-    """Read back without any setting, the exported pair finds the same boxes."""
+    """The exported .cfg and .weights give the same detections without any setting."""
     size = "evaluation.image_size=96"
     exported = run("export.py", *weights_of(files), size, "--format", "darknet", "--output", tmp_path)
     assert exported.returncode == 0, exported.stderr
@@ -220,7 +220,7 @@ def iou(one: np.ndarray, other: np.ndarray) -> float:
 def slow_nms(
     boxes: np.ndarray, scores: np.ndarray, confidence: float, iou_threshold: float, most: int
 ) -> set[tuple[int, int]]:
-    """(prediction, class) that are left of one image's boxes (P, 4) and scores (P, C)."""
+    """Reference NMS of the boxes (P, 4) and scores (P, C) of an image: the kept (prediction, class) pairs."""
     kept = set()
     for label in range(scores.shape[1]):
         order = [index for index in np.argsort(-scores[:, label]) if scores[index, label] > confidence]
@@ -236,7 +236,7 @@ def slow_nms(
 def test_final_detections_are_those_of_a_slow_loop(
     files: Path, exported: Callable[[str], Path], size: tuple[int, int]
 ) -> None:
-    """With every setting that matters: softmax, three thresholds, a limit; on sizes that the file was not traced at."""
+    """With softmax, three thresholds and a limit, at sizes other than the traced one."""
     images = some_images(3, *size)
     opened = open_weights(
         files / "net.weights", files / "net.cfg", None, DEFAULTS, words=["yolo.class_loss=cross_entropy"]
@@ -268,7 +268,7 @@ def test_final_detections_are_those_of_a_slow_loop(
 
 
 def test_nms_alone_by_hand() -> None:
-    """Two images, two classes; IoU of the first two boxes 0.8, of the third with both 0."""
+    """Two images and two classes; the IoU of the first two boxes is 0.8, that of the third with both is 0."""
     text = NMS_TEMPLATE.format(ir_version=10, opset=18, confidence=0.25, iou=0.5, most=1)
     session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
     boxes = np.float32([[[0, 0, 10, 10], [0, 0, 8, 10], [20, 0, 30, 10]]] * 2)
@@ -379,7 +379,7 @@ def test_real_detector_keeps_its_ap50_with_nms_inside(
 def test_detect_draws_the_same_boxes_with_another_size(
     run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
 ) -> None:
-    """Thresholds and, with --dynamic-size, the size are still the command line's."""
+    """The command line can change thresholds and, with --dynamic-size, the image size."""
     common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
     common += ["evaluation.visualization_threshold=0.2", "yolo.score=objectness", "run.precision=off"]
     for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
