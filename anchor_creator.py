@@ -84,7 +84,7 @@ def main() -> None:
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:
-        raise SettingsError("data.fake: anchors for random boxes serve nobody; name a dataset with data.root=DIRECTORY")
+        raise SettingsError("data.fake: random boxes have no useful anchors; name a dataset with data.root=DIRECTORY")
     make_builtin(settings.data)
     path = find_split(settings.data, "train")[0]
     share = settings.data.validation_fraction

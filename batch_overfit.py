@@ -100,7 +100,7 @@ def main() -> None:
         raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
     for line in [*notices, *load_pretrained(detector.model, settings.model)]:
         print(line)
-    overfit = Overfit(settings, machine, dataset, batch, machine.place(detector))
+    overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)
     images = f"{len(dataset.annotations)} images with {boxes} boxes"
     print(f"{describe_device(machine.device)}; {images}, {settings.model.backbone}")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from detection.config.command_line import Parser
 from detection.data.conversion.coco import ROBOFLOW, coco_json, read_coco
-from detection.data.conversion.dataset import ConvertedDataset, Findings, assign_names, drop_bad_names, place_image
+from detection.data.conversion.dataset import ConvertedDataset, Findings, assign_names, drop_bad_names, link_image
 from detection.data.conversion.voc import read_voc
 from detection.data.conversion.yolo import data_yaml, read_yolo, yolo_label
 from detection.data.conversion.yolo_layout import DESCRIPTIONS
@@ -227,7 +227,7 @@ def write_images(dataset: ConvertedDataset, root: Path, target_format: str, link
     for split, entry in tqdm(entries, unit="image", disable=None, leave=False):
         if entry.file is not None:
             folder = root / split if target_format == "coco" else root / "images" / split
-            copied += place_image(entry.file, folder / entry.name, link)
+            copied += link_image(entry.file, folder / entry.name, link)
     if link and copied:
         print(f"note: {copied} images were copied, because the file system cannot link them")
 

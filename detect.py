@@ -146,7 +146,7 @@ class Finder:
         settings, self.names = opened.settings, opened.class_names()
         if unknown := [name for name in wanted if name not in self.names]:
             raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.machine, self.detector = machine, machine.place(opened.detector)
+        self.machine, self.detector = machine, machine.to_device(opened.detector)
         self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
         if self.threshold < lowest:

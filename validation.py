@@ -283,7 +283,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Mac
     settings, device = opened.settings, machine.device
     how = f"{describe_device(device)}, {machine.precision}"
     print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector)}", flush=True)
-    detector = machine.place(opened.detector)
+    detector = machine.to_device(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:

@@ -18,7 +18,7 @@ from benchmarks.support.timing import milliseconds
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.data.fake import synthetic_batch
-from detection.data.loaders import SMALLEST_BUCKET, targets_to
+from detection.data.loaders import SMALLEST_BUCKET, batch_to_device
 from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.models import build_detector
@@ -46,12 +46,12 @@ def main() -> None:
     detector = build_detector(settings, CLASSES).to(device, channels_last=True)
     detector.geometry.check_size("--size", arguments.size)
     batch = synthetic_batch(arguments.size, arguments.batch, CLASSES)
-    images, _ = targets_to(batch, device)
+    images, _ = batch_to_device(batch, device)
     model = detector.model.train()
     outputs = [output.detach().requires_grad_() for output in model(images)]
 
     def step() -> None:
-        losses = detector.criterion(model(images), targets_to(batch, device)[1])
+        losses = detector.criterion(model(images), batch_to_device(batch, device)[1])
         sum(losses.values()).backward()
 
     whole = statistics.median(milliseconds(step, device, 3))

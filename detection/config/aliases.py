@@ -16,7 +16,7 @@ from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
 
 HPU_FLAGS = ("--hpu", "--hpus")
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 RECIPES = {
     "yolov3_d53_320_273e_coco.py": "recipes/d53_320_273e.yaml; on HPUs recipes/d53_320_273e_1x32.yaml and its siblings",
     "yolov3_d53_mstrain-608_273e_coco.py": "recipes/d53_mstrain-608_273e.yaml",
@@ -116,7 +116,7 @@ def check_files(words: Sequence[str]) -> None:
 
 
 def check_launcher(given: dict[str, Any]) -> None:
-    missing = [name for name in LAUNCHED if name not in os.environ]
+    missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
     if "launcher" in given and missing:
         raise SettingsError(
             f"--launcher pytorch: the environment has no {', '.join(missing)}; start with "

@@ -83,7 +83,7 @@ class CocoDataset(Dataset):
 
     def __getitems__(self, positions: list[int | tuple[int, int, int]]) -> list[Sample]:
         """Load the samples of a batch, timing each. `DataLoader` prefers this method to single items."""
-        return [self.slow_samples.time(self.__getitem__, position) for position in positions]
+        return [self.slow_samples.load_timed(self.__getitem__, position) for position in positions]
 
     def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
         """Load and transform one image.

@@ -95,7 +95,7 @@ def batches_ahead(workers: int) -> int:
     return workers * PREFETCHED + 1
 
 
-def targets_to(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+def batch_to_device(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Copy images and padded targets to the device, asynchronously if the batch is pinned."""
     images = batch["images"].to(device, non_blocking=True)
     targets = {key: batch[key].to(device, non_blocking=True) for key in ("boxes", "labels")}

@@ -34,14 +34,14 @@ class SlowSamples:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def time(self, load: Callable[[Any], Any], position: int | tuple[int, int, int]) -> Any:
+    def load_timed(self, load: Callable[[Any], Any], position: int | tuple[int, int, int]) -> Any:
         """Return `load(position)` and warn if it takes too long."""
         if self.seconds is None:
             return load(position)
         if self.process != os.getpid():  # a forked worker inherits the object but not its thread
             self.forget()
             self.process = os.getpid()
-            threading.Thread(target=self.look, name="slow samples", daemon=True).start()
+            threading.Thread(target=self.watch, name="slow samples", daemon=True).start()
         index, started = position if isinstance(position, int) else position[0], time.monotonic()
         self.running = (index, started)
         try:
@@ -49,17 +49,17 @@ class SlowSamples:
         finally:
             self.running = None
             if time.monotonic() - started > self.seconds:
-                self.name(index, f"took {time.monotonic() - started:.1f} s")
+                self.warn(index, f"took {time.monotonic() - started:.1f} s")
 
-    def look(self) -> None:
+    def watch(self) -> None:
         assert self.seconds is not None
         while True:
             time.sleep(self.seconds / 4)
             running = self.running
             if running is not None and time.monotonic() - running[1] > self.seconds:
-                self.name(running[0], f"has been loading for {time.monotonic() - running[1]:.1f} s")
+                self.warn(running[0], f"has been loading for {time.monotonic() - running[1]:.1f} s")
 
-    def name(self, index: int, what: str) -> None:
+    def warn(self, index: int, what: str) -> None:
         if index not in self.named:
             self.named.add(index)
             line = f"warning: {self.describe(index)} {what} (data.slow_sample_seconds)"

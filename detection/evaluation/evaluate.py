@@ -12,7 +12,7 @@ from torch import nn
 
 from detection.contract import Batch
 from detection.data.annotations import Annotations
-from detection.data.loaders import targets_to
+from detection.data.loaders import batch_to_device
 from detection.evaluation.coco_metric import ClassAP, choose_backend, score
 from detection.evaluation.detections import Detections
 from detection.ops.letterbox import boxes_to_original
@@ -93,7 +93,7 @@ def run_inference(
     try:
         for batch in loader:
             lap("load")
-            images, targets = targets_to(batch, device)
+            images, targets = batch_to_device(batch, device)
             with autocast():
                 outputs = model(images)
                 lap("network")

@@ -1,4 +1,4 @@
-"""Detectors by name. Each family is a package here; only this file refers to it by name."""
+"""Detectors by name. Each family is a package here, and this file is where it is listed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -61,7 +61,7 @@ class Machine:
         """Function that runs the collected graph in lazy mode of an HPU; does nothing elsewhere."""
         return mark_step_of(self.device, self.lazy)
 
-    def place(self, detector: Detector) -> Detector:
+    def to_device(self, detector: Detector) -> Detector:
         """Move a detector to the device, with its weights in the configured memory format."""
         return detector.to(self.device, self.channels_last)
 

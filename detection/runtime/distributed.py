@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import rendezvous
 
+from detection.config.aliases import TORCHRUN_VARIABLES
 from detection.errors import SettingsError, UserError
 
 T = TypeVar("T")
 EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
 JOIN_TIMEOUT = datetime.timedelta(minutes=1)
 MAX_MESSAGE_CHARS = 200  # of torch's messages, which begin with the cause
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankError(UserError):
@@ -140,14 +140,14 @@ def read_environment() -> tuple[int, int, int]:
     """
     if "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
-    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+    if missing := [name for name in TORCHRUN_VARIABLES if not os.environ.get(name)]:
         raise SettingsError(
             f"WORLD_SIZE is set, but {', '.join(missing)} is not; start several processes with torchrun"
         )
     try:
-        rank, local_rank, size = (int(os.environ[name]) for name in VARIABLES[:3])
+        rank, local_rank, size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:3])
     except ValueError as error:
-        raise SettingsError(f"{', '.join(VARIABLES[:3])} must be whole numbers: {error}") from None
+        raise SettingsError(f"{', '.join(TORCHRUN_VARIABLES[:3])} must be whole numbers: {error}") from None
     if not 0 <= rank < size:
         raise SettingsError(f"RANK={rank} must lie in 0..{size - 1} (WORLD_SIZE={size})")
     return rank, local_rank, size

@@ -34,7 +34,7 @@ def plan_lines(run: Run) -> list[str]:
         f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
         f"batch       {train.micro_batch} x {train.subdivisions} subdivisions x {run.ranks.size} "
         f"process{'es' if run.ranks.size > 1 else ''} = {run.images_per_step} images per step",
-        *run.found_batch_size,
+        *run.batch_size_lines,
         f"duration    {run.steps} steps = {run.steps / run.steps_per_epoch:.1f} epochs"
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
@@ -47,7 +47,7 @@ def plan_lines(run: Run) -> list[str]:
             f"backbone    frozen for {run.unfreeze_step} steps, then learning rate x "
             f"{train.backbone_learning_rate_factor:g}, batch norm {train.backbone_batch_norm}"
         )
-    lines += [f"pretrained  {line}" for line in run.pretrained]
+    lines += [f"pretrained  {line}" for line in run.pretrained_lines]
     for name, annotations in (("training", training), ("validation", validation)):
         lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
     return lines + run.data_warnings

@@ -77,7 +77,7 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     show(estimate.line())
     if estimate.available is not None and estimate.total > estimate.available:
         raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
-    positions = next(iter(run.sampler(state.step, state.step + 1)))
+    positions = next(iter(run.new_sampler(state.step, state.step + 1)))
     batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
     set_backbone_frozen(state.model, False, train.backbone_batch_norm)
     # The second micro-batch adds to existing gradients; further ones need no more memory.
@@ -95,7 +95,7 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     step = "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
     memory = peak_memory_gib(run.device)
-    show(f"dry run     {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; discarded")
+    show(f"preflight   {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; weights unchanged")
     workers = run.settings.data.num_workers * run.ranks.local_size
     shared = check_shared_memory(workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels")))
     if shared is not None:
@@ -171,7 +171,7 @@ def try_evaluation(run: Run, state: RunState) -> str:
     few = select_images(dataset.annotations, np.arange(count))
     backend = run.settings.evaluation.backend
     found = evaluate(state.evaluated_model, criterion, postprocess, [batch], few, run.device, run.autocast, backend)
-    return f"evaluator   {found.backend} ran on two images"
+    return f"evaluator   {found.backend} ran on {count} image{'s' if count > 1 else ''}"
 
 
 def tensor_bytes(value: Any) -> int:

@@ -58,7 +58,7 @@ def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
             yield saver
             status = FINISHED
         except (UserError, RuntimeError) as error:
-            failure = explain(error, run, state, saver, loggers)
+            failure = save_and_explain(error, run, state, saver, loggers)
             if failure is None:
                 raise
             status = STOPPED if isinstance(failure, StoppedBySignal) else FAILED
@@ -74,7 +74,7 @@ def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
         raise OutputError(f"run directory {loggers.directory} cannot be written: {error}") from None
 
 
-def explain(
+def save_and_explain(
     error: UserError | RuntimeError, run: Run, state: RunState, saver: Saver, loggers: Loggers
 ) -> UserError | None:
     """Save the state if possible and return the error for the user; None: the error is a bug."""

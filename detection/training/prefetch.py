@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from detection.contract import Batch
-from detection.data.loaders import targets_to
+from detection.data.loaders import batch_to_device
 from detection.errors import UserError
 
 
@@ -35,7 +35,7 @@ class Prefetcher:
             while len(self._ready) < count:
                 batch = next(self.batches)
                 with torch.cuda.stream(self.stream):
-                    images, targets = targets_to(batch, self.device)
+                    images, targets = batch_to_device(batch, self.device)
                 copied: Batch = {**batch, "images": images, "boxes": targets["boxes"], "labels": targets["labels"]}
                 self._ready.append((copied, self.stream.record_event()))
         except (StopIteration, UserError, RuntimeError, OSError) as error:

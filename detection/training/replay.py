@@ -14,7 +14,7 @@ from detection.checkpoints import RUN_FIELDS, load_fields, save_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, complete_settings, load_settings
 from detection.contract import Batch
-from detection.data.loaders import collate_samples, targets_to
+from detection.data.loaders import batch_to_device, collate_samples
 from detection.errors import CheckpointError, NumericsError, OutputError
 from detection.runtime.reproducibility import seed_step
 from detection.training.optimizer import set_backbone_frozen
@@ -112,7 +112,7 @@ def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[lis
     ids = run.training_set.annotations.image_ids
     for rank in range(run.processes):
         seed_step(settings.run.seed, step, rank)
-        for positions in run.sampler(step, step + 1, rank):
+        for positions in run.new_sampler(step, step + 1, rank):
             batch = collate_samples([run.training_set[position] for position in positions])
             yield diagnose_batch(state.model, run.criterion, batch, run.autocast, run.device, ids)
 
@@ -144,7 +144,7 @@ def diagnose_batch(
         for name, module in model.named_modules()
         if not list(module.children())
     ]
-    images, targets = targets_to(batch, device)
+    images, targets = batch_to_device(batch, device)
     model.zero_grad(set_to_none=True)
     try:
         with autocast():

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.config.settings import Settings
+from detection.contract import Detector
 from detection.data.annotations import annotations_digest, repeat_factors
 from detection.data.build import build_datasets, make_builtin
 from detection.data.coco import CocoDataset
@@ -54,17 +55,28 @@ class Run:
     """
 
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
-        train, evaluation = settings.train, settings.evaluation
         self.settings, self.ranks, self.processes = settings, ranks, processes or ranks.size
-        self.device, machine = ranks.device, machine_of(ranks.device, settings.run)
-        self.dtype, self.precision, self.mark_step = machine.dtype, machine.precision, machine.mark_step
-        self.autocast, self.build_scaler = machine.autocast, machine.build_scaler
+        self.device, self.machine = ranks.device, machine_of(ranks.device, settings.run)
+        self.dtype, self.precision, self.mark_step = self.machine.dtype, self.machine.precision, self.machine.mark_step
+        self.autocast, self.build_scaler = self.machine.autocast, self.machine.build_scaler
+        self._build_data()
+        seed_everything(settings.run.seed)
+        self.detector = self._build_detector(fresh)
+        assert self.detector.criterion is not None
+        self.criterion = self.detector.criterion
+        self._resolve_durations()
+        self.data_warnings = check_before_training(
+            self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
+        )
 
-        if ranks.is_first:
+    def _build_data(self) -> None:
+        """Read both datasets; they get their transform once the detector is built, whose geometry it follows."""
+        settings = self.settings
+        if self.ranks.is_first:
             make_builtin(settings.data)
-        ranks.broadcast(None)  # barrier: the others wait for the dataset
+        self.ranks.broadcast(None)  # barrier: the others wait for the dataset
         self.training_set, self.validation_set = build_datasets(
-            settings.data, settings.run.seed, settings.model.num_classes, evaluation.max_images
+            settings.data, settings.run.seed, settings.model.num_classes, settings.evaluation.max_images
         )
         if isinstance(self.training_set, CocoDataset):
             self.training_set.substitutes = True
@@ -75,9 +87,11 @@ class Run:
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
-        seed_everything(settings.run.seed)
+    def _build_detector(self, fresh: bool) -> Detector:
+        """Build the detector on the device, the datasets' transforms, and a batch size for `auto`."""
+        settings, train = self.settings, self.settings.train
         detector = build_detector(settings, len(self.categories.names))
-        self.pretrained = load_pretrained(detector.model, settings.model) if fresh else []
+        self.pretrained_lines = load_pretrained(detector.model, settings.model) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:
@@ -85,43 +99,41 @@ class Run:
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)
-        self.validation_set.sample_transform = Transform(geometry, evaluation.image_size, seed)
-        detector = machine.place(detector)
-        self.found_batch_size: list[str] = []
+        self.validation_set.sample_transform = Transform(geometry, settings.evaluation.image_size, seed)
+        detector = self.machine.to_device(detector)
+        self.batch_size_lines: list[str] = []
         if train.batch_size == "auto":
             number, line = find_batch_size(
-                detector, settings, ranks, len(self.training_set), self.autocast, self.build_scaler
+                detector, settings, self.ranks, len(self.training_set), self.autocast, self.build_scaler
             )
             train = train.model_copy(update={"batch_size": number})
-            self.settings = settings = settings.model_copy(update={"train": train})
-            self.found_batch_size = [line]
-        if train.sync_batch_norm:
-            detector = detector.replace(model=synchronise_batch_norm(detector.model, self.device))
-        self.detector = detector
-        assert detector.criterion is not None
-        self.criterion = detector.criterion
-        self.size_step = size_step(geometry.size_multiple)
+            self.settings = settings.model_copy(update={"train": train})
+            self.batch_size_lines = [line]
         smallest = train.multiscale_sizes[0] if train.resize_frequency else train.image_size
         if train.micro_batch == 1 and smallest == geometry.size_multiple:
             raise SettingsError(
                 f"train.batch_size=1 with images of {smallest} px: the coarsest map has one cell, and a batch norm "
                 "needs more than one value; take train.batch_size=2 or larger images"
             )
+        self.size_step = size_step(geometry.size_multiple)
+        if train.sync_batch_norm:
+            detector = detector.replace(model=synchronise_batch_norm(detector.model, self.device))
+        return detector
 
+    def _resolve_durations(self) -> None:
+        """Turn every duration of the settings, in steps or epochs, into optimizer steps, and build the schedule."""
+        settings, train = self.settings, self.settings.train
         self.images_per_step = train.micro_batch * train.subdivisions * self.processes
-        self.steps_per_epoch = self.sampler(0, 0).images_per_epoch / self.images_per_step
+        self.steps_per_epoch = self.new_sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
         self.ema_ramp = self.in_steps(train.ema_ramp)
         self.save_frequency = max(self.in_steps(train.save_frequency), 1)
-        self.evaluate_frequency = max(self.in_steps(evaluation.evaluate_frequency), 1)
+        self.evaluate_frequency = max(self.in_steps(settings.evaluation.evaluate_frequency), 1)
         try:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
             raise SettingsError(str(error)) from None
-        self.data_warnings = check_before_training(
-            self.training_set, self.validation_set, settings.data, train, detector
-        )
 
     @property
     def patience(self) -> float:
@@ -141,7 +153,7 @@ class Run:
         """Return whether the model is evaluated after this many steps."""
         return step % self.evaluate_frequency == 0 or step == self.steps
 
-    def sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
+    def new_sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
         """Build the sampler of micro-batches from `first_step` up to `end_step`, for this or another rank."""
         train = self.settings.train
         return TrainingBatchSampler(
@@ -161,14 +173,14 @@ class Run:
 
     def training_batches(self, first_step: int) -> Prefetcher:
         """Start the loader; returns the micro-batches of this process from `first_step` to the end of the run."""
-        sampler = self.sampler(first_step, self.steps)
+        sampler = self.new_sampler(first_step, self.steps)
         loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
         return Prefetcher(iter(loader), self.device)
 
     def image_ids_of_step(self, step: int) -> list[int]:
         """List the image ids of a step, over all micro-batches and processes."""
         images = range(step * self.images_per_step, (step + 1) * self.images_per_step)
-        sampler = self.sampler(step, step + 1)
+        sampler = self.new_sampler(step, step + 1)
         return [int(self.training_set.annotations.image_ids[sampler.image_at(place)[0]]) for place in images]
 
     def new_state(self, checkpoint: dict[str, Any] | None = None) -> RunState:

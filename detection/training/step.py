@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.contract import Batch
-from detection.data.loaders import targets_to
+from detection.data.loaders import batch_to_device
 from detection.training.skipped_steps import BatchNormStatistics, StepResult, step_if
 
 
@@ -19,7 +19,7 @@ def train_step(
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batches: Sequence[Batch],
+    micro_batches: Sequence[Batch],
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
     clip_norm: float | None,
@@ -39,7 +39,7 @@ def train_step(
         criterion: (outputs, targets) -> dict of losses.
         optimizer: optimizer of the model.
         scaler: gradient scaler, disabled unless in fp16.
-        batches: micro-batches of this step.
+        micro_batches: micro-batches of this step; images are uint8 RGB.
         autocast: returns the context of the forward pass.
         device: device of the model.
         clip_norm: maximum L2 norm of the whole gradient; None: no clipping.
@@ -54,20 +54,20 @@ def train_step(
     if statistics is not None:
         statistics.keep()
     totals: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches, start=1):
-        images, targets = targets_to(batch, device)
-        waits = isinstance(model, DistributedDataParallel) and number < len(batches)
-        with cast(DistributedDataParallel, model).no_sync() if waits else contextlib.nullcontext():
+    for number, batch in enumerate(micro_batches, start=1):
+        images, targets = batch_to_device(batch, device)
+        accumulates = isinstance(model, DistributedDataParallel) and number < len(micro_batches)
+        with cast(DistributedDataParallel, model).no_sync() if accumulates else contextlib.nullcontext():
             with autocast():
                 outputs = model(images)
                 losses = criterion(outputs, targets)
-            loss = sum(losses.values()) / len(batches)
+            loss = sum(losses.values()) / len(micro_batches)
             # 1 if the loss is finite, else NaN: a non-finite loss may have a finite gradient.
             poison = loss.detach() * 0 + 1
             scaler.scale(loss * poison).backward()
         mark_step()
         for name, value in losses.items():
-            totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+            totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
     scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if clip_norm is not None:

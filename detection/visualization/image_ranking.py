@@ -131,7 +131,7 @@ def find_mistakes(
     """
     settings, device = opened.settings, machine.device
     print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)
-    detector = machine.place(opened.detector)
+    detector = machine.to_device(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(
         Readable(dataset), batch_size, settings.data.num_workers, device, collate=collate_readable

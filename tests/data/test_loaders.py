@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from detection.config.settings import Settings
 from detection.contract import Batch
 from detection.data.coco import CocoDataset
-from detection.data.loaders import build_evaluation_loader, build_training_loader, collate_samples, targets_to
+from detection.data.loaders import batch_to_device, build_evaluation_loader, build_training_loader, collate_samples
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample
 from detection.errors import DataReadError
@@ -221,7 +221,7 @@ def test_crowd_labels_are_kept_apart_from_padding() -> None:
 
 def test_targets_move_with_the_images() -> None:
     batch = collate_samples([sample(3)])
-    images, targets = targets_to(batch, CPU)
+    images, targets = batch_to_device(batch, CPU)
     assert images.dtype == torch.uint8 and targets.keys() == {"boxes", "labels"}
     assert torch.equal(targets["boxes"], batch["boxes"]) and torch.equal(targets["labels"], batch["labels"])
 

@@ -109,8 +109,8 @@ def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: p
     samples = SlowSamples(0.05, lambda index: f"image {index}")
     samples.look = lambda: None  # type: ignore[method-assign]
     for _ in range(2):
-        assert samples.time(lambda position: time.sleep(0.1) or position, (7, 0, 64)) == (7, 0, 64)
-    samples.time(lambda position: None, 8)
+        assert samples.load_timed(lambda position: time.sleep(0.1) or position, (7, 0, 64)) == (7, 0, 64)
+    samples.load_timed(lambda position: None, 8)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("warning: image 7 took 0.1 s")
 

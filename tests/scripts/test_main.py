@@ -532,7 +532,7 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
     alone = module.join_ranks(settings)
     with pytest.raises(CheckpointError, match=r"gone\.pth: does not exist"):
         module.Run(settings, alone, fresh=True)
-    assert module.Run(settings, alone, fresh=False).pretrained == []  # all weights come from the checkpoint
+    assert module.Run(settings, alone, fresh=False).pretrained_lines == []  # all weights come from the checkpoint
 
     state = mobilenet_v3_small(weights=None).state_dict()
     torch.save(state, "gone.pth")

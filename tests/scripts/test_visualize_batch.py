@@ -55,11 +55,11 @@ def test_it_is_the_batch_of_the_run(
     settings = default_settings(*SMALL, f"data.root={drawn_dataset}", *words)
     module = load_main()
     training = module.Run(settings, module.join_ranks(settings), fresh=True)
-    sampler = training.sampler(5, 6)
+    sampler = training.new_sampler(5, 6)
     positions = [position for batch in sampler for position in batch]
     assert [(row["index"], row["epoch"], row["size"]) for row in content["images"]] == positions
     assert len(positions) == 8 and len({size for _, _, size in positions}) == 1
-    loader = build_training_loader(training.training_set, training.sampler(5, 6), 0, torch.device("cpu"))
+    loader = build_training_loader(training.training_set, training.new_sampler(5, 6), 0, torch.device("cpu"))
     place = 0
     for batch in loader:
         for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head import HeadLayout
+from detection.models.yolo.head_layout import HeadLayout
 
 WIDTH, HEIGHT = 96, 64  # default network input in pixels
 LEVELS = {

@@ -78,7 +78,7 @@ def test_processes_of_one_machine_share_its_memory(
 
 def test_unknown_memory_is_an_error(monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda device: None)
-    with pytest.raises(SettingsError, match="the free memory of cpu is not known; say a number"):
+    with pytest.raises(SettingsError, match="the free memory of cpu is not known; give a number"):
         find(default_settings(*WORDS))
 
 

@@ -141,7 +141,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
     )
     monkeypatch.setattr(prefetch, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(int(tensor.flatten()[0])))
-    monkeypatch.setattr(prefetch, "targets_to", lambda batch, device: (batch["images"] + 0, {
+    monkeypatch.setattr(prefetch, "batch_to_device", lambda batch, device: (batch["images"] + 0, {
         name: batch[name] + 0 for name in ("boxes", "labels")}))  # fmt: skip
     recorded: list[int] = []
     stream.recorded = recorded  # type: ignore[attr-defined]

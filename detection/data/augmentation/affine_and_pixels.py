@@ -10,6 +10,7 @@ from detection.config.augmentation import AugmentationSettings
 from detection.contract import Geometry
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed, warp_placed
 
+IN_THE_WARP = {"Affine", "HorizontalFlip", "VerticalFlip"}  # moves boxes too; all others change pixels only
 MINIMUM_SIDE = 1.0  # pixels of the network input; smaller boxes are removed after augmentation
 
 
@@ -131,4 +132,7 @@ def build_augmentation(augmentation: AugmentationSettings, fill: tuple[int, int,
             arguments |= {"fill": fill, "border_mode": cv2.BORDER_CONSTANT, "balanced_scale": False}
         if arguments["p"] > 0:
             transforms.append(transform(**arguments))
+    moving = [type(step).__name__ for step in transforms if isinstance(step, A.DualTransform)]
+    if set(moving) - IN_THE_WARP:
+        raise TypeError(f"{moving}: only {sorted(IN_THE_WARP)} move pixels here, because boxes follow the warp alone")
     return A.Compose(transforms, strict=True)

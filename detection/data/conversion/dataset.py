@@ -261,7 +261,7 @@ def drop_bad_names(dataset: ConvertedDataset, findings: Findings) -> None:
         dataset.splits[split] = [entry for entry in entries if not CONTROL.search(entry.name)]
 
 
-def place_image(source: Path, target: Path, link: bool) -> bool:
+def link_image(source: Path, target: Path, link: bool) -> bool:
     """Put an image at its new place; True if it was copied: asked for, or the file system cannot link.
 
     A hard link is a second name of the same file: it takes no space, and stays when either folder is moved or removed.

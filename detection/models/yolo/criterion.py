@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Anchors, AssignedPrediction
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head import HeadLayout, sizes_of
+from detection.models.yolo.head_layout import HeadLayout, sizes_of
 from detection.ops.boxes import box_area, pairwise_intersection
 from detection.runtime.devices import max_chunk_elements
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from detection.models.yolo.box_coder import decode_cxcywh, encode_boxes
 from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
 from detection.models.yolo.grid import place_in_cell
-from detection.models.yolo.head import BOX, CLASSES, OBJECTNESS
+from detection.models.yolo.head_layout import BOX, CLASSES, OBJECTNESS
 from detection.ops.boxes import complete_iou, generalized_iou, pairwise_wh_iou, xyxy_to_cxcywh
 
 MAX_EXPONENT = 10.0  # boxes of 1/22026 to 22026 anchors: beyond any ground-truth box, where the IoU has no gradient

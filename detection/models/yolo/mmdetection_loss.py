@@ -17,7 +17,7 @@ from detection.models.yolo.criterion import (
     split_batch,
 )
 from detection.models.yolo.grid import place_in_cell
-from detection.models.yolo.head import BOX, CLASSES, OBJECTNESS
+from detection.models.yolo.head_layout import BOX, CLASSES, OBJECTNESS
 from detection.ops.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 
 MAX_OVERLAPS = 2**27  # IoUs of ground-truth boxes and priors at once, 512 MiB; 64 images of 512 boxes have as many

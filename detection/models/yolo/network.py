@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
-from detection.models.yolo.head import CLASSES, OBJECTNESS, num_values
+from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, num_values
 from detection.ops.pixels import NormalizePixels
 
 

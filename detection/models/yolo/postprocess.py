@@ -9,7 +9,7 @@ from torch import Tensor
 from detection.contract import Anchors
 from detection.models.postprocess import DensePostprocess
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head import CLASSES, OBJECTNESS, HeadLayout, sizes_of
+from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, HeadLayout, sizes_of
 
 
 class YOLOPostprocess(DensePostprocess):

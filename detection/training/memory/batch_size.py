@@ -65,7 +65,7 @@ def find_batch_size(
     maximum = max(limit // parts, 1)
     one = estimate_memory(detector.model, detector.criterion, train, 1, size, autocast, device)  # type: ignore[arg-type]
     if one.available is None:
-        raise SettingsError(f"train.batch_size=auto: the free memory of {device} is not known; say a number")
+        raise SettingsError(f"train.batch_size=auto: the free memory of {device} is not known; give a number")
     budget, per_loaded_image = USED_SHARE * one.available, 0
     if device.type == "cpu":
         budget = USED_SHARE_CPU * one.available / ranks.local_size

@@ -206,3 +206,11 @@ def test_fog_draws_particles_as_albumentations_does() -> None:
         ours, theirs = np.array(rows)
         assert ours[:3].tolist() == theirs[:3].tolist()
         assert np.abs(ours - theirs).max() < 20  # standard error of a mean of 400 places over 400 px: 5.8
+
+
+def test_an_albumentation_that_moves_pixels_is_refused(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The boxes follow the warp alone; a transposed image would keep its old boxes."""
+    monkeypatch.setattr(A, "ToGray", A.Transpose)
+    augmentation = settings(default_settings, to_gray=1.0).data.augmentation
+    with pytest.raises(TypeError, match="Transpose"):
+        build_augmentation(augmentation, FILL)
