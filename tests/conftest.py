@@ -16,6 +16,7 @@ import pytest
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
 from detection.errors import exit_with_message
+from detection.training import throughput
 from tests.support.paths import REPOSITORY
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -45,6 +46,7 @@ def run_script(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., ScriptResult]:
     """`run_script(detect.main, "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
+    monkeypatch.setitem(throughput.MATRIX_SIDES, "cpu", 64)  # a training measures them at its end, for seconds
 
     def started(main: Callable[[], None], *arguments: str | Path, cwd: Path = tmp_path) -> ScriptResult:
         monkeypatch.chdir(cwd)

@@ -27,6 +27,7 @@ import pytest
 import torch
 import torch.utils.tensorboard
 
+from detection.training import throughput
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
@@ -64,6 +65,7 @@ def load_main() -> Any:
 
 
 load_main()
+throughput.MATRIX_SIDES["cpu"] = 64  # each run measures the speed of matrix products at its end, for seconds
 
 
 def run_script(arguments: list[str], directory: str, output: str, fault: Fault | None, guard_off: str | None) -> None:

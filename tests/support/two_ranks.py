@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from detection.training import evaluation
+from detection.training import evaluation, throughput
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
 
@@ -30,6 +30,7 @@ def load_main():
 def main() -> None:
     fault = sys.argv.pop(1)
     torch.set_num_threads(1)
+    throughput.MATRIX_SIDES["cpu"] = 64  # measured at the end, for seconds
     module = load_main()
     if "FAULTS_GUARD_OFF" in os.environ:
         switch_off(*json.loads(os.environ["FAULTS_GUARD_OFF"]), pytest.MonkeyPatch())
