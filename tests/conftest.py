@@ -1,6 +1,7 @@
 """Fixtures shared by several test files."""
 
 import json
+import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
+from detection.data.workers import kill_workers
 from detection.errors import exit_with_message
 from detection.training import throughput
 from tests.support.paths import REPOSITORY
@@ -22,6 +24,14 @@ from tests.support.paths import REPOSITORY
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 pytest_plugins = ["tests.support.darknet_files"]
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """The traceback of an expected error keeps a loader alive, and its end would cost the next test ten seconds."""
+    yield
+    if multiprocessing.active_children():
+        kill_workers()
 
 
 @pytest.fixture(scope="session")
