@@ -61,15 +61,6 @@ def all_scenes(scenes: dict[str, list[Scene]]) -> Iterator[Scene]:
 # The promised numbers
 
 
-def test_full_size_is_as_documented() -> None:
-    assert dict(IMAGE_COUNTS) == {"train": 1000, "val": 200}
-    assert digits.IMAGE_SIZE_PX == 320
-    assert digits.DIGITS_PER_IMAGE == (5, 14)
-    assert digits.DIGIT_HEIGHT_PX == (28, 76)
-    assert digits.JPEG_QUALITY >= 90
-    assert ensure_digits.__defaults__ == (IMAGE_COUNTS,)
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_files_are_ordinary_coco(dataset: Path, split: str) -> None:
     content = read(dataset, split)

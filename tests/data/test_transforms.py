@@ -409,22 +409,6 @@ def test_augmentation_leaves_the_global_random_states_alone(default_settings: Lo
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
-def test_the_two_flips_are_independent(default_settings: Load) -> None:
-    """One bright corner says which flips were made; 400 images, standard error of a quarter 0.022, of a half 0.025."""
-    transform = transform_of(
-        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)), 32, 0, training=True
-    )
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[0, 0] = 255
-    corners = []
-    for index in range(400):
-        row, column = np.argwhere(transform(image, *NO_BOXES, index, 0, 0).image[..., 0] == 255)[0]
-        corners.append((bool(column), bool(row)))
-    horizontal, vertical = np.array(corners).T
-    assert horizontal.mean() == pytest.approx(0.5, abs=0.1) and vertical.mean() == pytest.approx(0.5, abs=0.1)
-    assert (horizontal & vertical).mean() == pytest.approx(0.25, abs=0.09)
-
-
 def test_no_two_transforms_are_applied_together_more_often_than_chance(default_settings: Load) -> None:
     """All twelve at p = 0.5: each pair fires together on a quarter of the images, not on a half."""
     transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 0.5))), 32, 0, training=True)

@@ -207,14 +207,6 @@ def test_momentum_by_hand() -> None:
         assert model.w.item() == pytest.approx(expected)
 
 
-def test_learning_rate_of_each_group() -> None:
-    optimizer = build_optimizer(small_detector().model, train_settings())
-    set_learning_rates(optimizer, lambda step, group: step * {"weights": 0.1, "norms": 0.2, "biases": 0.3}[group], 1)
-    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
-        "weights": 0.1, "norms": 0.2, "biases": 0.3,
-    }  # fmt: skip
-
-
 def test_only_one_axis_and_no_bias_is_a_norm() -> None:
     """timm's backbones have other batch-norm layers, factors per channel and fully connected layers."""
 
