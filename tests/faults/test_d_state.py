@@ -50,15 +50,6 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
 
 
-def assert_equal_runs(first: Path, second: Path) -> None:
-    """Weights, average, optimizer, counters of the newest and of the best checkpoint, and all rows, to the bit."""
-    for name in ("last.pt", "best.pt"):
-        one, two = (load_checkpoint(directory / name) for directory in (first, second))
-        assert one["step"] > 0 and first_difference(one, two) is None, name
-    assert rows_of(first) == rows_of(second)
-    assert (first / "results.csv").read_text() == (second / "results.csv").read_text()
-
-
 @pytest.fixture(scope="session")
 def whole(server: Any, common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`whole(*settings)`: directory of an uninterrupted run with these settings; each is made once."""
@@ -395,7 +386,7 @@ def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(
 
 
 def compare_with(whole: Path, directory: Path) -> None:
-    """`assert_equal_runs`, but for settings that may differ."""
+    """Weights, average, optimizer, counters of newest and best checkpoint, and all rows, to the bit; not settings."""
     for name in ("last.pt", "best.pt"):
         one, two = (load_checkpoint(path / name) for path in (whole, directory))
         for key in one.keys() - {"settings"}:

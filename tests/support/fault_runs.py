@@ -5,7 +5,6 @@ seconds. Otherwise they equal processes started by a shell.
 """
 
 import atexit
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from detection.training import throughput
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
+from tests.support.training_runs import load_main
 
 GUARD_OFF = "FAULTS_GUARD_OFF"  # environment variable: arguments of `switch_off` as JSON
 Fault = Callable[[ModuleType], None]  # changes something in the loaded script before it runs
@@ -51,17 +51,6 @@ OVERLAY: dict[str, Any] = {
     "scheduler": {"warmup": 3, "index": [5], "scale": [1.0, 0.5]},
     "evaluation": {"evaluate_frequency": 4, "image_size": 64, "visualize_images": 0, "batch_size": 2},
 }  # fmt: skip
-
-
-def load_main() -> Any:
-    """Import the script, once per process."""
-    name = "yolo_v3_main"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, MAIN)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 load_main()

@@ -1,6 +1,7 @@
 """The training script as a module, and comparison of checkpoints."""
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ def first_difference(first: Any, second: Any, where: str = "") -> str | None:
 
 
 def load_main() -> Any:
-    """Import the script, for tests that need no process of its own."""
-    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import the script, once per process."""
+    name = "yolo_v3_main"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, MAIN)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
