@@ -34,20 +34,14 @@ from detection.training.resume import RESUMABLE, open_resumed_run
 from tests.support.checkpoint_cases import Payload, equal
 from tests.support.fault_runs import OVERLAY, Run, at_step, die, run_script
 from tests.support.run_logging import logging_to
-from tests.support.training_runs import first_difference
+from tests.support.training_runs import first_difference, rows_of
 
 Train = Callable[..., Run]
 Launch = Callable[..., Run]
-NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
 
 
 def content(step: int) -> dict[str, Any]:
     return {"step": step, "model": {"w": torch.full((3,), float(step))}}
-
-
-def rows_of(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,14 @@ from detection.ops.boxes import (
     pairwise_wh_iou,
     xyxy_to_cxcywh,
 )
-from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
+from tests.support.slow_boxes import (
+    slow_complete_iou,
+    slow_generalized_iou,
+    slow_intersection,
+    slow_iou,
+    slow_overlap_and_hull,
+    slow_v,
+)
 
 
 def random_boxes(*shape: int, seed: int = 0, size: float = 100.0) -> Tensor:
@@ -26,19 +33,6 @@ def random_boxes(*shape: int, seed: int = 0, size: float = 100.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     corner = (torch.rand(*shape, 2, generator=generator) - 0.2) * size
     return torch.cat([corner, corner + torch.rand(*shape, 2, generator=generator) * size], dim=-1)
-
-
-def slow_intersection(box_1: list[float], box_2: list[float]) -> float:
-    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
-    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
-    return width * height if width > 0 and height > 0 else 0.0
-
-
-def slow_iou(box_1: list[float], box_2: list[float]) -> float:
-    shared = slow_intersection(box_1, box_2)
-    area_1 = (box_1[2] - box_1[0]) * (box_1[3] - box_1[1])
-    area_2 = (box_2[2] - box_2[0]) * (box_2[3] - box_2[1])
-    return shared / (area_1 + area_2 - shared)
 
 
 # Formats

@@ -32,12 +32,12 @@ from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime import devices
 from detection.training.console import plan_lines
 from tests.support.paths import MAIN, REPOSITORY
-from tests.support.training_runs import first_difference, load_main
+from tests.support.training_runs import first_difference, load_main, rows_of
 
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
 TIMEOUT = 240  # seconds for one process, on a machine that does much else
-NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
+
 
 OVERLAY = {
     "run": {"device": "cpu", "precision": "off", "log_frequency": 1, "seed": 3},
@@ -206,11 +206,6 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenarios]:
     scenarios.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
-
-
 def assert_equal_runs(first: Path, second: Path) -> None:
     for name in ("last.pt", "best.pt"):
         contents = [torch.load(directory / name, weights_only=True) for directory in (first, second)]
@@ -218,7 +213,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
         for content in contents:
             content.pop("digest")  # follows from the rest
         assert first_difference(*contents) is None, name
-    assert read_metrics(first) == read_metrics(second)
+    assert rows_of(first) == rows_of(second)
     for name in ("results.csv", "detections.json", "metrics.json"):
         assert (first / name).read_text() == (second / name).read_text(), name
 
@@ -270,7 +265,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
     directory = scenarios.base / "whole"
-    rows = read_metrics(directory)
+    rows = rows_of(directory)
     training = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "val/AP" in row] == [5, 10, 12]
@@ -293,7 +288,7 @@ def test_metrics_of_a_run(scenarios: Scenarios) -> None:
 
 def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
-    evaluations = [row for row in read_metrics(scenarios.base / "whole") if "val/AP" in row]
+    evaluations = [row for row in rows_of(scenarios.base / "whole") if "val/AP" in row]
     # the first of equal ones: only a rise replaces it
     best = max(evaluations, key=lambda row: (row["val/AP50"], -row["step"]))
     content = torch.load(scenarios.base / "whole" / "best.pt", weights_only=True)

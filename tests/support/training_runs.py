@@ -1,7 +1,9 @@
 """The training script as a module, and comparison of checkpoints."""
 
 import importlib.util
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,13 @@ def first_difference(first: Any, second: Any, where: str = "") -> str | None:
     else:
         return None if first == second else f"{where}: {first!r} and {second!r}"
     return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what no run repeats."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    measured = ("train/images_per_second", "train/wait_fraction")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
 
 
 def load_main() -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detection.models.yolo.postprocess import YOLOPostprocess
 from detection.ops.letterbox import Letterbox, boxes_to_original
+from tests.support.slow_boxes import slow_iou
 
 STRIDES = [8, 16]
 ANCHORS = [[(10.0, 13.0), (33.0, 23.0)], [(30.0, 61.0), (59.0, 40.0)]]
@@ -30,14 +31,6 @@ def build(**arguments: Any) -> YOLOPostprocess:
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
-
-
-def slow_iou(box_1: list[float], box_2: list[float]) -> float:
-    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
-    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
-    shared = width * height if width > 0 and height > 0 else 0.0
-    area_1, area_2 = ((box[2] - box[0]) * (box[3] - box[1]) for box in (box_1, box_2))
-    return shared / (area_1 + area_2 - shared)
 
 
 def slow_detections(
