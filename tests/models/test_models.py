@@ -390,13 +390,11 @@ def test_settings_reach_the_parts() -> None:
         2,
         "model.backbone=mobilenet_v3_small",
         "yolo.neck_channels=[24, 16, 8]",
-        "yolo.ignore_threshold=0.6",
         "yolo.class_loss=cross_entropy",
         "evaluation.confidence_threshold=0.2",
         "evaluation.iou_threshold=0.3",
         "evaluation.max_detections=7",
     )
-    assert detector.criterion.ignore_threshold == 0.6 and detector.criterion.class_loss == "cross_entropy"
     postprocess = detector.postprocess
     assert (postprocess.confidence_threshold, postprocess.iou_threshold, postprocess.max_detections) == (0.2, 0.3, 7)
     assert postprocess.softmax

@@ -633,15 +633,6 @@ def test_average_is_a_copy_that_only_evaluates() -> None:
     assert model.linear.weight.unique().tolist() == [5.0]
 
 
-def test_average_of_a_constant_is_the_constant() -> None:
-    model = Normalised()
-    average = ExponentialMovingAverage(model, 0.9, 3)
-    before = bits(model)
-    for number in range(20):
-        average.update(model, number)
-    assert not changed(before, bits(average.model))
-
-
 def test_average_of_channels_last_weights() -> None:
     model = nn.Conv2d(2, 2, 3)
     nn.init.zeros_(model.weight)
