@@ -1,6 +1,7 @@
 """Fixtures shared by several test files."""
 
 import json
+import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +16,22 @@ import pytest
 
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
+from detection.data.workers import kill_workers
 from detection.errors import exit_with_message
+from detection.training import throughput
 from tests.support.paths import REPOSITORY
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 pytest_plugins = ["tests.support.darknet_files"]
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """The traceback of an expected error keeps a loader alive, and its end would cost the next test ten seconds."""
+    yield
+    if multiprocessing.active_children():
+        kill_workers()
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +56,7 @@ def run_script(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., ScriptResult]:
     """`run_script(detect.main, "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
+    monkeypatch.setitem(throughput.MATRIX_SIDES, "cpu", 64)  # a training measures them at its end, for seconds
 
     def started(main: Callable[[], None], *arguments: str | Path, cwd: Path = tmp_path) -> ScriptResult:
         monkeypatch.chdir(cwd)

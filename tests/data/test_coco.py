@@ -298,14 +298,6 @@ def test_the_order_of_boxes_does_not_depend_on_the_file() -> None:
                 assert np.array_equal(getattr(flatten(content), field.name), getattr(expected, field.name)), field.name
 
 
-@pytest.mark.parametrize("ids", [[0, 1, 2], [0, 0, 0], [5, 5, 6]])
-def test_annotation_ids_of_nought_and_duplicates_lose_no_box(open_dataset, ids: list[int]) -> None:
-    rows = [box(number, 1, [10 * place, 5, 20 - place, 20]) for place, number in enumerate(ids)]
-    annotations = open_dataset(coco(annotations=rows)).annotations
-    assert annotations.coco_boxes.tolist() == [row["bbox"] for row in rows]  # the areas descend already
-    assert annotations.counts.dropped == {}
-
-
 def test_an_orphan_annotation_is_counted() -> None:
     annotations = flatten(coco(annotations=[box(8, 3, [0, 0, 5, 5]), box(9, 2, [0, 0, 5, 5])]))
     assert annotations.annotation_ids.tolist() == [9]
@@ -393,13 +385,6 @@ def test_ids_must_be_whole_numbers(open_dataset, number: Any, place: str) -> Non
 def test_an_image_listed_twice_is_refused() -> None:
     message = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
     assert "4711" in message and "twice" in message
-
-
-@pytest.mark.parametrize("rows", [[], [box(1, 1, [1, 1, 5, 5])]], ids=["without boxes", "with boxes"])
-def test_no_images_at_all(open_dataset, rows: list) -> None:
-    with pytest.raises(DataError) as caught:
-        open_dataset(coco(images=[], annotations=rows))
-    assert "no images" in one_line(caught.value)
 
 
 COMPLETE = json.dumps(coco()).encode()
@@ -537,13 +522,6 @@ def test_the_usual_layouts_are_found(tmp_path: Path, default_settings: Load, fil
     assert other == tuple(tmp_path / name for name in REST[split])
 
 
-def test_a_roboflow_export_is_found(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, *(f"{split}/_annotations.coco.json" for split in ("train", "valid", "test")))
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
-    assert train == (tmp_path / "train/_annotations.coco.json", tmp_path / "train")
-    assert validation == (tmp_path / "valid/_annotations.coco.json", tmp_path / "valid")
-
-
 def test_one_directory_for_all_images(tmp_path: Path, default_settings: Load) -> None:
     make(tmp_path, "annotations/instances_train.json", "annotations/instances_val.json", "images")
     train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
@@ -651,12 +629,6 @@ def test_the_hash_of_an_image_id() -> None:
     content = coco(images=[image(123456789), *(image(number) for number in range(50))], annotations=[])
     assert parts(content, 0.7803)[1] >= {123456789}
     assert parts(content, 0.7802)[0] >= {123456789}
-
-
-@pytest.mark.parametrize(("share", "inside", "part"), [(1e-6, True, "validation"), (0.999999, False, "training")])
-def test_a_fraction_that_leaves_nothing_is_refused(share: float, inside: bool, part: str) -> None:
-    message = refusal(coco(), fraction=(share, inside))
-    assert "data.validation_fraction" in message and "2 images" in message and part in message
 
 
 # --- rare classes ---
@@ -992,18 +964,6 @@ def test_official_coco_annotations(shared_data, default_settings: Load) -> None:
         for index in (0, len(dataset) - 1):  # decodes, and has the size that the annotations state
             sample = dataset[(index, 1, 64)]
             assert sample.image.shape == (64, 64, 3) and len(sample.boxes) == len(sample.labels)
-
-
-def test_blood_cells(shared_data, default_settings: Load) -> None:
-    """The counts of shared/data/bccd/README.md."""
-    root = shared_data("bccd")
-    training, validation = open_both(root, default_settings(f"data.root={root}"))
-    assert names_of(training.annotations) == {"RBC": 2381, "WBC": 214, "Platelets": 209}
-    assert names_of(validation.annotations) == {"RBC": 967, "WBC": 87, "Platelets": 83}
-    assert (len(training), len(validation)) == (205, 87)
-    for dataset in (training, validation):
-        assert (dataset.annotations.image_sizes == (640, 480)).all() and dataset.annotations.counts.dropped == {}
-        assert dataset.load_image(3).shape == (480, 640, 3)
 
 
 def test_selected_images_keep_their_boxes(drawn_dataset: Path) -> None:

@@ -261,12 +261,6 @@ def test_the_number_of_workers_changes_nothing(training_set: CocoDataset) -> Non
     assert load_digests(training_set, 2, first=4) == alone[8:]
 
 
-def test_an_image_looks_different_in_every_epoch(training_set: CocoDataset) -> None:
-    one_image = [[(4, epoch, 64)] for epoch in range(6)]
-    loader = build_training_loader(training_set, one_image, 2, CPU)  # type: ignore[arg-type]
-    assert len({digest(batch) for batch in loader}) == 6
-
-
 def test_loading_leaves_the_random_state_of_the_run_alone(training_set: CocoDataset) -> None:
     """The state in a checkpoint must not depend on whether the loader was started before it was taken."""
     for num_workers in (0, 1):

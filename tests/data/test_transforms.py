@@ -382,7 +382,8 @@ def test_affine_scales_moves_and_fills(default_settings: Load) -> None:
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) -> None:
-    settings = default_settings(*probabilities(**{**dict.fromkeys(CLASSES, 0.5), "random_fog": 0.05}))
+    chosen = {**dict.fromkeys((*CLASSES, *NAMED), 0.5), "random_fog": 0.05}
+    settings = default_settings(*probabilities(**chosen))
     image, boxes, labels = picture(80, 60), np.array([[10, 10, 60, 50]], np.float32), np.array([2])
     transform = transform_of(settings, 64, 5, training=True)
     expected = {place: transform(image, boxes, labels, *place, 0) for place in itertools.product(range(4), range(3))}
@@ -401,28 +402,18 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) 
     assert all(not same(other_seed(image, boxes, labels, *place, 0), sample) for place, sample in expected.items())
 
 
-def test_augmentation_leaves_the_global_random_states_alone(default_settings: Load) -> None:
+def test_augmentation_leaves_the_global_random_states_alone(
+    default_settings: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    transform = transform_of(default_settings(*probabilities(**dict.fromkeys(CLASSES, 1.0))), 64, 0, training=True)
-    transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), 0, 0, 0)
+    # it would also seed the accelerators, whose states are not put back
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    words = probabilities(**dict.fromkeys((*CLASSES, *NAMED), 1.0))
+    transform = transform_of(default_settings(*words), 64, 0, training=True)
+    for index in range(5):
+        transform(picture(), np.array([[0, 0, 64, 64]], np.float32), np.array([1]), index, 0, 0)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-
-
-def test_the_two_flips_are_independent(default_settings: Load) -> None:
-    """One bright corner says which flips were made; 400 images, standard error of a quarter 0.022, of a half 0.025."""
-    transform = transform_of(
-        default_settings(*probabilities(horizontal_flip=0.5, vertical_flip=0.5)), 32, 0, training=True
-    )
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[0, 0] = 255
-    corners = []
-    for index in range(400):
-        row, column = np.argwhere(transform(image, *NO_BOXES, index, 0, 0).image[..., 0] == 255)[0]
-        corners.append((bool(column), bool(row)))
-    horizontal, vertical = np.array(corners).T
-    assert horizontal.mean() == pytest.approx(0.5, abs=0.1) and vertical.mean() == pytest.approx(0.5, abs=0.1)
-    assert (horizontal & vertical).mean() == pytest.approx(0.25, abs=0.09)
 
 
 def test_no_two_transforms_are_applied_together_more_often_than_chance(default_settings: Load) -> None:

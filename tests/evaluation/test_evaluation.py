@@ -21,8 +21,8 @@ from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
 from detection.evaluation.coco_metric import METRIC_NAMES, score
-from detection.evaluation.detections import Detections, write_detections
-from detection.evaluation.evaluate import Evaluation, drop_non_finite, evaluate
+from detection.evaluation.detections import write_detections
+from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.runtime.devices import autocast
 from tests.support.evaluation_cases import (
     annotate,
@@ -193,21 +193,6 @@ def test_perfect_detections_score_1_whatever_the_annotation_ids(
     assert class_ap == {"name 1": (ONE, ONE, 6), "name 5": (ONE, ONE, 3), "name 90": (ONE, ONE, 6)}
 
 
-def test_class_ap_follows_the_names_when_labels_are_in_another_order(backend: str) -> None:
-    content = coco_content(MANY_BOXES, images=3)
-    annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1"))
-    assert annotations.categories.ids == (90, 1)
-    everything = ground_truth_as_detections(annotations)
-    only_90 = everything.labels == 0
-    predictions = Detections(
-        *(getattr(everything, name)[only_90] for name in ("image_index", "boxes", "scores", "labels"))
-    )
-    scores = score(annotations, predictions, backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
-    assert class_ap == {"name 90": (ONE, ONE, 6), "name 1": (0.0, 0.0, 6)}
-    assert metrics["AP"] == pytest.approx(0.5)
-
-
 def test_written_detections_have_the_ids_and_boxes_of_the_annotation_file(tmp_path: Path) -> None:
     content = coco_content(MANY_BOXES, images=3)
     for image in content["images"]:
@@ -269,25 +254,6 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
 
 
 # Detections that are no numbers
-
-
-def test_non_finite_detections_are_dropped_and_counted() -> None:
-    good = [(0, 0, [0.0, 0.0, 10.0, 10.0], 0.9), (2, 1, [5.0, 5.0, 10.0, 10.0], 0.1)]
-    bad = [
-        (0, 0, [NAN, 0.0, 10.0, 10.0], 0.9),
-        (0, 0, [0.0, 0.0, 10.0, NAN], 0.9),
-        (1, 0, [0.0, 0.0, float("inf"), 1.0], 0.9),
-        (1, 0, [0.0, -float("inf"), 10.0, 1.0], 0.9),
-        (1, 0, [0.0, 0.0, 10.0, 10.0], NAN),
-        (1, 0, [0.0, 0.0, 10.0, 10.0], float("inf")),
-    ]
-    with np.errstate(invalid="ignore"):
-        kept, dropped = drop_non_finite(detect([bad[0], good[0], *bad[1:], good[1]]))
-    assert dropped == len(bad)
-    expected = detect(good)
-    for name in ("image_index", "boxes", "scores", "labels"):
-        assert np.array_equal(getattr(kept, name), getattr(expected, name))
-    assert drop_non_finite(detect([]))[1] == 0
 
 
 # The pass over a validation set

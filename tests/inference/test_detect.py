@@ -27,26 +27,9 @@ from detection.inference.video import VideoWriter
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, write_darknet_weights
+from tests.support.darknet_descriptions import net, output, write_cfg, yolo
 
-CFG = """
-[net]
-width=64
-height=64
-channels=3
-
-[convolutional]
-size=1
-stride=16
-pad=1
-filters=7
-activation=linear
-
-[yolo]
-mask=0
-anchors=16,16
-classes=2
-num=1
-"""
+CFG = write_cfg([net(64), output(7, stride=16), yolo("0", "16,16", 2)])
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 Run = Callable[..., Any]
 

@@ -100,13 +100,6 @@ def test_wrong_number_of_names(files: Files, count: int) -> None:
         open_here(files, "net.weights", "net.cfg", "other.names")
 
 
-def test_weights_of_another_number_of_classes(files: Files) -> None:
-    """The cfg has 3 classes, so 6 values of 4 bytes are left over."""
-    files("five.weights", known_weights(5))
-    with pytest.raises(CheckpointError, match=r"five.weights has 388 bytes, this network needs 364 \(\+24\)"):
-        open_here(files, "five.weights")
-
-
 def test_backbone_weights_detect_nothing(files: Files) -> None:
     files("back.conv.1", known_weights()[: 20 + 4 * 62])
     with pytest.raises(CheckpointError, match=r"backbone weights only \(1 convolutions\).*model.pretrained=") as caught:

@@ -19,6 +19,7 @@ from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
 from detection.models.yolo.network import PyramidPooling, YOLOv3
+from tests.support.darknet_descriptions import yolov3, yolov3_tiny
 from tests.support.paths import ARGS
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -205,66 +206,16 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 # The family, as Darknet describes it
 
 
-def conv(filters: int, size: int, stride: int = 1) -> str:
-    return (
-        f"[convolutional]\nbatch_normalize=1\nfilters={filters}\nsize={size}\nstride={stride}\npad=1\nactivation=leaky"
-    )
-
-
-def output(classes: int) -> list[str]:
-    linear = f"[convolutional]\nfilters={3 * (5 + classes)}\nsize=1\nstride=1\npad=1\nactivation=linear"
-    return [linear, f"[yolo]\nmask=0,1,2\nanchors=10,13, 16,30, 33,23\nclasses={classes}\nnum=3"]
-
-
-def pool(size: int, stride: int) -> str:
-    return f"[maxpool]\nsize={size}\nstride={stride}"
-
-
-def route(*layers: int) -> str:
-    return f"[route]\nlayers={','.join(map(str, layers))}"
-
-
-NET = "[net]\nwidth=64\nheight=64\nchannels=3"
-UPSAMPLE = "[upsample]\nstride=2"
-
-
-def yolov3_cfg(widths: list[int], classes: int, spp: bool) -> str:
-    """yolov3.cfg and yolov3-spp.cfg, whose neck is 512, 256, 128 wide."""
-    layers = [conv(32, 3)]
-    for filters, count in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
-        layers.append(conv(filters, 3, stride=2))
-        for _ in range(count):
-            layers += [conv(filters // 2, 1), conv(filters, 3), "[shortcut]\nfrom=-3\nactivation=linear"]
-    assert len(layers) == 75
-    for level, (width, source) in enumerate(zip(widths, [None, 61, 36], strict=True)):
-        if source is not None:
-            layers += [route(-4), conv(width, 1), UPSAMPLE, route(-1, source)]
-        layers += [conv(width, 1), conv(2 * width, 3), conv(width, 1)]
-        if spp and level == 0:
-            layers += [pool(5, 1), route(-2), pool(9, 1), route(-4), pool(13, 1), route(-1, -3, -5, -6), conv(width, 1)]
-        layers += [conv(2 * width, 3), conv(width, 1), conv(2 * width, 3), *output(classes)]
-    return "\n\n".join([NET, *layers])
-
-
-def tiny_cfg(classes: int) -> str:
-    """yolov3-tiny.cfg."""
-    layers = [conv(16, 3)]
-    for filters in (32, 64, 128, 256, 512):
-        layers += [pool(2, 2), conv(filters, 3)]
-    layers += [pool(2, 1), conv(1024, 3), conv(256, 1), conv(512, 3), *output(classes)]
-    layers += [route(-4), conv(128, 1), UPSAMPLE, route(-1, 8), conv(256, 3), *output(classes)]
-    return "\n\n".join([NET, *layers])
-
-
-THREE = "yolo.anchors=[[[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]]]"
+NARROW = "yolo.neck_channels=[16, 12, 8]"
+THREE_EACH = "yolo.anchors=[[[10, 14], [23, 27], [37, 58]], [[81, 82], [135, 169], [344, 319]]]"
 
 
 @pytest.mark.parametrize(
     ("cfg", "settings", "convolutions"),
     [
-        (yolov3_cfg([16, 12, 8], 2, False), ["yolo.neck_channels=[16, 12, 8]", THREE], 75),
-        (yolov3_cfg([16, 12, 8], 2, True), ["yolo.neck_channels=[16, 12, 8]", THREE, "yolo.spp=true"], 76),
-        (tiny_cfg(2), [*TINY, "yolo.anchors=[[[10, 13], [16, 30], [33, 23]], [[10, 13], [16, 30], [33, 23]]]"], 13),
+        (yolov3(size=64, widths=(16, 12, 8)), [NARROW], 75),
+        (yolov3(True, 64, (16, 12, 8)), [NARROW, "yolo.spp=true"], 76),
+        (yolov3_tiny(64), [*TINY, THREE_EACH], 13),
     ],
     ids=["yolov3", "yolov3-spp", "yolov3-tiny"],
 )

@@ -80,12 +80,6 @@ def test_cuda_without_number_is_any_cuda_device(machine: Callable[..., None]) ->
     assert choose_device("cuda").type == "cuda"
 
 
-def test_habana_package_is_not_needed() -> None:
-    if "hpu" in available_devices():
-        pytest.skip("this machine has an HPU")
-    assert choose_device("cpu") == CPU
-
-
 # Precision
 
 

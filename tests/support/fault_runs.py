@@ -5,7 +5,6 @@ seconds. Otherwise they equal processes started by a shell.
 """
 
 import atexit
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -27,9 +26,11 @@ import pytest
 import torch
 import torch.utils.tensorboard
 
+from detection.training import throughput
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
+from tests.support.training_runs import load_main
 
 GUARD_OFF = "FAULTS_GUARD_OFF"  # environment variable: arguments of `switch_off` as JSON
 Fault = Callable[[ModuleType], None]  # changes something in the loaded script before it runs
@@ -52,18 +53,8 @@ OVERLAY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def load_main() -> Any:
-    """Import the script, once per process."""
-    name = "yolo_v3_main"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, MAIN)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 load_main()
+throughput.MATRIX_SIDES["cpu"] = 64  # each run measures the speed of matrix products at its end, for seconds
 
 
 def run_script(arguments: list[str], directory: str, output: str, fault: Fault | None, guard_off: str | None) -> None:

@@ -1,6 +1,20 @@
 """Box formulas for one pair, in plain Python."""
 
 import math
+from collections.abc import Sequence
+
+
+def slow_iou(box_1: Sequence[float], box_2: Sequence[float]) -> float:
+    """Of corners (x1, y1, x2, y2); the other functions take centre and size."""
+    area_1, area_2 = ((box[2] - box[0]) * (box[3] - box[1]) for box in (box_1, box_2))
+    shared = slow_intersection(box_1, box_2)
+    return shared / (area_1 + area_2 - shared)
+
+
+def slow_intersection(box_1: Sequence[float], box_2: Sequence[float]) -> float:
+    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
+    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def slow_generalized_iou(box_1: list[float], box_2: list[float]) -> float:

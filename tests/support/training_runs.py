@@ -1,6 +1,9 @@
 """The training script as a module, and comparison of checkpoints."""
 
 import importlib.util
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +31,19 @@ def first_difference(first: Any, second: Any, where: str = "") -> str | None:
     return next((found for pair in pairs if (found := first_difference(*pair)) is not None), None)
 
 
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what no run repeats."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    measured = ("train/images_per_second", "train/wait_fraction")
+    return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+
+
 def load_main() -> Any:
-    """Import the script, for tests that need no process of its own."""
-    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import the script, once per process."""
+    name = "yolo_v3_main"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, MAIN)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

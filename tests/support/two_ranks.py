@@ -4,7 +4,6 @@ So results do not depend on the number of processes. The first argument is a fau
 step 2, hang_in_evaluation of rank 1, slow_evaluation of rank 0, or none.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,22 +13,15 @@ import time
 import pytest
 import torch
 
-from detection.training import evaluation
+from detection.training import evaluation, throughput
 from tests.support.guards import switch_off
-from tests.support.paths import MAIN
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("yolo_v3_main", MAIN)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["yolo_v3_main"] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.support.training_runs import load_main
 
 
 def main() -> None:
     fault = sys.argv.pop(1)
     torch.set_num_threads(1)
+    throughput.MATRIX_SIDES["cpu"] = 64  # measured at the end, for seconds
     module = load_main()
     if "FAULTS_GUARD_OFF" in os.environ:
         switch_off(*json.loads(os.environ["FAULTS_GUARD_OFF"]), pytest.MonkeyPatch())

@@ -1,7 +1,6 @@
 """`train.batch_size: auto` against memory counted by hand."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from detection.training.memory.batch_size import find_batch_size, has_room, size
 from detection.training.memory.estimate import MemoryEstimate
 from detection.training.moving_average import ExponentialMovingAverage
 from tests.support.tiny_models import OneConvolution, Sum
+from tests.support.training_runs import load_main
 
 CPU = torch.device("cpu")
 PER_IMAGE = 64 * 64 * (3 + 4) * 4  # bytes: pixels, channels kept, float32
@@ -188,12 +188,7 @@ def test_what_is_found_on_cuda_trains(default_settings: Callable[..., Settings])
 
 @pytest.fixture
 def main(run_script: Callable[..., Any]) -> Callable[..., Any]:
-    path = Path(lr_scheduler_creator.__file__).parent / "yolo-v3" / "main.py"
-    spec = importlib.util.spec_from_file_location("yolo_v3_main", path)
-    assert spec is not None and spec.loader is not None
-    training = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(training)
-    return lambda *words: run_script(training.main, *words)
+    return lambda *words: run_script(load_main().main, *words)
 
 
 def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: Path) -> None:

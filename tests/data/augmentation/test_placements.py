@@ -1,9 +1,7 @@
 """Expand, IoU crop and Darknet's jitter: exact geometry for given draws, and boxes that follow the pixels."""
 
 import itertools
-import pickle
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -24,7 +22,7 @@ from detection.data.augmentation.crop_and_scale import (
     place_view,
 )
 from detection.data.resize import resize_placed
-from detection.data.transforms import Sample, Transform
+from detection.data.transforms import Transform
 from detection.ops.letterbox import place_image
 from tests.support.detectors import geometry_of, transform_of
 
@@ -360,45 +358,6 @@ def test_the_letterbox_of_a_sample_is_the_images(default_settings: Load) -> None
 
 
 # --- randomness ---
-
-
-def same(first: Sample, second: Sample) -> bool:
-    return (
-        np.array_equal(first.image, second.image)
-        and np.array_equal(first.boxes, second.boxes)
-        and np.array_equal(first.labels, second.labels)
-    )
-
-
-def test_a_sample_is_a_function_of_seed_epoch_and_index(default_settings: Load) -> None:
-    image, boxes, labels = picture(80, 60), array((10, 10, 60, 50)), np.array([2])
-    arguments: dict[str, Any] = {**dict.fromkeys(NAMED, 0.8), "horizontal_flip": 0.5}
-    transform = build(default_settings, seed=5, **arguments)
-    expected = {place: transform(image, boxes, labels, *place, 0) for place in itertools.product(range(4), range(3))}
-    copy: Transform = pickle.loads(pickle.dumps(transform))  # as a loader worker gets it
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    for place in reversed(expected):
-        copy(picture(33, 44), *NO_BOXES, 99, 99, 32)
-        assert same(copy(image, boxes, labels, *place, 0), expected[place])
-        assert same(build(default_settings, seed=5, **arguments)(image, boxes, labels, *place, 0), expected[place])
-    for (first, sample), (second, other) in itertools.combinations(expected.items(), 2):
-        assert not np.array_equal(sample.image, other.image), (first, second)
-    other_seed = build(default_settings, seed=6, **arguments)
-    assert all(not same(other_seed(image, boxes, labels, *place, 0), sample) for place, sample in expected.items())
-    assert np.array_equal(image, picture(80, 60)) and np.array_equal(boxes, array((10, 10, 60, 50)))
-
-
-def test_the_global_random_states_are_left_alone(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def states() -> Iterator[Any]:
-        yield from (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-
-    # it would also seed the accelerators, whose states are not put back
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
-    before = list(states())
-    transform = build(default_settings, **dict.fromkeys(NAMED, 1))
-    for index in range(5):
-        transform(picture(), array((0, 0, 64, 48)), np.array([1]), index, 0, 0)
-    assert list(states()) == before
 
 
 def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:

@@ -29,6 +29,7 @@ from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.paths import REPOSITORY
+from tests.support.slow_boxes import slow_iou
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -209,14 +210,6 @@ def test_any_size_gives_the_networks_logits(
         np.testing.assert_allclose(levels[1], levels[0].numpy(), atol=2e-4, rtol=1e-4)
 
 
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    left, top = np.maximum(one[:2], other[:2])
-    right, bottom = np.minimum(one[2:], other[2:])
-    shared = max(right - left, 0) * max(bottom - top, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / (sum(areas) - shared)
-
-
 def slow_nms(
     boxes: np.ndarray, scores: np.ndarray, confidence: float, iou_threshold: float, most: int
 ) -> set[tuple[int, int]]:
@@ -226,7 +219,7 @@ def slow_nms(
         order = [index for index in np.argsort(-scores[:, label]) if scores[index, label] > confidence]
         of_class: list[int] = []
         for index in order:
-            if all(iou(boxes[index], boxes[earlier]) <= iou_threshold for earlier in of_class):
+            if all(slow_iou(boxes[index], boxes[earlier]) <= iou_threshold for earlier in of_class):
                 of_class.append(index)
         kept |= {(int(index), label) for index in of_class[:most]}
     return kept

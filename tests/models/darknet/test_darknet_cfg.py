@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import torch
 from torch import nn
 
 from detection.errors import SettingsError
@@ -479,10 +478,3 @@ def test_new_coords_feed_nothing_else() -> None:
 def test_cells_must_divide_the_input() -> None:
     assert_refused(write_cfg([net(30), *GOOD[1:]]), 3, "8 x 8 cells", "30 x 30")
     assert_refused(write_cfg([net(32, 30), *GOOD[1:]]), 3, "32 x 30")
-
-
-def test_good_is_good() -> None:
-    """The cfg from which the wrong ones are derived."""
-    with torch.device("meta"):
-        network = DarknetNetwork(parse_cfg(write_cfg(GOOD)), 1)
-    assert network.strides == (4,) and network.anchors == (((4.0, 6.0), (10.0, 14.0)),)

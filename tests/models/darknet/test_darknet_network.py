@@ -1,10 +1,8 @@
 """Networks from Darknet cfg files against an independent float64 forward pass, published facts and the contract."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +41,7 @@ from tests.support.darknet_descriptions import (
 )
 from tests.support.loss_cases import decode_boxes
 from tests.support.paths import REPOSITORY
+from tests.support.training_runs import load_main
 
 SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
 TOLERANCE = 1e-4  # absolute, on logits of the order of 10; of the reference's largest value where that exceeds 10
@@ -519,20 +518,12 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
         )
 
 
-def test_training_with_new_coords_is_refused(tmp_path: Path) -> None:
+def test_training_with_new_coords_is_refused(run_script: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
     path.write_text(NEW_COORDS.replace("height=24", "height=16"))
     words = ["data.fake=true", "model.num_classes=2", "model.backbone=darknet_cfg", f"model.cfg={path}"]
     words += ["train.image_size=16", "evaluation.image_size=16", "run.device=cpu", "--dry-run"]
-    result = subprocess.run(
-        [sys.executable, REPOSITORY / "yolo-v3" / "main.py", *words],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
+    result = run_script(load_main().main, *words)
     assert result.returncode == 2, result
-    assert result.stderr.decode().count("\n") == 1 and b"new_coords" in result.stderr
+    assert result.stderr.count("\n") == 1 and "new_coords" in result.stderr
     assert not (tmp_path / "logs").exists()

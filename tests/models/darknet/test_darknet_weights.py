@@ -23,7 +23,6 @@ from detection.models.darknet.weights import (
     as_darknet,
     darknet_bytes,
     load_darknet_weights,
-    read_header,
     write_darknet_weights,
 )
 from tests.support.darknet_descriptions import Section, conv, net, output, route, upsample, write_cfg, yolo
@@ -160,11 +159,6 @@ def test_not_a_weights_file(content: bytes, tmp_path: Path) -> None:
     """Empty, too short for its header, negative versions, the page that a dead link returns, a zip file."""
     message = refused(build(HAND, 1), content, tmp_path)
     assert "not a Darknet weights file" in message and f"{len(content)} bytes" in message
-
-
-def test_header_length() -> None:
-    assert read_header(hand_made(), Path("x"))[1] == 20
-    assert read_header(hand_made((0, 1, 0), 5, False), Path("x"))[1] == 16
 
 
 # Back again

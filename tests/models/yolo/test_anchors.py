@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from detection.data.annotations import load_annotations
 from detection.models.yolo.grid import cell_grid, flatten_levels
@@ -51,33 +50,6 @@ def test_flatten_levels_against_loop() -> None:
                         position += 1
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_flatten_levels_of_a_convolution(memory_format: torch.memory_format) -> None:
-    """Channel anchor * (5 + C) + value of a cell comes out as that anchor's value, whatever the memory layout."""
-    anchors, values, rows, columns = 3, 7, 4, 5
-    convolution = nn.Conv2d(8, anchors * values, 1).to(memory_format=memory_format)
-    features = torch.randn(2, 8, rows, columns).to(memory_format=memory_format)
-    with torch.no_grad():
-        raw = convolution(features)  # (B, A * (5 + C), H, W)
-        output = raw.view(2, anchors, values, rows, columns).permute(0, 1, 3, 4, 2)
-        flat = flatten_levels([output])
-    for row in range(rows):
-        for column in range(columns):
-            for anchor in range(anchors):
-                position = (row * columns + column) * anchors + anchor
-                expected = raw[:, anchor * values : (anchor + 1) * values, row, column]
-                assert torch.equal(flat[:, position], expected)
-
-
-def test_flatten_levels_is_the_order_of_channels_last_memory() -> None:
-    """The order is chosen so that flattening one level of a channels_last output needs no copy."""
-    in_memory = torch.arange(2.0 * 4 * 5 * 21).view(2, 4, 5, 21)  # (B, H, W, A * 7) as the values lie in memory
-    raw = in_memory.permute(0, 3, 1, 2)
-    assert raw.is_contiguous(memory_format=torch.channels_last)
-    output = raw.view(2, 3, 7, 4, 5).permute(0, 1, 3, 4, 2)
-    assert torch.equal(flatten_levels([output]).flatten(), in_memory.flatten())
-
-
 # Clusters
 
 
@@ -122,14 +94,6 @@ def test_cluster_anchors_needs_enough_shapes(sizes: np.ndarray) -> None:
     found = len(np.unique(sizes, axis=0))
     with pytest.raises(ValueError, match=f"at least 3 distinct box shapes, found {found}"):
         cluster_anchors(sizes, 3)
-
-
-def test_cluster_anchors_beats_a_random_choice() -> None:
-    generator = np.random.default_rng(2)
-    sizes = np.exp(generator.normal(size=(400, 2)) * 0.8 + 4)  # log-normal, as box sizes of photographs are
-    clustered = mean_best_iou(sizes, cluster_anchors(sizes, 9))
-    chosen = [mean_best_iou(sizes, sizes[generator.choice(400, 9, replace=False)]) for _ in range(20)]
-    assert clustered > max(chosen) + 0.02
 
 
 def test_mean_best_iou_by_hand() -> None:

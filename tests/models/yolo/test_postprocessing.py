@@ -7,6 +7,7 @@ from torch import Tensor
 
 from detection.models.yolo.postprocess import YOLOPostprocess
 from detection.ops.letterbox import Letterbox, boxes_to_original
+from tests.support.slow_boxes import slow_iou
 
 STRIDES = [8, 16]
 ANCHORS = [[(10.0, 13.0), (33.0, 23.0)], [(30.0, 61.0), (59.0, 40.0)]]
@@ -30,14 +31,6 @@ def build(**arguments: Any) -> YOLOPostprocess:
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
-
-
-def slow_iou(box_1: list[float], box_2: list[float]) -> float:
-    width = min(box_1[2], box_2[2]) - max(box_1[0], box_2[0])
-    height = min(box_1[3], box_2[3]) - max(box_1[1], box_2[1])
-    shared = width * height if width > 0 and height > 0 else 0.0
-    area_1, area_2 = ((box[2] - box[0]) * (box[3] - box[1]) for box in (box_1, box_2))
-    return shared / (area_1 + area_2 - shared)
 
 
 def slow_detections(
@@ -235,20 +228,6 @@ def test_letterbox_scales_x_and_y_separately() -> None:
     letterbox = Letterbox(scale_x=0.5, scale_y=2.0, left=10, top=20, width=100, height=30)
     assert letterbox.to_input(torch.tensor([[2.0, 3, 4, 5]])).tolist() == [[11, 26, 12, 30]]
     assert letterbox.to_original(torch.tensor([[11.0, 26, 12, 30]])).tolist() == [[2, 3, 4, 5]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_letterbox_functions_are_inverse(seed: int) -> None:
-    """Boxes over the border too: neither direction clips."""
-    generator = torch.Generator().manual_seed(seed)
-    scale_x, scale_y = (torch.rand(2, generator=generator) * 2 + 0.05).tolist()
-    letterbox = Letterbox(scale_x, scale_y, left=37 * seed, top=52, width=640, height=427)
-    boxes = (torch.rand(50, 4, generator=generator, dtype=torch.float64) - 0.3) * 1000
-    there, back = letterbox.to_original(letterbox.to_input(boxes)), letterbox.to_input(letterbox.to_original(boxes))
-    torch.testing.assert_close(there, boxes, atol=1e-9, rtol=0)
-    torch.testing.assert_close(back, boxes, atol=1e-9, rtol=0)
-    assert letterbox.to_input(boxes.float()).dtype == torch.float32
-    assert letterbox.to_original(torch.zeros(0, 4)).shape == (0, 4)
 
 
 def test_boxes_to_original_are_clipped_to_the_image() -> None:

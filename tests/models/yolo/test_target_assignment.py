@@ -158,16 +158,6 @@ def test_padding_and_crowd_do_not_share_prediction_0() -> None:
     assert assigned.final.tolist() == [[0, 1, 2]]
 
 
-def test_padding_does_not_change_the_gt_boxes() -> None:
-    boxes, labels = random_targets(2, 5, seed=2)
-    garbage, padding = random_targets(2, 7, seed=3)
-    alone = assign_targets(boxes, labels, TABLE)
-    padded = assign_targets(torch.cat([boxes, garbage], 1), torch.cat([labels, torch.full_like(padding, -1)], 1), TABLE)
-    for name in ("valid", "index", "anchor", "cell", "stride", "scale_xy", "last", "final"):
-        assert torch.equal(getattr(padded, name)[:, :5], getattr(alone, name)), name
-    assert not padded.valid[:, 5:].any() and not padded.last[:, 5:].any()
-
-
 def test_two_gt_boxes_in_one_cell_the_last_gives_the_box() -> None:
     first, second = [20.0, 20, 24, 25], [20.5, 20, 24.5, 25]  # anchor 4 x 5, centres in column 2, row 2 of stride 8
     elsewhere, other_anchor = [60.0, 20, 64, 25], [19.0, 16, 25, 28]  # 6 x 12, same cell as the first
@@ -194,31 +184,6 @@ def test_last_and_final_against_loop() -> None:
             shared += bool(later)
             assert assigned.final[image, i] == (later[-1] if valid[i] and later else i)
     assert shared > 20
-
-
-def test_images_do_not_mix() -> None:
-    """The same prediction in two images of a batch is not shared."""
-    boxes = torch.tensor([[[20.0, 20, 24, 25]], [[20.0, 20, 24, 25]]])
-    assigned = assign_targets(boxes, torch.zeros(2, 1, dtype=torch.long), TABLE)
-    assert assigned.last.all() and assigned.index[0] == assigned.index[1]
-
-
-def test_shapes_and_dtypes() -> None:
-    boxes, _ = random_targets(2, 6, seed=6)
-    assigned = assign_targets(boxes, torch.tensor([[0, -1, -2, -1, -1, -1]] * 2), TABLE)
-    shapes = {name: tuple(value.shape) for name, value in vars(assigned).items()}
-    assert shapes == {
-        "valid": (2, 6),
-        "index": (2, 6),
-        "anchor": (2, 6, 2),
-        "cell": (2, 6, 2),
-        "stride": (2, 6),
-        "scale_xy": (2, 6),
-        "last": (2, 6),
-        "final": (2, 6),
-    }
-    assert assigned.valid.dtype == assigned.last.dtype == torch.bool
-    assert assigned.index.dtype == assigned.final.dtype == torch.int64
 
 
 def test_assignment_of_no_rows() -> None:
