@@ -107,7 +107,7 @@ def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
 def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
     """No thread runs while one long call into C keeps the lock; here the thread that looks is asleep for good."""
     samples = SlowSamples(0.05, lambda index: f"image {index}")
-    samples.look = lambda: None  # type: ignore[method-assign]
+    samples.watch = lambda: None  # type: ignore[method-assign]
     for _ in range(2):
         assert samples.load_timed(lambda position: time.sleep(0.1) or position, (7, 0, 64)) == (7, 0, 64)
     samples.load_timed(lambda position: None, 8)
