@@ -66,6 +66,7 @@ class RunSettings(Section):
 
 class DataSettings(Section):
     root: str
+    format: Literal["auto", "coco", "yolo", "voc"]
     builtin: Literal["digits"] | None
     train_annotations: str | None
     train_images: str | None
@@ -73,6 +74,11 @@ class DataSettings(Section):
     validation_images: str | None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
     class_names: tuple[str, ...] | None
+    voc_corners: Literal["inclusive", "exclusive"]
+    difficult: Literal["crowd", "keep"]
+    ignore_as_crowd: bool
+    skip_empty: bool
+    max_train_images: Count | None
     balance: Literal["none", "repeat_factor"]
     balance_threshold: Annotated[float, Field(gt=0, le=1)]
     fake: bool
@@ -122,6 +128,7 @@ class YoloSettings(Section):
     spp: bool
     neck_channels: tuple[Count, ...]
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
+    anchor_size: Count | None
     loss: Literal["darknet", "giou", "ciou", "mmdetection"]
     class_loss: Literal["bce", "cross_entropy"]
     box_weight: NotNegative
@@ -157,6 +164,7 @@ class TrainSettings(Section):
     batch_size: Count | Literal["auto"]
     subdivisions: Count
     steps: Duration
+    minutes: Positive | None
     image_size: int
     resize_frequency: Annotated[int, Field(ge=0)]
     multiscale_sizes: Annotated[tuple[int, int], AfterValidator(check_range)]
@@ -165,7 +173,7 @@ class TrainSettings(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative
     clip_norm: Positive | None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None
     ema_ramp: Duration
     unfreeze_step: Duration
     backbone_learning_rate_factor: NotNegative
@@ -198,14 +206,15 @@ class TrainSettings(Section):
 
 
 class SchedulerSettings(Section):
-    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
-    warmup: Duration
+    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
+    warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
     scale: tuple[NotNegative, ...]
     T_0: Duration | None
     T_mult: Annotated[int, Field(ge=1, le=2)]
     eta_min: NotNegative
     milestones: tuple[Duration, ...]
+    step_size: Duration | None
     gamma: NotNegative
     warmup_start_factor: Probability
     warmup_bias_lr: NotNegative | None
@@ -220,7 +229,7 @@ class SchedulerSettings(Section):
 
 
 class EvaluationSettings(Section):
-    evaluate_frequency: Duration
+    evaluate_frequency: Duration | Literal["auto"]
     image_size: int
     batch_size: Count | None
     max_images: Count | None
