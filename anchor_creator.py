@@ -36,7 +36,15 @@ from detection.config.command_line import DEFAULTS, Parser
 from detection.config.loading import load_settings
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import AnchorLayout, Anchors, Detector
+from detection.data.anchor_clustering import (
+    best_ious,
+    best_side_ratios,
+    fit_anchors,
+    mean_best_iou,
+    nearest_anchors,
+)
 from detection.data.annotations import load_annotations
+from detection.data.box_shapes import shapes_at
 from detection.data.build import make_builtin
 from detection.data.layouts import find_split
 from detection.data.sampler import size_step
@@ -45,15 +53,7 @@ from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.run_directory import new_run_directory
-from detection.visualization.anchor_clustering import (
-    best_ious,
-    best_side_ratios,
-    fit_anchors,
-    mean_best_iou,
-    nearest_anchors,
-)
 from detection.visualization.anchor_figure import draw_anchors
-from detection.visualization.box_shapes import shapes_at
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
     9: (
