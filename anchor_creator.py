@@ -32,8 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import AnchorLayout, Anchors, Detector
 from detection.data.anchor_clustering import (
@@ -53,6 +52,7 @@ from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
@@ -80,7 +80,7 @@ class Fit:
 
 def main() -> None:
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    settings, notices = load_run_settings(arguments.config, arguments.settings, tolerant=True, fit=False)
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:

@@ -26,8 +26,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.contract import Batch, Detector
 from detection.data.annotations import select_images
@@ -46,6 +45,7 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.step import train_step
 
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parse_arguments()
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
-    settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(overlays, arguments.settings, device_flags(arguments))
     machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
     dataset = take_images(settings, arguments.images)

@@ -28,8 +28,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, Categories, load_annotations
 from detection.data.build import make_builtin
@@ -45,6 +44,7 @@ from detection.errors import DataError, DataReadError, OutputError, SettingsErro
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
 from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
-        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+        settings, notices = load_run_settings(arguments.config, arguments.settings, device_flags(arguments), fit=False)
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings

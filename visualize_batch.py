@@ -32,8 +32,7 @@ import cv2
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.contract import Detector, DetectorModel, Geometry
 from detection.data.annotations import repeat_factors
@@ -48,6 +47,7 @@ from detection.errors import DataError, OutputError, SettingsError, exit_with_me
 from detection.models import build_detector
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.dataset_figures import printable
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
@@ -63,7 +63,7 @@ Position = tuple[int, int, int]  # image index, epoch, size: an index of the tra
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(arguments.config, arguments.settings, device_flags(arguments))
     print("\n".join(notices), end="\n" if notices else "")
     open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)

@@ -110,6 +110,18 @@ def load_settings(
         SettingsError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
             the command line sets one setting under two names to different values.
     """
+    tree, notices, _ = merge_settings(defaults, overlays, words, flags)
+    return validate(tree), notices
+
+
+def merge_settings(
+    defaults: Path | Settings, overlays: Sequence[Path] = (), words: Sequence[str] = (), flags: Sequence[Flag] = ()
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """Merge all sources without validating values; arguments and errors as in `load_settings`.
+
+    Returns:
+        The settings by section, the notices, and the paths that words and flags set.
+    """
     tree = defaults.model_dump(mode="json") if isinstance(defaults, Settings) else read_settings_file(defaults)
     known = leaf_paths(tree)
     notices: list[str] = []
@@ -135,7 +147,7 @@ def load_settings(
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
     tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
-    return validate(tree), notices
+    return tree, notices, list(given)
 
 
 def read_cfg(cfg: Any) -> Any:
@@ -170,7 +182,7 @@ def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
 def validate(tree: dict[str, Any]) -> Settings:
     """Build `Settings` from a complete nested mapping; all errors are reported in one line."""
     try:
-        return Settings.model_validate(_tuples(tree))
+        return Settings.model_validate(tuples_of(tree))
     except ValidationError as error:
         lines: list[str] = []
         for item in error.errors():
@@ -270,11 +282,11 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     return key
 
 
-def _tuples(value: Any) -> Any:
+def tuples_of(value: Any) -> Any:
     """Convert lists to tuples at any depth: frozen settings hold no lists."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+        return {key: tuples_of(inner) for key, inner in value.items()}
+    return tuple(tuples_of(inner) for inner in value) if isinstance(value, list) else value
 
 
 def _lists(value: Any) -> Any:

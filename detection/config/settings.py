@@ -223,6 +223,10 @@ class SchedulerSettings(Section):
     def check_lengths(self) -> "SchedulerSettings":
         if self.strategy == "LambdaLR" and len(self.scale) != len(self.index) + 1:
             raise ValueError(f"scale: needs one value more than index ({len(self.index) + 1}), has {len(self.scale)}")
+        if (self.strategy == "StepLR") != (self.step_size is not None) or (
+            self.step_size is not None and is_zero(self.step_size)
+        ):
+            raise ValueError("step_size: a duration above 0 exactly where strategy is StepLR")
         for name in ("index", "milestones"):
             check_ascending(name, getattr(self, name))
         return self
@@ -263,7 +267,7 @@ class Settings(Section):
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if is_zero(self.evaluation.evaluate_frequency):
+        if self.evaluation.evaluate_frequency != "auto" and is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
         sizes = {
             "train.image_size": [self.train.image_size],

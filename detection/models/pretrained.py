@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
@@ -64,6 +65,13 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
         f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files "
         "(.weights, .conv.N) or checkpoints of this program"
     )
+
+
+def has_standard_weights(backbone: str) -> bool:
+    """Return whether `pretrained: true` finds the weights of a backbone on this machine, without a download."""
+    if backbone in STANDARD_WEIGHTS:
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(STANDARD_WEIGHTS[backbone].url).name).is_file()
+    return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
 
 
 def load_standard_weights(model: nn.Module, name: str) -> list[str]:

@@ -10,6 +10,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError
+from detection.training.automatic import load_run_settings
 from detection.training.loggers import build_loggers
 from detection.training.run import Run
 
@@ -57,7 +58,7 @@ def open_run(
         CheckpointError: there is no usable checkpoint.
     """
     if arguments.resume is None:
-        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
+        settings, notices = load_run_settings(arguments.config, arguments.settings, flags)
         build_loggers(settings.run.loggers)  # raises for unknown names before anything expensive
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from detection.config import automatic
 from detection.config.settings import Settings
 from detection.contract import Detector
 from detection.data.annotations import annotations_digest, repeat_factors
@@ -127,9 +128,16 @@ class Run:
         self.steps_per_epoch = self.new_sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
-        self.ema_ramp = self.in_steps(train.ema_ramp)
+        self.ema: tuple[float, int | None] | None = None
+        if train.ema_decay == "auto":
+            self.ema = automatic.ema_decay(self.steps), None
+        elif train.ema_decay is not None:
+            self.ema = train.ema_decay, self.in_steps(train.ema_ramp)
         self.save_frequency = max(self.in_steps(train.save_frequency), 1)
-        self.evaluate_frequency = max(self.in_steps(settings.evaluation.evaluate_frequency), 1)
+        frequency = settings.evaluation.evaluate_frequency
+        if frequency == "auto":
+            frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
+        self.evaluate_frequency = max(self.in_steps(frequency), 1)
         try:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
@@ -192,7 +200,7 @@ class Run:
         state = RunState(
             self.detector.model,
             self.settings.train,
-            self.ema_ramp,
+            self.ema,
             self.build_scaler(),
             self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
