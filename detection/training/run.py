@@ -3,6 +3,8 @@
 import functools
 import inspect
 import math
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +47,26 @@ def join_ranks(settings: Settings) -> Ranks:
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The end of a run that has a budget of time.
+
+    Attributes:
+        started: `time.perf_counter` when the budget began.
+        seconds: the budget.
+        finish: seconds that the end of the run takes: evaluation, the weights without EMA, the report.
+    """
+
+    started: float
+    seconds: float
+    finish: float
+
+    def end_share(self, steps_left: int, step_seconds: float) -> float:
+        """Return the expected duration of the whole run in shares of the budget, without further evaluations."""
+        spent = time.perf_counter() - self.started
+        return (spent + steps_left * step_seconds + self.finish) / self.seconds
+
+
 class Run:
     """Everything that is fixed before the first step: device, data, detector, and durations in optimizer steps.
 
@@ -66,6 +88,7 @@ class Run:
         assert self.detector.criterion is not None
         self.criterion = self.detector.criterion
         self._resolve_durations()
+        self.clock: Clock | None = None  # of a run with `train.minutes`, unless it is resumed
         self.data_warnings = check_before_training(
             self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
         )
@@ -179,9 +202,16 @@ class Run:
             self.processes,
         )
 
-    def training_batches(self, first_step: int) -> Prefetcher:
+    def set_length(self, steps: int, evaluate_frequency: int | str) -> None:
+        """Replace the number of steps and the time between evaluations, and every duration that follows from them."""
+        train = self.settings.train.model_copy(update={"steps": steps})
+        evaluation = self.settings.evaluation.model_copy(update={"evaluate_frequency": evaluate_frequency})
+        self.settings = self.settings.model_copy(update={"train": train, "evaluation": evaluation})
+        self._resolve_durations()
+
+    def training_batches(self, first_step: int, end_step: int | None = None) -> Prefetcher:
         """Start the loader; returns the micro-batches of this process from `first_step` to the end of the run."""
-        sampler = self.new_sampler(first_step, self.steps)
+        sampler = self.new_sampler(first_step, self.steps if end_step is None else end_step)
         loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
         return Prefetcher(iter(loader), self.device)
 
