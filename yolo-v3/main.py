@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="with --resume: allow changes that affect results",
     )
+    add("--extend", action="store_true", help="with --resume and a larger train.steps: go on as that longer run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory (default: new, below run.logs_path)")
     add("--dry-run", action="store_true", help="print the plan, run all checks, write nothing")
     add("--profile", action="store_true", help="profile a few steps: table in the log, trace file")
@@ -76,8 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     modes = [name for name in ("dry_run", "replay", "profile") if getattr(arguments, name)]
     if len(modes) > 1:
         raise SettingsError(f"--{modes[0].replace('_', '-')} and --{modes[1]} are both given")
-    if arguments.accept_changes and arguments.resume is None:
-        raise SettingsError("--accept-changes belongs to --resume")
+    for name in ("accept_changes", "extend"):
+        if getattr(arguments, name) and arguments.resume is None:
+            raise SettingsError(f"--{name.replace('_', '-')} belongs to --resume")
     return arguments
 
 

@@ -49,13 +49,55 @@ REPLACED_NAMES = {
     "continue_training": "use --resume DIRECTORY",
     "checkpoint": "use --resume DIRECTORY",
     "epoch_num": "use --resume DIRECTORY",
-    "epochs": 'use train.steps, e.g. train.steps="12ep"',
     "output_path": "use run.logs_path",
     "train_ratio": "use data.validation_fraction",
     "val_ratio": "the whole validation set is evaluated",
     "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
 }
+
+# Keys of other programs' command lines and files (ultralytics, Darknet, mmdetection) -> what to write here.
+PEER_NAMES = {
+    "imgsz": "train.image_size and evaluation.image_size",
+    "img_size": "train.image_size and evaluation.image_size",
+    "width": "train.image_size and evaluation.image_size",
+    "height": "train.image_size and evaluation.image_size",
+    "epochs": 'train.steps, e.g. train.steps="12ep"',
+    "max_epochs": 'train.steps, e.g. train.steps="12ep"',
+    "max_batches": "train.steps",
+    "time": "train.minutes",
+    "batch": "train.batch_size",
+    "lr": "train.learning_rate",
+    "lr0": "train.learning_rate",
+    "lrf": "scheduler.eta_min, the last learning rate itself, not a share of the first",
+    "warmup_epochs": 'scheduler.warmup, e.g. scheduler.warmup="3ep"',
+    "burn_in": "scheduler.warmup",
+    "workers": "data.num_workers",
+    "data": "data.root, a folder or its data.yaml",
+    "source": "data.root, a folder or its data.yaml",
+    "model": "model.backbone, or model.cfg for a Darknet network",
+    "weights": "model.pretrained",
+    "pretrained": "model.pretrained",
+    "freeze": "train.unfreeze_step",
+    "cos_lr": "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
+    "multi_scale": "train.resize_frequency and train.multiscale_sizes",
+    "close_mosaic": "nothing: there is no mosaic",
+    "mosaic": "nothing: there is no mosaic",
+    "patience": "train.patience",
+    "save_period": "train.save_frequency",
+    "name": "run.name",
+    "project": "run.logs_path",
+    "exist_ok": "--output DIRECTORY",
+    "resume": "--resume DIRECTORY",
+    "conf": "evaluation.confidence_threshold",
+    "iou": "evaluation.iou_threshold",
+    "max_det": "evaluation.max_detections",
+    "amp": "run.precision",
+    "half": "run.precision",
+    "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
+    "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
+}
+LIKENESS = 0.6  # of a name that is suggested
 
 # Removed values -> their replacement.
 REPLACED_VALUES = {("evaluation.backend", "faster_coco_eval"): "arrays"}
@@ -258,19 +300,13 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     if key not in known:
         if key in REPLACED_NAMES:
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
+        if key in PEER_NAMES:
+            raise SettingsError(f"{where}: {key} has another name here: use {PEER_NAMES[key]}")
         if any(path.startswith(f"{key}.") for path in known):
             raise SettingsError(f"{where}: {key} is a section, not a value")
-        spellings = [*known, *MOVED_NAMES]
-        candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES, *MOVED_NAMES], n=1, cutoff=0.0)
-        by_last_part = difflib.get_close_matches(
-            key.rpartition(".")[2], [path.rpartition(".")[2] for path in spellings], n=1, cutoff=0.75
-        )
-        nearest = next(
-            (path for path in spellings if by_last_part and path.endswith("." + by_last_part[0])),
-            candidates[0],
-        )
-        nearest = MOVED_NAMES.get(nearest, nearest)
-        raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
+        nearest = nearest_name(key, known)
+        hint = f"the nearest valid name is {nearest!r}" if nearest else "yolo-v3/args.yaml lists all"
+        raise SettingsError(f"{where}: unknown setting {key!r}; {hint}")
     if isinstance(value, str) and (key, value) in REPLACED_VALUES:
         notices.append(f"{where}: {key}={value} no longer exists and is read as {REPLACED_VALUES[key, value]}")
         value = REPLACED_VALUES[key, value]
@@ -280,6 +316,16 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
         branch = branch[section]
     branch[last] = value
     return key
+
+
+def nearest_name(key: str, known: Sequence[str]) -> str | None:
+    """Find the setting whose path, or whose last part, is spelled most like `key`; None: none is alike."""
+    spellings = [*known, *MOVED_NAMES]
+    last_parts = [path.rpartition(".")[2] for path in spellings]
+    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.75)
+    by_path = difflib.get_close_matches(key, [*spellings, *FLAT_NAMES], n=1, cutoff=LIKENESS)
+    nearest = spellings[last_parts.index(by_last_part[0])] if by_last_part else next(iter(by_path), None)
+    return None if nearest is None else MOVED_NAMES.get(nearest, nearest)
 
 
 def tuples_of(value: Any) -> Any:

@@ -93,7 +93,8 @@ def measure_step(run: Run, seconds: float) -> float:
             seed_step(settings.run.seed, step, run.ranks.rank)
             micro_batches = list(itertools.islice(batches, train.subdivisions))
             result = train_step(
-                model, run.criterion, state.optimizer, state.scaler, micro_batches, run.autocast, run.device, train.clip_norm, state.statistics, mark_step=run.mark_step,
+                model, run.criterion, state.optimizer, state.scaler, micro_batches, run.autocast, run.device,
+                train.clip_norm, state.statistics, mark_step=run.mark_step,
             )  # fmt: skip
             if state.ema:
                 state.ema.update(state.model, step, result.finite)
@@ -133,4 +134,4 @@ def measure_evaluation(run: Run) -> float:
     )
     first, rest = times[1] - times[0], times[-1] - times[1]
     per_batch = rest / (len(times) - 2) if len(times) > 2 else first
-    return SCORING * (first + per_batch * (len(loader) - 1))  # type: ignore[arg-type]
+    return SCORING * (first + per_batch * (len(loader) - 1))

@@ -84,10 +84,18 @@ def open_resumed_run(
     checkpoint = load_last(directory)
     old = complete_settings(checkpoint["settings"], DEFAULTS)
     settings, notices = load_settings(old, [], arguments.settings, flags)
-    to_the_end = old.scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and old.scheduler.T_0 is None
-    allowed = [key for key in RESUMABLE if not (key == "train.steps" and to_the_end)]
     changes = changed_settings(old, settings)
-    refused = {key: values for key, values in changes.items() if key not in allowed}
+    follows = follows_length(old)
+    if arguments.extend:
+        notices.append(extend(checkpoint, old, settings))
+    elif "train.steps" in changes and follows and not arguments.accept_changes:
+        raise SettingsError(
+            f"--resume: train.steps was {old.train.steps!r} and cannot become {settings.train.steps!r}: "
+            f"{' and '.join(follows)} follow the length of the run, so the steps so far would have been others; "
+            "--extend goes on from here with the schedule of the longer run"
+        )
+    refused = {key: values for key, values in changes.items() if key not in RESUMABLE}
+    allowed = [key for key in RESUMABLE if not (key == "train.steps" and follows)]
     if refused and not arguments.accept_changes:
         named = ", ".join(f"{key} was {old!r} and cannot become {new!r}" for key, (old, new) in refused.items())
         raise SettingsError(
@@ -95,6 +103,33 @@ def open_resumed_run(
         )
     notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
     return checkpoint, directory, settings, notices
+
+
+def follows_length(settings: Settings) -> list[str]:
+    """Name the settings whose effect in every step depends on the number of steps of the whole run."""
+    scheduler, names = settings.scheduler, []
+    if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
+        names.append("the cosine schedule (scheduler.T_0: null)")
+    names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
+    return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+
+
+def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:
+    """Record in a checkpoint that the run goes on as a longer one (`--extend`); returns a line for the plan.
+
+    Raises:
+        SettingsError: `train.steps` is not given, or not larger.
+    """
+    before, after = old.train.steps, new.train.steps
+    comparable = isinstance(before, int) == isinstance(after, int)
+    if before == after or (comparable and length_of(after) < length_of(before)):
+        raise SettingsError(f"--extend: train.steps = {after} must be more than the {before} of the run to continue")
+    checkpoint["extended"] = [*checkpoint.get("extended", []), [checkpoint["step"], str(before), str(after)]]
+    return f"extended from step {checkpoint['step']} on: the schedule is that of {after} steps, it was that of {before}"
+
+
+def length_of(duration: int | str) -> float:
+    return float(str(duration).removesuffix("ep"))
 
 
 def load_last(directory: Path) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class Run:
         assert self.detector.criterion is not None
         self.criterion = self.detector.criterion
         self._resolve_durations()
+        self.extended: list[list[int | str]] = []  # by --extend: step, train.steps before and after
         self.clock: Clock | None = None  # of a run with `train.minutes`, unless it is resumed
         self.data_warnings = check_before_training(
             self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
@@ -237,6 +238,7 @@ class Run:
         )
         if checkpoint is not None:
             state.load(checkpoint)
+            self.extended = checkpoint.get("extended", [])
             if self.ranks.size > 1:
                 state.meter.restart()  # the sums in the checkpoint are those of the first process
         return state
@@ -257,6 +259,7 @@ class Run:
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
             "pixel_mean": list(geometry.pixel_mean),
             "pixel_std": list(geometry.pixel_std),
+            "extended": self.extended,
             **state.content(),
         }
 

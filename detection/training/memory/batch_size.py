@@ -121,7 +121,7 @@ def has_room(
     try:
         model = copy.deepcopy(detector.model).train()
         optimizer = build_optimizer(model, train)
-        average = ExponentialMovingAverage(model, train.ema_decay, 0) if train.ema_decay else None
+        average = ExponentialMovingAverage(model, 0.9, 0) if train.ema_decay else None
         for step in range(2):
             train_step(
                 model,
