@@ -114,7 +114,7 @@ def main() -> None:
     figure = draw_anchors(shapes, sets, layout.strides, max(sizes), title)
     try:
         save_figure(directory / "anchors.png", figure)
-        write_overlay(directory, levels, layout, [f"{path}, {at}", verdict])
+        write_overlay(directory, levels, layout, sizes, [f"{path}, {at}", verdict])
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error}") from None
@@ -246,12 +246,16 @@ def judge(fits: Sequence[Fit]) -> str:
     return text
 
 
-def write_overlay(directory: Path, levels: Anchors, layout: AnchorLayout, comments: Sequence[str]) -> None:
+def write_overlay(
+    directory: Path, levels: Anchors, layout: AnchorLayout, sizes: Sequence[int], comments: Sequence[str]
+) -> None:
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")
         rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
         lines += [f"{section}:", f"  {key}:", *rows]
+        # At another train.image_size they are scaled; anchors for a range of sizes are not.
+        lines += [f"  anchor_size: {sizes[0] if len(sizes) == 1 else 'null'}"]
     else:
         text = layout.with_anchors(levels)
         (directory / "anchors.cfg").write_text(text, encoding="utf-8")

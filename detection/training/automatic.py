@@ -48,7 +48,7 @@ def load_run_settings(
         overlays, words, flags: as in `load_settings`.
         used: sections and settings that the script reads; others in words and flags are named in a notice. Empty: all.
         tolerant: annotations that cannot be used are not an error here; the script reports them.
-        fit: fit anchors where they are auto; false: the published ones.
+        fit: the script trains: fit anchors where they are auto, and name the values; false: the published anchors.
 
     Raises:
         SettingsError: as in `load_settings`; the device is not there.
@@ -71,7 +71,8 @@ def load_run_settings(
             has_standard_weights,
             lambda complete: anchors_for(complete, annotations if fit else None),
         )
-        notices += [f"auto: {line}" for line in fill_in(tree, read_settings_file(DEFAULTS), facts)]
+        lines = fill_in(tree, read_settings_file(DEFAULTS), facts)
+        notices += [f"auto: {line}" for line in lines] if fit else []
     notices += scale_anchors(tree)
     unused = [path for path in given if used and not any(path == name or path.startswith(f"{name}.") for name in used)]
     if unused:

@@ -21,7 +21,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def run(run_script: Run) -> Run:
-    return lambda *arguments: run_script(anchor_creator.main, *arguments)
+    return lambda *arguments: run_script(anchor_creator.main, "train.image_size=416", *arguments)
 
 
 def write_boxes(path: Path, sizes: Sequence[Sequence[float]], side: int = 416, crowd: int = 0) -> Path:

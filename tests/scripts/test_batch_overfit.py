@@ -58,7 +58,7 @@ def test_too_few_steps_do_not_open_the_gate(run: Run, drawn_dataset: Path, tmp_p
 
 def test_augmentation_is_off_and_every_step_sees_the_same_pixels(run: Run, drawn_dataset: Path) -> None:
     words = [f"data.root={drawn_dataset}", *SMALL, "data.augmentation.vertical_flip.p=1.0"]
-    settings, _ = batch_overfit.load_settings(batch_overfit.DEFAULTS, words=words)
+    settings, _ = batch_overfit.load_run_settings([], words)
     dataset = batch_overfit.take_images(settings, 3)
     dataset.sample_transform = transform_of(settings, settings.train.image_size)
     batch = collate_samples([dataset[index] for index in range(3)])
