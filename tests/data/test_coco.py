@@ -180,8 +180,7 @@ def test_a_box_of_an_unknown_category_is_refused() -> None:
 
 def test_boxes_become_corners_and_images_without_boxes_stay() -> None:
     content = coco(
-        images=[image(5), image(3), image(9)],
-        annotations=[box(1, 9, [1.5, 2, 10, 20]), box(2, 5, [30, 20, 40, 30])],
+        images=[image(5), image(3), image(9)], annotations=[box(1, 9, [1.5, 2, 10, 20]), box(2, 5, [30, 20, 40, 30])]
     )
     annotations = flatten(content)
     assert annotations.image_ids.tolist() == [5, 3, 9]

@@ -152,12 +152,7 @@ def test_every_class_occurs_in_both_splits(scenes: dict[str, list[Scene]]) -> No
 def test_box_of_a_mask_drawn_by_hand(sources: Sources, scenes: dict[str, list[Scene]]) -> None:
     # Opaque enough are the columns 1 to 3 of rows 1 and 2, so the box is 3 wide, 2 high, one pixel inside the patch.
     alpha = np.array(
-        [
-            [0.0, 0.1, 0.4, 0.1, 0.0],
-            [0.2, 0.5, 0.9, 0.3, 0.1],
-            [0.0, 0.4, 1.0, 0.6, 0.49],
-            [0.0, 0.0, 0.2, 0.0, 0.0],
-        ],
+        [[0.0, 0.1, 0.4, 0.1, 0.0], [0.2, 0.5, 0.9, 0.3, 0.1], [0.0, 0.4, 1.0, 0.6, 0.49], [0.0, 0.0, 0.2, 0.0, 0.0]],
         np.float32,
     )
     digit = replace(scenes["val"][0].digits[0], left=10, top=20, alpha=alpha)

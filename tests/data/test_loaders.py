@@ -326,11 +326,7 @@ for _ in build_training_loader(Failing(), TrainingBatchSampler(9, 1, 1, (0, 9), 
 def test_an_error_ends_the_process_although_workers_ignore_sigterm() -> None:
     """multiprocessing's own ending of the workers waits forever for processes that ignore its SIGTERM."""
     done = subprocess.run(
-        [sys.executable, "-c", FAILING_RUN],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", FAILING_RUN], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: unforeseen")
 
