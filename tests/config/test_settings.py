@@ -1,6 +1,7 @@
 """Settings: precedence of sources, one-line errors, and the round trip of the resolved file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from detection.config.loading import (
     changed_settings,
     complete_settings,
     dump_settings,
+    leaf_paths,
     load_settings,
     validate,
 )
@@ -234,105 +236,64 @@ def test_a_wrong_type_names_key_and_value(word: str, shown: str) -> None:
     assert word.partition("=")[0] in message and shown in message
 
 
-NAMES = "data.class_names"
+IMPOSSIBLE = {
+    "run": "device=gpu seed=-1 name=a/b precision=fp64 log_frequency=0",
+    "model": "num_classes=0 backbone=resnet fill=[1,2] fill=[256,0,0]",
+    "train": """
+        batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
+        multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
+        clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep""",
+    "scheduler": """
+        milestones=[5,3] milestones=[5,5] milestones=[9ep,10ep,9.5ep] index=[3,2,1] scale=[1.0,0.5]
+        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=StepLR""",
+    "yolo": """
+        anchors=[] anchors=[[[1,2]],[[1,2]],[]] anchors=[[[1,2]],[[1,2]],[[1,0]]] anchors=[[[1,2]],[[1,2]],[[1]]]
+        neck_channels=[512,256] ignore_threshold=1.5 ignore_threshold=.nan objectness_prior=0 objectness_prior=1""",
+    "evaluation": "confidence_threshold=1 max_detections=0 evaluate_frequency=0",
+    "data": """
+        class_names=[a,b,a] class_names=[] validation_fraction=0 validation_fraction=1 balance=oversample
+        balance_threshold=0 num_workers=-1 fake=true""",
+    # strengths that the augmentation library would refuse with a traceback, or that mean nothing
+    "data.augmentation": """
+        affine.p=1.5 affine.p=.nan affine.scale=[0,1] affine.rotate=[5,-5] affine.rotate=[-.inf,.inf]
+        affine.shear=[.nan,1] clahe.clip_limit=[0.5,4] clahe.tile_grid_size=[0,8] posterize.num_bits=[0,4]
+        posterize.num_bits=[6,4] multiplicative_noise.multiplier=[-1,1] color_jitter.brightness=[-1,1]
+        color_jitter.contrast=[-1,1] color_jitter.saturation=[-1,1] color_jitter.hue=[-0.6,0.1]
+        gauss_noise.std_range=[0.1,2] rgb_shift.r_shift_limit=256 expand.ratio=[0.5,2] expand.ratio=[2,1.5]
+        iou_crop.min_ious=[0.4,1.1] iou_crop.min_crop_size=0 darknet_jitter.jitter=1 darknet_hsv.hue=0.6
+        darknet_hsv.saturation=0.9 darknet_hsv.exposure=.inf photometric_distortion.hue=[-0.6,0]
+        photometric_distortion.contrast=[-1,1] min_visibility=-0.1""",
+}
+
+
+@pytest.mark.parametrize("word", [f"{section}.{word}" for section, text in IMPOSSIBLE.items() for word in text.split()])
+def test_an_impossible_value_is_one_line(word: str) -> None:
+    """The key, the value unless it is the whole section's fault, and what is allowed."""
+    assert re.match(rf"{re.escape(word.partition('=')[0])}[\d.]*( = .+)?: .+", refusal(word))
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["train.batch_size=0"], ["train.batch_size", "0", "1"]),
-        (["train.batch_size=-4"], ["train.batch_size", "-4"]),
-        (["train.subdivisions=0"], ["train.subdivisions"]),
-        (["train.image_size=0"], ["train.image_size", "positive"]),
-        (["train.image_size=-32"], ["train.image_size", "-32", "32"]),
-        (["train.multiscale_sizes=[608, 320]"], ["train.multiscale_sizes", "[608, 320]"]),
-        (["train.multiscale_sizes=[320]"], ["train.multiscale_sizes"]),
-        (["train.resize_frequency=-1"], ["train.resize_frequency", "-1"]),
-        (["scheduler.milestones=[5, 3]"], ["scheduler.milestones", "ascending", "[5, 3]"]),
-        (["scheduler.milestones=[5, 5]"], ["scheduler.milestones", "ascending"]),
-        (["scheduler.milestones=[9ep, 10ep, 9.5ep]"], ["scheduler.milestones", "ascending"]),
-        (["scheduler.index=[3, 2, 1]"], ["scheduler.index", "ascending"]),
-        (["scheduler.scale=[1.0, 0.5]"], ["scheduler.scale", "index"]),
-        (["scheduler.scale=[1.0, 0.5, -0.1, 0.05]"], ["scheduler.scale", "-0.1"]),
-        (["scheduler.T_mult=3"], ["scheduler.T_mult", "3"]),
-        (["scheduler.strategy=StepLR"], ["scheduler.strategy", "StepLR", "LambdaLR"]),
-        ([f"{NAMES}=[a, b]", "model.num_classes=3"], [NAMES, "2", "model.num_classes", "3"]),
-        ([f"{NAMES}=[a, b, a]"], [NAMES, "twice"]),
-        ([f"{NAMES}=[]"], [NAMES]),
-        (["model.num_classes=0"], ["model.num_classes", "0"]),
-        (["model.backbone=resnet"], ["model.backbone", "resnet", "darknet"]),
-        (["yolo.anchors=[]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], []]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1, 0]]]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1]]]"], ["yolo.anchors"]),
-        (["yolo.neck_channels=[512, 256]"], ["yolo.neck_channels"]),
-        (["yolo.ignore_threshold=1.5"], ["yolo.ignore_threshold", "1.5", "1"]),
-        (["yolo.ignore_threshold=.nan"], ["yolo.ignore_threshold", "nan"]),
-        (["yolo.objectness_prior=0"], ["yolo.objectness_prior"]),
-        (["yolo.objectness_prior=1"], ["yolo.objectness_prior"]),
-        (["train.learning_rate=-1e-3"], ["train.learning_rate", "-0.001"]),
-        (["train.learning_rate=.nan"], ["train.learning_rate", "nan"]),
-        (["train.learning_rate=.inf"], ["train.learning_rate", "inf"]),
-        (["train.momentum=1"], ["train.momentum"]),
-        (["train.clip_norm=0"], ["train.clip_norm"]),
-        (["train.ema_decay=1"], ["train.ema_decay"]),
-        (["train.patience=0"], ["train.patience"]),
-        (["run.device=gpu"], ["run.device", "gpu", "cuda"]),
-        (["run.seed=-1"], ["run.seed", "-1"]),
-        (["run.name=a/b"], ["run.name", "a/b"]),
-        (["run.precision=fp64"], ["run.precision", "fp64", "bf16"]),
-        (["run.log_frequency=0"], ["run.log_frequency"]),
-        (["model.fill=[1, 2]"], ["model.fill"]),
-        (["model.fill=[256, 0, 0]"], ["model.fill", "256", "255"]),
-        (["data.validation_fraction=0"], ["data.validation_fraction"]),
-        (["data.validation_fraction=1"], ["data.validation_fraction"]),
-        (["data.balance=oversample"], ["data.balance", "oversample", "repeat_factor"]),
-        (["data.balance_threshold=0"], ["data.balance_threshold"]),
-        (["data.num_workers=-1"], ["data.num_workers", "-1"]),
-        (["data.fake=true"], ["data.fake", "model.num_classes"]),
-        (["evaluation.confidence_threshold=1"], ["evaluation.confidence_threshold"]),
-        (["evaluation.max_detections=0"], ["evaluation.max_detections"]),
-        (["evaluation.evaluate_frequency=0"], ["evaluation.evaluate_frequency"]),
-        (["train.steps=0"], ["train.steps"]),
-        (["train.save_frequency=0ep"], ["train.save_frequency"]),
-        (["train.steps=0.0ep"], ["train.steps"]),
-        # strengths that the augmentation library would refuse with a traceback, or that mean nothing
-        ([f"{AUGMENTATION}.affine.p=1.5"], [f"{AUGMENTATION}.affine.p", "1.5"]),
-        ([f"{AUGMENTATION}.affine.p=.nan"], [f"{AUGMENTATION}.affine.p", "nan"]),
-        ([f"{AUGMENTATION}.affine.scale=[0, 1]"], [f"{AUGMENTATION}.affine.scale"]),
-        ([f"{AUGMENTATION}.affine.rotate=[5, -5]"], [f"{AUGMENTATION}.affine.rotate", "[5, -5]"]),
-        ([f"{AUGMENTATION}.affine.rotate=[-.inf, .inf]"], [f"{AUGMENTATION}.affine.rotate", "inf"]),
-        ([f"{AUGMENTATION}.affine.shear=[.nan, 1]"], [f"{AUGMENTATION}.affine.shear", "nan"]),
-        ([f"{AUGMENTATION}.clahe.clip_limit=[0.5, 4]"], [f"{AUGMENTATION}.clahe.clip_limit", "0.5"]),
-        ([f"{AUGMENTATION}.clahe.tile_grid_size=[0, 8]"], [f"{AUGMENTATION}.clahe.tile_grid_size"]),
-        ([f"{AUGMENTATION}.posterize.num_bits=[0, 4]"], [f"{AUGMENTATION}.posterize.num_bits"]),
-        ([f"{AUGMENTATION}.posterize.num_bits=[6, 4]"], [f"{AUGMENTATION}.posterize.num_bits", "[6, 4]"]),
-        ([f"{AUGMENTATION}.multiplicative_noise.multiplier=[-1, 1]"], ["multiplicative_noise.multiplier", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.brightness=[-1, 1]"], ["color_jitter.brightness", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.contrast=[-1, 1]"], ["color_jitter.contrast", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.saturation=[-1, 1]"], ["color_jitter.saturation", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.hue=[-0.6, 0.1]"], ["color_jitter.hue", "-0.6"]),
-        ([f"{AUGMENTATION}.gauss_noise.std_range=[0.1, 2]"], ["gauss_noise.std_range", "2"]),
-        ([f"{AUGMENTATION}.rgb_shift.r_shift_limit=256"], ["rgb_shift.r_shift_limit", "256"]),
-        ([f"{AUGMENTATION}.expand.ratio=[0.5, 2]"], [f"{AUGMENTATION}.expand.ratio", "0.5"]),
-        ([f"{AUGMENTATION}.expand.ratio=[2, 1.5]"], [f"{AUGMENTATION}.expand.ratio", "[2, 1.5]"]),
-        ([f"{AUGMENTATION}.iou_crop.min_ious=[0.4, 1.1]"], [f"{AUGMENTATION}.iou_crop.min_ious", "1.1"]),
-        ([f"{AUGMENTATION}.iou_crop.min_crop_size=0"], [f"{AUGMENTATION}.iou_crop.min_crop_size"]),
-        ([f"{AUGMENTATION}.darknet_jitter.jitter=1"], [f"{AUGMENTATION}.darknet_jitter.jitter", "1"]),
-        ([f"{AUGMENTATION}.darknet_hsv.hue=0.6"], [f"{AUGMENTATION}.darknet_hsv.hue", "0.6"]),
-        ([f"{AUGMENTATION}.darknet_hsv.saturation=0.9"], [f"{AUGMENTATION}.darknet_hsv.saturation", "0.9"]),
-        ([f"{AUGMENTATION}.darknet_hsv.exposure=.inf"], [f"{AUGMENTATION}.darknet_hsv.exposure", "inf"]),
-        ([f"{AUGMENTATION}.photometric_distortion.hue=[-0.6, 0]"], ["photometric_distortion.hue", "-0.6"]),
-        ([f"{AUGMENTATION}.photometric_distortion.contrast=[-1, 1]"], ["photometric_distortion.contrast", "-1"]),
-        ([f"{AUGMENTATION}.photometric_distortion.delta=3"], ["photometric_distortion.delta"]),
-        ([f"{AUGMENTATION}.min_visibility=-0.1"], [f"{AUGMENTATION}.min_visibility"]),
+        (["train.batch_size=0"], ["0", "1"]),
+        (["train.image_size=0"], ["positive"]),
+        (["scheduler.milestones=[5, 3]"], ["ascending", "[5, 3]"]),
+        (["scheduler.index=[3, 2, 1]"], ["ascending"]),
+        (["scheduler.scale=[1.0, 0.5]"], ["index"]),
+        (["scheduler.strategy=StepLR"], ["StepLR", "LambdaLR"]),
+        (["data.class_names=[a, b]", "model.num_classes=3"], ["2", "model.num_classes", "3"]),
+        (["data.class_names=[a, b, a]"], ["twice"]),
+        (["model.backbone=resnet"], ["resnet", "darknet"]),
+        (["run.device=gpu"], ["gpu", "cuda"]),
+        (["run.precision=fp64"], ["fp64", "bf16"]),
+        (["model.fill=[256, 0, 0]"], ["256", "255"]),
+        (["data.balance=oversample"], ["oversample", "repeat_factor"]),
+        (["data.fake=true"], ["model.num_classes"]),
     ],
-    ids=lambda value: " ".join(value) if value and "=" in value[0] else "",
 )
-def test_an_impossible_value_is_one_line(words: list[str], parts: list[str]) -> None:
+def test_a_refused_value_is_told_what_is_allowed(words: list[str], parts: list[str]) -> None:
     message = refusal(*words)
-    for part in parts:
-        assert part in message
+    assert [part for part in (words[0].partition("=")[0], *parts) if part not in message] == []
 
 
 def test_all_mistakes_are_named_at_once() -> None:
@@ -365,15 +326,8 @@ def test_durations_that_may_be_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-3", 0.001),  # a string under YAML 1.1
-        ("1E-3", 0.001),
-        ("2.5e-4", 0.00025),
-        (".5", 0.5),
-        ("1.", 1.0),
-        ("3", 3),
-    ],
+    ("text", "value"),  # 1e-3 is a string under YAML 1.1
+    [("1e-3", 0.001), ("1E-3", 0.001), ("2.5e-4", 0.00025), (".5", 0.5), ("1.", 1.0), ("3", 3)],
 )
 def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
     assert load(f"train.weight_decay={text}").train.weight_decay == value
@@ -406,24 +360,20 @@ def test_a_key_that_occurs_twice_is_refused(overlay, text: str, key: str) -> Non
     file = overlay(text)
     message = refusal(overlays=(file,))
     assert repr(key) in message and "twice" in message and file.name in message
-
-
-def test_a_key_that_occurs_twice_in_a_word_is_refused() -> None:
-    assert "'steps'" in refusal("train={steps: 1, steps: 2}")
+    assert "'steps'" in refusal("train={steps: 1, steps: 2}")  # in a word too
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "train: [",
-        "train:\n\tbatch_size: 3",
-        "a: 1\n--- \nb: 2",
-        "? [a, b]\n: 1",
-        "train: {batch_size: !!int five}",
-        b"\xff\xfe\x00",
-        "\x00",
-        "[" * 5000,
-        "train: {steps: *unknown}",
+        *(
+            "train: [",
+            "train:\n\tbatch_size: 3",
+            "a: 1\n--- \nb: 2",
+            "? [a, b]\n: 1",
+            "train: {batch_size: !!int five}",
+        ),
+        *(b"\xff\xfe\x00", "\x00", "[" * 5000, "train: {steps: *unknown}"),
     ],
     ids=range(9),
 )
@@ -459,27 +409,9 @@ def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
 # --- the model and args.yaml ---
 
 
-def model_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys |= model_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.add(prefix + name)
-    return keys
-
-
-def file_keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, value in tree.items():
-        keys |= file_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-    return keys
-
-
 def test_args_yaml_holds_every_setting_and_nothing_else() -> None:
-    content = yaml.safe_load(ARGS.read_text())
-    assert file_keys(content) == model_keys(Settings)
+    content = read_settings_file(ARGS)
+    assert set(leaf_paths(content)) == set(leaf_paths(load().model_dump()))
     assert list(content) == ["run", "data", "model", "yolo", "train", "scheduler", "evaluation"]
 
 
@@ -502,13 +434,11 @@ TRICKY = '["08", "1e5", "off", "007", "null", "true", "a: b", "1_0", "2024-01-01
 @pytest.mark.parametrize(
     "words",
     [
-        [],
+        *([], [f"data.class_names={TRICKY}"], ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"]),
         ["train.steps=12ep", "train.learning_rate=1e-6", "train.weight_decay=0.30000000000000004", "run.name=a.b+c"],
-        [f"data.class_names={TRICKY}"],
-        ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"],
         ["train.ema_decay=0.9999999999999999", "run.seed=9223372036854775807"],
     ],
-    ids=["defaults", "values", "class names", "strings", "limits"],
+    ids=["defaults", "class names", "strings", "values", "limits"],
 )
 def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: list[str]) -> None:
     settings = load(*words)
@@ -546,12 +476,8 @@ def test_an_incomplete_file_names_the_missing_setting(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     settings = load()
-    for section, name, value in (
-        (settings, "train", settings.train),
-        (settings.train, "batch_size", 1),
-        (settings.data.augmentation.affine, "p", 0.0),
-        (settings.run, "new_name", 1),
-    ):
+    sections = settings, settings.train, settings.data.augmentation.affine, settings.run
+    for section, name, value in zip(sections, ("train", "batch_size", "p", "new_name"), (None, 1, 0.0, 1), strict=True):
         with pytest.raises(ValidationError):
             setattr(section, name, value)
     assert hash(settings) == hash(load())  # every value is hashable, so no list or dict is left to change
