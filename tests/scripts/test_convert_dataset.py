@@ -66,11 +66,16 @@ def coco_of(out: Path, split: str = "train") -> dict[str, Any]:
     return json.loads((out / "annotations" / f"instances_{split}.json").read_text())
 
 
+def names_in(content: dict[str, Any]) -> tuple[dict[int, str], dict[int, str]]:
+    """Class names and file names by id."""
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    return names, {image["id"]: image["file_name"] for image in content["images"]}
+
+
 def boxes_of(out: Path, split: str = "train") -> list[tuple[str, str, list[float]]]:
     """List (file name, class, bbox) of every annotation."""
     content = coco_of(out, split)
-    images = {image["id"]: image["file_name"] for image in content["images"]}
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names, images = names_in(content)
     return [(images[row["image_id"]], names[row["category_id"]], row["bbox"]) for row in content["annotations"]]
 
 
@@ -197,19 +202,16 @@ def test_boxes_agree_with_what_the_loader_sees(run: Run, tmp_path: Path, orienta
     Image.fromarray(pixels).save(tmp_path / "voc" / "a.png", exif=exif)
     shown = read_image(tmp_path / "voc" / "a.png")
     rows, columns = np.nonzero(shown[..., 0] > 128)
-    expected = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
-    swaps = orientation >= 5
-    if kind == "stored" and swaps:
-        xml = voc_xml(voc_object("red", (17, 9, 56, 24)), 80, 48)
-    else:
-        x, y, width, height = expected
-        xml = voc_xml(voc_object("red", (x + 1, y + 1, x + width, y + height)), shown.shape[1], shown.shape[0])
+    x, y, width, height = expected = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+    corners, size = (x + 1, y + 1, x + width, y + height), (shown.shape[1], shown.shape[0])
+    turned = kind == "stored" and orientation >= 5
+    xml = voc_xml(voc_object("red", (17, 9, 56, 24)), 80, 48) if turned else voc_xml(voc_object("red", corners), *size)
     write(tmp_path / "voc" / "a.xml", xml)
     result = run("voc")
-    assert ("turned by the EXIF" in result.stdout) == (kind == "stored" and swaps)
+    assert ("turned by the EXIF" in result.stdout) == turned
     assert boxes_of(tmp_path / "out") == [("a.png", "red", expected)]
     (image,) = coco_of(tmp_path / "out")["images"]
-    assert (image["width"], image["height"]) == (shown.shape[1], shown.shape[0])
+    assert (image["width"], image["height"]) == size
 
 
 def test_shares_are_of_the_image_as_it_is_shown(run: Run, tmp_path: Path) -> None:
@@ -249,65 +251,54 @@ def lay_out(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+WHOLE = "0.5 0.5 1 1"
 TWO_SPLITS = {
-    "images/train/a.jpg": "", "labels/train/a.txt": "0 0.5 0.5 1 1",
-    "images/val/b.jpg": "", "labels/val/b.txt": "1 0.5 0.5 1 1",
-}  # fmt: skip
+    **{"images/train/a.jpg": "", "labels/train/a.txt": f"0 {WHOLE}"},
+    **{"images/val/b.jpg": "", "labels/val/b.txt": f"1 {WHOLE}"},
+}
+TWO_FOLDERS = {
+    **{"train/images/a.jpg": "", "train/labels/a.txt": f"0 {WHOLE}"},
+    **{"valid/images/b.jpg": "", "valid/labels/b.txt": f"1 {WHOLE}"},
+}
 NAMES_LIST = "names: [cat, dog]\n"
+LAYOUTS: list[dict[str, str]] = [
+    {**TWO_SPLITS, "data.yaml": "train: images/train\nval: images/val\n" + NAMES_LIST},
+    {**TWO_SPLITS, "a.yaml": "train: images/train\nval: images/val\nnames: {0: cat, 1: dog}\n"},
+    {**TWO_SPLITS, "x.yml": "path: images\ntrain: train\nval: [val]\n" + NAMES_LIST},
+    {**TWO_SPLITS, "data.yaml": "path: /not/here\ntrain: images/train\ntest: images/val\n" + NAMES_LIST},
+    {**TWO_SPLITS, "classes.txt": "cat\ndog\n"},
+    {**TWO_SPLITS, "labels/classes.txt": "cat\ndog\n"},
+    {
+        **{**TWO_SPLITS, "lists/t.txt": "../images/train/a.jpg\n", "lists/v.txt": "./images/val/b.jpg\n\n"},
+        "data.yaml": "train: lists/t.txt\nval: lists/v.txt\n" + NAMES_LIST,
+    },
+    {
+        **{**TWO_FOLDERS, "README.roboflow.txt": "about"},
+        "data.yaml": "train: ../train/images\nval: ../valid/images\nnc: 2\n" + NAMES_LIST,
+    },
+    {**TWO_FOLDERS, "obj.names": "cat\ndog\n"},
+    {
+        **{"obj/a.jpg": "", "obj/a.txt": f"0 {WHOLE}", "obj/b.jpg": "", "obj/b.txt": f"1 {WHOLE}"},
+        **{"train.txt": "obj/a.jpg\n", "val.txt": "obj/b.jpg\n", "obj.names": "cat\ndog\n"},
+        "obj.data": "classes = 2\ntrain = train.txt\nvalid = val.txt\nnames = obj.names\nbackup = backup/\n",
+    },
+]
 
 
-@pytest.mark.parametrize(
-    ("files", "splits"),
-    [
-        ({**TWO_SPLITS, "data.yaml": "train: images/train\nval: images/val\n" + NAMES_LIST}, ("train", "val")),
-        ({**TWO_SPLITS, "a.yaml": "train: images/train\nval: images/val\nnames: {0: cat, 1: dog}\n"}, ("train", "val")),
-        ({**TWO_SPLITS, "x.yml": "path: images\ntrain: train\nval: [val]\n" + NAMES_LIST}, ("train", "val")),
-        (
-            {**TWO_SPLITS, "data.yaml": "path: /not/here\ntrain: images/train\ntest: images/val\n" + NAMES_LIST},
-            ("train", "test"),
-        ),
-        ({**TWO_SPLITS, "classes.txt": "cat\ndog\n"}, ("train", "val")),
-        ({**TWO_SPLITS, "labels/classes.txt": "cat\ndog\n"}, ("train", "val")),
-        (
-            {**TWO_SPLITS, "lists/t.txt": "../images/train/a.jpg\n", "lists/v.txt": "./images/val/b.jpg\n\n",
-             "data.yaml": "train: lists/t.txt\nval: lists/v.txt\n" + NAMES_LIST},
-            ("train", "val"),
-        ),
-        (
-            {"train/images/a.jpg": "", "train/labels/a.txt": "0 0.5 0.5 1 1", "valid/images/b.jpg": "",
-             "valid/labels/b.txt": "1 0.5 0.5 1 1", "README.roboflow.txt": "about",
-             "data.yaml": "train: ../train/images\nval: ../valid/images\nnc: 2\n" + NAMES_LIST},
-            ("train", "val"),
-        ),
-        (
-            {"train/images/a.jpg": "", "train/labels/a.txt": "0 0.5 0.5 1 1", "valid/images/b.jpg": "",
-             "valid/labels/b.txt": "1 0.5 0.5 1 1", "obj.names": "cat\ndog\n"},
-            ("train", "val"),
-        ),
-        (
-            {"obj/a.jpg": "", "obj/a.txt": "0 0.5 0.5 1 1", "obj/b.jpg": "", "obj/b.txt": "1 0.5 0.5 1 1",
-             "train.txt": "obj/a.jpg\n", "val.txt": "obj/b.jpg\n", "obj.names": "cat\ndog\n",
-             "obj.data": "classes = 2\ntrain = train.txt\nvalid = val.txt\nnames = obj.names\nbackup = backup/\n"},
-            ("train", "val"),
-        ),
-    ],
-)  # fmt: skip
-def test_splits_and_names_of_every_layout(
-    run: Run, tmp_path: Path, files: dict[str, str], splits: tuple[str, str]
-) -> None:
+@pytest.mark.parametrize("files", LAYOUTS)
+def test_splits_and_names_of_every_layout(run: Run, tmp_path: Path, files: dict[str, str]) -> None:
+    splits = first, second = ("train", "test" if "test:" in files.get("data.yaml", "") else "val")
     lay_out(tmp_path / "set", files)
     result = run("set", "--strict")
     assert result.returncode == 0 and "left out" not in result.stdout and "note" not in result.stdout, result
-    first, second = splits
     out = tmp_path / "out"
     assert {path.name for path in (out / "annotations").iterdir()} == {f"instances_{split}.json" for split in splits}
     assert boxes_of(out, first) == [("a.jpg", "cat", [0, 0, 10, 20])]
     assert boxes_of(out, second) == [("b.jpg", "dog", [0, 0, 10, 20])]
     assert (out / first / "a.jpg").exists() and (out / second / "b.jpg").exists()
-    ids = [row["id"] for split in splits for key in ("images",) for row in coco_of(out, split)[key]]
+    ids = [row["id"] for split in splits for row in coco_of(out, split)["images"]]
     assert ids == [1, 2], "ids go on from split to split"
-    assert [entry["name"] for entry in coco_of(out, first)["categories"]] == ["cat", "dog"]
-    assert [entry["id"] for entry in coco_of(out, first)["categories"]] == [1, 2]
+    assert [(entry["id"], entry["name"]) for entry in coco_of(out, first)["categories"]] == [(1, "cat"), (2, "dog")]
 
 
 def test_the_result_trains_from_its_root_alone(run: Run, tmp_path: Path, default_settings) -> None:
@@ -340,15 +331,18 @@ def test_voc_lists_flags_and_alphabetical_classes(run: Run, tmp_path: Path) -> N
         save(root / "JPEGImages" / f"{name}.jpg")
     flags = "<truncated>1</truncated><difficult>1</difficult>"
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-    write(root / "Annotations" / "a.xml", voc_xml(voc_object("zebra", (1, 1, 10, 20), flags)))
-    write(root / "Annotations" / "b.xml", voc_xml(voc_object("ant", (1, 1, 5, 5), part)))
-    write(root / "Annotations" / "c.xml", voc_xml(""))
-    write(root / "Annotations" / "d.xml", voc_xml(voc_object("bee", (1, 1, 5, 5))))
-    write(root / "ImageSets" / "Main" / "train.txt", "a\nmissing\n")
-    write(root / "ImageSets" / "Main" / "val.txt", "b\n\n")
-    write(root / "ImageSets" / "Main" / "test.txt", "c\n")
-    write(root / "ImageSets" / "Main" / "trainval.txt", "a\nb\n")
-    write(root / "ImageSets" / "Main" / "zebra_train.txt", "a  1\nd -1\n")
+    zebra, ant = voc_object("zebra", (1, 1, 10, 20), flags), voc_object("ant", (1, 1, 5, 5), part)
+    for name, objects in zip("abcd", (zebra, ant, "", voc_object("bee", (1, 1, 5, 5))), strict=True):
+        write(root / "Annotations" / f"{name}.xml", voc_xml(objects))
+    lists = {
+        "train": "a\nmissing\n",
+        "val": "b\n\n",
+        "test": "c\n",
+        "trainval": "a\nb\n",
+        "zebra_train": "a  1\nd -1\n",
+    }
+    for name, text in lists.items():
+        write(root / "ImageSets" / "Main" / f"{name}.txt", text)
     result = run("VOC2007")
     assert result.returncode == 0, result.stderr
     assert "1 images of a list without an XML file (ImageSets/Main/train.txt:2)" in result.stdout
@@ -403,37 +397,26 @@ def report_of(out: Path) -> dict[str, dict[str, list[str]]]:
 
 def test_every_bad_line_and_image_of_yolo_is_named(run: Run, tmp_path: Path) -> None:
     lines = [
-        "0 0.5 0.5 1 1",
-        "",
-        "0 0.5 0.5 1",  # 3: too few
-        "0 0.5 nan 1 1",
-        "0 0.5 inf 1 1",
-        "0 0.5 1_0 1 1",
-        "0 half 0.5 1 1",
-        "0 0.5 0.5 1e9 1",  # 8: no box is that large
-        "2 0.5 0.5 1 1",  # 9: two classes
-        "-1 0.5 0.5 1 1",
-        "0.5 0.5 0.5 1 1",
-        "0 0.5 0.5 0 1",  # 12: no width
-        "0 0.5 0.5 1 -0.5",
-        "0 0.5 0.5 1 1 0.9",  # 14: with a score
-        "1 0.5 0.5 0.2 0.1",
+        *("0 0.5 0.5 1 1", "", "0 0.5 0.5 1"),  # 3: too few
+        *("0 0.5 nan 1 1", "0 0.5 inf 1 1", "0 0.5 1_0 1 1", "0 half 0.5 1 1", "0 0.5 0.5 1e9 1"),  # 8: too large
+        *("2 0.5 0.5 1 1", "-1 0.5 0.5 1 1", "0.5 0.5 0.5 1 1"),  # 9 to 11: there are two classes
+        *("0 0.5 0.5 0 1", "0 0.5 0.5 1 -0.5"),  # 12: no width, 13: no height
+        *("0 0.5 0.5 1 1 0.9", "1 0.5 0.5 0.2 0.1"),  # 14: with a score
         "0 0.1 0.1 0.2 0.2 0.3 0.3 0.4",  # 16: neither a box nor a polygon
     ]
-    lay_out(
-        tmp_path / "set",
-        {
-            "data.yaml": "train: images/train\nval: images/val\ntest: ../test/images\n" + NAMES_LIST,
-            "images/train/a.jpg": "", "labels/train/a.txt": "\n".join(lines),
-            "images/train/none.jpg": "", "images/train/empty.jpg": "", "labels/train/empty.txt": "",
-            "labels/train/orphan.txt": "0 0.5 0.5 1 1", "labels/train/classes.txt": "cat\ndog",
-            "images/val/b.jpg": "", "labels/val/b.txt": "1 0.5 0.5 1 1",
+    files = {
+        "data.yaml": "train: images/train\nval: images/val\ntest: ../test/images\n" + NAMES_LIST,
+        **{
+            **TWO_SPLITS,
+            "labels/train/a.txt": "\n".join(lines),
+            "images/train/none.jpg": "",
+            "images/train/latin.jpg": "",
         },
-    )  # fmt: skip
+        **{"images/train/empty.jpg": "", "labels/train/empty.txt": ""},
+        **{"labels/train/orphan.txt": f"0 {WHOLE}", "labels/train/classes.txt": "cat\ndog"},
+    }
+    lay_out(tmp_path / "set", files)
     (tmp_path / "set" / "images" / "train" / "damaged.png").write_bytes(b"no image")
-    (tmp_path / "set" / "images" / "train" / "latin.jpg").write_bytes(
-        (tmp_path / "set/images/train/a.jpg").read_bytes()
-    )
     (tmp_path / "set" / "labels" / "train" / "latin.txt").write_bytes(b"\xff\xfe0")
     before = tree(tmp_path / "set")
     result = run("set")
@@ -488,13 +471,10 @@ def test_every_bad_object_of_voc_is_named(run: Run, tmp_path: Path) -> None:
     write(root / "other.xml", "<labels/>")
     result = run("voc")
     assert result.returncode == 0, result.stderr
-    found = {
-        reason: [
-            place.removeprefix("voc/").split(": ")[-1] if "object" in place else place.split(":")[0] for place in places
-        ]
-        for reason, places in report_of(tmp_path / "out")["left_out"].items()
-    }
-    assert found == {
+    found = report_of(tmp_path / "out")["left_out"]
+    assert {
+        reason: [re.search(r"object \d|[^:]*", place)[0] for place in places] for reason, places in found.items()
+    } == {
         "objects without a name, or of a class that is not among --names": ["object 2"],
         "objects whose bndbox lacks a usable number": ["object 3", "object 4"],
         "boxes without width or height": ["object 5", "object 6"],
@@ -606,14 +586,13 @@ def test_images_are_copied_where_links_are_impossible(
 
 def test_equal_names_are_told_apart(run: Run, tmp_path: Path) -> None:
     """Two lists of folders with an a.jpg each; in YOLO's format also a.jpg and a.png, which share a.txt."""
-    lay_out(
-        tmp_path / "set",
-        {
-            "one/images/a.jpg": "", "one/labels/a.txt": "0 0.5 0.5 1 1",
-            "two/images/a.jpg": "", "two/labels/a.txt": "1 0.5 0.5 1 1",
-            "data.yaml": "train: [one/images, two/images]\n" + NAMES_LIST,
-        },
-    )  # fmt: skip
+    files = {
+        "one/images/a.jpg": "",
+        "one/labels/a.txt": f"0 {WHOLE}",
+        "two/images/a.jpg": "",
+        "two/labels/a.txt": f"1 {WHOLE}",
+    }
+    lay_out(tmp_path / "set", {**files, "data.yaml": "train: [one/images, two/images]\n" + NAMES_LIST})
     assert run("set").returncode == 0
     assert [box[:2] for box in boxes_of(tmp_path / "out")] == [("one/images/a.jpg", "cat"), ("two/images/a.jpg", "dog")]
     root = coco_set(tmp_path / "coco", [(3, [0, 0, 10, 20])])
@@ -671,13 +650,12 @@ def test_refused_in_one_line(run: Run, tmp_path: Path, words: list[str], code: i
     coco_set(tmp_path / "coco", [(3, [0, 0, 1, 1])])
     write(coco_set(tmp_path / "both", [(3, [0, 0, 1, 1])]) / "a.xml", voc_xml(""))
     (coco_set(tmp_path / "gone", [(3, [0, 0, 1, 1])]) / "train" / "a.png").unlink()
-    write(tmp_path / "full" / "file", "x")
-    write(tmp_path / "bad.json", "{")
-    write(tmp_path / "list.json", "[]")
-    write(tmp_path / "bad.yaml", "train: [")
-    write(tmp_path / "none.yaml", "train: nothing/here\n" + NAMES_LIST)
-    write(tmp_path / "twice.yaml", "train: set\nnames: [cat, cat]\n")
-    write(tmp_path / "points.yaml", "train: set\nkpt_shape: [17, 3]\n" + NAMES_LIST)
+    files = {
+        **{"full/file": "x", "bad.json": "{", "list.json": "[]", "bad.yaml": "train: ["},
+        **{"none.yaml": "train: nothing/here\n" + NAMES_LIST, "twice.yaml": "train: set\nnames: [cat, cat]\n"},
+        "points.yaml": "train: set\nkpt_shape: [17, 3]\n" + NAMES_LIST,
+    }
+    lay_out(tmp_path, files)
     before = tree(tmp_path)
     result = run(*words) if "--output" not in words else run(*words[:-2], out=words[-1])
     assert result.returncode == code and part in result.stderr, result
@@ -699,8 +677,7 @@ def test_a_full_disk_leaves_nothing_behind(run: Run, tmp_path: Path, full_disk) 
 
 def real_boxes(file: Path) -> list[Any]:
     content = json.loads(file.read_text())
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    images = {image["id"]: image["file_name"] for image in content["images"]}
+    names, images = names_in(content)
     return sorted(
         (images[row["image_id"]], names[row["category_id"]], *row["bbox"])
         for row in content["annotations"]
