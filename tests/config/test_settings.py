@@ -26,7 +26,6 @@ from detection.errors import SettingsError
 from tests.support.paths import REPOSITORY
 
 ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
-AUGMENTATION = "data.augmentation"
 
 
 def load(*words: str, overlays: tuple[Path, ...] = (), flags: tuple[Flag, ...] = ()) -> Settings:
@@ -95,16 +94,15 @@ def test_two_spellings_of_one_setting_must_agree(words: list[str], flags: list[F
     assert load("batch_size=3", "train.batch_size=3", flags=tuple(agreeing)).train.batch_size == 3
 
 
-def test_an_overlay_changes_only_the_keys_it_names(overlay) -> None:
-    before = load()
-    after = load(overlays=(overlay("data: {augmentation: {affine: {scale: [0.75, 1.25]}}}"),))
-    assert changed_settings(before, after) == {f"{AUGMENTATION}.affine.scale": ([0.5, 1.5], [0.75, 1.25])}
-
-
-def test_a_word_may_set_several_keys_of_a_section() -> None:
-    settings = load("train={batch_size: 3, subdivisions: 5}")
-    assert (settings.train.batch_size, settings.train.subdivisions) == (3, 5)
-    assert changed_settings(load(), settings).keys() == {"train.batch_size", "train.subdivisions"}
+def test_an_overlay_or_a_word_changes_only_the_keys_it_names(overlay) -> None:
+    scaled = load(overlays=(overlay("data: {augmentation: {affine: {scale: [0.75, 1.25]}}}"),))
+    assert changed_settings(load(), scaled) == {"data.augmentation.affine.scale": ([0.5, 1.5], [0.75, 1.25])}
+    old, new = load("train.steps=5"), load("train={batch_size: 3, steps: 12ep}", "model.fill=[1, 2, 3]")
+    size = load().train.batch_size
+    assert changed_settings(old, new) == {
+        "train.batch_size": (size, 3), "train.steps": (5, "12ep"), "model.fill": (None, [1, 2, 3])
+    }  # fmt: skip
+    assert changed_settings(new, old)["model.fill"] == ([1, 2, 3], None) and changed_settings(old, old) == {}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +118,19 @@ def test_a_word_may_set_several_keys_of_a_section() -> None:
         ("data.root=a=b", "a=b"),  # only the first = separates
         ("train.ema_decay=0.999", 0.999),
         ("train.clip_norm=null", None),
+        ("train.unfreeze_step=0", 0),
+        ("scheduler.warmup=0ep", "0ep"),
+        *((f"train.steps={text}", text) for text in ("12ep", "0.5ep", "1.25ep")),
+        # numbers as people write them; 1e-3 is a string under YAML 1.1
+        *((f"train.weight_decay={text}", 0.001) for text in ("1e-3", "1E-3", ".001", "1.0e-3")),
+        ("train.weight_decay=1.", 1.0),
+        ("train.weight_decay=3", 3),
+        ("train.batch_size=010", 10),  # YAML 1.2, section 10.3.2; the octal eight under YAML 1.1
+        # off, no, yes and on are booleans, and 2024-01-01 a date, under YAML 1.1
+        ("run.precision=off", "off"),
+        ("data.class_names=[on, off, yes, no, y, n]", ("on", "off", "yes", "no", "y", "n")),
+        ("data.root=2024-01-01", "2024-01-01"),
+        ("data.root=2024-13-45", "2024-13-45"),  # and no such date is no error
     ],
 )
 def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
@@ -164,15 +175,6 @@ def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
         assert "." not in flat and flat not in Settings.model_fields
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [("epochs", "train.steps"), ("continue_training", "--resume"), ("train_ratio", "data.validation_fraction")],
-)
-def test_names_with_another_form_say_what_to_write(name: str, instead: str) -> None:
-    message = refusal(f"{name}=1")
-    assert name in message and instead in message
-
-
 # --- unknown keys ---
 
 
@@ -198,11 +200,6 @@ def test_an_unknown_key_names_the_nearest_valid_one(overlay, wrong: str, right: 
     assert repr(wrong) in message and right in message and file.name in message
 
 
-@pytest.mark.parametrize("word", ["train=3", "train=null", "data.augmentation.affine=0.5"])
-def test_a_section_is_not_a_value(word: str) -> None:
-    assert word.partition("=")[0] in refusal(word)
-
-
 @pytest.mark.parametrize("word", ["abc", "=3", "train.batch_size", "--unknown", "a\nb=1", "train.steps=[1,\n2"])
 def test_words_that_are_no_setting(word: str) -> None:
     refusal(word)
@@ -224,6 +221,9 @@ def test_words_that_are_no_setting(word: str) -> None:
         ("run.channels_last=1", "1"),
         ("run.channels_last=yes", "'yes'"),
         ("run.name=7", "7"),
+        ("run.name=08", "8"),
+        ("train.steps=12 ep", "12 ep"),
+        *((word, "is a section") for word in ("train=3", "train=null", "data.augmentation.affine=0.5")),
         ("data.root=null", "None"),
         ("data.class_names=cat", "'cat'"),
         ("data.class_names=[cat, 8]", "8"),
@@ -242,7 +242,8 @@ IMPOSSIBLE = {
     "train": """
         batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
         multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
-        clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep""",
+        clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep steps=-1 steps=1.5 steps=ep
+        steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
     "scheduler": """
         milestones=[5,3] milestones=[5,5] milestones=[9ep,10ep,9.5ep] index=[3,2,1] scale=[1.0,0.5]
         scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=StepLR""",
@@ -289,6 +290,11 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["model.fill=[256, 0, 0]"], ["256", "255"]),
         (["data.balance=oversample"], ["oversample", "repeat_factor"]),
         (["data.fake=true"], ["model.num_classes"]),
+        # all mistakes at once, and names of other programs
+        (["train.batch_size=0", "model.backbone=resnet"], ["model.backbone"]),
+        (["epochs=1"], ["train.steps"]),
+        (["continue_training=1"], ["--resume"]),
+        (["train_ratio=1"], ["data.validation_fraction"]),
     ],
 )
 def test_a_refused_value_is_told_what_is_allowed(words: list[str], parts: list[str]) -> None:
@@ -296,71 +302,7 @@ def test_a_refused_value_is_told_what_is_allowed(words: list[str], parts: list[s
     assert [part for part in (words[0].partition("=")[0], *parts) if part not in message] == []
 
 
-def test_all_mistakes_are_named_at_once() -> None:
-    message = refusal("train.batch_size=0", "model.backbone=resnet")
-    assert "train.batch_size" in message and "model.backbone" in message
-
-
-def test_class_names_that_fit_the_class_count_are_accepted() -> None:
-    assert load("data.class_names=[a, b]", "model.num_classes=2").data.class_names == ("a", "b")
-    assert load("data.class_names=[a, b]").model.num_classes is None
-
-
-@pytest.mark.parametrize("value", ["1", "5000", "12ep", "0.5ep", "1.25ep"])
-def test_durations_are_steps_or_epochs(value: str) -> None:
-    expected = value if value.endswith("ep") else int(value)
-    assert load(f"train.steps={value}").train.steps == expected
-
-
-@pytest.mark.parametrize("value", ["-1", "1.5", "12 ep", "ep", "12epochs", "-2ep", "1e3ep", ".5ep", "[5]", "true"])
-def test_what_is_no_duration(value: str) -> None:
-    assert "train.steps" in refusal(f"train.steps={value}")
-
-
-def test_durations_that_may_be_nothing() -> None:
-    settings = load("train.unfreeze_step=0", "scheduler.warmup=0ep")
-    assert (settings.train.unfreeze_step, settings.scheduler.warmup) == (0, "0ep")
-
-
 # --- YAML ---
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),  # 1e-3 is a string under YAML 1.1
-    [("1e-3", 0.001), ("1E-3", 0.001), ("2.5e-4", 0.00025), (".5", 0.5), ("1.", 1.0), ("3", 3)],
-)
-def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
-    assert load(f"train.weight_decay={text}").train.weight_decay == value
-
-
-def test_whole_numbers_are_decimal() -> None:
-    """YAML 1.2 (section 10.3.2) reads 010 as ten; YAML 1.1 as the octal eight."""
-    assert load("train.batch_size=010").train.batch_size == 10
-    assert "run.name" in refusal("run.name=08")
-
-
-def test_words_stay_words(overlay) -> None:
-    """off, no, yes and on are booleans, and 2024-01-01 a date, under YAML 1.1."""
-    settings = load("run.precision=off", "data.class_names=[on, off, yes, no, y, n]", "data.root=2024-01-01")
-    assert settings.run.precision == "off"
-    assert settings.data.class_names == ("on", "off", "yes", "no", "y", "n")
-    assert settings.data.root == "2024-01-01"
-    assert load(overlays=(overlay("run: {precision: off}"),)).run.precision == "off"
-    assert load("data.root=2024-13-45").data.root == "2024-13-45"  # and no such date is no error
-
-
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ("train: {batch_size: 1}\nrun: {seed: 1}\ntrain: {batch_size: 2}", "train"),
-        ("train:\n  batch_size: 1\n  steps: 3\n  batch_size: 2\n", "batch_size"),
-    ],
-)
-def test_a_key_that_occurs_twice_is_refused(overlay, text: str, key: str) -> None:
-    file = overlay(text)
-    message = refusal(overlays=(file,))
-    assert repr(key) in message and "twice" in message and file.name in message
-    assert "'steps'" in refusal("train={steps: 1, steps: 2}")  # in a word too
 
 
 @pytest.mark.parametrize(
@@ -374,29 +316,26 @@ def test_a_key_that_occurs_twice_is_refused(overlay, text: str, key: str) -> Non
             "train: {batch_size: !!int five}",
         ),
         *(b"\xff\xfe\x00", "\x00", "[" * 5000, "train: {steps: *unknown}"),
+        *("[1, 2]", "3", "word", "- train: {steps: 3}"),  # no mapping
     ],
-    ids=range(9),
+    ids=range(13),
 )
-def test_a_file_that_is_not_yaml_is_named(overlay, text) -> None:
+def test_a_file_that_is_no_yaml_mapping_is_named(overlay, text) -> None:
     file = overlay(text)
     assert file.name in refusal(overlays=(file,))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "3", "word", "- train: {steps: 3}"])
-def test_a_file_must_be_a_mapping(overlay, text: str) -> None:
-    file = overlay(text)
-    message = refusal(overlays=(file,))
-    assert file.name in message and "mapping" in message
+def test_a_key_that_occurs_twice_is_refused(overlay) -> None:
+    for text, key in (("run: {seed: 1}\nrun: {seed: 2}", "run"), ("run:\n  seed: 1\n  name: a\n  seed: 2", "seed")):
+        file = overlay(text)
+        assert re.search(f"{file.name}.*'{key}' occurs twice", refusal(overlays=(file,)))
+    assert "'steps'" in refusal("train={steps: 1, steps: 2}")  # in a word too
 
 
-def test_an_empty_file_changes_nothing(overlay) -> None:
+def test_empty_and_unreadable_files(overlay, tmp_path: Path) -> None:
     assert load(overlays=(overlay(""), overlay("# only a comment\n"))) == load()
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    assert "absent.yaml" in refusal(overlays=(tmp_path / "absent.yaml",))
-    assert tmp_path.name in refusal(overlays=(tmp_path,))
-    assert "absent.yaml" in refusal(defaults=tmp_path / "absent.yaml")
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        assert path.name in refusal(overlays=(path,)) and path.name in refusal(defaults=path)
 
 
 def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
@@ -411,7 +350,8 @@ def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
 
 def test_args_yaml_holds_every_setting_and_nothing_else() -> None:
     content = read_settings_file(ARGS)
-    assert set(leaf_paths(content)) == set(leaf_paths(load().model_dump()))
+    assert set(leaf_paths(content)) == set(leaf_paths(validate(content).model_dump()))
+    assert content == read_settings_file(ARGS)  # validation leaves it alone
     assert list(content) == ["run", "data", "model", "yolo", "train", "scheduler", "evaluation"]
 
 
@@ -437,8 +377,9 @@ TRICKY = '["08", "1e5", "off", "007", "null", "true", "a: b", "1_0", "2024-01-01
         *([], [f"data.class_names={TRICKY}"], ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"]),
         ["train.steps=12ep", "train.learning_rate=1e-6", "train.weight_decay=0.30000000000000004", "run.name=a.b+c"],
         ["train.ema_decay=0.9999999999999999", "run.seed=9223372036854775807"],
+        ["data.class_names=[a, b]", "model.num_classes=2", "scheduler.milestones=[1ep, 2ep]"],
     ],
-    ids=["defaults", "class names", "strings", "values", "limits"],
+    ids=["defaults", "class names", "strings", "values", "limits", "lists"],
 )
 def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: list[str]) -> None:
     settings = load(*words)
@@ -447,20 +388,8 @@ def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: 
     again, notices = load_settings(file)
     assert again == settings and notices == []
     assert dump_settings(again) == dump_settings(settings)
-
-
-def test_the_copy_in_a_checkpoint_gives_the_same_settings() -> None:
-    """A checkpoint holds plain lists and numbers."""
-    settings = load("data.class_names=[a, b]", "scheduler.milestones=[1ep, 2ep]")
-    assert validate(settings.model_dump(mode="json")) == settings
-    assert validate(settings.model_dump()) == settings
-
-
-def test_validation_leaves_its_argument_alone() -> None:
-    tree = read_settings_file(ARGS)
-    copy = yaml.safe_load(yaml.safe_dump(tree))
-    validate(tree)
-    assert tree == copy
+    # and so does the copy in a checkpoint, of plain lists and numbers
+    assert validate(settings.model_dump(mode="json")) == validate(settings.model_dump()) == settings
 
 
 def test_an_incomplete_file_names_the_missing_setting(tmp_path: Path) -> None:
@@ -481,13 +410,6 @@ def test_settings_are_frozen() -> None:
         with pytest.raises(ValidationError):
             setattr(section, name, value)
     assert hash(settings) == hash(load())  # every value is hashable, so no list or dict is left to change
-
-
-def test_changed_settings() -> None:
-    old, new = load("train.steps=5"), load("train.steps=12ep", "model.fill=[1, 2, 3]")
-    assert changed_settings(old, new) == {"train.steps": (5, "12ep"), "model.fill": (None, [1, 2, 3])}
-    assert changed_settings(new, old) == {"train.steps": ("12ep", 5), "model.fill": ([1, 2, 3], None)}
-    assert changed_settings(old, old) == {}
 
 
 # Earlier paths of settings
