@@ -115,33 +115,17 @@ def test_any_category_ids_become_dense_labels() -> None:
 
 
 def test_a_validation_file_follows_the_training_labels_by_name() -> None:
-    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
-    validation = flatten(
-        coco(
-            annotations=[box(1, 1, [0, 0, 9, 9], 7), box(2, 1, [0, 0, 8, 8], 3), box(3, 1, [0, 0, 7, 7], 4)],
-            categories={7: "dog", 3: "emu", 4: "cat"},
-        ),
-        categories=training.categories,
-    )
-    assert validation.categories.names == ("cat", "dog", "emu")
+    training = flatten(coco(categories={1: "ape", 2: "dog", 3: "emu"})).categories
+    rows = [box(1, 1, [0, 0, 9, 9], 7), box(2, 1, [0, 0, 8, 8], 3), box(3, 1, [0, 0, 7, 7], 4)]
+    validation = flatten(coco(annotations=rows, categories={7: "dog", 3: "emu", 4: "ape"}), categories=training)
     assert validation.labels.tolist() == [1, 2, 0]
-    assert validation.categories.ids == (4, 7, 3)  # of this file, so that results fit it
-
-
-def test_a_validation_file_may_lack_categories() -> None:
-    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
-    validation = flatten(
-        coco(annotations=[box(1, 1, [0, 0, 9, 9], 8)], categories={8: "emu"}), categories=training.categories
-    )
-    assert validation.labels.tolist() == [2]
-    assert validation.categories.names == ("cat", "dog", "emu") and validation.categories.ids[2] == 8
-    assert len(set(validation.categories.ids)) == 3  # those of no box must not be taken for others
-
-
-def test_a_validation_file_with_other_categories_is_refused() -> None:
-    training = flatten(coco(categories={1: "ape", 2: "dog"}))
-    message = refusal(coco(categories={1: "ape", 2: "yak", 3: "emu"}), categories=training.categories)
-    assert "yak" in message and "emu" in message and "ape" not in message
+    assert validation.categories == Categories(training.names, (4, 7, 3))  # ids of this file, so that results fit it
+    # it may lack categories, whose ids must not be taken for others, but not have more
+    lacking = flatten(coco(annotations=[box(1, 1, [0, 0, 9, 9], 8)], categories={8: "emu"}), categories=training)
+    assert lacking.labels.tolist() == [2] and lacking.categories.names == training.names
+    assert lacking.categories.ids[2] == 8 and len(set(lacking.categories.ids)) == 3
+    message = refusal(coco(categories={1: "ape", 2: "yak", 3: "gnu"}), categories=training)
+    assert "yak" in message and "gnu" in message and "ape" not in message
 
 
 def test_class_names_choose_and_order_the_labels() -> None:
@@ -173,11 +157,6 @@ def test_categories_that_are_refused(categories: list) -> None:
     refusal({**coco(), "categories": categories})
 
 
-def test_a_box_of_an_unknown_category_is_refused() -> None:
-    message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(17, 1, [0, 0, 5, 5], 99)]))
-    assert "17" in message and "99" in message
-
-
 # --- boxes ---
 
 
@@ -195,16 +174,10 @@ def test_boxes_become_corners_and_images_without_boxes_stay() -> None:
     assert annotations.image_sizes.tolist() == [[WIDTH, HEIGHT]] * 3
     assert [annotations.file_name(index) for index in range(3)] == ["5.png", "3.png", "9.png"]
     assert annotations.counts.dropped == {}
-
-
-def test_a_file_without_any_box_is_read() -> None:
-    annotations = flatten(coco(annotations=[]))
-    assert len(annotations) == 2 and annotations.boxes.shape == (0, 4) and annotations.first_box.tolist() == [0, 0, 0]
-
-
-def test_the_area_of_the_file_is_kept_for_the_metric() -> None:
-    annotations = flatten(coco(annotations=[box(1, 1, [0, 0, 10, 10], area=37.5), box(2, 2, [0, 0, 4, 5], area=None)]))
-    assert annotations.areas.tolist() == [37.5, 20]
+    given = flatten(coco(annotations=[box(1, 1, [0, 0, 10, 10], area=37.5), box(2, 2, [0, 0, 4, 5], area=None)]))
+    assert given.areas.tolist() == [37.5, 20]  # the metric's
+    empty = flatten(coco(annotations=[]))
+    assert len(empty) == 2 and empty.boxes.shape == (0, 4) and empty.first_box.tolist() == [0, 0, 0]
 
 
 def test_crowd_boxes_are_marked_and_never_a_class(open_dataset) -> None:
@@ -285,7 +258,9 @@ def test_the_order_of_boxes_does_not_depend_on_the_file() -> None:
     boxes = [[1, 1, generator.choice(sides), generator.choice(sides)] for _ in numbers]
     rows = [box(n, generator.randint(1, 4), b, iscrowd=n % 2) for n, b in zip(numbers, boxes, strict=True)]
     content = coco(images=[image(3), image(1), image(4), image(2)], annotations=rows)
+    before = copy.deepcopy(content)
     expected = flatten(content)
+    assert content == before  # left alone
     assert expected.annotation_ids.tolist() == order_oracle(content)
     for _ in range(5):
         generator.shuffle(content["annotations"])
@@ -316,10 +291,12 @@ def test_a_bbox_must_be_four_finite_numbers(refused, bbox: Any, area: bool) -> N
         assert ("bbox" in message and "4711" in message) or bbox == [10**400, 1, 1, 1]
 
 
-@pytest.mark.parametrize("area", [NAN, INFINITY, "12", [1]])
-def test_an_area_must_be_a_finite_number(area: Any) -> None:
-    message = refusal(coco(annotations=[box(4711, 1, [1, 1, 5, 5], area=area)]))
-    assert "4711" in message and "area" in message
+@pytest.mark.parametrize(
+    ("other", "word"), [({"category_id": 99}, "99"), *(({"area": area}, "area") for area in (NAN, INFINITY, "12", [1]))]
+)
+def test_an_area_must_be_a_finite_number_and_a_category_known(other: dict[str, Any], word: str) -> None:
+    message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(4711, 1, [1, 1, 5, 5], **other)]))
+    assert "4711" in message and word in message
 
 
 @pytest.mark.parametrize(
@@ -353,11 +330,8 @@ def test_ids_must_be_whole_numbers(refused, number: Any, key: str) -> None:
     if key == "image_id":
         content["images"][0]["id"] = number
     refused(content)
-
-
-def test_an_image_listed_twice_is_refused() -> None:
-    message = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
-    assert "4711" in message and "twice" in message
+    twice = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
+    assert "4711" in twice and "twice" in twice
 
 
 COMPLETE = json.dumps(coco()).encode()
@@ -445,13 +419,6 @@ def test_only_arrays_are_left(open_dataset) -> None:
     assert len(raw) > 150 * number
 
 
-def test_the_content_is_not_changed() -> None:
-    content = coco(annotations=[box(1, 1, [-5, -5, 10, 10]), box(2, 2, [0, 0, 0, 0])])
-    before = copy.deepcopy(content)
-    flatten(content)
-    assert content == before
-
-
 # --- layouts ---
 
 LAYOUTS = [
@@ -480,36 +447,27 @@ def test_the_usual_layouts_are_found(tmp_path: Path, default_settings: Load, fil
     assert other == tuple(tmp_path / name for name in REST[split])
 
 
-def test_one_directory_for_all_images(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", "annotations/instances_val.json", "images")
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
-    assert train[1] == validation[1] == tmp_path / "images"
+MINE = ["my/a.json", "my/b", "my/c.json", "my/d"]
+SETTINGS = ("train_annotations", "train_images", "validation_annotations", "validation_images")
+BESIDE = ["train_annotations/a.json", "train_annotations", "validation_annotations/a.json", "validation_annotations"]
+NAMED = [f"{name}={path}" for name, path in zip(SETTINGS, MINE, strict=True)]
+FOUND = {  # words behind "data."; what there is and is found: annotations and images for training, then for validation
+    "one directory": ([], ["annotations/instances_train.json", "images", "annotations/instances_val.json", "images"]),
+    "below root": (NAMED, MINE),
+    "absolute": ([word.replace("=", "=ROOT/") for word in NAMED], MINE),
+    "absolute without root": ([*(word.replace("=", "=ROOT/") for word in NAMED), "root=ROOT/absent"], MINE),
+    "beside its images": ([f"{name}={name}/a.json" for name in SETTINGS[::2]], BESIDE),
+    "a fraction": (["validation_fraction=0.2"], ["annotations/instances_train.json", "train"] * 2),
+}
 
 
-@pytest.mark.parametrize(
-    ("absolute", "with_root"),
-    [(True, True), (False, True), (True, False)],
-    ids=["absolute", "below root", "absolute without root"],
-)
-def test_explicit_paths(tmp_path: Path, default_settings: Load, absolute: bool, with_root: bool) -> None:
-    make(tmp_path, "my/a.json", "my/b.json", "my/pictures", "my/others")
-    prefix = f"{tmp_path}/" if absolute else ""
-    words = [
-        *(f"data.train_annotations={prefix}my/a.json", f"data.train_images={prefix}my/pictures"),
-        *(f"data.validation_annotations={prefix}my/b.json", f"data.validation_images={prefix}my/others"),
-        f"data.root={tmp_path if with_root else tmp_path / 'absent'}",
-    ]
-    train, validation = find_dataset(default_settings(*words).data)
-    assert train == (tmp_path / "my/a.json", tmp_path / "my/pictures")
-    assert validation == (tmp_path / "my/b.json", tmp_path / "my/others")
-
-
-def test_an_explicit_file_beside_its_images(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "set/labels.json", "other/labels.json")
-    words = ["data.train_annotations=set/labels.json", "data.validation_annotations=other/labels.json"]
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", *words).data)
-    assert train == (tmp_path / "set/labels.json", tmp_path / "set")
-    assert validation == (tmp_path / "other/labels.json", tmp_path / "other")
+@pytest.mark.parametrize("case", FOUND)
+def test_explicit_paths_and_shared_directories(tmp_path: Path, default_settings: Load, case: str) -> None:
+    words, names = FOUND[case]
+    make(tmp_path, *names)
+    given = [f"data.{word}".replace("ROOT", str(tmp_path)) for word in ("root=ROOT", *words)]
+    train, validation = find_dataset(default_settings(*given).data)
+    assert [*train, *validation] == [tmp_path / name for name in names]
 
 
 @pytest.mark.parametrize(
@@ -535,12 +493,6 @@ def test_what_is_not_found_is_one_line(tmp_path: Path, default_settings: Load, n
         find_dataset(settings.data)
     for part in parts:
         assert part.replace("ROOT", str(tmp_path)) in one_line(caught.value)
-
-
-def test_a_fraction_needs_no_validation_file(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", "train")
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", "data.validation_fraction=0.2").data)
-    assert train == validation == (tmp_path / "annotations/instances_train.json", tmp_path / "train")
 
 
 # --- split by a fraction ---
@@ -703,6 +655,7 @@ FORMATS = [  # file, picture, options; the colours of its left and right half
     ("P.gif", *palette(), (255, 0, 0), (0, 255, 0)),
     ("RGB.png", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
     ("RGB_key.png", filled("RGB", (10, 20, 30)), {"transparency": (10, 20, 30)}, (128,) * 3, (128,) * 3),
+    ("really_a_png.jpg", filled("RGB", (10, 20, 30)), {"format": "PNG"}, (10, 20, 30), (10, 20, 30)),
     ("RGB.bmp", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
     ("RGBA_clear.png", filled("RGBA", (200, 100, 0, 0)), {}, (128,) * 3, (128,) * 3),
     ("RGBA_part.png", filled("RGBA", (200, 100, 0, 51)), {}, PART, PART),
@@ -796,12 +749,6 @@ def test_files_that_are_no_image(tmp_path: Path, content: bytes | str | None) ->
     elif content is not None:
         path.write_bytes(content)
     damaged(path)
-
-
-def test_the_content_decides_not_the_ending(tmp_path: Path) -> None:
-    path = tmp_path / "really_a_png.jpg"
-    filled("RGB", (10, 20, 30)).save(path, "PNG")
-    assert (read_image(path) == (10, 20, 30)).all()
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,9 @@ def test_complete_dataset_is_left_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert ensure_digits(root, FEW) is False
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    (root / "notes.txt").unlink()
+    assert ensure_digits(root, {"train": 1, "val": 1}) is True  # of other counts
+    assert len(list((root / "train").iterdir())) == 1
     assert [path.name for path in root.parent.iterdir()] == ["digits"]
 
 
@@ -281,13 +284,6 @@ def test_incomplete_or_other_version_is_rebuilt(tmp_path: Path, damage: Any) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_other_counts_are_rebuilt(tmp_path: Path) -> None:
-    ensure_digits(tmp_path / "digits", FEW)
-    assert ensure_digits(tmp_path / "digits", {"train": 1, "val": 1}) is True
-    assert len(list((tmp_path / "digits" / "train").iterdir())) == 1
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -308,12 +304,8 @@ def test_foreign_directory_is_refused(tmp_path: Path, name: str, text: str) -> N
     assert str(root) in str(caught.value) and "\n" not in str(caught.value)
     assert (root / name).read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
-
-
-def test_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "digits").write_text("mine")
     with pytest.raises(ValueError, match="not a directory"):
-        ensure_digits(tmp_path / "digits", FEW)
+        ensure_digits(root / name, FEW)
 
 
 @pytest.mark.usefixtures("quick")

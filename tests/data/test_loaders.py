@@ -120,10 +120,9 @@ def test_the_size_is_a_function_of_seed_and_step_alone() -> None:
     sizes = [first.size_of_step(step) for step in range(200)]
     assert [second.size_of_step(step) for step in reversed(range(200))] == sizes[::-1]
     assert [sampler(7, seed=4, **other).size_of_step(step) for step in range(200)] != sizes
-
-
-def test_without_multiscale_the_size_is_fixed() -> None:
-    assert {size for _, _, size in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {416}
+    assert {size for _, _, size in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {
+        416
+    }  # no resizing
 
 
 # --- repeat factors ---
@@ -175,7 +174,7 @@ def sample(boxes: int, size: int = 32, index: int = 0) -> Sample:
     return Sample(
         generator.integers(0, 256, (size, size, 3), dtype=np.uint8),
         generator.uniform(0, size, (boxes, 4)).astype(np.float32),
-        generator.integers(-2, 80, boxes).clip(min=0),
+        generator.choice([-2, 0, 5, 79], boxes),  # some are crowd regions
         index,
         Letterbox(1.0, 1.0, 0, 0, size, size),
     )
@@ -211,12 +210,6 @@ def test_images_are_uint8_channels_last(count: int) -> None:
             assert np.array_equal(images[row, channel].numpy(), one.image[:, :, channel])
     assert batch["indices"].tolist() == [number + 7 for number in range(count)]
     assert batch["letterboxes"] == [one.letterbox for one in samples]
-
-
-def test_crowd_labels_are_kept_apart_from_padding() -> None:
-    one = sample(2)
-    batch = collate_samples([Sample(one.image, one.boxes, np.array([-2, 5]), 0, one.letterbox)])
-    assert batch["labels"][0, :3].tolist() == [-2, 5, -1]
 
 
 def test_targets_move_with_the_images() -> None:

@@ -37,7 +37,7 @@ CLASSES = {
 }
 # of other systems; test_placements.py and test_color.py
 NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+NO_BOXES, LABEL = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64)), np.array([0])
 
 
 def probabilities(**chosen: float) -> list[str]:
@@ -137,15 +137,16 @@ def test_training_and_validation_lay_images_the_same_way(default_settings: Load,
     assert torch.allclose(validation.letterbox.to_input(torch.from_numpy(boxes)), torch.tensor(validation.boxes))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7)])
-def test_extreme_shapes(default_settings: Load, training: bool, width: int, height: int) -> None:
-    transform = transform_of(default_settings(), 64, 0, training)
-    boxes = np.array([[0, 0, width, height]], np.float32)
-    for epoch in range(5):
-        sample = transform(picture(width, height), boxes, np.array([0]), 0, epoch, 0)
+@pytest.mark.parametrize("kind", ["validation", "training", "all of other systems"])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7), (3, 2), (6, 400)])
+def test_extreme_shapes(default_settings: Load, kind: str, width: int, height: int) -> None:
+    settings = default_settings(*(probabilities(**dict.fromkeys(NAMED, 1)) if kind == "all of other systems" else []))
+    transform = transform_of(settings, 64, 0, kind != "validation")
+    for epoch in range(10):
+        sample = transform(picture(width, height), np.array([[0, 0, width, height]], np.float32), LABEL, 0, epoch, 0)
         assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
         assert len(sample.boxes) == len(sample.labels) <= 1
+        assert np.isfinite(sample.boxes).all() and (sample.boxes >= 0).all() and (sample.boxes <= 64).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -199,11 +200,12 @@ def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: l
     assert seen > 100
 
 
-def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
-    """Two rectangles, red is label 1 and green label 2, one crowd region in blue."""
-    transform = transform_of(default_settings(*GEOMETRY), 96, 3, training=True)
-    image = np.zeros((96, 96, 3), np.uint8)
-    drawn = {1: (10, 12, 34, 40), 2: (60, 8, 90, 30), -2: (20, 60, 70, 88)}
+@pytest.mark.parametrize("words", [GEOMETRY[2:], probabilities(expand=0.7, iou_crop=0.7, darknet_jitter=0.7)])
+def test_labels_stay_with_their_boxes(default_settings: Load, words: list[str]) -> None:
+    """Three rectangles, each in its colour; the last one is a crowd region."""
+    transform = transform_of(default_settings(*GEOMETRY[:2], *words), 96, 3, training=True)
+    image = np.zeros((80, 120, 3), np.uint8)
+    drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}
     for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
         image[y1:y2, x1:x2, channel] = 255
     boxes, labels = np.array(list(drawn.values()), np.float32), np.array(list(drawn))
@@ -268,21 +270,15 @@ def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
     assert total == 10_000
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bool) -> None:
-    sample = transform_of(default_settings(), 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
-    assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
-    assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
-    assert sample.index == 5
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, training: bool) -> None:
-    transform = transform_of(default_settings(*probabilities(horizontal_flip=0.5)), 64, 0, training)
-    boxes = np.array([[1, 1, 30, 30], [5, 5, 40, 50], [0, 0, 64, 64]], np.float32)
-    sample = transform(picture(), boxes, np.array([79, -2, 0]), 0, 0, 0)
-    assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [79, -2, 0]
-    assert sample.boxes.dtype == np.float32
+@pytest.mark.parametrize("kind", ["validation", "training", *NAMED])
+def test_no_boxes_keep_their_shape_and_type(default_settings: Load, kind: str) -> None:
+    settings = default_settings(*(probabilities(**{kind: 1}) if kind in NAMED else []))
+    transform = transform_of(settings, 64, 0, kind != "validation")
+    for index in range(5):
+        sample = transform(picture(90, 50), *NO_BOXES, index, 0, 96)
+        assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
+        assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
+        assert sample.image.shape == (96, 96, 3) and sample.index == index
 
 
 # --- the twelve transforms ---

@@ -297,46 +297,6 @@ def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, 
     assert len(places) > 50
 
 
-def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
-    """First class, last class and a crowd region, each in its colour."""
-    words = ["model.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
-    transform = build(default_settings, *words, size=96, **dict.fromkeys(GEOMETRIC, 0.7))
-    image = np.zeros((80, 120, 3), np.uint8)
-    drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}
-    for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
-        image[y1:y2, x1:x2, channel] = 255
-    seen = dict.fromkeys(drawn, 0)
-    for index in range(80):
-        sample = transform(image, array(*drawn.values()), np.array(list(drawn)), index, 0, 0)
-        for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
-            x, y = ((box[:2] + box[2:]) / 2).astype(int)
-            assert sample.image[y, x].argmax() == list(drawn).index(label) and sample.image[y, x].max() > 200
-            seen[label] += 1
-    assert min(seen.values()) > 30
-
-
-# --- extremes ---
-
-
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 3000), (3000, 1), (3, 2), (6, 400), (33, 7)])
-def test_extreme_shapes(default_settings: Load, width: int, height: int) -> None:
-    transform = build(default_settings, **dict.fromkeys(NAMED, 1))
-    for epoch in range(10):
-        sample = transform(picture(width, height), array((0, 0, width, height)), np.array([0]), 0, epoch, 0)
-        assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
-        assert len(sample.boxes) == len(sample.labels) <= 1
-        assert np.isfinite(sample.boxes).all() and (sample.boxes >= 0).all() and (sample.boxes <= 64).all()
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_images_without_boxes_pass(default_settings: Load, name: str) -> None:
-    for index in range(5):
-        sample = build(default_settings, **{name: 1})(picture(90, 50), *NO_BOXES, index, 0, 96)
-        assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
-        assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
-        assert sample.image.shape == (96, 96, 3)
-
-
 def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     off = build(default_settings)
     assert off.placement is None and off.color is None
