@@ -29,6 +29,7 @@ from detection.models import build_detector
 from detection.models.yolo.fit import AnchorFit
 from tests.support.broken_dataset import FAULTS, WORDS, Dataset, Expected, encode
 from tests.support.detectors import datasets_of
+from tests.support.evaluation_cases import coco_content
 
 Check = Callable[..., tuple[int, dict[str, Any], str, str]]
 detectors: dict[str, Detector] = {}  # most tests use the same
@@ -403,15 +404,8 @@ def test_nothing_outside_the_image_directory_is_opened(check: Check, dataset: Da
 
 
 def annotations_of(boxes: list[list[float]], size: tuple[int, int] = (64, 64), labels: list[int] | None = None):
-    content = {
-        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}],
-        "annotations": [
-            {"id": k + 1, "image_id": 1, "category_id": (labels or [1] * len(boxes))[k], "bbox": box}
-            for k, box in enumerate(boxes)
-        ],
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-    }
-    return flatten_annotations(content, "file.json")
+    rows = [(1, label, box) for label, box in zip(labels or [1] * len(boxes), boxes, strict=True)]
+    return flatten_annotations(coco_content(rows, categories=(1, 2), size=size), "file.json")
 
 
 def detector_with(anchors: Anchors, strides: tuple[int, ...]) -> Detector:
@@ -474,7 +468,7 @@ def test_the_loser_of_a_shared_prediction_is_the_one_training_leaves_out() -> No
 
 
 def test_a_rare_category() -> None:
-    for count, expected in ((100, []), (101, ["b"])):
+    for count, expected in ((100, []), (101, ["name 2"])):
         findings = Findings()
         labels = [1] * count + [2]
         boxes = [[0.1 * k, 0, 5, 5] for k in range(count + 1)]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,6 +30,7 @@ from detection.errors import CheckpointError
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime import devices
 from detection.training.console import plan_lines
+from tests.support.fault_runs import make_dataset
 from tests.support.paths import MAIN
 from tests.support.training_runs import first_difference, load_main, rows_of
 
@@ -119,36 +119,13 @@ def run_with_signal(
         return Result(code, captured.read().decode(), "")
 
 
-def make_dataset(root: Path) -> None:
-    """COCO layout, category ids 1 and 7, wide and tall images with none to two coloured boxes."""
-    generator = np.random.default_rng(0)
-    (root / "annotations").mkdir(parents=True)
-    for split, count in (("train", TRAINING_IMAGES), ("val", 4)):
-        (root / split).mkdir()
-        images, rows = [], []
-        for index in range(count):
-            width, height = (100, 60) if index % 2 else (64, 90)
-            image = generator.integers(90, 130, (height, width, 3), dtype=np.uint8)
-            images.append({"id": index + 1, "file_name": f"{index}.png", "width": width, "height": height})
-            for _ in range((index + 1) % 3):
-                x, y, side_1, side_2 = (int(value) for value in generator.integers([0, 0, 15, 15], [30, 30, 30, 30]))
-                category = int(generator.choice([1, 7]))
-                image[y : y + side_2, x : x + side_1] = (255, 0, 0) if category == 1 else (0, 255, 0)
-                box = {"bbox": [x, y, side_1, side_2], "area": side_1 * side_2, "iscrowd": 0}
-                rows.append({"id": len(rows), "image_id": index + 1, "category_id": category, **box})
-            cv2.imwrite(str(root / split / f"{index}.png"), image)
-        categories = [{"id": 1, "name": "blue"}, {"id": 7, "name": "green"}]
-        content = {"images": images, "annotations": rows, "categories": categories}
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
 class Scenarios:
     """Start all processes that the tests below check, in two chains that run side by side."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
         self.data = base / "data"
-        make_dataset(self.data)
+        make_dataset(self.data, TRAINING_IMAGES, sizes=((64, 90), (100, 60)))  # tall and wide
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
