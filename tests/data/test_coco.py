@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -559,26 +559,23 @@ def test_repeat_factors_by_hand() -> None:
 
 # --- images ---
 
-SIDES = {  # EXIF 2.3, tag 274: where the first row and the first column of the file lie in the picture
-    **{1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left")},
-    **{5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")},
+# EXIF 2.3, tag 274: the sides of the picture at which the first row and the first column of the file lie
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda file: file,  # top, left
+    2: lambda file: file[:, ::-1],  # top, right
+    3: lambda file: file[::-1, ::-1],  # bottom, right
+    4: lambda file: file[::-1],  # bottom, left
+    5: lambda file: file.swapaxes(0, 1),  # left, top
+    6: lambda file: file.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda file: file.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda file: file.swapaxes(0, 1)[::-1],  # left, bottom
 }
-OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
 MARKS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))  # upper left, upper right, lower left, lower right
 
 
-def corner_sides(orientation: int) -> Iterator[tuple[tuple[int, int, int], set[str]]]:
-    """Colour of each corner mark of the file, and the sides of the picture it must lie at."""
-    row, column = SIDES[orientation]
-    places = ({row, column}, {row, OPPOSITE[column]}, {OPPOSITE[row], column}, {OPPOSITE[row], OPPOSITE[column]})
-    yield from zip(MARKS, places, strict=True)
-
-
-def marked(width: int = 64, height: int = 48, mark: int = 16) -> np.ndarray:
-    pixels = np.full((height, width, 3), 90, np.uint8)
-    rows, columns = (slice(mark), slice(-mark, None)), (slice(mark), slice(-mark, None))
-    for colour, (row, column) in zip(MARKS, ((r, c) for r in rows for c in columns), strict=True):
-        pixels[row, column] = colour
+def marked() -> np.ndarray:
+    pixels = np.full((48, 64, 3), 90, np.uint8)
+    pixels[:16, :16], pixels[:16, -16:], pixels[-16:, :16], pixels[-16:, -16:] = MARKS
     return pixels
 
 
@@ -588,34 +585,24 @@ def with_orientation(orientation: int) -> Image.Exif:
     return exif
 
 
-def at_corner(picture: np.ndarray, sides: set[str]) -> np.ndarray:
-    return picture[4 if "top" in sides else -5, 4 if "left" in sides else -5].astype(int)
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(marked()).save(path, exif=with_orientation(orientation), quality=95)
-    picture = read_image(path)
-    assert picture.shape == ((48, 64, 3) if orientation <= 4 else (64, 48, 3))
-    for colour, sides in corner_sides(orientation):
-        assert np.abs(at_corner(picture, sides) - colour).max() < 40, (orientation, sides)
+    difference = np.abs(read_image(path).astype(int) - TURNED[orientation](marked()))
+    assert difference.mean() < 3 and np.median(difference) <= 1  # what lossy formats cost, most of it along the edges
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("orientation", TURNED)
 def test_transparency_is_turned_with_the_picture(tmp_path: Path, orientation: int, suffix: str) -> None:
     """The mark in the file's first corner is transparent, so mid grey, wherever that corner comes to lie."""
-    pixels = np.dstack([marked(), np.full((48, 64), 255, np.uint8)])
-    pixels[:16, :16, 3] = 0
-    Image.fromarray(pixels).save(
-        tmp_path / f"a.{suffix}", exif=with_orientation(orientation), lossless=True, exact=True
-    )
-    picture = read_image(tmp_path / f"a.{suffix}")
-    for colour, sides in corner_sides(orientation):
-        expected = (128, 128, 128) if colour == MARKS[0] else colour
-        assert np.abs(at_corner(picture, sides) - expected).max() <= 2, (orientation, sides)
+    path, expected, alpha = tmp_path / f"a.{suffix}", marked(), np.full((48, 64), 255, np.uint8)
+    expected[:16, :16], alpha[:16, :16] = 128, 0
+    picture = Image.fromarray(np.dstack([marked(), alpha]))
+    picture.save(path, exif=with_orientation(orientation), lossless=True, exact=True)
+    assert np.abs(read_image(path).astype(int) - TURNED[orientation](expected)).max() <= 2
 
 
 def test_boxes_and_pixels_agree_in_a_turned_photograph(open_dataset) -> None:

@@ -25,6 +25,7 @@ from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
+from tests.support.augmentation import NAMED
 from tests.support.detectors import transform_of
 from tests.support.paths import REPOSITORY
 
@@ -59,13 +60,6 @@ def test_every_image_comes_once_per_epoch_and_nothing_is_dropped(num_images, bat
             assert sorted(seen) == list(range(num_images))
         else:  # the run ends inside this epoch
             assert len(set(seen)) == len(seen)
-
-
-def test_a_batch_may_span_two_epochs() -> None:
-    """7 images in batches of 4: the second batch holds places 4..7 of the stream, and place 7 opens epoch 1."""
-    batches = list(sampler(7, 4, steps=(0, 7)))
-    epochs = [[epoch for _, epoch, _ in batch] for batch in batches]
-    assert epochs == [[0] * 4, [0, 0, 0, 1], [1] * 4, [1, 1, 2, 2], [2] * 4, [2, 3, 3, 3], [3] * 4]
 
 
 @pytest.mark.parametrize("factors", [None, np.array([1, 1.5, 2.25, 1.25, 1, 1, 1])], ids=["plain", "repeat factors"])
@@ -233,8 +227,7 @@ def digest(batch: Batch) -> str:
 
 @pytest.fixture
 def training_set(drawn_dataset: Path, default_settings: Load) -> CocoDataset:
-    named = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
-    names = ("gauss_noise", "multiplicative_noise", *named)
+    names = ("gauss_noise", "multiplicative_noise", *NAMED)
     settings = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names))
     transform = transform_of(settings, 64, 11, training=True)
     return CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)

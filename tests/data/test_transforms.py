@@ -17,6 +17,7 @@ from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import build_augmentation
 from detection.data.transforms import Sample, Transform
 from detection.ops.letterbox import Letterbox, place_image
+from tests.support.augmentation import NAMED, NO_BOXES, bright_extent, picture, probabilities
 from tests.support.detectors import letterbox_image, transform_of
 
 Load = Callable[..., Settings]
@@ -35,20 +36,7 @@ CLASSES = {
     "vertical_flip": "VerticalFlip",
     "affine": "Affine",
 }
-# of other systems; test_placements.py and test_color.py
-NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
-NO_BOXES, LABEL = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64)), np.array([0])
-
-
-def probabilities(**chosen: float) -> list[str]:
-    """Words that give the named transforms their probability and all others 0."""
-    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in (*CLASSES, *NAMED)]
-
-
-def picture(width: int = 64, height: int = 64, seed: int = 0) -> np.ndarray:
-    """Smooth and colourful, with contrast everywhere."""
-    coarse = np.random.default_rng(seed).integers(30, 226, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+LABEL = np.array([0])
 
 
 def same(first: Sample, second: Sample) -> bool:
@@ -164,11 +152,6 @@ GEOMETRY = [
     *probabilities(affine=1, horizontal_flip=0.5, vertical_flip=0.5),
 ]
 STRAIGHT = ["data.augmentation.affine.rotate=[0, 0]", "data.augmentation.affine.shear=[0, 0]"]
-
-
-def bright_extent(image: np.ndarray) -> tuple[int, int, int, int] | None:
-    rows, columns = np.nonzero(image.max(axis=2) > 127)
-    return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
 @pytest.mark.parametrize("words", [[], STRAIGHT, ["model.placement=squash"]], ids=["default", "straight", "squashed"])

@@ -24,43 +24,20 @@ from detection.data.augmentation.crop_and_scale import (
 from detection.data.resize import resize_placed
 from detection.data.transforms import Transform
 from detection.ops.letterbox import place_image
+from tests.support.augmentation import NAMED, NO_BOXES, Scripted, bright_extent, picture, probabilities
 from tests.support.detectors import geometry_of, transform_of
 
 Load = Callable[..., Settings]
-NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
 GEOMETRIC = NAMED[:3]
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 KEEP_EVERYTHING = "data.augmentation.min_visibility=0"
 
 
-def probabilities(default_settings: Load, **chosen: float) -> list[str]:
-    """Words that give the named transforms their probability and all others 0."""
-    names = sorted(type(default_settings().data.augmentation).model_fields.keys() - {"min_visibility"})
-    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in names]
-
-
 def build(default_settings: Load, *words: str, size: int = 64, seed: int = 0, **chosen: float) -> Transform:
-    return transform_of(default_settings(*probabilities(default_settings, **chosen), *words), size, seed, True)
-
-
-def picture(width: int = 64, height: int = 48) -> np.ndarray:
-    coarse = np.random.default_rng(0).integers(30, 226, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return transform_of(default_settings(*probabilities(**chosen), *words), size, seed, True)
 
 
 def array(*boxes: tuple[float, ...]) -> np.ndarray:
     return np.array(boxes, np.float32).reshape(-1, 4)
-
-
-class Scripted:
-    """A generator whose uniform numbers are given; `asked` holds the bounds."""
-
-    def __init__(self, *values: float) -> None:
-        self.values, self.asked = list(values), []
-
-    def uniform(self, low: float, high: float) -> float:
-        self.asked.append((low, high))
-        return self.values.pop(0)
 
 
 @pytest.fixture
@@ -259,11 +236,6 @@ def test_boxes_smaller_than_a_pixel_are_removed(default_settings: Load, monkeypa
     assert sample.labels.tolist() == [3] and np.allclose(sample.boxes, [[5, 5, 6.5, 25]], atol=1e-3)
 
 
-def bright_extent(image: np.ndarray) -> np.ndarray | None:
-    rows, columns = np.nonzero(image[..., 0] > 127)
-    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) if len(rows) else None
-
-
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
@@ -322,11 +294,8 @@ def test_the_letterbox_of_a_sample_is_the_images(default_settings: Load) -> None
 
 def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:
     """At 0.5 each, all pairs are drawn together for a quarter of the images; 400, standard error 0.022."""
-    placement = placement_of(default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))))
-    alone = {
-        name: placement_of(default_settings(*probabilities(default_settings, **{name: 1})))
-        for name in ("expand", "darknet_jitter")
-    }
+    placement = placement_of(default_settings(*probabilities(**dict.fromkeys(GEOMETRIC, 0.5))))
+    alone = {name: placement_of(default_settings(*probabilities(**{name: 1}))) for name in ("expand", "darknet_jitter")}
     whole, letterbox = Rectangle(0, 0, 100, 80), Rectangle(0, 6, 64, 51)
     rows = []
     for index in range(400):
