@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -26,11 +27,6 @@ def parse(line: str) -> argparse.Namespace:
 def load(line: str) -> tuple[Settings, list[str]]:
     arguments = parse(line)
     return load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
-
-
-def value(settings: Settings, path: str) -> Any:
-    section, name = path.split(".")
-    return getattr(getattr(settings, section), name)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +78,7 @@ def value(settings: Settings, path: str) -> Any:
 )
 def test_a_flag_means_a_setting_and_says_so(line: str, path: str, expected: Any) -> None:
     settings, notices = load(line)
-    assert value(settings, path) == expected
+    assert attrgetter(path)(settings) == expected
     assert [notice for notice in notices if f" means {path} = " in notice]
 
 

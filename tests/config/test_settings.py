@@ -2,6 +2,7 @@
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,6 @@ def overlay(tmp_path: Path):
         return path
 
     return write
-
-
-def value_at(settings: Settings, path: str) -> Any:
-    value: Any = settings
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 # --- precedence ---
@@ -134,7 +128,7 @@ def test_an_overlay_or_a_word_changes_only_the_keys_it_names(overlay) -> None:
     ],
 )
 def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
-    assert value_at(load(word), word.partition("=")[0]) == value
+    assert attrgetter(word.partition("=")[0])(load(word)) == value
 
 
 # --- flat names of seed 002 ---
@@ -162,7 +156,7 @@ def test_flat_names_are_accepted_and_reported_with_their_full_path(overlay, sour
     else:
         file = overlay(f"{flat}: {value}" if "." not in flat else "{}: {{{}: {}}}".format(*flat.split("."), value))
         settings, notices = load_settings(ARGS, [file])
-    assert value_at(settings, path) == value
+    assert attrgetter(path)(settings) == value
     if flat == path:
         assert notices == []
     else:
@@ -171,7 +165,7 @@ def test_flat_names_are_accepted_and_reported_with_their_full_path(overlay, sour
 
 def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
     for flat, path in FLAT_NAMES.items():
-        assert not isinstance(value_at(load(), path), BaseModel)
+        assert not isinstance(attrgetter(path)(load()), BaseModel)
         assert "." not in flat and flat not in Settings.model_fields
 
 
@@ -445,9 +439,9 @@ def test_an_earlier_path_works_everywhere_and_is_one_line(path: str, tmp_path: P
     overlay.write_text(yaml.safe_dump({section: {key: value}}))
     for arguments in ({"overlays": [overlay]}, {"words": [f"{path}={json.dumps(value)}"]}):
         settings, notices = load_settings(ARGS, **arguments)  # type: ignore[arg-type]
-        assert value_at(settings, today) == expected
+        assert attrgetter(today)(settings) == expected
         assert len(notices) == 1 and f"{path} is now {today}" in notices[0]
-    assert value_at(complete_settings({section: {key: value}}, ARGS), today) == expected
+    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS)) == expected
 
 
 def test_the_settings_of_a_checkpoint_before_the_section_model() -> None:

@@ -30,7 +30,7 @@ from detection.data.fake import FakeDataset
 from detection.data.image_file import read_image
 from detection.data.layouts import find_dataset
 from detection.errors import DataError, DataReadError
-from tests.support.detectors import transform_of
+from tests.support.detectors import datasets_of, transform_of
 
 Load = Callable[..., Settings]
 WIDTH, HEIGHT = 100, 80  # of the images in `content`
@@ -224,7 +224,8 @@ def test_boxes_are_clipped_or_dropped_and_counted(bbox: list, corners: list | No
         assert "41" in refusal(content, strict=True)
 
 
-def test_dropped_boxes_are_counted_by_reason_with_their_first_ids() -> None:
+def test_an_orphan_annotation_is_counted() -> None:
+    """As every box that is left out: by reason, with the first ids."""
     empty = [box(100 + number, 1, [5, 5, 0, 5]) for number in range(7)]
     outside = [box(200 + number, 2, [500, 5, 5, 5]) for number in range(2)]
     orphans = [box(300, 77, [5, 5, 5, 5])]
@@ -294,7 +295,8 @@ def test_a_bbox_must_be_four_finite_numbers(refused, bbox: Any, area: bool) -> N
 @pytest.mark.parametrize(
     ("other", "word"), [({"category_id": 99}, "99"), *(({"area": area}, "area") for area in (NAN, INFINITY, "12", [1]))]
 )
-def test_an_area_must_be_a_finite_number_and_a_category_known(other: dict[str, Any], word: str) -> None:
+def test_a_box_of_an_unknown_category_is_refused(other: dict[str, Any], word: str) -> None:
+    """And one whose area is no finite number."""
     message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(4711, 1, [1, 1, 5, 5], **other)]))
     assert "4711" in message and word in message
 
@@ -306,7 +308,7 @@ def test_an_area_must_be_a_finite_number_and_a_category_known(other: dict[str, A
         *(("images", key) for key in ("id", "file_name")),
     ],
 )
-def test_a_missing_key_is_named(refused, rows: str, key: str) -> None:
+def test_a_missing_key_of_an_annotation_is_named(refused, rows: str, key: str) -> None:
     content = coco([image(1), image(4711)], [box(1, 1, [1, 1, 5, 5]), box(4711, 1, [1, 1, 5, 5])])
     del content[rows][1][key]
     message = refused(content)
@@ -330,8 +332,11 @@ def test_ids_must_be_whole_numbers(refused, number: Any, key: str) -> None:
     if key == "image_id":
         content["images"][0]["id"] = number
     refused(content)
-    twice = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
-    assert "4711" in twice and "twice" in twice
+
+
+def test_an_image_listed_twice_is_refused() -> None:
+    message = refusal(coco(images=[image(1), image(4711), image(2), image(4711, file_name="other.png")]))
+    assert "4711" in message and "twice" in message
 
 
 COMPLETE = json.dumps(coco()).encode()
@@ -642,7 +647,6 @@ FORMATS = [  # file, picture, options; the colours of its left and right half
     ("P.gif", *palette(), (255, 0, 0), (0, 255, 0)),
     ("RGB.png", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
     ("RGB_key.png", filled("RGB", (10, 20, 30)), {"transparency": (10, 20, 30)}, (128,) * 3, (128,) * 3),
-    ("really_a_png.jpg", filled("RGB", (10, 20, 30)), {"format": "PNG"}, (10, 20, 30), (10, 20, 30)),
     ("RGB.bmp", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
     ("RGBA_clear.png", filled("RGBA", (200, 100, 0, 0)), {}, (128,) * 3, (128,) * 3),
     ("RGBA_part.png", filled("RGBA", (200, 100, 0, 51)), {}, PART, PART),
@@ -738,6 +742,11 @@ def test_files_that_are_no_image(tmp_path: Path, content: bytes | str | None) ->
     damaged(path)
 
 
+def test_the_content_decides_not_the_ending(tmp_path: Path) -> None:
+    filled("RGB", (10, 20, 30)).save(tmp_path / "really_a_png.jpg", "PNG")
+    assert (read_image(tmp_path / "really_a_png.jpg") == (10, 20, 30)).all()
+
+
 @pytest.mark.parametrize(
     ("width", "height", "turned"),
     [(WIDTH, HEIGHT, None), (90, HEIGHT, False), (WIDTH, 10, False), (HEIGHT, WIDTH, True)],
@@ -791,18 +800,10 @@ def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
 # --- real data ---
 
 
-def open_both(root: Path, settings: Settings) -> tuple[CocoDataset, CocoDataset]:
-    (train_file, train_images), (validation_file, validation_images) = find_dataset(settings.data)
-    transform = transform_of(settings, 96, 0, training=True)
-    training = CocoDataset(train_images, train_file, transform)
-    categories = training.annotations.categories
-    return training, CocoDataset(validation_images, validation_file, transform, categories=categories)
-
-
 def test_official_coco_annotations(shared_data, default_settings: Load) -> None:
     """The counts of shared/data/coco_mini/README.md."""
     root = shared_data("coco_mini")
-    datasets = open_both(root, default_settings(f"data.root={root}"))
+    datasets = datasets_of(default_settings(f"data.root={root}"), 96, 96)
     expected = [(128, 939, 10, 2, {"person": 259, "hair drier": 0}), (79, 624, 5, 0, {"person": 118, "teddy bear": 0})]
     for dataset, (images, boxes, crowd, empty, some) in zip(datasets, expected, strict=True):
         annotations = dataset.annotations

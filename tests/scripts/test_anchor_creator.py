@@ -79,11 +79,7 @@ def test_good_anchors_are_kept(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 0
     assert "keep the current anchors, the new ones gain 0.000 mean IoU (below 0.02)" in result.stdout
     assert anchors_in(tmp_path / "out" / "anchors.yaml") == COCO  # written all the same
-
-
-def test_bad_current_anchors_where_the_published_ones_do(run: Run, tmp_path: Path) -> None:
-    boxes = write_boxes(tmp_path / "boxes.json", flat(COCO) * 2)
-    result = run(f"data.train_annotations={boxes}", f"yolo.anchors={OTHER}", "--output", tmp_path / "out")
+    result = run(f"data.train_annotations={boxes}", f"yolo.anchors={OTHER}", "--output", tmp_path / "other")
     assert "use the new anchors" in result.stdout
     assert "the anchors of YOLOv3 for COCO are good enough too (0.000 below the new ones)" in result.stdout
 

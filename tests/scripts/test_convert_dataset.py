@@ -295,17 +295,6 @@ def test_splits_and_names_of_every_layout(run: Run, tmp_path: Path, files: dict[
     assert [(entry["id"], entry["name"]) for entry in coco_of(out, first)["categories"]] == [(1, "cat"), (2, "dog")]
 
 
-def test_the_result_trains_from_its_root_alone(run: Run, tmp_path: Path, default_settings) -> None:
-    lay_out(tmp_path / "set", {**TWO_SPLITS, "classes.txt": "cat\ndog\n", "images/train/empty.jpg": ""})
-    assert run("set").returncode == 0
-    settings = default_settings(f"data.root={tmp_path / 'out'}", "data.strict=true")
-    training, validation = datasets_of(settings, 64, 64, 0, None)
-    assert (len(training), len(validation)) == (2, 1)
-    assert training.annotations.categories.names == ("cat", "dog")
-    assert training[0].labels.tolist() == [0] and validation[0].labels.tolist() == [1]
-    assert training.load_image(0).shape == (20, 10, 3)
-
-
 def test_names_from_a_file_or_none_at_all(run: Run, tmp_path: Path) -> None:
     lay_out(tmp_path / "set", {"a.jpg": "", "a.txt": "2 0.5 0.5 1 1\n"})
     write(tmp_path / "names", "x\ny\nz\n")
@@ -555,20 +544,23 @@ def refuse(*_: Any) -> None:
 def test_images_are_linked_copied_or_left(
     run: Run, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, default_settings
 ) -> None:
-    lay_out(tmp_path / "set", {**TWO_SPLITS, "classes.txt": "cat\ndog"})
+    """And the dataset trains from the words that are printed."""
+    lay_out(tmp_path / "set", {**TWO_SPLITS, "classes.txt": "cat\ndog", "images/train/empty.jpg": ""})
     source, target = tmp_path / "set/images/train/a.jpg", tmp_path / "out/train/a.jpg"
     source.symlink_to(source.rename(source.with_name("real")))  # what it leads to is linked
     if kind == "link across devices":
         monkeypatch.setattr(os, "link", refuse)
     result = run("set", "--images", kind.split()[0])
-    assert result.returncode == 0 and ("2 images were copied" in result.stdout) == ("across" in kind), result
+    assert result.returncode == 0 and ("3 images were copied" in result.stdout) == ("across" in kind), result
     assert target.exists() == (kind != "none")
     if kind != "none":
         assert target.read_bytes() == source.read_bytes() and not target.is_symlink()
         assert os.path.samefile(source, target) == (kind == "link")
     words = re.search(r"train with (.*)", result.stdout).group(1).split()
     monkeypatch.chdir(tmp_path)
-    training, validation = datasets_of(default_settings(*words), 64, 64, 0, None)
+    training, validation = datasets_of(default_settings(*words, "data.strict=true"), 64, 64, 0, None)
+    assert (len(training), len(validation)) == (2, 1) and training.annotations.categories.names == ("cat", "dog")
+    assert training[0].labels.tolist() == [0] and validation[0].labels.tolist() == [1]
     assert training.load_image(0).shape == validation.load_image(0).shape == (20, 10, 3)
 
 

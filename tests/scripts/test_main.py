@@ -330,7 +330,6 @@ def run_here(run_script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
 REFUSED = {  # arguments (COMMON: of a run on sound data), exit code, and what the line must hold
     "no data": ([], 2, ["data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root"]),
     "unknown setting": (["COMMON", "train.batchsize=3"], 2, ["'train.batchsize'", "'train.batch_size'"]),
-    "absent GPU": (["COMMON", "--gpu", "0"], 2, ["cuda:0", "available: ", "cpu"]),
     "unwritable output": (["COMMON", "run.logs_path=OVERLAY/logs"], 6, ["overlay.yaml/logs"]),
     "unknown logger": (["COMMON", "run.loggers=[files,mlflw]"], 2, ["run.loggers", "'mlflw'", "files, tensorboard"]),
     "no logger": (["COMMON", "run.loggers=[]", "--dry-run"], 2, ["run.loggers", "files must be among them"]),
@@ -342,15 +341,17 @@ REFUSED = {  # arguments (COMMON: of a run on sound data), exit code, and what t
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(
-    scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_refused_in_one_line(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path, case: str) -> None:
     arguments, code, words = REFUSED[case]
-    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
     common = scenarios.common if "COMMON" in arguments else []
     given = [word.replace("OVERLAY", str(scenarios.overlay)) for word in arguments if word != "COMMON"]
     assert_refused(run_here(*common, *given), code, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_absent_gpu(scenarios: Scenarios, run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    assert_refused(run_here(*scenarios.common, "--gpu", "0"), 2, "cuda:0", "available: ", "cpu")
 
 
 def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios, run_here: Callable[..., Result]) -> None:
