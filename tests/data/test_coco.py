@@ -31,6 +31,7 @@ from detection.data.image_file import read_image
 from detection.data.layouts import find_dataset
 from detection.errors import DataError, DataReadError
 from tests.support.detectors import datasets_of, transform_of
+from tests.support.pictures import oriented
 
 Load = Callable[..., Settings]
 WIDTH, HEIGHT = 100, 80  # of the images in `content`
@@ -584,17 +585,11 @@ def marked() -> np.ndarray:
     return pixels
 
 
-def with_orientation(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(marked()).save(path, exif=with_orientation(orientation), quality=95)
+    Image.fromarray(marked()).save(path, exif=oriented(orientation), quality=95)
     difference = np.abs(read_image(path).astype(int) - TURNED[orientation](marked()))
     assert difference.mean() < 3 and np.median(difference) <= 1  # what lossy formats cost, most of it along the edges
 
@@ -606,14 +601,14 @@ def test_transparency_is_turned_with_the_picture(tmp_path: Path, orientation: in
     path, expected, alpha = tmp_path / f"a.{suffix}", marked(), np.full((48, 64), 255, np.uint8)
     expected[:16, :16], alpha[:16, :16] = 128, 0
     picture = Image.fromarray(np.dstack([marked(), alpha]))
-    picture.save(path, exif=with_orientation(orientation), lossless=True, exact=True)
+    picture.save(path, exif=oriented(orientation), lossless=True, exact=True)
     assert np.abs(read_image(path).astype(int) - TURNED[orientation](expected)).max() <= 2
 
 
 def test_boxes_and_pixels_agree_in_a_turned_photograph(open_dataset) -> None:
     """Annotators saw the turned picture. Orientation 6: the file's first corner is at the upper right."""
     dataset = open_dataset(coco([image(1, width=48, height=64)], [box(1, 1, [32, 0, 16, 16])]))
-    Image.fromarray(marked()).save(dataset.image_root / "1.png", "JPEG", exif=with_orientation(6), quality=95)
+    Image.fromarray(marked()).save(dataset.image_root / "1.png", "JPEG", exif=oriented(6), quality=95)
     sample = dataset[0]
     x1, y1, x2, y2 = sample.boxes[0].round().astype(int)
     assert np.abs(sample.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].astype(int) - MARKS[0]).max() < 40

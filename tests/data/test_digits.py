@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +36,9 @@ def scenes(sources: Sources) -> dict[str, list[Scene]]:
 @pytest.fixture(scope="module")
 def dataset(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
-    assert ensure_digits(root, COUNTS)
+    with pytest.MonkeyPatch.context() as patch:  # opens no connection
+        patch.setattr(socket.socket, "connect", lambda *_: pytest.fail("no network allowed"))
+        assert ensure_digits(root, COUNTS)
     return root
 
 
@@ -361,16 +364,6 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(ValueError, match="install scikit-learn") as caught:
         ensure_digits(tmp_path / "digits", FEW)
     assert "\n" not in str(caught.value)
-
-
-def test_generation_opens_no_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import socket
-
-    def refuse(*arguments: object) -> None:
-        raise AssertionError("no network allowed")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert ensure_digits(tmp_path / "digits", FEW)
 
 
 def test_import_does_not_need_the_packages_of_the_sources() -> None:

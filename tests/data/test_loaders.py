@@ -25,9 +25,9 @@ from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
-from tests.support.augmentation import NAMED
 from tests.support.detectors import transform_of
 from tests.support.paths import REPOSITORY
+from tests.support.pictures import NAMED
 
 Load = Callable[..., Settings]
 Position = tuple[int, int, int]
@@ -183,12 +183,9 @@ def test_targets_are_padded_to_few_shapes_and_none_is_lost(most: int, padded: in
     assert batch["boxes"].shape == (3, padded, 4) and batch["boxes"].dtype == torch.float32
     assert batch["labels"].shape == (3, padded) and batch["labels"].dtype == torch.int64
     for row, one in enumerate(samples):
-        for place in range(padded):
-            if place < len(one.labels):
-                assert batch["labels"][row, place] == one.labels[place]
-                assert batch["boxes"][row, place].tolist() == one.boxes[place].tolist()
-            else:
-                assert batch["labels"][row, place] == -1
+        count = len(one.labels)
+        assert batch["labels"][row].tolist() == [*one.labels, *[-1] * (padded - count)]
+        assert batch["boxes"][row, :count].tolist() == one.boxes.tolist()
     assert torch.isfinite(batch["boxes"]).all()
 
 
@@ -200,8 +197,7 @@ def test_images_are_uint8_channels_last(count: int) -> None:
     assert images.shape == (count, 3, 32, 32) and images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
     for row, one in enumerate(samples):
-        for channel in range(3):
-            assert np.array_equal(images[row, channel].numpy(), one.image[:, :, channel])
+        assert np.array_equal(images[row].permute(1, 2, 0).numpy(), one.image)
     assert batch["indices"].tolist() == [number + 7 for number in range(count)]
     assert batch["letterboxes"] == [one.letterbox for one in samples]
 

@@ -17,8 +17,8 @@ from detection.config.settings import Settings
 from detection.data.augmentation.affine_and_pixels import build_augmentation
 from detection.data.transforms import Sample, Transform
 from detection.ops.letterbox import Letterbox, place_image
-from tests.support.augmentation import NAMED, NO_BOXES, bright_extent, picture, probabilities
 from tests.support.detectors import letterbox_image, transform_of
+from tests.support.pictures import NAMED, NO_BOXES, bright_extent, picture, probabilities
 
 Load = Callable[..., Settings]
 # Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.

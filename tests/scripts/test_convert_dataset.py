@@ -17,6 +17,7 @@ from PIL import Image
 import convert_dataset
 from detection.data.image_file import read_image
 from tests.support.detectors import datasets_of
+from tests.support.pictures import oriented
 
 Run = Callable[..., Any]
 RED = (255, 0, 0)
@@ -32,17 +33,14 @@ def run(run_script, tmp_path: Path) -> Run:
     return started
 
 
-def save(path: Path, width: int = 10, height: int = 20, orientation: int | None = None) -> Path:
+def save(path: Path, width: int = 10, height: int = 20, orientation: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if width * height > 10**8:  # the header alone, which is all that is read
         chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT")
         packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
         return path
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[0x0112] = orientation
-    Image.new("RGB", (width, height)).save(path, exif=exif)
+    Image.new("RGB", (width, height)).save(path, exif=oriented(orientation))
     return path
 
 
@@ -190,10 +188,8 @@ def test_boxes_agree_with_what_the_loader_sees(run: Run, tmp_path: Path, orienta
     """With an EXIF rotation, VOC annotations of the stored pixels are rotated, those of the displayed ones are not."""
     pixels = np.zeros((48, 80, 3), np.uint8)
     pixels[8:24, 16:56] = RED
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     (tmp_path / "voc").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "voc" / "a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "voc" / "a.png", exif=oriented(orientation))
     shown = read_image(tmp_path / "voc" / "a.png")
     rows, columns = np.nonzero(shown[..., 0] > 128)
     x, y, width, height = expected = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]

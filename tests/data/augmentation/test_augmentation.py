@@ -16,8 +16,8 @@ from detection.data.augmentation.affine_and_pixels import Augmentation, build_au
 from detection.data.augmentation.fog import RandomFog, count_discs
 from detection.data.resize import INTERPOLATIONS, Placed, warp_placed
 from detection.data.transforms import Sample
-from tests.support.augmentation import probabilities
 from tests.support.detectors import geometry_of, letterbox_image, transform_of
+from tests.support.pictures import probabilities
 
 Load = Callable[..., Settings]
 PIXELS = (

@@ -11,7 +11,7 @@ import torch
 from detection.config.settings import Settings
 from detection.data.augmentation import color
 from detection.data.augmentation.color import ColorDistortion, distort_hsv, draw_scale
-from tests.support.augmentation import Scripted
+from tests.support.pictures import Scripted
 
 Load = Callable[..., Settings]
 

@@ -24,8 +24,8 @@ from detection.data.augmentation.crop_and_scale import (
 from detection.data.resize import resize_placed
 from detection.data.transforms import Transform
 from detection.ops.letterbox import place_image
-from tests.support.augmentation import NAMED, NO_BOXES, Scripted, bright_extent, picture, probabilities
 from tests.support.detectors import geometry_of, transform_of
+from tests.support.pictures import NAMED, NO_BOXES, Scripted, bright_extent, picture, probabilities
 
 Load = Callable[..., Settings]
 GEOMETRIC = NAMED[:3]

@@ -1,7 +1,8 @@
-"""Pictures, probabilities and given random numbers for the tests of augmentation."""
+"""Pictures and their orientation; probabilities and given random numbers for the tests of augmentation."""
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from detection.config.augmentation import AugmentationSettings
 
@@ -20,6 +21,13 @@ def picture(width: int = 64, height: int = 64, seed: int = 0) -> np.ndarray:
     """Smooth and colourful, with contrast everywhere."""
     coarse = np.random.default_rng(seed).integers(30, 226, (6, 8, 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def oriented(orientation: int) -> Image.Exif:
+    """EXIF data that says how a picture is to be turned, 1..8."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def bright_extent(image: np.ndarray) -> np.ndarray | None:
