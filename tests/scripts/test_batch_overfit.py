@@ -21,11 +21,7 @@ SMALL = (
 
 @pytest.fixture
 def run(run_script) -> Run:
-    def started(*arguments: str | Path) -> tuple[int, str, str]:
-        result = run_script(batch_overfit.main, *arguments)
-        return result.returncode, result.stdout, result.stderr
-
-    return started
+    return lambda *arguments: run_script(batch_overfit.main, *arguments)
 
 
 def test_coloured_rectangles_are_learned(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from detection.config.loading import load_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 from tests.support.paths import ARGS
 
-STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
+STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
 
 
 def build(
