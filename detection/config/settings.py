@@ -226,7 +226,7 @@ class SchedulerSettings(Section):
         if (self.strategy == "StepLR") != (self.step_size is not None) or (
             self.step_size is not None and is_zero(self.step_size)
         ):
-            raise ValueError("step_size: a duration above 0 exactly where strategy is StepLR")
+            raise ValueError("strategy: StepLR, and it alone, needs a step_size above 0")
         for name in ("index", "milestones"):
             check_ascending(name, getattr(self, name))
         return self

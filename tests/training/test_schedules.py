@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from detection.config.loading import load_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
@@ -87,6 +87,18 @@ def test_scale_applies_within_the_warm_up() -> None:
 def test_lambda_without_index() -> None:
     schedule = build("LambdaLR", warmup=0, index="[]", scale="[0.3]")
     assert {schedule.at(step) for step in (0, 7, 10**6)} == {0.1 * 0.3}
+
+
+def test_step_lr_equals_torchs_after_the_warm_up() -> None:
+    schedule = build("StepLR", warmup=4, step_size="2ep", gamma=0.5, steps_per_epoch=3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    reference = StepLR(optimizer, step_size=6, gamma=0.5)
+    for step in range(40):
+        rise = min((step + 1) / 4, 1) ** 4
+        assert schedule.at(step) == pytest.approx(rise * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert schedule.changes(20) == [6, 12, 18]
 
 
 # Cosine
