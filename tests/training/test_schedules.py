@@ -18,6 +18,7 @@ def build(
     strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
 ) -> Schedule:
     """Build a schedule from settings, as the training script does."""
+    values = {"step_size": 30, **values} if strategy == "StepLR" else values
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
     settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
     return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
