@@ -18,7 +18,7 @@ def build(
     strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
 ) -> Schedule:
     """Build a schedule from settings, as the training script does."""
-    values = {"step_size": 30, **values} if strategy == "StepLR" else values
+    values = {"step_size": 500, **values} if strategy == "StepLR" else values
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
     settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
     return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
@@ -211,7 +211,9 @@ def test_constant_by_hand() -> None:
 @pytest.mark.parametrize("growth", [1, 2])
 def test_extreme_settings_give_finite_rates(strategy: str, growth: int) -> None:
     """No warm-up, cycles of one step, a run shorter than its warm-up, learning rate 0."""
-    defaults, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", f"scheduler.T_mult={growth}"])
+    words = [f"scheduler.strategy={strategy}", f"scheduler.T_mult={growth}"]
+    words += ["scheduler.step_size=1"] if strategy == "StepLR" else []
+    defaults, _ = load_settings(ARGS, words=words)
     for warmup, first_cycle, eta_min in itertools.product([0, 1, 50], [None, 0, 1, 3], [0.0, 1e-6]):
         scheduler = defaults.scheduler.model_copy(update={"warmup": warmup, "T_0": first_cycle, "eta_min": eta_min})
         for learning_rate, total_steps in itertools.product([0.0, 0.1], [1, 30]):
