@@ -95,7 +95,9 @@ class Run:
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:
-            raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+            raise SettingsError(
+                "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
+            )
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)

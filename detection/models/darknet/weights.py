@@ -44,6 +44,9 @@ class DarknetModel(Protocol):
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions."""
 
+    def class_rows(self, num_classes: int) -> list[Tensor]:
+        """For each of them the filters of the class scores, if there were so many classes, (A, C)."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -154,12 +157,21 @@ def identify(
     )
 
 
+def _values_per_class(model: DarknetModel) -> dict[int, int]:
+    """Values that a further class adds, by the id of each output convolution's kernel."""
+    outputs, rows = model.output_convolutions(), model.class_rows(1)
+    return {
+        id(output.weight): filters.numel() * (output.weight[0].numel() + 1)
+        for output, filters in zip(outputs, rows, strict=True)
+    }
+
+
 def _values_in_file(model: DarknetModel, block: Sequence[Tensor], num_classes: int | None) -> int:
     """Number of values of a convolution in a file with `num_classes` classes; None: as many as the network has."""
     own = sum(tensor.numel() for tensor in block)
-    if num_classes is None or all(block[-1] is not output.weight for output in model.output_convolutions()):
+    if num_classes is None:
         return own
-    return own // (5 + model.num_classes) * (5 + num_classes)
+    return own + (num_classes - model.num_classes) * _values_per_class(model).get(id(block[-1]), 0)
 
 
 def as_darknet(model: nn.Module) -> DarknetModel:
@@ -199,11 +211,7 @@ def describe(
 def classes_of_file(model: DarknetModel, surplus: float) -> int | None:
     """Number of classes of a file with `surplus` more values than the network; None: it is of another network."""
     own = model.num_classes
-    per_class = 0
-    for convolution in model.output_convolutions():
-        num_anchors = convolution.out_channels // (5 + own)
-        per_class += num_anchors * (convolution.weight[0].numel() + 1)
-    difference = surplus / per_class
+    difference = surplus / sum(_values_per_class(model).values())
     if difference != int(difference) or own + difference < 1:
         return None
     classes = own + int(difference)
@@ -222,9 +230,7 @@ def convolution_tensors(module: nn.Module) -> list[Tensor]:
     return [norm.bias, norm.weight, norm.running_mean, norm.running_var, convolution.weight]
 
 
-def check_variances(
-    path: Path, blocks: Sequence[list[Tensor]], first_values: Sequence[int], values: np.ndarray
-) -> int:
+def check_variances(path: Path, blocks: Sequence[list[Tensor]], first_values: Sequence[int], values: np.ndarray) -> int:
     """Count the running variances that are negative or NaN.
 
     Raises:
