@@ -100,7 +100,7 @@ def main() -> None:
         raise SettingsError(
             "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
         )
-    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
+    for line in [*notices, *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names)]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)

@@ -91,7 +91,7 @@ class Run:
         """Build the detector on the device, the datasets' transforms, and a batch size for `auto`."""
         settings, train = self.settings, self.settings.train
         detector = build_detector(settings, len(self.categories.names))
-        self.pretrained_lines = load_pretrained(detector.model, settings.model) if fresh else []
+        self.pretrained_lines = load_pretrained(detector.model, settings.model, self.categories.names) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:

@@ -468,7 +468,7 @@ def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any])
 
     settings = default_settings("model.backbone=mobilenet_v3_small", "model.pretrained=a.onnx")
     with pytest.raises(CheckpointError, match="cannot be trained"):
-        load_pretrained(build_model(settings.model, settings.yolo, 2), settings.model)
+        load_pretrained(build_model(settings.model, settings.yolo, 2), settings.model, ("a", "b"))
 
 
 @pytest.mark.parametrize(
