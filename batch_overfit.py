@@ -97,8 +97,10 @@ def main() -> None:
     dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
     batch = collate_samples([dataset[index] for index in range(arguments.images)])
     if detector.criterion is None:
-        raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
-    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
+        raise SettingsError(
+            "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
+        )
+    for line in [*notices, *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names)]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)

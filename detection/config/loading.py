@@ -197,9 +197,20 @@ def read_cfg(cfg: Any) -> Any:
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
     try:
-        return Path(cfg).read_text(encoding="utf-8").replace("\r\n", "\n").rstrip() + "\n"
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"model.cfg: {cfg} cannot be read as text: {error}") from None
+        content = Path(cfg).read_bytes()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model.cfg: {cfg} cannot be read: {error}") from None
+    return decode_cfg(content).replace("\r\n", "\n").rstrip() + "\n"
+
+
+def decode_cfg(content: bytes) -> str:
+    """The text of a Darknet cfg, which is ASCII but for comments: UTF-8, Chinese (GBK) or Western (cp1252)."""
+    for encoding in ("utf-8", "gbk"):
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            pass
+    return content.decode("cp1252", errors="replace")  # latin-1 would make a byte of 0x85 the end of a line
 
 
 def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:

@@ -116,11 +116,13 @@ class Run:
         """Build the detector on the device, the datasets' transforms, and a batch size for `auto`."""
         settings, train = self.settings, self.settings.train
         detector = build_detector(settings, len(self.categories.names))
-        self.pretrained_lines = load_pretrained(detector.model, settings.model) if fresh else []
+        self.pretrained_lines = load_pretrained(detector.model, settings.model, self.categories.names) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         if detector.criterion is None:
-            raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+            raise SettingsError(
+                "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
+            )
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)

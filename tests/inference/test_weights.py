@@ -139,9 +139,9 @@ def test_without_a_description_the_file_tells_the_number_of_classes(files: Files
         (CFG.replace("filters=8", "filters=9"), "filters = 1 * (5 + 3) = 8"),
         ("", "[net]"),
         ("just text", "is this a .cfg file?"),
-        (b"\xff\xfe\x00\x01", "cannot be read as text"),
-        (b"[net]\nwidth=\xe9", "cannot be read as text"),
-        (None, "cannot be read as text"),
+        (b"\xff\xfe\x00\x01", "is this a .cfg file?"),
+        (b"[net]\nwidth=\xe9", "width = \u00e9 must be a finite number"),
+        (None, "cannot be read"),
     ],
 )
 def test_bad_descriptions(files: Files, content: str | bytes | None, word: str) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import shutil
 import urllib.error
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,11 +14,13 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 from detection.checkpoints import save_checkpoint
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
+from detection.contract import DetectorModel
 from detection.errors import CheckpointError, SettingsError, UserError
 from detection.models import build_detector, pretrained
 from detection.models.darknet.weights import Header, write_darknet_weights
 from detection.models.pretrained import load_pretrained
 from tests.support.paths import ARGS
+from tests.support.toy_detector import ToyModel
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
@@ -37,12 +39,18 @@ def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int 
     return build_detector(settings, num_classes).model, settings
 
 
+def load(model: nn.Module, settings: Settings, names: list[str] | None = None) -> list[str]:
+    """`load_pretrained` for a run whose classes are called as those of `save_run`."""
+    count = cast(DetectorModel, model).num_classes
+    return load_pretrained(model, settings.model, names or [f"class {label}" for label in range(count)])
+
+
 def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:
     """Message with which the run ends before its first step; the model is as it was."""
     model, settings = build(words, value, num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error) as raised:
-        load_pretrained(model, settings.model)
+        load(model, settings)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     message = str(raised.value)
     assert "\n" not in message and len(message) < 700
@@ -82,7 +90,7 @@ def last_of_each_stride(features: nn.Sequential, images: Tensor) -> list[Tensor]
 
 def test_false_loads_nothing() -> None:
     model, settings = build(SMALL)
-    assert load_pretrained(model, settings.model) == [] and not changed(model, SMALL)
+    assert load(model, settings) == [] and not changed(model, SMALL)
 
 
 # torchvision
@@ -104,7 +112,7 @@ def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any
     classifier = with_noise(network(weights=None))
     torch.save(classifier.state_dict(), hub / HUB_NAMES[size])
     model, settings = build(words, True)
-    (line,) = load_pretrained(model, settings.model)
+    (line,) = load(model, settings)
     assert HUB_NAMES[size] in line and "IMAGENET1K_V1" in line
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -132,7 +140,7 @@ def test_files_of_a_classifier(tmp_path: Path) -> None:
     for content in (state, features, {"model": state, "epoch": 3}, {"state_dict": state}):
         torch.save(content, tmp_path / "file.pth")
         model, settings = build(SMALL, tmp_path / "file.pth")
-        (line,) = load_pretrained(model, settings.model)
+        (line,) = load(model, settings)
         assert str(tmp_path / "file.pth") in line and f"{len(features)} tensors" in line
         # the second stage begins with torchvision's layer 4
         assert torch.equal(model.backbone.stages[1][0].block[0][0].weight, state["features.4.block.0.0.weight"])
@@ -175,7 +183,7 @@ def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: py
     source = with_noise(build(words)[0])
     write_darknet_weights(source, tmp_path / "darknet53.conv.74", Header(), count=52)
     model, settings = build(words, True)
-    lines = load_pretrained(model, settings.model)
+    lines = load(model, settings)
     assert any("first 52 of 75 convolutions" in line for line in lines)
     assert parts(changed(model, words)) == {"backbone"}
     for name, tensor in model.backbone.state_dict().items():
@@ -187,11 +195,20 @@ def test_darknet_file_of_other_classes(tmp_path: Path) -> None:
     source = with_noise(build(TINY, num_classes=7)[0])
     write_darknet_weights(source, tmp_path / "tiny.weights", Header())
     model, settings = build(TINY, tmp_path / "tiny.weights", num_classes=3)
-    lines = " ".join(load_pretrained(model, settings.model))
-    assert "7 classes" in lines and "network 3" in lines
+    lines = " ".join(load(model, settings))
+    assert "7 classes" in lines and "network 3" in lines and "by position" not in lines
     counters = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
     outputs = {f"heads.{level}.1.{kind}" for level in (0, 1) for kind in ("weight", "bias")}
     assert changed(model, TINY) == set(model.state_dict()) - counters - outputs
+
+
+def test_classes_of_darknet_files_are_taken_by_position(tmp_path: Path) -> None:
+    source = with_noise(build(TINY)[0])
+    write_darknet_weights(source, tmp_path / "tiny.weights", Header())
+    model, settings = build(TINY, tmp_path / "tiny.weights")
+    lines = load(model, settings, ["a", "b", "c"])
+    assert lines[-1] == "the file has no class names; its classes are taken by position: a, b, c"
+    assert torch.equal(model.state_dict()["heads.0.1.weight"], source.state_dict()["heads.0.1.weight"])
 
 
 def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
@@ -227,34 +244,112 @@ def save_run(path: Path, words: list[str], num_classes: int, average: bool, **ch
 def test_whole_detector(average: bool, tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", SMALL, 3, average)
     model, settings = build(SMALL, tmp_path / "best.pt")
-    (line,) = load_pretrained(model, settings.model)
+    (line,) = load(model, settings)
     kind = "EMA" if average else "weights"
     assert f"{kind} after 40 steps, 3 classes" in line and str(tmp_path / "best.pt") in line
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+OUTPUTS = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
 OTHER_ANCHORS = "yolo.anchors=[[[9, 9]], [[20, 20], [30, 30]], [[80, 80]]]"
 
 
 # 3 anchors * (5 + 1) values are as many as 2 anchors * (5 + 4), so shapes alone would not tell
-@pytest.mark.parametrize(("classes", "words"), [(5, SMALL), (1, SMALL), (3, [*SMALL, OTHER_ANCHORS])])
-def test_other_classes_or_anchors(classes: int, words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("classes", "words"), [(5, [*SMALL, OTHER_ANCHORS]), (3, [*SMALL, OTHER_ANCHORS])])
+def test_other_anchors(classes: int, words: list[str], tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", words, classes, average=True)
     model, settings = build(SMALL, tmp_path / "best.pt")
-    lines = load_pretrained(model, settings.model)
-    assert len(lines) == 2 and "output convolutions start anew" in lines[1]
-    assert f"{classes} classes" in lines[1] and "this run 3" in lines[1]
-    outputs = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
-    assert changed(model, SMALL) == set(model.state_dict()) - outputs
-    for name in set(model.state_dict()) - outputs:
+    lines = load(model, settings)
+    assert len(lines) == 2 and "output convolutions start anew: the file has other anchors" in lines[1]
+    assert ("other classes (class 0, class 1, class 2, class 3, class 4)" in lines[1]) == (classes == 5)
+    assert changed(model, SMALL) == set(model.state_dict()) - OUTPUTS
+    for name in set(model.state_dict()) - OUTPUTS:
         assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+P = None  # as the new model begins
+
+
+# The file's classes are cat and dog, 3 anchors of 7 filters: box and objectness 0..4, cat 5, dog 6; 7..11, 12, 13; ...
+@pytest.mark.parametrize(
+    ("names", "filters_of_anchors", "words"),
+    [
+        (["cat", "dog"], [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19, 20]], []),
+        (
+            ["dog", "cat"],
+            [[0, 1, 2, 3, 4, 6, 5], [7, 8, 9, 10, 11, 13, 12], [14, 15, 16, 17, 18, 20, 19]],
+            ["same classes in another order, put into this run's: dog, cat"],
+        ),
+        (
+            ["dog", "bird", "cat"],
+            [[0, 1, 2, 3, 4, 6, P, 5], [7, 8, 9, 10, 11, 13, P, 12], [14, 15, 16, 17, 18, 20, P, 19]],
+            ["classes from the file: dog, cat; starting anew: bird"],
+        ),
+        (
+            ["dog"],
+            [[0, 1, 2, 3, 4, 6], [7, 8, 9, 10, 11, 13], [14, 15, 16, 17, 18, 20]],
+            ["classes from the file: dog; starting anew: none; not used: cat"],
+        ),
+        (
+            ["bird", "dog"],  # as many as in the file
+            [[0, 1, 2, 3, 4, P, 6], [7, 8, 9, 10, 11, P, 13], [14, 15, 16, 17, 18, P, 20]],
+            ["classes from the file: dog; starting anew: bird; not used: cat"],
+        ),
+        (
+            ["x", "y", "Cat"],
+            [[0, 1, 2, 3, 4, P, P, P], [7, 8, 9, 10, 11, P, P, P], [14, 15, 16, 17, 18, P, P, P]],
+            ["classes from the file: none; starting anew: x, y, Cat; not used: cat, dog"],
+        ),
+    ],
+)
+def test_classes_are_taken_by_name(
+    names: list[str], filters_of_anchors: list[list[int | None]], words: list[str], tmp_path: Path
+) -> None:
+    source, settings = build(SMALL, num_classes=2, seed=5)
+    state = with_noise(source).state_dict()
+    for name in OUTPUTS:
+        for number in range(21):
+            state[name][number] = number
+    content = {"step": 1, "settings": settings.model_dump(mode="json"), "model": state, "average": None}
+    save_checkpoint(tmp_path / "own.pt", content | {"categories": {"names": ["cat", "dog"], "ids": [1, 2]}})
+    model, settings = build(SMALL, tmp_path / "own.pt", num_classes=len(names))
+    before = {name: model.state_dict()[name].clone() for name in OUTPUTS}
+    lines = load(model, settings, names)
+    assert len(lines) == 1 + len(words) and all(word in lines[1] for word in words)
+    expected = [number for anchor in filters_of_anchors for number in anchor]
+    for name, value in model.state_dict().items():
+        if name not in OUTPUTS:
+            assert torch.equal(value, state[name]), name
+            continue
+        assert len(value) == len(expected)
+        for row, old, number in zip(value, before[name], expected, strict=True):
+            assert torch.equal(row, old if number is None else torch.full_like(row, number)), name
+        if name.endswith("bias") and names[0] == "x":
+            assert value[5:8].tolist() == pytest.approx([-0.6931472] * 3)  # of three equal classes: -log(3 - 1)
+
+
+def test_a_detector_without_class_rows_starts_anew_for_other_classes(tmp_path: Path) -> None:
+    """It may lay out its outputs in any way, so only equal names in equal order fit."""
+    settings = build(SMALL)[1]
+    content = {"step": 1, "settings": settings.model_dump(mode="json"), "average": None}
+    source = with_noise(ToyModel(2))
+    categories = {"names": ["cat", "dog"], "ids": [1, 2]}
+    save_checkpoint(tmp_path / "toy.pt", content | {"model": source.state_dict(), "categories": categories})
+    settings = build(SMALL, tmp_path / "toy.pt")[1]
+    for names, taken in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "dog", "bird"], False)):
+        model = ToyModel(len(names))
+        fresh = model.head.weight.clone()
+        lines = load(model, settings, names)
+        assert torch.equal(model.head.weight, source.head.weight if taken else fresh)
+        assert len(lines) == 2 - taken and (taken or lines[1].endswith("the file has other classes (cat, dog)"))
+        assert torch.equal(model.backbone[0][0].weight, source.backbone[0][0].weight)
 
 
 def test_equal_shapes_of_other_classes_are_not_taken(tmp_path: Path) -> None:
     two = "yolo.anchors=[[[9, 9], [10, 10]], [[20, 20], [30, 30]], [[80, 80], [90, 90]]]"
     save_run(tmp_path / "best.pt", [*SMALL, two], 4, average=False)  # 2 * (5 + 4) filters
     model, settings = build(SMALL, tmp_path / "best.pt", num_classes=1)  # 3 * (5 + 1) filters
-    assert "start anew" in load_pretrained(model, settings.model)[1]
+    assert "start anew: the file has other anchors and other classes" in load(model, settings)[1]
     assert not any(name.startswith("heads.0.1.") for name in changed(model, SMALL, num_classes=1))
 
 
@@ -294,7 +389,7 @@ def test_timm_classifier_file(num_classes: int, suffix: str, tmp_path: Path) -> 
 
         save_file(classifier.state_dict(), path)
     model, settings = build(TIMM, path)
-    (line,) = load_pretrained(model, settings.model)
+    (line,) = load(model, settings)
     assert str(path) in line and "timm/test_resnet" in line
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -327,7 +422,7 @@ def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     state = timm_classifier().state_dict()
     monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *_, **__: dict(state))  # what the hub would send
     model, settings = build(TIMM, True)
-    (line,) = load_pretrained(model, settings.model)
+    (line,) = load(model, settings)
     assert "https://huggingface.co/timm/test_resnet" in line
     images = torch.rand(1, 3, 64, 96)
     classifier = timm_classifier().eval()
@@ -361,6 +456,13 @@ def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
     source = save_run(tmp_path / "best.pt", words, 4, average=False)
     shutil.copy(tmp_path / "best.pt", tmp_path / "copy.pt")
     model, settings = build(words, tmp_path / "copy.pt", num_classes=1)
-    assert "4 classes" in load_pretrained(model, settings.model)[1]
-    assert changed(model, words, num_classes=1) == {"backbone.0.0.weight", "backbone.0.0.bias"}
-    assert torch.equal(model.state_dict()["backbone.0.0.weight"], source.state_dict()["backbone.0.0.weight"])
+    lines = load(model, settings, ["class 2"])
+    assert "4 classes" in lines[0] and "classes from the file: class 2; starting anew: none" in lines[1]
+    values, of_file = (each.state_dict() for each in (model, source))
+    assert torch.equal(values["backbone.0.0.weight"], of_file["backbone.0.0.weight"])
+    chosen = [9 * anchor + value for anchor in range(3) for value in (0, 1, 2, 3, 4, 7)]  # of 9 the third class
+    output, output_of_file = (
+        next(v for n, v in each.items() if n.endswith("0.bias") and len(v) == size)
+        for each, size in ((values, 18), (of_file, 27))
+    )
+    assert torch.equal(output, output_of_file[chosen])

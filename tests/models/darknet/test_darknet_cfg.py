@@ -1,10 +1,12 @@
 """Reading of Darknet cfg files, and errors of one line that name the place."""
 
 import time
+from pathlib import Path
 
 import pytest
 from torch import nn
 
+from detection.config.loading import read_cfg
 from detection.errors import SettingsError
 from detection.models.darknet.cfg import (
     CfgSection,
@@ -98,6 +100,23 @@ def test_line_ends(ending: str) -> None:
 
 def test_byte_order_mark_of_windows_editors() -> None:
     assert parse_cfg("\ufeff" + write_cfg(GOOD)) == parse_cfg(write_cfg(GOOD))
+
+
+@pytest.mark.parametrize(
+    ("comment", "encoding"),
+    [
+        ("\u5b66\u4e60\u7387 \uff1d 0.1", "utf-8"),  # "learning rate" and a full-width equals sign
+        ("\u5b66\u4e60\u7387 \uff1d 0.1", "gbk"),
+        ("gr\u00f6\u00dfe \u2026 100 \u20ac", "cp1252"),  # the ellipsis is 0x85, in latin-1 the end of a line
+        ("taille \u00e0 ajuster", "latin-1"),
+    ],
+)
+def test_comments_in_other_encodings(comment: str, encoding: str, tmp_path: Path) -> None:
+    text = write_cfg(GOOD)
+    lines = text.replace("filters=4\n", f"filters=4 # {comment}\n", 1)
+    (tmp_path / "a.cfg").write_bytes(f"# {comment}\n{lines}".encode(encoding))
+    sections = parse_cfg(read_cfg(str(tmp_path / "a.cfg")))
+    assert [(each.name, each.options) for each in sections] == [(each.name, each.options) for each in parse_cfg(text)]
 
 
 def test_the_first_of_two_equal_keys_counts() -> None:
@@ -235,10 +254,10 @@ def test_different_numbers_of_classes() -> None:
     assert "[1, 2]" in refusal(text)
 
 
-@pytest.mark.parametrize("name", ["connected", "region", "Gaussian_yolo", "sam", "scale_channels", "reorg3d", "Yolo"])
+@pytest.mark.parametrize("name", ["connected", "region", "implicit", "local", "Yolo", "gaussian_yolo"])
 def test_unknown_layer(name: str) -> None:
     text = with_layers((name, {"filters": 3}))
-    assert_refused(text, 2, f"[{name}]", "known layers: avgpool, convolutional")
+    assert_refused(text, 2, f"[{name}]", "known layers: Gaussian_yolo, avgpool, convolutional")
 
 
 # Keys that change inference
@@ -254,7 +273,6 @@ def test_unknown_layer(name: str) -> None:
                 *("sway", "rotate", "stretch", "stretch_sway", "dot"),
             )
         ],
-        (conv(4, 3), "share_index", -1, None),
         (pool(2, 1), "maxpool_depth", 1, 0),
         (pool(2, 1), "antialiasing", 1, 0),
         (pool(2, 1), "maxpool_zero_nonmax", 1, 0),
@@ -360,6 +378,46 @@ def test_only_rgb() -> None:
     assert_refused(write_cfg([("net", {"channels": 1}), *GOOD[1:]]), -1, "channels = 1")
 
 
+# Layers of AlexeyAB's program
+
+
+def scaled(**more: object) -> list[Section]:
+    """A factor per channel for layer 1, 8 x 8 with 4 channels."""
+    return [("avgpool", {}), conv(4, 1), ("scale_channels", {"from": 1, **more})]
+
+
+@pytest.mark.parametrize(
+    ("layers", "parts"),
+    [
+        (scaled(activation="mish"), ["no mish"]),
+        (scaled(scale_wh=1), ["needs 1 channels of 8 x 8", "finds 4 of 1 x 1"]),
+        (scaled(**{"from": 9}), ["names layer 9"]),
+        ([conv(4, 1), ("scale_channels", {"from": 1})], ["needs 4 channels of 1 x 1", "finds 4 of 8 x 8"]),
+        ([conv(3, 1), ("sam", {"from": 1})], ["needs 4 channels of 8 x 8", "finds 3 of 8 x 8"]),
+        ([("reorg3d", {"stride": 3})], ["stride = 3 must divide 8 x 8 cells"]),
+        ([("reorg3d", {"stride": 2, "reverse": 1})], ["reverse = 1 changes inference"]),
+        ([conv(6, 1), ("reorg", {"stride": 2})], ["stride = 2 must divide", "square 6 channels"]),
+        ([("reorg", {"stride": 2, "extra": 2})], ["extra = 2 changes inference"]),
+        ([conv(4, 3, share_index=2)], ["share_index", "layers 0 to 1"]),
+        ([conv(4, 1, share_index=1)], ["share_index = 1 must name a convolution"]),
+        ([conv(4, 3, groups=2, share_index=1)], ["share_index = 1"]),
+        ([conv(4, 3, batch_normalize=0, share_index=-1)], ["share_index = -1"]),
+        ([pool(2, 1), conv(4, 3, share_index=2)], ["share_index = 2"]),
+        ([conv(4, 3, share_index="0,1")], ["share_index = 0,1"]),
+    ],
+)
+def test_new_layers_that_do_not_fit(layers: list[Section], parts: list[str]) -> None:
+    assert_refused(with_layers(*layers), 1 + len(layers), *parts)
+
+
+def test_gaussian_yolo_needs_nine_values_per_anchor() -> None:
+    text = changed(3).replace("[yolo]", "[Gaussian_yolo]")
+    assert_refused(text, 3, "filters = 2 * (9 + 1) = 20 before it, finds [convolutional] with 12")
+    sections = parse_cfg(text.replace("filters=12", "filters=20"))
+    assert with_classes(sections, 7)[3].options["filters"] == "32"  # 2 * (9 + 7)
+    assert_refused(text.replace("num=3", "num=3\nyolo_point=left_top"), 3, "yolo_point = left_top changes inference")
+
+
 # References to other layers
 
 
@@ -415,7 +473,7 @@ def test_masks(mask: str) -> None:
 @pytest.mark.parametrize(
     "anchors",
     [
-        *("", "4,6", "4,6,8,12,10", "4,6,8,12,10,14,16,18", "0,6,8,12,10,14", "4,-6,8,12,10,14"),
+        *("", "4,6", "4,6,8,12,10", "4,6,8,12,10,14,16", "0,6,8,12,10,14", "4,-6,8,12,10,14"),
         *("nan,6,8,12,10,14", "4,6,8,12,10,inf", "4,6,8,12,10,1e400", "4,6,8,12,10,x"),
     ],
 )
@@ -423,11 +481,19 @@ def test_anchors(anchors: str) -> None:
     assert_refused(changed(3, anchors=anchors), 3, "anchor")
 
 
+@pytest.mark.parametrize(("mask", "used"), [("0,2", [(4, 6), (10, 14)]), (None, [(4, 6), (8, 12)])])
+def test_more_anchors_than_num(mask: str | None, used: list[tuple[int, int]]) -> None:
+    """cspx-p7-mish.cfg: num = 16 and masks up to 19; Darknet would read these beyond its array."""
+    sections = parse_cfg(changed(3, num=2, mask=mask))
+    assert DarknetNetwork(sections, 1).anchors == (tuple(used),)
+    assert cfg_notices(sections, {}) == ["[yolo] in line 29 lists more anchors than num = 2; the listed ones count"]
+
+
 def test_anchors_are_missing() -> None:
     assert_refused(changed(3, anchors=None), 3, "has no 'anchors'")
 
 
-@pytest.mark.parametrize("num", [0, -3, 2, 4, "nan", "x", *HUGE])
+@pytest.mark.parametrize("num", [0, -3, 4, "nan", "x", *HUGE])
 @pytest.mark.parametrize("mask", ["0,2", None])
 def test_number_of_anchors(num: object, mask: str | None) -> None:
     assert_refused(changed(3, num=num, mask=mask), 3, "num")
