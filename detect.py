@@ -40,7 +40,7 @@ from detection.data.loaders import collate_samples
 from detection.data.transforms import Sample, Transform
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
-from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message, name_list
 from detection.inference.results import ImageDetections, Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
@@ -145,7 +145,7 @@ class Finder:
     def __init__(self, opened: OpenedDetector, machine: Machine, wanted: Sequence[str]) -> None:
         settings, self.names = opened.settings, opened.class_names()
         if unknown := [name for name in wanted if name not in self.names]:
-            raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
+            raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {name_list(self.names)}")
         self.machine, self.detector = machine, machine.to_device(opened.detector)
         self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
         self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold

@@ -14,7 +14,7 @@ PACKAGE = "detection"
 
 # The import rule of docs/contract.md in one line, lowest layer first; a directory stands for all files in it.
 RULE = (
-    "errors contract ops < config checkpoints drawing < runtime < models data"
+    "errors contract ops < config checkpoints foreign_files drawing < runtime < models data"
     " < inference evaluation dataset_checks < visualization training"
 )
 LAYERS = [set(layer.split()) for layer in RULE.split("<")]

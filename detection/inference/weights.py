@@ -1,17 +1,19 @@
 """Open trained weights as a detector: checkpoints, Darknet .weights and exported .onnx files."""
 
 import argparse
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import DETECTOR_FIELDS, load_fields
-from detection.config.command_line import DEFAULTS, device_flags
+from detection.checkpoints import DETECTOR_FIELDS, READ_HERE, load_fields
+from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
+from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
 from detection.models import build_detector
 from detection.models.darknet.cfg import input_size, parse_cfg
@@ -19,6 +21,7 @@ from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
 COCO_CLASSES = 80
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,15 @@ def open_weights(
         CheckpointError: the file is missing or damaged, or does not fit the network.
         SettingsError: the arguments contradict one another.
     """
-    own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
-    if weights.suffix in own_kinds:
+    weights = weights_file(weights)
+    kind = weights.suffix.lower()
+    if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
-        return own_kinds[weights.suffix](weights, defaults, overlays, words, flags)
+        return (_open_onnx if kind == ".onnx" else _open_checkpoint)(weights, defaults, overlays, words, flags)
+    if weights.is_file() and (foreign := describe_file(weights)):
+        raise CheckpointError(f"{weights} is {foreign}; {READ_HERE}")
     try:
         return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
     except SettingsError as error:

@@ -3,6 +3,7 @@
 import datetime
 
 from detection.contract import Batch
+from detection.errors import name_list
 from detection.evaluation.coco_metric import choose_backend
 from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
@@ -28,7 +29,7 @@ def plan_lines(run: Run) -> list[str]:
         f"device      {describe_device(run.device)}, {run.precision}",
         *run.detector.plan,
         f"input       {run.detector.geometry.describe()}",
-        f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
+        f"classes     {len(names)}: {name_list(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
         f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
