@@ -39,16 +39,18 @@ from detection.data.layouts import find_split
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
+from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
 from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
-from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
+from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution
 from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
-from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
+from detection.visualization.image_ranking import find_mistakes
 
 MAX_PER_PAGE = 100
 MAX_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each

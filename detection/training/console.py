@@ -9,6 +9,7 @@ from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
 from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import Loggers
+from detection.training.report_page import report_run
 from detection.training.run import Run
 from detection.training.state import RunState
 from detection.training.supervisor import Supervisor
@@ -114,8 +115,9 @@ def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
 
 
 def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Log speed, duration and best checkpoint of a completed run."""
+    """Log speed, duration and best checkpoint of a completed run, and write its report."""
     report_speed(run, state, loggers)
+    report_run(run, loggers)
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"

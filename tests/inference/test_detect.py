@@ -1,4 +1,4 @@
-"""detect.py end to end, with a network of one convolution whose detections are known by hand: tests/support/block_network.py."""
+"""detect.py end to end; what the network of tests/support/block_network.py detects is known by hand."""
 
 import json
 import os
