@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Iterable
 
 # Families that have Chinese, Japanese and Korean, or most of Unicode; tried before all others.
 WIDE_FAMILIES = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Droid Sans Fallback", "Arial Unicode", "Unifont")
-NOT_DRAWABLE = ("Emoji", "LastResort")  # bitmaps that matplotlib cannot draw; boxes instead of letters
+NOT_DRAWABLE = ("Emoji", "Last Resort", "LastResort")  # bitmaps that matplotlib cannot draw; boxes instead of letters
+PLAIN_WEIGHTS = ("400", "500", "normal", "regular", "medium", "book", "roman")
 MOST_FALLBACKS = 3
 ADVICE = "install a font that has them (Debian: apt-get install fonts-noto-cjk) to see the letters"
 
@@ -47,6 +49,7 @@ def _add_fonts(letters: frozenset[str]) -> frozenset[str]:
             missing -= found
             families += [family] if family not in families else []
     matplotlib.rcParams["font.family"] = families
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fallbacks have one weight only; it warns
     if missing:
         shown = " ".join(map(_escape, sorted(missing)[:5]))
         print(f"note: no installed font has {len(missing)} letters of class names ({shown}); {ADVICE}", file=sys.stderr)
@@ -69,7 +72,7 @@ def _installed() -> list[tuple[str, str]]:
         if path not in known:  # installed after matplotlib made its list
             with contextlib.suppress(RuntimeError, OSError, ValueError):
                 manager.addfont(path)
-    plain = [entry for entry in manager.ttflist if entry.style == "normal" and str(entry.weight) in ("400", "normal")]
+    plain = [entry for entry in manager.ttflist if entry.style == "normal" and str(entry.weight) in PLAIN_WEIGHTS]
     fonts = {entry.name: entry.fname for entry in plain if not any(word in entry.name for word in NOT_DRAWABLE)}
 
     def rank(item: tuple[str, str]) -> tuple[bool, str]:

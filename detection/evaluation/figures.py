@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FEW_CLASSES = 12  # up to here all curves are named
 NAMED_OF_MANY = 8  # of more classes, those with most ground-truth boxes
+WIDEST_NAME = 12  # letters; longer names below a column stand upright
 MAX_DIFFERENCES = 30  # classes compared in one figure
 RECALLS = np.arange(101) / 100
 
@@ -123,13 +124,14 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) 
         text = f"{number}\n{share:.0%}" if count <= FEW_CLASSES else f"{100 * share:.0f}"
         color = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=letters, color=color)
-    axes.set_xticks(range(count), [*names, "missed"], rotation=90 if count > 6 else 0, fontsize=letters)
+    upright = count > 6 or max(map(len, names)) > WIDEST_NAME
+    axes.set_xticks(range(count), [*names, "missed"], rotation=90 if upright else 0, fontsize=letters)
     axes.set_yticks(range(count), [*names, "no ground-truth box"], fontsize=letters)
     axes.set_xlabel("predicted")
     axes.set_ylabel("ground truth")
     numbers = "counts and shares" if count <= FEW_CLASSES else "shares in percent"
     axes.set_title(
-        f"Predicted class of each ground-truth box, confidence at least {confidence:g}, IoU 0.5 ({numbers} of a row)"
+        f"Predicted class of each ground-truth box ({numbers} of a row)\nconfidence at least {confidence:g}, IoU 0.5"
     )
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="share of the row")
     return figure_pixels(figure)
