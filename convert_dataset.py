@@ -55,7 +55,7 @@ from detection.data.conversion.voc_writer import note_losses
 from detection.data.conversion.writers import write_dataset
 from detection.data.conversion.yolo import read_yolo
 from detection.data.conversion.yolo_layout import DESCRIPTIONS
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
+from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
 from detection.inference.weights import read_names
 
 FORMATS = {"yolo": "YOLO txt", "voc": "Pascal VOC XML", "coco": "COCO JSON"}
@@ -286,7 +286,7 @@ def summary(dataset: ConvertedDataset, output: Path, target_format: str, images:
         empty = sum(not entry.boxes for entry in entries)
         lines.append(f"{split}: {len(entries)} images, {empty} of them without boxes, {boxes} boxes")
     names = dataset.names
-    lines.append(f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    lines.append(f"{len(names)} classes: {name_list(names[:10])}{', ...' if len(names) > 10 else ''}")
     words = f"data.root={output}"
     if images == "none":
         keys = {"train": "data.train_images", "val": "data.validation_images"}

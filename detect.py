@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,27 +30,24 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from detection.config.command_line import Parser
 from detection.data.image_file import read_image
-from detection.data.loaders import collate_samples
-from detection.data.transforms import Sample, Transform
+from detection.data.transforms import Sample
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
 from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
-from detection.inference.results import ImageDetections, Results
+from detection.inference.finder import Finder
+from detection.inference.results import Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
-from detection.inference.weights import OpenedDetector, open_command_line
-from detection.ops.letterbox import boxes_to_original
-from detection.runtime.devices import Machine, open_machine
+from detection.inference.weights import open_command_line
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-BATCH_SIZE = 8  # if evaluation.batch_size is null
 MAX_THREADS = 8  # for reading and writing pictures; each holds a decoded image
 Loaded = tuple[np.ndarray, Sample] | DataReadError
 STOP_KEYS = ("q", "escape")
@@ -128,52 +124,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.show and arguments.no_pictures:
         raise SettingsError("--show and --no-pictures contradict each other")
     return arguments
-
-
-class Finder:
-    """Detects objects in images.
-
-    Args:
-        opened: trained weights with their settings.
-        machine: device and precision.
-        wanted: names of the classes to detect; empty: all.
-
-    Raises:
-        SettingsError: a class is unknown, or the minimum score is below evaluation.confidence_threshold.
-    """
-
-    def __init__(self, opened: OpenedDetector, machine: Machine, wanted: Sequence[str]) -> None:
-        settings, self.names = opened.settings, opened.class_names()
-        if unknown := [name for name in wanted if name not in self.names]:
-            raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.machine, self.detector = machine, machine.to_device(opened.detector)
-        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
-        self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
-        if self.threshold < lowest:
-            raise SettingsError(
-                f"scores from {self.threshold:g} were asked for; evaluation.confidence_threshold = {lowest:g} drops "
-                "what is below; lower it too"
-            )
-        self.batch_size = settings.evaluation.batch_size or BATCH_SIZE
-        self.wanted = np.array([name in wanted or not wanted for name in self.names])
-
-    def prepare(self, image: np.ndarray) -> Sample:
-        """Transform an image, RGB uint8 (H, W, 3), to the network input."""
-        return self.transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0, 0, 0)
-
-    def find(self, samples: Sequence[Sample]) -> list[ImageDetections]:
-        """Run the detector on a batch of prepared images."""
-        with torch.no_grad(), self.machine.autocast():
-            outputs = self.detector.model(collate_samples(samples)["images"].to(self.machine.device))
-        detections = zip(self.detector.postprocess(outputs), samples, strict=True)
-        return [self._of_image(found, sample) for found, sample in detections]
-
-    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> ImageDetections:
-        boxes = boxes_to_original(found["boxes"], sample.letterbox).cpu().numpy()
-        labels, scores = found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
-        # A diverged network may predict NaN boxes, which cannot be drawn or written.
-        shown = (scores >= self.threshold) & self.wanted[labels] & np.isfinite(boxes).all(axis=1)
-        return ImageDetections(boxes[shown], labels[shown], scores[shown])
 
 
 @dataclass

@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser
+from detection.config.command_line import Parser, weights_file
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         setattr(arguments, name, [word for word in words if word not in settings])
     if arguments.score is not None:
         arguments.settings.append(f"yolo.score={arguments.score}")
-    arguments.compare = [Path(word) for word in arguments.compare]
+    arguments.compare = [weights_file(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")
     if arguments.compare and (arguments.cfg or arguments.confidence):
@@ -151,12 +151,10 @@ def validate(arguments: argparse.Namespace) -> None:
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
     evaluation = evaluate_with_bar(opened, dataset, machine)
-    thresholds = compare_thresholds(arguments.confidence, evaluation, dataset)
-    print("\n".join(class_lines(evaluation.class_ap)))
+    thresholds, lines = compare_thresholds(arguments.confidence, evaluation, dataset)
     official, official_line = check_with_pycocotools(
         dataset.annotations, evaluation.detections, evaluation.metrics, evaluation.backend
     )
-    print(official_line, flush=True)
 
     started = time.perf_counter()
     analysis = analyse(
@@ -167,9 +165,9 @@ def validate(arguments: argparse.Namespace) -> None:
         evaluation.backend,
     )
     evaluation.seconds["analysis"] = time.perf_counter() - started
-    print("\n".join([*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]))
-    print(best_f1_line(analysis))
-    print("\n".join(time_lines(opened, evaluation, len(dataset))))
+    lines += [*class_lines(evaluation.class_ap), official_line]
+    lines += [*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]
+    lines += [best_f1_line(analysis), *time_lines(opened, evaluation, len(dataset))]
 
     more = {
         "weights": str(arguments.weights),
@@ -196,6 +194,8 @@ def validate(arguments: argparse.Namespace) -> None:
             save_png(directory / f"{file_name}.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse(name, len(pictures), list(pictures.values()).__getitem__)
@@ -233,15 +233,17 @@ def compare(arguments: argparse.Namespace) -> None:
                 protocol_line(opened.settings, opened.detector),
             )
         )
-    print("\n".join([*class_table(rows), *comparison_table(rows)]))
+    lines = [*class_table(rows), *comparison_table(rows)]
     if len({row.protocol for row in rows}) > 1:
-        print("note: the protocols differ, as printed above; settings on the command line hold for all")
+        lines.append("note: the protocols differ, as printed above; settings on the command line hold for all")
     picture = draw_comparison({row.name: row.metrics for row in rows}, {row.name: row.class_ap for row in rows})
     try:
         write_comparison(directory, rows)
         save_png(directory / "comparison.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
@@ -309,21 +311,19 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Mac
 
 def compare_thresholds(
     confidences: Sequence[float], evaluation: Evaluation, dataset: CocoDataset
-) -> list[dict[str, Any]]:
-    """Print the COCO table of each threshold, or the only one; returns the metrics per threshold for metrics.json."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score each threshold; returns the metrics per threshold for metrics.json, and the COCO tables as lines."""
     if not confidences:
-        print("\n".join(metric_lines(evaluation.metrics)))
-        return []
-    rows = []
+        return [], metric_lines(evaluation.metrics)
+    rows, lines = [], []
     for confidence in confidences:
         detections, metrics = evaluation.detections, evaluation.metrics
         if confidence != min(confidences):
             detections = detections.above(confidence)
             metrics = score(dataset.annotations, detections, evaluation.backend).metrics
-        print(f"Confidence Threshold: {confidence:g}\nFound Boxes: {len(detections)}")
-        print("\n".join(metric_lines(metrics)), flush=True)
+        lines += [f"Confidence Threshold: {confidence:g}", f"Found Boxes: {len(detections)}", *metric_lines(metrics)]
         rows.append({"confidence": confidence, "boxes": len(detections), **metrics})
-    return rows
+    return rows, lines
 
 
 def best_f1_line(analysis: Analysis) -> str:

@@ -38,17 +38,19 @@ from detection.data.layouts import find_split
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
+from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
-from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
+from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution
 from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
-from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
+from detection.visualization.image_ranking import find_mistakes
 
 MAX_PER_PAGE = 100
 MAX_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each
@@ -192,7 +194,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
         f"by COCO's sizes: {sizes}",
     ]
     if absent := [name for name, row in summary["classes"].items() if not row["boxes"]]:
-        lines.append(f"classes without any box: {', '.join(absent)}")
+        lines.append(f"classes without any box: {name_list(absent)}")
     if summary["images_without_stated_size"]:
         lines.append(f"{summary['images_without_stated_size']:,} images without a stated size")
     return lines + [f"left out: {line}" for line in annotations.counts.lines()]
@@ -233,7 +235,7 @@ def choose_images(arguments: argparse.Namespace, annotations: Annotations, seed:
     if arguments.class_name is not None:
         names = annotations.categories.names
         if arguments.class_name not in names:
-            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {', '.join(names)}"))
+            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {name_list(names)}"))
         label = names.index(arguments.class_name)
         image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
         chosen = chosen[np.isin(chosen, image_of_box[annotations.labels == label])]

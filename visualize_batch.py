@@ -42,6 +42,7 @@ from detection.data.sampler import TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
+from detection.drawing.fonts import printable
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
@@ -49,7 +50,6 @@ from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
-from detection.visualization.dataset_figures import printable
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
 IMAGES, IMAGES_WITH_TARGETS = 16, 3  # defaults of --images

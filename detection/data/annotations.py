@@ -13,7 +13,7 @@ import numpy as np
 from detection.contract import CROWD_LABEL
 from detection.data.annotation_file import Columns, Fault, read_columns, read_json
 from detection.data.fast_annotation_file import read_fast
-from detection.errors import DataError
+from detection.errors import DataError, name_list
 
 HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
 DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -> COCO's own
@@ -203,7 +203,7 @@ def choose_categories(
         return followed
     if class_names is not None:
         if missing := [name for name in class_names if name not in names]:
-            raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
+            raise DataError(f"{where}: data.class_names has {name_list(missing)}; the file has {name_list(names)}")
         return tuple(class_names)
     return tuple(names)
 

@@ -11,6 +11,7 @@ from detection.config.settings import Settings
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
+from detection.errors import name_list
 from detection.evaluation.coco_metric import ClassAP
 from detection.evaluation.detections import write_detections
 from detection.evaluation.evaluate import Evaluation
@@ -66,6 +67,14 @@ def deviations(settings: Settings, detector: Detector) -> list[str]:
 def metric_table(evaluation: Evaluation) -> list[str]:
     """Format the official twelve numbers and AP per class as lines."""
     return [*metric_lines(evaluation.metrics), *class_lines(evaluation.class_ap)]
+
+
+def summary_line(metrics: Mapping[str, float | None], class_ap: ClassAP, worst: int = 5) -> str:
+    """Format AP, AP50 and the classes of lowest AP; the whole table is `metric_table`."""
+    defined = sorted((ap, name) for name, (ap, _, _) in class_ap.items() if ap is not None)
+    named = name_list(f"{name} {ap:.3f}" for ap, name in defined[:worst])
+    of_many = "worst classes" if len(defined) > worst else "classes"
+    return f"AP {_show(metrics['AP'])}  AP50 {_show(metrics['AP50'])}  {of_many}: {named or 'none has a box'}"
 
 
 def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:

@@ -3,12 +3,13 @@
 import datetime
 
 from detection.contract import Batch
-from detection.errors import SettingsError
+from detection.errors import SettingsError, name_list
 from detection.evaluation.coco_metric import choose_backend
 from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
 from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import Loggers
+from detection.training.report_page import report_run
 from detection.training.run import Run
 from detection.training.schedules import BIAS_GROUP
 from detection.training.state import RunState
@@ -70,7 +71,7 @@ def plan_lines(run: Run) -> list[str]:
         f"device      {describe_device(run.device)}, {run.precision}",
         *run.detector.plan,
         f"input       {run.detector.geometry.describe()}",
-        f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
+        f"classes     {len(names)}: {name_list(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
         f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
@@ -187,8 +188,9 @@ def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
 
 
 def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Log speed, duration and best checkpoint of a completed run."""
+    """Log speed, duration and best checkpoint of a completed run, and write its report."""
     report_speed(run, state, loggers)
+    report_run(run, loggers)
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"

@@ -4,7 +4,7 @@ from torch import nn
 
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
-from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
+from detection.evaluation.report import draw_detections, metric_table, protocol_line, summary_line, write_evaluation
 from detection.training.checkpoint_writer import BEST, Saver
 from detection.training.loggers import Loggers
 from detection.training.run import Run
@@ -89,7 +89,8 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
     if evaluation.dropped:
         loggers.line(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     for line in metric_table(evaluation):
-        loggers.line(line)
+        loggers.line(line, show=False)  # with many classes longer than the terminal
+    loggers.line(f"{summary_line(evaluation.metrics, evaluation.class_ap)}  (all: train.log, metrics.json)")
     picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
     if picture is not None:
         loggers.image(step, "validation", picture)

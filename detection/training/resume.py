@@ -9,7 +9,7 @@ from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
-from detection.errors import CheckpointError, DataError, SettingsError
+from detection.errors import CheckpointError, DataError, SettingsError, name_list
 from detection.training.automatic import load_run_settings
 from detection.training.loggers import build_loggers
 from detection.training.run import Run
@@ -75,6 +75,10 @@ def open_resumed_run(
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
     if arguments.resume:
         directory = Path(arguments.resume)
+        if directory.suffix == ".pt" and directory.is_file():
+            if directory.name != "last.pt":
+                raise SettingsError(f"--resume {directory}: a run is continued from its last.pt")
+            directory = directory.parent
     else:
         logs = Path(load_settings(DEFAULTS, [], arguments.settings)[0].run.logs_path)
         found = sorted(logs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
@@ -162,8 +166,8 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
     """
     if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
-            f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
-            f"the data has {', '.join(run.categories.names)}"
+            f"{directory}: trained on the classes {name_list(checkpoint['categories']['names'])}, "
+            f"the data has {name_list(run.categories.names)}"
         )
     differences = []
     for name, digest in (("training", run.data_digest), ("validation", run.validation_digest)):

@@ -380,7 +380,7 @@ def test_validation_with_new_coords(files: Files, run: Run) -> None:
         (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
         (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is not a Darknet weights file"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "--names", "gone.names"], 2, "gone.names"),
-        (["--weights", "val", "--cfg", "net.cfg"], 7, "Is a directory"),
+        (["--weights", "val", "--cfg", "net.cfg"], 7, "val is a directory without best.pt"),
         (["--cfg", "net.cfg"], 2, "--weights"),
     ],
 )

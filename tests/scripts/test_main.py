@@ -207,7 +207,8 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     assert names - {events} == {
         "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
         "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.jpg",
-        "images/validation_000010.jpg", "images/validation_000012.jpg",
+        "images/validation_000010.jpg", "images/validation_000012.jpg", "report.html", "results.png",
+        "precision_recall.png", "confusion_matrix.png", "worst_images.csv", "worst_images.jpg",
     }  # fmt: skip
     for name in names:
         if name.endswith(".png"):
@@ -221,7 +222,19 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
         "step", "5", "10", "12",
     ]  # fmt: skip
     log = (directory / "train.log").read_text()
-    assert log in result.out and "finished at step 12" in log.splitlines()[-1]
+    printed, logged = result.out.splitlines(), log.splitlines()
+    hidden = [line for line in logged if line not in printed]
+    # Of three evaluations the twelve numbers, the head and the two classes are in the file alone.
+    assert len(hidden) == 3 * (12 + 1 + 2) and all(line.startswith(" ") for line in hidden)
+    assert [line for line in logged if line not in hidden] == printed[-(len(logged) - len(hidden)) :]
+    assert sum(line.startswith("AP ") and "classes: " in line for line in printed) == 3
+    assert "finished at step 12" in logged[-1]
+
+
+def test_a_continued_run_reports_all_of_it(scenarios: Scenarios) -> None:
+    assert not (scenarios.base / "at_stop" / "report.html").exists() and scenarios["stopped"]["resumed"].code == 0
+    page = (scenarios.base / "stopped" / "report.html").read_text()
+    assert "last evaluation after step 12" in page and page.count("data:image/") >= 4
 
 
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:

@@ -23,10 +23,10 @@ from detection.data.loaders import build_evaluation_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.evaluation.detections import Detections
 from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH
+from detection.evaluation.mistakes import count_mistakes
 from detection.inference.weights import OpenedDetector
 from detection.visualization.dataset_figures import draw_box_statistics
 from detection.visualization.dataset_statistics import measure_dataset
-from detection.visualization.image_ranking import count_mistakes
 
 Run = Callable[..., Any]
 
