@@ -220,6 +220,8 @@ def test_the_number_of_steps_is_kept_and_measuring_changes_nothing(
     original = clock.measure_step
     monkeypatch.setattr(clock, "measure_step", lambda run, seconds: (original(run, 0.0), 1.0)[1])  # real, unused
     monkeypatch.setattr(clock, "measure_evaluation", lambda run: 1e-6)
+    monkeypatch.setattr(supervisor, "LATE", 1e9)  # a busy machine must not end this run early
+    monkeypatch.setattr(supervisor, "OVER", 1e9)
     words = (f"data.root={drawn_dataset}", *TINY)
     started = load_main()
     monkeypatch.setattr(started, "STARTED", time.perf_counter())
