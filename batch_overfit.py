@@ -6,8 +6,8 @@ python batch_overfit.py model.backbone=darknet data.root=data/coco train.learnin
 
 Trains on the first images that have boxes, with the given settings but without augmentation, schedule and EMA, until
 AP50 on these images reaches --threshold (exit code 0) or --steps are done (exit code 1). Prints the components of the
-loss, without the part that exact boxes have too; writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
-logs/.
+loss, less what exact boxes leave of it; writes before.png and after.png (ground truth beside detections) and
+metrics.json into a new directory below logs/.
 """
 
 import argparse
