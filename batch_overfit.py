@@ -6,8 +6,8 @@ python batch_overfit.py model.backbone=darknet data.root=data/coco train.learnin
 
 Trains on the first images that have boxes, with the given settings but without augmentation, schedule and EMA, until
 AP50 on these images reaches --threshold (exit code 0) or --steps are done (exit code 1). Prints the components of the
-loss; writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
-logs/.
+loss, less what exact boxes leave of it; writes before.png and after.png (ground truth beside detections) and
+metrics.json into a new directory below logs/.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from detection.runtime.habana import prepare_habana
 
@@ -31,7 +31,7 @@ from detection.config.settings import Settings
 from detection.contract import Batch, Detector
 from detection.data.annotations import select_images
 from detection.data.build import DetectionDataset, build_training_dataset
-from detection.data.loaders import collate_samples
+from detection.data.loaders import batch_to_device, collate_samples
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
@@ -177,7 +177,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
     criterion = cast(nn.Module, overfit.detector.criterion)
     set_backbone_frozen(model, False, settings.backbone_batch_norm)
     optimizer = build_optimizer(model, settings)
-    evaluation = None
+    evaluation, lowest = None, lowest_losses(overfit)
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
             set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
@@ -201,13 +201,28 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
                 continue
             evaluation = overfit.evaluate()
             ap50 = evaluation.metrics["AP50"] or 0.0
-            parts = "  ".join(f"{name.removeprefix('loss_')} {value.item():.3f}" for name, value in losses.items())
-            total = sum(value.item() for value in losses.values())
+            above = {name: value.item() - lowest.get(name, 0.0) for name, value in losses.items()}
+            parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in above.items())
+            total = sum(above.values())
             tqdm.write(f"step {step}  loss {total:.3f}  {parts}  AP50 {ap50:.3f}")
             if ap50 >= threshold:
                 return evaluation, step
     assert evaluation is not None, "the last step is always evaluated"
     return evaluation, steps
+
+
+def lowest_losses(overfit: Overfit) -> dict[str, float]:
+    """Return the floor of each loss for this batch, which is subtracted from what is printed, and say it."""
+    criterion = cast(Any, overfit.detector.criterion)
+    if not hasattr(criterion, "lowest_losses"):
+        return {}
+    _, targets = batch_to_device(overfit.batch, overfit.machine.device)
+    lowest: dict[str, float] = criterion.lowest_losses(targets, overfit.settings.train.image_size)
+    for name, value in lowest.items():
+        if value > 0.001:
+            what = name.removeprefix("loss_")
+            print(f"{what} loss: {value:.3f} is left when every {what} is exact; it is subtracted below")
+    return lowest
 
 
 def warmup_rate(learning_rate: float, step: int, _: str) -> float:

@@ -235,7 +235,7 @@ def show_batch(
             f"{printable(row['file_name'])}"
         )
         title = f"id {number}, epoch {epoch}" if arguments.split == "train" else f"id {number}"
-        tiles.append(draw_boxes(image, boxes, labels, names, title=title))
+        tiles.append(draw_boxes(image, boxes, labels, names, title=title, legend=True))
     pictures = {"batch": make_grid(tiles, min(COLUMNS, len(tiles)), padding=6)}
     content: dict[str, Any] = {
         "split": arguments.split,

@@ -21,7 +21,7 @@ from detection.foreign_files import clean, describe_content, describe_file
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)  # 1: no skipped steps; 2: the backbone was called encoder
 DIGEST_KEY = "digest"
-READ_HERE = "read are checkpoints of this program, Darknet's .weights and .onnx of export.py"
+READ_HERE = "this program reads its own checkpoints, Darknet's .weights and .onnx of export.py"
 DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
 RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
 

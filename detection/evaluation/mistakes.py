@@ -110,7 +110,7 @@ def draw_tile(dataset: DetectionDataset, index: int, side: int, findings: Findin
         file_name = printable(annotations.file_name(index))
         if len(file_name) > LONGEST_FILE_NAME:
             file_name = f"...{file_name[-LONGEST_FILE_NAME:]}"
-        return draw_boxes(image, boxes, labels, names, title=f"{head}  {file_name}  {len(rows)} boxes")
+        return draw_boxes(image, boxes, labels, names, title=f"{head}  {file_name}  {len(rows)} boxes", legend=True)
     mine = np.flatnonzero(findings.detections.image_index == index)
     matches = findings.matches[mine]
     missed = ~np.isin(rows, matches) & ~annotations.crowd[rows]
@@ -121,6 +121,7 @@ def draw_tile(dataset: DetectionDataset, index: int, side: int, findings: Findin
         names,
         title=f"{head}  ground truth: {(~annotations.crowd[rows]).sum()}, missed {missed.sum()}",
         notes=np.where(missed, "missed", "").tolist(),
+        legend=True,
     )
     found = draw_boxes(
         image,
@@ -130,5 +131,6 @@ def draw_tile(dataset: DetectionDataset, index: int, side: int, findings: Findin
         findings.detections.scores[mine],
         title=f"detections: {len(mine)}, false {(matches == NO_GROUND_TRUTH).sum()}",
         notes=np.where(matches == NO_GROUND_TRUTH, "false", "").tolist(),
+        legend=True,
     )
     return make_grid([gt, found], columns=2, padding=2)

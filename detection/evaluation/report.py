@@ -140,7 +140,7 @@ def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
     drawn = []
     for image, boxes, labels in zip(images, batch["boxes"].numpy(), batch["labels"].numpy(), strict=False):
         real = labels != PADDING_LABEL
-        drawn.append(draw_boxes(image, boxes[real], labels[real], names))
+        drawn.append(draw_boxes(image, boxes[real], labels[real], names, legend=True))
     return make_grid(drawn, columns=min(4, len(drawn)))
 
 

@@ -75,7 +75,10 @@ class Detections:
         return f"<{len(self)} detections in an image of {width} x {height} pixels>"
 
     def draw(self) -> Image.Image:
-        """Draw the boxes on a copy of the image; `numpy.asarray` of the result is RGB uint8 (H, W, 3)."""
+        """Draw the boxes on a copy of the image, wider by a legend where small objects crowd.
+
+        `numpy.asarray` of the result is RGB uint8 (H, W, 3).
+        """
         return Image.fromarray(self._drawn())
 
     def save(self, path: str | Path) -> Path:
@@ -114,7 +117,7 @@ class Detections:
         ]
 
     def _drawn(self) -> np.ndarray:
-        return draw_boxes(self.image, self.boxes, self.labels, self.class_names, self.scores)
+        return draw_boxes(self.image, self.boxes, self.labels, self.class_names, self.scores, legend=True)
 
 
 class ImageDetector:

@@ -161,7 +161,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         ({"a": 1}, "holds no state dict"),
         ([1, 2], "holds no state dict"),
         ({}, "holds no state dict"),
-        ({"a": Path("x")}, "objects other than tensors"),
+        ({"a": Path("x")}, "is a pickled object of another program"),
     ):
         torch.save(content, path)
         message = refuse(SMALL, path)
