@@ -80,7 +80,9 @@ class Fit:
 
 def main() -> None:
     arguments = parse_arguments()
-    settings, notices = load_run_settings(arguments.config, arguments.settings, tolerant=True, fit=False)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:

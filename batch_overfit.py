@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parse_arguments()
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
-    settings, notices = load_run_settings(overlays, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(overlays, arguments.settings, device_flags(arguments), unused=("scheduler",))
     machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
     dataset = take_images(settings, arguments.images)

@@ -67,7 +67,9 @@ class Source(NamedTuple):
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_run_settings(arguments.config, arguments.settings, tolerant=True, fit=False)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
     print("\n".join(notices), end="\n" if notices else "")

@@ -98,7 +98,9 @@ def main() -> None:
     overlays = [[*arguments.config, file] for file in arguments.compare] or [arguments.config]
     curves: list[Curve] = []
     for number, files in enumerate(overlays, start=1):
-        settings, notices = load_run_settings(files, arguments.settings, tolerant=True, fit=False)
+        settings, notices = load_run_settings(
+            files, arguments.settings, unused=("data", "model", "evaluation"), tolerant=True, fit=False
+        )
         name = files[-1].stem if files else settings.scheduler.strategy
         taken = any(curve.name == name for curve in curves)
         curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))

@@ -62,7 +62,9 @@ def main() -> None:
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
-        settings, notices = load_run_settings(arguments.config, arguments.settings, device_flags(arguments), fit=False)
+        settings, notices = load_run_settings(
+            arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler", "train"), fit=False
+        )
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings

@@ -63,7 +63,9 @@ Position = tuple[int, int, int]  # image index, epoch, size: an index of the tra
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_run_settings(arguments.config, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler",)
+    )
     print("\n".join(notices), end="\n" if notices else "")
     open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)

@@ -97,6 +97,7 @@ PEER_NAMES = {
     "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
     "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
 }
+INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes")  # read by every script
 LIKENESS = 0.6  # of a name that is suggested
 
 # Removed values -> their replacement.
@@ -136,6 +137,7 @@ def load_settings(
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
     flags: Sequence[Flag] = (),
+    unused: Sequence[str] = (),
 ) -> tuple[Settings, list[str]]:
     """Merge and validate all sources.
 
@@ -144,6 +146,7 @@ def load_settings(
         overlays: files with some of its keys; later ones win.
         words: `key.path=value`, value in YAML syntax.
         flags: command-line flags; they win over everything else.
+        unused: sections that the script does not read; see `unused_notice`.
 
     Returns:
         The frozen settings, and one notice per flag, flat name or old name with the setting it was read as.
@@ -152,8 +155,8 @@ def load_settings(
         SettingsError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
             the command line sets one setting under two names to different values.
     """
-    tree, notices, _ = merge_settings(defaults, overlays, words, flags)
-    return validate(tree), notices
+    tree, notices, given = merge_settings(defaults, overlays, words, flags)
+    return validate(tree), notices + unused_notice(given, unused)
 
 
 def merge_settings(
@@ -190,6 +193,18 @@ def merge_settings(
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
     tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
     return tree, notices, list(given)
+
+
+def unused_notice(given: Sequence[str], sections: Sequence[str]) -> list[str]:
+    """Return a notice that names settings of the command line which the script does not read, or none.
+
+    Args:
+        given: paths that words and flags set.
+        sections: sections that the script does not read, apart from `INPUT_SIZES`.
+    """
+    unused = [path for path in given if path.partition(".")[0] in sections and path not in INPUT_SIZES]
+    verb = "is" if len(unused) == 1 else "are"
+    return [f"warning: {', '.join(unused)} {verb} not used by this script"] if unused else []
 
 
 def read_cfg(cfg: Any) -> Any:

@@ -20,6 +20,7 @@ from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
+UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
@@ -121,7 +122,7 @@ def _open_checkpoint(
     checkpoint = load_fields(weights, DETECTOR_FIELDS)
     try:
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
-        settings, translated = load_settings(own, overlays, words, flags)
+        settings, translated = load_settings(own, overlays, words, flags, UNUSED)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
@@ -144,7 +145,7 @@ def _open_onnx(
         own = complete_settings(description.settings_tree(), defaults)
     except (SettingsError, KeyError) as error:
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
-    settings, lines = load_settings(own, overlays, words, flags)
+    settings, lines = load_settings(own, overlays, words, flags, UNUSED)
     refuse_changes(model, own, settings)
     device = model.use_device(settings.run.device)
     used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
@@ -185,7 +186,7 @@ def _open_darknet(
         described = {"model.backbone": DARKNET_CFG, "model.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
-    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
+    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags, UNUSED)
     if settings.model.cfg is not None:
         num_classes = cfg_classes(parse_cfg(settings.model.cfg))
     else:

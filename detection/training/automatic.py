@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from detection.config.automatic import Facts, fill_in, has_auto, scale_anchors
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import Flag, merge_settings, tuples_of, validate
+from detection.config.loading import Flag, merge_settings, tuples_of, unused_notice, validate
 from detection.config.settings import DataSettings, Settings
 from detection.config.yaml_files import read_settings_file
 from detection.data.anchor_clustering import fit_anchors, mean_best_iou
@@ -29,13 +29,21 @@ COCO_FILE = ("annotations/instances_train2017.json", 100 * 2**20)  # of this siz
 # Mean IoU that new anchors must gain: fitted to COCO they gain 0.015 over the published ones without raising the AP
 # (https://github.com/ultralytics/yolov3/pull/754).
 ANCHOR_GAIN = 0.02
+# Settings of the scheduler that only some strategies read.
+LIMITED = {
+    "scheduler.index": ("LambdaLR",),
+    "scheduler.scale": ("LambdaLR",),
+    **{f"scheduler.{name}": ("CosineAnnealingWarmRestartsWithWarmup",) for name in ("T_0", "T_mult", "eta_min")},
+    **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_start_factor", "warmup_bias_lr")},
+    "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
+}
 
 
 def load_run_settings(
     overlays: Sequence[Path],
     words: Sequence[str],
     flags: Sequence[Flag] = (),
-    used: Sequence[str] = (),
+    unused: Sequence[str] = (),
     tolerant: bool = False,
     fit: bool = True,
 ) -> tuple[Settings, list[str]]:
@@ -46,7 +54,7 @@ def load_run_settings(
 
     Args:
         overlays, words, flags: as in `load_settings`.
-        used: sections and settings that the script reads; others in words and flags are named in a notice. Empty: all.
+        unused: sections that the script does not read; see `unused_notice`.
         tolerant: annotations that cannot be used are not an error here; the script reports them.
         fit: the script trains: fit anchors where they are auto, and name the values; false: the published anchors.
 
@@ -74,10 +82,14 @@ def load_run_settings(
         lines = fill_in(tree, read_settings_file(DEFAULTS), facts)
         notices += [f"auto: {line}" for line in lines] if fit else []
     notices += scale_anchors(tree)
-    unused = [path for path in given if used and not any(path == name or path.startswith(f"{name}.") for name in used)]
-    if unused:
-        notices.append(f"warning: {', '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used by this script")
-    return validate(tree), notices
+    settings = validate(tree)
+    strategy = settings.scheduler.strategy
+    foreign = [
+        path for path in given if path in LIMITED and strategy not in LIMITED[path] and "scheduler" not in unused
+    ]
+    if foreign:
+        notices.append(f"warning: {', '.join(foreign)} has no effect with scheduler.strategy = {strategy}")
+    return settings, notices + unused_notice(given, unused)
 
 
 def is_coco(tree: dict[str, Any]) -> bool:

@@ -60,9 +60,24 @@ def test_what_was_chosen_is_in_the_settings_and_chosen_once(drawn_dataset: Path,
 
 def test_a_setting_that_a_script_does_not_use_is_named() -> None:
     words = ["data.fake=true", "model.num_classes=2", "train.steps=3"]
-    assert load_run_settings([], words, used=("data", "model"))[1] == [
+    assert load_run_settings([], words, unused=("scheduler", "train"))[1] == [
         "warning: train.steps is not used by this script"
     ]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "word", "named"),
+    [
+        ("constant", "scheduler.gamma=0.5", True),
+        ("WarmupMultiStepLR", "scheduler.gamma=0.5", False),
+        ("LambdaLR", "scheduler.T_0=5", True),
+        ("constant", "scheduler.warmup=5", False),
+    ],
+)
+def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named: bool) -> None:
+    words = ["data.fake=true", "model.num_classes=2", f"scheduler.strategy={strategy}", word]
+    line = f"warning: {word.partition('=')[0]} has no effect with scheduler.strategy = {strategy}"
+    assert load_run_settings([], words)[1] == ([line] if named else [])
 
 
 @pytest.mark.parametrize(
