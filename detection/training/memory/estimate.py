@@ -39,7 +39,7 @@ class MemoryEstimate:
     def line(self) -> str:
         available = "" if self.available is None else f" of {self.available / 2**30:.1f} GiB available"
         return (
-            f"memory      about {self.total / 2**30:.1f} GiB{available}: weights, gradients and optimizer "
+            f"memory      a step needs about {self.total / 2**30:.1f} GiB{available}, libraries not counted: weights, gradients and optimizer "
             f"{self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
         )
 
