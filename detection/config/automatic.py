@@ -1,6 +1,7 @@
 """Values for settings that say `auto`: what fits the device, the number of images and their boxes. Imports no torch."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ NECKS = {
     "mobilenet_v3_large": [256, 128, 96],
 }
 NECK, RATE = [512, 256, 128], 1.0e-3
+# Classes that a mirror changes; single characters too.
+SIDED = re.compile(r"\b(left|right|arrow|digit|letter|character|zero|one|two|three|four|five|six|seven|eight|nine)\b")
 RATES = {"mobilenet_v3_small": 2.0e-3, "mobilenet_v3_large": 2.0e-3}
 
 
@@ -31,6 +34,7 @@ class Facts:
         accelerated: the device is no CPU.
         cores: of the processor.
         images: number of training images; None: not known.
+        names: of the classes.
         has_weights: whether the standard weights of a backbone are on this machine.
         fit_anchors: (complete settings with the published anchors) -> anchors or None, and a line about them.
     """
@@ -38,14 +42,14 @@ class Facts:
     accelerated: bool
     cores: int
     images: int | None
+    names: tuple[str, ...]
     has_weights: Callable[[str], bool]
     fit_anchors: Callable[[dict[str, Any]], tuple[Any, str]]
 
 
 def has_auto(tree: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a setting that `fill_in` resolves says auto."""
-    paths = (path.split(".") for path in (*RULES, "yolo.anchors"))
-    return any(tree[section][name] == "auto" for section, name in paths)
+    return any(_at(tree, path)[path.rpartition(".")[2]] == "auto" for path in (*RULES, "yolo.anchors"))
 
 
 def fill_in(tree: dict[str, dict[str, Any]], published: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str]:
@@ -61,10 +65,10 @@ def fill_in(tree: dict[str, dict[str, Any]], published: Mapping[str, Mapping[str
     """
     lines: list[str] = []
     for path, rule in RULES.items():
-        section, name = path.split(".")
-        if tree[section][name] == "auto":
-            tree[section][name], line = rule(tree, facts)
-            lines += [f"{path} = {tree[section][name]}: {line}"] if line else []
+        branch, name = _at(tree, path), path.rpartition(".")[2]
+        if branch[name] == "auto":
+            branch[name], line = rule(tree, facts)
+            lines += [f"{path} = {branch[name]}: {line}"] if line else []
     if tree["yolo"]["anchors"] == "auto":
         tree["yolo"]["anchors"] = published["yolo"]["anchors"]
         if tree["model"]["detector"] == "yolo" and tree["model"]["backbone"] != DARKNET_CFG:
@@ -104,6 +108,18 @@ def ema_decay(total_steps: int) -> float:
     return 1 - 1 / max(AVERAGED_STEPS, AVERAGED_SHARE * total_steps)
 
 
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    """Return the mapping that holds the last part of a path."""
+    for part in path.split(".")[:-1]:
+        tree = tree[part]
+    return tree
+
+
+def _horizontal_flip(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    sided = [name for name in facts.names if re.fullmatch("[A-Za-z0-9]", name) or SIDED.search(name.lower())]
+    return (0.0, f"{sided[0]!r} is another thing in a mirror") if sided else (0.5, "")
+
+
 def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     fewest, most = EPOCHS
     if facts.images is None:
@@ -132,5 +148,6 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
     "evaluation.image_size": lambda tree, facts: (tree["train"]["image_size"], ""),
     "train.learning_rate": lambda tree, facts: (RATES.get(tree["model"]["backbone"], RATE), ""),
     "train.steps": _epochs,
+    "data.augmentation.horizontal_flip.p": _horizontal_flip,
     "data.num_workers": lambda tree, facts: (min(facts.cores, 8 if facts.accelerated else 2), ""),
 }

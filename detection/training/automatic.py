@@ -76,6 +76,7 @@ def load_run_settings(
             choose_device(tree["run"]["device"]).type != "cpu",
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             None if annotations is None else len(annotations),
+            () if annotations is None else annotations.categories.names,
             has_standard_weights,
             lambda complete: anchors_for(complete, annotations if fit else None),
         )

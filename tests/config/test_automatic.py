@@ -37,7 +37,7 @@ def test_the_average_covers_four_percent_of_the_steps(total: int, horizon: float
 def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
     given = Facts(
         **{
-            "accelerated": False, "cores": 16, "images": 1000, "has_weights": lambda backbone: False,
+            "accelerated": False, "cores": 16, "images": 1000, "names": ("cat",), "has_weights": lambda backbone: False,
             "fit_anchors": lambda tree: (None, "kept"), **facts,
         }
     )  # fmt: skip
@@ -56,6 +56,10 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         (("model.backbone=darknet",), {}, {"yolo.neck_channels": [512, 256, 128], "train.image_size": 320}),
         (("train.image_size=96",), {}, {"evaluation.image_size": 96}),
         (("model.backbone=darknet_tiny",), {}, {"yolo.neck_channels": [256, 128]}),
+        ((), {}, {"data.augmentation.horizontal_flip.p": 0.5}),
+        ((), {"names": ("car", "turn left")}, {"data.augmentation.horizontal_flip.p": 0.0}),
+        ((), {"names": ("leftover", "7")}, {"data.augmentation.horizontal_flip.p": 0.0}),
+        ((), {"names": ("leftover", "stop sign")}, {"data.augmentation.horizontal_flip.p": 0.5}),
         ((), {"cores": 1}, {"data.num_workers": 1}),
         ((), {"images": 205}, {"train.steps": "146ep"}),  # 30,000 images seen: 146.3 epochs
         ((), {"images": 40}, {"train.steps": "300ep"}),
