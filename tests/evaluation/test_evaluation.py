@@ -24,13 +24,7 @@ from detection.evaluation.coco_metric import METRIC_NAMES, score
 from detection.evaluation.detections import write_detections
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.runtime.devices import autocast
-from tests.support.evaluation_cases import (
-    annotate,
-    coco_content,
-    detect,
-    ground_truth_as_detections,
-    tied_set,
-)
+from tests.support.evaluation_cases import annotate, coco_content, detect, ground_truth_as_detections, tied_set
 from tests.support.paths import REPOSITORY
 
 FIXTURE = REPOSITORY.parent / "shared" / "data" / "coco_eval_fixture"
@@ -80,13 +74,7 @@ def test_fixture_with_ground_truth_as_detections_is_perfect(backend: str) -> Non
 
 
 def test_class_ap_by_hand(backend: str) -> None:
-    annotations = annotate(
-        [
-            (1, 1, [0, 0, 100, 100]),
-            (1, 1, [200, 0, 100, 100]),
-            (1, 5, [400, 0, 100, 100]),
-        ]
-    )
+    annotations = annotate([(1, 1, [0, 0, 100, 100]), (1, 1, [200, 0, 100, 100]), (1, 5, [400, 0, 100, 100])])
     detections = detect(
         [
             # label 0: right, wrong, right. Precision is 1 up to recall 0.5, then 2/3. Of the 101 recalls 0, 0.01, ... 1

@@ -83,9 +83,7 @@ def test_A01_boxes_without_a_side(read: Read, common: list[str], train: Callable
     content = with_boxes([5, 5, 10, 0], [20, 20, -3, 8], [8, 8, 9, 9])
     training_set, _ = read(content)
     assert 100 not in training_set.annotations.annotation_ids and 102 in training_set.annotations.annotation_ids
-    assert training_set.annotations.counts.lines() == [
-        "2 boxes without width or height (annotation ids [100, 101])",
-    ]
+    assert training_set.annotations.counts.lines() == ["2 boxes without width or height (annotation ids [100, 101])"]
     words = [f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=4"]
     run = train("run", *words)
     run.ends_with(0)

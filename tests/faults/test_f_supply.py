@@ -36,10 +36,7 @@ def test_F03_training_needs_no_optional_package(train: Callable[..., Run], tmp_p
 
 @pytest.mark.parametrize(
     ("package", "word", "message"),
-    [
-        ("timm", "model.backbone=timm/resnet18", "timm"),
-        ("habana_frameworks", "run.device=hpu", "hpu"),
-    ],
+    [("timm", "model.backbone=timm/resnet18", "timm"), ("habana_frameworks", "run.device=hpu", "hpu")],
 )
 def test_F03_what_needs_a_missing_package_says_so_before_the_first_step(
     train: Callable[..., Run], package: str, word: str, message: str

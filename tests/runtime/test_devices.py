@@ -60,12 +60,7 @@ def test_wrong_number_is_refused_with_what_there_is(machine: Callable[..., None]
 
 @pytest.mark.parametrize(
     ("accelerators", "expected"),
-    [
-        ({}, "cpu"),
-        ({"mps": True}, "mps"),
-        ({"hpu": True, "mps": True}, "hpu"),
-        ({"cuda": 3, "mps": True}, "cuda:0"),
-    ],
+    [({}, "cpu"), ({"mps": True}, "mps"), ({"hpu": True, "mps": True}, "hpu"), ({"cuda": 3, "mps": True}, "cuda:0")],
 )
 def test_auto_takes_the_first_accelerator(
     machine: Callable[..., None], accelerators: dict[str, int], expected: str

@@ -47,10 +47,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], list[str]]] = {
     ("flags", "line"),
     [
         (["--device", "mps"], "device 'mps' is not available here; available: cpu"),
-        (
-            ["--device", "cpu", "--lazy"],
-            "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false",
-        ),
+        (["--device", "cpu", "--lazy"], "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false"),
     ],
 )
 def test_every_script_refuses_alike(

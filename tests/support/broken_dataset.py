@@ -221,10 +221,7 @@ def wrong_class_count(d: Dataset) -> Expected:
 def image_id_twice(d: Dataset) -> Expected:
     first, second = d.image(), d.image(box=None)
     second["id"] = first["id"]
-    return {
-        ("image_id_twice", "training"): [first["id"]],
-        ("unlisted_image", "both"): [str(d.path(second))],
-    }
+    return {("image_id_twice", "training"): [first["id"]], ("unlisted_image", "both"): [str(d.path(second))]}
 
 
 def file_name_twice(d: Dataset) -> Expected:

@@ -305,10 +305,7 @@ def test_levels_ascend_whatever_the_order_in_the_file(tmp_path: Path) -> None:
         assert network.anchors == (((4, 6),), ((8, 12), (10, 14)))
         assert [part.out_channels for part in network.output_convolutions()] == [7, 14]
     with torch.no_grad():
-        assert [tuple(level.shape) for level in coarse(torch.rand(2, 3, 48, 32))] == [
-            (2, 1, 12, 8, 7),
-            (2, 2, 6, 4, 7),
-        ]
+        assert [tuple(level.shape) for level in coarse(torch.rand(2, 3, 48, 32))] == [(2, 1, 12, 8, 7), (2, 2, 6, 4, 7)]
 
 
 def test_a_mask_orders_its_anchors() -> None:
@@ -321,10 +318,7 @@ def test_other_numbers_of_classes(num_classes: int) -> None:
     network = DarknetNetwork(parse_cfg(CASES["two levels, coarse first"]), num_classes)
     assert network.num_classes == num_classes == cfg_classes(network.sections)
     outputs = network(torch.rand(2, 3, 16, 24))
-    assert [tuple(level.shape) for level in outputs] == [
-        (2, 1, 4, 6, 5 + num_classes),
-        (2, 2, 2, 3, 5 + num_classes),
-    ]
+    assert [tuple(level.shape) for level in outputs] == [(2, 1, 4, 6, 5 + num_classes), (2, 2, 2, 3, 5 + num_classes)]
 
 
 @pytest.mark.parametrize("size", [(31, 32), (32, 36), (4, 8), (33, 33)])
