@@ -1,8 +1,5 @@
 """The evaluator on arrays gives pycocotools' arrays, every bit of them."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -53,7 +50,7 @@ def test_tied_set_is_hard() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
-def test_pieces_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(size: int, monkeypatch) -> None:
     monkeypatch.setattr(coco_arrays, "PAIRS_AT_A_TIME", size)
     monkeypatch.setattr(coco_arrays, "CHOICES_AT_A_TIME", size)
     assert_equal_arrays(*make_set("tied", 3))
@@ -75,7 +72,7 @@ def test_groups_of_the_reference() -> None:
     )
 
 
-def test_real_ground_truth_with_noisy_detections(shared_data: Callable[[str], Path]) -> None:
+def test_real_ground_truth_with_noisy_detections(shared_data) -> None:
     """A hundred images of COCO with their crowds; four noisy boxes per ground truth and some that match nothing."""
     annotations = load_annotations(shared_data("coco_eval_fixture") / "annotations" / "instances_val.json")
     generator = np.random.default_rng(0)

@@ -212,7 +212,7 @@ def test_written_files_score_the_same_with_the_official_program(tmp_path: Path) 
     assert list(score(load_annotations(tmp_path / "gt.json"), detections, "arrays").metrics.values()) == official
 
 
-def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_mask_code_never_runs(tmp_path: Path, monkeypatch, backend: str) -> None:
     # Segmentations can be hostile: run lengths beyond the image, coordinates of 1e8. Nothing looks at them.
     content = coco_content(MANY_BOXES, images=3, size=(400, 400))
     for number, row in enumerate(content["annotations"]):

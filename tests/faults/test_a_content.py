@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from detection.config.settings import Settings
 from detection.data.annotations import Annotations
 from detection.data.coco import CocoDataset
 from detection.errors import DataError
@@ -21,7 +20,7 @@ from detection.evaluation.evaluate import InferenceResult, compute_metrics
 from detection.models import build_detector
 from detection.models.yolo.darknet_loss import DarknetLoss
 from tests.support.detectors import datasets_of
-from tests.support.fault_runs import NETWORK, Run
+from tests.support.fault_runs import NETWORK
 
 SIDE = 64
 CONTENT: dict[str, Any] = {
@@ -58,7 +57,7 @@ def with_boxes(*boxes: list[float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def read(tmp_path: Path, default_settings: Callable[..., Settings]) -> Callable[..., tuple[CocoDataset, CocoDataset]]:
+def read(tmp_path: Path, default_settings) -> Callable[..., tuple[CocoDataset, CocoDataset]]:
     """`read(training content, validation content, *words)`: both datasets."""
 
     def datasets(train: dict[str, Any], val: dict[str, Any] | None = None, *words: str) -> Any:
@@ -79,7 +78,7 @@ def perfect(annotations: Annotations) -> Detections:
     return Detections(images, corners, np.linspace(0.9, 0.5, len(corners)), annotations.labels)
 
 
-def test_A01_boxes_without_a_side(read: Read, common: list[str], train: Callable[..., Run], tmp_path: Path) -> None:
+def test_A01_boxes_without_a_side(read: Read, common: list[str], train, tmp_path: Path) -> None:
     content = with_boxes([5, 5, 10, 0], [20, 20, -3, 8], [8, 8, 9, 9])
     training_set, _ = read(content)
     assert 100 not in training_set.annotations.annotation_ids and 102 in training_set.annotations.annotation_ids
@@ -114,7 +113,7 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
         assert (boxes >= 0).all() and (boxes <= SIDE).all() and (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
+def test_A07_a_whole_batch_without_boxes(default_settings, tmp_path: Path) -> None:
     settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={network(tmp_path, 2)}")
     torch.manual_seed(0)
     detector = build_detector(settings, 2)
@@ -180,7 +179,7 @@ def test_A10_the_same_names_under_other_ids(read: Read) -> None:
     assert score(validation_set.annotations, found).metrics["AP"] == pytest.approx(1)
 
 
-def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_path: Path) -> None:
+def test_A11_a_class_without_any_box(train, read: Read, tmp_path: Path) -> None:
     content = changed(annotations=CONTENT["annotations"][:2])
     training_set, _ = read(content, content)
     scores = score(training_set.annotations, perfect(training_set.annotations))
@@ -246,16 +245,14 @@ def test_A16_detections_that_are_non_finite_score_nothing(read: Read, value: flo
     ],
     ids=["empty", "deep", "cut", "NaN", "zeros", "text"],
 )
-def test_A18_a_file_that_is_no_json(launch: Callable[..., Run], common: list[str], tmp_path: Path, text: bytes) -> None:
+def test_A18_a_file_that_is_no_json(launch, common: list[str], tmp_path: Path, text: bytes) -> None:
     root = write_dataset(tmp_path / "data", CONTENT)
     path = root / "annotations" / "instances_train.json"
     path.write_bytes(text)
     launch("run", *common, f"data.root={root}", "--dry-run").ends_with(2, str(path))
 
 
-def test_A19_a_link_out_of_the_image_directory(
-    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_A19_a_link_out_of_the_image_directory(train, tmp_path: Path, monkeypatch) -> None:
     root = write_dataset(tmp_path / "data", CONTENT)
     (root / "train" / "2.png").rename(tmp_path / "secret.png")
     (root / "train" / "2.png").symlink_to(tmp_path / "secret.png")
@@ -263,9 +260,7 @@ def test_A19_a_link_out_of_the_image_directory(
     assert run.wait() in (2, 3) and "2.png" in run.err, run.err
 
 
-def test_A22_a_read_only_dataset_stays_as_it_is(
-    read: Read, default_settings: Callable[..., Settings], tmp_path: Path
-) -> None:
+def test_A22_a_read_only_dataset_stays_as_it_is(read: Read, default_settings, tmp_path: Path) -> None:
     read(CONTENT)
     paths = sorted((tmp_path / "data").rglob("*"))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}

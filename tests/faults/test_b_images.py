@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,18 +12,16 @@ import pytest
 from PIL import Image
 
 from detection.checkpoints import load_checkpoint
-from detection.config.settings import Settings
 from detection.data.image_file import read_image
 from detection.errors import DataReadError
 from tests.support.detectors import datasets_of
-from tests.support.fault_runs import Run
 
 
 @pytest.mark.guard("detection.data.image_file:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
-    tmp_path: Path, share: float, progressive: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, share: float, progressive: int, monkeypatch
 ) -> None:
     # Newer versions of OpenCV refuse most of these files themselves; older ones fill the rest with grey.
     monkeypatch.setattr(cv2, "imdecode", lambda *_: np.full((80, 120, 3), 128, np.uint8))
@@ -38,9 +35,7 @@ def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_B01_the_training_stops_at_it_after_saving(
-    train: Callable[..., Run], launch: Callable[..., Run], dataset: Path, tmp_path: Path, suffix: str
-) -> None:
+def test_B01_the_training_stops_at_it_after_saving(train, launch, dataset: Path, tmp_path: Path, suffix: str) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     path = tmp_path / "data" / "train" / "5.png"  # the content decides, not the ending
     if suffix == "jpg":
@@ -56,7 +51,7 @@ def test_B01_the_training_stops_at_it_after_saving(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
-    train: Callable[..., Run], dataset: Path, tmp_path: Path, workers: int
+    train, dataset: Path, tmp_path: Path, workers: int
 ) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     for name in ("5.png", "6.png"):  # in a row: the substitute's substitute
@@ -73,9 +68,7 @@ def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
     )
 
 
-def test_B01_the_substitute_is_the_next_image_that_can_be_read(
-    dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
-) -> None:
+def test_B01_the_substitute_is_the_next_image_that_can_be_read(dataset: Path, tmp_path: Path, default_settings) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     training_set, validation_set = datasets_of(default_settings(f"data.root={tmp_path / 'data'}"), 64, 64, 0, None)
     expected = training_set[(0, 4, 96)]
@@ -119,9 +112,7 @@ def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> 
     assert image[3:11, 6:19, 0].min() > 150 and image[14:, 24:, 0].max() < 100
 
 
-def test_B03_a_missing_image_is_found_before_the_first_step(
-    train: Callable[..., Run], dataset: Path, tmp_path: Path
-) -> None:
+def test_B03_a_missing_image_is_found_before_the_first_step(train, dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     (tmp_path / "data" / "train" / "5.png").unlink()
     run = train("run", f"data.root={tmp_path / 'data'}")

@@ -22,13 +22,12 @@ import pytest
 import torch
 
 from detection.checkpoints import load_checkpoint
-from detection.config.settings import Settings
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.slow_samples import SlowSamples
 from tests.support.detectors import datasets_of, transform_of
-from tests.support.fault_runs import Run, at_step
+from tests.support.fault_runs import at_step
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port, losses_of, output_of, rows_of, start
 
@@ -49,7 +48,7 @@ def kill_worker(main: ModuleType, step: int) -> None:
 
 
 @pytest.mark.faults
-def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run], tmp_path: Path) -> None:
+def test_E01_a_killed_worker_is_named_and_last_is_whole(train, tmp_path: Path) -> None:
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
     run = train("run", *words, fault=functools.partial(kill_worker, step=5))
@@ -60,9 +59,7 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_E02_an_augmentation_that_raises_names_its_image(
-    dataset: Path, default_settings: Callable[..., Settings], workers: int
-) -> None:
+def test_E02_an_augmentation_that_raises_names_its_image(dataset: Path, default_settings, workers: int) -> None:
     training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     transform = training_set.sample_transform
 
@@ -82,7 +79,7 @@ def test_E02_an_augmentation_that_raises_names_its_image(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
-    dataset: Path, default_settings: Callable[..., Settings], workers: int, capfd: pytest.CaptureFixture[str]
+    dataset: Path, default_settings, workers: int, capfd
 ) -> None:
     settings = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4")
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
@@ -104,7 +101,7 @@ def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
         assert line.startswith(f"warning: image id {number} ({name}) has been loading for 0."), line
 
 
-def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd) -> None:
     """No thread runs while one long call into C keeps the lock; here the thread that looks is asleep for good."""
     samples = SlowSamples(0.05, lambda index: f"image {index}")
     samples.watch = lambda: None  # type: ignore[method-assign]
@@ -115,9 +112,7 @@ def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: p
     assert len(lines) == 1 and lines[0].startswith("warning: image 7 took 0.1 s")
 
 
-def test_E03_no_two_samples_share_their_random_numbers_whatever_the_workers(
-    dataset: Path, default_settings: Callable[..., Settings]
-) -> None:
+def test_E03_no_two_samples_share_their_random_numbers_whatever_the_workers(dataset: Path, default_settings) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
     training_set.load_image = lambda index: np.full((64, 64, 3), 128, np.uint8)  # only augmentation tells them apart
@@ -138,9 +133,7 @@ def private_bytes(pid: int) -> int:
 
 
 @pytest.mark.faults
-def test_E05_annotations_are_not_copied_by_the_workers(
-    tmp_path: Path, default_settings: Callable[..., Settings]
-) -> None:
+def test_E05_annotations_are_not_copied_by_the_workers(tmp_path: Path, default_settings) -> None:
     # 100,000 boxes on 2,000 images that share a file; as Python objects they would take about 100 MB per worker.
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
     images = [{"id": number, "file_name": "a.png", "width": 64, "height": 64} for number in range(2000)]
@@ -165,7 +158,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
 
 
 @pytest.mark.guard("detection.data.workers:_prepare_libraries", "cv2.setNumThreads(0)", "pass")
-def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
+def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings) -> None:
     training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     load_image = training_set.load_image
 
@@ -184,7 +177,7 @@ def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: C
 
 
 @pytest.mark.faults
-def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
+def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
     started = time.monotonic()
@@ -202,7 +195,7 @@ def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings: Ca
 
 @pytest.mark.parametrize("count", [7, 8, 9])
 def test_E08_each_image_is_evaluated_once_and_all_ranks_take_as_many_steps(
-    tmp_path: Path, default_settings: Callable[..., Settings], count: int
+    tmp_path: Path, default_settings, count: int
 ) -> None:
     make_sparse_dataset(tmp_path / "data", count)
     settings = default_settings(f"data.root={tmp_path / 'data'}")

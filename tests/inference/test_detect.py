@@ -308,7 +308,7 @@ def test_names_are_numbered_until_they_are_free() -> None:
     assert [names.take(name) for name in ("a", "a_2", "A", "a", "b")] == ["a", "a_2", "A_3", "a_4", "b"]
 
 
-def test_numbers_are_cameras_unless_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_cameras_unless_there_is_such_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "1" / "photo.png", block_image())
     sources = find_sources(["0", "1"])
@@ -370,7 +370,7 @@ def test_of_a_truncated_video_is_kept_what_can_be_read(run: Run, tmp_path: Path)
     assert video_facts(tmp_path / "out" / "cut.mp4")[0] == readable
 
 
-def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch) -> None:
     """The signal arrives during the second batch of two frames; two of four sources are not processed."""
     save_video(tmp_path / "clip.mp4", walk())
     for name in ("before.png", "after.png"):
@@ -424,7 +424,7 @@ class Camera:
 
 
 @pytest.fixture
-def camera(monkeypatch: pytest.MonkeyPatch) -> Camera:
+def camera(monkeypatch) -> Camera:
     clock = [100.0]
     stand_in = Camera(cv2.VideoCapture, clock)
     monkeypatch.setattr(cv2, "VideoCapture", stand_in)
@@ -464,9 +464,7 @@ class Screen:
         pass
 
 
-def test_q_stops_a_shown_video_and_its_files_are_complete(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_q_stops_a_shown_video_and_its_files_are_complete(run: Run, tmp_path: Path, monkeypatch) -> None:
     save_video(tmp_path / "clip.mp4", walk())
     monkeypatch.setattr(detect, "Window", Screen)
     result = run("clip.mp4", "--show")
@@ -476,9 +474,7 @@ def test_q_stops_a_shown_video_and_its_files_are_complete(
     assert tuple(Screen.shown[0][0, 0]) == class_color(1)  # the border of the green class's box, drawn
 
 
-def test_images_are_shown_page_by_page_after_they_are_written(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_shown_page_by_page_after_they_are_written(run: Run, tmp_path: Path, monkeypatch) -> None:
     for number in range(3):
         save(tmp_path / "photos" / f"{number}.png", walk()[number])
     pages = []
@@ -493,9 +489,7 @@ def test_images_are_shown_page_by_page_after_they_are_written(
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "photo.png"])
-def test_without_a_display_everything_is_written_first(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_without_a_display_everything_is_written_first(run: Run, tmp_path: Path, monkeypatch, name: str) -> None:
     def no_display(*_: Any) -> None:
         raise SettingsError("--show: there is no display here")
 

@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -390,9 +388,7 @@ def test_validation_refuses_in_one_line(files: Files, run: Run, arguments: list[
     assert not (files.root / "logs").exists()
 
 
-def test_validation_on_a_full_disk(
-    files: Files, run: Run, full_disk: Callable[[int], AbstractContextManager[None]]
-) -> None:
+def test_validation_on_a_full_disk(files: Files, run: Run, full_disk) -> None:
     with full_disk(4000):  # the output is shorter, which pytest captures in a file; the picture is longer
         code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
     assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
@@ -412,7 +408,7 @@ PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
     ],
 )
 def test_ap50_is_that_of_the_darknet_program(
-    name: str, ap50: float, shared_weights, shared_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, ap50: float, shared_weights, shared_data, tmp_path: Path, monkeypatch
 ) -> None:
     """What pjreddie's program gives on the 79 validation images of coco_mini, measured by others; 0.01 is allowed."""
     arguments = [

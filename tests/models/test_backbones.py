@@ -198,7 +198,7 @@ def test_the_check_of_the_declaration_leaves_no_trace() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
 
 
-def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_is_optional(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # importing it raises ImportError
     assert "pip install timm" in refuse(*words("timm/resnet18", 3))
 

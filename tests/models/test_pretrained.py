@@ -89,7 +89,7 @@ def test_false_loads_nothing() -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(tmp_path: Path, monkeypatch) -> Path:
     """An empty directory of torch's hub on a machine without a network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(urllib.error.URLError("no way")))
@@ -167,7 +167,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 # Darknet
 
 
-def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_darknet53_starts_from_the_backbone_file(tmp_path: Path, monkeypatch) -> None:
     words = ["yolo.neck_channels=[16, 12, 8]"]
     monkeypatch.setattr(pretrained, "WEIGHTS_DIRECTORY", tmp_path)
     assert "download_darknet_weights.sh darknet53.conv.74" in refuse(words, True)
@@ -321,7 +321,7 @@ def test_timm_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @needs_timm
-def test_timm_standard_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_standard_weights(tmp_path: Path, monkeypatch) -> None:
     from timm.models import _builder
 
     state = timm_classifier().state_dict()

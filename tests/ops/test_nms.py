@@ -147,7 +147,7 @@ def test_nothing(function: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 50, 3000])
-def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(function: Callable[..., Tensor], size: int, monkeypatch) -> None:
     boxes, scores, groups = crowded(300, 20)
     groups = groups * 3 + 2  # some numbers have no box
     for name in ("PAIRS_AT_A_TIME", "PAIRS_AT_A_TIME_CPU"):

@@ -52,7 +52,7 @@ ENTERED = "autocast hpu torch.bfloat16"
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
+def stand_in(monkeypatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
     """Install the stand-in; returns a function that lists the events so far."""
     file = tmp_path / "events"
     file.touch()
@@ -104,13 +104,7 @@ def real_steps(settings: Settings, steps: int) -> None:
 
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("subdivisions", [1, 3])
-def test_calls_of_training_steps(
-    stand_in: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    default_settings: Callable[..., Settings],
-    subdivisions: int,
-    lazy: bool,
-) -> None:
+def test_calls_of_training_steps(stand_in, monkeypatch, default_settings, subdivisions: int, lazy: bool) -> None:
     monkeypatch.setenv(LAZY_MODE, str(int(lazy)))
     words = ("run.device=hpu", f"run.lazy={str(lazy).lower()}", f"train.subdivisions={subdivisions}")
     real_steps(default_settings(*SMALL, *words), steps=2)
@@ -219,7 +213,7 @@ def test_the_script_compiles_and_is_deterministic_where_asked(script_runs: dict[
     ],
 )
 def test_the_mode_is_read_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: bool
+    tmp_path: Path, monkeypatch, arguments: list[str], expected: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("lazy.yaml").write_text("run: {lazy: true}\n")
@@ -230,15 +224,13 @@ def test_the_mode_is_read_from_the_command_line(
     assert wants_lazy(arguments) is expected
 
 
-def test_nothing_is_set_without_habanas_software(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_set_without_habanas_software(monkeypatch) -> None:
     monkeypatch.delenv(LAZY_MODE, raising=False)
     prepare_habana(["--lazy"])
     assert LAZY_MODE not in os.environ
 
 
-def test_a_mode_that_is_set_stays_and_must_agree(
-    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]
-) -> None:
+def test_a_mode_that_is_set_stays_and_must_agree(stand_in, monkeypatch, default_settings) -> None:
     monkeypatch.setenv(LAZY_MODE, "1")
     prepare_habana(["run.lazy=false"])
     assert os.environ[LAZY_MODE] == "1"
@@ -249,7 +241,7 @@ def test_a_mode_that_is_set_stays_and_must_agree(
         open_machine(default_settings("run.device=hpu", "run.lazy=true").run)
 
 
-def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callable[..., Settings]) -> None:
+def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings) -> None:
     with pytest.raises(SettingsError, match=r"^run.lazy \(--lazy\) is a mode of device hpu, this is cpu"):
         open_machine(default_settings("run.device=cpu", "run.lazy=true").run)
     with pytest.raises(SettingsError, match=r"^run.compile: must be false in lazy mode"):
@@ -259,7 +251,7 @@ def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callab
 # What the device says of itself
 
 
-def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) -> None:
+def test_the_device_is_found_and_described(stand_in) -> None:
     assert choose_device("hpu") == choose_device("auto") == HPU
     assert describe_device(HPU) == "hpu (STAND-IN, eager)"
     assert peak_memory_gib(HPU) == 3.0
@@ -267,7 +259,7 @@ def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) ->
     assert pins_memory(HPU) == torch.accelerator.is_available()  # torch itself must know the accelerator
 
 
-def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "habana_frameworks" / "torch").mkdir(parents=True)
     (tmp_path / "habana_frameworks" / "torch" / "__init__.py").write_text("assert False, 'built for torch 2.7'")
     monkeypatch.syspath_prepend(tmp_path)
@@ -288,16 +280,14 @@ def test_detections_are_picked_on_the_host() -> None:
 # Several devices
 
 
-def test_backend_of_each_device(stand_in: Callable[[], list[str]]) -> None:
+def test_backend_of_each_device(stand_in) -> None:
     assert [prepare_distributed(name) for name in ("cpu", "mps", "cuda")] == ["gloo", "gloo", "nccl"]
     assert stand_in() == []
     assert prepare_distributed("hpu") == "hccl"
     assert stand_in()[-1] == "import hccl"
 
 
-def test_hccl_is_imported_before_the_process_group_starts(
-    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hccl_is_imported_before_the_process_group_starts(stand_in, monkeypatch) -> None:
     distributed = pytest.importorskip("detection.runtime.distributed")
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
@@ -378,7 +368,7 @@ class Forbidden(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
-def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Settings], loss: str) -> None:
+def test_no_shape_in_a_step_depends_on_values(default_settings, loss: str) -> None:
     with Forbidden() as watch:
         (torch.rand(3) > 0.5).nonzero()
         torch.rand(3)[torch.tensor([True, False, True])]
@@ -401,9 +391,7 @@ def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Se
 
 
 @pytest.mark.parametrize("resize_frequency", [0, 1])
-def test_an_epoch_has_batches_of_few_shapes(
-    drawn_dataset: Path, default_settings: Callable[..., Settings], resize_frequency: int
-) -> None:
+def test_an_epoch_has_batches_of_few_shapes(drawn_dataset: Path, default_settings, resize_frequency: int) -> None:
     settings = default_settings(f"data.root={drawn_dataset}", "data.num_workers=0")
     dataset, _ = datasets_of(settings, 64, 64, 0, None)
     steps = 5  # of 2 images: 9 images do not fill the last batch of an epoch, the next epoch does
@@ -420,7 +408,7 @@ def test_an_epoch_has_batches_of_few_shapes(
 
 
 @pytest.mark.slow  # inductor compiles its headers first
-def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch) -> None:
     try:
         network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.LeakyReLU(0.1))
         compiled = compile_forward(network, torch.device("cpu"))

@@ -679,7 +679,7 @@ def test_average_follows_tensors_that_are_exchanged_between_two_updates() -> Non
 # Meter
 
 
-def test_meter_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_by_hand(monkeypatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     meter = Meter(images_per_step=8)

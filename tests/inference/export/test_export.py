@@ -167,7 +167,7 @@ def test_backbone_export_ends_after_the_backbone(run: Run, files: Path, tmp_path
 # What the files compute
 
 
-def test_decoded_outputs_by_hand(files: Path, exported: Callable[[str], Path]) -> None:
+def test_decoded_outputs_by_hand(files: Path, exported) -> None:
     session = onnxruntime.InferenceSession(str(exported("decoded")))
     (image_input,) = session.get_inputs()
     assert image_input.name == "images" and image_input.type == "tensor(uint8)" and image_input.shape[1:] == [3, 64, 64]
@@ -193,9 +193,7 @@ def test_decoded_outputs_by_hand(files: Path, exported: Callable[[str], Path]) -
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 128)])
-def test_any_size_gives_the_networks_logits(
-    files: Path, exported: Callable[[str], Path], size: tuple[int, int]
-) -> None:
+def test_any_size_gives_the_networks_logits(files: Path, exported, size: tuple[int, int]) -> None:
     session = onnxruntime.InferenceSession(str(exported("raw")))
     assert session.get_inputs()[0].type == "tensor(float)"
     assert [output.name for output in session.get_outputs()] == ["stride_16", "stride_32"]
@@ -226,9 +224,7 @@ def slow_nms(
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 128)])
-def test_final_detections_are_those_of_a_slow_loop(
-    files: Path, exported: Callable[[str], Path], size: tuple[int, int]
-) -> None:
+def test_final_detections_are_those_of_a_slow_loop(files: Path, exported, size: tuple[int, int]) -> None:
     """With softmax, three thresholds and a limit, at sizes other than the traced one."""
     images = some_images(3, *size)
     opened = open_weights(
@@ -276,7 +272,7 @@ def test_nms_alone_by_hand() -> None:
     assert [values.shape for values in nothing] == [(0, 4), (0,), (0,), (0,)]
 
 
-def test_half_keeps_the_network_alone_in_float16(exported: Callable[[str], Path]) -> None:
+def test_half_keeps_the_network_alone_in_float16(exported) -> None:
     model = onnx.load(exported("half"))
     numbers = {tensor.name: tensor for tensor in model.graph.initializer}
     kernels = [numbers[node.input[1]].data_type for node in model.graph.node if node.op_type == "Conv"]
@@ -295,7 +291,7 @@ def test_half_keeps_the_network_alone_in_float16(exported: Callable[[str], Path]
     assert len(large) > 3 and bool((large * 32 % 1 != 0).any())
 
 
-def test_files_hold_no_path_of_this_machine(exported: Callable[[str], Path]) -> None:
+def test_files_hold_no_path_of_this_machine(exported) -> None:
     for kind in KINDS:
         assert str(REPOSITORY).encode() not in exported(kind).read_bytes()
 
@@ -304,7 +300,7 @@ def test_files_hold_no_path_of_this_machine(exported: Callable[[str], Path]) -> 
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_settings_names_and_counts_come_back(files: Path, exported: Callable[[str], Path], kind: str) -> None:
+def test_settings_names_and_counts_come_back(files: Path, exported, kind: str) -> None:
     words = [word for word in KINDS[kind] if "=" in word]
     source = open_weights(
         files / "net.weights", files / "net.cfg", files / "net.names", DEFAULTS,
@@ -336,7 +332,7 @@ def read_detections(directory: Path) -> list[tuple[int, int, list[float], float]
 
 @pytest.mark.parametrize("kind", ["decoded", "raw", "nms"])
 def test_validation_gives_the_numbers_of_the_weights(
-    run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path, kind: str
+    run: Run, files: Path, exported, drawn_dataset: Path, tmp_path: Path, kind: str
 ) -> None:
     words = [word for word in KINDS[kind] if "=" in word]
     common = [f"data.root={drawn_dataset}", "data.num_workers=0", "evaluation.batch_size=3", "run.precision=off"]
@@ -353,7 +349,7 @@ def test_validation_gives_the_numbers_of_the_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["off", "auto"])
 def test_real_detector_keeps_its_ap50_with_nms_inside(
-    run: Run, shared_data: Callable[[str], Path], shared_weights: Callable[[str], Path], tmp_path: Path, precision: str
+    run: Run, shared_data, shared_weights, tmp_path: Path, precision: str
 ) -> None:
     name = "yolo-fastest-1.1"
     weights, cfg, names = (shared_weights(file) for file in (f"{name}.weights", f"{name}.cfg", "coco.names"))
@@ -370,7 +366,7 @@ def test_real_detector_keeps_its_ap50_with_nms_inside(
 
 
 def test_detect_draws_the_same_boxes_with_another_size(
-    run: Run, files: Path, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
+    run: Run, files: Path, exported, drawn_dataset: Path, tmp_path: Path
 ) -> None:
     """The command line can change thresholds and, with --dynamic-size, the image size."""
     common = [drawn_dataset / "val", "evaluation.image_size=96", "evaluation.confidence_threshold=0.2"]
@@ -386,9 +382,7 @@ def test_detect_draws_the_same_boxes_with_another_size(
             np.testing.assert_allclose(box["box"], twin["box"], atol=0.01)
 
 
-def test_consumer_example_finds_what_detect_finds(
-    run: Run, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
-) -> None:
+def test_consumer_example_finds_what_detect_finds(run: Run, exported, drawn_dataset: Path, tmp_path: Path) -> None:
     photo = drawn_dataset / "val" / "3.png"
     command = [sys.executable, REPOSITORY / "docs" / "onnx_example.py", exported("half"), photo, "0.2"]
     example = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -423,18 +417,14 @@ def test_consumer_example_finds_what_detect_finds(
         ("raw", ["run.device=cuda:1"], "onnxruntime-gpu"),
     ],
 )
-def test_what_the_file_holds_cannot_be_changed(
-    exported: Callable[[str], Path], kind: str, words: list[str], part: str
-) -> None:
+def test_what_the_file_holds_cannot_be_changed(exported, kind: str, words: list[str], part: str) -> None:
     if "cuda" in words[0] and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("ONNX Runtime has CUDA here")
     with pytest.raises(SettingsError, match=part):
         open_file(exported(kind), *words)
 
 
-def test_foreign_and_damaged_files_are_one_line(
-    run: Run, exported: Callable[[str], Path], drawn_dataset: Path, tmp_path: Path
-) -> None:
+def test_foreign_and_damaged_files_are_one_line(run: Run, exported, drawn_dataset: Path, tmp_path: Path) -> None:
     whole = exported("decoded").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.onnx").write_text("no model")
@@ -453,7 +443,7 @@ def test_foreign_and_damaged_files_are_one_line(
         assert result.returncode == 7 and part in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_files_need_onnxruntime(exported, monkeypatch) -> None:
     path = exported("raw")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(SettingsError, match="pip install"):
@@ -462,7 +452,7 @@ def test_onnx_files_need_onnxruntime(exported: Callable[[str], Path], monkeypatc
         open_weights(path, Path("net.cfg"), None, DEFAULTS)
 
 
-def test_training_does_not_start_from_onnx(default_settings: Callable[..., Any]) -> None:
+def test_training_does_not_start_from_onnx(default_settings) -> None:
     from detection.models.pretrained import load_pretrained
     from detection.models.yolo.detector import build_model
 
@@ -497,7 +487,7 @@ def test_export_refuses_in_one_line(run: Run, files: Path, arguments: list[str],
 
 
 def test_a_file_that_computes_something_else_is_not_kept(
-    run: Run, files: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, files: Path, exported, tmp_path: Path, monkeypatch
 ) -> None:
     model = onnx.load(exported("decoded"))
     kernel = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
@@ -510,7 +500,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    run: Run, files: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk
+    run: Run, files: Path, exported, tmp_path: Path, monkeypatch, full_disk
 ) -> None:
     model = onnx.load(exported("decoded"))
     monkeypatch.setattr(export, "build_onnx", lambda *_: (model, []))
@@ -541,9 +531,7 @@ def test_final_detections_without_a_partner_are_counted(files: Path) -> None:
     assert compare_final(opened, levels, missing, 64, FLOAT32).counts == (2 * total - 2, 1)
 
 
-def test_pictures_are_the_datasets_or_photographs(
-    default_settings: Callable[..., Any], tmp_path: Path, drawn_dataset: Path
-) -> None:
+def test_pictures_are_the_datasets_or_photographs(default_settings, tmp_path: Path, drawn_dataset: Path) -> None:
     pictures, source = find_pictures(default_settings(f"data.root={drawn_dataset}").data)
     first = cv2.imread(str(drawn_dataset / "val" / "0.png"))[..., ::-1]
     assert len(pictures) == 3 and "val" in source and np.array_equal(pictures[0], first)

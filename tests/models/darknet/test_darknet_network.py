@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -512,7 +511,7 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
         )
 
 
-def test_training_with_new_coords_is_refused(run_script: Callable[..., Any], tmp_path: Path) -> None:
+def test_training_with_new_coords_is_refused(run_script, tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
     path.write_text(NEW_COORDS.replace("height=24", "height=16"))
     words = ["data.fake=true", "model.num_classes=2", "model.backbone=darknet_cfg", f"model.cfg={path}"]

@@ -3,8 +3,6 @@
 import copy
 import os
 import struct
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +41,6 @@ TWO_LEVELS = write_cfg(
         *(route(-3), conv(4, 1), upsample(), route(-1, 0), conv(4, 1), output(7), yolo("0", "4,6, 8,12, 10,14", 2)),
     ]
 )
-FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def build(text: str, num_classes: int, seed: int = 0) -> DarknetNetwork:
@@ -383,7 +380,7 @@ def test_networks_that_darknet_does_not_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 10, HAND_BYTES - 1])
-def test_full_disk_leaves_the_old_file(room: int, full_disk: FullDisk, tmp_path: Path) -> None:
+def test_full_disk_leaves_the_old_file(room: int, full_disk, tmp_path: Path) -> None:
     path = tmp_path / "kept.weights"
     network = build(HAND, 1)
     write_darknet_weights(network, path, Header(seen=1))

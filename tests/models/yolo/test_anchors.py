@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -126,7 +123,7 @@ def mean_best_iou_by_loop(sizes: np.ndarray, anchors: np.ndarray) -> float:
     return sum(best) / len(best)
 
 
-def test_tables_of_many_boxes_against_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_many_boxes_against_loop(monkeypatch) -> None:
     """Boxes and anchors in chunks that do not divide the count."""
     monkeypatch.setattr(anchors_module, "CHUNK", 7)
     sizes, anchors = random_sizes(50), np.array([(20.0, 60.0), (60.0, 20.0), (150.0, 150.0)])
@@ -178,7 +175,7 @@ def test_fit_is_not_below_the_anchors_in_use() -> None:
     assert mean_best_iou(sizes, helped) >= mean_best_iou(sizes, shapes)
 
 
-def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_finds_clusters_through_a_sample(monkeypatch) -> None:
     """Six shapes, each many times: a sample that holds all of them is enough to find them exactly."""
     shapes = np.array([(10.0, 12.0), (40.0, 25.0), (30.0, 120.0), (150.0, 40.0), (150.0, 160.0), (300.0, 320.0)])
     monkeypatch.setattr(anchors_module, "SAMPLE", 100)
@@ -189,9 +186,7 @@ def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_anchors_of_half_of_val2017_are_not_below_the_published_on_the_other(
-    shared_data: Callable[[str], Path], seed: int
-) -> None:
+def test_anchors_of_half_of_val2017_are_not_below_the_published_on_the_other(shared_data, seed: int) -> None:
     annotations = load_annotations(shared_data("coco_val2017_boxes") / "annotations" / "instances_val.json")
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     scale = 416 / annotations.image_sizes.max(axis=1)[image_of_box]

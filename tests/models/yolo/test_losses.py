@@ -437,9 +437,7 @@ def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: st
 
 @pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
-def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
-    monkeypatch: pytest.MonkeyPatch, class_loss: str, loss: str
-) -> None:
+def test_at_most_300_operations_whatever_the_boxes_and_the_batch(monkeypatch, class_loss: str, loss: str) -> None:
     """Assignment and loss, forward, views included; contiguous half-precision outputs need the most."""
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}

@@ -265,7 +265,7 @@ def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(max_detect
                 assert torch.equal(wide[name][kept], narrow[name])
 
 
-def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_pieces_changes_nothing(monkeypatch) -> None:
     from detection.models import postprocess as postprocessing
 
     outputs = random_outputs(images=5, classes=3, seed=5)

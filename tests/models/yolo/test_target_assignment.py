@@ -228,7 +228,7 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 @pytest.mark.parametrize("count", [1, 9, 150])
 @pytest.mark.parametrize("at_once", [10**9, 1])
-def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
+def test_ignored_against_loop(monkeypatch, count: int, threshold: float, at_once: int) -> None:
     """Ground-truth boxes, crowd regions and padding; the batch in one piece and in several."""
     monkeypatch.setattr(criterion, "max_chunk_elements", lambda device: at_once)
     boxes, labels = random_targets(4, count, seed=7)
