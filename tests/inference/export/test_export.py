@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ CFG = write_cfg(  # strides 16 and 32
 Run = Callable[..., Any]
 
 
-def make_weights(directory: Path) -> DarknetNetwork:
-    """Write net.cfg, net.weights (random) and net.names; outputs vary enough between cells to give detections."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """net.cfg, net.weights (random) and net.names; outputs vary enough between cells to give detections."""
+    directory = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     network = DarknetNetwork(parse_cfg(CFG), num_classes=2, objectness_prior=0.5).eval()
     with torch.no_grad():
@@ -55,13 +57,6 @@ def make_weights(directory: Path) -> DarknetNetwork:
     write_darknet_weights(network, directory / "net.weights", Header(seen=77))
     (directory / "net.cfg").write_text(CFG)
     (directory / "net.names").write_text("red\ngreen\n")
-    return network
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("files")
-    make_weights(directory)
     return directory
 
 
@@ -81,7 +76,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Factory of exported files, cached by kind: `exported("nms")`."""
     made: dict[str, Path] = {}
 
@@ -99,7 +94,7 @@ def exported(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             made[kind] = directory / "net.onnx"
         return made[kind]
 
-    yield make
+    return make
 
 
 @pytest.fixture
@@ -112,8 +107,16 @@ def run(run_script: Run) -> Run:
     return started
 
 
+def open_source(files: Path, *words: str, names: str | None = None) -> OpenedDetector:
+    return open_weights(files / "net.weights", files / "net.cfg", names and files / names, DEFAULTS, words=words)
+
+
 def open_file(path: Path, *words: str) -> OpenedDetector:
     return open_weights(path, None, None, DEFAULTS, words=words)
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    return json.loads((directory / "detections.json").read_text())
 
 
 def some_images(count: int, height: int, width: int) -> np.ndarray:
@@ -149,7 +152,7 @@ def test_darknet_export_describes_the_size_it_was_asked_for(
         common = [drawn_dataset / "val", "run.precision=off", "evaluation.visualization_threshold=0.2"]
         result = run("detect.py", *words, *common, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
-    first, second = (json.loads((tmp_path / name / "detections.json").read_text()) for name in "ab")
+    first, second = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert first == second and any(row["detections"] for row in first)
 
 
@@ -171,11 +174,9 @@ def test_decoded_outputs_by_hand(files: Path, exported) -> None:
     session = onnxruntime.InferenceSession(str(exported("decoded")))
     (image_input,) = session.get_inputs()
     assert image_input.name == "images" and image_input.type == "tensor(uint8)" and image_input.shape[1:] == [3, 64, 64]
-    network = DarknetNetwork(parse_cfg(CFG), 2).eval()
-    load_darknet_weights(network, files / "net.weights")
     images = some_images(5, 64, 64)
     with torch.no_grad():
-        raw = network(torch.from_numpy(images))[0].numpy()  # stride 16: (5, 2, 4, 4, 7)
+        raw = open_source(files).detector.model(torch.from_numpy(images))[0].numpy()  # stride 16: (5, 2, 4, 4, 7)
     boxes, scores = session.run(["boxes", "scores"], {"images": images})
     assert boxes.shape == (5, 2 * 16 + 4, 4) and scores.shape == (5, 36, 2)
     sigmoid = 1 / (1 + np.exp(-raw))
@@ -198,10 +199,8 @@ def test_any_size_gives_the_networks_logits(files: Path, exported, size: tuple[i
     assert session.get_inputs()[0].type == "tensor(float)"
     assert [output.name for output in session.get_outputs()] == ["stride_16", "stride_32"]
     images = some_images(2, *size)
-    network = DarknetNetwork(parse_cfg(CFG), 2).eval()
-    load_darknet_weights(network, files / "net.weights")
     with torch.no_grad():
-        expected = network(torch.from_numpy(images))
+        expected = open_source(files).detector.model(torch.from_numpy(images))
     found = session.run(None, {"images": images.astype(np.float32) / 255})
     for stride, levels in zip((16, 32), zip(expected, found, strict=True), strict=True):
         assert levels[1].shape[2:4] == (size[0] // stride, size[1] // stride)
@@ -227,9 +226,7 @@ def slow_nms(
 def test_final_detections_are_those_of_a_slow_loop(files: Path, exported, size: tuple[int, int]) -> None:
     """With softmax, three thresholds and a limit, at sizes other than the traced one."""
     images = some_images(3, *size)
-    opened = open_weights(
-        files / "net.weights", files / "net.cfg", None, DEFAULTS, words=["yolo.class_loss=cross_entropy"]
-    )
+    opened = open_source(files, "yolo.class_loss=cross_entropy")
     with torch.no_grad():
         raw = opened.detector.model(torch.from_numpy(images))
     boxes = opened.detector.postprocess.decode(raw)[0].numpy()  # held to hand calculations elsewhere
@@ -291,21 +288,14 @@ def test_half_keeps_the_network_alone_in_float16(exported) -> None:
     assert len(large) > 3 and bool((large * 32 % 1 != 0).any())
 
 
-def test_files_hold_no_path_of_this_machine(exported) -> None:
-    for kind in KINDS:
-        assert str(REPOSITORY).encode() not in exported(kind).read_bytes()
-
-
 # As weights
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_settings_names_and_counts_come_back(files: Path, exported, kind: str) -> None:
     words = [word for word in KINDS[kind] if "=" in word]
-    source = open_weights(
-        files / "net.weights", files / "net.cfg", files / "net.names", DEFAULTS,
-        words=[*words, "run.precision=off", "run.device=cpu"],
-    )  # fmt: skip
+    source = open_source(files, *words, "run.precision=off", "run.device=cpu", names="net.names")
+    assert str(REPOSITORY).encode() not in exported(kind).read_bytes()
     opened = open_file(exported(kind))
     changed = changed_settings(source.settings, opened.settings)
     assert set(changed) <= {"train.image_size", "data.decoder"}  # of a training only
@@ -315,7 +305,7 @@ def test_settings_names_and_counts_come_back(files: Path, exported, kind: str) -
 
 
 def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> None:
-    source = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    source = open_source(files)
     for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
         description = describe(opened, OnnxOptions(outputs="raw", half=True))
         assert read_metadata(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
@@ -323,11 +313,6 @@ def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> N
         assert description.decoding["scale_xy"] == [1.1, 1.0]
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
-
-
-def read_detections(directory: Path) -> list[tuple[int, int, list[float], float]]:
-    rows = json.loads((directory / "detections.json").read_text())
-    return sorted((row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["decoded", "raw", "nms"])
@@ -339,7 +324,10 @@ def test_validation_gives_the_numbers_of_the_weights(
     one = run("validation.py", *weights_of(files), *words, *common, "--output", tmp_path / "one")
     other = run("validation.py", "--weights", exported(kind), *common, "--output", tmp_path / "other")
     assert (one.returncode, other.returncode) == (0, 0), one.stderr + other.stderr
-    expected, found = read_detections(tmp_path / "one"), read_detections(tmp_path / "other")
+    expected, found = (
+        sorted((row["image_id"], row["category_id"], row["bbox"], row["score"]) for row in rows_of(tmp_path / name))
+        for name in ("one", "other")
+    )
     assert len(expected) == len(found) > 10
     for row, partner in zip(expected, found, strict=True):
         assert row[:2] == partner[:2]
@@ -374,7 +362,7 @@ def test_detect_draws_the_same_boxes_with_another_size(
     for name, source in (("one", weights_of(files)), ("other", ["--weights", exported("raw")])):
         result = run("detect.py", *source, *common, "--output", tmp_path / name)
         assert result.returncode == 0, result.stderr
-    one, other = (json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "other"))
+    one, other = rows_of(tmp_path / "one"), rows_of(tmp_path / "other")
     assert sum(len(row["detections"]) for row in one) > 3
     for row, partner in zip(one, other, strict=True):
         assert [box["class"] for box in row["detections"]] == [box["class"] for box in partner["detections"]]
@@ -389,7 +377,7 @@ def test_consumer_example_finds_what_detect_finds(run: Run, exported, drawn_data
     assert example.returncode == 0, example.stderr
     words = [photo, "evaluation.visualization_threshold=0.2", "--output", tmp_path / "out"]
     assert run("detect.py", "--weights", exported("half"), *words).returncode == 0
-    (row,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    (row,) = rows_of(tmp_path / "out")
     printed = [line.split() for line in example.stdout.splitlines()]
     assert len(printed) == len(row["detections"]) > 2
     # Pillow and OpenCV round their interpolation to whole grey levels each in its own way
@@ -434,10 +422,8 @@ def test_foreign_and_damaged_files_are_one_line(run: Run, exported, drawn_datase
     onnx.save(model, tmp_path / "meta.onnx")
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
-    for name, part in (
-        *(("missing", "does not exist"), ("cut", "not a usable"), ("text", "not a usable")),
-        *(("meta", "strides"), ("foreign", "no metadata")),
-    ):
+    parts = {"missing": "does not exist", "cut": "not a usable", "text": "not a usable"}
+    for name, part in {**parts, "meta": "strides", "foreign": "no metadata"}.items():
         words = [drawn_dataset / "val" / "0.png", "--output", tmp_path / "out"]
         result = run("detect.py", "--weights", tmp_path / f"{name}.onnx", *words)
         assert result.returncode == 7 and part in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
@@ -510,7 +496,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 
 def test_final_detections_without_a_partner_are_counted(files: Path) -> None:
-    opened = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    opened = open_source(files)
     levels = opened.detector.model(torch.from_numpy(some_images(2, 64, 64)))
     found = opened.detector.postprocess(levels)
     outputs = [torch.cat([image[name] for image in found]) for name in ("boxes", "scores", "labels")]
@@ -522,10 +508,9 @@ def test_final_detections_without_a_partner_are_counted(files: Path) -> None:
 
     best = int(tensors[1].argmax())
     moved = [tensor.clone() for tensor in tensors]
-    moved[0][best] += 1.0  # beyond the tolerance: no partner on either side
-    assert compare_final(opened, levels, moved, 64, FLOAT32).counts == (2 * total - 2, 2)
-    moved[0][best] += torch.nan
-    assert compare_final(opened, levels, moved, 64, FLOAT32).counts == (2 * total - 2, 2)
+    for difference in (1.0, torch.nan):  # beyond the tolerance: no partner on either side
+        moved[0][best] += difference
+        assert compare_final(opened, levels, moved, 64, FLOAT32).counts == (2 * total - 2, 2)
     kept = torch.arange(total) != best
     missing = [tensor[kept] for tensor in tensors[:4]] + tensors[4:]
     assert compare_final(opened, levels, missing, 64, FLOAT32).counts == (2 * total - 2, 1)
@@ -542,7 +527,7 @@ def test_pictures_are_the_datasets_or_photographs(default_settings, tmp_path: Pa
 
 
 def test_compared_sizes_are_several_and_not_all_square(files: Path) -> None:
-    opened = open_weights(files / "net.weights", files / "net.cfg", None, DEFAULTS)
+    opened = open_source(files)
     assert compared_sizes(describe(opened, OnnxOptions())) == [(64, 64)]
     assert compared_sizes(describe(opened, OnnxOptions(dynamic_size=True))) == [(64, 64), (96, 64), (32, 96)]
     assert onnx_comparison.BATCHES == (1, 3)
