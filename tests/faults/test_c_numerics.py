@@ -29,7 +29,8 @@ from detection.training import dry_run as preflight
 from detection.training import run as run_parts
 from detection.training.step import train_step
 from tests.support.fault_runs import NETWORK, OVERLAY
-from tests.support.paths import REPOSITORY
+from tests.support.paths import ARGS
+from tests.support.slow_boxes import slow_nms
 from tests.support.training_runs import first_difference
 
 CPU = torch.device("cpu")
@@ -177,9 +178,8 @@ def test_C03_a_scale_that_falls_below_1_ends_with_4(train, tmp_path: Path) -> No
 
 def settings_of(tmp_path: Path, *words: str) -> Settings:
     (tmp_path / "network.cfg").write_text(NETWORK)
-    root = REPOSITORY
     words = ("model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'network.cfg'}", *words)
-    return load_settings(root / "yolo-v3" / "args.yaml", words=words)[0]
+    return load_settings(ARGS, words=words)[0]
 
 
 @pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
@@ -294,19 +294,6 @@ def count_graphs(main: ModuleType) -> None:
     main.train = lambda *arguments: (train(*arguments), report())
 
 
-def slow_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
-    """Best first, of equal ones the first; what overlaps a kept one too much goes."""
-    order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    kept: list[int] = []
-    for row in order:
-        corners = np.maximum(boxes[row, :2], boxes[kept, :2]), np.minimum(boxes[row, 2:], boxes[kept, 2:])
-        intersection = (corners[1] - corners[0]).clip(0).prod(axis=1)
-        if not (intersection > threshold * (areas[row] + areas[kept] - intersection)).any():
-            kept.append(row)
-    return kept
-
-
 @pytest.mark.parametrize("count", [0, 1, 2000])
 def test_C12_nms_at_equal_scores_is_the_slow_one(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -315,7 +302,7 @@ def test_C12_nms_at_equal_scores_is_the_slow_one(count: int) -> None:
     boxes = torch.cat([corner, corner + torch.randint(8, 40, (count, 2), generator=generator)], 1).float()
     scores = torch.randint(1, 5, (count,), generator=generator) / 8
     kept = grouped_nms(boxes, scores, torch.zeros(count, dtype=torch.int64), 0.45)
-    assert kept.tolist() == slow_nms(boxes.double().numpy(), scores.double().numpy(), 0.45)
+    assert kept.tolist() == slow_nms(boxes.tolist(), scores.tolist(), 0.45)
 
 
 def test_C12_very_many_boxes_give_the_same_result_twice() -> None:
