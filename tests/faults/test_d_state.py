@@ -1,8 +1,10 @@
 """D: kill -9, full disks, damaged and hostile files, signals, resuming."""
 
+import argparse
 import contextlib
 import ctypes
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -10,7 +12,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -216,11 +220,8 @@ def test_D02_a_really_full_disk(launch, common: list[str], tmp_path: Path, prefl
         words = ["--output", disk / "run", f"run.preflight={preflight}", "train.save_frequency=1", "train.steps=500"]
         run = launch("out", *common, *words, "train.keep_checkpoints=20", "evaluation.evaluate_frequency=1000")
         run.ends_with(6, str(disk))
-        if preflight:
-            assert "from step 0" not in run.out
-        else:
-            steps = [load_checkpoint(path)["step"] for path in sorted((disk / "run").glob("*.pt"))]
-            assert steps, "what was written before is whole"
+        whole = [load_checkpoint(path) for path in (disk / "run").glob("*.pt")]
+        assert "from step 0" not in run.out if preflight else whole, "what was written before is whole"
 
 
 def become_nobody(main: ModuleType, step: int | None = None) -> None:
@@ -236,21 +237,16 @@ def become_nobody(main: ModuleType, step: int | None = None) -> None:
 
 
 def test_D03_directory_that_is_lost_in_mid_run(train, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=Lose(str(directory)))
-    run.ends_with(6, str(directory), "cannot be written")
-    run = train("run", "train.save_frequency=1000", fault=Lose(str(directory)))  # noticed at the evaluation
-    run.ends_with(6, str(directory), "cannot be written")
+    directory = str(tmp_path / "run")
+    lose = functools.partial(remove_before_step_3, directory=directory)
+    run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=lose)
+    run.ends_with(6, directory, "cannot be written")
+    run = train("run", "train.save_frequency=1000", fault=lose)  # noticed at the evaluation
+    run.ends_with(6, directory, "cannot be written")
 
 
-class Lose:
-    """The run directory is removed before step 3."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-
-    def __call__(self, main: ModuleType) -> None:
-        at_step(main, 3, lambda: shutil.rmtree(self.directory))
+def remove_before_step_3(main: ModuleType, directory: str) -> None:
+    at_step(main, 3, lambda: shutil.rmtree(directory))
 
 
 @pytest.mark.parametrize("locked", ["parent", "itself"])
@@ -283,8 +279,6 @@ def test_D04_temporary_folder_that_does_not_exist(train, tmp_path: Path) -> None
 
 
 def no_temporary_folder(main: ModuleType) -> None:
-    import tempfile
-
     os.environ["TMPDIR"] = "/nowhere/at/all"
     tempfile.tempdir = None
 
@@ -309,9 +303,6 @@ def test_D05_no_single_flipped_bit_loads_with_other_values(tmp_path: Path) -> No
 
 def repaired(raw: bytes) -> bytes:
     """The same zip file with correct checksums of its entries: a damage that happened before it was written."""
-    import io
-    import zipfile
-
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as written, zipfile.ZipFile(io.BytesIO(raw)) as archive:
         for entry in archive.infolist():
@@ -331,9 +322,7 @@ def test_D05_a_damaged_last_names_what_is_whole(train, launch, tmp_path: Path) -
     words = [str(tmp_path / "run" / "last.pt"), "is damaged", "step_000000003.pt (step 3)", "best.pt (step"]
     assert "last.pt (step" not in run.ends_with(7, *words)
     shutil.copy(tmp_path / "run" / "step_000000003.pt", tmp_path / "run" / "last.pt")
-    resumed = launch("resumed", "--resume", tmp_path / "run")
-    resumed.ends_with(0)
-    assert "from step 3" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0, "from step 3")
 
 
 @pytest.mark.guard("detection.checkpoints:read_file", "weights_only=True", "weights_only=False")
@@ -356,21 +345,15 @@ def test_D06_pickled_code_is_not_run(launch, common: list[str], tmp_path: Path, 
 # D07, D08: exact resume
 
 
-def kill_at(main: ModuleType, step: int) -> None:
-    at_step(main, step, die)
-
-
 @pytest.mark.guard(
     "detection.training.state:RunState.load", 'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass"
 )
 def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(train, launch, whole, tmp_path: Path) -> None:
     # Saved after 2, 4, 6, 8 and killed in step 5: 4 is taken again. An epoch is 3.25 steps.
     words = ["data.num_workers=2", "train.save_frequency=2"]
-    run = train("run", *words, fault=functools.partial(kill_at, step=5))
+    run = train("run", *words, fault=functools.partial(at_step, step=5, action=die))
     assert run.wait() == -signal.SIGKILL
-    resumed = launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000")
-    resumed.ends_with(0)
-    assert "from step 4" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000").ends_with(0, "from step 4")
     compare_with(whole(), tmp_path / "run")
 
 
@@ -455,9 +438,7 @@ def test_D08_killed_in_mid_accumulation_repeats_the_step(train, launch, whole, t
     assert run.wait() == -signal.SIGKILL
     saved = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
     assert saved in (2, 3)  # 3 if the background write was quicker than the kill
-    resumed = launch("resumed", "--resume", tmp_path / "run")
-    resumed.ends_with(0)
-    assert f"from step {saved}" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0, f"from step {saved}")
     compare_with(whole(), tmp_path / "run")
 
 
@@ -496,7 +477,9 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train, common: li
         else:
             continue
         tried += 1
-        resume = argparse_like(tmp_path / "run", [word])
+        resume = argparse.Namespace(
+            resume=str(tmp_path / "run"), config=[], output=None, settings=[word], accept_changes=False
+        )
         if key in RESUMABLE:
             assert open_resumed_run(resume, {})[3], key
             continue
@@ -506,12 +489,6 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train, common: li
         resume.accept_changes = True
         assert any(f"continued with {key} = " in line for line in open_resumed_run(resume, {})[3])
     assert tried > 60
-
-
-def argparse_like(directory: Path, words: list[str]) -> Any:
-    import argparse
-
-    return argparse.Namespace(resume=str(directory), config=[], output=None, settings=words, accept_changes=False)
 
 
 def test_D09_other_conditions_are_named_and_refused_unless_told(train, launch, tmp_path: Path) -> None:
@@ -525,10 +502,8 @@ def test_D09_other_conditions_are_named_and_refused_unless_told(train, launch, t
     changed["conditions"] |= others
     save_checkpoint(path, changed)
     launch("resumed", "--resume", tmp_path / "run", "train.steps=3").ends_with(2, differences[0], "--accept-changes")
-    told = launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes")
-    told.ends_with(0)
-    for difference in differences:
-        assert f"warning     {tmp_path / 'run'} {difference}" in told.out
+    warnings = [f"warning     {tmp_path / 'run'} {difference}" for difference in differences]
+    launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes").ends_with(0, *warnings)
 
 
 def test_D10_a_checkpoint_of_format_1_is_continued(train, launch, tmp_path: Path) -> None:
@@ -538,9 +513,8 @@ def test_D10_a_checkpoint_of_format_1_is_continued(train, launch, tmp_path: Path
     old = load_checkpoint(path) | {"format": 1}
     del old["skipped"], old["conditions"]
     torch.save(old | {"digest": content_digest(old)}, path)
-    resumed = launch("resumed", "--resume", tmp_path / "run", "train.steps=5")
-    resumed.ends_with(0)
-    assert "from step 3" in resumed.out and load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
+    launch("resumed", "--resume", tmp_path / "run", "train.steps=5").ends_with(0, "from step 3")
+    assert load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
 
 
 # D11: signals
@@ -701,11 +675,8 @@ def test_D13_a_run_is_not_continued_while_it_runs(train, launch, tmp_path: Path)
     # A killed one leaves no lock, although its workers live on for some seconds.
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.join()
-    launch("third", "--resume", tmp_path / "run", f"train.steps={steps_done(tmp_path) + 2}").ends_with(0)
-
-
-def steps_done(tmp_path: Path) -> int:
-    return load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    steps = load_checkpoint(tmp_path / "run" / "last.pt")["step"] + 2
+    launch("third", "--resume", tmp_path / "run", f"train.steps={steps}").ends_with(0)
 
 
 def clock_goes_back(main: ModuleType) -> None:
