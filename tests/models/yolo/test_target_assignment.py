@@ -6,6 +6,8 @@ from detection.models.yolo import criterion
 from detection.models.yolo.criterion import MAX_PIECES, ignored_predictions, split_batch
 from detection.models.yolo.darknet_loss import assign_targets
 from detection.models.yolo.grid import anchor_table
+from tests.support.loss_cases import overlap
+from tests.support.slow_boxes import slow_iou
 
 # Network input 96 wide, 64 high; the middle level has one anchor fewer than the others.
 STRIDES = [8, 16, 32]
@@ -29,18 +31,13 @@ def random_targets(images: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1), labels
 
 
-def slow_wh_iou(width_1: float, height_1: float, width_2: float, height_2: float) -> float:
-    shared = min(width_1, width_2) * min(height_1, height_2)
-    return shared / (width_1 * height_1 + width_2 * height_2 - shared)
-
-
 def slow_assignment(box: list[float]) -> dict[str, object]:
     """The best anchor of all levels, the first of equals, and the cell of the centre; index by walking all cells."""
     width, height = box[2] - box[0], box[3] - box[1]
     best_iou, best_level, best_anchor = -1.0, -1, -1
     for level, anchors in enumerate(ANCHORS):
         for anchor, (anchor_width, anchor_height) in enumerate(anchors.tolist()):
-            iou = slow_wh_iou(width, height, anchor_width, anchor_height)
+            iou = slow_iou((0, 0, width, height), (0, 0, anchor_width, anchor_height))
             if iou > best_iou:
                 best_iou, best_level, best_anchor = iou, level, anchor
     rows, columns = SIZES[best_level]
@@ -182,23 +179,13 @@ def test_assignment_of_no_rows() -> None:
 
 
 def slow_ignored(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> list[list[bool]]:
-    result = []
-    for image in range(len(predicted)):
-        of_image = []
-        for x1, y1, x2, y2 in predicted[image].tolist():
-            ignored = False
-            for (u1, v1, u2, v2), label in zip(boxes[image].tolist(), labels[image].tolist(), strict=True):
-                if label == -1:
-                    continue
-                width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
-                shared = width * height if width > 0 and height > 0 else 0.0
-                whole = (x2 - x1) * (y2 - y1)
-                if label != -2:
-                    whole += (u2 - u1) * (v2 - v1) - shared
-                ignored = ignored or shared / whole > threshold
-            of_image.append(ignored)
-        result.append(of_image)
-    return result
+    return [
+        [
+            any(overlap(box, gt, label == -2) > threshold for gt, label in zip(*of_image, strict=True) if label != -1)
+            for box in predicted_boxes
+        ]
+        for predicted_boxes, *of_image in zip(predicted.tolist(), boxes.tolist(), labels.tolist(), strict=True)
+    ]
 
 
 def near(boxes: Tensor, count: int, seed: int) -> Tensor:
