@@ -95,9 +95,8 @@ def test_C01_always_ends_with_4_and_a_bundle(train, launch, tmp_path: Path) -> N
     assert [step["step"] for step in report["steps"]] == [2, 3, 4] and report["seed"] == OVERLAY["run"]["seed"]
     assert all(len(step["image_ids"]) == 4 and set(step["image_ids"]) <= set(range(1, 14)) for step in report["steps"])
     # The cause was the hook, not the state: taken again without it the step is finite.
-    replayed = launch("replay", "--replay", bundle)
-    replayed.ends_with(0)
-    assert replayed.out.splitlines()[-2:] == ["finite: loss, outputs and gradient"] * 2
+    replayed = launch("replay", "--replay", bundle).ends_with(0)
+    assert replayed.splitlines()[-2:] == ["finite: loss, outputs and gradient"] * 2
     # The same images as in the run: with the hook it is not, and says for which image.
     again = launch("again", "--replay", bundle, fault=break_criterion_of_image)
     again.ends_with(4, "step 2 is non-finite here either")

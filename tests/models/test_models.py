@@ -16,6 +16,7 @@ from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, u
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.network import YOLOv3
 from tests.support.paths import ARGS
+from tests.support.tiny_models import last_of_each_stride
 
 TINY_ANCHORS = [[[10, 14], [23, 27], [37, 58]], [[81, 82], [135, 169], [344, 319]]]  # yolov3-tiny.cfg
 SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]"]
@@ -161,14 +162,9 @@ def test_mobilenet_maps_are_torchvisions_last_of_each_stride(name: str) -> None:
     assert not any("classifier" in key for key in backbone.state_dict())
 
     images = torch.rand(2, 3, 64, 96)
-    last_of_stride = {}
     with torch.no_grad():
-        x = images
-        for layer in features:
-            x = layer(x)
-            last_of_stride[64 // x.shape[2]] = x
-        for stride, feature in zip(backbone.strides, backbone(images), strict=True):
-            assert torch.equal(feature, last_of_stride[stride])
+        assert backbone.strides == (8, 16, 32)
+        assert all(map(torch.equal, backbone(images), last_of_each_stride(features, images)))
 
 
 @pytest.mark.parametrize("name", list(TORCHVISION))

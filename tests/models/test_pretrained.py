@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.checkpoints import save_checkpoint
@@ -19,6 +19,7 @@ from detection.models.darknet.weights import Header, write_darknet_weights
 from detection.models.pretrained import load_pretrained
 from tests.support.darknet_descriptions import conv, net, output, write_cfg, yolo
 from tests.support.paths import ARGS
+from tests.support.tiny_models import last_of_each_stride
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
@@ -75,15 +76,6 @@ def changed(model: nn.Module, words: list[str], num_classes: int = 3) -> set[str
 
 def parts(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
-
-
-def last_of_each_stride(features: nn.Sequential, images: Tensor) -> list[Tensor]:
-    found = {}
-    with torch.no_grad():
-        for layer in features.eval():
-            images = layer(images)
-            found[64 // images.shape[2]] = images
-    return [found[stride] for stride in (8, 16, 32)]
 
 
 def test_false_loads_nothing() -> None:
