@@ -26,11 +26,6 @@ from tests.support.run_logging import logging_to, resumed_at
 NAN, INFINITY = float("nan"), float("inf")
 
 
-@pytest.fixture
-def no_tensorboard(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # importing it raises ModuleNotFoundError
-
-
 def read_metrics(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, float | None]]:
     return [json.loads(row) for row in (directory / name).read_text().splitlines()]
 
@@ -74,23 +69,15 @@ def test_evaluation_goes_everywhere(tmp_path: Path) -> None:
     assert "APs" not in read_events(tmp_path).Tags()["scalars"]
 
 
-def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
+def test_numbers_keep_all_their_digits_and_non_finite_ones_become_null(tmp_path: Path) -> None:
     with logging_to(tmp_path, tensorboard=False) as logger:
         logger.log(1, {"loss": NAN, "grad": INFINITY, "lr": 0.1})
-        logger.evaluation(2, {"AP": NAN, "AP50": -INFINITY, "AP75": 0.1})
+        logger.evaluation(2, {"AP": NAN, "AP50": -INFINITY, "AP75": 1 / 3, "loss": np.float64(1e-17)})
     assert read_metrics(tmp_path) == [
         {"step": 1, "loss": None, "grad": None, "lr": 0.1},
-        {"step": 2, "AP": None, "AP50": None, "AP75": 0.1},
+        {"step": 2, "AP": None, "AP50": None, "AP75": 1 / 3, "loss": 1e-17},
     ]
-    assert read_results(tmp_path) == [{"step": "2", "AP": "", "AP50": "", "AP75": "0.1"}]
-
-
-def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
-    with logging_to(tmp_path, tensorboard=False) as logger:
-        logger.evaluation(1, {"AP": 1 / 3, "loss": np.float64(1e-17)})
-    row = read_results(tmp_path)[0]
-    assert float(row["AP"]) == 1 / 3 and float(row["loss"]) == 1e-17
-    assert read_metrics(tmp_path)[0]["AP"] == 1 / 3
+    assert read_results(tmp_path) == [{"step": "2", "AP": "", "AP50": "", "AP75": str(1 / 3), "loss": "1e-17"}]
 
 
 def test_first_row_fixes_the_columns(tmp_path: Path, capsys) -> None:
@@ -216,7 +203,8 @@ def test_image_comes_back_from_tensorboard(tmp_path: Path) -> None:
     assert shown.shape == image.shape and np.abs(shown.astype(int) - image).max() < 4  # JPEG
 
 
-def test_without_tensorboard_one_notice_and_everything_else(tmp_path: Path, no_tensorboard, capsys) -> None:
+def test_without_tensorboard_one_notice_and_everything_else(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # importing it raises ModuleNotFoundError
     with logging_to(tmp_path, resumed_at(0)) as logger:
         logger.log(1, {"loss": 1.0})
         logger.evaluation(1, {"AP": 0.1})

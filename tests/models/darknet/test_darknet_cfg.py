@@ -96,14 +96,10 @@ def test_sections_keys_and_lines() -> None:
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_line_ends(ending: str) -> None:
-    """CRLF, CR, and no newline at the end of the file."""
+    """CRLF, CR, no newline at the end of the file, and the byte order mark of Windows' editors."""
     text = write_cfg(GOOD)
-    assert parse_cfg(text.replace("\n", ending)) == parse_cfg(text)
-    assert parse_cfg(text.replace("\n", ending).rstrip()) == parse_cfg(text)
-
-
-def test_byte_order_mark_of_windows_editors() -> None:
-    assert parse_cfg("\ufeff" + write_cfg(GOOD)) == parse_cfg(write_cfg(GOOD))
+    for other in (text, text.rstrip("\n"), "\ufeff" + text):
+        assert parse_cfg(other.replace("\n", ending)) == parse_cfg(text)
 
 
 def test_the_first_of_two_equal_keys_counts() -> None:
@@ -144,14 +140,8 @@ def test_unused_keys_are_listed_once() -> None:
     ]
     known, unknown = unused_keys(parse_cfg(write_cfg(sections)))
     assert known == [
-        "[net] batch",
-        "[net] angle",
-        "[convolutional] stopbackward",
-        "[convolutional] truth",
-        "[dropout] dropblock",
-        "[yolo] jitter",
-        "[yolo] ignore_thresh",
-        "[yolo] nms_kind",
+        *("[net] batch", "[net] angle", "[convolutional] stopbackward", "[convolutional] truth"),
+        *("[dropout] dropblock", "[yolo] jitter", "[yolo] ignore_thresh", "[yolo] nms_kind"),
     ]
     assert unknown == ["[yolo] colour"]
     assert unused_keys(parse_cfg(write_cfg(GOOD))) == ([], [])

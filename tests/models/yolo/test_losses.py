@@ -165,24 +165,24 @@ def one_cell(gt_boxes: list[list[float]], labels: list[int], classes: int, **arg
     return {name: loss.item() for name, loss in criterion([torch.zeros(1, 1, 1, 1, 5 + classes)], targets).items()}
 
 
-def test_one_ground_truth_by_hand() -> None:
-    # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
-    # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness, 3 for the classes.
-    losses = one_cell([[8.0, 8, 24, 24]], [1], classes=3)
-    log_2 = math.log(2)
-    assert losses == pytest.approx({"loss_box": 1.75 * 2 * log_2, "loss_objectness": log_2, "loss_class": 3 * log_2})
+LOG_2 = math.log(2)
 
 
-def test_size_term_by_hand() -> None:
-    # 32 x 8: t_w = log 2, t_h = -log 2; s = 2 - 256 / 1024; s / 2 * 2 * log(2)^2 on top of the xy term
-    losses = one_cell([[0.0, 12, 32, 20]], [0], classes=1)
-    assert losses["loss_box"] == pytest.approx(1.75 * (2 * math.log(2) + math.log(2) ** 2))
-
-
-def test_objectness_by_hand() -> None:
-    """BCE against 0 without a ground-truth box, against 1 for a positive even if its IoU exceeds the threshold."""
-    assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
-    assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
+@pytest.mark.parametrize(
+    ("box", "label", "classes", "expected"),
+    [
+        # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
+        # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness (of a positive even if its IoU
+        # exceeds the threshold), 3 for the classes.
+        ([8.0, 8, 24, 24], 1, 3, (1.75 * 2 * LOG_2, LOG_2, 3 * LOG_2)),
+        # 32 x 8: t_w = log 2, t_h = -log 2; s = 2 - 256 / 1024; s / 2 * 2 * log(2)^2 on top of the xy term
+        ([0.0, 12, 32, 20], 0, 1, (1.75 * (2 * LOG_2 + LOG_2**2), LOG_2, LOG_2)),
+        ([0.0, 0, 0, 0], -1, 1, (0, LOG_2, 0)),  # no ground truth: objectness against 0
+    ],
+)
+def test_one_ground_truth_by_hand(box: list[float], label: int, classes: int, expected: tuple[float, ...]) -> None:
+    losses = one_cell([box], [label], classes)
+    assert [losses[f"loss_{part}"] for part in ("box", "objectness", "class")] == pytest.approx(expected)
 
 
 def class_gradient(labels: list[int], classes: int) -> list[float]:
