@@ -209,7 +209,9 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
         ),
     ],
 )
-def test_checkpoints_that_do_not_fit(files: Files, changes: Any, arguments: list[Any], error: Any, word: str) -> None:
+def test_checkpoints_that_do_not_fit_themselves(
+    files: Files, changes: Any, arguments: list[Any], error: Any, word: str
+) -> None:
     with pytest.raises(error) as caught:
         open_here(files, checkpoint(files, False, **changes).name, *arguments)
     assert word in str(caught.value) and "\n" not in str(caught.value)
