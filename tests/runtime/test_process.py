@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +16,6 @@ import detect
 import validation
 import visualization
 import visualize_batch
-from detection.config.settings import Settings
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.errors import DataReadError
@@ -47,14 +45,11 @@ COMMANDS: dict[str, tuple[Callable[[], None], list[str]]] = {
     ("flags", "line"),
     [
         (["--device", "mps"], "device 'mps' is not available here; available: cpu"),
-        (
-            ["--device", "cpu", "--lazy"],
-            "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false",
-        ),
+        (["--device", "cpu", "--lazy"], "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false"),
     ],
 )
 def test_every_script_refuses_alike(
-    files: Files, run_script: Any, monkeypatch: pytest.MonkeyPatch, name: str, flags: list[str], line: str
+    files: Files, run_script, monkeypatch, name: str, flags: list[str], line: str
 ) -> None:
     monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
     main, words = COMMANDS[name]
@@ -185,11 +180,7 @@ def truncated_bitmap() -> bytes:
 
 
 def test_a_damaged_image_in_a_worker_is_no_line_of_opencv(
-    drawn_dataset: Path,
-    default_settings: Callable[..., Settings],
-    tmp_path: Path,
-    messages_of_opencv: None,
-    capfd: pytest.CaptureFixture[str],
+    drawn_dataset: Path, default_settings, tmp_path: Path, messages_of_opencv, capfd
 ) -> None:
     cv2.imdecode(np.frombuffer(truncated_bitmap(), np.uint8), cv2.IMREAD_COLOR)
     assert "imdecode" in capfd.readouterr().err, "this process was not prepared"
@@ -202,7 +193,7 @@ def test_a_damaged_image_in_a_worker_is_no_line_of_opencv(
     assert capfd.readouterr().err == ""
 
 
-def test_a_damaged_image_is_one_line_of_a_script(files: Files, run_script: Any, messages_of_opencv: None) -> None:
+def test_a_damaged_image_is_one_line_of_a_script(files: Files, run_script, messages_of_opencv) -> None:
     (files.root / "val" / "2.png").write_bytes(truncated_bitmap())
     words = ["data.root=.", "data.num_workers=0", "run.device=cpu", "run.precision=off"]
     result = run_script(validation.main, *WEIGHTS, *words, cwd=files.root)

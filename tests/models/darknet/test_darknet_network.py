@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +42,6 @@ from tests.support.loss_cases import decode_boxes
 from tests.support.paths import REPOSITORY
 from tests.support.training_runs import load_main
 
-SHARED_WEIGHTS = REPOSITORY.parent / "shared" / "weights"
 TOLERANCE = 1e-4  # absolute, on logits of the order of 10; of the reference's largest value where that exceeds 10
 
 ANCHORS = "4,6, 8,12, 10,14"
@@ -199,11 +197,11 @@ def test_both_batch_norms_at_small_variances(variance: float, tmp_path: Path) ->
         ("MobileNetV2-YOLOv3-Nano-coco", 3_564_300, (16, 32)),
     ],
 )
-def test_real_models_equal_the_reference(name: str, bytes_of_file: int, strides: tuple[int, ...]) -> None:
+def test_real_models_equal_the_reference(
+    shared_weights, name: str, bytes_of_file: int, strides: tuple[int, ...]
+) -> None:
     """Trained weights at the description's size; bytes as the README beside them states."""
-    path = SHARED_WEIGHTS / f"{name}.weights"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
+    path = shared_weights(f"{name}.weights")
     text = path.with_suffix(".cfg").read_text()
     sections = parse_cfg(text)
     network = DarknetNetwork(sections, cfg_classes(sections)).eval()
@@ -212,17 +210,6 @@ def test_real_models_equal_the_reference(name: str, bytes_of_file: int, strides:
     assert loaded.convolutions == len(network.darknet_convolutions()) and loaded.num_classes is None
     assert network.strides == strides and network.num_classes == (1 if name == "yoloface-50k" else 80)
     assert_equals_reference(network, text, reference.read_weights(path))
-
-
-def test_uint8_equals_float(tmp_path: Path) -> None:
-    """Darknet scales to 0..1 and does nothing else."""
-    text = CASES["two levels, fine first"]
-    network, _ = load(text, tmp_path)
-    image = random_image(text)
-    with torch.no_grad():
-        for one, other in zip(network(image), network(image.float() / 255), strict=True):
-            assert torch.equal(one, other)
-    assert (network.pixel_mean, network.pixel_std) == ((0, 0, 0), (1, 1, 1))
 
 
 # Published descriptions
@@ -273,6 +260,7 @@ def test_published_levels() -> None:
     assert np.array_equal(np.array(network.anchors), anchors)
     network = on_meta(yolov3_tiny())
     assert network.strides == (16, 32)
+    assert len(network.backbone) == 10  # no shortcuts; the fifth pooling, layer 9, is the last to lower the resolution
     tiny = np.array([float(value) for value in TINY_ANCHORS.split(",")]).reshape(6, 2)
     assert np.array_equal(np.array(network.anchors), tiny.reshape(2, 3, 2))
     network = on_meta(yolov4_tiny())
@@ -305,10 +293,7 @@ def test_levels_ascend_whatever_the_order_in_the_file(tmp_path: Path) -> None:
         assert network.anchors == (((4, 6),), ((8, 12), (10, 14)))
         assert [part.out_channels for part in network.output_convolutions()] == [7, 14]
     with torch.no_grad():
-        assert [tuple(level.shape) for level in coarse(torch.rand(2, 3, 48, 32))] == [
-            (2, 1, 12, 8, 7),
-            (2, 2, 6, 4, 7),
-        ]
+        assert [tuple(level.shape) for level in coarse(torch.rand(2, 3, 48, 32))] == [(2, 1, 12, 8, 7), (2, 2, 6, 4, 7)]
 
 
 def test_a_mask_orders_its_anchors() -> None:
@@ -321,10 +306,7 @@ def test_other_numbers_of_classes(num_classes: int) -> None:
     network = DarknetNetwork(parse_cfg(CASES["two levels, coarse first"]), num_classes)
     assert network.num_classes == num_classes == cfg_classes(network.sections)
     outputs = network(torch.rand(2, 3, 16, 24))
-    assert [tuple(level.shape) for level in outputs] == [
-        (2, 1, 4, 6, 5 + num_classes),
-        (2, 2, 2, 3, 5 + num_classes),
-    ]
+    assert [tuple(level.shape) for level in outputs] == [(2, 1, 4, 6, 5 + num_classes), (2, 2, 2, 3, 5 + num_classes)]
 
 
 @pytest.mark.parametrize("size", [(31, 32), (32, 36), (4, 8), (33, 33)])
@@ -355,25 +337,20 @@ def test_another_size_than_the_description(tmp_path: Path) -> None:
     assert_equals_reference(network, other, values)
 
 
-def test_batch_equals_singles(tmp_path: Path) -> None:
+def test_bytes_single_images_and_channels_last_give_the_same_outputs(tmp_path: Path) -> None:
+    """Darknet scales to 0..1 and does nothing else."""
     network, _ = load(yolov4_tiny(64), tmp_path)
+    assert (network.pixel_mean, network.pixel_std) == ((0, 0, 0), (1, 1, 1))
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = network(images)
-        for index in range(3):
-            for level, alone in zip(together, network(images[index : index + 1]), strict=True):
-                torch.testing.assert_close(level[index : index + 1], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_channels_last_gives_the_same_outputs(tmp_path: Path) -> None:
-    text = yolov4_tiny(64)
-    network, _ = load(text, tmp_path)
-    image = random_image(text)
-    with torch.no_grad():
-        expected = network(image)
+        expected = network(images)
+        assert all(map(torch.equal, expected, network(images.float() / 255)))
+        singles = list(zip(*(network(images[index : index + 1]) for index in range(3)), strict=True))
         network.to(memory_format=torch.channels_last)
-        for level, other in zip(network(image.to(memory_format=torch.channels_last)), expected, strict=True):
-            torch.testing.assert_close(level, other, atol=1e-4, rtol=1e-4)
+        found = network(images.to(memory_format=torch.channels_last))
+    for level, other, alone in zip(expected, found, singles, strict=True):
+        torch.testing.assert_close(other, level, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(alone), level, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["yolov4_tiny", "groups", "shortcut with fewer channels", "hard_mish"])
@@ -463,11 +440,6 @@ def test_backbone_can_be_frozen(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_backbone_without_shortcuts_ends_at_the_coarsest_map() -> None:
-    """YOLOv3-tiny: the fifth pooling, layer 9, is the last that lowers the resolution."""
-    assert len(on_meta(yolov3_tiny()).backbone) == 10
-
-
 # new_coords: inference only
 
 NEW_COORDS = single_level(conv(4, 3, 8), size=16, height=24, new_coords=1, scale_x_y=2).replace(
@@ -484,12 +456,6 @@ def test_new_coords_by_hand() -> None:
     assert boxes[0, 0, 0, 1].tolist() == pytest.approx([0.75, -10, 23.25, 10], abs=1e-5)
 
 
-def test_new_coords_can_only_detect(tmp_path: Path) -> None:
-    detector = build(NEW_COORDS, tmp_path)
-    assert detector.criterion is None
-    assert detector.model.new_coords
-
-
 @pytest.mark.parametrize("new_coords", [True, False])
 def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> None:
     """All boxes and scores of a level after postprocess without NMS, against Darknet's formulas."""
@@ -498,6 +464,7 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
         text = text.replace("activation=logistic", "activation=linear").replace("new_coords=1\n", "")
     words = ("evaluation.confidence_threshold=0", "evaluation.iou_threshold=1", "evaluation.max_detections=null")
     detector = build(text, tmp_path, *words)
+    assert (detector.criterion is None) == detector.model.new_coords == new_coords  # such a network can only detect
     path = tmp_path / "random.weights"
     path.write_bytes(reference.random_weights(text, 3))
     load_darknet_weights(detector.model.eval(), path)
@@ -518,7 +485,7 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
         )
 
 
-def test_training_with_new_coords_is_refused(run_script: Callable[..., Any], tmp_path: Path) -> None:
+def test_training_with_new_coords_is_refused(run_script, tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
     path.write_text(NEW_COORDS.replace("height=24", "height=16"))
     words = ["data.fake=true", "model.num_classes=2", "model.backbone=darknet_cfg", f"model.cfg={path}"]
