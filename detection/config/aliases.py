@@ -92,6 +92,7 @@ def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
         "lazy": ("run.lazy", bool),
         "autocast": ("run.precision", lambda _: "bf16"),
         "deterministic": ("run.deterministic", bool),
+        "score": ("yolo.score", str),
         "log_interval": ("run.log_frequency", int),
         "batch_size": ("train.batch_size", lambda value: value),
         "eval_batch_size": ("evaluation.batch_size", int),

@@ -441,12 +441,14 @@ def test_an_earlier_path_works_everywhere_and_is_one_line(path: str, tmp_path: P
         settings, notices = load_settings(ARGS, **arguments)  # type: ignore[arg-type]
         assert attrgetter(today)(settings) == expected
         assert len(notices) == 1 and f"{path} is now {today}" in notices[0]
-    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS)) == expected
+    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS, stored := [])) == expected
+    assert len(stored) == 1 and stored[0].startswith(f"stored settings: {path} is now {today}")
 
 
 def test_the_settings_of_a_checkpoint_before_the_section_model() -> None:
     tree = {"yolo": {"encoder": "darknet_cfg", "cfg": "[net]\n"}, "data": {"keep_aspect": True}}
-    settings = complete_settings(tree, ARGS)
+    settings = complete_settings(tree, ARGS, notices := [])
+    assert len(notices) == 1 and notices[0].count(" is now ") == 3
     assert (settings.model.backbone, settings.model.cfg, settings.model.placement) == (
         "darknet_cfg", "[net]\n", "letterbox",
     )  # fmt: skip

@@ -548,9 +548,11 @@ def test_D10_a_checkpoint_of_format_1_is_continued(train: Train, launch: Launch,
     path = tmp_path / "run" / "last.pt"
     old = load_checkpoint(path) | {"format": 1}
     del old["skipped"], old["conditions"]
+    old["settings"]["train"]["most_skipped_steps"] = old["settings"]["train"].pop("max_skipped_steps")
     torch.save(old | {"digest": content_digest(old)}, path)
     resumed = launch("resumed", "--resume", tmp_path / "run", "train.steps=5")
     resumed.ends_with(0)
+    assert "stored settings: train.most_skipped_steps is now train.max_skipped_steps\n" in resumed.out
     assert "from step 3" in resumed.out and load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
 
 

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import anchor_creator
 import batch_overfit
+import check_dataset
 import detect
+import export
+import lr_scheduler_creator
 import validation
 import visualization
 import visualize_batch
@@ -40,6 +44,26 @@ COMMANDS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "validation.py": (validation.main, ["data.root=.", *WEIGHTS]),
     "detect.py": (detect.main, [*WEIGHTS, "val/1.png"]),
 }
+
+
+# Scripts that compute on no device, but read the settings.
+WITHOUT_FLAGS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "anchor_creator.py": (anchor_creator.main, ["data.root=."]),
+    "check_dataset.py": (check_dataset.main, ["data.root=."]),
+    "export.py": (export.main, ["--weights", "absent.pt"]),  # before the weights are looked at
+    "lr_scheduler_creator.py": (lr_scheduler_creator.main, []),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_FLAGS))
+def test_scripts_without_device_flags_refuse_the_setting(
+    files: Files, run_script: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    main, words = WITHOUT_FLAGS[name]
+    result = run_script(main, *words, "run.device=cuda", cwd=files.root)
+    assert (result.returncode, result.stderr) == (2, "device 'cuda' is not available here; available: cpu\n")
+    assert not (files.root / "logs").exists()
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
