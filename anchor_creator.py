@@ -177,9 +177,7 @@ def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
             f"{','.join(map(str, current))}"
         )
     if layout.with_anchors is not None and counts != current:
-        raise SettingsError(
-            f"--per-level {text}: the Darknet description has {','.join(map(str, current))}; change its filters first"
-        )
+        raise SettingsError(f"--per-level {text}: the cfg has {','.join(map(str, current))}; change its filters first")
     return counts
 
 

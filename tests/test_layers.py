@@ -294,7 +294,11 @@ def test_importing_is_silent_offline_and_possible_in_any_order(tmp_path: Path) -
         text=True,
         timeout=100,
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        # albumentations asks the package index when it is imported; scripts set this in `prepare_process`
+        env={
+            **{"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+        },
     )
     assert (run.stdout, run.stderr, run.returncode) == ("", "", 0)
     events = (tmp_path / "events").read_text().splitlines()

@@ -131,10 +131,10 @@ def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
     assert attrgetter(word.partition("=")[0])(load(word)) == value
 
 
-# --- flat names of seed 002 ---
+# --- flat names of the research repository ---
 
 
-FLAT = [  # the names that issue 2 lists, and a value that is not the default
+FLAT = [  # the names in its args.yaml, and a value that is not the default
     ("batch_size", "train.batch_size", 7),
     ("subdivisions", "train.subdivisions", 3),
     ("steps", "train.steps", 11),

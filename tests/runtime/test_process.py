@@ -103,8 +103,7 @@ def state():
         "hooks": (sys.excepthook, threading.excepthook),
         "OpenCV": (cv2.getNumThreads(), cv2.utils.logging.getLogLevel()),
         "torch": (torch.are_deterministic_algorithms_enabled(), *cudnn, torch.get_num_threads()),
-        # Stops albumentations from asking the package index when it is imported.
-        "environment": {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
+        "environment": dict(os.environ),
     }
 
 def report(when, before):
@@ -177,7 +176,12 @@ def test_importing_and_constructing_change_nothing_global(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, REPOSITORY / "detection"],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=120,
