@@ -247,6 +247,7 @@ def judge(fits: Sequence[Fit]) -> str:
 
 
 def write_overlay(directory: Path, levels: Anchors, layout: AnchorLayout, comments: Sequence[str]) -> None:
+    """Write anchors.yaml and, for a network from a cfg, anchors.cfg."""
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")

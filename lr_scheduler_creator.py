@@ -122,6 +122,7 @@ def main() -> None:
 
 
 def build_curve(name: str, settings: Settings, images: int) -> Curve:
+    """Resolve durations to steps and build the schedule; SettingsError if they contradict one another."""
     train = settings.train
     steps_per_epoch = images / (train.micro_batch * train.subdivisions)
     total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)

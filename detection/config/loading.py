@@ -214,6 +214,7 @@ def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def leaf_paths(tree: dict[str, Any]) -> list[str]:
+    """List the dotted path of every leaf of nested mappings."""
     return [path for path, _ in leaf_items(tree)]
 
 

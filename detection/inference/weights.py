@@ -48,6 +48,7 @@ class OpenedDetector:
 
 
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
+    """Name the classes of weights without names."""
     return tuple(f"class_{label}" for label in range(num_classes))
 
 
