@@ -47,6 +47,7 @@ from detection.dataset_checks.image_checks import (
 )
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
 
 SPLITS = ("training", "validation")
@@ -68,6 +69,7 @@ def main() -> None:
     prepare_process()
     arguments = parse_arguments()
     settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    choose_device(settings.run.device)  # not used, but every script refuses an absent device
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
     print("\n".join(notices), end="\n" if notices else "")

@@ -188,6 +188,7 @@ def read_dataset(arguments: argparse.Namespace, source_format: str, findings: Fi
 
 
 def drop_crowd(dataset: ConvertedDataset, findings: Findings) -> None:
+    """Remove crowd regions, which YOLO txt cannot hold, and count them."""
     for split, entries in dataset.splits.items():
         for entry in entries:
             for box in entry.boxes:

@@ -99,6 +99,10 @@ def main() -> None:
     curves: list[Curve] = []
     for number, files in enumerate(overlays, start=1):
         settings, notices = load_settings(DEFAULTS, files, arguments.settings)
+        if settings.run.device not in ("auto", "cpu"):  # not used, but every script refuses an absent device
+            from detection.runtime.devices import choose_device  # imports torch, which takes a second
+
+            choose_device(settings.run.device)
         name = files[-1].stem if files else settings.scheduler.strategy
         taken = any(curve.name == name for curve in curves)
         curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))
@@ -118,6 +122,7 @@ def main() -> None:
 
 
 def build_curve(name: str, settings: Settings, images: int) -> Curve:
+    """Resolve durations to steps and build the schedule; SettingsError if they contradict one another."""
     train = settings.train
     steps_per_epoch = images / (train.micro_batch * train.subdivisions)
     total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)

@@ -15,7 +15,8 @@ from detection.config.loading import complete_settings
 from detection.config.settings import ModelSettings
 from detection.contract import DetectorModel
 from detection.errors import CheckpointError, SettingsError
-from detection.models.backbones.mobilenet import STANDARD_WEIGHTS, MobileNetV3
+from detection.models.backbones.darknet import Darknet53
+from detection.models.backbones.mobilenet import MobileNetV3
 from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
 from detection.models.darknet.weights import load_darknet_weights
 
@@ -39,7 +40,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
     if settings.pretrained is False:
         return []
     if settings.pretrained is True:
-        return load_standard_weights(model, settings.backbone)
+        return load_standard_weights(model, settings)
     path = Path(settings.pretrained)
     if path.suffix == ".onnx":
         raise CheckpointError(
@@ -66,13 +67,13 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
     )
 
 
-def load_standard_weights(model: nn.Module, name: str) -> list[str]:
+def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:
     """Load the published weights of a backbone (`pretrained: true`); see `load_pretrained`."""
     backbone = cast(DetectorModel, model).backbone
-    if name == "darknet":
+    if isinstance(backbone, Darknet53):
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
-    if name in STANDARD_WEIGHTS:
-        weights = STANDARD_WEIGHTS[name]
+    if isinstance(backbone, MobileNetV3):
+        weights = backbone.standard_weights
         try:
             state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
         # OSError: no network, no room; RuntimeError: wrong hash or damaged file
@@ -82,12 +83,12 @@ def load_standard_weights(model: nn.Module, name: str) -> list[str]:
                 f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
                 "elsewhere and use model.pretrained=FILE"
             ) from None
-        assert isinstance(backbone, MobileNetV3)
         return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
     if isinstance(backbone, TimmBackbone):
         where = download_weights(backbone)
         return [f"backbone from timm's weights, {where}"]
-    raise SettingsError(f"model.pretrained = true: backbone {name} has no standard weights; name a FILE")
+    named = f"detector {settings.detector} with backbone {settings.backbone}"
+    raise SettingsError(f"model.pretrained = true: {named} has no standard weights; name a FILE")
 
 
 def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
@@ -116,11 +117,11 @@ def load_checkpoint_weights(
     model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path
 ) -> list[str]:
     """Load the detector of one of our runs, except output convolutions for other classes or anchors."""
-    declared = cast(DetectorModel, model)
+    declared, lines = cast(DetectorModel, model), list[str]()
     try:
         if not checkpoint["settings"]:
             raise KeyError("settings")
-        its = complete_settings(checkpoint["settings"], DEFAULTS).model
+        its = complete_settings(checkpoint["settings"], DEFAULTS, lines).model
         names = checkpoint["categories"]["names"]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
@@ -132,7 +133,7 @@ def load_checkpoint_weights(
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
     weights = "EMA" if checkpoint["average"] else "weights"
-    lines = [f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(names)} classes"]
+    lines.append(f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(names)} classes")
     expected = model.state_dict()
     output_ids = {id(value) for convolution in declared.output_convolutions() for value in convolution.parameters()}
     outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}

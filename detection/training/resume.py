@@ -10,7 +10,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError
-from detection.training.loggers import build_loggers
+from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
 ACCEPT = "--accept-changes continues all the same"
@@ -58,10 +58,10 @@ def open_run(
     """
     if arguments.resume is None:
         settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
-        build_loggers(settings.run.loggers)  # raises for unknown names before anything expensive
+        check_loggers(settings.run.loggers)
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
-    build_loggers(settings.run.loggers)
+    check_loggers(settings.run.loggers)
     return checkpoint, directory, settings, notices
 
 
@@ -81,8 +81,10 @@ def open_resumed_run(
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
     checkpoint = load_last(directory)
-    old = complete_settings(checkpoint["settings"], DEFAULTS)
+    moved: list[str] = []
+    old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
+    notices = moved + notices
     to_the_end = old.scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and old.scheduler.T_0 is None
     allowed = [key for key in RESUMABLE if not (key == "train.steps" and to_the_end)]
     changes = changed_settings(old, settings)

@@ -62,8 +62,7 @@ class Run:
         self._build_data()
         seed_everything(settings.run.seed)
         self.detector = self._build_detector(fresh)
-        assert self.detector.criterion is not None
-        self.criterion = self.detector.criterion
+        self.criterion = self.detector.require_criterion()
         self._resolve_durations()
         self.data_warnings = check_before_training(
             self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
@@ -94,8 +93,7 @@ class Run:
         self.pretrained_lines = load_pretrained(detector.model, settings.model) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
-        if detector.criterion is None:
-            raise SettingsError("model.cfg: a network with new_coords = 1 can detect but not be trained here")
+        detector.require_criterion()
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)

@@ -512,8 +512,12 @@ def test_D10_a_checkpoint_of_format_1_is_continued(train, launch, tmp_path: Path
     path = tmp_path / "run" / "last.pt"
     old = load_checkpoint(path) | {"format": 1}
     del old["skipped"], old["conditions"]
+    old["settings"]["train"]["most_skipped_steps"] = old["settings"]["train"].pop("max_skipped_steps")
     torch.save(old | {"digest": content_digest(old)}, path)
-    launch("resumed", "--resume", tmp_path / "run", "train.steps=5").ends_with(0, "from step 3")
+    resumed = launch("resumed", "--resume", tmp_path / "run", "train.steps=5")
+    out = resumed.ends_with(0, "from step 3")
+    assert "stored settings: train.most_skipped_steps is now train.max_skipped_steps
+" in out
     assert load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
 
 

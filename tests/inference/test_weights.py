@@ -169,9 +169,11 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
             last.weight.zero_()
             last.bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, *[6.0 if number == label else -9 for number in range(3)]]))
         states.append(model.state_dict())
+    stored = settings.model_dump(mode="json")
+    stored["yolo"]["num_classes"] = stored["model"].pop("num_classes")  # its earlier name
     content: dict[str, Any] = {
         "step": 5,
-        "settings": settings.model_dump(mode="json"),
+        "settings": stored,
         "categories": {"names": ["airplane", "motorcycle", "couch"], "ids": [5, 4, 63]},
         "model": states[0],
         "average": states[1] if average else None,
@@ -193,6 +195,7 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
     assert (run.device, run.lazy, run.deterministic, run.precision) == ("auto", False, False, "off")
     kind = "EMA" if average else "weights"
     assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")
+    assert opened.lines[:-1] == ["stored settings: yolo.num_classes is now model.num_classes"]
     with torch.no_grad():
         (found,) = opened.detector.postprocess(opened.detector.model(torch.rand(1, 3, 32, 32)))
     assert found["labels"].tolist() == [1 if average else 0]

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import anchor_creator
 import batch_overfit
+import check_dataset
 import detect
+import export
+import lr_scheduler_creator
 import validation
 import visualization
 import visualize_batch
@@ -38,6 +42,26 @@ COMMANDS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "validation.py": (validation.main, ["data.root=.", *WEIGHTS]),
     "detect.py": (detect.main, [*WEIGHTS, "val/1.png"]),
 }
+
+
+# Scripts that compute on no device, but read the settings.
+WITHOUT_FLAGS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "anchor_creator.py": (anchor_creator.main, ["data.root=."]),
+    "check_dataset.py": (check_dataset.main, ["data.root=."]),
+    "export.py": (export.main, ["--weights", "absent.pt"]),  # before the weights are looked at
+    "lr_scheduler_creator.py": (lr_scheduler_creator.main, []),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_FLAGS))
+def test_scripts_without_device_flags_refuse_the_setting(
+    files: Files, run_script: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    main, words = WITHOUT_FLAGS[name]
+    result = run_script(main, *words, "run.device=cuda", cwd=files.root)
+    assert (result.returncode, result.stderr) == (2, "device 'cuda' is not available here; available: cpu\n")
+    assert not (files.root / "logs").exists()
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
@@ -74,8 +98,7 @@ def state():
         "hooks": (sys.excepthook, threading.excepthook),
         "OpenCV": (cv2.getNumThreads(), cv2.utils.logging.getLogLevel()),
         "torch": (torch.are_deterministic_algorithms_enabled(), *cudnn, torch.get_num_threads()),
-        # Stops albumentations from asking the package index when it is imported.
-        "environment": {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
+        "environment": dict(os.environ),
     }
 
 def report(when, before):
@@ -148,7 +171,12 @@ def test_importing_and_constructing_change_nothing_global(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, REPOSITORY / "detection"],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=120,

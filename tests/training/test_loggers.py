@@ -18,8 +18,7 @@ from tqdm import tqdm
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.errors import OutputError, SettingsError
-from detection.training.loggers import Loggers, build_loggers
-from detection.training.loggers.files import FilesLogger
+from detection.training.loggers import LOGGERS, Loggers, build_loggers, check_loggers, open_loggers
 from detection.training.loggers.protocol import FAILED, FINISHED, Logger
 from tests.support.run_logging import logging_to, resumed_at
 
@@ -315,18 +314,23 @@ def service(fails: str, calls: list[Any]) -> Logger:
 
         return call
 
+    if fails == "build":
+        method("build")()
     return SimpleNamespace(**{name: method(name) for name in METHODS})
 
 
-METHODS = ("start", "log", "evaluation", "line", "image", "artifact", "finish")
+METHODS = ("build", "start", "log", "evaluation", "line", "image", "artifact", "finish")
 
 
 @pytest.mark.parametrize("fails", METHODS)
 def test_a_logger_that_fails_is_named_once_and_switched_off(
-    tmp_path: Path, default_settings, fails: str, capsys
+    tmp_path: Path, default_settings, fails: str, capsys, monkeypatch
 ) -> None:
     calls: list[Any] = []
-    loggers = Loggers(tmp_path, {"files": FilesLogger(), "service": service(fails, calls)})
+    monkeypatch.setitem(LOGGERS, "service", lambda: service(fails, calls))
+    check_loggers(["files", "service"])
+    assert not calls
+    loggers = Loggers(tmp_path, build_loggers(["files", "service"]))
     loggers.start(default_settings(), {})
     for step in (1, 2):
         loggers.log(step, {"loss": 1.0})
@@ -354,6 +358,18 @@ def test_every_logger_gets_everything(tmp_path: Path, default_settings) -> None:
     assert calls == [
         ("start", tmp_path, settings, {"python": "3"}, resumed), ("artifact", tmp_path / "best.pt"), ("finish", FAILED),
     ]  # fmt: skip
+
+
+def test_a_resumed_run_keeps_the_name_of_its_directory(
+    tmp_path: Path, default_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(LOGGERS, "service", lambda: service("", calls))
+    ranks = SimpleNamespace(is_first=True, broadcast=lambda value: value)
+    settings = default_settings("run.loggers=[files,service]")
+    run: Any = SimpleNamespace(settings=settings, ranks=ranks, device=torch.device("cpu"), precision="float32")
+    open_loggers(run, tmp_path / "the run", {"step": 7, "progress": {"evaluated_step": 5}}).finish(FINISHED)
+    assert calls[0][-1] == ("the run", 7, 5)
 
 
 def test_names_of_loggers() -> None:
