@@ -54,9 +54,7 @@ WITHOUT_FLAGS: dict[str, tuple[Callable[[], None], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", list(WITHOUT_FLAGS))
-def test_scripts_without_device_flags_refuse_the_setting(
-    files: Files, run_script: Any, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_scripts_without_device_flags_refuse_the_setting(files: Files, run_script, monkeypatch, name: str) -> None:
     monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
     main, words = WITHOUT_FLAGS[name]
     result = run_script(main, *words, "run.device=cuda", cwd=files.root)

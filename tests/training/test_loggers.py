@@ -360,9 +360,7 @@ def test_every_logger_gets_everything(tmp_path: Path, default_settings) -> None:
     ]  # fmt: skip
 
 
-def test_a_resumed_run_keeps_the_name_of_its_directory(
-    tmp_path: Path, default_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_keeps_the_name_of_its_directory(tmp_path: Path, default_settings, monkeypatch) -> None:
     calls: list[Any] = []
     monkeypatch.setitem(LOGGERS, "service", lambda: service("", calls))
     ranks = SimpleNamespace(is_first=True, broadcast=lambda value: value)
