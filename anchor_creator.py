@@ -51,6 +51,7 @@ from detection.drawing.figures import figure_pixels, save_figure
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
@@ -83,6 +84,7 @@ def main() -> None:
     settings, notices = load_run_settings(
         arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
     )
+    choose_device(settings.run.device)  # not used, but every script refuses an absent device
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:
@@ -132,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--per-level",
         metavar="N[,N...]",
-        help="number of anchors per level; one for all or one each, finest stride first (default: as yolo.anchors)",
+        help="number of anchors per level; one for all or one each, finest stride first (default: as now)",
     )
     add("--restarts", type=int, default=10, metavar="N", help="number of clusterings, the best is used (default: 10)")
     add("--threshold", type=float, default=0.5, metavar="IOU", help="minimum shape IoU for the recall (default: 0.5)")
@@ -177,9 +179,7 @@ def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
             f"{','.join(map(str, current))}"
         )
     if layout.with_anchors is not None and counts != current:
-        raise SettingsError(
-            f"--per-level {text}: the Darknet description has {','.join(map(str, current))}; change its filters first"
-        )
+        raise SettingsError(f"--per-level {text}: the cfg has {','.join(map(str, current))}; change its filters first")
     return counts
 
 
@@ -251,6 +251,7 @@ def judge(fits: Sequence[Fit]) -> str:
 def write_overlay(
     directory: Path, levels: Anchors, layout: AnchorLayout, sizes: Sequence[int], comments: Sequence[str]
 ) -> None:
+    """Write anchors.yaml and, for a network from a cfg, anchors.cfg."""
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")

@@ -96,16 +96,13 @@ def main() -> None:
     detector.geometry.check_size("train.image_size", settings.train.image_size)
     dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
     batch = collate_samples([dataset[index] for index in range(arguments.images)])
-    if detector.criterion is None:
-        raise SettingsError(
-            "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
-        )
+    detector.require_criterion()
     for line in [*notices, *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names)]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)
     images = f"{len(dataset.annotations)} images with {boxes} boxes"
-    print(f"{describe_device(machine.device)}; {images}, {settings.model.backbone}")
+    print(f"{describe_device(machine.device)}; {images}, {detector.name}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()

@@ -46,6 +46,7 @@ from detection.dataset_checks.image_checks import (
 )
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
 
@@ -70,6 +71,7 @@ def main() -> None:
     settings, notices = load_run_settings(
         arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
     )
+    choose_device(settings.run.device)  # not used, but every script refuses an absent device
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
     print("\n".join(notices), end="\n" if notices else "")

@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser, weights_file
+from detection.config.command_line import Parser, device_flags, weights_file
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
@@ -97,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="two or more weights to compare, instead of --weights")
     add("--confidence", nargs="+", default=[], metavar="C", help="one or more confidence thresholds to compare")
-    add("--score", metavar="NAME", help="same as yolo.score=NAME: product (default) or objectness")
+    add("--score", metavar="NAME", help="how YOLO scores a detection: product (default) or objectness")
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
@@ -107,8 +107,6 @@ def parse_arguments() -> argparse.Namespace:
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
-    if arguments.score is not None:
-        arguments.settings.append(f"yolo.score={arguments.score}")
     arguments.compare = [weights_file(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")
@@ -144,7 +142,7 @@ def read_confidences(words: Sequence[str], settings: list[str]) -> list[float]:
 
 def validate(arguments: argparse.Namespace) -> None:
     """Evaluate one detector."""
-    opened = open_command_line(arguments, arguments.settings)
+    opened = open_detector(arguments)
     settings = opened.settings
     machine = open_machine(settings.run)
     dataset = open_dataset(opened)
@@ -209,7 +207,7 @@ def compare(arguments: argparse.Namespace) -> None:
     names = display_names(files)
     if arguments.names and not [file for file in files if file.suffix not in CARRY_THEIR_OWN]:
         raise SettingsError("--names belongs to Darknet weights; all files of --compare carry their own")
-    detectors = [open_command_line(arguments_for(arguments, file), arguments.settings) for file in files]
+    detectors = [open_detector(arguments_for(arguments, file)) for file in files]
     machines = [open_machine(opened.settings.run) for opened in detectors]
     datasets = [open_dataset(opened) for opened in detectors]
     for file, dataset in zip(files, datasets, strict=True):
@@ -247,6 +245,15 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
+
+
+def open_detector(arguments: argparse.Namespace) -> OpenedDetector:
+    """Open the weights of --weights; refuses --score for a detector without that setting."""
+    opened = open_command_line(arguments, arguments.settings)
+    own = opened.settings.model.detector
+    if foreign := [f for f in device_flags(arguments) if f.spelling == "--score" and not f.path.startswith(f"{own}.")]:
+        raise SettingsError(f"--score sets {foreign[0].path}, which the detector {own} of {arguments.weights} has not")
+    return opened
 
 
 def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from detection.errors import exit_with_message
 from detection.training import throughput
 from tests.support.paths import REPOSITORY
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # as `prepare_process` does for scripts
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 pytest_plugins = ["tests.support.darknet_files"]

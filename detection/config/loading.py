@@ -228,7 +228,7 @@ def decode_cfg(content: bytes) -> str:
     return content.decode("cp1252", errors="replace")  # latin-1 would make a byte of 0x85 the end of a line
 
 
-def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
+def complete_settings(tree: dict[str, Any], defaults: Path, notices: list[str] | None = None) -> Settings:
     """Complete and validate the settings of a checkpoint.
 
     Settings that did not exist when it was written get `DEFAULTS_FOR_OLD_CHECKPOINTS` or the value in `defaults`.
@@ -236,14 +236,18 @@ def complete_settings(tree: dict[str, Any], defaults: Path) -> Settings:
     Args:
         tree: settings in the checkpoint, nested by section.
         defaults: args.yaml.
+        notices: gets one line about the settings that had another name, if there are any.
 
     Raises:
         SettingsError: as in `load_settings`.
     """
     complete = read_settings_file(defaults)
     known = leaf_paths(complete)
+    moved: list[str] = []
     for key, value in (*DEFAULTS_FOR_OLD_CHECKPOINTS.items(), *leaf_items(tree)):
-        set_leaf(complete, known, key, value, "checkpoint", [])
+        set_leaf(complete, known, key, value, "checkpoint", moved)
+    if moved and notices is not None:
+        notices.append(f"stored settings: {'; '.join(line.removeprefix('checkpoint: ') for line in moved)}")
     return validate(complete)
 
 
@@ -290,6 +294,7 @@ def leaf_items(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def leaf_paths(tree: dict[str, Any]) -> list[str]:
+    """List the dotted path of every leaf of nested mappings."""
     return [path for path, _ in leaf_items(tree)]
 
 

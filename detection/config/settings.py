@@ -43,6 +43,8 @@ def check_backbone(value: str) -> str:
 
 
 class RunSettings(Section):
+    """Where and how the process runs, and what it logs."""
+
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
     logs_path: str
     device: Annotated[str, AfterValidator(check_device)]
@@ -65,6 +67,8 @@ class RunSettings(Section):
 
 
 class DataSettings(Section):
+    """Datasets, their images and how they are loaded."""
+
     root: str
     format: Literal["auto", "coco", "yolo", "voc"]
     builtin: Literal["digits"] | None
@@ -125,6 +129,8 @@ class ModelSettings(Section):
 
 
 class YoloSettings(Section):
+    """What is YOLO's own: neck, anchors, loss and score."""
+
     spp: bool
     neck_channels: tuple[Count, ...]
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
@@ -161,6 +167,8 @@ class YoloSettings(Section):
 
 
 class TrainSettings(Section):
+    """Batches, steps, optimizer, EMA and checkpoints."""
+
     batch_size: Count | Literal["auto"]
     subdivisions: Count
     steps: Duration
@@ -206,6 +214,8 @@ class TrainSettings(Section):
 
 
 class SchedulerSettings(Section):
+    """Learning rate over the steps; which fields count depends on `strategy`."""
+
     strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
     warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
@@ -233,6 +243,8 @@ class SchedulerSettings(Section):
 
 
 class EvaluationSettings(Section):
+    """Validation: images, thresholds and what is drawn."""
+
     evaluate_frequency: Duration | Literal["auto"]
     image_size: int
     batch_size: Count | None
@@ -246,6 +258,8 @@ class EvaluationSettings(Section):
 
 
 class Settings(Section):
+    """All settings, checked together."""
+
     run: RunSettings
     data: DataSettings
     model: ModelSettings

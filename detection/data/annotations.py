@@ -48,11 +48,13 @@ class AnnotationCounts:
     ids: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, ids: np.ndarray) -> None:
+        """Record the boxes left out for a reason, if there are any."""
         if len(ids):
             self.dropped[reason] = len(ids)
             self.ids[reason] = ids.tolist()
 
     def lines(self) -> list[str]:
+        """Format a line per reason."""
         return [
             f"{count} {reason} (annotation ids {self.ids[reason][:5]}{' ...' if count > 5 else ''})"
             for reason, count in self.dropped.items()
@@ -85,6 +87,7 @@ class Annotations:
         return len(self.image_ids)
 
     def file_name(self, index: int) -> str:
+        """Return the file name of an image."""
         start = self.file_name_ends[index - 1] if index else 0
         return self.file_names[start : self.file_name_ends[index]].tobytes().decode()
 

@@ -30,6 +30,7 @@ class Detections:
         return Detections(self.image_index[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
 
     def of_image(self, index: int) -> "Detections":
+        """Select the detections of one image."""
         return self.take(self.image_index == index)
 
     def above(self, confidence: float) -> "Detections":

@@ -75,6 +75,7 @@ class Results:
         return self.directory / f"{source.name}.{self.picture_format}"
 
     def save_picture(self, source: Source, image: np.ndarray, found: ImageDetections) -> None:
+        """Draw and write the picture of an image; safe in threads."""
         (save_png if self.picture_format == "png" else save_jpeg)(
             self.picture_path(source), self.draw(image, found, legend=True)
         )

@@ -19,6 +19,7 @@ from detection.models import build_detector
 from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
+from detection.runtime.devices import choose_device
 
 UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
@@ -51,6 +52,7 @@ class OpenedDetector:
 
 
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
+    """Name the classes of weights without names."""
     return tuple(f"class_{label}" for label in range(num_classes))
 
 
@@ -97,8 +99,9 @@ def open_weights(
 
     Raises:
         CheckpointError: the file is missing or damaged, or does not fit the network.
-        SettingsError: the arguments contradict one another.
+        SettingsError: the arguments contradict one another, or the device is absent.
     """
+    refuse_absent_device(defaults, overlays, words, flags)
     weights = weights_file(weights)
     kind = weights.suffix.lower()
     if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
@@ -116,12 +119,21 @@ def open_weights(
         raise SettingsError(f"{cfg}: {str(error).removeprefix('cfg: ')}") from None
 
 
+def refuse_absent_device(defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]) -> None:
+    """Check `run.device` before large files are read; weights bring no device of their own."""
+    try:
+        device = load_settings(defaults, overlays, words, flags)[0].run.device
+    except SettingsError:  # may be valid with the settings of the file; `open_machine` checks again
+        return
+    choose_device(device)
+
+
 def _open_checkpoint(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
-    checkpoint = load_fields(weights, DETECTOR_FIELDS)
+    checkpoint, moved = load_fields(weights, DETECTOR_FIELDS), list[str]()
     try:
-        own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
+        own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
         settings, translated = load_settings(own, overlays, words, flags, UNUSED)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings, len(names))
@@ -131,7 +143,7 @@ def _open_checkpoint(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.model.backbone}, {len(names)} classes"]
+    lines = [*moved, *translated, f"{weights}: {kind} after {step} steps, {detector.name}, {len(names)} classes"]
     seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
@@ -140,23 +152,24 @@ def _open_onnx(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     model = OnnxModel(weights)
-    description = model.description
+    description, moved = model.description, list[str]()
     try:
-        own = complete_settings(description.settings_tree(), defaults)
+        own = complete_settings(description.settings_tree(), defaults, moved)
     except (SettingsError, KeyError) as error:
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
-    settings, lines = load_settings(own, overlays, words, flags, UNUSED)
+    settings, translated = load_settings(own, overlays, words, flags, UNUSED)
+    lines = [*moved, *translated]
     refuse_changes(model, own, settings)
     device = model.use_device(settings.run.device)
     used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
     settings, _ = load_settings(settings, flags=used)
-    detector = build_exported(model, settings)
+    detector = build_exported(model, own, settings)
     count = len(description.names)
     names = None if description.names == placeholder_names(count) else description.names
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
     lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
-    lines.append(f"{settings.model.backbone}, {count} classes, written by {description.program}")
+    lines.append(f"{detector.name}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 

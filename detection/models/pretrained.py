@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
@@ -16,7 +17,8 @@ from detection.config.loading import complete_settings
 from detection.config.settings import ModelSettings
 from detection.contract import DetectorModel, HasClassRows
 from detection.errors import CheckpointError, SettingsError
-from detection.models.backbones.mobilenet import STANDARD_WEIGHTS, MobileNetV3
+from detection.models.backbones.darknet import Darknet53
+from detection.models.backbones.mobilenet import MobileNetV3
 from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
@@ -44,7 +46,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
     if settings.pretrained is False:
         return []
     if settings.pretrained is True:
-        return load_standard_weights(model, settings.backbone)
+        return load_standard_weights(model, settings)
     path = Path(settings.pretrained)
     if path.suffix == ".onnx":
         raise CheckpointError(
@@ -73,18 +75,19 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
 
 def has_standard_weights(backbone: str) -> bool:
     """Return whether `pretrained: true` finds the weights of a backbone on this machine, without a download."""
-    if backbone in STANDARD_WEIGHTS:
-        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(STANDARD_WEIGHTS[backbone].url).name).is_file()
+    if backbone.startswith("mobilenet"):
+        url = get_model_weights(backbone)["IMAGENET1K_V1"].url
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
 
 
-def load_standard_weights(model: nn.Module, name: str) -> list[str]:
+def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:
     """Load the published weights of a backbone (`pretrained: true`); see `load_pretrained`."""
     backbone = cast(DetectorModel, model).backbone
-    if name == "darknet":
+    if isinstance(backbone, Darknet53):
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
-    if name in STANDARD_WEIGHTS:
-        weights = STANDARD_WEIGHTS[name]
+    if isinstance(backbone, MobileNetV3):
+        weights = backbone.standard_weights
         try:
             state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
         # OSError: no network, no room; RuntimeError: wrong hash or damaged file
@@ -94,12 +97,12 @@ def load_standard_weights(model: nn.Module, name: str) -> list[str]:
                 f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
                 "elsewhere and use model.pretrained=FILE"
             ) from None
-        assert isinstance(backbone, MobileNetV3)
         return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
     if isinstance(backbone, TimmBackbone):
         where = download_weights(backbone)
         return [f"backbone from timm's weights, {where}"]
-    raise SettingsError(f"model.pretrained = true: backbone {name} has no standard weights; name a FILE")
+    named = f"detector {settings.detector} with backbone {settings.backbone}"
+    raise SettingsError(f"model.pretrained = true: {named} has no standard weights; name a FILE")
 
 
 def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
@@ -137,10 +140,11 @@ def load_checkpoint_weights(
     model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path, names: Sequence[str]
 ) -> list[str]:
     """Load the detector of one of our runs; of the output convolutions what belongs to classes of the same names."""
+    lines: list[str] = []
     try:
         if not checkpoint["settings"]:
             raise KeyError("settings")
-        its = complete_settings(checkpoint["settings"], DEFAULTS).model
+        its = complete_settings(checkpoint["settings"], DEFAULTS, lines).model
         its_names = [str(name) for name in checkpoint["categories"]["names"]]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
@@ -152,7 +156,7 @@ def load_checkpoint_weights(
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
     weights = "EMA" if checkpoint["average"] else "weights"
-    lines = [f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(its_names)} classes"]
+    lines.append(f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(its_names)} classes")
     lines += carry_outputs(model, state, its_names, list(names))
     check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)

@@ -11,7 +11,7 @@ from detection.config.loading import Flag, changed_settings, complete_settings, 
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError, name_list
 from detection.training.automatic import load_run_settings
-from detection.training.loggers import build_loggers
+from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
 ACCEPT = "--accept-changes continues all the same"
@@ -59,10 +59,10 @@ def open_run(
     """
     if arguments.resume is None:
         settings, notices = load_run_settings(arguments.config, arguments.settings, flags)
-        build_loggers(settings.run.loggers)  # raises for unknown names before anything expensive
+        check_loggers(settings.run.loggers)
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
-    build_loggers(settings.run.loggers)
+    check_loggers(settings.run.loggers)
     return checkpoint, directory, settings, notices
 
 
@@ -86,8 +86,10 @@ def open_resumed_run(
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
     checkpoint = load_last(directory)
-    old = complete_settings(checkpoint["settings"], DEFAULTS)
+    moved: list[str] = []
+    old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
+    notices = moved + notices
     changes = changed_settings(old, settings)
     follows = follows_length(old)
     if arguments.extend:

@@ -85,8 +85,7 @@ class Run:
         self._build_data()
         seed_everything(settings.run.seed)
         self.detector = self._build_detector(fresh)
-        assert self.detector.criterion is not None
-        self.criterion = self.detector.criterion
+        self.criterion = self.detector.require_criterion()
         self._resolve_durations()
         self.extended: list[list[int | str]] = []  # by --extend: step, train.steps before and after
         self.clock: Clock | None = None  # of a run with `train.minutes`, unless it is resumed
@@ -119,10 +118,7 @@ class Run:
         self.pretrained_lines = load_pretrained(detector.model, settings.model, self.categories.names) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
-        if detector.criterion is None:
-            raise SettingsError(
-                "model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect, not be trained here"
-            )
+        detector.require_criterion()
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)

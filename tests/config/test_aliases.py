@@ -137,7 +137,7 @@ def test_a_bare_hpu_leaves_the_next_word_alone() -> None:
     assert words == shlex.split("--hpu=1 photo.jpg --hpus 1 --hpu=1")
 
 
-# Seed 001's commands behind `train.py CONFIG`, word for word, on its recipe; what they mean stands in the HPU recipes.
+# Commands of Habana's MMDetection example behind `train.py CONFIG`, word for word, on its recipe.
 SINGLE = "--config recipes/d53_320_273e.yaml run.precision=off"
 SEED = {
     "1x32": f"{SINGLE} --hpu=1  --batch-size=32 --eval-batch-size=64 --deterministic --log-interval 400 --epoch 2",

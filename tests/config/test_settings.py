@@ -131,10 +131,10 @@ def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
     assert attrgetter(word.partition("=")[0])(load(word)) == value
 
 
-# --- flat names of seed 002 ---
+# --- flat names of the research repository ---
 
 
-FLAT = [  # the names that issue 2 lists, and a value that is not the default
+FLAT = [  # the names in its args.yaml, and a value that is not the default
     ("batch_size", "train.batch_size", 7),
     ("subdivisions", "train.subdivisions", 3),
     ("steps", "train.steps", 11),
@@ -445,12 +445,14 @@ def test_an_earlier_path_works_everywhere_and_is_one_line(path: str, tmp_path: P
         settings, notices = load_settings(ARGS, **arguments)  # type: ignore[arg-type]
         assert attrgetter(today)(settings) == expected
         assert len(notices) == 1 and f"{path} is now {today}" in notices[0]
-    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS)) == expected
+    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS, stored := [])) == expected
+    assert len(stored) == 1 and stored[0].startswith(f"stored settings: {path} is now {today}")
 
 
 def test_the_settings_of_a_checkpoint_before_the_section_model() -> None:
     tree = {"yolo": {"encoder": "darknet_cfg", "cfg": "[net]\n"}, "data": {"keep_aspect": True}}
-    settings = complete_settings(tree, ARGS)
+    settings = complete_settings(tree, ARGS, notices := [])
+    assert len(notices) == 1 and notices[0].count(" is now ") == 3
     assert (settings.model.backbone, settings.model.cfg, settings.model.placement) == (
         "darknet_cfg", "[net]\n", "letterbox",
     )  # fmt: skip

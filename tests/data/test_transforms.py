@@ -21,7 +21,7 @@ from tests.support.detectors import letterbox_image, transform_of
 from tests.support.pictures import NAMED, NO_BOXES, bright_extent, picture, probabilities
 
 Load = Callable[..., Settings]
-# Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
+# Name in args.yaml -> class in albumentations: the research repository's without Resize, and a vertical flip.
 CLASSES = {
     "multiplicative_noise": "MultiplicativeNoise",
     "clahe": "CLAHE",

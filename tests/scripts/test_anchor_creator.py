@@ -129,7 +129,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
     assert [[list(anchor) for anchor in level] for level in model.anchors] == [shapes[:3], shapes[3:]]
     assert (tmp_path / "out" / "anchors.cfg").read_text().strip() == (settings.model.cfg or "").strip()
     result = run(*words, "--per-level", 2, "--output", tmp_path / "other")
-    assert result.returncode == 2 and "the Darknet description has 3,3" in result.stderr
+    assert result.returncode == 2 and "the cfg has 3,3" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_names_from_a_file_or_none_at_all(run: Run, tmp_path: Path) -> None:
     assert run("set", "--names", "names", "--split", "all").returncode == 0
     assert boxes_of(tmp_path / "out", "all") == [("a.jpg", "z", [0, 0, 10, 20])]
     result = run("set", out="other")
-    assert "class names, which the dataset does not tell" in result.stdout
+    assert "class names are not in the dataset" in result.stdout
     assert [entry["name"] for entry in coco_of(tmp_path / "other")["categories"]] == ["class_0", "class_1", "class_2"]
 
 

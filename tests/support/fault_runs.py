@@ -101,17 +101,18 @@ class Run:
         return self.process.exitcode
 
     def ends_with(self, code: int, *words: str) -> str:
-        """Assert the exit code and a single line on stderr besides notices of signals; returns the line."""
+        """Assert the exit code and a single line on stderr besides notices of signals; returns the line.
+
+        `words` are those of the line; of the output where the code is 0 and there is no line.
+        """
         found = self.wait()
         assert found == code, f"exit code {found}\n{self.out}{self.err}"
         lines = [line for line in self.err.splitlines() if "received: finishing the step" not in line]
-        if code == 0:
-            assert not lines, lines
-            return ""
-        assert len(lines) == 1, self.err
+        assert len(lines) == (code != 0), self.err
+        text = lines[0] if lines else self.out
         for word in words:
-            assert word in lines[0], lines[0]
-        return lines[0]
+            assert word in text, text
+        return text
 
     def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

@@ -37,7 +37,7 @@ def read_coco(
 
     Args:
         source: annotation file with the images beside it, or folder in COCO's or Roboflow's layout.
-        split: name for the images of an annotation file whose name tells none.
+        split: name for the images of an annotation file whose name contains no split.
         with_images: leave out images whose file is missing; False: the size in the JSON is enough.
         further_keys: keep ids, segmentations and whatever else the files hold, for COCO JSON again.
 

@@ -79,9 +79,11 @@ class Findings:
         self.notes: dict[str, list[str]] = {}
 
     def skip(self, reason: str, place: str) -> None:
+        """Count something that is left out."""
         self.skipped.setdefault(reason, []).append(printable(place))
 
     def note(self, reason: str, place: str) -> None:
+        """Count something that is kept but worth knowing."""
         self.notes.setdefault(reason, []).append(printable(place))
 
     def lines(self, source: Path, examples: int = 3) -> list[str]:
@@ -109,6 +111,7 @@ class ImageSize:
 
     @property
     def shown(self) -> tuple[int, int]:
+        """Width and height as shown."""
         width, height = self.stored
         return (height, width) if self.orientation >= 5 else (width, height)
 
@@ -213,6 +216,7 @@ def finish_box(
 
 
 def note_duplicates(boxes: Sequence[Box], place: str, findings: Findings) -> None:
+    """Note an image that has the same box of the same class twice."""
     twice = len(boxes) - len({(box.label, box.xywh) for box in boxes})
     if twice:
         findings.note("images with the same box of the same class more than once, kept", place)
@@ -229,6 +233,7 @@ def images_inside(directory: Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
+    """Whether a file has an image suffix and is not hidden."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 

@@ -221,6 +221,7 @@ def check_map(section: CfgSection, shape: Shape) -> None:
 
 
 def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """Convolution, batch norm and activation; a layer builder, see `LAYER_BUILDERS`."""
     channels, rows, columns = before
     filters, size = section.integer("filters", 1, minimum=1), section.integer("size", 1, minimum=1)
     stride, groups = read_stride(section), section.integer("groups", 1, minimum=1)
@@ -263,6 +264,7 @@ def share_weights(section: CfgSection, number: int, layer: nn.Module, layers: Se
 
 
 def build_maxpool(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """Max pooling with Darknet's padding; see `LAYER_BUILDERS`."""
     stride = read_stride(section)
     size = section.integer("size", stride, minimum=1)
     padding = section.integer("padding", size - 1, minimum=0)
@@ -291,6 +293,7 @@ def build_upsample(section: CfgSection, _: int, before: Shape, __: Sequence[Shap
 
 
 def build_route(section: CfgSection, number: int, _: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """Concatenation of earlier layers, or of a group of their channels; see `LAYER_BUILDERS`."""
     sources = read_sources(section, "layers", number)
     groups, group = section.integer("groups", 1, minimum=1), section.integer("group_id", 0, minimum=0)
     rows_columns = {shapes[source][1:] for source in sources}
@@ -307,6 +310,7 @@ def build_route(section: CfgSection, number: int, _: Shape, shapes: Sequence[Sha
 
 
 def build_shortcut(section: CfgSection, number: int, before: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """Sum with earlier layers; see `LAYER_BUILDERS`."""
     sources = read_sources(section, "from", number)
     for source in sources:
         if shapes[source][1:] != before[1:]:

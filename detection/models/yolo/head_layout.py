@@ -69,6 +69,7 @@ class HeadLayout(nn.Module):
 
     @property
     def anchors(self) -> list[Tensor]:
+        """Anchors (A, 2) of each level, width and height in pixels."""
         return [self.get_buffer(f"anchors_{level}") for level in range(len(self.strides))]
 
     def tables(self, sizes: Sequence[tuple[int, int]]) -> Tables:

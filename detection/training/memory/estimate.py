@@ -30,13 +30,16 @@ class MemoryEstimate:
 
     @property
     def activations(self) -> int:
+        """Bytes saved for the backward pass of a micro-batch."""
         return self.once + round(self.per_image * self.batch_size)
 
     @property
     def total(self) -> int:
+        """Bytes of everything."""
         return self.state + self.activations
 
     def line(self) -> str:
+        """Format the line of the plan."""
         available = "" if self.available is None else f" of {self.available / 2**30:.1f} GiB available"
         return (
             f"memory      a step needs about {self.total / 2**30:.1f} GiB{available}, libraries not counted: "
