@@ -97,7 +97,8 @@ def open_weights(
         CheckpointError: the file is missing or damaged, or does not fit the network.
         SettingsError: the arguments contradict one another, or the device is absent.
     """
-    refuse_absent_device(defaults, overlays, words, flags)
+    if weights.suffix != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
+        refuse_absent_device(defaults, overlays, words, flags)
     own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
     if weights.suffix in own_kinds:
         for flag, value in (("--cfg", cfg), ("--names", names)):
