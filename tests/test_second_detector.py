@@ -99,6 +99,16 @@ def test_it_overfits_a_batch(run_script: Callable[..., Any], drawn_dataset: Path
     assert result.returncode == 0 and "learned: AP50" in result.stdout, result.stdout + result.stderr
 
 
+def test_a_detector_without_criterion_gives_its_own_reason(
+    run_script: Callable[..., Any], drawn_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"criterion": None, "untrainable": "a toy to look at"}
+    monkeypatch.setitem(models.DETECTORS, "toy", lambda *sections: build_toy(*sections).replace(**parts))
+    for main, flags in ((load_main().main, []), (batch_overfit.main, ["--images", "3"])):
+        result = run_script(main, f"data.root={drawn_dataset}", *WORDS, *flags)
+        assert (result.returncode, result.stderr) == (2, "a toy to look at\n")
+
+
 FAMILY = ("detection/models/yolo/", "detection/models/darknet/", "detection/config/")
 # The dict of detectors; a dataset format of that name.
 ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detection/inference/results.py")
