@@ -71,7 +71,7 @@ def build_yolo(
             pixel_std=model.pixel_std,
         ),
         name=model_settings.backbone,
-        untrainable="model.cfg: a network with new_coords = 1 can detect but not be trained here",
+        untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
         plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
         notices=CfgNotices(model_settings.cfg),
         score=f"{objectness} x class probability"
