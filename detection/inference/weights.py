@@ -101,9 +101,10 @@ def open_weights(
         CheckpointError: the file is missing or damaged, or does not fit the network.
         SettingsError: the arguments contradict one another, or the device is absent.
     """
-    refuse_absent_device(defaults, overlays, words, flags)
     weights = weights_file(weights)
     kind = weights.suffix.lower()
+    if kind != ".onnx":  # ONNX Runtime has its own devices
+        refuse_absent_device(defaults, overlays, words, flags)
     if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
