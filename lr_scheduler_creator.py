@@ -22,7 +22,6 @@ from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.window import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
-from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
@@ -102,7 +101,10 @@ def main() -> None:
         settings, notices = load_run_settings(
             files, arguments.settings, unused=("data", "model", "evaluation"), tolerant=True, fit=False
         )
-        choose_device(settings.run.device)  # not used, but every script refuses an absent device
+        if settings.run.device not in ("auto", "cpu"):  # not used, but every script refuses an absent device
+            from detection.runtime.devices import choose_device  # imports torch, which takes a second
+
+            choose_device(settings.run.device)
         name = files[-1].stem if files else settings.scheduler.strategy
         taken = any(curve.name == name for curve in curves)
         curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))

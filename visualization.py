@@ -63,7 +63,12 @@ def main() -> None:
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
         settings, notices = load_run_settings(
-            arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler", "train"), fit=False
+            arguments.config,
+            arguments.settings,
+            device_flags(arguments),
+            unused=("scheduler", "train"),
+            tolerant=True,  # the device is refused first, then the data of the split
+            fit=False,
         )
         print("\n".join(notices), end="\n" if notices else "")
     else:

@@ -1,12 +1,14 @@
-"""Settings of a run from a command line, with a plan that fits one's own data where no recipe is named."""
+"""Settings of a run from a command line, with a plan that fits one's own data where no recipe is named.
+
+Imports torch, which takes a second, only where a value depends on the data or the device.
+"""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from detection.config.automatic import Facts, fill_in, has_auto, scale_anchors
@@ -15,13 +17,10 @@ from detection.config.loading import Flag, merge_settings, tuples_of, unused_not
 from detection.config.settings import DataSettings, Settings
 from detection.config.yaml_files import read_settings_file
 from detection.data.anchor_clustering import fit_anchors, mean_best_iou
-from detection.data.annotations import Annotations
-from detection.data.box_shapes import shapes_at
-from detection.data.build import build_training_dataset
 from detection.errors import DataError
-from detection.models import build_detector
-from detection.models.pretrained import has_standard_weights
-from detection.runtime.devices import choose_device
+
+if TYPE_CHECKING:
+    from detection.data.annotations import Annotations
 
 OWN_DATA = DEFAULTS.parent.parent / "recipes" / "own_data.yaml"
 COCO_SIZED = 20_000  # training images from which args.yaml, made for COCO's 118,287, is the plan
@@ -70,6 +69,9 @@ def load_run_settings(
             tree, notices, given = merge_settings(DEFAULTS, [OWN_DATA], words, flags)
             notices.insert(0, f"plan for own data, because no --config is given: {OWN_DATA}")
     if has_auto(tree):
+        from detection.models.pretrained import has_standard_weights
+        from detection.runtime.devices import choose_device
+
         if annotations is None:
             annotations = read_training_annotations(tree, tolerant)
         facts = Facts(
@@ -103,7 +105,7 @@ def is_coco(tree: dict[str, Any]) -> bool:
     return not root.exists() or (file.is_file() and file.stat().st_size > size)
 
 
-def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> Annotations | None:
+def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> "Annotations | None":
     """Read the training annotations that the settings name; None: synthetic data, or invalid settings.
 
     Raises:
@@ -115,6 +117,8 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> Annotatio
         return None
     if data.fake:
         return None
+    from detection.data.build import build_training_dataset
+
     try:
         return build_training_dataset(data, 0, None).annotations
     except DataError:
@@ -123,7 +127,7 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> Annotatio
         raise
 
 
-def anchors_for(tree: dict[str, Any], annotations: Annotations | None) -> tuple[list | None, str]:
+def anchors_for(tree: dict[str, Any], annotations: "Annotations | None") -> tuple[list | None, str]:
     """Fit anchors to the boxes at the input size of training, if the given ones fit badly.
 
     Args:
@@ -135,6 +139,11 @@ def anchors_for(tree: dict[str, Any], annotations: Annotations | None) -> tuple[
     """
     if annotations is None:
         return None, "the published ones, the data is not known"
+    import torch
+
+    from detection.data.box_shapes import shapes_at
+    from detection.models import build_detector
+
     settings = validate(tree)
     with torch.device("meta"):
         detector = build_detector(settings, len(annotations.categories.names))
