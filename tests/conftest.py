@@ -23,7 +23,7 @@ from tests.support.paths import REPOSITORY
 
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-pytest_plugins = ["tests.support.darknet_files"]
+pytest_plugins = ["tests.support.darknet_files", "tests.support.block_detector"]
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,18 @@ class Parser(argparse.ArgumentParser):
         )
         add("--names", type=Path, metavar="FILE", help="class names for Darknet weights, one per line")
 
+    def add_views(self) -> None:
+        """Add --tiles, --overlap and --tta, which `inference.views.open_viewer` reads."""
+        add = self.add_argument
+        add(
+            "--tiles",
+            type=at_least_one,
+            metavar="SIZE",
+            help="for images much larger than the network input: also look at overlapping tiles of SIZE pixels",
+        )
+        add("--overlap", metavar="N", help="pixels that neighbouring tiles share, or share of SIZE (default: 0.2)")
+        add("--tta", action="store_true", help="test-time augmentation: also mirrored, smaller and larger")
+
     def add_output(self) -> None:
         """Add --output and --show."""
         self.add_argument(
