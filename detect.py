@@ -78,6 +78,7 @@ def main() -> None:
     settings = opened.settings
     batch_size = settings.evaluation.batch_size or BATCH_SIZE
     finder = Finder(opened, open_viewer(arguments, opened, open_machine(settings.run), batch_size), arguments.classes)
+    coco = open_coco_results(arguments, finder.names)
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
     stop, start = StopRequest("frame or batch"), time.perf_counter()
     stop.install()
@@ -85,7 +86,6 @@ def main() -> None:
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
     try:
         with contextlib.ExitStack() as files:
-            coco = open_coco_results(arguments, finder.names)
             if coco is not None:
                 files.enter_context(coco)
             crop_format = arguments.format if arguments.crops else None

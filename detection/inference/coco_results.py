@@ -10,7 +10,7 @@ import numpy as np
 
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import follow_spelling
-from detection.errors import DataError
+from detection.errors import DataError, OutputError
 from detection.inference.results import ImageDetections
 
 
@@ -28,7 +28,7 @@ class CocoResults:
 
     Raises:
         DataError: the annotation file cannot be read or has none of the classes.
-        OSError: the result file cannot be written.
+        OutputError: the result file cannot be written.
     """
 
     def __init__(self, path: Path, annotations: Path, names: Sequence[str]) -> None:
@@ -49,7 +49,10 @@ class CocoResults:
             last: number for last, number in zip(last_parts, columns.image_ids.tolist(), strict=True) if once[last] == 1
         }
         self._done: set[int] = set()
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         self._file.write("[")
 
     def __enter__(self) -> Self:

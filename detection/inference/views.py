@@ -1,4 +1,4 @@
-"""Run a detector on whole images, on their tiles (`tiling`) and in several variants (`test_time`)."""
+"""Run a detector on whole images, on their tiles (`tiling`) and in several variants (`tta`)."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from detection.contract import Detector
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Sample, Transform
 from detection.inference.onnx_model import OnnxModel
-from detection.inference.test_time import SCALES, Variant, fuse, mirror, variants
 from detection.inference.tiling import Region, Tiling, merge_tiles, read_tiling
+from detection.inference.tta import SCALES, Variant, fuse, mirror, variants
 from detection.inference.weights import OpenedDetector
 from detection.ops.letterbox import boxes_to_original
 from detection.runtime.devices import Machine

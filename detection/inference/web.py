@@ -65,7 +65,7 @@ def read_picture(url: str) -> np.ndarray:
                 if len(content) > MAX_BYTES or time.monotonic() > end:
                     raise DataReadError(f"{name}: longer than {MAX_BYTES} bytes or {LONGEST:g} seconds")
     except FAILURES as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         raise DataReadError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
     encoded = np.frombuffer(bytes(content), dtype=np.uint8)
     return decode_image(encoded, read_header(encoded, Path(name)), Path(name))
