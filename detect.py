@@ -170,7 +170,8 @@ class Finder:
         settings, self.names = opened.settings, opened.class_names()
         if unknown := [name for name in wanted if name not in self.names]:
             raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.prepare, self.batch_size, self._viewer = viewer.prepare, viewer.batch_size, viewer
+        self.prepare, self.batch_size, self._viewer = viewer.prepare, viewer.images_at_a_time, viewer
+        self.looks_once = viewer.looks_once
         self.threshold = settings.evaluation.visualization_threshold
         self.lowest = settings.evaluation.confidence_threshold
         if self.threshold < self.lowest:
@@ -211,7 +212,7 @@ class Run:
         """Process images in batches; reading and writing run in threads beside the network."""
         results, threads = self.results, min(MAX_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, tqdm(total=len(sources), unit="image", disable=None) as bar:
-            loaded = read_ahead(pool, self._load, sources, threads)
+            loaded = read_ahead(pool, self._load, sources, threads if self.finder.looks_once else 1)
             for batch in batches(loaded, self.finder.batch_size, pixels_of_loaded):
                 for _, image in batch:
                     if isinstance(image, DataReadError):

@@ -38,9 +38,7 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from detection.runtime.habana import prepare_habana
 
@@ -53,7 +51,7 @@ from torch import nn
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser
+from detection.config.command_line import Parser, read_confidences
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
@@ -62,7 +60,6 @@ from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
-from detection.evaluation.coco_metric import score
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -73,7 +70,7 @@ from detection.evaluation.comparison import (
     write_comparison,
 )
 from detection.evaluation.detections import write_detections
-from detection.evaluation.error_analysis import Analysis, analyse, group_table, write_analysis
+from detection.evaluation.error_analysis import analyse, group_table, write_analysis
 from detection.evaluation.evaluate import (
     Evaluation,
     InferenceResult,
@@ -85,10 +82,11 @@ from detection.evaluation.evaluate import (
 from detection.evaluation.figures import draw_comparison, draw_evaluation
 from detection.evaluation.pycocotools_check import check_with_pycocotools
 from detection.evaluation.report import (
+    best_f1_line,
     class_lines,
+    compare_thresholds,
     deviations,
     draw_detections,
-    metric_lines,
     protocol_line,
     write_evaluation,
 )
@@ -145,29 +143,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def read_confidences(words: Sequence[str], settings: list[str]) -> list[float]:
-    """Parse the values of --confidence, and append the lowest to the settings.
-
-    Raises:
-        SettingsError: a value is not between 0 and 1 or is repeated, or the setting is given too.
-    """
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            raise SettingsError(f"--confidence {word}: is not a number") from None
-        if not 0 < values[-1] < 1:
-            raise SettingsError(f"--confidence {word}: must lie between 0 and 1")
-        if values.count(values[-1]) > 1:
-            raise SettingsError(f"--confidence {word}: occurs twice")
-    if values:
-        if other := [word for word in settings if word.split("=")[0].endswith("confidence_threshold")]:
-            raise SettingsError(f"--confidence and {other[0]} contradict one another; give one of them")
-        settings.append(f"evaluation.confidence_threshold={min(values)!r}")
-    return values
-
-
 def validate(arguments: argparse.Namespace) -> None:
     """Evaluate one detector."""
     opened, viewer = open_detector(arguments)
@@ -176,7 +151,7 @@ def validate(arguments: argparse.Namespace) -> None:
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
     evaluation = evaluate_with_bar(opened, dataset, viewer)
-    thresholds = compare_thresholds(arguments.confidence, evaluation, dataset)
+    thresholds = compare_thresholds(arguments.confidence, evaluation, dataset.annotations)
     print("\n".join(class_lines(evaluation.class_ap)))
     official, official_line = check_with_pycocotools(
         dataset.annotations, evaluation.detections, evaluation.metrics, evaluation.backend
@@ -345,8 +320,8 @@ def infer_with_bar(
     collate = collate_samples if viewer.looks_once else list
     if not viewer.looks_once:
         dataset.sample_transform = viewer.prepare
-    workers, batch_size = settings.data.num_workers, viewer.batch_size
-    loader = build_evaluation_loader(dataset, batch_size, workers, machine.device, collate=collate)
+    workers, count = settings.data.num_workers, viewer.images_at_a_time
+    loader = build_evaluation_loader(dataset, count, workers, machine.device, collate=collate)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:
 
         def advance() -> None:
@@ -366,33 +341,6 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, viewer: View
     if evaluation.dropped:
         print(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     return evaluation
-
-
-def compare_thresholds(
-    confidences: Sequence[float], evaluation: Evaluation, dataset: CocoDataset
-) -> list[dict[str, Any]]:
-    """Print the COCO table of each threshold, or the only one; returns the metrics per threshold for metrics.json."""
-    if not confidences:
-        print("\n".join(metric_lines(evaluation.metrics)))
-        return []
-    rows = []
-    for confidence in confidences:
-        detections, metrics = evaluation.detections, evaluation.metrics
-        if confidence != min(confidences):
-            detections = detections.above(confidence)
-            metrics = score(dataset.annotations, detections, evaluation.backend).metrics
-        print(f"Confidence Threshold: {confidence:g}\nFound Boxes: {len(detections)}")
-        print("\n".join(metric_lines(metrics)), flush=True)
-        rows.append({"confidence": confidence, "boxes": len(detections), **metrics})
-    return rows
-
-
-def best_f1_line(analysis: Analysis) -> str:
-    best = analysis.summary()["best_f1"]
-    return (
-        f"highest mean F1 {best['f1']:.3f} at confidence {best['confidence']:.3f}: precision {best['precision']:.3f}, "
-        f"recall {best['recall']:.3f} (IoU 0.5, mean over classes)"
-    )
 
 
 def time_lines(opened: OpenedDetector, evaluation: Evaluation, images: int) -> list[str]:

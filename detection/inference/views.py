@@ -86,6 +86,13 @@ class Viewer:
     def looks_once(self) -> bool:
         return self.tiling is None and len(self.variants) == 1
 
+    @property
+    def images_at_a_time(self) -> int:
+        """Number of images to prepare for one `find`, which fills the network's batches without filling the memory."""
+        if self.tiling is not None:
+            return 1
+        return self.batch_size if self.looks_once else max(self.batch_size // 2, 1)  # mirrored and not
+
     def prepare(
         self,
         image: np.ndarray,
