@@ -32,11 +32,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import AnchorLayout, Anchors, Detector
+from detection.data.anchor_clustering import (
+    best_ious,
+    best_side_ratios,
+    fit_anchors,
+    mean_best_iou,
+    nearest_anchors,
+)
 from detection.data.annotations import load_annotations
+from detection.data.box_shapes import shapes_at
 from detection.data.build import make_builtin
 from detection.data.layouts import find_split
 from detection.data.sampler import size_step
@@ -44,16 +51,10 @@ from detection.drawing.figures import figure_pixels, save_figure
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
-from detection.visualization.anchor_clustering import (
-    best_ious,
-    best_side_ratios,
-    fit_anchors,
-    mean_best_iou,
-    nearest_anchors,
-)
+from detection.training.automatic import load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
-from detection.visualization.box_shapes import shapes_at
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
     9: (
@@ -80,7 +81,10 @@ class Fit:
 
 def main() -> None:
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
+    choose_device(settings.run.device)  # not used, but every script refuses an absent device
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:
@@ -114,7 +118,7 @@ def main() -> None:
     figure = draw_anchors(shapes, sets, layout.strides, max(sizes), title)
     try:
         save_figure(directory / "anchors.png", figure)
-        write_overlay(directory, levels, layout, [f"{path}, {at}", verdict])
+        write_overlay(directory, levels, layout, sizes, [f"{path}, {at}", verdict])
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error}") from None
@@ -130,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--per-level",
         metavar="N[,N...]",
-        help="number of anchors per level; one for all or one each, finest stride first (default: as yolo.anchors)",
+        help="number of anchors per level; one for all or one each, finest stride first (default: as now)",
     )
     add("--restarts", type=int, default=10, metavar="N", help="number of clusterings, the best is used (default: 10)")
     add("--threshold", type=float, default=0.5, metavar="IOU", help="minimum shape IoU for the recall (default: 0.5)")
@@ -175,9 +179,7 @@ def counts_per_level(text: str | None, layout: AnchorLayout) -> list[int]:
             f"{','.join(map(str, current))}"
         )
     if layout.with_anchors is not None and counts != current:
-        raise SettingsError(
-            f"--per-level {text}: the Darknet description has {','.join(map(str, current))}; change its filters first"
-        )
+        raise SettingsError(f"--per-level {text}: the cfg has {','.join(map(str, current))}; change its filters first")
     return counts
 
 
@@ -246,12 +248,17 @@ def judge(fits: Sequence[Fit]) -> str:
     return text
 
 
-def write_overlay(directory: Path, levels: Anchors, layout: AnchorLayout, comments: Sequence[str]) -> None:
+def write_overlay(
+    directory: Path, levels: Anchors, layout: AnchorLayout, sizes: Sequence[int], comments: Sequence[str]
+) -> None:
+    """Write anchors.yaml and, for a network from a cfg, anchors.cfg."""
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")
         rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
         lines += [f"{section}:", f"  {key}:", *rows]
+        # At another train.image_size they are scaled; anchors for a range of sizes are not.
+        lines += [f"  anchor_size: {sizes[0] if len(sizes) == 1 else 'null'}"]
     else:
         text = layout.with_anchors(levels)
         (directory / "anchors.cfg").write_text(text, encoding="utf-8")

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import DataSettings, Settings
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
@@ -47,7 +46,9 @@ from detection.dataset_checks.image_checks import (
 )
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
 from detection.models import build_detector
+from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 
 SPLITS = ("training", "validation")
 
@@ -67,7 +68,10 @@ class Source(NamedTuple):
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
+    choose_device(settings.run.device)  # not used, but every script refuses an absent device
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
     print("\n".join(notices), end="\n" if notices else "")

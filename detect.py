@@ -42,26 +42,25 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from detection.config.command_line import Parser
 from detection.data.image_file import read_image
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
-from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message, name_list
 from detection.inference.coco_results import CocoResults
-from detection.inference.results import ImageDetections, Results
+from detection.inference.finder import BATCH_SIZE, Finder
+from detection.inference.results import Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
-from detection.inference.views import Viewed, Viewer, open_viewer
-from detection.inference.weights import OpenedDetector, open_command_line
+from detection.inference.views import Viewed, open_viewer
+from detection.inference.weights import open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-BATCH_SIZE = 8  # if evaluation.batch_size is null
 MAX_THREADS = 8  # for reading and writing pictures; each holds a decoded image
 Loaded = tuple[np.ndarray, Viewed] | DataReadError
 STOP_KEYS = ("q", "escape")
@@ -154,44 +153,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-class Finder:
-    """Detects objects in images.
-
-    Args:
-        opened: trained weights with their settings.
-        viewer: how the detector looks at images.
-        wanted: names of the classes to detect; empty: all.
-
-    Raises:
-        SettingsError: a class is unknown, or the minimum score is below evaluation.confidence_threshold.
-    """
-
-    def __init__(self, opened: OpenedDetector, viewer: Viewer, wanted: Sequence[str]) -> None:
-        settings, self.names = opened.settings, opened.class_names()
-        if unknown := [name for name in wanted if name not in self.names]:
-            raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.prepare, self.batch_size, self._viewer = viewer.prepare, viewer.images_at_a_time, viewer
-        self.looks_once = viewer.looks_once
-        self.threshold = settings.evaluation.visualization_threshold
-        self.lowest = settings.evaluation.confidence_threshold
-        if self.threshold < self.lowest:
-            raise SettingsError(
-                f"scores from {self.threshold:g} were asked for; evaluation.confidence_threshold = {self.lowest:g} "
-                "drops what is below; lower it too"
-            )
-        self.wanted = np.array([name in wanted or not wanted for name in self.names])
-
-    def find(self, images: Sequence[Viewed]) -> list[ImageDetections]:
-        """Run the detector on a batch of prepared images: detections of any score, of the wanted classes."""
-        return [self._of_image(found) for found in self._viewer.find(images)]
-
-    def _of_image(self, found: dict[str, torch.Tensor]) -> ImageDetections:
-        boxes, labels, scores = (found[name].numpy() for name in ("boxes", "labels", "scores"))
-        # A diverged network may predict NaN boxes, which cannot be drawn or written.
-        used = self.wanted[labels] & np.isfinite(boxes).all(axis=1)
-        return ImageDetections(boxes[used], labels[used], scores[used])
-
-
 @dataclass
 class Run:
     """Runs the finder on sources and writes the results, until the stop request."""
@@ -218,7 +179,8 @@ class Run:
                     if isinstance(image, DataReadError):
                         results.leave_out(image.line)
                 readable = [(source, *image) for source, image in batch if not isinstance(image, DataReadError)]
-                founds = self.finder.find([viewed for _, _, viewed in readable]) if readable else []
+                prepared = [viewed for _, _, viewed in readable]
+                founds = self.finder.find(prepared, all_scores=self.coco is not None) if readable else []
                 rows = []
                 for (source, pixels, _), found in zip(readable, founds, strict=True):
                     if self.coco is not None and (reason := self.coco.add(source.file, found)):
@@ -259,8 +221,7 @@ class Run:
         with reader, writer, tqdm(total=reader.expected or None, unit="frame", disable=None) as bar:
             for frames in batches(reader, size, lambda frame: frame.image.shape[0] * frame.image.shape[1]):
                 founds = self.finder.find([self.finder.prepare(frame.image) for frame in frames])
-                shown = [found.at_least(self.finder.threshold) for found in founds]
-                for frame, found in zip(frames, shown, strict=True):
+                for frame, found in zip(frames, founds, strict=True):
                     if self.results.picture_format:
                         drawn = self.results.draw(frame.image, found)
                         # A camera runs on while the network computes, so frames are repeated to keep its rate.
@@ -302,7 +263,7 @@ def open_coco_results(arguments: argparse.Namespace, names: Sequence[str]) -> Co
         return None
     coco = CocoResults(arguments.coco_results, arguments.annotations, names)
     if coco.unlisted:
-        print(f"--coco-results leaves out classes that {coco.annotations} lacks: {', '.join(coco.unlisted)}")
+        print(f"--coco-results leaves out classes that {coco.annotations} lacks: {name_list(coco.unlisted)}")
     return coco
 
 

@@ -51,7 +51,7 @@ from torch import nn
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser, read_confidences
+from detection.config.command_line import Parser, device_flags, read_confidences, weights_file
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
@@ -59,7 +59,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
+from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="two or more weights to compare, instead of --weights")
     add("--confidence", nargs="+", default=[], metavar="C", help="one or more confidence thresholds to compare")
-    add("--score", metavar="NAME", help="same as yolo.score=NAME: product (default) or objectness")
+    add("--score", metavar="NAME", help="how YOLO scores a detection: product (default) or objectness")
     add("--no-ground-truth", action="store_true", help="write the COCO result file of images without annotations")
     parser.add_views()
     parser.add_settings()
@@ -129,16 +129,16 @@ def parse_arguments() -> argparse.Namespace:
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
-    if arguments.score is not None:
-        arguments.settings.append(f"yolo.score={arguments.score}")
-    arguments.compare = [Path(word) for word in arguments.compare]
+    arguments.compare = [weights_file(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")
     if arguments.compare and (arguments.cfg or arguments.confidence):
         flag = "--cfg" if arguments.cfg else "--confidence"
         raise SettingsError(f"{flag} belongs to --weights; --compare takes the .cfg beside each file and one threshold")
-    if arguments.no_ground_truth and (arguments.compare or arguments.confidence):
-        raise SettingsError("--no-ground-truth scores nothing: --compare and --confidence do not go with it")
+    if arguments.no_ground_truth and (arguments.compare or arguments.confidence or arguments.show):
+        raise SettingsError("--no-ground-truth scores nothing: --compare, --confidence and --show do not go with it")
+    if len(arguments.confidence) > 1 and (arguments.tiles or arguments.tta):
+        raise SettingsError("--confidence takes one value with --tiles and --tta: merging depends on weaker boxes")
     arguments.confidence = read_confidences(arguments.confidence, arguments.settings)
     return arguments
 
@@ -151,12 +151,10 @@ def validate(arguments: argparse.Namespace) -> None:
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
     evaluation = evaluate_with_bar(opened, dataset, viewer)
-    thresholds = compare_thresholds(arguments.confidence, evaluation, dataset.annotations)
-    print("\n".join(class_lines(evaluation.class_ap)))
+    thresholds, lines = compare_thresholds(arguments.confidence, evaluation, dataset.annotations)
     official, official_line = check_with_pycocotools(
         dataset.annotations, evaluation.detections, evaluation.metrics, evaluation.backend
     )
-    print(official_line, flush=True)
 
     started = time.perf_counter()
     analysis = analyse(
@@ -167,9 +165,9 @@ def validate(arguments: argparse.Namespace) -> None:
         evaluation.backend,
     )
     evaluation.seconds["analysis"] = time.perf_counter() - started
-    print("\n".join([*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]))
-    print(best_f1_line(analysis))
-    print("\n".join(time_lines(opened, evaluation, len(dataset))))
+    lines += [*class_lines(evaluation.class_ap), official_line]
+    lines += [*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]
+    lines += [best_f1_line(analysis), *time_lines(opened, evaluation, len(dataset))]
 
     more = {
         "weights": str(arguments.weights),
@@ -196,6 +194,8 @@ def validate(arguments: argparse.Namespace) -> None:
             save_png(directory / f"{file_name}.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse(name, len(pictures), list(pictures.values()).__getitem__)
@@ -213,7 +213,7 @@ def predict(arguments: argparse.Namespace) -> None:
     detections = detections.take(~np.isin(detections.labels, dataset.unlisted))
     if dataset.unlisted:
         names = [dataset.annotations.categories.names[label] for label in dataset.unlisted]
-        print(f"left out, since the annotation file has no such category: {', '.join(names)}")
+        print(f"left out, since the annotation file has no such category: {name_list(names)}")
     try:
         write_detections(directory / "detections.json", dataset.annotations, detections)
     except OSError as error:
@@ -251,15 +251,17 @@ def compare(arguments: argparse.Namespace) -> None:
                 protocol_line(opened.settings, opened.detector),
             )
         )
-    print("\n".join([*class_table(rows), *comparison_table(rows)]))
+    lines = [*class_table(rows), *comparison_table(rows)]
     if len({row.protocol for row in rows}) > 1:
-        print("note: the protocols differ, as printed above; settings on the command line hold for all")
+        lines.append("note: the protocols differ, as printed above; settings on the command line hold for all")
     picture = draw_comparison({row.name: row.metrics for row in rows}, {row.name: row.class_ap for row in rows})
     try:
         write_comparison(directory, rows)
         save_png(directory / "comparison.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
@@ -276,9 +278,11 @@ def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespa
 
 
 def open_detector(arguments: argparse.Namespace) -> tuple[OpenedDetector, Viewer]:
-    """Open --weights, and the ways it is to look at images, which its deviations name."""
+    """Open --weights and the ways to look at images, which its deviations name; --score only where it is a setting."""
     opened = open_command_line(arguments, arguments.settings)
-    settings = opened.settings
+    settings, own = opened.settings, opened.settings.model.detector
+    if foreign := [f for f in device_flags(arguments) if f.spelling == "--score" and not f.path.startswith(f"{own}.")]:
+        raise SettingsError(f"--score sets {foreign[0].path}, which the detector {own} of {arguments.weights} has not")
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     viewer = open_viewer(arguments, opened, open_machine(settings.run), batch_size)
     detector = viewer.detector.replace(deviations=(*opened.detector.deviations, *viewer.deviations))
@@ -304,7 +308,7 @@ def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDatas
     if opened.names is None:
         shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
         order = "data.class_names" if data.class_names else "ascending category id"
-        print(f"the weights name no classes: taken by position, in the order of {order}: {', '.join(shown)} (--names)")
+        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
     if ground_truth and annotations.crowd.all():
         raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a usable box")
     return dataset

@@ -28,8 +28,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, Categories, load_annotations
 from detection.data.build import make_builtin
@@ -39,16 +38,19 @@ from detection.data.layouts import find_split
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
+from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
-from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
+from detection.training.automatic import load_run_settings
+from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution
 from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
-from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
+from detection.visualization.image_ranking import find_mistakes
 
 MAX_PER_PAGE = 100
 MAX_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each
@@ -60,7 +62,9 @@ def main() -> None:
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
-        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+        settings, notices = load_run_settings(
+            arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler", "train"), fit=False
+        )
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings
@@ -192,7 +196,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
         f"by COCO's sizes: {sizes}",
     ]
     if absent := [name for name, row in summary["classes"].items() if not row["boxes"]]:
-        lines.append(f"classes without any box: {', '.join(absent)}")
+        lines.append(f"classes without any box: {name_list(absent)}")
     if summary["images_without_stated_size"]:
         lines.append(f"{summary['images_without_stated_size']:,} images without a stated size")
     return lines + [f"left out: {line}" for line in annotations.counts.lines()]
@@ -233,7 +237,7 @@ def choose_images(arguments: argparse.Namespace, annotations: Annotations, seed:
     if arguments.class_name is not None:
         names = annotations.categories.names
         if arguments.class_name not in names:
-            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {', '.join(names)}"))
+            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {name_list(names)}"))
         label = names.index(arguments.class_name)
         image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
         chosen = chosen[np.isin(chosen, image_of_box[annotations.labels == label])]

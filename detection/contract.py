@@ -101,6 +101,15 @@ class DetectorModel(Protocol):
         ...
 
 
+@runtime_checkable
+class HasClassRows(Protocol):
+    """A model that can say which filters of its output convolutions belong to which class (optional)."""
+
+    def class_rows(self, num_classes: int) -> list[Tensor]:
+        """For each output convolution the filters of the class scores, if there were so many classes, (A, C) int64."""
+        ...
+
+
 @dataclass(frozen=True)
 class AssignedPrediction:
     """A prediction of an image and a ground-truth box assigned to it."""
@@ -146,6 +155,8 @@ class Detector:
         postprocess: raw outputs to boxes, scores and labels per image; its `decode` gives all boxes and scores.
         geometry: how an image becomes the network input.
         plan: lines for the plan of a run.
+        name: of the network, for messages.
+        untrainable: why there is no criterion.
         notices: (name of a setting -> side of the square input in pixels) -> further lines about these sizes.
         score: how the score of a detection is computed, for the header of an evaluation.
         deviations: how its detections depart from the evaluation protocol of docs/contract.md.
@@ -160,6 +171,8 @@ class Detector:
     postprocess: nn.Module
     geometry: Geometry
     plan: tuple[str, ...] = ()
+    name: str = "detector"
+    untrainable: str = "this network can detect but not be trained here"
     notices: Callable[[Mapping[str, int]], list[str]] = lambda sizes: []
     score: str = "score"
     deviations: tuple[str, ...] = ()
@@ -167,6 +180,16 @@ class Detector:
     held_settings: Mapping[str, list[str]] = field(default_factory=lambda: {"network": [], "decoding": []})
     anchors: AnchorLayout | None = None
     check_fit: Callable[[np.ndarray, np.ndarray, int], FitReport] | None = None
+
+    def require_criterion(self) -> nn.Module:
+        """Return the criterion.
+
+        Raises:
+            SettingsError: there is none; says why.
+        """
+        if self.criterion is None:
+            raise SettingsError(self.untrainable)
+        return self.criterion
 
     def to(self, device: torch.device, channels_last: bool) -> "Detector":
         """Move model, criterion and postprocess to the device, the model in the channels-last format if asked for."""

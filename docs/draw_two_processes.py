@@ -27,7 +27,7 @@ def losses(processes: int, directory: Path) -> list[tuple[float, float]]:
     if processes > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     words = [*WORDS, f"train.batch_size={8 // processes}", "--output", str(directory)]
-    subprocess.run([*start, "tests/two_ranks.py", "none", *words], check=True)
+    subprocess.run([*start, "tests/support/two_ranks.py", "none", *words], check=True)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 

@@ -2,13 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,9 +21,10 @@ from detection.errors import exit_with_message
 from detection.training import throughput
 from tests.support.paths import REPOSITORY
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # as `prepare_process` does for scripts
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-pytest_plugins = ["tests.support.darknet_files", "tests.support.block_detector"]
+pytest_plugins = ["tests.support.darknet_files", "tests.support.detect_runs"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,7 @@ def default_settings() -> Callable[..., Settings]:
     return load
 
 
-@dataclass(frozen=True)
-class ScriptResult:
+class ScriptResult(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
@@ -106,11 +106,7 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     colours = {3: (255, 0, 0), 7: (0, 255, 0)}
     for split, count in (("train", 9), ("val", 4)):
         (root / split).mkdir()
-        content: dict[str, Any] = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}],
-        }
+        images, rows = [], []
         generator = np.random.default_rng(count)
         for number in range(count):
             width, height = 60 + 8 * number, 96 - 4 * number
@@ -120,19 +116,12 @@ def drawn_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 x, y = int(generator.integers(0, width - 24)), int(generator.integers(0, height - 20))
                 box_width, box_height = (int(side) for side in generator.integers(8, 20, 2))
                 cv2.rectangle(image, (x, y), (x + box_width - 1, y + box_height - 1), colours[category], cv2.FILLED)
-                content["annotations"].append(
-                    {
-                        "id": len(content["annotations"]) + 1,
-                        "image_id": 100 + number,
-                        "category_id": category,
-                        "bbox": [x, y, box_width, box_height],
-                        "area": box_width * box_height,
-                        "iscrowd": 0,
-                    }
-                )
-            name = f"{number}.png"
-            cv2.imwrite(str(root / split / name), image[..., ::-1])
-            content["images"].append({"id": 100 + number, "file_name": name, "width": width, "height": height})
+                box = {"bbox": [x, y, box_width, box_height], "area": box_width * box_height, "iscrowd": 0}
+                rows.append({"id": len(rows) + 1, "image_id": 100 + number, "category_id": category, **box})
+            cv2.imwrite(str(root / split / f"{number}.png"), image[..., ::-1])
+            images.append({"id": 100 + number, "file_name": f"{number}.png", "width": width, "height": height})
+        categories = [{"id": 3, "name": "red"}, {"id": 7, "name": "green"}]
+        content = {"images": images, "annotations": rows, "categories": categories}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 

@@ -20,7 +20,9 @@ import visualization
 import visualize_batch
 from detection import models
 from detection.checkpoints import load_checkpoint
+from detection.config.command_line import DEFAULTS
 from detection.contract import DetectorModel
+from detection.inference.weights import open_weights
 from tests.support.paths import REPOSITORY
 from tests.support.toy_detector import ToyModel, build_toy, toy_postprocess
 from tests.support.training_runs import first_difference, load_main
@@ -75,7 +77,10 @@ def test_from_training_to_export(run_script: Callable[..., Any], drawn_dataset: 
     run(visualize_batch.main, *words, "--output", tmp_path / "batch")
     run(export.main, "--weights", best, "--nms", "--output", tmp_path / "onnx")
     (onnx,) = (tmp_path / "onnx").glob("*.onnx")
-    run(validation.main, "--weights", onnx, f"data.root={drawn_dataset}", "--output", tmp_path / "onnx_val")
+    exported, trained = (open_weights(path, None, None, DEFAULTS) for path in (onnx, best))
+    assert exported.detector.geometry == trained.detector.geometry  # rounding and interpolation are its own
+    assert exported.lines[-1].startswith("toy, 2 classes") and trained.lines[-1].endswith("steps, toy, 2 classes")
+    text = run(validation.main, "--weights", onnx, f"data.root={drawn_dataset}", "--output", tmp_path / "onnx_val")
     for name, weights in (("looks", best), ("onnx_looks", onnx)):
         looks = ["--tiles", "64", "--tta", "--no-pictures", "--confidence", "0.01"]
         text = run(detect.main, "--weights", weights, drawn_dataset / "val", *looks, "--output", tmp_path / name)
@@ -84,8 +89,13 @@ def test_from_training_to_export(run_script: Callable[..., Any], drawn_dataset: 
         assert scaled == (weights == best)
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("val", "onnx_val"))
     assert other["AP50"] == pytest.approx(one["AP50"], abs=1e-3)
-    result = run_script(visualize_batch.main, *words, "--targets")
-    assert result.returncode == 2 and "shows no assignment" in result.stderr
+    for main, flags, line in (
+        (visualize_batch.main, [*words, "--targets"], "shows no assignment"),
+        (validation.main, ["--weights", best, "--score", "product"], "yolo.score, which the detector toy of"),
+        (load_main().main, [*words, "model.pretrained=true"], "detector toy with backbone darknet has no standard"),
+    ):
+        result = run_script(main, *flags)
+        assert result.returncode == 2 and line in result.stderr
 
 
 def test_it_overfits_a_batch(run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path) -> None:
@@ -95,28 +105,46 @@ def test_it_overfits_a_batch(run_script: Callable[..., Any], drawn_dataset: Path
     assert result.returncode == 0 and "learned: AP50" in result.stdout, result.stdout + result.stderr
 
 
+def test_a_detector_without_criterion_gives_its_own_reason(
+    run_script: Callable[..., Any], drawn_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"criterion": None, "untrainable": "a toy to look at"}
+    monkeypatch.setitem(models.DETECTORS, "toy", lambda *sections: build_toy(*sections).replace(**parts))
+    for main, flags in ((load_main().main, []), (batch_overfit.main, ["--images", "3"])):
+        result = run_script(main, f"data.root={drawn_dataset}", *WORDS, *flags)
+        assert (result.returncode, result.stderr) == (2, "a toy to look at\n")
+
+
 FAMILY = ("detection/models/yolo/", "detection/models/darknet/", "detection/config/")
 # The dict of detectors; a dataset format of that name.
 ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detection/inference/results.py")
+ALLOWED += ("convert_dataset.py",)
+
+
+def names_of_yolo(source: str) -> list[str]:
+    """Identifiers with that name, and strings that are one word or the path of a setting; texts may name its files."""
+    found = [
+        f"{token.start[0]}: {token.string}"
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.NAME and re.search("yolo", token.string, re.IGNORECASE)
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found += [
+                f"{node.lineno}: {word}" for word in re.findall(r"^[\w.]*yolo[\w.]*=?$|loss_objectness", node.value)
+            ]
+    return found
 
 
 def test_no_yolo_outside_its_family() -> None:
-    """No identifier, import or attribute of that name in shared code; texts may name its files."""
-    found = []
-    for path in sorted([*(REPOSITORY / "detection").rglob("*.py"), REPOSITORY / "yolo-v3" / "main.py"]):
+    scripts = [*REPOSITORY.glob("*.py"), REPOSITORY / "yolo-v3" / "main.py"]
+    for path in (*(REPOSITORY / "detection").rglob("*.py"), *scripts):
         name = path.relative_to(REPOSITORY).as_posix()
-        if name.startswith((*FAMILY, *ALLOWED)):
-            continue
-        source = path.read_text(encoding="utf-8")
-        found += [
-            f"{name}:{token.start[0]}: {token.string}"
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.NAME and re.search("yolo", token.string, re.IGNORECASE)
-        ]
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found += [f"{name}:{node.lineno}: {word}" for word in re.findall(r"loss_objectness", node.value)]
-    assert not found
+        if not name.startswith((*FAMILY, *ALLOWED)):
+            assert (name, names_of_yolo(path.read_text(encoding="utf-8"))) == (name, [])
+    for line in ('a == "yolo"', '"yolo" in a', 'f"yolo.score={a}"', "settings.yolo", 'a["loss_objectness"]'):
+        assert names_of_yolo(line), line
+    assert not names_of_yolo('print("continue with: yolo-v3/main.py")')
 
 
 def test_the_models_of_the_family_keep_the_protocol(default_settings: Callable[..., Any]) -> None:

@@ -92,6 +92,7 @@ def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
         "lazy": ("run.lazy", bool),
         "autocast": ("run.precision", lambda _: "bf16"),
         "deterministic": ("run.deterministic", bool),
+        "score": ("yolo.score", str),
         "log_interval": ("run.log_frequency", int),
         "batch_size": ("train.batch_size", lambda value: value),
         "eval_batch_size": ("evaluation.batch_size", int),
@@ -109,6 +110,7 @@ def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
 
 
 def check_files(words: Sequence[str]) -> None:
+    """Refuse configuration files of MMDetection; names the recipe to take instead."""
     for word in words:
         if word.endswith(".py") and "=" not in word:
             recipe = RECIPES.get(Path(word).name, "a file of recipes/")
@@ -116,6 +118,7 @@ def check_files(words: Sequence[str]) -> None:
 
 
 def check_launcher(given: dict[str, Any]) -> None:
+    """Refuse --launcher without torchrun's environment, and a --local-rank other than torchrun's."""
     missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
     if "launcher" in given and missing:
         raise SettingsError(
@@ -131,23 +134,28 @@ def number_or_auto(text: str) -> int | str:
 
 
 def in_epochs(number: Any) -> str:
+    """Format a number of epochs as a duration."""
     return f"{number:g}ep" if isinstance(number, int | float) else f"{number}ep"
 
 
 def step_epochs(value: Any) -> dict[str, Any]:
+    """Translate `lr_config.step`: a list, a comma-separated text or one number of epochs."""
     values = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
     return {"scheduler.milestones": [in_epochs(epoch) for epoch in values], "scheduler.strategy": "WarmupMultiStepLR"}
 
 
 def step_policy(path: str) -> Callable[[Any], dict[str, Any]]:
+    """Build the translation of a key of the step policy, which also selects the strategy."""
     return lambda value: {path: value, "scheduler.strategy": "WarmupMultiStepLR"}
 
 
 def same(path: str) -> Callable[[Any], dict[str, Any]]:
+    """Build the translation of a key that only has another name here."""
     return lambda value: {path: value}
 
 
 def epochs(path: str) -> Callable[[Any], dict[str, Any]]:
+    """Build the translation of a key that counts epochs."""
     return lambda value: {path: in_epochs(value)}
 
 

@@ -121,6 +121,8 @@ class PhotometricDistortion(Section):
 
 
 class AugmentationSettings(Section):
+    """Training augmentation, in the order in which docs/augmentation.md lists it."""
+
     multiplicative_noise: MultiplicativeNoise
     clahe: CLAHE
     posterize: Posterize

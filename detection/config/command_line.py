@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from detection.config.aliases import add_device_flags, add_training_flags, separate_hpu, settings_flags
 from detection.config.loading import Flag
-from detection.errors import SettingsError
+from detection.errors import CheckpointError, SettingsError
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
 
@@ -18,6 +18,21 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
+
+
+def weights_file(path: str | Path) -> Path:
+    """Return the file of weights that a path names: of a run directory its best.pt.
+
+    Raises:
+        CheckpointError: a directory without best.pt.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (best := path / "best.pt").is_file():
+        return best
+    hint = f"; {path / 'last.pt'} is there" if (path / "last.pt").is_file() else ""
+    raise CheckpointError(f"{path} is a directory without best.pt, which a run writes at its first evaluation{hint}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,10 +79,10 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add(
             "--weights",
-            type=Path,
+            type=weights_file,
             required=required,
             metavar="FILE",
-            help="checkpoint .pt, Darknet .weights, or exported .onnx",
+            help="checkpoint .pt, run directory (its best.pt), Darknet .weights, or exported .onnx",
         )
         add(
             "--cfg",

@@ -12,6 +12,7 @@ def whole_number(value: Any) -> Any:
 
 
 def check_device(value: str) -> str:
+    """Check the name of a device; whether this machine has it is checked by `choose_device`."""
     if not re.fullmatch(r"auto|cpu|mps|hpu|cuda(:\d+)?", value):
         raise ValueError("must be auto, cpu, cuda, cuda:N, mps or hpu")
     return value
@@ -25,12 +26,14 @@ def check_duration(value: int | str) -> int | str:
 
 
 def check_range(value: tuple[float, float]) -> tuple[float, float]:
+    """Check that a range is [smallest, largest]."""
     if value[0] > value[1]:
         raise ValueError("must be [smallest, largest]")
     return value
 
 
 def is_zero(duration: int | str) -> bool:
+    """Whether a duration is 0, in steps or epochs."""
     return float(str(duration).removesuffix("ep")) == 0
 
 
@@ -59,4 +62,6 @@ GreyLevel = Annotated[int, Field(ge=0, le=255)]
 
 
 class Section(BaseModel):
+    """Base of the sections: frozen, without conversion of types, unknown keys refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

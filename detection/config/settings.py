@@ -43,6 +43,8 @@ def check_backbone(value: str) -> str:
 
 
 class RunSettings(Section):
+    """Where and how the process runs, and what it logs."""
+
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
     logs_path: str
     device: Annotated[str, AfterValidator(check_device)]
@@ -65,6 +67,8 @@ class RunSettings(Section):
 
 
 class DataSettings(Section):
+    """Datasets, their images and how they are loaded."""
+
     root: str
     format: Literal["auto", "coco", "yolo", "voc"]
     builtin: Literal["digits"] | None
@@ -125,6 +129,8 @@ class ModelSettings(Section):
 
 
 class YoloSettings(Section):
+    """What is YOLO's own: neck, anchors, loss and score."""
+
     spp: bool
     neck_channels: tuple[Count, ...]
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
@@ -161,6 +167,8 @@ class YoloSettings(Section):
 
 
 class TrainSettings(Section):
+    """Batches, steps, optimizer, EMA and checkpoints."""
+
     batch_size: Count | Literal["auto"]
     subdivisions: Count
     steps: Duration
@@ -206,6 +214,8 @@ class TrainSettings(Section):
 
 
 class SchedulerSettings(Section):
+    """Learning rate over the steps; which fields count depends on `strategy`."""
+
     strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
     warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
@@ -223,12 +233,18 @@ class SchedulerSettings(Section):
     def check_lengths(self) -> "SchedulerSettings":
         if self.strategy == "LambdaLR" and len(self.scale) != len(self.index) + 1:
             raise ValueError(f"scale: needs one value more than index ({len(self.index) + 1}), has {len(self.scale)}")
+        if (self.strategy == "StepLR") != (self.step_size is not None) or (
+            self.step_size is not None and is_zero(self.step_size)
+        ):
+            raise ValueError("strategy: StepLR, and it alone, needs a step_size above 0")
         for name in ("index", "milestones"):
             check_ascending(name, getattr(self, name))
         return self
 
 
 class EvaluationSettings(Section):
+    """Validation: images, thresholds and what is drawn."""
+
     evaluate_frequency: Duration | Literal["auto"]
     image_size: int
     batch_size: Count | None
@@ -242,6 +258,8 @@ class EvaluationSettings(Section):
 
 
 class Settings(Section):
+    """All settings, checked together."""
+
     run: RunSettings
     data: DataSettings
     model: ModelSettings
@@ -263,7 +281,7 @@ class Settings(Section):
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if is_zero(self.evaluation.evaluate_frequency):
+        if self.evaluation.evaluate_frequency != "auto" and is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
         sizes = {
             "train.image_size": [self.train.image_size],

@@ -13,7 +13,7 @@ import numpy as np
 from detection.contract import CROWD_LABEL
 from detection.data.annotation_file import Columns, Fault, read_columns, read_json
 from detection.data.fast_annotation_file import read_fast
-from detection.errors import DataError
+from detection.errors import DataError, name_list
 
 HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
 DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -> COCO's own
@@ -48,11 +48,13 @@ class AnnotationCounts:
     ids: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, ids: np.ndarray) -> None:
+        """Record the boxes left out for a reason, if there are any."""
         if len(ids):
             self.dropped[reason] = len(ids)
             self.ids[reason] = ids.tolist()
 
     def lines(self) -> list[str]:
+        """Format a line per reason."""
         return [
             f"{count} {reason} (annotation ids {self.ids[reason][:5]}{' ...' if count > 5 else ''})"
             for reason, count in self.dropped.items()
@@ -85,6 +87,7 @@ class Annotations:
         return len(self.image_ids)
 
     def file_name(self, index: int) -> str:
+        """Return the file name of an image."""
         start = self.file_name_ends[index - 1] if index else 0
         return self.file_names[start : self.file_name_ends[index]].tobytes().decode()
 
@@ -203,7 +206,7 @@ def choose_categories(
         return followed
     if class_names is not None:
         if missing := [name for name in class_names if name not in names]:
-            raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
+            raise DataError(f"{where}: data.class_names has {name_list(missing)}; the file has {name_list(names)}")
         return tuple(class_names)
     return tuple(names)
 

@@ -13,7 +13,7 @@ from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
 from detection.data.layouts import find_dataset, find_training_set, find_validation_set
-from detection.errors import DataError, OutputError
+from detection.errors import DataError, OutputError, name_list
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
 
@@ -80,7 +80,7 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
     names = dataset.annotations.categories.names
     if num_classes not in (None, len(names)):
         raise DataError(
-            f"model.num_classes is {num_classes}, but {file} has {len(names)} categories: {', '.join(names)}"
+            f"model.num_classes is {num_classes}, but {file} has {len(names)} categories: {name_list(names)}"
         )
     if not len(dataset.annotations.labels):
         raise DataError(f"{file}: no usable box in any training image")

@@ -64,9 +64,11 @@ class ImageCache:
 
     @property
     def first_pixel(self) -> int:
+        """Offset of the first image in the store, in bytes."""
         return HEAD.itemsize + self.count * ROW.itemsize
 
     def open_store(self) -> int:
+        """Open the file of the cache, or memory that forked workers share."""
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -101,6 +103,7 @@ class ImageCache:
         return image
 
     def key_of(self, path: Path) -> bytes:
+        """Hash what identifies the content of an image file: path, size, time, inode and decoder."""
         try:
             status = path.stat()
         except OSError as error:
@@ -151,11 +154,13 @@ class ImageCache:
                 self.warn(f"cannot grow: {error.strerror}")
 
     def warn(self, what: str) -> None:
+        """Warn that the cache stops growing."""
         where = self.file or "in memory"
         print(f"warning: image cache {where} {what}; further images are not cached", file=sys.stderr, flush=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
+        """Lock the head of the store against other processes."""
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX, HEAD.itemsize)
         try:
             yield
@@ -170,10 +175,12 @@ class ImageCache:
 
 
 def row_checksum(row: np.void) -> int:
+    """CRC of a row without its checksum, which exposes a torn write."""
     return zlib.crc32(row.tobytes()[: -ROW["row"].itemsize])
 
 
 def write_all(descriptor: int, content: memoryview, offset: int) -> None:
+    """Write all bytes; a call of the system may write fewer."""
     rest = content.cast("B")
     while rest:
         written = os.pwrite(descriptor, rest, offset)

@@ -77,6 +77,7 @@ def find_split(data: DataSettings, split: str) -> tuple[Path, Path | None]:
 
 
 def existing_root(data: DataSettings, annotations: str | None) -> Path:
+    """Return `data.root`; DataError if it is needed and does not exist."""
     root = Path(data.root)
     if not root.is_dir() and annotations is None:
         raise DataError(

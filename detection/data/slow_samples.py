@@ -24,6 +24,7 @@ class SlowSamples:
         self.forget()
 
     def forget(self) -> None:
+        """Reset what belongs to one process."""
         self.process = 0  # id of the process that the watching thread runs in
         self.running: tuple[int, float] | None = None  # image index, start time
         self.named: set[int] = set()
@@ -52,6 +53,7 @@ class SlowSamples:
                 self.warn(index, f"took {time.monotonic() - started:.1f} s")
 
     def watch(self) -> None:
+        """Warn of an image that is still being loaded; runs in a thread."""
         assert self.seconds is not None
         while True:
             time.sleep(self.seconds / 4)
@@ -60,6 +62,7 @@ class SlowSamples:
                 self.warn(running[0], f"has been loading for {time.monotonic() - running[1]:.1f} s")
 
     def warn(self, index: int, what: str) -> None:
+        """Name an image once."""
         if index not in self.named:
             self.named.add(index)
             line = f"warning: {self.describe(index)} {what} (data.slow_sample_seconds)"

@@ -31,8 +31,8 @@ def prepare_worker(_: int) -> None:
     _prepare_libraries()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    # Errors of the dataset travel to the training process. The rest comes from the thread that hands batches over when
-    # the training process has ended without taking them, and is nobody's concern.
+    # Errors of the dataset travel to the training process. Only the thread that hands batches over still raises here,
+    # after the training process has ended without taking them; these errors can be ignored.
     sys.excepthook = lambda *_: None
 
 
@@ -41,6 +41,7 @@ def _prepare_libraries() -> None:
     # A damaged image or video is one line of ours; OpenCV's and FFmpeg's name neither the file nor the consequence.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the package index for a new version
     disable_malloc_trim()  # decoded images and the tensors of a step are large enough to be mapped anew each time
 
 

@@ -105,6 +105,7 @@ def check_image_sizes(names: list[str], sizes: np.ndarray, split: str, findings:
 
 
 def check_boxes(annotations: Annotations, split: str, findings: Findings) -> None:
+    """Add findings about single boxes and about boxes that repeat."""
     ids, crowd, given = annotations.annotation_ids, annotations.crowd, annotations.coco_boxes
     for reason, kind in DROPPED.items():
         findings.add(kind, split, annotations.counts.ids.get(reason, []))
@@ -139,6 +140,7 @@ def check_boxes(annotations: Annotations, split: str, findings: Findings) -> Non
 
 
 def check_categories(annotations: Annotations, split: str, findings: Findings) -> None:
+    """Add findings about the classes of a split."""
     names = annotations.categories.names
     counts = boxes_per_class(annotations)
     if not sum(counts.values()):

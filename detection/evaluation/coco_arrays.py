@@ -23,6 +23,7 @@ class GroundTruthArrays(NamedTuple):
     crowd: np.ndarray  # (G,) bool
 
     def take(self, rows: np.ndarray) -> "GroundTruthArrays":
+        """Select rows."""
         return GroundTruthArrays(*(values[rows] for values in self))
 
 
@@ -36,6 +37,7 @@ class DetectionArrays(NamedTuple):
     scores: np.ndarray  # (K,) finite
 
     def take(self, rows: np.ndarray) -> "DetectionArrays":
+        """Select rows."""
         return DetectionArrays(*(values[rows] for values in self))
 
 

@@ -12,6 +12,7 @@ from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
 from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
+from detection.errors import name_list
 from detection.evaluation.coco_metric import ClassAP, score
 from detection.evaluation.detections import write_detections
 from detection.evaluation.error_analysis import Analysis
@@ -70,6 +71,14 @@ def metric_table(evaluation: Evaluation) -> list[str]:
     return [*metric_lines(evaluation.metrics), *class_lines(evaluation.class_ap)]
 
 
+def summary_line(metrics: Mapping[str, float | None], class_ap: ClassAP, worst: int = 5) -> str:
+    """Format AP, AP50 and the classes of lowest AP; the whole table is `metric_table`."""
+    defined = sorted((ap, name) for name, (ap, _, _) in class_ap.items() if ap is not None)
+    named = name_list(f"{name} {ap:.3f}" for ap, name in defined[:worst])
+    of_many = "worst classes" if len(defined) > worst else "classes"
+    return f"AP {_show(metrics['AP'])}  AP50 {_show(metrics['AP50'])}  {of_many}: {named or 'none has a box'}"
+
+
 def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
     """Format the twelve numbers as the official program prints them."""
     lines = []
@@ -95,21 +104,19 @@ def _show(value: float | None) -> str:
 
 def compare_thresholds(
     confidences: Sequence[float], evaluation: Evaluation, annotations: Annotations
-) -> list[dict[str, Any]]:
-    """Print the COCO table of each threshold, or the only one; returns the metrics per threshold for metrics.json."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score each threshold; returns the metrics per threshold for metrics.json, and the COCO tables as lines."""
     if not confidences:
-        print("\n".join(metric_lines(evaluation.metrics)))
-        return []
-    rows = []
+        return [], metric_lines(evaluation.metrics)
+    rows, lines = [], []
     for confidence in confidences:
         detections, metrics = evaluation.detections, evaluation.metrics
         if confidence != min(confidences):
             detections = detections.above(confidence)
             metrics = score(annotations, detections, evaluation.backend).metrics
-        print(f"Confidence Threshold: {confidence:g}\nFound Boxes: {len(detections)}")
-        print("\n".join(metric_lines(metrics)), flush=True)
+        lines += [f"Confidence Threshold: {confidence:g}", f"Found Boxes: {len(detections)}", *metric_lines(metrics)]
         rows.append({"confidence": confidence, "boxes": len(detections), **metrics})
-    return rows
+    return rows, lines
 
 
 def best_f1_line(analysis: Analysis) -> str:
@@ -160,7 +167,7 @@ def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
     drawn = []
     for image, boxes, labels in zip(images, batch["boxes"].numpy(), batch["labels"].numpy(), strict=False):
         real = labels != PADDING_LABEL
-        drawn.append(draw_boxes(image, boxes[real], labels[real], names))
+        drawn.append(draw_boxes(image, boxes[real], labels[real], names, legend=True))
     return make_grid(drawn, columns=min(4, len(drawn)))
 
 

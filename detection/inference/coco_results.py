@@ -10,7 +10,7 @@ import numpy as np
 
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import follow_spelling
-from detection.errors import DataError, OutputError
+from detection.errors import DataError, OutputError, name_list
 from detection.inference.results import ImageDetections
 
 
@@ -40,7 +40,7 @@ class CocoResults:
         self._category_ids = [ids.get(name) for name in spelled]
         self.unlisted = [name for name, number in zip(names, self._category_ids, strict=True) if number is None]
         if len(self.unlisted) == len(names):
-            raise DataError(f"{annotations}: has none of the detector's classes ({', '.join(names[:5])} ...)")
+            raise DataError(f"{annotations}: has none of the detector's classes ({name_list(names[:5])} ...)")
         file_names = [name.replace("\\", "/") for name in columns.file_names]
         self._image_ids = dict(zip(file_names, columns.image_ids.tolist(), strict=True))
         last_parts = [name.rpartition("/")[2] for name in file_names]

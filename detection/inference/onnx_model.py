@@ -29,6 +29,7 @@ class Description(BaseModel):
 
     program: str  # name and version of the program that wrote the file
     output_kind: OutputKind
+    network: str = ""  # `Detector.name`; empty in older files, which hold YOLO with the backbone of their settings
     names: tuple[str, ...]  # class of each label; class_0, class_1, ... if the weights had no names
     category_ids: tuple[int, ...] | None  # of the training annotations; None: unknown
     input: Literal["uint8", "float"]  # RGB 0..255, or 0..1
@@ -134,8 +135,13 @@ class OnnxModel(nn.Module):
         return outputs
 
 
-def build_exported(model: OnnxModel, settings: Settings) -> Detector:
-    """Build the detector of an exported file; it has no criterion."""
+def build_exported(model: OnnxModel, own: Settings, settings: Settings) -> Detector:
+    """Build the detector of an exported file; it has no criterion.
+
+    Args:
+        own: settings of the file.
+        settings: the same with the changes of the command line, checked by `refuse_changes`.
+    """
     description, evaluation = model.description, settings.evaluation
     postprocess: nn.Module
     if description.output_kind == "nms":
@@ -147,15 +153,18 @@ def build_exported(model: OnnxModel, settings: Settings) -> Detector:
     else:
         postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)
     geometry = Geometry(**{key: _tuple(value) for key, value in description.geometry.items()})
-    if settings.model.placement is not None:  # `refuse_changes` has checked what the graph fixes
-        geometry = dataclasses.replace(geometry, placement=settings.model.placement)
-    geometry = dataclasses.replace(
-        geometry,
-        rounding=settings.model.rounding,
-        interpolation=settings.model.interpolation,
-        fill=settings.model.fill or geometry.fill,
+    # The file holds the detector's own geometry; the settings matter only where the command line changed them.
+    changed = {name: getattr(settings.model, name) for name in ("placement", "rounding", "interpolation", "fill")}
+    changed = {name: value for name, value in changed.items() if value not in (None, getattr(own.model, name))}
+    return Detector(
+        model,
+        None,
+        postprocess,
+        dataclasses.replace(geometry, **changed),
+        name=description.network or settings.model.backbone,
+        score=description.score,
+        metadata=description.decoding,
     )
-    return Detector(model, None, postprocess, geometry, score=description.score, metadata=description.decoding)
 
 
 def _tuple(value: Any) -> Any:

@@ -79,15 +79,16 @@ class Results:
         with self._json:
             self._json.write("\n]\n")
 
-    def draw(self, image: np.ndarray, found: ImageDetections) -> np.ndarray:
-        """Draw the detections on a copy of an RGB uint8 image (H, W, 3)."""
-        return draw_boxes(image, found.boxes, found.labels, self.names, found.scores)
+    def draw(self, image: np.ndarray, found: ImageDetections, legend: bool = False) -> np.ndarray:
+        """Draw the detections on a copy of an RGB uint8 image (H, W, 3); `legend`: see `draw_boxes`."""
+        return draw_boxes(image, found.boxes, found.labels, self.names, found.scores, legend=legend)
 
     def picture_path(self, source: Source) -> Path:
         return self.directory / f"{source.name}.{self.picture_format}"
 
     def save_picture(self, source: Source, image: np.ndarray, found: ImageDetections) -> None:
-        SAVERS[str(self.picture_format)](self.picture_path(source), self.draw(image, found))
+        """Draw and write the picture of an image; safe in threads."""
+        SAVERS[str(self.picture_format)](self.picture_path(source), self.draw(image, found, legend=True))
 
     def add(self, source: Source, image: np.ndarray, found: ImageDetections, frame: Frame | None = None) -> None:
         """Write the row of detections.json, YOLO txt file and crops of an image or, with `frame`, of a video frame."""

@@ -164,23 +164,23 @@ class Viewer:
         return merge_tiles(image.regions, per_region, (image.width, image.height), *self.merging)
 
 
+def build_viewer(
+    opened: OpenedDetector, machine: Machine, batch_size: int, tiling: Tiling | None = None, tta: bool = False
+) -> Viewer:
+    """Build the viewer of opened weights, with the input size and the NMS of their settings."""
+    evaluation = opened.settings.evaluation
+    merging = evaluation.iou_threshold, evaluation.max_detections
+    detector = machine.to_device(opened.detector)
+    return Viewer(detector, machine, evaluation.image_size, batch_size, *merging, tiling, tta)
+
+
 def open_viewer(arguments: argparse.Namespace, opened: OpenedDetector, machine: Machine, batch_size: int) -> Viewer:
     """Build the viewer of the options of `Parser.add_views`, and print what of them the network cannot do.
 
     Raises:
         SettingsError: an option has an impossible value.
     """
-    evaluation = opened.settings.evaluation
-    viewer = Viewer(
-        machine.to_device(opened.detector),
-        machine,
-        evaluation.image_size,
-        batch_size,
-        evaluation.iou_threshold,
-        evaluation.max_detections,
-        read_tiling(arguments.tiles, arguments.overlap),
-        arguments.tta,
-    )
+    viewer = build_viewer(opened, machine, batch_size, read_tiling(arguments.tiles, arguments.overlap), arguments.tta)
     if viewer.notice:
         print(viewer.notice, flush=True)
     return viewer

@@ -1,24 +1,29 @@
 """Open trained weights as a detector: checkpoints, Darknet .weights and exported .onnx files."""
 
 import argparse
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import DETECTOR_FIELDS, load_fields
-from detection.config.command_line import DEFAULTS, device_flags
+from detection.checkpoints import DETECTOR_FIELDS, READ_HERE, load_fields
+from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
+from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
 from detection.models import build_detector
 from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
+from detection.runtime.devices import choose_device
 
+UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class OpenedDetector:
 
 
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
+    """Name the classes of weights without names."""
     return tuple(f"class_{label}" for label in range(num_classes))
 
 
@@ -76,7 +82,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
 def open_weights(
     weights: Path,
     cfg: Path | None,
-    names: Path | None,
+    names: Path | Sequence[str] | None,
     defaults: Path,
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
@@ -87,20 +93,25 @@ def open_weights(
     Args:
         weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, or Darknet weights.
         cfg: .cfg of a Darknet network; None: YOLOv3 as configured.
-        names: file with the class names of Darknet weights, one per line.
+        names: file with the class names of Darknet weights, one per line, or the names.
         defaults: args.yaml.
         overlays, words, flags: settings of the command line, see `load_settings`.
 
     Raises:
         CheckpointError: the file is missing or damaged, or does not fit the network.
-        SettingsError: the arguments contradict one another.
+        SettingsError: the arguments contradict one another, or the device is absent.
     """
-    own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
-    if weights.suffix in own_kinds:
+    weights = weights_file(weights)
+    kind = weights.suffix.lower()
+    if kind != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
+        refuse_absent_device(defaults, overlays, words, flags)
+    if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
-        return own_kinds[weights.suffix](weights, defaults, overlays, words, flags)
+        return (_open_onnx if kind == ".onnx" else _open_checkpoint)(weights, defaults, overlays, words, flags)
+    if weights.is_file() and (foreign := describe_file(weights)):
+        raise CheckpointError(f"{weights} is {foreign}; {READ_HERE}")
     try:
         return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
     except SettingsError as error:
@@ -109,13 +120,22 @@ def open_weights(
         raise SettingsError(f"{cfg}: {str(error).removeprefix('cfg: ')}") from None
 
 
+def refuse_absent_device(defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]) -> None:
+    """Check `run.device` before large files are read; weights bring no device of their own."""
+    try:
+        device = load_settings(defaults, overlays, words, flags)[0].run.device
+    except SettingsError:  # may be valid with the settings of the file; `open_machine` checks again
+        return
+    choose_device(device)
+
+
 def _open_checkpoint(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
-    checkpoint = load_fields(weights, DETECTOR_FIELDS)
+    checkpoint, moved = load_fields(weights, DETECTOR_FIELDS), list[str]()
     try:
-        own = on_this_machine(complete_settings(checkpoint["settings"], defaults), defaults)
-        settings, translated = load_settings(own, overlays, words, flags)
+        own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
+        settings, translated = load_settings(own, overlays, words, flags, UNUSED)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
@@ -124,7 +144,7 @@ def _open_checkpoint(
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [*translated, f"{weights}: {kind} after {step} steps, {settings.model.backbone}, {len(names)} classes"]
+    lines = [*moved, *translated, f"{weights}: {kind} after {step} steps, {detector.name}, {len(names)} classes"]
     seen = step * own.train.micro_batch * own.train.subdivisions
     return _finish(detector, settings, names, len(names), step, seen, lines, ids)
 
@@ -133,23 +153,24 @@ def _open_onnx(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     model = OnnxModel(weights)
-    description = model.description
+    description, moved = model.description, list[str]()
     try:
-        own = complete_settings(description.settings_tree(), defaults)
+        own = complete_settings(description.settings_tree(), defaults, moved)
     except (SettingsError, KeyError) as error:
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
-    settings, lines = load_settings(own, overlays, words, flags)
+    settings, translated = load_settings(own, overlays, words, flags, UNUSED)
+    lines = [*moved, *translated]
     refuse_changes(model, own, settings)
     device = model.use_device(settings.run.device)
     used = [Flag("the file", "run.device", device), Flag("the file", "run.precision", "off")]
     settings, _ = load_settings(settings, flags=used)
-    detector = build_exported(model, settings)
+    detector = build_exported(model, own, settings)
     count = len(description.names)
     names = None if description.names == placeholder_names(count) else description.names
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
     lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
-    lines.append(f"{settings.model.backbone}, {count} classes, written by {description.program}")
+    lines.append(f"{detector.name}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)
 
@@ -164,13 +185,13 @@ def on_this_machine(settings: Settings, defaults: Path) -> Settings:
 def _open_darknet(
     weights: Path,
     cfg: Path | None,
-    names: Path | None,
+    names: Path | Sequence[str] | None,
     defaults: Path,
     overlays: Sequence[Path],
     words: Sequence[str],
     flags: Sequence[Flag],
 ) -> OpenedDetector:
-    class_names = None if names is None else read_names(names)
+    class_names = read_names(names) if isinstance(names, Path) else None if names is None else check_names(names)
     base: list[Flag] = []
     if cfg is not None:
         text = read_cfg(str(cfg))
@@ -179,13 +200,14 @@ def _open_darknet(
         described = {"model.backbone": DARKNET_CFG, "model.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
-    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
+    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags, UNUSED)
     if settings.model.cfg is not None:
         num_classes = cfg_classes(parse_cfg(settings.model.cfg))
     else:
         num_classes = len(class_names or ()) or settings.model.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:
-        raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
+        where = names if isinstance(names, Path) else "names"
+        raise SettingsError(f"{where}: has {len(class_names)} names, the network {num_classes} classes")
 
     detector = build_detector(settings, num_classes)
     lines += detector.notices({"evaluation.image_size": settings.evaluation.image_size})
@@ -220,8 +242,13 @@ def read_names(path: Path) -> tuple[str, ...]:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--names {path}: cannot be read: {error}") from None
+    return check_names(names, f"--names {path}")
+
+
+def check_names(names: Sequence[str], where: str = "names") -> tuple[str, ...]:
+    """Check class names; SettingsError as `read_names`."""
     if not names or not all(names):
-        raise SettingsError(f"--names {path}: must hold one class name per line")
+        raise SettingsError(f"{where}: must hold one class name per line")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingsError(f"--names {path}: {twice[0]!r} occurs twice")
-    return names
+        raise SettingsError(f"{where}: {twice[0]!r} occurs twice")
+    return tuple(names)

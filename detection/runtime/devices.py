@@ -274,6 +274,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Return the autocast context of a device; None: no autocast."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 

@@ -37,10 +37,11 @@ def replay(directory: Path, words: Sequence[str], flags: Sequence[Flag]) -> None
         NumericsError: the step is non-finite again.
     """
     checkpoint, report = read_bundle(directory)
-    settings, notices = load_settings(complete_settings(checkpoint["settings"], DEFAULTS), [], words, flags)
+    moved: list[str] = []
+    settings, notices = load_settings(complete_settings(checkpoint["settings"], DEFAULTS, moved), [], words, flags)
     processes = checkpoint["conditions"]["processes"]
     run = Run(settings, join_ranks(settings), fresh=False, processes=processes)
-    notices += check_continued(run, checkpoint, directory, accept=True)
+    notices = [*moved, *notices, *check_continued(run, checkpoint, directory, accept=True)]
     print("".join(f"{line}\n" for line in notices), end="")
     step, finite = report["steps"][0]["step"], True
     for lines in retake_step(run, checkpoint, step):

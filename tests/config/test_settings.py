@@ -1,6 +1,8 @@
 """Settings: precedence of sources, one-line errors, and the round trip of the resolved file."""
 
 import json
+import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from detection.config.loading import (
     changed_settings,
     complete_settings,
     dump_settings,
+    leaf_paths,
     load_settings,
     validate,
 )
@@ -24,7 +27,6 @@ from detection.errors import SettingsError
 from tests.support.paths import REPOSITORY
 
 ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
-AUGMENTATION = "data.augmentation"
 
 
 def load(*words: str, overlays: tuple[Path, ...] = (), flags: tuple[Flag, ...] = ()) -> Settings:
@@ -53,13 +55,6 @@ def overlay(tmp_path: Path):
         return path
 
     return write
-
-
-def value_at(settings: Settings, path: str) -> Any:
-    value: Any = settings
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 # --- precedence ---
@@ -93,16 +88,15 @@ def test_two_spellings_of_one_setting_must_agree(words: list[str], flags: list[F
     assert load("batch_size=3", "train.batch_size=3", flags=tuple(agreeing)).train.batch_size == 3
 
 
-def test_an_overlay_changes_only_the_keys_it_names(overlay) -> None:
-    before = load()
-    after = load(overlays=(overlay("data: {augmentation: {affine: {scale: [0.75, 1.25]}}}"),))
-    assert changed_settings(before, after) == {f"{AUGMENTATION}.affine.scale": ([0.5, 1.5], [0.75, 1.25])}
-
-
-def test_a_word_may_set_several_keys_of_a_section() -> None:
-    settings = load("train={batch_size: 3, subdivisions: 5}")
-    assert (settings.train.batch_size, settings.train.subdivisions) == (3, 5)
-    assert changed_settings(load(), settings).keys() == {"train.batch_size", "train.subdivisions"}
+def test_an_overlay_or_a_word_changes_only_the_keys_it_names(overlay) -> None:
+    scaled = load(overlays=(overlay("data: {augmentation: {affine: {scale: [0.75, 1.25]}}}"),))
+    assert changed_settings(load(), scaled) == {"data.augmentation.affine.scale": ([0.5, 1.5], [0.75, 1.25])}
+    old, new = load("train.steps=5"), load("train={batch_size: 3, steps: 12ep}", "model.fill=[1, 2, 3]")
+    size = load().train.batch_size
+    assert changed_settings(old, new) == {
+        "train.batch_size": (size, 3), "train.steps": (5, "12ep"), "model.fill": (None, [1, 2, 3])
+    }  # fmt: skip
+    assert changed_settings(new, old)["model.fill"] == ([1, 2, 3], None) and changed_settings(old, old) == {}
 
 
 @pytest.mark.parametrize(
@@ -118,16 +112,29 @@ def test_a_word_may_set_several_keys_of_a_section() -> None:
         ("data.root=a=b", "a=b"),  # only the first = separates
         ("train.ema_decay=0.999", 0.999),
         ("train.clip_norm=null", None),
+        ("train.unfreeze_step=0", 0),
+        ("scheduler.warmup=0ep", "0ep"),
+        *((f"train.steps={text}", text) for text in ("12ep", "0.5ep", "1.25ep")),
+        # numbers as people write them; 1e-3 is a string under YAML 1.1
+        *((f"train.weight_decay={text}", 0.001) for text in ("1e-3", "1E-3", ".001", "1.0e-3")),
+        ("train.weight_decay=1.", 1.0),
+        ("train.weight_decay=3", 3),
+        ("train.batch_size=010", 10),  # YAML 1.2, section 10.3.2; the octal eight under YAML 1.1
+        # off, no, yes and on are booleans, and 2024-01-01 a date, under YAML 1.1
+        ("run.precision=off", "off"),
+        ("data.class_names=[on, off, yes, no, y, n]", ("on", "off", "yes", "no", "y", "n")),
+        ("data.root=2024-01-01", "2024-01-01"),
+        ("data.root=2024-13-45", "2024-13-45"),  # and no such date is no error
     ],
 )
 def test_a_word_sets_its_value_in_every_section(word: str, value: Any) -> None:
-    assert value_at(load(word), word.partition("=")[0]) == value
+    assert attrgetter(word.partition("=")[0])(load(word)) == value
 
 
-# --- flat names of seed 002 ---
+# --- flat names of the research repository ---
 
 
-FLAT = [  # the names that issue 2 lists, and a value that is not the default
+FLAT = [  # the names in its args.yaml, and a value that is not the default
     ("batch_size", "train.batch_size", 7),
     ("subdivisions", "train.subdivisions", 3),
     ("steps", "train.steps", 11),
@@ -149,7 +156,7 @@ def test_flat_names_are_accepted_and_reported_with_their_full_path(overlay, sour
     else:
         file = overlay(f"{flat}: {value}" if "." not in flat else "{}: {{{}: {}}}".format(*flat.split("."), value))
         settings, notices = load_settings(ARGS, [file])
-    assert value_at(settings, path) == value
+    assert attrgetter(path)(settings) == value
     if flat == path:
         assert notices == []
     else:
@@ -158,17 +165,8 @@ def test_flat_names_are_accepted_and_reported_with_their_full_path(overlay, sour
 
 def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
     for flat, path in FLAT_NAMES.items():
-        assert not isinstance(value_at(load(), path), BaseModel)
+        assert not isinstance(attrgetter(path)(load()), BaseModel)
         assert "." not in flat and flat not in Settings.model_fields
-
-
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [("epochs", "train.steps"), ("continue_training", "--resume"), ("train_ratio", "data.validation_fraction")],
-)
-def test_names_with_another_form_say_what_to_write(name: str, instead: str) -> None:
-    message = refusal(f"{name}=1")
-    assert name in message and instead in message
 
 
 # --- unknown keys ---
@@ -196,11 +194,6 @@ def test_an_unknown_key_names_the_nearest_valid_one(overlay, wrong: str, right: 
     assert repr(wrong) in message and right in message and file.name in message
 
 
-@pytest.mark.parametrize("word", ["train=3", "train=null", "data.augmentation.affine=0.5"])
-def test_a_section_is_not_a_value(word: str) -> None:
-    assert word.partition("=")[0] in refusal(word)
-
-
 @pytest.mark.parametrize("word", ["abc", "=3", "train.batch_size", "--unknown", "a\nb=1", "train.steps=[1,\n2"])
 def test_words_that_are_no_setting(word: str) -> None:
     refusal(word)
@@ -222,6 +215,9 @@ def test_words_that_are_no_setting(word: str) -> None:
         ("run.channels_last=1", "1"),
         ("run.channels_last=yes", "'yes'"),
         ("run.name=7", "7"),
+        ("run.name=08", "8"),
+        ("train.steps=12 ep", "12 ep"),
+        *((word, "is a section") for word in ("train=3", "train=null", "data.augmentation.affine=0.5")),
         ("data.root=null", "None"),
         ("data.class_names=cat", "'cat'"),
         ("data.class_names=[cat, 8]", "8"),
@@ -234,219 +230,110 @@ def test_a_wrong_type_names_key_and_value(word: str, shown: str) -> None:
     assert word.partition("=")[0] in message and shown in message
 
 
-NAMES = "data.class_names"
+IMPOSSIBLE = {
+    "run": "device=gpu seed=-1 name=a/b precision=fp64 log_frequency=0",
+    "model": "num_classes=0 backbone=resnet fill=[1,2] fill=[256,0,0]",
+    "train": """
+        batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
+        multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
+        clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep steps=-1 steps=1.5 steps=ep
+        steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
+    "scheduler": """
+        milestones=[5,3] milestones=[5,5] milestones=[9ep,10ep,9.5ep] index=[3,2,1] scale=[1.0,0.5]
+        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=Step""",
+    "yolo": """
+        anchors=[] anchors=[[[1,2]],[[1,2]],[]] anchors=[[[1,2]],[[1,2]],[[1,0]]] anchors=[[[1,2]],[[1,2]],[[1]]]
+        neck_channels=[512,256] ignore_threshold=1.5 ignore_threshold=.nan objectness_prior=0 objectness_prior=1""",
+    "evaluation": "confidence_threshold=1 max_detections=0 evaluate_frequency=0",
+    "data": """
+        class_names=[a,b,a] class_names=[] validation_fraction=0 validation_fraction=1 balance=oversample
+        balance_threshold=0 num_workers=-1 fake=true""",
+    # strengths that the augmentation library would refuse with a traceback, or that mean nothing
+    "data.augmentation": """
+        affine.p=1.5 affine.p=.nan affine.scale=[0,1] affine.rotate=[5,-5] affine.rotate=[-.inf,.inf]
+        affine.shear=[.nan,1] clahe.clip_limit=[0.5,4] clahe.tile_grid_size=[0,8] posterize.num_bits=[0,4]
+        posterize.num_bits=[6,4] multiplicative_noise.multiplier=[-1,1] color_jitter.brightness=[-1,1]
+        color_jitter.contrast=[-1,1] color_jitter.saturation=[-1,1] color_jitter.hue=[-0.6,0.1]
+        gauss_noise.std_range=[0.1,2] rgb_shift.r_shift_limit=256 expand.ratio=[0.5,2] expand.ratio=[2,1.5]
+        iou_crop.min_ious=[0.4,1.1] iou_crop.min_crop_size=0 darknet_jitter.jitter=1 darknet_hsv.hue=0.6
+        darknet_hsv.saturation=0.9 darknet_hsv.exposure=.inf photometric_distortion.hue=[-0.6,0]
+        photometric_distortion.contrast=[-1,1] min_visibility=-0.1""",
+}
+
+
+@pytest.mark.parametrize("word", [f"{section}.{word}" for section, text in IMPOSSIBLE.items() for word in text.split()])
+def test_an_impossible_value_is_one_line(word: str) -> None:
+    """The key, the value unless it is the whole section's fault, and what is allowed."""
+    assert re.match(rf"{re.escape(word.partition('=')[0])}[\d.]*( = .+)?: .+", refusal(word))
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["train.batch_size=0"], ["train.batch_size", "0", "1"]),
-        (["train.batch_size=-4"], ["train.batch_size", "-4"]),
-        (["train.subdivisions=0"], ["train.subdivisions"]),
-        (["train.image_size=0"], ["train.image_size", "positive"]),
-        (["train.image_size=-32"], ["train.image_size", "-32", "32"]),
-        (["train.multiscale_sizes=[608, 320]"], ["train.multiscale_sizes", "[608, 320]"]),
-        (["train.multiscale_sizes=[320]"], ["train.multiscale_sizes"]),
-        (["train.resize_frequency=-1"], ["train.resize_frequency", "-1"]),
-        (["scheduler.milestones=[5, 3]"], ["scheduler.milestones", "ascending", "[5, 3]"]),
-        (["scheduler.milestones=[5, 5]"], ["scheduler.milestones", "ascending"]),
-        (["scheduler.milestones=[9ep, 10ep, 9.5ep]"], ["scheduler.milestones", "ascending"]),
-        (["scheduler.index=[3, 2, 1]"], ["scheduler.index", "ascending"]),
-        (["scheduler.scale=[1.0, 0.5]"], ["scheduler.scale", "index"]),
-        (["scheduler.scale=[1.0, 0.5, -0.1, 0.05]"], ["scheduler.scale", "-0.1"]),
-        (["scheduler.T_mult=3"], ["scheduler.T_mult", "3"]),
-        (["scheduler.strategy=StepLR"], ["scheduler.strategy", "StepLR", "LambdaLR"]),
-        ([f"{NAMES}=[a, b]", "model.num_classes=3"], [NAMES, "2", "model.num_classes", "3"]),
-        ([f"{NAMES}=[a, b, a]"], [NAMES, "twice"]),
-        ([f"{NAMES}=[]"], [NAMES]),
-        (["model.num_classes=0"], ["model.num_classes", "0"]),
-        (["model.backbone=resnet"], ["model.backbone", "resnet", "darknet"]),
-        (["yolo.anchors=[]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], []]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1, 0]]]"], ["yolo.anchors"]),
-        (["yolo.anchors=[[[1, 2]], [[1, 2]], [[1]]]"], ["yolo.anchors"]),
-        (["yolo.neck_channels=[512, 256]"], ["yolo.neck_channels"]),
-        (["yolo.ignore_threshold=1.5"], ["yolo.ignore_threshold", "1.5", "1"]),
-        (["yolo.ignore_threshold=.nan"], ["yolo.ignore_threshold", "nan"]),
-        (["yolo.objectness_prior=0"], ["yolo.objectness_prior"]),
-        (["yolo.objectness_prior=1"], ["yolo.objectness_prior"]),
-        (["train.learning_rate=-1e-3"], ["train.learning_rate", "-0.001"]),
-        (["train.learning_rate=.nan"], ["train.learning_rate", "nan"]),
-        (["train.learning_rate=.inf"], ["train.learning_rate", "inf"]),
-        (["train.momentum=1"], ["train.momentum"]),
-        (["train.clip_norm=0"], ["train.clip_norm"]),
-        (["train.ema_decay=1"], ["train.ema_decay"]),
-        (["train.patience=0"], ["train.patience"]),
-        (["run.device=gpu"], ["run.device", "gpu", "cuda"]),
-        (["run.seed=-1"], ["run.seed", "-1"]),
-        (["run.name=a/b"], ["run.name", "a/b"]),
-        (["run.precision=fp64"], ["run.precision", "fp64", "bf16"]),
-        (["run.log_frequency=0"], ["run.log_frequency"]),
-        (["model.fill=[1, 2]"], ["model.fill"]),
-        (["model.fill=[256, 0, 0]"], ["model.fill", "256", "255"]),
-        (["data.validation_fraction=0"], ["data.validation_fraction"]),
-        (["data.validation_fraction=1"], ["data.validation_fraction"]),
-        (["data.balance=oversample"], ["data.balance", "oversample", "repeat_factor"]),
-        (["data.balance_threshold=0"], ["data.balance_threshold"]),
-        (["data.num_workers=-1"], ["data.num_workers", "-1"]),
-        (["data.fake=true"], ["data.fake", "model.num_classes"]),
-        (["evaluation.confidence_threshold=1"], ["evaluation.confidence_threshold"]),
-        (["evaluation.max_detections=0"], ["evaluation.max_detections"]),
-        (["evaluation.evaluate_frequency=0"], ["evaluation.evaluate_frequency"]),
-        (["train.steps=0"], ["train.steps"]),
-        (["train.save_frequency=0ep"], ["train.save_frequency"]),
-        (["train.steps=0.0ep"], ["train.steps"]),
-        # strengths that the augmentation library would refuse with a traceback, or that mean nothing
-        ([f"{AUGMENTATION}.affine.p=1.5"], [f"{AUGMENTATION}.affine.p", "1.5"]),
-        ([f"{AUGMENTATION}.affine.p=.nan"], [f"{AUGMENTATION}.affine.p", "nan"]),
-        ([f"{AUGMENTATION}.affine.scale=[0, 1]"], [f"{AUGMENTATION}.affine.scale"]),
-        ([f"{AUGMENTATION}.affine.rotate=[5, -5]"], [f"{AUGMENTATION}.affine.rotate", "[5, -5]"]),
-        ([f"{AUGMENTATION}.affine.rotate=[-.inf, .inf]"], [f"{AUGMENTATION}.affine.rotate", "inf"]),
-        ([f"{AUGMENTATION}.affine.shear=[.nan, 1]"], [f"{AUGMENTATION}.affine.shear", "nan"]),
-        ([f"{AUGMENTATION}.clahe.clip_limit=[0.5, 4]"], [f"{AUGMENTATION}.clahe.clip_limit", "0.5"]),
-        ([f"{AUGMENTATION}.clahe.tile_grid_size=[0, 8]"], [f"{AUGMENTATION}.clahe.tile_grid_size"]),
-        ([f"{AUGMENTATION}.posterize.num_bits=[0, 4]"], [f"{AUGMENTATION}.posterize.num_bits"]),
-        ([f"{AUGMENTATION}.posterize.num_bits=[6, 4]"], [f"{AUGMENTATION}.posterize.num_bits", "[6, 4]"]),
-        ([f"{AUGMENTATION}.multiplicative_noise.multiplier=[-1, 1]"], ["multiplicative_noise.multiplier", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.brightness=[-1, 1]"], ["color_jitter.brightness", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.contrast=[-1, 1]"], ["color_jitter.contrast", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.saturation=[-1, 1]"], ["color_jitter.saturation", "-1"]),
-        ([f"{AUGMENTATION}.color_jitter.hue=[-0.6, 0.1]"], ["color_jitter.hue", "-0.6"]),
-        ([f"{AUGMENTATION}.gauss_noise.std_range=[0.1, 2]"], ["gauss_noise.std_range", "2"]),
-        ([f"{AUGMENTATION}.rgb_shift.r_shift_limit=256"], ["rgb_shift.r_shift_limit", "256"]),
-        ([f"{AUGMENTATION}.expand.ratio=[0.5, 2]"], [f"{AUGMENTATION}.expand.ratio", "0.5"]),
-        ([f"{AUGMENTATION}.expand.ratio=[2, 1.5]"], [f"{AUGMENTATION}.expand.ratio", "[2, 1.5]"]),
-        ([f"{AUGMENTATION}.iou_crop.min_ious=[0.4, 1.1]"], [f"{AUGMENTATION}.iou_crop.min_ious", "1.1"]),
-        ([f"{AUGMENTATION}.iou_crop.min_crop_size=0"], [f"{AUGMENTATION}.iou_crop.min_crop_size"]),
-        ([f"{AUGMENTATION}.darknet_jitter.jitter=1"], [f"{AUGMENTATION}.darknet_jitter.jitter", "1"]),
-        ([f"{AUGMENTATION}.darknet_hsv.hue=0.6"], [f"{AUGMENTATION}.darknet_hsv.hue", "0.6"]),
-        ([f"{AUGMENTATION}.darknet_hsv.saturation=0.9"], [f"{AUGMENTATION}.darknet_hsv.saturation", "0.9"]),
-        ([f"{AUGMENTATION}.darknet_hsv.exposure=.inf"], [f"{AUGMENTATION}.darknet_hsv.exposure", "inf"]),
-        ([f"{AUGMENTATION}.photometric_distortion.hue=[-0.6, 0]"], ["photometric_distortion.hue", "-0.6"]),
-        ([f"{AUGMENTATION}.photometric_distortion.contrast=[-1, 1]"], ["photometric_distortion.contrast", "-1"]),
-        ([f"{AUGMENTATION}.photometric_distortion.delta=3"], ["photometric_distortion.delta"]),
-        ([f"{AUGMENTATION}.min_visibility=-0.1"], [f"{AUGMENTATION}.min_visibility"]),
+        (["train.batch_size=0"], ["0", "1"]),
+        (["train.image_size=0"], ["positive"]),
+        (["scheduler.milestones=[5, 3]"], ["ascending", "[5, 3]"]),
+        (["scheduler.index=[3, 2, 1]"], ["ascending"]),
+        (["scheduler.scale=[1.0, 0.5]"], ["index"]),
+        (["scheduler.strategy=Step"], ["Step", "LambdaLR"]),
+        (["scheduler.strategy=StepLR"], ["needs a step_size above 0"]),
+        (["lr0=0.01"], ["train.learning_rate"]),
+        (["imgsz=640"], ["train.image_size"]),
+        (["colour=1"], ["args.yaml lists all"]),
+        (["data.class_names=[a, b]", "model.num_classes=3"], ["2", "model.num_classes", "3"]),
+        (["data.class_names=[a, b, a]"], ["twice"]),
+        (["model.backbone=resnet"], ["resnet", "darknet"]),
+        (["run.device=gpu"], ["gpu", "cuda"]),
+        (["run.precision=fp64"], ["fp64", "bf16"]),
+        (["model.fill=[256, 0, 0]"], ["256", "255"]),
+        (["data.balance=oversample"], ["oversample", "repeat_factor"]),
+        (["data.fake=true"], ["model.num_classes"]),
+        # all mistakes at once, and names of other programs
+        (["train.batch_size=0", "model.backbone=resnet"], ["model.backbone"]),
+        (["epochs=1"], ["train.steps"]),
+        (["continue_training=1"], ["--resume"]),
+        (["train_ratio=1"], ["data.validation_fraction"]),
     ],
-    ids=lambda value: " ".join(value) if value and "=" in value[0] else "",
 )
-def test_an_impossible_value_is_one_line(words: list[str], parts: list[str]) -> None:
+def test_a_refused_value_is_told_what_is_allowed(words: list[str], parts: list[str]) -> None:
     message = refusal(*words)
-    for part in parts:
-        assert part in message
-
-
-def test_all_mistakes_are_named_at_once() -> None:
-    message = refusal("train.batch_size=0", "model.backbone=resnet")
-    assert "train.batch_size" in message and "model.backbone" in message
-
-
-def test_class_names_that_fit_the_class_count_are_accepted() -> None:
-    assert load("data.class_names=[a, b]", "model.num_classes=2").data.class_names == ("a", "b")
-    assert load("data.class_names=[a, b]").model.num_classes is None
-
-
-@pytest.mark.parametrize("value", ["1", "5000", "12ep", "0.5ep", "1.25ep"])
-def test_durations_are_steps_or_epochs(value: str) -> None:
-    expected = value if value.endswith("ep") else int(value)
-    assert load(f"train.steps={value}").train.steps == expected
-
-
-@pytest.mark.parametrize("value", ["-1", "1.5", "12 ep", "ep", "12epochs", "-2ep", "1e3ep", ".5ep", "[5]", "true"])
-def test_what_is_no_duration(value: str) -> None:
-    assert "train.steps" in refusal(f"train.steps={value}")
-
-
-def test_durations_that_may_be_nothing() -> None:
-    settings = load("train.unfreeze_step=0", "scheduler.warmup=0ep")
-    assert (settings.train.unfreeze_step, settings.scheduler.warmup) == (0, "0ep")
+    assert [part for part in (words[0].partition("=")[0], *parts) if part not in message] == []
 
 
 # --- YAML ---
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-3", 0.001),  # a string under YAML 1.1
-        ("1E-3", 0.001),
-        ("2.5e-4", 0.00025),
-        (".5", 0.5),
-        ("1.", 1.0),
-        ("3", 3),
-    ],
-)
-def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
-    assert load(f"train.weight_decay={text}").train.weight_decay == value
-
-
-def test_whole_numbers_are_decimal() -> None:
-    """YAML 1.2 (section 10.3.2) reads 010 as ten; YAML 1.1 as the octal eight."""
-    assert load("train.batch_size=010").train.batch_size == 10
-    assert "run.name" in refusal("run.name=08")
-
-
-def test_words_stay_words(overlay) -> None:
-    """off, no, yes and on are booleans, and 2024-01-01 a date, under YAML 1.1."""
-    settings = load("run.precision=off", "data.class_names=[on, off, yes, no, y, n]", "data.root=2024-01-01")
-    assert settings.run.precision == "off"
-    assert settings.data.class_names == ("on", "off", "yes", "no", "y", "n")
-    assert settings.data.root == "2024-01-01"
-    assert load(overlays=(overlay("run: {precision: off}"),)).run.precision == "off"
-    assert load("data.root=2024-13-45").data.root == "2024-13-45"  # and no such date is no error
-
-
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ("train: {batch_size: 1}\nrun: {seed: 1}\ntrain: {batch_size: 2}", "train"),
-        ("train:\n  batch_size: 1\n  steps: 3\n  batch_size: 2\n", "batch_size"),
-    ],
-)
-def test_a_key_that_occurs_twice_is_refused(overlay, text: str, key: str) -> None:
-    file = overlay(text)
-    message = refusal(overlays=(file,))
-    assert repr(key) in message and "twice" in message and file.name in message
-
-
-def test_a_key_that_occurs_twice_in_a_word_is_refused() -> None:
-    assert "'steps'" in refusal("train={steps: 1, steps: 2}")
-
-
-@pytest.mark.parametrize(
     "text",
     [
-        "train: [",
-        "train:\n\tbatch_size: 3",
-        "a: 1\n--- \nb: 2",
-        "? [a, b]\n: 1",
-        "train: {batch_size: !!int five}",
-        b"\xff\xfe\x00",
-        "\x00",
-        "[" * 5000,
-        "train: {steps: *unknown}",
+        *(
+            "train: [",
+            "train:\n\tbatch_size: 3",
+            "a: 1\n--- \nb: 2",
+            "? [a, b]\n: 1",
+            "train: {batch_size: !!int five}",
+        ),
+        *(b"\xff\xfe\x00", "\x00", "[" * 5000, "train: {steps: *unknown}"),
+        *("[1, 2]", "3", "word", "- train: {steps: 3}"),  # no mapping
     ],
-    ids=range(9),
+    ids=range(13),
 )
-def test_a_file_that_is_not_yaml_is_named(overlay, text) -> None:
+def test_a_file_that_is_no_yaml_mapping_is_named(overlay, text) -> None:
     file = overlay(text)
     assert file.name in refusal(overlays=(file,))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "3", "word", "- train: {steps: 3}"])
-def test_a_file_must_be_a_mapping(overlay, text: str) -> None:
-    file = overlay(text)
-    message = refusal(overlays=(file,))
-    assert file.name in message and "mapping" in message
+def test_a_key_that_occurs_twice_is_refused(overlay) -> None:
+    for text, key in (("run: {seed: 1}\nrun: {seed: 2}", "run"), ("run:\n  seed: 1\n  name: a\n  seed: 2", "seed")):
+        file = overlay(text)
+        assert re.search(f"{file.name}.*'{key}' occurs twice", refusal(overlays=(file,)))
+    assert "'steps'" in refusal("train={steps: 1, steps: 2}")  # in a word too
 
 
-def test_an_empty_file_changes_nothing(overlay) -> None:
+def test_empty_and_unreadable_files(overlay, tmp_path: Path) -> None:
     assert load(overlays=(overlay(""), overlay("# only a comment\n"))) == load()
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    assert "absent.yaml" in refusal(overlays=(tmp_path / "absent.yaml",))
-    assert tmp_path.name in refusal(overlays=(tmp_path,))
-    assert "absent.yaml" in refusal(defaults=tmp_path / "absent.yaml")
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        assert path.name in refusal(overlays=(path,)) and path.name in refusal(defaults=path)
 
 
 def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
@@ -459,27 +346,10 @@ def test_yaml_never_runs_code(overlay, tmp_path: Path) -> None:
 # --- the model and args.yaml ---
 
 
-def model_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys |= model_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.add(prefix + name)
-    return keys
-
-
-def file_keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, value in tree.items():
-        keys |= file_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-    return keys
-
-
 def test_args_yaml_holds_every_setting_and_nothing_else() -> None:
-    content = yaml.safe_load(ARGS.read_text())
-    assert file_keys(content) == model_keys(Settings)
+    content = read_settings_file(ARGS)
+    assert set(leaf_paths(content)) == set(leaf_paths(validate(content).model_dump()))
+    assert content == read_settings_file(ARGS)  # validation leaves it alone
     assert list(content) == ["run", "data", "model", "yolo", "train", "scheduler", "evaluation"]
 
 
@@ -502,13 +372,12 @@ TRICKY = '["08", "1e5", "off", "007", "null", "true", "a: b", "1_0", "2024-01-01
 @pytest.mark.parametrize(
     "words",
     [
-        [],
+        *([], [f"data.class_names={TRICKY}"], ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"]),
         ["train.steps=12ep", "train.learning_rate=1e-6", "train.weight_decay=0.30000000000000004", "run.name=a.b+c"],
-        [f"data.class_names={TRICKY}"],
-        ["run.name='1e-3'", "data.root='010'", "run.logs_path='off'"],
         ["train.ema_decay=0.9999999999999999", "run.seed=9223372036854775807"],
+        ["data.class_names=[a, b]", "model.num_classes=2", "scheduler.milestones=[1ep, 2ep]"],
     ],
-    ids=["defaults", "values", "class names", "strings", "limits"],
+    ids=["defaults", "class names", "strings", "values", "limits", "lists"],
 )
 def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: list[str]) -> None:
     settings = load(*words)
@@ -517,20 +386,8 @@ def test_the_resolved_file_alone_gives_the_same_settings(tmp_path: Path, words: 
     again, notices = load_settings(file)
     assert again == settings and notices == []
     assert dump_settings(again) == dump_settings(settings)
-
-
-def test_the_copy_in_a_checkpoint_gives_the_same_settings() -> None:
-    """A checkpoint holds plain lists and numbers."""
-    settings = load("data.class_names=[a, b]", "scheduler.milestones=[1ep, 2ep]")
-    assert validate(settings.model_dump(mode="json")) == settings
-    assert validate(settings.model_dump()) == settings
-
-
-def test_validation_leaves_its_argument_alone() -> None:
-    tree = read_settings_file(ARGS)
-    copy = yaml.safe_load(yaml.safe_dump(tree))
-    validate(tree)
-    assert tree == copy
+    # and so does the copy in a checkpoint, of plain lists and numbers
+    assert validate(settings.model_dump(mode="json")) == validate(settings.model_dump()) == settings
 
 
 def test_an_incomplete_file_names_the_missing_setting(tmp_path: Path) -> None:
@@ -546,22 +403,11 @@ def test_an_incomplete_file_names_the_missing_setting(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     settings = load()
-    for section, name, value in (
-        (settings, "train", settings.train),
-        (settings.train, "batch_size", 1),
-        (settings.data.augmentation.affine, "p", 0.0),
-        (settings.run, "new_name", 1),
-    ):
+    sections = settings, settings.train, settings.data.augmentation.affine, settings.run
+    for section, name, value in zip(sections, ("train", "batch_size", "p", "new_name"), (None, 1, 0.0, 1), strict=True):
         with pytest.raises(ValidationError):
             setattr(section, name, value)
     assert hash(settings) == hash(load())  # every value is hashable, so no list or dict is left to change
-
-
-def test_changed_settings() -> None:
-    old, new = load("train.steps=5"), load("train.steps=12ep", "model.fill=[1, 2, 3]")
-    assert changed_settings(old, new) == {"train.steps": (5, "12ep"), "model.fill": (None, [1, 2, 3])}
-    assert changed_settings(new, old) == {"train.steps": ("12ep", 5), "model.fill": ([1, 2, 3], None)}
-    assert changed_settings(old, old) == {}
 
 
 # Earlier paths of settings
@@ -597,14 +443,16 @@ def test_an_earlier_path_works_everywhere_and_is_one_line(path: str, tmp_path: P
     overlay.write_text(yaml.safe_dump({section: {key: value}}))
     for arguments in ({"overlays": [overlay]}, {"words": [f"{path}={json.dumps(value)}"]}):
         settings, notices = load_settings(ARGS, **arguments)  # type: ignore[arg-type]
-        assert value_at(settings, today) == expected
+        assert attrgetter(today)(settings) == expected
         assert len(notices) == 1 and f"{path} is now {today}" in notices[0]
-    assert value_at(complete_settings({section: {key: value}}, ARGS), today) == expected
+    assert attrgetter(today)(complete_settings({section: {key: value}}, ARGS, stored := [])) == expected
+    assert len(stored) == 1 and stored[0].startswith(f"stored settings: {path} is now {today}")
 
 
 def test_the_settings_of_a_checkpoint_before_the_section_model() -> None:
     tree = {"yolo": {"encoder": "darknet_cfg", "cfg": "[net]\n"}, "data": {"keep_aspect": True}}
-    settings = complete_settings(tree, ARGS)
+    settings = complete_settings(tree, ARGS, notices := [])
+    assert len(notices) == 1 and notices[0].count(" is now ") == 3
     assert (settings.model.backbone, settings.model.cfg, settings.model.placement) == (
         "darknet_cfg", "[net]\n", "letterbox",
     )  # fmt: skip

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from detection.data.fake import FakeDataset
 from detection.data.image_file import read_image
 from detection.data.layouts import find_dataset
 from detection.errors import DataError, DataReadError
-from tests.support.detectors import transform_of
+from tests.support.detectors import datasets_of, transform_of
+from tests.support.pictures import oriented
 
 Load = Callable[..., Settings]
 WIDTH, HEIGHT = 100, 80  # of the images in `content`
@@ -44,17 +45,14 @@ def box(number: int, image_id: int, bbox: Any, category_id: int = 1, **other: An
     return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox, "iscrowd": 0, **other}
 
 
-def coco(
-    images: list | None = None, annotations: list | None = None, categories: dict[int, str] | None = None
-) -> dict[str, Any]:
-    """A complete file: two images, a box on each, one category, where nothing else is given."""
-    return {
-        "images": [image(1), image(2)] if images is None else images,
-        "annotations": [box(1, 1, [10, 10, 20, 20]), box(2, 2, [30, 20, 40, 30])]
-        if annotations is None
-        else annotations,
-        "categories": [{"id": number, "name": name} for number, name in (categories or {1: "cat"}).items()],
-    }
+TWO_IMAGES = [image(1), image(2)]
+TWO_BOXES = [box(1, 1, [10, 10, 20, 20]), box(2, 2, [30, 20, 40, 30])]
+
+
+def coco(images: list = TWO_IMAGES, annotations: list = TWO_BOXES, categories: Any = None) -> dict[str, Any]:
+    """A complete file: two images, a box on each, one category (categories: id -> name), where nothing is given."""
+    named = [{"id": number, "name": name} for number, name in (categories or {1: "cat"}).items()]
+    return copy.deepcopy({"images": images, "annotations": annotations, "categories": named})
 
 
 def flatten(content: dict[str, Any], **keywords: Any) -> Annotations:
@@ -89,6 +87,18 @@ def open_dataset(tmp_path: Path, default_settings: Load) -> Callable[..., CocoDa
     return write_and_open
 
 
+@pytest.fixture
+def refused(open_dataset) -> Callable[[dict[str, Any] | bytes], str]:
+    """`refused(content or raw bytes)`: the message of the error that opening it must end with."""
+
+    def open_and_fail(content: dict[str, Any] | bytes) -> str:
+        with pytest.raises(DataError) as caught:
+            open_dataset(content)
+        return one_line(caught.value)
+
+    return open_and_fail
+
+
 # --- categories ---
 
 
@@ -106,33 +116,17 @@ def test_any_category_ids_become_dense_labels() -> None:
 
 
 def test_a_validation_file_follows_the_training_labels_by_name() -> None:
-    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
-    validation = flatten(
-        coco(
-            annotations=[box(1, 1, [0, 0, 9, 9], 7), box(2, 1, [0, 0, 8, 8], 3), box(3, 1, [0, 0, 7, 7], 4)],
-            categories={7: "dog", 3: "emu", 4: "cat"},
-        ),
-        categories=training.categories,
-    )
-    assert validation.categories.names == ("cat", "dog", "emu")
+    training = flatten(coco(categories={1: "ape", 2: "dog", 3: "emu"})).categories
+    rows = [box(1, 1, [0, 0, 9, 9], 7), box(2, 1, [0, 0, 8, 8], 3), box(3, 1, [0, 0, 7, 7], 4)]
+    validation = flatten(coco(annotations=rows, categories={7: "dog", 3: "emu", 4: "ape"}), categories=training)
     assert validation.labels.tolist() == [1, 2, 0]
-    assert validation.categories.ids == (4, 7, 3)  # of this file, so that results fit it
-
-
-def test_a_validation_file_may_lack_categories() -> None:
-    training = flatten(coco(categories={1: "cat", 2: "dog", 3: "emu"}))
-    validation = flatten(
-        coco(annotations=[box(1, 1, [0, 0, 9, 9], 8)], categories={8: "emu"}), categories=training.categories
-    )
-    assert validation.labels.tolist() == [2]
-    assert validation.categories.names == ("cat", "dog", "emu") and validation.categories.ids[2] == 8
-    assert len(set(validation.categories.ids)) == 3  # those of no box must not be taken for others
-
-
-def test_a_validation_file_with_other_categories_is_refused() -> None:
-    training = flatten(coco(categories={1: "ape", 2: "dog"}))
-    message = refusal(coco(categories={1: "ape", 2: "yak", 3: "emu"}), categories=training.categories)
-    assert "yak" in message and "emu" in message and "ape" not in message
+    assert validation.categories == Categories(training.names, (4, 7, 3))  # ids of this file, so that results fit it
+    # it may lack categories, whose ids must not be taken for others, but not have more
+    lacking = flatten(coco(annotations=[box(1, 1, [0, 0, 9, 9], 8)], categories={8: "emu"}), categories=training)
+    assert lacking.labels.tolist() == [2] and lacking.categories.names == training.names
+    assert lacking.categories.ids[2] == 8 and len(set(lacking.categories.ids)) == 3
+    message = refusal(coco(categories={1: "ape", 2: "yak", 3: "gnu"}), categories=training)
+    assert "yak" in message and "gnu" in message and "ape" not in message
 
 
 def test_class_names_choose_and_order_the_labels() -> None:
@@ -155,24 +149,13 @@ def test_class_names_choose_and_order_the_labels() -> None:
 @pytest.mark.parametrize(
     "categories",
     [
-        [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}],
-        [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}],
-        [],
-        [{"id": "1", "name": "cat"}],
-        [{"id": 1.5, "name": "cat"}],
-        [{"id": 1}],
-        [{"name": "cat"}],
-        ["cat"],
+        *([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]),
+        *([], [{"id": "1", "name": "cat"}], [{"id": 1.5, "name": "cat"}], [{"id": 1}], [{"name": "cat"}], ["cat"]),
     ],
-    ids=["name twice", "id twice", "none", "string id", "fraction id", "no name", "no id", "no object"],
+    ids=str,
 )
 def test_categories_that_are_refused(categories: list) -> None:
     refusal({**coco(), "categories": categories})
-
-
-def test_a_box_of_an_unknown_category_is_refused() -> None:
-    message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(17, 1, [0, 0, 5, 5], 99)]))
-    assert "17" in message and "99" in message
 
 
 # --- boxes ---
@@ -180,8 +163,7 @@ def test_a_box_of_an_unknown_category_is_refused() -> None:
 
 def test_boxes_become_corners_and_images_without_boxes_stay() -> None:
     content = coco(
-        images=[image(5), image(3), image(9)],
-        annotations=[box(1, 9, [1.5, 2, 10, 20]), box(2, 5, [30, 20, 40, 30])],
+        images=[image(5), image(3), image(9)], annotations=[box(1, 9, [1.5, 2, 10, 20]), box(2, 5, [30, 20, 40, 30])]
     )
     annotations = flatten(content)
     assert annotations.image_ids.tolist() == [5, 3, 9]
@@ -193,16 +175,10 @@ def test_boxes_become_corners_and_images_without_boxes_stay() -> None:
     assert annotations.image_sizes.tolist() == [[WIDTH, HEIGHT]] * 3
     assert [annotations.file_name(index) for index in range(3)] == ["5.png", "3.png", "9.png"]
     assert annotations.counts.dropped == {}
-
-
-def test_a_file_without_any_box_is_read() -> None:
-    annotations = flatten(coco(annotations=[]))
-    assert len(annotations) == 2 and annotations.boxes.shape == (0, 4) and annotations.first_box.tolist() == [0, 0, 0]
-
-
-def test_the_area_of_the_file_is_kept_for_the_metric() -> None:
-    annotations = flatten(coco(annotations=[box(1, 1, [0, 0, 10, 10], area=37.5), box(2, 2, [0, 0, 4, 5], area=None)]))
-    assert annotations.areas.tolist() == [37.5, 20]
+    given = flatten(coco(annotations=[box(1, 1, [0, 0, 10, 10], area=37.5), box(2, 2, [0, 0, 4, 5], area=None)]))
+    assert given.areas.tolist() == [37.5, 20]  # the metric's
+    empty = flatten(coco(annotations=[]))
+    assert len(empty) == 2 and empty.boxes.shape == (0, 4) and empty.first_box.tolist() == [0, 0, 0]
 
 
 def test_crowd_boxes_are_marked_and_never_a_class(open_dataset) -> None:
@@ -249,7 +225,8 @@ def test_boxes_are_clipped_or_dropped_and_counted(bbox: list, corners: list | No
         assert "41" in refusal(content, strict=True)
 
 
-def test_dropped_boxes_are_counted_by_reason_with_their_first_ids() -> None:
+def test_an_orphan_annotation_is_counted() -> None:
+    """As every box that is left out: by reason, with the first ids."""
     empty = [box(100 + number, 1, [5, 5, 0, 5]) for number in range(7)]
     outside = [box(200 + number, 2, [500, 5, 5, 5]) for number in range(2)]
     orphans = [box(300, 77, [5, 5, 5, 5])]
@@ -279,30 +256,19 @@ def order_oracle(content: dict[str, Any]) -> list[int]:
 
 def test_the_order_of_boxes_does_not_depend_on_the_file() -> None:
     generator = random.Random(0)
-    rows = [
-        box(
-            number,
-            generator.randint(1, 4),
-            [1, 1, generator.choice([4, 6]), generator.choice([4, 6])],
-            iscrowd=number % 2,
-        )
-        for number in generator.sample(range(1000), 40)
-    ]
+    numbers, sides = generator.sample(range(1000), 40), [4, 6]
+    boxes = [[1, 1, generator.choice(sides), generator.choice(sides)] for _ in numbers]
+    rows = [box(n, generator.randint(1, 4), b, iscrowd=n % 2) for n, b in zip(numbers, boxes, strict=True)]
     content = coco(images=[image(3), image(1), image(4), image(2)], annotations=rows)
+    before = copy.deepcopy(content)
     expected = flatten(content)
+    assert content == before  # left alone
     assert expected.annotation_ids.tolist() == order_oracle(content)
     for _ in range(5):
         generator.shuffle(content["annotations"])
         for field in fields(Annotations):
             if field.name not in ("counts", "file_order"):
                 assert np.array_equal(getattr(flatten(content), field.name), getattr(expected, field.name)), field.name
-
-
-def test_an_orphan_annotation_is_counted() -> None:
-    annotations = flatten(coco(annotations=[box(8, 3, [0, 0, 5, 5]), box(9, 2, [0, 0, 5, 5])]))
-    assert annotations.annotation_ids.tolist() == [9]
-    (line,) = annotations.counts.lines()
-    assert line.startswith("1 ") and "[8]" in line
 
 
 # --- files that are refused ---
@@ -320,66 +286,53 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_bbox_must_be_four_finite_numbers(open_dataset, bbox: Any, area: bool) -> None:
+def test_a_bbox_must_be_four_finite_numbers(refused, bbox: Any, area: bool) -> None:
     row = box(4711, 1, bbox, **({"area": 400} if area else {}))
     for rows in ([row], [box(1, 1, [1, 2, 3, 4], area=12), row]):
-        with pytest.raises(DataError) as caught:
-            open_dataset(coco(annotations=rows))
-        message = one_line(caught.value)
-        assert "bbox" in message or bbox == [10**400, 1, 1, 1]
-        assert "4711" in message or bbox == [10**400, 1, 1, 1]
+        message = refused(coco(annotations=rows))
+        assert ("bbox" in message and "4711" in message) or bbox == [10**400, 1, 1, 1]
 
 
-@pytest.mark.parametrize("area", [NAN, INFINITY, "12", [1]])
-def test_an_area_must_be_a_finite_number(area: Any) -> None:
-    message = refusal(coco(annotations=[box(4711, 1, [1, 1, 5, 5], area=area)]))
-    assert "4711" in message and "area" in message
+@pytest.mark.parametrize(
+    ("other", "word"), [({"category_id": 99}, "99"), *(({"area": area}, "area") for area in (NAN, INFINITY, "12", [1]))]
+)
+def test_a_box_of_an_unknown_category_is_refused(other: dict[str, Any], word: str) -> None:
+    """And one whose area is no finite number."""
+    message = refusal(coco(annotations=[box(1, 1, [0, 0, 5, 5]), box(4711, 1, [1, 1, 5, 5], **other)]))
+    assert "4711" in message and word in message
 
 
-@pytest.mark.parametrize("key", ["id", "image_id", "category_id", "bbox"])
-def test_a_missing_key_of_an_annotation_is_named(open_dataset, key: str) -> None:
-    row = box(4711, 1, [1, 1, 5, 5])
-    del row[key]
-    with pytest.raises(DataError) as caught:
-        open_dataset(coco(annotations=[box(1, 1, [1, 1, 5, 5]), row]))
-    message = one_line(caught.value)
-    assert repr(key) in message and ("4711" in message or key == "id")
-
-
-@pytest.mark.parametrize("key", ["id", "file_name"])
-def test_a_missing_key_of_an_image_is_named(open_dataset, key: str) -> None:
-    entry = image(4711)
-    del entry[key]
-    with pytest.raises(DataError) as caught:
-        open_dataset(coco(images=[image(1), image(2), entry]))
-    message = one_line(caught.value)
+@pytest.mark.parametrize(
+    ("rows", "key"),
+    [
+        *(("annotations", key) for key in ("id", "image_id", "category_id", "bbox")),
+        *(("images", key) for key in ("id", "file_name")),
+    ],
+)
+def test_a_missing_key_of_an_annotation_is_named(refused, rows: str, key: str) -> None:
+    content = coco([image(1), image(4711)], [box(1, 1, [1, 1, 5, 5]), box(4711, 1, [1, 1, 5, 5])])
+    del content[rows][1][key]
+    message = refused(content)
     assert repr(key) in message and ("4711" in message or key == "id")
 
 
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 @pytest.mark.parametrize("value", ["absent", None, {}, 5, "text", [5], [None], [[]]], ids=str)
-def test_the_three_lists_must_be_lists_of_objects(open_dataset, key: str, value: Any) -> None:
+def test_the_three_lists_must_be_lists_of_objects(refused, key: str, value: Any) -> None:
     content = {**coco(), key: value}
     if value == "absent":
         del content[key]
-    with pytest.raises(DataError) as caught:
-        open_dataset(content)
-    assert key[:5] in one_line(caught.value)
+    assert key[:5] in refused(content)
 
 
 @pytest.mark.parametrize("number", ["1", 1.0, 1.5, None, [1], 2**70], ids=str)
-@pytest.mark.parametrize("place", ["image", "annotation", "category"])
-def test_ids_must_be_whole_numbers(open_dataset, number: Any, place: str) -> None:
+@pytest.mark.parametrize("key", ["image_id", "id", "category_id"])
+def test_ids_must_be_whole_numbers(refused, number: Any, key: str) -> None:
     content = coco()
-    if place == "image":
-        content["images"][0]["id"] = content["annotations"][0]["image_id"] = number
-    elif place == "category":
-        content["annotations"][0]["category_id"] = number
-    else:
-        content["annotations"][0]["id"] = number
-    with pytest.raises(DataError) as caught:
-        open_dataset(content)
-    one_line(caught.value)
+    content["annotations"][0][key] = number
+    if key == "image_id":
+        content["images"][0]["id"] = number
+    refused(content)
 
 
 def test_an_image_listed_twice_is_refused() -> None:
@@ -393,24 +346,14 @@ COMPLETE = json.dumps(coco()).encode()
 @pytest.mark.parametrize(
     "raw",
     [
-        b"",
-        COMPLETE[: len(COMPLETE) // 2],
-        b"\xef\xbb\xbf" + COMPLETE,
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b"[]",
-        b"null",
-        b"NaN",
-        b"\xff\xfe\x00",
-        json.dumps(coco()).encode("utf-16"),
+        *(b"", COMPLETE[: len(COMPLETE) // 2], b"\xef\xbb\xbf" + COMPLETE, b"[" * 100_000, b'{"a":' * 100_000),
+        *(b"[]", b"null", b"NaN", b"\xff\xfe\x00", json.dumps(coco()).encode("utf-16")),
         b'{"images": ' + b"1" * 5000 + b"}",  # Python refuses to convert so many digits
     ],
     ids=["empty", "cut", "BOM", "deep list", "deep object", "list", "null", "NaN", "binary", "utf-16", "digits"],
 )
-def test_a_file_that_is_no_coco_json_is_named(open_dataset, raw: bytes, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        open_dataset(raw)
-    assert "annotations.json" in one_line(caught.value)
+def test_a_file_that_is_no_coco_json_is_named(refused, raw: bytes, tmp_path: Path) -> None:
+    assert "annotations.json" in refused(raw)
     with pytest.raises(DataError) as caught:
         load_annotations(tmp_path / "annotations.json")
     assert "annotations.json" in one_line(caught.value)
@@ -435,10 +378,8 @@ def test_missing_files_and_directories_are_named(tmp_path: Path, default_setting
     ],
     ids=repr,
 )
-def test_a_file_name_may_not_leave_the_image_directory(open_dataset, name: str) -> None:
-    with pytest.raises(DataError) as caught:
-        open_dataset(coco(images=[image(1), image(2, file_name=name)]))
-    assert repr(name) in one_line(caught.value)
+def test_a_file_name_may_not_leave_the_image_directory(refused, name: str) -> None:
+    assert repr(name) in refused(coco(images=[image(1), image(2, file_name=name)]))
 
 
 @pytest.mark.parametrize(
@@ -484,13 +425,6 @@ def test_only_arrays_are_left(open_dataset) -> None:
     assert len(raw) > 150 * number
 
 
-def test_the_content_is_not_changed() -> None:
-    content = coco(annotations=[box(1, 1, [-5, -5, 10, 10]), box(2, 2, [0, 0, 0, 0])])
-    before = copy.deepcopy(content)
-    flatten(content)
-    assert content == before
-
-
 # --- layouts ---
 
 LAYOUTS = [
@@ -504,13 +438,10 @@ REST = {"train": ("annotations/instances_val.json", "val"), "val": ("annotations
 
 
 def make(root: Path, *files_and_directories: str) -> None:
-    for name in files_and_directories:
-        path = root / name
-        if path.suffix == ".json":
-            path.parent.mkdir(parents=True, exist_ok=True)
+    for path in (root / name for name in files_and_directories):
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
             path.write_bytes(COMPLETE)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize(("file", "directory", "split"), LAYOUTS)
@@ -522,70 +453,52 @@ def test_the_usual_layouts_are_found(tmp_path: Path, default_settings: Load, fil
     assert other == tuple(tmp_path / name for name in REST[split])
 
 
-def test_one_directory_for_all_images(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", "annotations/instances_val.json", "images")
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
-    assert train[1] == validation[1] == tmp_path / "images"
+MINE = ["my/a.json", "my/b", "my/c.json", "my/d"]
+SETTINGS = ("train_annotations", "train_images", "validation_annotations", "validation_images")
+BESIDE = ["train_annotations/a.json", "train_annotations", "validation_annotations/a.json", "validation_annotations"]
+NAMED = [f"{name}={path}" for name, path in zip(SETTINGS, MINE, strict=True)]
+FOUND = {  # words behind "data."; what there is and is found: annotations and images for training, then for validation
+    "one directory": ([], ["annotations/instances_train.json", "images", "annotations/instances_val.json", "images"]),
+    "below root": (NAMED, MINE),
+    "absolute": ([word.replace("=", "=ROOT/") for word in NAMED], MINE),
+    "absolute without root": ([*(word.replace("=", "=ROOT/") for word in NAMED), "root=ROOT/absent"], MINE),
+    "beside its images": ([f"{name}={name}/a.json" for name in SETTINGS[::2]], BESIDE),
+    "a fraction": (["validation_fraction=0.2"], ["annotations/instances_train.json", "train"] * 2),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_explicit_paths_and_shared_directories(tmp_path: Path, default_settings: Load, case: str) -> None:
+    words, names = FOUND[case]
+    make(tmp_path, *names)
+    given = [f"data.{word}".replace("ROOT", str(tmp_path)) for word in ("root=ROOT", *words)]
+    train, validation = find_dataset(default_settings(*given).data)
+    assert [*train, *validation] == [tmp_path / name for name in names]
 
 
 @pytest.mark.parametrize(
-    ("absolute", "with_root"),
-    [(True, True), (False, True), (True, False)],
-    ids=["absolute", "below root", "absolute without root"],
+    ("names", "words", "parts"),
+    [
+        ([], [], ["ROOT", "data/download_coco.sh", "recipes/quickstart.yaml"]),
+        ([], ["data.root=ROOT/absent"], ["ROOT", "data/download_coco.sh", "recipes/quickstart.yaml"]),
+        (["train"], [], ["validation", "data.validation_fraction"]),
+        ([*REST["train"]], [], ["instances_train.json", "data.train_images"]),
+        (
+            ["train", "b.json"],
+            ["data.validation_fraction=0.2", "data.validation_annotations=b.json"],
+            ["data.validation_fraction", "data.validation_annotations"],
+        ),
+    ],
+    ids=["nothing", "no root", "no validation file", "no images", "a fraction and a validation file"],
 )
-def test_explicit_paths(tmp_path: Path, default_settings: Load, absolute: bool, with_root: bool) -> None:
-    make(tmp_path, "my/a.json", "my/b.json", "my/pictures", "my/others")
-    prefix = f"{tmp_path}/" if absolute else ""
-    words = [
-        *(f"data.train_annotations={prefix}my/a.json", f"data.train_images={prefix}my/pictures"),
-        *(f"data.validation_annotations={prefix}my/b.json", f"data.validation_images={prefix}my/others"),
-        f"data.root={tmp_path if with_root else tmp_path / 'absent'}",
-    ]
-    train, validation = find_dataset(default_settings(*words).data)
-    assert train == (tmp_path / "my/a.json", tmp_path / "my/pictures")
-    assert validation == (tmp_path / "my/b.json", tmp_path / "my/others")
-
-
-def test_an_explicit_file_beside_its_images(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "set/labels.json", "other/labels.json")
-    words = ["data.train_annotations=set/labels.json", "data.validation_annotations=other/labels.json"]
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", *words).data)
-    assert train == (tmp_path / "set/labels.json", tmp_path / "set")
-    assert validation == (tmp_path / "other/labels.json", tmp_path / "other")
-
-
-def not_found(settings: Settings) -> str:
+def test_what_is_not_found_is_one_line(tmp_path: Path, default_settings: Load, names, words, parts) -> None:
+    """An empty root: the message says where to get data; else what is missing, and the setting that names it."""
+    make(tmp_path, *names, *(["annotations/instances_train.json"] if names else []))
+    settings = default_settings(*(word.replace("ROOT", str(tmp_path)) for word in ("data.root=ROOT", *words)))
     with pytest.raises(DataError) as caught:
         find_dataset(settings.data)
-    return one_line(caught.value)
-
-
-def test_without_data_the_message_says_where_to_get_some(tmp_path: Path, default_settings: Load) -> None:
-    for settings in (default_settings(f"data.root={tmp_path / 'absent'}"), default_settings(f"data.root={tmp_path}")):
-        message = not_found(settings)
-        assert "data/download_coco.sh" in message and "recipes/quickstart.yaml" in message
-        assert str(tmp_path) in message
-
-
-def test_without_validation_annotations_the_message_names_the_split(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", "train")
-    message = not_found(default_settings(f"data.root={tmp_path}"))
-    assert "validation" in message and "data.validation_fraction" in message
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}", "data.validation_fraction=0.2").data)
-    assert train == validation == (tmp_path / "annotations/instances_train.json", tmp_path / "train")
-
-
-def test_without_images_the_message_names_the_setting(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", *REST["train"])
-    message = not_found(default_settings(f"data.root={tmp_path}"))
-    assert "instances_train.json" in message and "data.train_images" in message
-
-
-def test_a_fraction_and_a_validation_file_contradict_each_other(tmp_path: Path, default_settings: Load) -> None:
-    make(tmp_path, "annotations/instances_train.json", "train", "b.json")
-    words = [f"data.root={tmp_path}", "data.validation_fraction=0.2", "data.validation_annotations=b.json"]
-    message = not_found(default_settings(*words))
-    assert "data.validation_fraction" in message and "data.validation_annotations" in message
+    for part in parts:
+        assert part.replace("ROOT", str(tmp_path)) in one_line(caught.value)
 
 
 # --- split by a fraction ---
@@ -652,83 +565,53 @@ def test_repeat_factors_by_hand() -> None:
 
 # --- images ---
 
-SIDES = {  # EXIF 2.3, tag 274: where the first row and the first column of the file lie in the picture
-    1: ("top", "left"),
-    2: ("top", "right"),
-    3: ("bottom", "right"),
-    4: ("bottom", "left"),
-    5: ("left", "top"),
-    6: ("right", "top"),
-    7: ("right", "bottom"),
-    8: ("left", "bottom"),
+# EXIF 2.3, tag 274: the sides of the picture at which the first row and the first column of the file lie
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda file: file,  # top, left
+    2: lambda file: file[:, ::-1],  # top, right
+    3: lambda file: file[::-1, ::-1],  # bottom, right
+    4: lambda file: file[::-1],  # bottom, left
+    5: lambda file: file.swapaxes(0, 1),  # left, top
+    6: lambda file: file.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda file: file.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda file: file.swapaxes(0, 1)[::-1],  # left, bottom
 }
-OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
-MARKS = {
-    "first row first": (255, 0, 0),
-    "first row last": (0, 255, 0),
-    "last row first": (0, 0, 255),
-    "last": (255, 255, 0),
-}
+MARKS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))  # upper left, upper right, lower left, lower right
 
 
-def corner_sides(orientation: int) -> Iterator[tuple[tuple[int, int, int], set[str]]]:
-    """Colour of each corner mark of the file, and the sides of the picture it must lie at."""
-    row, column = SIDES[orientation]
-    places = ({row, column}, {row, OPPOSITE[column]}, {OPPOSITE[row], column}, {OPPOSITE[row], OPPOSITE[column]})
-    yield from zip(MARKS.values(), places, strict=True)
-
-
-def marked(width: int = 64, height: int = 48, mark: int = 16) -> np.ndarray:
-    pixels = np.full((height, width, 3), 90, np.uint8)
-    rows, columns = (slice(mark), slice(-mark, None)), (slice(mark), slice(-mark, None))
-    for colour, (row, column) in zip(MARKS.values(), ((r, c) for r in rows for c in columns), strict=True):
-        pixels[row, column] = colour
+def marked() -> np.ndarray:
+    pixels = np.full((48, 64, 3), 90, np.uint8)
+    pixels[:16, :16], pixels[:16, -16:], pixels[-16:, :16], pixels[-16:, -16:] = MARKS
     return pixels
 
 
-def with_orientation(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
-def at_corner(picture: np.ndarray, sides: set[str]) -> np.ndarray:
-    return picture[4 if "top" in sides else -5, 4 if "left" in sides else -5].astype(int)
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(marked()).save(path, exif=with_orientation(orientation), quality=95)
-    picture = read_image(path)
-    assert picture.shape == ((48, 64, 3) if orientation <= 4 else (64, 48, 3))
-    for colour, sides in corner_sides(orientation):
-        assert np.abs(at_corner(picture, sides) - colour).max() < 40, (orientation, sides)
+    Image.fromarray(marked()).save(path, exif=oriented(orientation), quality=95)
+    difference = np.abs(read_image(path).astype(int) - TURNED[orientation](marked()))
+    assert difference.mean() < 3 and np.median(difference) <= 1  # what lossy formats cost, most of it along the edges
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-@pytest.mark.parametrize("orientation", SIDES)
+@pytest.mark.parametrize("orientation", TURNED)
 def test_transparency_is_turned_with_the_picture(tmp_path: Path, orientation: int, suffix: str) -> None:
     """The mark in the file's first corner is transparent, so mid grey, wherever that corner comes to lie."""
-    pixels = np.dstack([marked(), np.full((48, 64), 255, np.uint8)])
-    pixels[:16, :16, 3] = 0
-    Image.fromarray(pixels).save(
-        tmp_path / f"a.{suffix}", exif=with_orientation(orientation), lossless=True, exact=True
-    )
-    picture = read_image(tmp_path / f"a.{suffix}")
-    for colour, sides in corner_sides(orientation):
-        expected = (128, 128, 128) if colour == MARKS["first row first"] else colour
-        assert np.abs(at_corner(picture, sides) - expected).max() <= 2, (orientation, sides)
+    path, expected, alpha = tmp_path / f"a.{suffix}", marked(), np.full((48, 64), 255, np.uint8)
+    expected[:16, :16], alpha[:16, :16] = 128, 0
+    picture = Image.fromarray(np.dstack([marked(), alpha]))
+    picture.save(path, exif=oriented(orientation), lossless=True, exact=True)
+    assert np.abs(read_image(path).astype(int) - TURNED[orientation](expected)).max() <= 2
 
 
 def test_boxes_and_pixels_agree_in_a_turned_photograph(open_dataset) -> None:
     """Annotators saw the turned picture. Orientation 6: the file's first corner is at the upper right."""
     dataset = open_dataset(coco([image(1, width=48, height=64)], [box(1, 1, [32, 0, 16, 16])]))
-    Image.fromarray(marked()).save(dataset.image_root / "1.png", "JPEG", exif=with_orientation(6), quality=95)
+    Image.fromarray(marked()).save(dataset.image_root / "1.png", "JPEG", exif=oriented(6), quality=95)
     sample = dataset[0]
     x1, y1, x2, y2 = sample.boxes[0].round().astype(int)
-    assert np.abs(sample.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].astype(int) - MARKS["first row first"]).max() < 40
+    assert np.abs(sample.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].astype(int) - MARKS[0]).max() < 40
 
 
 def filled(mode: str, colour: Any, size: tuple[int, int] = (20, 10)) -> Image.Image:
@@ -745,7 +628,8 @@ def palette(**save: Any) -> tuple[Image.Image, dict[str, Any]]:
 
 # Mid grey is 128. Alpha 51 of 255 is 0.2: 0.2 * 200 + 0.8 * 128 = 142.4, 0.2 * 100 + 102.4 = 122.4, 0 + 102.4.
 # Alpha 128 is 0.502: 0.502 * 255 + 0.498 * 128 = 191.7, 0.498 * 128 = 63.7.
-FORMATS = [
+PART = (142.4, 122.4, 102.4)
+FORMATS = [  # file, picture, options; the colours of its left and right half
     ("L.jpg", filled("L", 100), {}, (100, 100, 100), (100, 100, 100)),
     ("L.png", filled("L", 100), {}, (100, 100, 100), (100, 100, 100)),
     ("L_key.png", filled("L", 100), {"transparency": 100}, (128, 128, 128), (128, 128, 128)),
@@ -760,14 +644,8 @@ FORMATS = [
     ("RGB_key.png", filled("RGB", (10, 20, 30)), {"transparency": (10, 20, 30)}, (128,) * 3, (128,) * 3),
     ("RGB.bmp", filled("RGB", (10, 20, 30)), {}, (10, 20, 30), (10, 20, 30)),
     ("RGBA_clear.png", filled("RGBA", (200, 100, 0, 0)), {}, (128,) * 3, (128,) * 3),
-    ("RGBA_part.png", filled("RGBA", (200, 100, 0, 51)), {}, (142.4, 122.4, 102.4), (142.4, 122.4, 102.4)),
-    (
-        "RGBA_part.webp",
-        filled("RGBA", (200, 100, 0, 51)),
-        {"lossless": True},
-        (142.4, 122.4, 102.4),
-        (142.4, 122.4, 102.4),
-    ),
+    ("RGBA_part.png", filled("RGBA", (200, 100, 0, 51)), {}, PART, PART),
+    ("RGBA_part.webp", filled("RGBA", (200, 100, 0, 51)), {"lossless": True}, PART, PART),
     ("CMYK.jpg", filled("CMYK", (0, 255, 255, 0)), {"quality": 95}, (255, 0, 0), (255, 0, 0)),
     ("YCbCr.jpg", filled("YCbCr", (128, 128, 128)), {}, (128, 128, 128), (128, 128, 128)),
     ("bits.png", filled("1", 1), {}, (255, 255, 255), (255, 255, 255)),
@@ -844,32 +722,24 @@ def test_data_after_the_end_of_a_jpeg_does_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_other_truncated_formats(tmp_path: Path, suffix: str, share: float) -> None:
     path = tmp_path / f"picture.{suffix}"
-    Image.fromarray(read_png(photograph(False))).save(path)
+    Image.open(io.BytesIO(photograph(False))).save(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     damaged(path)
 
 
-def read_png(encoded: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(encoded)))
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9", None])
-def test_files_that_are_no_image(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9", None, "folder"])
+def test_files_that_are_no_image(tmp_path: Path, content: bytes | str | None) -> None:
     path = tmp_path / "picture.jpg"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     damaged(path)
 
 
-def test_a_directory_is_no_image(tmp_path: Path) -> None:
-    (tmp_path / "picture.jpg").mkdir()
-    damaged(tmp_path / "picture.jpg")
-
-
 def test_the_content_decides_not_the_ending(tmp_path: Path) -> None:
-    path = tmp_path / "really_a_png.jpg"
-    filled("RGB", (10, 20, 30)).save(path, "PNG")
-    assert (read_image(path) == (10, 20, 30)).all()
+    filled("RGB", (10, 20, 30)).save(tmp_path / "really_a_png.jpg", "PNG")
+    assert (read_image(tmp_path / "really_a_png.jpg") == (10, 20, 30)).all()
 
 
 @pytest.mark.parametrize(
@@ -897,15 +767,7 @@ def test_positions_choose_epoch_and_size(drawn_dataset: Path, default_settings: 
     assert np.array_equal(dataset[3].image, dataset[(3, 0, 0)].image)
     assert not np.array_equal(dataset[3].image, dataset[(3, 1, 0)].image)
     assert dataset[3].index == 3
-    # a drawn rectangle is red (label 0) or green (label 1) all over
-    for index in range(9):
-        first, last = dataset.annotations.first_box[index : index + 2]
-        assert last - first == index % 4
-        pixels = dataset.load_image(index)
-        for place in range(first, last):
-            x1, y1, x2, y2 = dataset.annotations.boxes[place].astype(int)
-            corner = tuple(pixels[y2 - 1, x2 - 1])
-            assert corner in {(255, 0, 0), (0, 255, 0)} and (x2 - x1) >= 8 and (y2 - y1) >= 8
+    assert np.diff(dataset.annotations.first_box).tolist() == [index % 4 for index in range(9)]
 
 
 # --- synthetic batches ---
@@ -933,24 +795,10 @@ def test_fake_data_looks_like_a_dataset(default_settings: Load) -> None:
 # --- real data ---
 
 
-def names_of(annotations: Annotations, crowd: bool = True) -> dict[str, int]:
-    labels = annotations.labels if crowd else annotations.labels[~annotations.crowd]
-    counts = np.bincount(labels, minlength=len(annotations.categories.names))
-    return dict(zip(annotations.categories.names, counts.tolist(), strict=True))
-
-
-def open_both(root: Path, settings: Settings) -> tuple[CocoDataset, CocoDataset]:
-    (train_file, train_images), (validation_file, validation_images) = find_dataset(settings.data)
-    transform = transform_of(settings, 96, 0, training=True)
-    training = CocoDataset(train_images, train_file, transform)
-    categories = training.annotations.categories
-    return training, CocoDataset(validation_images, validation_file, transform, categories=categories)
-
-
 def test_official_coco_annotations(shared_data, default_settings: Load) -> None:
     """The counts of shared/data/coco_mini/README.md."""
     root = shared_data("coco_mini")
-    datasets = open_both(root, default_settings(f"data.root={root}"))
+    datasets = datasets_of(default_settings(f"data.root={root}"), 96, 96)
     expected = [(128, 939, 10, 2, {"person": 259, "hair drier": 0}), (79, 624, 5, 0, {"person": 118, "teddy bear": 0})]
     for dataset, (images, boxes, crowd, empty, some) in zip(datasets, expected, strict=True):
         annotations = dataset.annotations
@@ -960,7 +808,8 @@ def test_official_coco_annotations(shared_data, default_settings: Load) -> None:
         assert (np.diff(annotations.first_box) == 0).sum() == empty
         assert len(annotations.categories.names) == 80
         assert annotations.categories.ids[:1] + annotations.categories.ids[-1:] == (1, 90)
-        assert {name: names_of(annotations)[name] for name in some} == some
+        for name, count in some.items():
+            assert (annotations.labels == annotations.categories.names.index(name)).sum() == count
         for index in (0, len(dataset) - 1):  # decodes, and has the size that the annotations state
             sample = dataset[(index, 1, 64)]
             assert sample.image.shape == (64, 64, 3) and len(sample.boxes) == len(sample.labels)

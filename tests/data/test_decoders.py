@@ -18,6 +18,7 @@ from detection.data.build import build_datasets
 from detection.data.image_file import choose_decoder, decode_with_simplejpeg, describe_decoder, read_image
 from detection.errors import DataReadError, SettingsError
 from tests.support.paths import ARGS
+from tests.support.pictures import oriented
 
 Load = Callable[..., Settings]
 
@@ -35,12 +36,6 @@ def jpeg(width: int = 97, height: int = 61, mode: str = "RGB", seed: int = 0, **
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", **options)
     return buffer.getvalue()
-
-
-def oriented(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 KINDS = {

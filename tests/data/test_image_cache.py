@@ -201,23 +201,14 @@ def read_all(cache: ImageCache, pictures: list[Path], repeats: int) -> None:
     os._exit(0)
 
 
+@pytest.mark.parametrize(("method", "count", "repeats"), [("fork", 4, 20), ("spawn", 1, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_processes_share_it(make, pictures: list[Path], kind: str) -> None:
-    cache, context = make(kind), multiprocessing.get_context("fork")
-    processes = [context.Process(target=read_all, args=(cache, pictures, 20)) for _ in range(4)]
+def test_processes_share_it(make, pictures: list[Path], kind: str, method: str, count: int, repeats: int) -> None:
+    cache, context = make(kind), multiprocessing.get_context(method)
+    processes = [context.Process(target=read_all, args=(cache, pictures, repeats)) for _ in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert cache.find(3, cache.key_of(pictures[3])) is not None  # what they wrote is here
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_process_that_is_not_forked_gets_it_too(make, pictures: list[Path], kind: str) -> None:
-    cache = make(kind)
-    process = multiprocessing.get_context("spawn").Process(target=read_all, args=(cache, pictures, 1))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert cache.find(3, cache.key_of(pictures[3])) is not None

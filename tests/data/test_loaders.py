@@ -27,6 +27,7 @@ from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
 from tests.support.detectors import transform_of
 from tests.support.paths import REPOSITORY
+from tests.support.pictures import NAMED
 
 Load = Callable[..., Settings]
 Position = tuple[int, int, int]
@@ -59,13 +60,6 @@ def test_every_image_comes_once_per_epoch_and_nothing_is_dropped(num_images, bat
             assert sorted(seen) == list(range(num_images))
         else:  # the run ends inside this epoch
             assert len(set(seen)) == len(seen)
-
-
-def test_a_batch_may_span_two_epochs() -> None:
-    """7 images in batches of 4: the second batch holds places 4..7 of the stream, and place 7 opens epoch 1."""
-    batches = list(sampler(7, 4, steps=(0, 7)))
-    epochs = [[epoch for _, epoch, _ in batch] for batch in batches]
-    assert epochs == [[0] * 4, [0, 0, 0, 1], [1] * 4, [1, 1, 2, 2], [2] * 4, [2, 3, 3, 3], [3] * 4]
 
 
 @pytest.mark.parametrize("factors", [None, np.array([1, 1.5, 2.25, 1.25, 1, 1, 1])], ids=["plain", "repeat factors"])
@@ -120,10 +114,9 @@ def test_the_size_is_a_function_of_seed_and_step_alone() -> None:
     sizes = [first.size_of_step(step) for step in range(200)]
     assert [second.size_of_step(step) for step in reversed(range(200))] == sizes[::-1]
     assert [sampler(7, seed=4, **other).size_of_step(step) for step in range(200)] != sizes
-
-
-def test_without_multiscale_the_size_is_fixed() -> None:
-    assert {size for _, _, size in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {416}
+    assert {size for _, _, size in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {
+        416
+    }  # no resizing
 
 
 # --- repeat factors ---
@@ -175,7 +168,7 @@ def sample(boxes: int, size: int = 32, index: int = 0) -> Sample:
     return Sample(
         generator.integers(0, 256, (size, size, 3), dtype=np.uint8),
         generator.uniform(0, size, (boxes, 4)).astype(np.float32),
-        generator.integers(-2, 80, boxes).clip(min=0),
+        generator.choice([-2, 0, 5, 79], boxes),  # some are crowd regions
         index,
         Letterbox(1.0, 1.0, 0, 0, size, size),
     )
@@ -190,12 +183,9 @@ def test_targets_are_padded_to_few_shapes_and_none_is_lost(most: int, padded: in
     assert batch["boxes"].shape == (3, padded, 4) and batch["boxes"].dtype == torch.float32
     assert batch["labels"].shape == (3, padded) and batch["labels"].dtype == torch.int64
     for row, one in enumerate(samples):
-        for place in range(padded):
-            if place < len(one.labels):
-                assert batch["labels"][row, place] == one.labels[place]
-                assert batch["boxes"][row, place].tolist() == one.boxes[place].tolist()
-            else:
-                assert batch["labels"][row, place] == -1
+        count = len(one.labels)
+        assert batch["labels"][row].tolist() == [*one.labels, *[-1] * (padded - count)]
+        assert batch["boxes"][row, :count].tolist() == one.boxes.tolist()
     assert torch.isfinite(batch["boxes"]).all()
 
 
@@ -207,16 +197,9 @@ def test_images_are_uint8_channels_last(count: int) -> None:
     assert images.shape == (count, 3, 32, 32) and images.dtype == torch.uint8
     assert images.is_contiguous(memory_format=torch.channels_last)
     for row, one in enumerate(samples):
-        for channel in range(3):
-            assert np.array_equal(images[row, channel].numpy(), one.image[:, :, channel])
+        assert np.array_equal(images[row].permute(1, 2, 0).numpy(), one.image)
     assert batch["indices"].tolist() == [number + 7 for number in range(count)]
     assert batch["letterboxes"] == [one.letterbox for one in samples]
-
-
-def test_crowd_labels_are_kept_apart_from_padding() -> None:
-    one = sample(2)
-    batch = collate_samples([Sample(one.image, one.boxes, np.array([-2, 5]), 0, one.letterbox)])
-    assert batch["labels"][0, :3].tolist() == [-2, 5, -1]
 
 
 def test_targets_move_with_the_images() -> None:
@@ -240,8 +223,7 @@ def digest(batch: Batch) -> str:
 
 @pytest.fixture
 def training_set(drawn_dataset: Path, default_settings: Load) -> CocoDataset:
-    named = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
-    names = ("gauss_noise", "multiplicative_noise", *named)
+    names = ("gauss_noise", "multiplicative_noise", *NAMED)
     settings = default_settings(*(f"data.augmentation.{name}.p=0.5" for name in names))
     transform = transform_of(settings, 64, 11, training=True)
     return CocoDataset(drawn_dataset / "train", drawn_dataset / "annotations" / "instances_train.json", transform)
@@ -326,11 +308,7 @@ for _ in build_training_loader(Failing(), TrainingBatchSampler(9, 1, 1, (0, 9), 
 def test_an_error_ends_the_process_although_workers_ignore_sigterm() -> None:
     """multiprocessing's own ending of the workers waits forever for processes that ignore its SIGTERM."""
     done = subprocess.run(
-        [sys.executable, "-c", FAILING_RUN],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", FAILING_RUN], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr.strip().endswith("RuntimeError: unforeseen")
 

@@ -18,9 +18,10 @@ from detection.data.augmentation.affine_and_pixels import build_augmentation
 from detection.data.transforms import Sample, Transform
 from detection.ops.letterbox import Letterbox, place_image
 from tests.support.detectors import letterbox_image, transform_of
+from tests.support.pictures import NAMED, NO_BOXES, bright_extent, picture, probabilities
 
 Load = Callable[..., Settings]
-# Name in args.yaml -> class in albumentations: seed 002's twelve without Resize (the letterbox's), and a vertical flip.
+# Name in args.yaml -> class in albumentations: the research repository's without Resize, and a vertical flip.
 CLASSES = {
     "multiplicative_noise": "MultiplicativeNoise",
     "clahe": "CLAHE",
@@ -35,29 +36,12 @@ CLASSES = {
     "vertical_flip": "VerticalFlip",
     "affine": "Affine",
 }
-# of other systems; test_placements.py and test_color.py
-NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-
-
-def probabilities(**chosen: float) -> list[str]:
-    """Words that give the named transforms their probability and all others 0."""
-    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in (*CLASSES, *NAMED)]
-
-
-def picture(width: int = 64, height: int = 64, seed: int = 0) -> np.ndarray:
-    """Smooth and colourful, with contrast everywhere."""
-    coarse = np.random.default_rng(seed).integers(30, 226, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+LABEL = np.array([0])
 
 
 def same(first: Sample, second: Sample) -> bool:
-    return (
-        np.array_equal(first.image, second.image)
-        and np.array_equal(first.boxes, second.boxes)
-        and np.array_equal(first.labels, second.labels)
-        and first.letterbox == second.letterbox
-    )
+    arrays = ((getattr(first, name), getattr(second, name)) for name in ("image", "boxes", "labels"))
+    return first.letterbox == second.letterbox and all(np.array_equal(*pair) for pair in arrays)
 
 
 # --- letterbox ---
@@ -80,12 +64,8 @@ def test_place_image(width, height, size, new_width, new_height, left, top) -> N
     letterbox, *new = place_image(width, height, size)
     assert new == [new_width, new_height]
     assert letterbox == Letterbox(new_width / width, new_height / height, left, top, width, height)
-
-
-def test_squashing_fills_the_square() -> None:
-    letterbox, *new = place_image(640, 480, 320, "squash")
-    assert new == [320, 320]
-    assert letterbox == Letterbox(0.5, 320 / 480, 0, 0, 640, 480)
+    letterbox, *new = place_image(width, height, size, "squash")
+    assert new == [size, size] and letterbox == Letterbox(size / width, size / height, 0, 0, width, height)
 
 
 @pytest.mark.parametrize("placement", ["letterbox", "squash", "top_left"])
@@ -137,22 +117,16 @@ def test_training_and_validation_lay_images_the_same_way(default_settings: Load,
     assert torch.allclose(validation.letterbox.to_input(torch.from_numpy(boxes)), torch.tensor(validation.boxes))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7)])
-def test_extreme_shapes(default_settings: Load, training: bool, width: int, height: int) -> None:
-    transform = transform_of(default_settings(), 64, 0, training)
-    boxes = np.array([[0, 0, width, height]], np.float32)
-    for epoch in range(5):
-        sample = transform(picture(width, height), boxes, np.array([0]), 0, epoch, 0)
+@pytest.mark.parametrize("kind", ["validation", "training", "all of other systems"])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (33, 7), (3, 2), (6, 400)])
+def test_extreme_shapes(default_settings: Load, kind: str, width: int, height: int) -> None:
+    settings = default_settings(*(probabilities(**dict.fromkeys(NAMED, 1)) if kind == "all of other systems" else []))
+    transform = transform_of(settings, 64, 0, kind != "validation")
+    for epoch in range(10):
+        sample = transform(picture(width, height), np.array([[0, 0, width, height]], np.float32), LABEL, 0, epoch, 0)
         assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
         assert len(sample.boxes) == len(sample.labels) <= 1
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_size_of_the_position_wins(default_settings: Load, training: bool) -> None:
-    transform = transform_of(default_settings(), 64, 0, training)
-    for size in (32, 96, 64, 0):
-        assert transform(picture(50, 70), *NO_BOXES, 0, 0, size).image.shape == (size or 64, size or 64, 3)
+        assert np.isfinite(sample.boxes).all() and (sample.boxes >= 0).all() and (sample.boxes <= 64).all()
 
 
 # --- boxes follow pixels ---
@@ -163,11 +137,6 @@ GEOMETRY = [
     *probabilities(affine=1, horizontal_flip=0.5, vertical_flip=0.5),
 ]
 STRAIGHT = ["data.augmentation.affine.rotate=[0, 0]", "data.augmentation.affine.shear=[0, 0]"]
-
-
-def bright_extent(image: np.ndarray) -> tuple[int, int, int, int] | None:
-    rows, columns = np.nonzero(image.max(axis=2) > 127)
-    return (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
 
 
 @pytest.mark.parametrize("words", [[], STRAIGHT, ["model.placement=squash"]], ids=["default", "straight", "squashed"])
@@ -199,11 +168,12 @@ def test_a_drawn_rectangle_stays_inside_its_box(default_settings: Load, words: l
     assert seen > 100
 
 
-def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
-    """Two rectangles, red is label 1 and green label 2, one crowd region in blue."""
-    transform = transform_of(default_settings(*GEOMETRY), 96, 3, training=True)
-    image = np.zeros((96, 96, 3), np.uint8)
-    drawn = {1: (10, 12, 34, 40), 2: (60, 8, 90, 30), -2: (20, 60, 70, 88)}
+@pytest.mark.parametrize("words", [GEOMETRY[2:], probabilities(expand=0.7, iou_crop=0.7, darknet_jitter=0.7)])
+def test_labels_stay_with_their_boxes(default_settings: Load, words: list[str]) -> None:
+    """Three rectangles, each in its colour; the last one is a crowd region."""
+    transform = transform_of(default_settings(*GEOMETRY[:2], *words), 96, 3, training=True)
+    image = np.zeros((80, 120, 3), np.uint8)
+    drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}
     for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
         image[y1:y2, x1:x2, channel] = 255
     boxes, labels = np.array(list(drawn.values()), np.float32), np.array(list(drawn))
@@ -268,21 +238,15 @@ def test_boxes_on_the_edge_never_raise(default_settings: Load) -> None:
     assert total == 10_000
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_no_boxes_keep_their_shape_and_type(default_settings: Load, training: bool) -> None:
-    sample = transform_of(default_settings(), 64, 0, training)(picture(), *NO_BOXES, 5, 0, 0)
-    assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
-    assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
-    assert sample.index == 5
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_labels_are_whole_numbers_and_crowd_survives(default_settings: Load, training: bool) -> None:
-    transform = transform_of(default_settings(*probabilities(horizontal_flip=0.5)), 64, 0, training)
-    boxes = np.array([[1, 1, 30, 30], [5, 5, 40, 50], [0, 0, 64, 64]], np.float32)
-    sample = transform(picture(), boxes, np.array([79, -2, 0]), 0, 0, 0)
-    assert sample.labels.dtype == np.int64 and sample.labels.tolist() == [79, -2, 0]
-    assert sample.boxes.dtype == np.float32
+@pytest.mark.parametrize("kind", ["validation", "training", *NAMED])
+def test_no_boxes_keep_their_shape_and_type(default_settings: Load, kind: str) -> None:
+    settings = default_settings(*(probabilities(**{kind: 1}) if kind in NAMED else []))
+    transform = transform_of(settings, 64, 0, kind != "validation")
+    for index in range(5):
+        sample = transform(picture(90, 50), *NO_BOXES, index, 0, 96)
+        assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
+        assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
+        assert sample.image.shape == (96, 96, 3) and sample.index == index
 
 
 # --- the twelve transforms ---

@@ -60,9 +60,7 @@ def test_many_ties_in_a_shuffled_file_are_official(backend: str, seed: int) -> N
 
 @pytest.mark.parametrize("rows", [1, 100, 250, 10**6])
 @pytest.mark.parametrize("seed", range(3))
-def test_some_classes_at_a_time_is_all_at_once(
-    backend: str, seed: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_some_classes_at_a_time_is_all_at_once(backend: str, seed: int, rows: int, monkeypatch) -> None:
     # Crowds, classes without ground truth, images without boxes, equal scores, 150 boxes of one class in one image.
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", rows)
     annotations, predictions = random_set(seed)
@@ -78,12 +76,11 @@ def test_some_classes_at_a_time_is_all_at_once(
     assert_official(random_content(seed), annotations, predictions, backend)
     per_class = np.bincount(predictions.labels)
     assert max(handed) <= max(rows, per_class.max())
-    assert len(handed) == {1: 3, 100: 3, 10**6: 1}.get(
-        rows, len(handed)
-    )  # three of the five classes have a ground-truth box
+    if rows != 250:  # three of the five classes have a ground-truth box
+        assert len(handed) == (1 if rows == 10**6 else 3)
 
 
-def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_in_another_order_than_their_ids(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(coco_metric, "ROWS_AT_A_TIME", 4)
     content = coco_content([(1, 1, [0, 0, 50, 50]), (1, 5, [100, 0, 50, 50]), (2, 90, [0, 0, 50, 50])], images=2)
     annotations = flatten_annotations(content, "test", class_names=("name 90", "name 1", "name 5"))
@@ -143,7 +140,7 @@ def test_above_rounds_the_threshold_as_the_detector_does() -> None:
     assert float(np.float32(0.7)) < 0.7 and float(np.float32(0.1)) > 0.1
 
 
-def test_files_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_in_pieces(tmp_path: Path, monkeypatch) -> None:
     annotations, predictions = random_set(1)
     write_detections(tmp_path / "whole.json", annotations, predictions)
     monkeypatch.setattr(detections, "WRITTEN_AT_A_TIME", 7)

@@ -24,13 +24,7 @@ from detection.evaluation.coco_metric import METRIC_NAMES, score
 from detection.evaluation.detections import write_detections
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.runtime.devices import autocast
-from tests.support.evaluation_cases import (
-    annotate,
-    coco_content,
-    detect,
-    ground_truth_as_detections,
-    tied_set,
-)
+from tests.support.evaluation_cases import annotate, coco_content, detect, ground_truth_as_detections, tied_set
 from tests.support.paths import REPOSITORY
 
 FIXTURE = REPOSITORY.parent / "shared" / "data" / "coco_eval_fixture"
@@ -39,6 +33,12 @@ CPU = torch.device("cpu")
 NAN = float("nan")
 ONE = pytest.approx(1.0, abs=1e-9)  # pycocotools adds a tiny number to its denominators
 needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is not there")
+
+
+def numbers(*arguments: Any) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """The twelve metrics of `score`, and AP, AP50 and ground-truth boxes of each class."""
+    scores = score(*arguments)
+    return scores.metrics, scores.class_ap
 
 
 # The published numbers
@@ -54,8 +54,7 @@ def test_twelve_published_numbers(backend: str) -> None:
     detections = detect(
         [(image_index[row["image_id"]], label[row["category_id"]], row["bbox"], row["score"]) for row in results]
     )
-    scores = score(annotations, detections, backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotations, detections, backend)
     assert {name: round(value, 3) for name, value in metrics.items() if value is not None} == expected
     # AP is the mean over the classes that have a ground-truth box; 80 classes, 10 of them without (the fixture's table)
     defined = [ap for ap, _, _ in class_ap.values() if ap is not None]
@@ -80,13 +79,7 @@ def test_fixture_with_ground_truth_as_detections_is_perfect(backend: str) -> Non
 
 
 def test_class_ap_by_hand(backend: str) -> None:
-    annotations = annotate(
-        [
-            (1, 1, [0, 0, 100, 100]),
-            (1, 1, [200, 0, 100, 100]),
-            (1, 5, [400, 0, 100, 100]),
-        ]
-    )
+    annotations = annotate([(1, 1, [0, 0, 100, 100]), (1, 1, [200, 0, 100, 100]), (1, 5, [400, 0, 100, 100])])
     detections = detect(
         [
             # label 0: right, wrong, right. Precision is 1 up to recall 0.5, then 2/3. Of the 101 recalls 0, 0.01, ... 1
@@ -100,8 +93,7 @@ def test_class_ap_by_hand(backend: str) -> None:
             (0, 2, [700, 0, 100, 100], 1.0),
         ]
     )
-    scores = score(annotations, detections, backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotations, detections, backend)
     first = (51 + 50 * 2 / 3) / 101
     assert class_ap == {
         "name 1": (pytest.approx(first), pytest.approx(first), 2),
@@ -132,20 +124,17 @@ def test_detections_in_a_crowd_are_neither_right_nor_wrong(backend: str) -> None
     boxes = [(1, 1, [0, 0, 50, 50]), (1, 1, [100, 100, 400, 400])]
     predictions = [(0, 0, [100 + 50 * number, 120, 40, 40], 0.9) for number in range(5)]  # inside the second box
     predictions += [(0, 0, [0, 0, 50, 50], 0.5)]
-    scores = score(annotate(boxes, crowd=(1,)), detect(predictions), backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotate(boxes, crowd=(1,)), detect(predictions), backend)
     assert class_ap["name 1"] == (ONE, ONE, 1)
     assert (metrics["AP"], metrics["AR100"]) == (ONE, ONE)
     # Were it no crowd: the one right detection comes sixth, precision 1/6 up to recall 1/2, then 0.
-    scores = score(annotate(boxes), detect(predictions), backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotate(boxes), detect(predictions), backend)
     assert class_ap["name 1"] == (pytest.approx(51 / 6 / 101), pytest.approx(51 / 6 / 101), 2)
 
 
 def test_no_detections_is_zero_and_no_ground_truth_is_none(backend: str) -> None:
     nothing = detect([])
-    scores = score(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotate([(1, 5, [0, 0, 50, 50])]), nothing, backend)
     assert tuple(metrics) == METRIC_NAMES
     medium = {"AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"}  # 50 x 50 lies between 32^2 and 96^2
     assert metrics == {name: 0.0 if name in medium else None for name in METRIC_NAMES}
@@ -153,8 +142,7 @@ def test_no_detections_is_zero_and_no_ground_truth_is_none(backend: str) -> None
 
     without_ground_truth = annotate([], images=2)
     for detections in (nothing, detect([(1, 0, [0, 0, 10, 10], 0.5)])):
-        scores = score(without_ground_truth, detections, backend)
-        metrics, class_ap = scores.metrics, scores.class_ap
+        metrics, class_ap = numbers(without_ground_truth, detections, backend)
         assert metrics == dict.fromkeys(METRIC_NAMES)
         assert class_ap == dict.fromkeys(["name 1", "name 5", "name 90"], (None, None, 0))
 
@@ -185,8 +173,7 @@ def test_perfect_detections_score_1_whatever_the_annotation_ids(
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_content(MANY_BOXES, images=4, ids=ids)))
     annotations = load_annotations(path)
-    scores = score(annotations, ground_truth_as_detections(annotations), backend)
-    metrics, class_ap = scores.metrics, scores.class_ap
+    metrics, class_ap = numbers(annotations, ground_truth_as_detections(annotations), backend)
     assert [metrics[name] for name in ("AP", "AP50", "AP75", "APm", "AR100")] == [ONE] * 5
     # Three images with two boxes of class 1 and 90 each: a single detection finds half of them, and all of class 5.
     assert metrics["AR1"] == pytest.approx((0.5 + 1 + 0.5) / 3)
@@ -224,7 +211,7 @@ def test_written_files_score_the_same_with_the_official_program(tmp_path: Path) 
     assert list(score(load_annotations(tmp_path / "gt.json"), detections, "arrays").metrics.values()) == official
 
 
-def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_mask_code_never_runs(tmp_path: Path, monkeypatch, backend: str) -> None:
     # Segmentations can be hostile: run lengths beyond the image, coordinates of 1e8. Nothing looks at them.
     content = coco_content(MANY_BOXES, images=3, size=(400, 400))
     for number, row in enumerate(content["annotations"]):
@@ -253,9 +240,6 @@ def test_mask_code_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, b
     assert metrics["AP"] == ONE
 
 
-# Detections that are no numbers
-
-
 # The pass over a validation set
 
 
@@ -276,15 +260,8 @@ def dataset(tmp_path: Path) -> CocoDataset:
         cv2.imwrite(str(tmp_path / image["file_name"]), np.zeros((image["height"], image["width"], 3), np.uint8))
         if image["id"] % 3 != 1:
             x1, y1, x2, y2 = BOX_IN_WIDE if wide else BOX_IN_TALL
-            content["annotations"].append(
-                {
-                    "id": 0,
-                    "image_id": image["id"],
-                    "category_id": 90 if wide else 5,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                }
-            )
+            row = {"id": 0, "image_id": image["id"], "category_id": 90 if wide else 5, "area": (x2 - x1) * (y2 - y1)}
+            content["annotations"].append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
     (tmp_path / "ground truth.json").write_text(json.dumps(content))
     return CocoDataset(tmp_path, tmp_path / "ground truth.json", Transform(GEOMETRY, 64, seed=0))
 
@@ -315,15 +292,11 @@ class PerfectDetector(nn.Module):
         for image in outputs[0]:
             wide = (image[0, 0] == 124).all()  # the fill colour's red in the first row: padding above
             assert wide or (image[0, :, 0] == 124).all()
-            boxes = [BOX_IN_WIDE_INPUT if wide else BOX_IN_TALL_INPUT] if self.seen % 3 else []
-            rows = [(list(box), 0.75) for box in boxes] + self.extra(self.seen)
-            predictions.append(
-                {
-                    "boxes": torch.tensor([box for box, _ in rows]).reshape(-1, 4),
-                    "scores": torch.tensor([score for _, score in rows]),
-                    "labels": torch.full((len(rows),), 2 if wide else 1),
-                }
-            )
+            right = [(list(BOX_IN_WIDE_INPUT if wide else BOX_IN_TALL_INPUT), 0.75)] if self.seen % 3 else []
+            rows = right + self.extra(self.seen)
+            boxes = torch.tensor([box for box, _ in rows]).reshape(-1, 4)
+            scores, labels = torch.tensor([score for _, score in rows]), torch.full((len(rows),), 2 if wide else 1)
+            predictions.append({"boxes": boxes, "scores": scores, "labels": labels})
             self.seen += 1
         return predictions
 
@@ -389,12 +362,8 @@ def test_detections_are_cut_to_the_image(dataset: CocoDataset) -> None:
 def test_no_detections_is_no_crash(dataset: CocoDataset, backend: str) -> None:
     class Blind(PerfectDetector):
         def postprocess(self, outputs: list[Tensor]) -> list[dict[str, Tensor]]:
-            nothing = {
-                "boxes": torch.zeros(0, 4),
-                "scores": torch.zeros(0),
-                "labels": torch.zeros(0, dtype=torch.int64),
-            }
-            return [nothing for _ in outputs[0]]
+            boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+            return [{"boxes": boxes, "scores": torch.zeros(0), "labels": labels}] * len(outputs[0])
 
     result = run_evaluation(dataset, Blind(), backend=backend)
     assert len(result.detections) == 0 and result.metrics["AP"] == 0.0 and result.metrics["AR100"] == 0.0

@@ -35,6 +35,13 @@ def test_inside_a_crowd_is_neither_right_nor_wrong() -> None:
     assert match_detections(annotations, detect(rows)).tolist() == [1, IN_CROWD, NO_GROUND_TRUTH]
 
 
+def test_of_equal_ious_the_last_in_the_file_is_taken() -> None:
+    annotations = annotate([(1, 1, [0, 0, 50, 100]), (1, 1, [0, 0, 200, 100])])  # rows: by falling area
+    # IoU 0.5 with both boxes; the smaller one is left for the second
+    detections = detect([(0, 0, [0, 0, 100, 100], 0.9), (0, 0, [0, 0, 50, 100], 0.8)])
+    assert match_detections(annotations, detections).tolist() == [0, 1]
+
+
 def test_nothing_to_match() -> None:
     annotations = annotate([(2, 1, [0, 0, 10, 10])], images=2)
     assert match_detections(annotations, detect([])).tolist() == []

@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def guard_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def guard_off(request: pytest.FixtureRequest, monkeypatch) -> bool:
     """Whether this test runs without its guard, here and in the processes that it starts."""
     if not getattr(request, "param", None):
         return False

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from detection.config.settings import Settings
-from detection.data.annotations import Annotations
 from detection.data.coco import CocoDataset
 from detection.errors import DataError
 from detection.evaluation.coco_metric import score
@@ -21,7 +19,8 @@ from detection.evaluation.evaluate import InferenceResult, compute_metrics
 from detection.models import build_detector
 from detection.models.yolo.darknet_loss import DarknetLoss
 from tests.support.detectors import datasets_of
-from tests.support.fault_runs import NETWORK, Run
+from tests.support.evaluation_cases import ground_truth_as_detections
+from tests.support.fault_runs import NETWORK
 
 SIDE = 64
 CONTENT: dict[str, Any] = {
@@ -58,7 +57,7 @@ def with_boxes(*boxes: list[float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def read(tmp_path: Path, default_settings: Callable[..., Settings]) -> Callable[..., tuple[CocoDataset, CocoDataset]]:
+def read(tmp_path: Path, default_settings) -> Callable[..., tuple[CocoDataset, CocoDataset]]:
     """`read(training content, validation content, *words)`: both datasets."""
 
     def datasets(train: dict[str, Any], val: dict[str, Any] | None = None, *words: str) -> Any:
@@ -71,25 +70,14 @@ def read(tmp_path: Path, default_settings: Callable[..., Settings]) -> Callable[
 Read = Callable[..., tuple[CocoDataset, CocoDataset]]
 
 
-def perfect(annotations: Annotations) -> Detections:
-    """The ground truth as detections."""
-    corners = annotations.coco_boxes.copy()
-    corners[:, 2:] += corners[:, :2]
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
-    return Detections(images, corners, np.linspace(0.9, 0.5, len(corners)), annotations.labels)
-
-
-def test_A01_boxes_without_a_side(read: Read, common: list[str], train: Callable[..., Run], tmp_path: Path) -> None:
+def test_A01_boxes_without_a_side(read: Read, common: list[str], train, tmp_path: Path) -> None:
     content = with_boxes([5, 5, 10, 0], [20, 20, -3, 8], [8, 8, 9, 9])
     training_set, _ = read(content)
     assert 100 not in training_set.annotations.annotation_ids and 102 in training_set.annotations.annotation_ids
-    assert training_set.annotations.counts.lines() == [
-        "2 boxes without width or height (annotation ids [100, 101])",
-    ]
+    assert training_set.annotations.counts.lines() == ["2 boxes without width or height (annotation ids [100, 101])"]
     words = [f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=4"]
-    run = train("run", *words)
-    run.ends_with(0)
-    assert "left out: 2 boxes without width or height (annotation ids [100, 101])" in run.out
+    left_out = "left out: 2 boxes without width or height (annotation ids [100, 101])"
+    train("run", *words).ends_with(0, left_out)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["train/loss"] > 0 and row["train/skipped_steps"] == 0 for row in rows if "train/loss" in row)
     train("strict", *words, "data.strict=true").ends_with(2, "annotation 100 is one of 2 boxes without width or height")
@@ -106,9 +94,8 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
     training_set, _ = read(content)
     annotations = training_set.annotations
     found = {int(i): box.tolist() for i, box in zip(annotations.annotation_ids, annotations.boxes, strict=True)}
-    assert {i: box for i, box in found.items() if i >= 100} == {
-        100: [0, 10, 10, 20], 101: [60, 60, 64, 64], 102: [0, 0, 64, 30],
-    }  # fmt: skip
+    cut = {100: [0, 10, 10, 20], 101: [60, 60, 64, 64], 102: [0, 0, 64, 30]}
+    assert {i: box for i, box in found.items() if i >= 100} == cut
     assert annotations.counts.dropped == {"boxes outside their image": 2}
     for epoch in range(30):  # the augmenter refuses what is a hair outside
         sample = training_set[2, epoch, SIDE]
@@ -116,7 +103,7 @@ def test_A02_A03_boxes_out_of_the_image(read: Read) -> None:
         assert (boxes >= 0).all() and (boxes <= SIDE).all() and (boxes[:, 2:] > boxes[:, :2]).all()
 
 
-def test_A07_a_whole_batch_without_boxes(default_settings: Callable[..., Settings], tmp_path: Path) -> None:
+def test_A07_a_whole_batch_without_boxes(default_settings, tmp_path: Path) -> None:
     settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={network(tmp_path, 2)}")
     torch.manual_seed(0)
     detector = build_detector(settings, 2)
@@ -147,9 +134,7 @@ def test_A08_a_crowd_region_is_no_miss(read: Read) -> None:
     content = with_boxes([1, 1, 60, 60])
     content["annotations"][-1] |= {"iscrowd": 1, "area": 3600}
     annotations = read(CONTENT, content)[1].annotations
-    gt = perfect(annotations)
-    kept = ~annotations.crowd
-    found = Detections(*(getattr(gt, name)[kept] for name in ("image_index", "boxes", "scores", "labels")))
+    found = ground_truth_as_detections(annotations).take(~annotations.crowd)
     assert score(annotations, found).metrics["AP"] == pytest.approx(1)
 
 
@@ -157,7 +142,7 @@ def test_A09_category_ids_come_back(read: Read, tmp_path: Path) -> None:
     training_set, validation_set = read(CONTENT)
     assert training_set.annotations.labels.tolist() == [0, 1, 2]
     assert training_set.annotations.categories.ids == (1, 5, 90)
-    found = perfect(validation_set.annotations)
+    found = ground_truth_as_detections(validation_set.annotations)
     assert score(validation_set.annotations, found).metrics["AP"] == pytest.approx(1)
     write_detections(tmp_path / "found.json", validation_set.annotations, found)
     assert [row["category_id"] for row in json.loads((tmp_path / "found.json").read_text())] == [1, 5, 90]
@@ -178,16 +163,15 @@ def test_A10_the_same_names_under_other_ids(read: Read) -> None:
     )
     training_set, validation_set = read(CONTENT, content)
     assert validation_set.annotations.labels.tolist() == training_set.annotations.labels.tolist()
-    found = perfect(validation_set.annotations)
+    found = ground_truth_as_detections(validation_set.annotations)
     assert score(validation_set.annotations, found).metrics["AP"] == pytest.approx(1)
 
 
-def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_path: Path) -> None:
+def test_A11_a_class_without_any_box(train, read: Read, tmp_path: Path) -> None:
     content = changed(annotations=CONTENT["annotations"][:2])
     training_set, _ = read(content, content)
-    scores = score(training_set.annotations, perfect(training_set.annotations))
-    metrics, class_ap = scores.metrics, scores.class_ap
-    assert metrics["AP"] == pytest.approx(1) and class_ap["ninety"] == (None, None, 0)
+    scores = score(training_set.annotations, ground_truth_as_detections(training_set.annotations))
+    assert scores.metrics["AP"] == pytest.approx(1) and scores.class_ap["ninety"] == (None, None, 0)
     run = train("run", f"data.root={tmp_path / 'data'}", f"model.cfg={network(tmp_path, 3)}", "train.steps=1")
     run.ends_with(0)
     (line,) = [line for line in run.out.splitlines() if "categories without boxes" in line]
@@ -198,10 +182,9 @@ def test_A11_a_class_without_any_box(train: Callable[..., Run], read: Read, tmp_
 def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int, ...]) -> None:
     rows = [row | {"id": number} for row, number in zip(CONTENT["annotations"], ids, strict=True)]
     annotations = read(CONTENT, changed(annotations=rows))[1].annotations
-    scores = score(annotations, perfect(annotations))
-    metrics, class_ap = scores.metrics, scores.class_ap
-    assert metrics["AP"] == pytest.approx(1) == metrics["AR100"]
-    assert [values[2] for values in class_ap.values()] == [1, 1, 1]
+    scores = score(annotations, ground_truth_as_detections(annotations))
+    assert scores.metrics["AP"] == pytest.approx(1) == scores.metrics["AR100"]
+    assert [gt_boxes for _, _, gt_boxes in scores.class_ap.values()] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
@@ -248,16 +231,14 @@ def test_A16_detections_that_are_non_finite_score_nothing(read: Read, value: flo
     ],
     ids=["empty", "deep", "cut", "NaN", "zeros", "text"],
 )
-def test_A18_a_file_that_is_no_json(launch: Callable[..., Run], common: list[str], tmp_path: Path, text: bytes) -> None:
+def test_A18_a_file_that_is_no_json(launch, common: list[str], tmp_path: Path, text: bytes) -> None:
     root = write_dataset(tmp_path / "data", CONTENT)
     path = root / "annotations" / "instances_train.json"
     path.write_bytes(text)
     launch("run", *common, f"data.root={root}", "--dry-run").ends_with(2, str(path))
 
 
-def test_A19_a_link_out_of_the_image_directory(
-    train: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_A19_a_link_out_of_the_image_directory(train, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", CONTENT)
     (root / "train" / "2.png").rename(tmp_path / "secret.png")
     (root / "train" / "2.png").symlink_to(tmp_path / "secret.png")
@@ -265,9 +246,7 @@ def test_A19_a_link_out_of_the_image_directory(
     assert run.wait() in (2, 3) and "2.png" in run.err, run.err
 
 
-def test_A22_a_read_only_dataset_stays_as_it_is(
-    read: Read, default_settings: Callable[..., Settings], tmp_path: Path
-) -> None:
+def test_A22_a_read_only_dataset_stays_as_it_is(read: Read, default_settings, tmp_path: Path) -> None:
     read(CONTENT)
     paths = sorted((tmp_path / "data").rglob("*"))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}

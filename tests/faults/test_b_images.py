@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,18 +12,22 @@ import pytest
 from PIL import Image
 
 from detection.checkpoints import load_checkpoint
-from detection.config.settings import Settings
 from detection.data.image_file import read_image
 from detection.errors import DataReadError
 from tests.support.detectors import datasets_of
-from tests.support.fault_runs import Run
+
+
+@pytest.fixture
+def data(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, to be broken."""
+    return shutil.copytree(dataset, tmp_path / "data")
 
 
 @pytest.mark.guard("detection.data.image_file:decode_image", "rfind(end) < 0", "rfind(end) < -9")
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
-    tmp_path: Path, share: float, progressive: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, share: float, progressive: int, monkeypatch
 ) -> None:
     # Newer versions of OpenCV refuse most of these files themselves; older ones fill the rest with grey.
     monkeypatch.setattr(cv2, "imdecode", lambda *_: np.full((80, 120, 3), 128, np.uint8))
@@ -38,49 +41,39 @@ def test_B01_a_truncated_jpeg_is_never_a_half_grey_picture(
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_B01_the_training_stops_at_it_after_saving(
-    train: Callable[..., Run], launch: Callable[..., Run], dataset: Path, tmp_path: Path, suffix: str
-) -> None:
-    shutil.copytree(dataset, tmp_path / "data")
-    path = tmp_path / "data" / "train" / "5.png"  # the content decides, not the ending
+def test_B01_the_training_stops_at_it_after_saving(train, launch, data: Path, tmp_path: Path, suffix: str) -> None:
+    path = data / "train" / "5.png"  # the content decides, not the ending
     if suffix == "jpg":
         Image.open(path).convert("RGB").save(path, "JPEG")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    run = train("run", f"data.root={tmp_path / 'data'}")
+    run = train("run", f"data.root={data}")
     line = run.ends_with(3, str(path), "damaged")
-    assert f"saved after step {step_of(tmp_path / 'run')}" in line
+    assert f"saved after step {load_checkpoint(tmp_path / 'run' / 'last.pt')['step']}" in line
     path.write_bytes(whole)
     launch("resumed", "--resume", tmp_path / "run").ends_with(0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(
-    train: Callable[..., Run], dataset: Path, tmp_path: Path, workers: int
-) -> None:
-    shutil.copytree(dataset, tmp_path / "data")
+def test_B01_a_few_are_named_and_counted_and_the_training_goes_on(train, data: Path, workers: int) -> None:
     for name in ("5.png", "6.png"):  # in a row: the substitute's substitute
-        (tmp_path / "data" / "train" / name).write_bytes(b"not an image")
-    words = [f"data.root={tmp_path / 'data'}", f"data.num_workers={workers}", "train.steps=3ep"]
+        (data / "train" / name).write_bytes(b"not an image")
+    words = [f"data.root={data}", f"data.num_workers={workers}", "train.steps=3ep"]
     run = train("enough", *words, "data.max_unreadable_fraction=0.2")
     run.ends_with(0)
     named = [line for line in run.out.splitlines() if line.startswith("warning: image ")]
     assert len(named) == 2, run.out  # once each in three epochs
     assert {name for name in ("5.png", "6.png") for line in named if name in line} == {"5.png", "6.png"}
     assert "2 of 13 images so far, 2 are allowed" in named[1]
-    train("too_many", *words, "data.max_unreadable_fraction=0.1").ends_with(
-        3, "number 2 of them", "allows 1", "saved after"
-    )
+    run = train("too_many", *words, "data.max_unreadable_fraction=0.1")
+    run.ends_with(3, "number 2 of them", "allows 1", "saved after")
 
 
-def test_B01_the_substitute_is_the_next_image_that_can_be_read(
-    dataset: Path, tmp_path: Path, default_settings: Callable[..., Settings]
-) -> None:
-    shutil.copytree(dataset, tmp_path / "data")
-    training_set, validation_set = datasets_of(default_settings(f"data.root={tmp_path / 'data'}"), 64, 64, 0, None)
+def test_B01_the_substitute_is_the_next_image_that_can_be_read(data: Path, default_settings) -> None:
+    training_set, validation_set = datasets_of(default_settings(f"data.root={data}"), 64, 64, 0, None)
     expected = training_set[(0, 4, 96)]
     for index in (11, 12):
-        (tmp_path / "data" / "train" / training_set.annotations.file_name(index)).unlink()
+        (data / "train" / training_set.annotations.file_name(index)).unlink()
     with pytest.raises(DataReadError):
         training_set[(11, 4, 96)]
     training_set.substitutes = True
@@ -88,13 +81,9 @@ def test_B01_the_substitute_is_the_next_image_that_can_be_read(
     assert sample.index == 0 and len(sample.unreadable) == 2
     assert np.array_equal(sample.image, expected.image) and np.array_equal(sample.boxes, expected.boxes)
     assert not validation_set.substitutes
-    shutil.rmtree(tmp_path / "data" / "train")
+    shutil.rmtree(data / "train")
     with pytest.raises(DataReadError):
         training_set[(11, 4, 96)]
-
-
-def step_of(directory: Path) -> int:
-    return load_checkpoint(directory / "last.pt")["step"]
 
 
 @pytest.mark.guard(
@@ -119,12 +108,9 @@ def test_B04_every_orientation_of_a_camera(tmp_path: Path, orientation: int) -> 
     assert image[3:11, 6:19, 0].min() > 150 and image[14:, 24:, 0].max() < 100
 
 
-def test_B03_a_missing_image_is_found_before_the_first_step(
-    train: Callable[..., Run], dataset: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(dataset, tmp_path / "data")
-    (tmp_path / "data" / "train" / "5.png").unlink()
-    run = train("run", f"data.root={tmp_path / 'data'}")
+def test_B03_a_missing_image_is_found_before_the_first_step(train, data: Path) -> None:
+    (data / "train" / "5.png").unlink()
+    run = train("run", f"data.root={data}")
     run.ends_with(2, "5.png")
     assert "from step 0" not in run.out
 

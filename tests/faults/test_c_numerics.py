@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -29,11 +28,11 @@ from detection.runtime.devices import autocast
 from detection.training import dry_run as preflight
 from detection.training import run as run_parts
 from detection.training.step import train_step
-from tests.support.fault_runs import NETWORK, OVERLAY, Run
-from tests.support.paths import REPOSITORY
+from tests.support.fault_runs import NETWORK, OVERLAY
+from tests.support.paths import ARGS
+from tests.support.slow_boxes import slow_nms
 from tests.support.training_runs import first_difference
 
-Train = Callable[..., Run]
 CPU = torch.device("cpu")
 PARTS = ("model", "average", "optimizer")
 
@@ -66,7 +65,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train: Train, tmp_path: Path, value: float) -> None:
+def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train, tmp_path: Path, value: float) -> None:
     fault = functools.partial(break_loss, value=value, steps=range(3, 4))
     run = train("run", "train.save_frequency=1", "train.keep_checkpoints=9", "train.steps=6", fault=fault)
     run.ends_with(0)
@@ -86,7 +85,7 @@ def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train: Train, tmp_p
     assert [row["train/skipped_steps"] for row in rows_of(tmp_path / "run")] == [0, 0, 0, 1, 1, 1]
 
 
-def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[..., Run], tmp_path: Path) -> None:
+def test_C01_always_ends_with_4_and_a_bundle(train, launch, tmp_path: Path) -> None:
     fault = functools.partial(break_loss, value=math.nan, steps=range(2, 99))
     run = train("run", "train.max_skipped_steps=3", fault=fault)
     line = run.ends_with(4, "3 steps in a row were non-finite, the first is step 2", "loss_class = nan", "--replay")
@@ -96,9 +95,8 @@ def test_C01_always_ends_with_4_and_a_bundle(train: Train, launch: Callable[...,
     assert [step["step"] for step in report["steps"]] == [2, 3, 4] and report["seed"] == OVERLAY["run"]["seed"]
     assert all(len(step["image_ids"]) == 4 and set(step["image_ids"]) <= set(range(1, 14)) for step in report["steps"])
     # The cause was the hook, not the state: taken again without it the step is finite.
-    replayed = launch("replay", "--replay", bundle)
-    replayed.ends_with(0)
-    assert replayed.out.splitlines()[-2:] == ["finite: loss, outputs and gradient"] * 2
+    replayed = launch("replay", "--replay", bundle).ends_with(0)
+    assert replayed.splitlines()[-2:] == ["finite: loss, outputs and gradient"] * 2
     # The same images as in the run: with the hook it is not, and says for which image.
     again = launch("again", "--replay", bundle, fault=break_criterion_of_image)
     again.ends_with(4, "step 2 is non-finite here either")
@@ -127,9 +125,7 @@ def break_criterion_of_image(main: ModuleType) -> None:
     run_parts.build_detector = build_with_fault
 
 
-def test_C01_a_real_overflow_is_reproduced_from_its_bundle(
-    train: Train, launch: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_C01_a_real_overflow_is_reproduced_from_its_bundle(train, launch, tmp_path: Path) -> None:
     words = ["train.optimizer=sgd", "train.learning_rate=1e30", "scheduler.warmup=0", "train.max_skipped_steps=2"]
     train("run", *words, "train.steps=20").ends_with(4, "2 steps in a row were non-finite")
     (bundle,) = (tmp_path / "run").glob("non_finite_*")
@@ -160,7 +156,7 @@ def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> Non
     main.train_step = train_step_with_overflow
 
 
-def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train: Train, tmp_path: Path) -> None:
+def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train, tmp_path: Path) -> None:
     fault = functools.partial(use_scaler, scale=2.0**16, overflow=(0, 1, 4))
     words = ["scheduler.warmup=4", "train.max_skipped_steps=2", "train.save_frequency=1", "train.keep_checkpoints=9"]
     train("run", *words, fault=fault).ends_with(0)
@@ -173,7 +169,7 @@ def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train: Train, tmp_
     assert applied == pytest.approx([1e-3 * (n / 4) ** 4 for n in (1, 1, 1, 2, 3, 3, 4, 4)])
 
 
-def test_C03_a_scale_that_falls_below_1_ends_with_4(train: Train, tmp_path: Path) -> None:
+def test_C03_a_scale_that_falls_below_1_ends_with_4(train, tmp_path: Path) -> None:
     run = train("run", fault=functools.partial(use_scaler, scale=4.0, overflow=tuple(range(99))))
     run.ends_with(4, "step 3", "the loss scale has fallen to 0.5", "run.precision=bf16")
     assert not (tmp_path / "run" / "best.pt").exists()
@@ -181,9 +177,8 @@ def test_C03_a_scale_that_falls_below_1_ends_with_4(train: Train, tmp_path: Path
 
 def settings_of(tmp_path: Path, *words: str) -> Settings:
     (tmp_path / "network.cfg").write_text(NETWORK)
-    root = REPOSITORY
     words = ("model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'network.cfg'}", *words)
-    return load_settings(root / "yolo-v3" / "args.yaml", words=words)[0]
+    return load_settings(ARGS, words=words)[0]
 
 
 @pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
@@ -205,7 +200,7 @@ def test_C05_huge_logits(tmp_path: Path, loss: str, bias: float) -> None:
     assert np.isfinite(kept.boxes).all() and dropped == (len(found.detections) if bias > 0 else 0)
 
 
-def test_C06_a_batch_norm_over_one_value_is_refused_before_the_first_step(train: Train, tmp_path: Path) -> None:
+def test_C06_a_batch_norm_over_one_value_is_refused_before_the_first_step(train, tmp_path: Path) -> None:
     words = ["train.batch_size=1", "train.image_size=32", "train.resize_frequency=0", "evaluation.image_size=32"]
     train("run", *words, "run.preflight=true").ends_with(2, "train.batch_size", "32")
     train("more", *words, "train.batch_size=2", "train.steps=1", "run.preflight=true").ends_with(0)
@@ -236,7 +231,7 @@ def test_C08_any_cut_into_micro_batches_trains_the_same(tmp_path: Path, subdivis
         torch.testing.assert_close(value, large[name], rtol=1e-6, atol=1e-6)
 
 
-def test_C09_the_largest_size_is_tried_first_and_does_not_fit(train: Train, tmp_path: Path) -> None:
+def test_C09_the_largest_size_is_tried_first_and_does_not_fit(train, tmp_path: Path) -> None:
     train("estimate", "run.preflight=true", fault=little_memory).ends_with(5, "train.batch_size", "train.subdivisions")
     run = train("tried", "run.preflight=true", fault=no_memory_at_96)
     run.ends_with(5, "train.batch_size", "train.subdivisions")
@@ -256,15 +251,13 @@ def no_memory_at_96(main: ModuleType) -> None:
     preflight.train_step = no_step  # it tries the largest size, 96
 
 
-def test_C10_sizes_that_the_network_cannot_take(train: Train) -> None:
+def test_C10_sizes_that_the_network_cannot_take(train) -> None:
     train("run", "train.multiscale_sizes=[320,350]").ends_with(2, "train.multiscale_sizes", "350", "32")
 
 
 @pytest.mark.faults  # the compiler takes a minute
 @pytest.mark.parametrize("preflight", [False, True])
-def test_C11_ten_sizes_are_ten_graphs_and_the_losses_of_eager_mode(
-    train: Train, tmp_path: Path, preflight: bool
-) -> None:
+def test_C11_ten_sizes_are_ten_graphs_and_the_losses_of_eager_mode(train, tmp_path: Path, preflight: bool) -> None:
     if shutil.which("g++") is None:
         pytest.skip("the compiler needs g++, which is not on this machine")
     words = ["train.resize_frequency=1", "train.multiscale_sizes=[64,352]", "train.steps=12", "train.ema_decay=null"]
@@ -300,19 +293,6 @@ def count_graphs(main: ModuleType) -> None:
     main.train = lambda *arguments: (train(*arguments), report())
 
 
-def slow_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
-    """Best first, of equal ones the first; what overlaps a kept one too much goes."""
-    order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    kept: list[int] = []
-    for row in order:
-        corners = np.maximum(boxes[row, :2], boxes[kept, :2]), np.minimum(boxes[row, 2:], boxes[kept, 2:])
-        intersection = (corners[1] - corners[0]).clip(0).prod(axis=1)
-        if not (intersection > threshold * (areas[row] + areas[kept] - intersection)).any():
-            kept.append(row)
-    return kept
-
-
 @pytest.mark.parametrize("count", [0, 1, 2000])
 def test_C12_nms_at_equal_scores_is_the_slow_one(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -321,7 +301,7 @@ def test_C12_nms_at_equal_scores_is_the_slow_one(count: int) -> None:
     boxes = torch.cat([corner, corner + torch.randint(8, 40, (count, 2), generator=generator)], 1).float()
     scores = torch.randint(1, 5, (count,), generator=generator) / 8
     kept = grouped_nms(boxes, scores, torch.zeros(count, dtype=torch.int64), 0.45)
-    assert kept.tolist() == slow_nms(boxes.double().numpy(), scores.double().numpy(), 0.45)
+    assert kept.tolist() == slow_nms(boxes.tolist(), scores.tolist(), 0.45)
 
 
 def test_C12_very_many_boxes_give_the_same_result_twice() -> None:

@@ -1,8 +1,10 @@
 """D: kill -9, full disks, damaged and hostile files, signals, resuming."""
 
+import argparse
 import contextlib
 import ctypes
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -10,7 +12,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -35,9 +39,6 @@ from tests.support.checkpoint_cases import Payload, equal
 from tests.support.fault_runs import OVERLAY, Run, at_step, die, run_script
 from tests.support.run_logging import logging_to
 from tests.support.training_runs import first_difference, rows_of
-
-Train = Callable[..., Run]
-Launch = Callable[..., Run]
 
 
 def content(step: int) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def fill_disk(main: ModuleType, step: int) -> None:
     at_step(main, step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)))
 
 
-def test_D02_disk_full_at_a_checkpoint(train: Train, tmp_path: Path) -> None:
+def test_D02_disk_full_at_a_checkpoint(train, tmp_path: Path) -> None:
     # Log lines come every 1000 steps, so the checkpoint after step 6 is the first to be written on the full disk.
     words = ["run.log_frequency=1000", "train.save_frequency=3", "evaluation.evaluate_frequency=1000"]
     run = train("run", *words, fault=functools.partial(fill_disk, step=4))
@@ -191,7 +192,7 @@ def test_D02_disk_full_at_a_checkpoint(train: Train, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_D02_disk_full_at_a_log_line(train: Train, tmp_path: Path) -> None:
+def test_D02_disk_full_at_a_log_line(train, tmp_path: Path) -> None:
     run = train("run", "train.save_frequency=3", fault=functools.partial(fill_disk, step=4))
     assert run.wait() == 6
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4  # the evaluation's
@@ -211,7 +212,7 @@ def small_disk(directory: Path, size: str) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("preflight", [True, False])
-def test_D02_a_really_full_disk(launch: Launch, common: list[str], tmp_path: Path, preflight: bool) -> None:
+def test_D02_a_really_full_disk(launch, common: list[str], tmp_path: Path, preflight: bool) -> None:
     # A checkpoint has about 170 kB; two and a temporary one do not fit beside logs and pictures.
     with small_disk(tmp_path / "disk", "400k" if preflight else "700k") as disk:
         if preflight:
@@ -219,11 +220,8 @@ def test_D02_a_really_full_disk(launch: Launch, common: list[str], tmp_path: Pat
         words = ["--output", disk / "run", f"run.preflight={preflight}", "train.save_frequency=1", "train.steps=500"]
         run = launch("out", *common, *words, "train.keep_checkpoints=20", "evaluation.evaluate_frequency=1000")
         run.ends_with(6, str(disk))
-        if preflight:
-            assert "from step 0" not in run.out
-        else:
-            steps = [load_checkpoint(path)["step"] for path in sorted((disk / "run").glob("*.pt"))]
-            assert steps, "what was written before is whole"
+        whole = [load_checkpoint(path) for path in (disk / "run").glob("*.pt")]
+        assert "from step 0" not in run.out if preflight else whole, "what was written before is whole"
 
 
 def become_nobody(main: ModuleType, step: int | None = None) -> None:
@@ -238,26 +236,21 @@ def become_nobody(main: ModuleType, step: int | None = None) -> None:
     change() if step is None else at_step(main, step, change)
 
 
-def test_D03_directory_that_is_lost_in_mid_run(train: Train, tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=Lose(str(directory)))
-    run.ends_with(6, str(directory), "cannot be written")
-    run = train("run", "train.save_frequency=1000", fault=Lose(str(directory)))  # noticed at the evaluation
-    run.ends_with(6, str(directory), "cannot be written")
+def test_D03_directory_that_is_lost_in_mid_run(train, tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    lose = functools.partial(remove_before_step_3, directory=directory)
+    run = train("run", "run.log_frequency=1000", "train.save_frequency=2", fault=lose)
+    run.ends_with(6, directory, "cannot be written")
+    run = train("run", "train.save_frequency=1000", fault=lose)  # noticed at the evaluation
+    run.ends_with(6, directory, "cannot be written")
 
 
-class Lose:
-    """The run directory is removed before step 3."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-
-    def __call__(self, main: ModuleType) -> None:
-        at_step(main, 3, lambda: shutil.rmtree(self.directory))
+def remove_before_step_3(main: ModuleType, directory: str) -> None:
+    at_step(main, 3, lambda: shutil.rmtree(directory))
 
 
 @pytest.mark.parametrize("locked", ["parent", "itself"])
-def test_D03_no_permission_at_the_start(launch: Launch, common: list[str], tmp_path: Path, locked: str) -> None:
+def test_D03_no_permission_at_the_start(launch, common: list[str], tmp_path: Path, locked: str) -> None:
     directory = tmp_path / "locked"
     directory.mkdir(mode=0o555)
     for parent in tmp_path.parents:  # pytest closes its directories to others
@@ -270,7 +263,7 @@ def test_D03_no_permission_at_the_start(launch: Launch, common: list[str], tmp_p
     assert not list(directory.iterdir())
 
 
-def test_D03_no_permission_in_mid_run(train: Train, tmp_path: Path) -> None:
+def test_D03_no_permission_in_mid_run(train, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs a process that can give its permission away")
     words = ["run.log_frequency=1000", "train.save_frequency=3", "evaluation.evaluate_frequency=1000"]
@@ -279,15 +272,13 @@ def test_D03_no_permission_in_mid_run(train: Train, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
-def test_D04_temporary_folder_that_does_not_exist(train: Train, tmp_path: Path) -> None:
+def test_D04_temporary_folder_that_does_not_exist(train, tmp_path: Path) -> None:
     run = train("run", "data.num_workers=2", "run.preflight=true", fault=no_temporary_folder)
     run.ends_with(0)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == OVERLAY["train"]["steps"]
 
 
 def no_temporary_folder(main: ModuleType) -> None:
-    import tempfile
-
     os.environ["TMPDIR"] = "/nowhere/at/all"
     tempfile.tempdir = None
 
@@ -312,9 +303,6 @@ def test_D05_no_single_flipped_bit_loads_with_other_values(tmp_path: Path) -> No
 
 def repaired(raw: bytes) -> bytes:
     """The same zip file with correct checksums of its entries: a damage that happened before it was written."""
-    import io
-    import zipfile
-
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as written, zipfile.ZipFile(io.BytesIO(raw)) as archive:
         for entry in archive.infolist():
@@ -325,7 +313,7 @@ def repaired(raw: bytes) -> bytes:
     return target.getvalue()
 
 
-def test_D05_a_damaged_last_names_what_is_whole(train: Train, launch: Launch, tmp_path: Path) -> None:
+def test_D05_a_damaged_last_names_what_is_whole(train, launch, tmp_path: Path) -> None:
     train("run", "train.save_frequency=3", "train.keep_checkpoints=5").ends_with(0)
     raw = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").unlink()
@@ -334,14 +322,12 @@ def test_D05_a_damaged_last_names_what_is_whole(train: Train, launch: Launch, tm
     words = [str(tmp_path / "run" / "last.pt"), "is damaged", "step_000000003.pt (step 3)", "best.pt (step"]
     assert "last.pt (step" not in run.ends_with(7, *words)
     shutil.copy(tmp_path / "run" / "step_000000003.pt", tmp_path / "run" / "last.pt")
-    resumed = launch("resumed", "--resume", tmp_path / "run")
-    resumed.ends_with(0)
-    assert "from step 3" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0, "from step 3")
 
 
 @pytest.mark.guard("detection.checkpoints:read_file", "weights_only=True", "weights_only=False")
 @pytest.mark.parametrize("place", ["--resume", "model.pretrained", "--replay"])
-def test_D06_pickled_code_is_not_run(launch: Launch, common: list[str], tmp_path: Path, place: str) -> None:
+def test_D06_pickled_code_is_not_run(launch, common: list[str], tmp_path: Path, place: str) -> None:
     marker = tmp_path / "marker"
     (tmp_path / "run").mkdir()
     for name in ("last.pt", "state.pt"):
@@ -359,23 +345,15 @@ def test_D06_pickled_code_is_not_run(launch: Launch, common: list[str], tmp_path
 # D07, D08: exact resume
 
 
-def kill_at(main: ModuleType, step: int) -> None:
-    at_step(main, step, die)
-
-
 @pytest.mark.guard(
     "detection.training.state:RunState.load", 'self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass"
 )
-def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(train, launch, whole, tmp_path: Path) -> None:
     # Saved after 2, 4, 6, 8 and killed in step 5: 4 is taken again. An epoch is 3.25 steps.
     words = ["data.num_workers=2", "train.save_frequency=2"]
-    run = train("run", *words, fault=functools.partial(kill_at, step=5))
+    run = train("run", *words, fault=functools.partial(at_step, step=5, action=die))
     assert run.wait() == -signal.SIGKILL
-    resumed = launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000")
-    resumed.ends_with(0)
-    assert "from step 4" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000").ends_with(0, "from step 4")
     compare_with(whole(), tmp_path / "run")
 
 
@@ -389,9 +367,7 @@ def compare_with(whole: Path, directory: Path) -> None:
     assert (whole / "results.csv").read_text() == (directory / "results.csv").read_text()
 
 
-def test_D07_a_row_of_several_steps_is_the_same_after_a_stop_between_them(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_D07_a_row_of_several_steps_is_the_same_after_a_stop_between_them(train, launch, whole, tmp_path: Path) -> None:
     # Other features than in the other runs: bf16, SGD's momentum, cosine restarts, a backbone frozen for some steps.
     words = [
         "run.log_frequency=5", "train.steps=9", "run.precision=bf16", "train.optimizer=sgd", "train.unfreeze_step=5",
@@ -409,9 +385,7 @@ def ctrl_c(main: ModuleType) -> None:
     at_step(main, 2, lambda: os.killpg(os.getpid(), signal.SIGINT))
 
 
-def test_D09_other_validation_annotations_are_refused_unless_told(
-    train: Train, launch: Launch, dataset: Path, tmp_path: Path
-) -> None:
+def test_D09_other_validation_annotations_are_refused_unless_told(train, launch, dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     train("run", f"data.root={tmp_path / 'data'}", "train.steps=2").ends_with(0)
     path = tmp_path / "data" / "annotations" / "instances_val.json"
@@ -428,7 +402,7 @@ def test_D09_other_validation_annotations_are_refused_unless_told(
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("step", range(1, 9))
 def test_D07_D08_stopped_at_any_step_and_resumed_is_the_same_run(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, step: int, workers: int, precision: str
+    train, launch, whole, tmp_path: Path, step: int, workers: int, precision: str
 ) -> None:
     words = [f"run.precision={precision}", "train.steps=9"]
     stop = functools.partial(signal_at, number=signal.SIGTERM, place="step", step=step - 1)
@@ -458,17 +432,13 @@ def kill_in_micro_step(main: ModuleType, step: int, micro_step: int) -> None:
 
 
 @pytest.mark.parametrize("micro_step", [pytest.param(0, marks=pytest.mark.faults), 1])
-def test_D08_killed_in_mid_accumulation_repeats_the_step(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, micro_step: int
-) -> None:
+def test_D08_killed_in_mid_accumulation_repeats_the_step(train, launch, whole, tmp_path: Path, micro_step: int) -> None:
     fault = functools.partial(kill_in_micro_step, step=3, micro_step=micro_step)
     run = train("run", "train.save_frequency=1", fault=fault)
     assert run.wait() == -signal.SIGKILL
     saved = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
     assert saved in (2, 3)  # 3 if the background write was quicker than the kill
-    resumed = launch("resumed", "--resume", tmp_path / "run")
-    resumed.ends_with(0)
-    assert f"from step {saved}" in resumed.out
+    launch("resumed", "--resume", tmp_path / "run").ends_with(0, f"from step {saved}")
     compare_with(whole(), tmp_path / "run")
 
 
@@ -490,7 +460,7 @@ def other_values(value: Any) -> list[Any]:
 
 
 @pytest.mark.faults
-def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, common: list[str], tmp_path: Path) -> None:
+def test_D09_every_setting_that_changes_the_numbers_is_refused(train, common: list[str], tmp_path: Path) -> None:
     train("run", "train.steps=1").ends_with(0)
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     settings = complete_settings(checkpoint["settings"], DEFAULTS)
@@ -507,7 +477,9 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, com
         else:
             continue
         tried += 1
-        resume = argparse_like(tmp_path / "run", [word])
+        resume = argparse.Namespace(
+            resume=str(tmp_path / "run"), config=[], output=None, settings=[word], accept_changes=False
+        )
         if key in RESUMABLE:
             assert open_resumed_run(resume, {})[3], key
             continue
@@ -519,13 +491,7 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train: Train, com
     assert tried > 60
 
 
-def argparse_like(directory: Path, words: list[str]) -> Any:
-    import argparse
-
-    return argparse.Namespace(resume=str(directory), config=[], output=None, settings=words, accept_changes=False)
-
-
-def test_D09_other_conditions_are_named_and_refused_unless_told(train: Train, launch: Launch, tmp_path: Path) -> None:
+def test_D09_other_conditions_are_named_and_refused_unless_told(train, launch, tmp_path: Path) -> None:
     train("run", "train.steps=2").ends_with(0)
     path = tmp_path / "run" / "last.pt"
     changed = load_checkpoint(path)
@@ -536,22 +502,22 @@ def test_D09_other_conditions_are_named_and_refused_unless_told(train: Train, la
     changed["conditions"] |= others
     save_checkpoint(path, changed)
     launch("resumed", "--resume", tmp_path / "run", "train.steps=3").ends_with(2, differences[0], "--accept-changes")
-    told = launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes")
-    told.ends_with(0)
-    for difference in differences:
-        assert f"warning     {tmp_path / 'run'} {difference}" in told.out
+    warnings = [f"warning     {tmp_path / 'run'} {difference}" for difference in differences]
+    launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes").ends_with(0, *warnings)
 
 
-def test_D10_a_checkpoint_of_format_1_is_continued(train: Train, launch: Launch, tmp_path: Path) -> None:
+def test_D10_a_checkpoint_of_format_1_is_continued(train, launch, tmp_path: Path) -> None:
     # Format 1 knew neither skipped steps nor conditions.
     train("run", "train.steps=3", "evaluation.evaluate_frequency=3").ends_with(0)
     path = tmp_path / "run" / "last.pt"
     old = load_checkpoint(path) | {"format": 1}
     del old["skipped"], old["conditions"]
+    old["settings"]["train"]["most_skipped_steps"] = old["settings"]["train"].pop("max_skipped_steps")
     torch.save(old | {"digest": content_digest(old)}, path)
     resumed = launch("resumed", "--resume", tmp_path / "run", "train.steps=5")
-    resumed.ends_with(0)
-    assert "from step 3" in resumed.out and load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
+    out = resumed.ends_with(0, "from step 3")
+    assert "stored settings: train.most_skipped_steps is now train.max_skipped_steps\n" in out
+    assert load_checkpoint(path)["format"] == checkpoints.FORMAT_VERSION
 
 
 # D11: signals
@@ -618,7 +584,7 @@ def signal_at(main: ModuleType, number: int, place: str, step: int = 2, twice: b
     ],
 )
 def test_D11_a_signal_anywhere_saves_and_loses_nothing(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path, number: int, place: str
+    train, launch, whole, tmp_path: Path, number: int, place: str
 ) -> None:
     fault = functools.partial(signal_at, number=number, place=place)
     run = train("run", "train.save_frequency=3", fault=fault)
@@ -633,7 +599,7 @@ def test_D11_a_signal_anywhere_saves_and_loses_nothing(
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.faults), signal.SIGINT])
-def test_D11_a_second_signal_ends_at_once(train: Train, tmp_path: Path, number: int) -> None:
+def test_D11_a_second_signal_ends_at_once(train, tmp_path: Path, number: int) -> None:
     run = train("run", fault=functools.partial(signal_at, number=number, place="step", twice=True))
     started = time.monotonic()
     assert run.wait() == -number
@@ -642,7 +608,7 @@ def test_D11_a_second_signal_ends_at_once(train: Train, tmp_path: Path, number: 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_D11_ignored_signals_stay_ignored(train: Train, tmp_path: Path, number: int) -> None:
+def test_D11_ignored_signals_stay_ignored(train, tmp_path: Path, number: int) -> None:
     train("run", fault=functools.partial(ignore_and_send, number=number)).ends_with(0)
 
 
@@ -666,9 +632,7 @@ def die_between(main: ModuleType) -> None:
     checkpoints.link_file = link_and_die
 
 
-def test_D12_killed_between_best_and_last(
-    train: Train, launch: Launch, whole: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path) -> None:
     assert train("run", fault=die_between).wait() == -signal.SIGKILL
     best = load_checkpoint(tmp_path / "run" / "best.pt")
     assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_ap50"] is not None
@@ -706,7 +670,7 @@ def test_D13_of_two_runs_into_one_directory_one_is_refused(server: Any, tmp_path
         assert (directory / "train.log").read_text() in ("run 0\n", "run 1\n")
 
 
-def test_D13_a_run_is_not_continued_while_it_runs(train: Train, launch: Launch, tmp_path: Path) -> None:
+def test_D13_a_run_is_not_continued_while_it_runs(train, launch, tmp_path: Path) -> None:
     run = train("run", "train.steps=100000", "train.save_frequency=1", "data.num_workers=2")
     run.until(lambda: (tmp_path / "run" / "last.pt").exists())
     launch("second", "--resume", tmp_path / "run").ends_with(6, "another process writes to", str(tmp_path / "run"))
@@ -714,11 +678,8 @@ def test_D13_a_run_is_not_continued_while_it_runs(train: Train, launch: Launch, 
     # A killed one leaves no lock, although its workers live on for some seconds.
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.join()
-    launch("third", "--resume", tmp_path / "run", f"train.steps={steps_done(tmp_path) + 2}").ends_with(0)
-
-
-def steps_done(tmp_path: Path) -> int:
-    return load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    steps = load_checkpoint(tmp_path / "run" / "last.pt")["step"] + 2
+    launch("third", "--resume", tmp_path / "run", f"train.steps={steps}").ends_with(0)
 
 
 def clock_goes_back(main: ModuleType) -> None:
@@ -726,7 +687,7 @@ def clock_goes_back(main: ModuleType) -> None:
     at_step(main, 3, lambda: setattr(time, "time", lambda: now - 10**8))
 
 
-def test_D13_a_clock_that_goes_back_changes_nothing(train: Train, whole: Callable[..., Path], tmp_path: Path) -> None:
+def test_D13_a_clock_that_goes_back_changes_nothing(train, whole, tmp_path: Path) -> None:
     train("run", "train.save_minutes=1000", fault=clock_goes_back).ends_with(0)
     compare_with(whole(), tmp_path / "run")
 
@@ -734,7 +695,7 @@ def test_D13_a_clock_that_goes_back_changes_nothing(train: Train, whole: Callabl
 # D15: logs
 
 
-def test_D15_logs_stay_small(whole: Callable[..., Path], default_settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_D15_logs_stay_small(whole, default_settings, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (whole() / "metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if "train/loss" in row)
     step_of_row = row.pop("step")

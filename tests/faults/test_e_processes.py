@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +22,12 @@ import pytest
 import torch
 
 from detection.checkpoints import load_checkpoint
-from detection.config.settings import Settings
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, build_training_loader
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.slow_samples import SlowSamples
 from tests.support.detectors import datasets_of, transform_of
-from tests.support.fault_runs import Run, at_step
+from tests.support.fault_runs import at_step
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port, losses_of, output_of, rows_of, start
 
@@ -49,7 +48,7 @@ def kill_worker(main: ModuleType, step: int) -> None:
 
 
 @pytest.mark.faults
-def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run], tmp_path: Path) -> None:
+def test_E01_a_killed_worker_is_named_and_last_is_whole(train, tmp_path: Path) -> None:
     words = ["data.num_workers=2", "train.save_frequency=2", "train.steps=2000", "evaluation.evaluate_frequency=9999"]
     started = time.monotonic()
     run = train("run", *words, fault=functools.partial(kill_worker, step=5))
@@ -59,19 +58,21 @@ def test_E01_a_killed_worker_is_named_and_last_is_whole(train: Callable[..., Run
     assert step >= 5 and f"saved after step {step}," in line
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_E02_an_augmentation_that_raises_names_its_image(
-    dataset: Path, default_settings: Callable[..., Settings], workers: int
-) -> None:
-    training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
-    transform = training_set.sample_transform
+def before_transform_of_5(dataset: Any, action: Callable[[], Any]) -> None:
+    transform = dataset.sample_transform
 
-    def raising(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
+    def act_and_transform(image: Any, boxes: Any, labels: Any, index: int, *rest: int) -> Any:
         if index == 5:
-            raise ZeroDivisionError("a bug of an augmentation")
-        return transform(image, boxes, labels, index, epoch, size)
+            action()
+        return transform(image, boxes, labels, index, *rest)
 
-    training_set.sample_transform = raising
+    dataset.sample_transform = act_and_transform
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_E02_an_augmentation_that_raises_names_its_image(dataset: Path, default_settings, workers: int) -> None:
+    training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
+    before_transform_of_5(training_set, lambda: 1 / 0)
     loader = build_training_loader(training_set, TrainingBatchSampler(13, 13, 1, (0, 1), 0, 64), workers, CPU)
     with pytest.raises(ZeroDivisionError) as raised:
         next(iter(loader))
@@ -82,18 +83,11 @@ def test_E02_an_augmentation_that_raises_names_its_image(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
-    dataset: Path, default_settings: Callable[..., Settings], workers: int, capfd: pytest.CaptureFixture[str]
+    dataset: Path, default_settings, workers: int, capfd
 ) -> None:
     settings = default_settings(f"data.root={dataset}", "data.slow_sample_seconds=0.4")
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
-    transform = training_set.sample_transform
-
-    def sleeping(image: Any, boxes: Any, labels: Any, index: int, epoch: int, size: int) -> Any:
-        if index == 5:
-            time.sleep(1.2)
-        return transform(image, boxes, labels, index, epoch, size)
-
-    training_set.sample_transform = sleeping
+    before_transform_of_5(training_set, lambda: time.sleep(1.2))
     sampler = TrainingBatchSampler(13, 13, 1, (0, 2), 0, 64)  # two epochs: with one worker twice the same image
     batches = list(build_training_loader(training_set, sampler, workers, CPU))
     assert sorted(batches[0]["indices"].tolist()) == list(range(13))
@@ -104,7 +98,7 @@ def test_E02_a_sample_that_takes_too_long_is_named_while_it_runs(
         assert line.startswith(f"warning: image id {number} ({name}) has been loading for 0."), line
 
 
-def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: pytest.CaptureFixture[str]) -> None:
+def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd) -> None:
     """No thread runs while one long call into C keeps the lock; here the thread that looks is asleep for good."""
     samples = SlowSamples(0.05, lambda index: f"image {index}")
     samples.watch = lambda: None  # type: ignore[method-assign]
@@ -115,9 +109,7 @@ def test_E02_a_sample_that_holds_the_lock_of_python_is_named_afterwards(capfd: p
     assert len(lines) == 1 and lines[0].startswith("warning: image 7 took 0.1 s")
 
 
-def test_E03_no_two_samples_share_their_random_numbers_whatever_the_workers(
-    dataset: Path, default_settings: Callable[..., Settings]
-) -> None:
+def test_E03_no_two_samples_share_their_random_numbers_whatever_the_workers(dataset: Path, default_settings) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
     training_set.load_image = lambda index: np.full((64, 64, 3), 128, np.uint8)  # only augmentation tells them apart
@@ -138,9 +130,7 @@ def private_bytes(pid: int) -> int:
 
 
 @pytest.mark.faults
-def test_E05_annotations_are_not_copied_by_the_workers(
-    tmp_path: Path, default_settings: Callable[..., Settings]
-) -> None:
+def test_E05_annotations_are_not_copied_by_the_workers(tmp_path: Path, default_settings) -> None:
     # 100,000 boxes on 2,000 images that share a file; as Python objects they would take about 100 MB per worker.
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
     images = [{"id": number, "file_name": "a.png", "width": 64, "height": 64} for number in range(2000)]
@@ -165,7 +155,7 @@ def test_E05_annotations_are_not_copied_by_the_workers(
 
 
 @pytest.mark.guard("detection.data.workers:_prepare_libraries", "cv2.setNumThreads(0)", "pass")
-def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
+def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings) -> None:
     training_set, _ = datasets_of(default_settings(f"data.root={dataset}"), 64, 64, 0, None)
     load_image = training_set.load_image
 
@@ -184,7 +174,7 @@ def test_E06_workers_use_no_threads_of_opencv(dataset: Path, default_settings: C
 
 
 @pytest.mark.faults
-def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings: Callable[..., Settings]) -> None:
+def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings) -> None:
     settings = default_settings(f"data.root={dataset}", *EVERYTHING)
     training_set, _ = datasets_of(settings, 64, 64, 0, None)
     started = time.monotonic()
@@ -202,7 +192,7 @@ def test_E06_workers_after_threads_of_opencv(dataset: Path, default_settings: Ca
 
 @pytest.mark.parametrize("count", [7, 8, 9])
 def test_E08_each_image_is_evaluated_once_and_all_ranks_take_as_many_steps(
-    tmp_path: Path, default_settings: Callable[..., Settings], count: int
+    tmp_path: Path, default_settings, count: int
 ) -> None:
     make_sparse_dataset(tmp_path / "data", count)
     settings = default_settings(f"data.root={tmp_path / 'data'}")
@@ -240,6 +230,21 @@ def make_sparse_dataset(root: Path, count: int) -> None:
             cv2.imwrite(str(root / split / f"{number}.png"), image)
         content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "red"}]}
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def two_ranks(drawn_dataset: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`two_ranks(*settings, fault=...)`: torchrun with two processes into tmp_path/run; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*settings: str, fault: str = "none") -> subprocess.Popen[str]:
+        words = [f"data.root={drawn_dataset}", "train.batch_size=2", *settings, "--output", tmp_path / "run"]
+        started.append(start(2, tmp_path / "work", *words, fault=fault))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
 
 
 def wait_for_rows(process: subprocess.Popen[str], directory: Path, count: int) -> None:
@@ -284,41 +289,38 @@ def test_E08_E09_E13_any_number_of_images_and_a_rank_without_boxes(images: int, 
 @pytest.mark.faults
 @pytest.mark.guard("detection.runtime.distributed:Ranks.all_reduce_max_async", "if self.size == 1:", "if True:")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_E11_a_signal_to_one_rank_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path, number: int) -> None:
-    stop_and_check(drawn_dataset, tmp_path, number, lambda launcher: children_of(launcher)[0])
+def test_E11_a_signal_to_one_rank_stops_all_at_the_same_step(two_ranks, tmp_path: Path, number: int) -> None:
+    stop_and_check(two_ranks, tmp_path / "run", number, lambda launcher: children_of(launcher)[0])
 
 
 @pytest.mark.faults
-def test_E11_a_signal_to_the_launcher_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path) -> None:
+def test_E11_a_signal_to_the_launcher_stops_all_at_the_same_step(two_ranks, tmp_path: Path) -> None:
     # SIGTERM alone: torchrun dies of SIGUSR1, docs/scaling.md signals the ranks.
-    stop_and_check(drawn_dataset, tmp_path, signal.SIGTERM, lambda launcher: launcher)
+    stop_and_check(two_ranks, tmp_path / "run", signal.SIGTERM, lambda launcher: launcher)
 
 
-def stop_and_check(data: Path, directory: Path, number: int, choose: Callable[[int], int]) -> None:
+def stop_and_check(two_ranks, directory: Path, number: int, choose: Callable[[int], int]) -> None:
     """Send a signal to the process that is chosen by the launcher's pid."""
-    arguments = [f"data.root={data}", "train.batch_size=2", "train.steps=100000", "--output", directory / "run"]
-    process = start(2, directory / "work", *arguments)
-    try:
-        wait_for_rows(process, directory / "run", 6)
-        os.kill(choose(process.pid), number)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
+    process = two_ranks("train.steps=100000")
+    wait_for_rows(process, directory, 6)
+    os.kill(choose(process.pid), number)
+    output = process.communicate(timeout=60)[0]
     name = signal.Signals(number).name
     assert process.returncode != 0 and f"stopped by {name}; saved after step" in output, output
-    step = load_checkpoint(directory / "run" / "last.pt")["step"]
+    step = load_checkpoint(directory / "last.pt")["step"]
     lines = [line for line in output.splitlines() if "saved after" in line]
     stops = [int(line.split("saved after step ")[1].split(",")[0]) for line in lines]
     assert stops == [step, step], "both ranks stop after the same step"
 
 
 @pytest.mark.faults
-def test_B01_an_image_that_one_rank_cannot_read_stops_all_at_the_same_step(drawn_dataset: Path, tmp_path: Path) -> None:
+def test_B01_an_image_that_one_rank_cannot_read_stops_all_at_the_same_step(
+    two_ranks, drawn_dataset: Path, tmp_path: Path
+) -> None:
     shutil.copytree(drawn_dataset, tmp_path / "data")
     path = sorted((tmp_path / "data" / "train").iterdir())[0]
     path.write_bytes(b"not an image")
-    arguments = [f"data.root={tmp_path / 'data'}", "train.batch_size=2", "run.preflight=false", "train.steps=30"]
-    output = output_of(start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run"))
+    output = output_of(two_ranks(f"data.root={tmp_path / 'data'}", "run.preflight=false", "train.steps=30"))
     lines = [line for line in output.splitlines() if "saved after step" in line]
     step = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
     assert len(lines) == 2 and all(f"saved after step {step}," in line for line in lines), output
@@ -328,22 +330,14 @@ def test_B01_an_image_that_one_rank_cannot_read_stops_all_at_the_same_step(drawn
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", ["raise", "kill", "hang"])
 def test_E07_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
-    drawn_dataset: Path, tmp_path: Path, fault: str
+    two_ranks, tmp_path: Path, fault: str
 ) -> None:
-    seconds = 12
-    arguments = [
-        f"data.root={drawn_dataset}", "train.batch_size=2", f"run.timeout_minutes={seconds / 60}",
-        "train.resize_frequency=0", "--output", tmp_path / "run",
-    ]  # fmt: skip
-    process = start(2, tmp_path / "work", *arguments, fault=fault)
-    try:
-        wait_for_rows(process, tmp_path / "run", 2)
-        started = time.monotonic()
-        output = process.communicate(timeout=90)[0]
-    finally:
-        process.kill()
+    process = two_ranks("run.timeout_minutes=0.2", "train.resize_frequency=0", fault=fault)
+    wait_for_rows(process, tmp_path / "run", 2)
+    started = time.monotonic()
+    output = process.communicate(timeout=90)[0]
     assert process.returncode != 0
-    assert time.monotonic() - started < seconds + 10
+    assert time.monotonic() - started < 12 + 10
     if fault == "hang":
         assert "rank 1 of 2, step 2: no progress" in output or "rank 0 of 2, step 2: another process" in output, output
     else:  # what the survivor says
@@ -356,36 +350,28 @@ def test_E07_a_rank_that_fails_ends_all_and_the_others_name_rank_and_step(
 
 @pytest.mark.faults
 @pytest.mark.guard("detection.runtime.distributed:Watchdog._watch", "last is not None and", "False and")
-def test_E07_a_hanging_rank_ends_itself(drawn_dataset: Path, tmp_path: Path) -> None:
+def test_E07_a_hanging_rank_ends_itself(two_ranks, tmp_path: Path) -> None:
     """The others end by the timeout of their exchange; torchrun would wait half a minute for the hanging one."""
-    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "run.timeout_minutes=0.1"]
-    process = start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run", fault="hang")
-    try:
-        wait_for_rows(process, tmp_path / "run", 2)
-        started = time.monotonic()
-        output = process.communicate(timeout=90)[0]
-    finally:
-        process.kill()
+    process = two_ranks("run.timeout_minutes=0.1", fault="hang")
+    wait_for_rows(process, tmp_path / "run", 2)
+    started = time.monotonic()
+    output = process.communicate(timeout=90)[0]
     assert process.returncode != 0 and "step 2" in output
     assert time.monotonic() - started < 6 + 10
 
 
 @pytest.mark.faults
-def test_E07_a_rank_that_hangs_in_the_evaluation(drawn_dataset: Path, tmp_path: Path) -> None:
-    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=5", "run.timeout_minutes=0.1"]
-    process = start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run", fault="hang_in_evaluation")
+def test_E07_a_rank_that_hangs_in_the_evaluation(two_ranks, tmp_path: Path) -> None:
+    process = two_ranks("train.steps=5", "run.timeout_minutes=0.1", fault="hang_in_evaluation")
     output = output_of(process, 60)
     assert process.returncode != 0 and "rank 1 of 2, step 5: no progress" in output, output
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
 
 
 @pytest.mark.faults
-def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(drawn_dataset: Path, tmp_path: Path) -> None:
-    words = [
-        f"data.root={drawn_dataset}", "train.batch_size=2", "train.optimizer=sgd", "train.learning_rate=1e30",
-        "scheduler.warmup=0", "train.max_skipped_steps=2", "--output", tmp_path / "run",
-    ]  # fmt: skip
-    output = output_of(start(2, tmp_path / "work", *words))
+def test_C01_the_bundle_of_two_ranks_replays_the_images_of_both(two_ranks, tmp_path: Path) -> None:
+    words = ["train.optimizer=sgd", "train.learning_rate=1e30", "scheduler.warmup=0", "train.max_skipped_steps=2"]
+    output = output_of(two_ranks(*words))
     assert "2 steps in a row were non-finite" in output, output
     (bundle,) = (tmp_path / "run").glob("non_finite_*")
     step = json.loads((bundle / "report.json").read_text())["steps"][0]
@@ -403,27 +389,20 @@ def test_E14_processes_that_never_come(tmp_path: Path) -> None:
         "import datetime, torch, detection.runtime.distributed as d; d.JOIN_TIMEOUT = datetime.timedelta(seconds=2)\n"
         "d.Ranks(torch.device('cpu'), lambda: 'gloo', 600)"
     )
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    alone["MASTER_PORT"] = str(free_port())
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port())}
     started = time.monotonic()
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **alone},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "SettingsError: rank 0: the 2 processes do not find one another" in process.stderr, process.stderr
     assert time.monotonic() - started < 30
 
 
 @pytest.mark.faults
-def test_E07_a_rank_that_ends_before_the_first_step(drawn_dataset: Path, tmp_path: Path) -> None:
+def test_E07_a_rank_that_ends_before_the_first_step(two_ranks, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").touch()
-    words = [f"data.root={drawn_dataset}", "train.batch_size=2", "--output", tmp_path / "run"]
-    output = output_of(start(2, tmp_path / "work", *words))
+    output = output_of(two_ranks())
     assert 'two_ranks.py", line' not in output, output  # no traceback of ours; torchrun has its own
     assert f"{tmp_path / 'run'} " in output and "is not empty" in output, output  # what the first rank says
     assert "rank 1 of 2, step 0: another process failed" in output or output.count("exitcode") == 1, output
@@ -431,10 +410,9 @@ def test_E07_a_rank_that_ends_before_the_first_step(drawn_dataset: Path, tmp_pat
 
 @pytest.mark.faults
 @pytest.mark.guard("detection.runtime.distributed:Ranks.broadcast", "group=self._patient", "group=None")
-def test_E10_an_evaluation_longer_than_the_timeout(drawn_dataset: Path, tmp_path: Path) -> None:
+def test_E10_an_evaluation_longer_than_the_timeout(two_ranks, tmp_path: Path) -> None:
     # Rank 0 scores for 15 s, a rank that does not answer for 6 s ends the run.
-    arguments = [f"data.root={drawn_dataset}", "train.batch_size=2", "train.steps=5", "run.timeout_minutes=0.1"]
-    process = start(2, tmp_path / "work", *arguments, "--output", tmp_path / "run", fault="slow_evaluation")
+    process = two_ranks("train.steps=5", "run.timeout_minutes=0.1", fault="slow_evaluation")
     output = output_of(process, 120)
     assert process.returncode == 0, output
     assert any("val/AP" in row for row in rows_of(tmp_path / "run"))

@@ -3,13 +3,10 @@
 import functools
 import importlib.machinery
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from tests.support.fault_runs import Run
 
 OPTIONAL = ("tensorboard", "onnx", "onnxruntime", "timm", "habana_frameworks", "matplotlib", "sklearn")
 
@@ -27,7 +24,7 @@ def hide(main: ModuleType, packages: tuple[str, ...]) -> None:
     importlib.machinery.PathFinder.find_spec = find_spec
 
 
-def test_F03_training_needs_no_optional_package(train: Callable[..., Run], tmp_path: Path) -> None:
+def test_F03_training_needs_no_optional_package(train, tmp_path: Path) -> None:
     run = train("run", "train.steps=4", fault=functools.partial(hide, packages=OPTIONAL))
     run.ends_with(0)
     assert "TensorBoard is not installed: no event files" in run.out
@@ -36,13 +33,10 @@ def test_F03_training_needs_no_optional_package(train: Callable[..., Run], tmp_p
 
 @pytest.mark.parametrize(
     ("package", "word", "message"),
-    [
-        ("timm", "model.backbone=timm/resnet18", "timm"),
-        ("habana_frameworks", "run.device=hpu", "hpu"),
-    ],
+    [("timm", "model.backbone=timm/resnet18", "timm"), ("habana_frameworks", "run.device=hpu", "hpu")],
 )
 def test_F03_what_needs_a_missing_package_says_so_before_the_first_step(
-    train: Callable[..., Run], package: str, word: str, message: str
+    train, package: str, word: str, message: str
 ) -> None:
     words = [word, "model.cfg=null"] if word.startswith("model") else [word]
     run = train("run", *words, fault=functools.partial(hide, packages=(package,)))

@@ -1,4 +1,4 @@
-"""detect.py end to end on images, videos and cameras, with the network of tests/support/block_detector.py."""
+"""detect.py end to end on images, videos and cameras, with the network of tests/support/block_network.py."""
 
 import os
 import signal
@@ -18,18 +18,8 @@ from detection.drawing.boxes import class_color
 from detection.errors import DataError, OutputError, SettingsError
 from detection.inference.sources import find_sources, read_ahead
 from detection.inference.video import VideoWriter
-from tests.support.block_detector import (
-    GREEN,
-    RED,
-    Run,
-    block_image,
-    boxes_of,
-    cell_box,
-    rows_of,
-    save,
-    save_video,
-    walk,
-)
+from tests.support.block_network import GREEN, RED, block_image, cell_box
+from tests.support.detect_runs import Run, boxes_of, rows_of, save, save_video, walk
 
 
 @pytest.fixture
@@ -101,16 +91,11 @@ def test_folders_keep_their_structure_and_nothing_is_overwritten(run: Run, tmp_p
         ((_, box),) = boxes_of(row)
         assert box == pytest.approx(cell_box(*blocks[Path(row["file"]).as_posix()]), abs=0.01)
         places[row["file"]] = row["picture"]
-    assert places == {
-        "one/a.bmp": "a.png",
-        "one/a.png": "a_2.png",
-        "one/deep/a.png": "deep/a.png",
-        "two/A.png": "A_3.png",
-    }
-    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == set(places.values())
-    assert {path.relative_to(out / "labels").as_posix() for path in (out / "labels").rglob("*.txt")} == {
-        "a.txt", "a_2.txt", "deep/a.txt", "A_3.txt"
-    }  # fmt: skip
+    stems = {"one/a.bmp": "a", "one/a.png": "a_2", "one/deep/a.png": "deep/a", "two/A.png": "A_3"}
+    assert places == {file: f"{stem}.png" for file, stem in stems.items()}
+    for directory, suffix in ((out, "png"), (out / "labels", "txt")):
+        written = {path.relative_to(directory).as_posix() for path in directory.rglob(f"*.{suffix}")}
+        assert written == {f"{stem}.{suffix}" for stem in stems.values()}
 
 
 def test_only_the_wanted_classes_and_scores(run: Run, tmp_path: Path) -> None:
@@ -148,9 +133,8 @@ def test_order_and_boxes_do_not_depend_on_the_batch(run: Run, tmp_path: Path, ba
     for row in rows:
         number = int(Path(row["file"]).stem)
         ((name, box),) = boxes_of(row)
-        assert name == ("red" if number % 2 else "green") and box == pytest.approx(
-            cell_box(number % 4, number // 4), abs=0.01
-        )
+        assert name == ("red" if number % 2 else "green")
+        assert box == pytest.approx(cell_box(number % 4, number // 4), abs=0.01)
 
 
 def test_patterns_lists_and_words_that_look_like_settings(run: Run, tmp_path: Path) -> None:
@@ -234,7 +218,7 @@ def test_names_are_numbered_until_they_are_free() -> None:
     assert [names.take(name) for name in ("a", "a_2", "A", "a", "b")] == ["a", "a_2", "A_3", "a_4", "b"]
 
 
-def test_numbers_are_cameras_unless_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_cameras_unless_there_is_such_a_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "1" / "photo.png", block_image())
     sources = find_sources(["0", "1"])
@@ -270,9 +254,8 @@ def test_every_frame_of_a_video_has_its_boxes(run: Run, tmp_path: Path, stride: 
 
 def test_odd_sides_get_a_line_more(run: Run, tmp_path: Path) -> None:
     """Write with Motion JPEG, a codec that allows odd sides."""
-    writer = cv2.VideoWriter(
-        str(tmp_path / "clip.avi"), cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG"), 5, (65, 63)
-    )
+    codec = cv2.CAP_OPENCV_MJPEG, cv2.VideoWriter.fourcc(*"MJPG")
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), *codec, 5, (65, 63))
     for image in walk():
         writer.write(cv2.copyMakeBorder(image, 0, 0, 0, 1, cv2.BORDER_REPLICATE)[:63, :, ::-1].copy())
     writer.release()
@@ -296,18 +279,18 @@ def test_of_a_truncated_video_is_kept_what_can_be_read(run: Run, tmp_path: Path)
     assert video_facts(tmp_path / "out" / "cut.mp4")[0] == readable
 
 
-def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch) -> None:
     """The signal arrives during the second batch of two frames; two of four sources are not processed."""
     save_video(tmp_path / "clip.mp4", walk())
     for name in ("before.png", "after.png"):
         save(tmp_path / name, block_image((1, 1, RED)))
     real, calls = detect.Finder.find, []
 
-    def find(self: detect.Finder, samples: Any) -> Any:
+    def find(self: detect.Finder, samples: Any, **options: Any) -> Any:
         calls.append(len(samples))
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, samples)
+        return real(self, samples, **options)
 
     monkeypatch.setattr(detect.Finder, "find", find)
     result = run("before.png", "clip.mp4", "after.png", "clip.mp4", "evaluation.batch_size=2")
@@ -350,7 +333,7 @@ class Camera:
 
 
 @pytest.fixture
-def camera(monkeypatch: pytest.MonkeyPatch) -> Camera:
+def camera(monkeypatch) -> Camera:
     clock = [100.0]
     stand_in = Camera(cv2.VideoCapture, clock)
     monkeypatch.setattr(cv2, "VideoCapture", stand_in)
@@ -390,9 +373,7 @@ class Screen:
         pass
 
 
-def test_q_stops_a_shown_video_and_its_files_are_complete(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_q_stops_a_shown_video_and_its_files_are_complete(run: Run, tmp_path: Path, monkeypatch) -> None:
     save_video(tmp_path / "clip.mp4", walk())
     monkeypatch.setattr(detect, "Window", Screen)
     result = run("clip.mp4", "--show")
@@ -402,9 +383,7 @@ def test_q_stops_a_shown_video_and_its_files_are_complete(
     assert tuple(Screen.shown[0][0, 0]) == class_color(1)  # the border of the green class's box, drawn
 
 
-def test_images_are_shown_page_by_page_after_they_are_written(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_shown_page_by_page_after_they_are_written(run: Run, tmp_path: Path, monkeypatch) -> None:
     for number in range(3):
         save(tmp_path / "photos" / f"{number}.png", walk()[number])
     pages = []
@@ -419,9 +398,7 @@ def test_images_are_shown_page_by_page_after_they_are_written(
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "photo.png"])
-def test_without_a_display_everything_is_written_first(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_without_a_display_everything_is_written_first(run: Run, tmp_path: Path, monkeypatch, name: str) -> None:
     def no_display(*_: Any) -> None:
         raise SettingsError("--show: there is no display here")
 

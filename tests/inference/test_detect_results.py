@@ -14,18 +14,8 @@ from PIL import Image
 import validation
 from detection.data.image_file import IMAGE_SUFFIXES
 from detection.drawing.files import safe_name
-from tests.support.block_detector import (
-    GREEN,
-    RED,
-    Run,
-    block_image,
-    boxes_of,
-    cell_box,
-    rows_of,
-    save,
-    save_video,
-    walk,
-)
+from tests.support.block_network import GREEN, RED, block_image, cell_box
+from tests.support.detect_runs import Run, boxes_of, rows_of, save, save_video, walk
 
 HALF_RED = (128, 0, 0)  # score 0.26: below what is shown, above evaluation.confidence_threshold
 

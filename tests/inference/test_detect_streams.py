@@ -14,18 +14,8 @@ import pytest
 from detection.errors import DataError
 from detection.inference import web
 from detection.inference.sources import find_sources
-from tests.support.block_detector import (
-    GREEN,
-    RED,
-    Run,
-    block_image,
-    boxes_of,
-    cell_box,
-    rows_of,
-    save,
-    save_video,
-    walk,
-)
+from tests.support.block_network import GREEN, RED, block_image, cell_box
+from tests.support.detect_runs import Run, boxes_of, rows_of, save, save_video, walk
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

@@ -9,8 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from detection.models import build_detector
 from detection.models.backbones.darknet import DarknetBatchNorm2d
 from detection.models.darknet.weights import Header, write_darknet_weights
 from tests.support.darknet_files import CFG, NAMES, SEEN, Files, Run, known_weights
-from tests.support.paths import REPOSITORY
+from tests.support.paths import ARGS, REPOSITORY
 
-ARGS = REPOSITORY / "yolo-v3" / "args.yaml"
+PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
 # sigmoid(5) * sigmoid(6)
 SCORE = 1 / (1 + np.exp(-5)) / (1 + np.exp(-6))
 
@@ -44,6 +42,14 @@ def open_here(
         ARGS,
         words=words,
     )
+
+
+def named(weights: str = "net.weights", cfg: str = "net.cfg", names: str = "net.names") -> list[str]:
+    return ["--weights", weights, "--cfg", cfg, "--names", names]
+
+
+def with_classes(count: int) -> str:
+    return CFG.replace("filters=8", f"filters={5 + count}").replace("classes=3", f"classes={count}")
 
 
 # open_weights
@@ -88,33 +94,6 @@ def test_input_of_a_rectangular_description(files: Files) -> None:
     assert open_here(files, "net.weights", "wide.cfg").settings.evaluation.image_size == 96
 
 
-def test_image_size_must_fit(files: Files) -> None:
-    with pytest.raises(SettingsError, match=r"evaluation.image_size = 48: must be a multiple of 32"):
-        open_here(files, "net.weights", "net.cfg", None, "evaluation.image_size=48")
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 80])
-def test_wrong_number_of_names(files: Files, count: int) -> None:
-    files("other.names", "".join(f"name {number}\n" for number in range(count)))
-    with pytest.raises(SettingsError, match=f"other.names: has {count} names, the network 3 classes"):
-        open_here(files, "net.weights", "net.cfg", "other.names")
-
-
-def test_backbone_weights_detect_nothing(files: Files) -> None:
-    files("back.conv.1", known_weights()[: 20 + 4 * 62])
-    with pytest.raises(CheckpointError, match=r"backbone weights only \(1 convolutions\).*model.pretrained=") as caught:
-        open_here(files, "back.conv.1")
-    assert "\n" not in str(caught.value)
-
-
-def test_weights_that_do_not_fit(files: Files) -> None:
-    files("short.weights", known_weights()[:-1])
-    with pytest.raises(CheckpointError, match=r"has 363 bytes, this network needs 364 \(-1\)"):
-        open_here(files, "short.weights")  # 20 + 4 * (62 + 8 + 16)
-    with pytest.raises(CheckpointError, match="No such file"):
-        open_here(files, "gone.weights")
-
-
 def test_without_a_description_the_file_tells_the_number_of_classes(files: Files) -> None:
     """Network of the settings with 3 anchors per level: 3 * 3 more filters than for 2 classes at both outputs."""
     anchors = "yolo.anchors=[[[10,14],[23,27],[37,58]],[[81,82],[135,169],[344,319]]]"
@@ -133,23 +112,36 @@ def test_without_a_description_the_file_tells_the_number_of_classes(files: Files
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("kind", "content", "word"),
     [
-        (CFG.replace("[convolutional]", "[local]"), "layer [local] is not supported"),
-        (CFG.replace("filters=8", "filters=9"), "filters = 1 * (5 + 3) = 8"),
-        ("", "[net]"),
-        ("just text", "is this a .cfg file?"),
-        (b"\xff\xfe\x00\x01", "cannot be read as text"),
-        (b"[net]\nwidth=\xe9", "cannot be read as text"),
-        (None, "cannot be read as text"),
+        *(("names", "\n".join("abcd"[:count]), f"has {count} names, the network 3 classes") for count in (1, 2, 4)),
+        *(("names", content, "one class name per line") for content in ("", "\n\n", "a\n\nb\n")),
+        ("names", "a\nb\na\n", "'a' occurs twice"),
+        *(("names", content, "cannot be read") for content in (b"\xff\xfea\x00", None)),
+        ("cfg", CFG.replace("[convolutional]", "[local]"), "layer [local] is not supported"),
+        ("cfg", CFG.replace("filters=8", "filters=9"), "filters = 1 * (5 + 3) = 8"),
+        ("cfg", "", "[net]"),
+        *(("cfg", content, "is this a .cfg file?") for content in ("just text", b"\xff\xfe\x00\x01")),
+        ("cfg", b"[net]\nwidth=\xe9", "width = \u00e9 must be a finite number"),
+        ("cfg", None, "cannot be read"),
+        ("weights", known_weights()[: 20 + 4 * 62], "backbone weights only (1 convolutions)"),
+        ("weights", known_weights()[:-1], "has 363 bytes, this network needs 364 (-1)"),  # 20 + 4 * (62 + 8 + 16)
+        ("weights", None, "No such file"),
     ],
 )
-def test_bad_descriptions(files: Files, content: str | bytes | None, word: str) -> None:
+def test_files_that_do_not_fit(files: Files, kind: str, content: str | bytes | None, word: str) -> None:
+    (files.root / f"net.{kind}").unlink()
     if content is not None:
-        files("bad.cfg", content)
-    with pytest.raises(SettingsError) as caught:
-        open_here(files, "net.weights", "bad.cfg")
-    assert word in str(caught.value) and "\n" not in str(caught.value)
+        files(f"net.{kind}", content)
+    with pytest.raises(CheckpointError if kind == "weights" else SettingsError) as caught:
+        open_here(files, names="net.names")
+    message = str(caught.value)
+    assert f"net.{kind}" in message and word in message and "\n" not in message
+
+
+def test_image_size_must_fit(files: Files) -> None:
+    with pytest.raises(SettingsError, match=r"evaluation.image_size = 48: must be a multiple of 32"):
+        open_here(files, "net.weights", "net.cfg", None, "evaluation.image_size=48")
 
 
 @pytest.mark.parametrize("content", ["a\nb", "a\nb\n", "a\r\nb\r\n\r\n", " a \n\tb\n\n\n", "\ufeffa\nb\n"])
@@ -159,24 +151,6 @@ def test_names_of_many_editors(files: Files, content: str) -> None:
 
 def test_names_keep_spaces_and_any_script(files: Files) -> None:
     assert read_names(files("some.names", "traffic light\nчайка\n鷗\n")) == ("traffic light", "чайка", "鷗")
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("", "one class name per line"),
-        ("\n\n", "one class name per line"),
-        ("a\n\nb\n", "one class name per line"),
-        ("a\nb\na\n", "'a' occurs twice"),
-        (b"\xff\xfea\x00", "cannot be read"),
-        (None, "cannot be read"),
-    ],
-)
-def test_bad_names(files: Files, content: str | bytes | None, word: str) -> None:
-    path = files.root / "bad.names" if content is None else files("bad.names", content)
-    with pytest.raises(SettingsError, match="--names") as caught:
-        read_names(path)
-    assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
 # Our own checkpoints
@@ -196,9 +170,11 @@ def checkpoint(files: Files, average: bool, **changes: Any) -> Path:
             last.weight.zero_()
             last.bias.copy_(torch.tensor([0.0, 0, 0, 0, 5, *[6.0 if number == label else -9 for number in range(3)]]))
         states.append(model.state_dict())
+    stored = settings.model_dump(mode="json")
+    stored["yolo"]["num_classes"] = stored["model"].pop("num_classes")  # its earlier name
     content: dict[str, Any] = {
         "step": 5,
-        "settings": settings.model_dump(mode="json"),
+        "settings": stored,
         "categories": {"names": ["airplane", "motorcycle", "couch"], "ids": [5, 4, 63]},
         "model": states[0],
         "average": states[1] if average else None,
@@ -220,26 +196,29 @@ def test_open_checkpoint(files: Files, average: bool) -> None:
     assert (run.device, run.lazy, run.deterministic, run.precision) == ("auto", False, False, "off")
     kind = "EMA" if average else "weights"
     assert opened.lines[-1].endswith(f"best.pt: {kind} after 5 steps, darknet_cfg, 3 classes")
+    assert opened.lines[:-1] == ["stored settings: yolo.num_classes is now model.num_classes"]
     with torch.no_grad():
         (found,) = opened.detector.postprocess(opened.detector.model(torch.rand(1, 3, 32, 32)))
     assert found["labels"].tolist() == [1 if average else 0]
 
 
-def test_checkpoints_carry_their_own_description_and_names(files: Files) -> None:
-    name = checkpoint(files, False).name
-    with pytest.raises(SettingsError, match="--cfg belongs to Darknet weights"):
-        open_here(files, name, "net.cfg")
-    with pytest.raises(SettingsError, match="--names belongs to Darknet weights"):
-        open_here(files, name, None, "net.names")
-
-
 @pytest.mark.parametrize(
-    "changes", [{"model": {}}, {"categories": {"names": ["a"]}}, {"categories": None}, {"settings": None}]
+    ("changes", "arguments", "error", "word"),
+    [
+        ({}, ["net.cfg"], SettingsError, "--cfg belongs to Darknet weights"),
+        ({}, [None, "net.names"], SettingsError, "--names belongs to Darknet weights"),
+        *(
+            (changes, [None], CheckpointError, "best.pt")
+            for changes in ({"model": {}}, {"categories": {"names": ["a"]}}, {"categories": None}, {"settings": None})
+        ),
+    ],
 )
-def test_checkpoints_that_do_not_fit_themselves(files: Files, changes: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        open_here(files, checkpoint(files, False, **changes).name, None)
-    assert "best.pt" in str(caught.value) and "\n" not in str(caught.value)
+def test_checkpoints_that_do_not_fit_themselves(
+    files: Files, changes: Any, arguments: list[Any], error: Any, word: str
+) -> None:
+    with pytest.raises(error) as caught:
+        open_here(files, checkpoint(files, False, **changes).name, *arguments)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
 # validation.py
@@ -271,8 +250,7 @@ def test_validation_as_a_user_starts_it(files: Files) -> None:
     """Run in a separate process from another directory, with Darknet's file names."""
     elsewhere = files.root / "elsewhere"
     elsewhere.mkdir()
-    names = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
-    arguments = [argument if argument.startswith("--") else files.root / argument for argument in names]
+    arguments = [argument if argument.startswith("--") else files.root / argument for argument in named()]
     result = subprocess.run(
         [sys.executable, REPOSITORY / "validation.py", *arguments, *files.arguments],
         cwd=elsewhere,
@@ -293,11 +271,27 @@ def test_validation_as_a_user_starts_it(files: Files) -> None:
     assert not list(elsewhere.iterdir())
 
 
-def test_validation_with_the_spelling_of_coco(files: Files, run: Run) -> None:
-    files("coco.names", "airplane\nmotorcycle\ncouch\n")
-    code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "coco.names")
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ({"coco.names": "airplane\nmotorcycle\ncouch\n"}, named(names="coco.names")),
+        # no criterion, so no losses; sigmoid(0) = 1/2: centre in the middle, 4 * 1/4 times the anchor, as before
+        ({"new.cfg": CFG.replace("=linear", "=logistic") + "new_coords=1\n"}, named(cfg="new.cfg")),
+        # a COCO detector on a file that lists only some of its categories
+        (
+            {"four.cfg": with_classes(4), "four.weights": known_weights(4), "four.names": NAMES + "giraffe\n"},
+            named("four.weights", "four.cfg", "four.names"),
+        ),
+    ],
+    ids=["spelling of COCO", "new_coords", "more classes than the data"],
+)
+def test_validation_finds_everything(files: Files, run: Run, written: dict[str, Any], arguments: list[str]) -> None:
+    for name, content in written.items():
+        files(name, content)
+    code, _, err = run(*arguments)
     assert (code, err) == (0, "")
     assert_everything_found(files)
+    assert (results_of(files)[0]["losses"] == {}) == ("new.cfg" in written)
 
 
 def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
@@ -309,9 +303,7 @@ def test_validation_of_a_checkpoint(files: Files, run: Run) -> None:
 
 def test_validation_by_the_darknet_protocol(files: Files, run: Run) -> None:
     """The recipe does not override the image size of the cfg."""
-    protocol = REPOSITORY / "recipes" / "darknet_protocol.yaml"
-    weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
-    code, out, err = run("--config", protocol, *weights)
+    code, out, err = run("--config", PROTOCOL, *named())
     assert (code, err) == (0, "") and "32 px letterbox (darknet)" in out and "objectness above 0.005 only" in out
     assert_everything_found(files)
 
@@ -326,48 +318,25 @@ def test_validation_without_names_takes_ascending_ids(files: Files, run: Run) ->
 
 
 def test_validation_without_detections(files: Files, run: Run) -> None:
-    weights = ["--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names"]
-    code, out, err = run(*weights, "evaluation.confidence_threshold=0.999")
+    code, out, err = run(*named(), "evaluation.confidence_threshold=0.999")
     assert (code, err) == (0, "") and "0 boxes on 3 images" in out
     metrics, detections = results_of(files)
     assert detections == [] and metrics["AP"] == pytest.approx(0)
 
 
 def test_validation_of_fewer_classes_than_the_data(files: Files, run: Run) -> None:
-    files("two.cfg", CFG.replace("filters=8", "filters=7").replace("classes=3", "classes=2"))
+    files("two.cfg", with_classes(2))
     files("two.weights", known_weights(2))
     code, _, err = run("--weights", "two.weights", "--cfg", "two.cfg")
     assert code == 2 and err.count("\n") == 1
     assert "the network has 2 classes, the data 3" in err and "--names" in err
     files("two.names", "airplane\nmotorcycle\n")
-    code, _, err = run("--weights", "two.weights", "--cfg", "two.cfg", "--names", "two.names")
+    two = named("two.weights", "two.cfg", "two.names")
+    code, _, err = run(*two)
     assert code == 2 and err.count("\n") == 1 and "couch" in err
-    code, _, err = run(
-        *("--weights", "two.weights", "--cfg", "two.cfg", "--names", "two.names"),
-        "data.class_names=[airplane, motorcycle]",
-    )
+    code, _, err = run(*two, "data.class_names=[airplane, motorcycle]")
     assert (code, err) == (0, "")
     assert_everything_found(files)
-
-
-def test_validation_of_more_classes_than_the_data(files: Files, run: Run) -> None:
-    """A COCO detector on a file that lists only some of its categories."""
-    files("four.cfg", CFG.replace("filters=8", "filters=9").replace("classes=3", "classes=4"))
-    files("four.weights", known_weights(4))
-    files("four.names", NAMES + "giraffe\n")
-    code, _, err = run("--weights", "four.weights", "--cfg", "four.cfg", "--names", "four.names")
-    assert (code, err) == (0, "")
-    assert_everything_found(files)
-
-
-def test_validation_with_new_coords(files: Files, run: Run) -> None:
-    """No criterion, so no losses; sigmoid(0) = 1/2: centre in the middle, 4 * 1/4 times the anchor, as before."""
-    text = CFG.replace("activation=linear", "activation=logistic") + "new_coords=1\n"
-    files("new.cfg", text)
-    code, _, err = run("--weights", "net.weights", "--cfg", "new.cfg", "--names", "net.names")
-    assert (code, err) == (0, "")
-    assert_everything_found(files)
-    assert results_of(files)[0]["losses"] == {}
 
 
 @pytest.mark.parametrize(
@@ -380,7 +349,7 @@ def test_validation_with_new_coords(files: Files, run: Run) -> None:
         (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
         (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is not a Darknet weights file"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "--names", "gone.names"], 2, "gone.names"),
-        (["--weights", "val", "--cfg", "net.cfg"], 7, "Is a directory"),
+        (["--weights", "val", "--cfg", "net.cfg"], 7, "val is a directory without best.pt"),
         (["--cfg", "net.cfg"], 2, "--weights"),
     ],
 )
@@ -390,17 +359,13 @@ def test_validation_refuses_in_one_line(files: Files, run: Run, arguments: list[
     assert not (files.root / "logs").exists()
 
 
-def test_validation_on_a_full_disk(
-    files: Files, run: Run, full_disk: Callable[[int], AbstractContextManager[None]]
-) -> None:
+def test_validation_on_a_full_disk(files: Files, run: Run, full_disk) -> None:
     with full_disk(4000):  # the output is shorter, which pytest captures in a file; the picture is longer
-        code, _, err = run("--weights", "net.weights", "--cfg", "net.cfg", "--names", "net.names")
+        code, _, err = run(*named())
     assert code == 6 and err.count("\n") == 1 and "cannot be written" in err
 
 
 # Darknet's own numbers
-
-PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
 
 
 @pytest.mark.parametrize(
@@ -412,7 +377,7 @@ PROTOCOL = REPOSITORY / "recipes" / "darknet_protocol.yaml"
     ],
 )
 def test_ap50_is_that_of_the_darknet_program(
-    name: str, ap50: float, shared_weights, shared_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, ap50: float, shared_weights, shared_data, tmp_path: Path, monkeypatch
 ) -> None:
     """What pjreddie's program gives on the 79 validation images of coco_mini, measured by others; 0.01 is allowed."""
     arguments = [

@@ -1,6 +1,5 @@
 """Activation checkpointing changes memory and time, but no result."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     detector = build_detector(settings, 3).to(CPU, channels_last=True)
     if recomputed:
         recompute_backbone(detector.model)
-    state = RunState(detector.model, settings.train, 10, build_scaler(CPU, dtype))
+    state = RunState(detector.model, settings.train, (0.998, 10), build_scaler(CPU, dtype))
     set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     boxes = torch.tensor([[[4.0, 4, 30, 30]], [[20.0, 10, 60, 60]]])
     found: dict[str, Any] = {}
@@ -60,7 +59,7 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     ],
 )
 def test_every_number_is_the_same(
-    default_settings: Callable[..., Settings], backbone: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
+    default_settings, backbone: str, dtype: torch.dtype | None, frozen: bool, words: list[str]
 ) -> None:
     settings = default_settings(f"model.backbone={backbone}", *SMALL[backbone], "train.ema_decay=0.9", *words)
     plain = state_after_steps(settings, False, dtype, frozen)
@@ -74,7 +73,7 @@ def test_every_number_is_the_same(
     assert {int(recomputed[name]) for name in counters} == {4 if moves else 0}
 
 
-def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: Callable[..., Settings]) -> None:
+def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings) -> None:
     settings = default_settings("model.backbone=darknet_tiny", *SMALL["darknet_tiny"])
     model = build_detector(settings, 3).model
     recompute_backbone(model)
@@ -89,7 +88,7 @@ def test_blocks_run_twice_in_training_and_once_in_evaluation(default_settings: C
     assert len(calls) == 3
 
 
-def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
+def test_estimate_knows_it(default_settings) -> None:
     """By hand for Darknet-53: what is left of the backbone at 256 px, one image, float32."""
     settings = default_settings("train.batch_size=1")
     found = []
@@ -107,7 +106,7 @@ def test_estimate_knows_it(default_settings: Callable[..., Settings]) -> None:
     assert minimum < found[1] < 0.5 * found[0]
 
 
-def test_refusals_are_one_line(default_settings: Callable[..., Settings]) -> None:
+def test_refusals_are_one_line(default_settings) -> None:
     for other in ("run.compile", "train.sync_batch_norm"):
         with pytest.raises(SettingsError, match=f"must be false with {other}"):
             default_settings("train.activation_checkpointing=true", f"{other}=true")

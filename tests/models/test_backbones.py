@@ -3,10 +3,11 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
@@ -14,7 +15,7 @@ from detection.errors import SettingsError
 from detection.models import build_detector
 from detection.models.backbones import BACKBONES, build_backbone
 from detection.models.backbones.darknet import DarknetTiny
-from detection.models.backbones.timm_backbone import TimmBackbone, check_declaration
+from detection.models.backbones.timm_backbone import check_declaration
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
@@ -25,11 +26,8 @@ from tests.support.paths import ARGS
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 TIMM = [pytest.param(f"timm/{name}", marks=needs_timm) for name in ("test_resnet", "mobilenetv3_small_050")]
 WIDTHS = [16, 12, 8, 8]  # of a neck, coarsest level first
-TINY = [
-    "model.backbone=darknet_tiny",
-    "yolo.neck_channels=[256, 128]",
-    "yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]",
-]
+TINY = ["model.backbone=darknet_tiny", "yolo.neck_channels=[256, 128]"]
+TINY += ["yolo.anchors=[[[10, 14]], [[81, 82], [135, 169]]]"]
 
 
 def words(backbone: str, levels: int) -> list[str]:
@@ -42,13 +40,16 @@ def build(*settings: str, num_classes: int = 2) -> Detector:
     return build_detector(loaded, num_classes)
 
 
+def build_one(backbone: str, levels: int) -> Any:
+    return build_backbone(load_settings(ARGS, words=words(backbone, levels))[0].model, levels, "yolo.anchors")
+
+
 @pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
 def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with batch-norm statistics of a few batches."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
-    module = build_backbone(load_settings(ARGS, words=words(request.param, levels))[0].model, levels, "yolo.anchors")
-    assert isinstance(module, nn.Module)
+    module = build_one(request.param, levels)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.ones_(norm.weight)  # timm's ResNets begin with zeros, which let no gradient through
@@ -71,9 +72,6 @@ def test_maps_are_as_declared(backbone: nn.Module) -> None:
     ]
     # the neck doubles the size from level to level, and image sizes are multiples of 32
     assert list(backbone.strides) == [32 >> step for step in reversed(range(len(backbone.strides)))]
-
-
-def test_pixel_statistics(backbone: nn.Module) -> None:
     assert len(backbone.pixel_mean) == len(backbone.pixel_std) == 3
     assert all(0 <= value <= 1 for value in backbone.pixel_mean)
     assert all(0 < value <= 1 for value in backbone.pixel_std)
@@ -175,8 +173,7 @@ def test_timm_models_that_do_not_serve(name: str, expected: str) -> None:
 
 @needs_timm
 def test_a_false_declaration_is_found() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
-    assert isinstance(backbone, TimmBackbone)
+    backbone = build_one("timm/test_resnet", 3)
     for name, value in (("out_channels", (48, 192, 97)), ("strides", (4, 8, 16))):
         right = getattr(backbone, name)
         setattr(backbone, name, value)
@@ -187,8 +184,7 @@ def test_a_false_declaration_is_found() -> None:
 
 @needs_timm
 def test_the_check_of_the_declaration_leaves_no_trace() -> None:
-    backbone = build_backbone(load_settings(ARGS, words=words("timm/test_resnet", 3))[0].model, 3, "yolo.anchors")
-    assert isinstance(backbone, TimmBackbone)
+    backbone = build_one("timm/test_resnet", 3)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     assert all(value == 0 for name, value in before.items() if name.endswith("num_batches_tracked"))
     random = torch.get_rng_state()
@@ -198,7 +194,7 @@ def test_the_check_of_the_declaration_leaves_no_trace() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
 
 
-def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_is_optional(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # importing it raises ImportError
     assert "pip install timm" in refuse(*words("timm/resnet18", 3))
 
@@ -265,11 +261,7 @@ def test_pyramid_pooling_by_a_slow_loop() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiny_pools_over_its_neighbours_below_and_right(dtype: torch.dtype) -> None:
     x = torch.tensor([[-9.0, -8, -1], [-2, -7, -6]], dtype=dtype).view(1, 1, 2, 3)
-
-    def layers_from_two_to_four(value: Tensor) -> Tensor:
-        for layer in DarknetTiny().stages[1][2:4]:
-            value = layer(value)
-        return value
-
+    for layer in DarknetTiny().stages[1][2:4]:
+        x = layer(x)
     # [-9 -8 | -2 -7] -> -2, [-8 -1 | -7 -6] -> -1, [-1 | -6] -> -1; last row: [-2 -7], [-7 -6], [-6]
-    assert layers_from_two_to_four(x)[0, 0].tolist() == [[-2, -1, -1], [-2, -6, -6]]
+    assert x[0, 0].tolist() == [[-2, -1, -1], [-2, -6, -6]]

@@ -16,11 +16,10 @@ from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, u
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.network import YOLOv3
 from tests.support.paths import ARGS
+from tests.support.tiny_models import last_of_each_stride
 
-TINY_ANCHORS = [
-    [[10, 14], [23, 27], [37, 58]],
-    [[81, 82], [135, 169], [344, 319]],
-]  # yolov3-tiny.cfg, strides 16 and 32
+TINY_ANCHORS = [[[10, 14], [23, 27], [37, 58]], [[81, 82], [135, 169], [344, 319]]]  # yolov3-tiny.cfg
+SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]"]
 TORCHVISION = {"mobilenet_v3_large": mobilenet_v3_large, "mobilenet_v3_small": mobilenet_v3_small}
 
 
@@ -40,7 +39,7 @@ def darknet() -> Detector:
 def small() -> Detector:
     """A quick one: MobileNetV3-small, narrow neck, 3 classes, batch-norm statistics of a few batches."""
     torch.manual_seed(0)
-    detector = build(3, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]")
+    detector = build(3, *SMALL)
     with torch.no_grad():
         for seed in range(3):
             detector.model(random_images(4, 64, 96, seed=seed))
@@ -48,9 +47,8 @@ def small() -> Detector:
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    return torch.randint(
-        0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -101,7 +99,7 @@ def test_darknet53_is_that_of_table_1(darknet: Detector) -> None:
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_class_count_changes_only_the_last_convolutions(num_classes: int, small: Detector) -> None:
     """Three anchors * (5 + C) filters per level on 2 * width channels, and a bias each."""
-    model = build(num_classes, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]").model
+    model = build(num_classes, *SMALL).model
     difference = sum(3 * (num_classes - 3) * (2 * width + 1) for width in (24, 16, 8))
     assert count_parameters(model) == count_parameters(small.model) + difference
     assert [output.shape[-1] for output in model(random_images(2, 32, 32))] == [5 + num_classes] * 3
@@ -164,14 +162,9 @@ def test_mobilenet_maps_are_torchvisions_last_of_each_stride(name: str) -> None:
     assert not any("classifier" in key for key in backbone.state_dict())
 
     images = torch.rand(2, 3, 64, 96)
-    last_of_stride = {}
     with torch.no_grad():
-        x = images
-        for layer in features:
-            x = layer(x)
-            last_of_stride[64 // x.shape[2]] = x
-        for stride, feature in zip(backbone.strides, backbone(images), strict=True):
-            assert torch.equal(feature, last_of_stride[stride])
+        assert backbone.strides == (8, 16, 32)
+        assert all(map(torch.equal, backbone(images), last_of_each_stride(features, images)))
 
 
 @pytest.mark.parametrize("name", list(TORCHVISION))
@@ -225,9 +218,7 @@ def test_output_shapes(small: Detector, height: int, width: int) -> None:
 def test_anchors_per_level_may_differ() -> None:
     """2 anchors at stride 8, 4 at 16, 1 at 32."""
     anchors = "[[[10, 13], [16, 30]], [[30, 61], [62, 45], [59, 119], [40, 40]], [[116, 90]]]"
-    detector = build(
-        2, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.anchors={anchors}"
-    )
+    detector = build(2, *SMALL, f"yolo.anchors={anchors}")
     outputs = detector.model(random_images(2, 64, 96))
     assert [tuple(output.shape[:4]) for output in outputs] == [(2, 2, 8, 12), (2, 4, 4, 6), (2, 1, 2, 3)]
     losses = detector.criterion(outputs, {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), -1)})
@@ -248,31 +239,26 @@ def test_head_channels_are_anchor_major(small: Detector) -> None:
             assert (output[0, anchor, :, :, value] == anchor * 8 + value).all()
 
 
-def test_channels_last_gives_the_same_outputs(small: Detector) -> None:
-    images = random_images(2, 64, 96)
-    small.model.eval()
+def test_bytes_single_images_and_channels_last_give_the_same_outputs(small: Detector) -> None:
+    """0..255 as bytes is 0..1 as floats."""
+    images, model = random_images(3, 64, 96), small.model.eval()
     detector = copy.deepcopy(small).to(torch.device("cpu"), channels_last=True)
-    with torch.no_grad():
-        expected = small.model(images)
-        found = detector.model(images.to(memory_format=torch.channels_last))
     weights = [parameter for parameter in detector.model.parameters() if parameter.dim() == 4]
     assert weights and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-    for output, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(output, other, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        expected = model(images)
+        assert all(map(torch.equal, expected, model(images.float() / 255)))
+        found = detector.model(images.to(memory_format=torch.channels_last))
+        singles = zip(*(model(images[index : index + 1]) for index in range(3)), strict=True)
+    for output, other, alone in zip(expected, found, singles, strict=True):
+        torch.testing.assert_close(other, output, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(alone), output, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(31, 32), (32, 48), (416, 400), (0 + 8, 8)])
 def test_size_must_be_a_multiple_of_32(small: Detector, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"{size[0]}, {size[1]}.*multiple of 32"):
         small.model(random_images(1, *size))
-
-
-def test_uint8_equals_float(small: Detector) -> None:
-    """0..255 as bytes is 0..1 as floats."""
-    images = random_images(2, 64, 64)
-    with torch.no_grad():
-        for output, other in zip(small.model.eval()(images), small.model(images.float() / 255), strict=True):
-            assert torch.equal(output, other)
 
 
 @pytest.mark.parametrize("name", ["darknet", "mobilenet_v3_small"])
@@ -292,21 +278,9 @@ def test_pixel_scaling_is_the_backbones(name: str) -> None:
         Probe.pixel_mean, Probe.pixel_std = MobileNetV3.pixel_mean, MobileNetV3.pixel_std
     model = YOLOv3(Probe(), [8, 8, 8], [1, 1, 1], num_classes=1).eval()
     model(torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32))
-    if name == "darknet":
-        expected = [1.0, 0.0, 0.2]
-    else:  # ImageNet's mean and deviation, red, green, blue
-        expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    imagenet = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]  # mean and deviation of RGB
+    expected = [1.0, 0.0, 0.2] if name == "darknet" else imagenet
     assert received[0][0, :, 7, 9].tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_batch_equals_singles(small: Detector) -> None:
-    images = random_images(3, 64, 96)
-    model = small.model.eval()
-    with torch.no_grad():
-        together = model(images)
-        for index in range(3):
-            for output, alone in zip(together, model(images[index : index + 1]), strict=True):
-                torch.testing.assert_close(output[index : index + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_neck_by_hand(small: Detector) -> None:
@@ -335,9 +309,7 @@ def test_neck_by_hand(small: Detector) -> None:
 def test_initial_objectness_is_the_prior(prior: float) -> None:
     """At every cell of every level, up to the small random weights of the last convolution."""
     torch.manual_seed(1)
-    detector = build(
-        3, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", f"yolo.objectness_prior={prior}"
-    )
+    detector = build(3, *SMALL, f"yolo.objectness_prior={prior}")
     with torch.no_grad():
         outputs = detector.model(random_images(2, 64, 96))
     for output in outputs:
@@ -346,15 +318,6 @@ def test_initial_objectness_is_the_prior(prior: float) -> None:
         # any of 3 classes alike: probability 1 / 3; boxes are the anchors in the middle of the cells
         assert output[..., 5:].sigmoid().mean().item() == pytest.approx(1 / 3, rel=0.1)
         assert output[..., :4].abs().max() < 0.5
-
-
-@pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
-def test_criterion_is_built_from_the_settings(loss: str) -> None:
-    words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4"]
-    words += ["yolo.box_weight=2.0", "yolo.objectness_weight=3.0", "yolo.class_weight=4.0"]
-    criterion = build(3, "model.backbone=mobilenet_v3_small", *words).criterion
-    assert type(criterion) is CRITERIA[loss]
-    assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -377,29 +340,21 @@ def test_every_parameter_gets_a_gradient(backbone: str, num_classes: int) -> Non
         assert head[1].bias.grad.unflatten(0, (3, -1)).ne(0).any(dim=0).all()
 
 
-def test_batch_norm_momentum_is_set_everywhere() -> None:
-    model = build(
-        2, "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[24, 16, 8]", "model.batch_norm_momentum=0.03"
-    ).model
-    momenta = [module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(momenta) > 40 and set(momenta) == {0.03}
-
-
-def test_settings_reach_the_parts() -> None:
-    detector = build(
-        2,
-        "model.backbone=mobilenet_v3_small",
-        "yolo.neck_channels=[24, 16, 8]",
-        "yolo.class_loss=cross_entropy",
-        "evaluation.confidence_threshold=0.2",
-        "evaluation.iou_threshold=0.3",
-        "evaluation.max_detections=7",
-    )
-    postprocess = detector.postprocess
+@pytest.mark.parametrize("loss", CRITERIA)
+def test_settings_reach_the_parts(loss: str) -> None:
+    words = [f"yolo.loss={loss}", "yolo.class_loss=cross_entropy", "yolo.ignore_threshold=0.4", "yolo.box_weight=2.0"]
+    words += ["yolo.objectness_weight=3.0", "yolo.class_weight=4.0", "evaluation.confidence_threshold=0.2"]
+    words += ["evaluation.iou_threshold=0.3", "evaluation.max_detections=7", "model.batch_norm_momentum=0.03"]
+    detector = build(2, *SMALL, *words)
+    criterion, postprocess = detector.criterion, detector.postprocess
+    assert type(criterion) is CRITERIA[loss]
+    assert (criterion.class_loss, criterion.ignore_threshold, criterion.weights) == ("cross_entropy", 0.4, (2, 3, 4))
     assert (postprocess.confidence_threshold, postprocess.iou_threshold, postprocess.max_detections) == (0.2, 0.3, 7)
     assert postprocess.softmax
     assert torch.equal(postprocess.layout.anchors[2], torch.tensor([[116.0, 90], [156, 198], [373, 326]]))
-    assert torch.equal(detector.criterion.layout.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))
+    assert torch.equal(criterion.layout.anchors[0], torch.tensor([[10.0, 13], [16, 30], [33, 23]]))
+    momenta = [module.momentum for module in detector.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(momenta) > 40 and set(momenta) == {0.03}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_the_loss_that_is_a_sum_has_its_micro_batches_on_two_processes(drawn_dat
 # One process
 
 
-def test_alone_every_exchange_returns_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_every_exchange_returns_at_once(monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ranks = Ranks(CPU, lambda: pytest.fail("no backend is needed"), 1)
     value = 3
@@ -103,7 +103,7 @@ def test_alone_every_exchange_returns_at_once(monkeypatch: pytest.MonkeyPatch) -
         ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, ["whole numbers", "two"]),
     ],
 )
-def test_broken_environment(environment: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_environment(environment: dict[str, str], words: list[str], monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     if "LOCAL_RANK" in environment:
@@ -115,7 +115,7 @@ def test_broken_environment(environment: dict[str, str], words: list[str], monke
     assert raised.value.exit_code == 2 and all(word in str(raised.value) for word in words)
 
 
-def test_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use_is_one_line(monkeypatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -127,7 +127,7 @@ def test_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_takes_its_own_gpu(monkeypatch) -> None:
     assert device_of_rank("cuda:3", 0, 1) == "cuda:3"
     with pytest.raises(SettingsError, match="cannot share device cuda:0"):
         device_of_rank("cuda:0", 1, 2)

@@ -51,7 +51,7 @@ def test_freed_memory_is_used_again_unless_the_environment_says_otherwise() -> N
     assert any(faults() < limit for _ in range(6))
 
 
-def test_what_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_c_library_is_told(monkeypatch) -> None:
     calls: list[tuple[int, int]] = []
 
     class Library:
@@ -74,7 +74,7 @@ def test_what_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not calls
 
 
-def test_loaders_and_their_workers_do_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_and_their_workers_do_it_too(monkeypatch) -> None:
     calls: list[None] = []
     monkeypatch.setattr(workers, "disable_malloc_trim", lambda: calls.append(None))
     monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
@@ -88,7 +88,7 @@ def test_loaders_and_their_workers_do_it_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machine(tmp_path: Path, monkeypatch) -> Path:
     """Machine with 1,000 MiB free and no control groups; tests create these below the returned directory."""
     (tmp_path / "meminfo").write_text("MemTotal: 2048000 kB\nMemAvailable: 1024000 kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")

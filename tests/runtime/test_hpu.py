@@ -52,7 +52,7 @@ ENTERED = "autocast hpu torch.bfloat16"
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
+def stand_in(monkeypatch, tmp_path: Path) -> Iterator[Callable[[], list[str]]]:
     """Install the stand-in; returns a function that lists the events so far."""
     file = tmp_path / "events"
     file.touch()
@@ -62,6 +62,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
     yield lambda: file.read_text().splitlines()
     if package := sys.modules.get("habana_frameworks.torch"):
         package.remove()
+    forget_software()
+
+
+def forget_software() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "habana_frameworks"]:
         del sys.modules[name]
 
@@ -104,95 +108,54 @@ def real_steps(settings: Settings, steps: int) -> None:
 
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("subdivisions", [1, 3])
-def test_calls_of_training_steps(
-    stand_in: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    default_settings: Callable[..., Settings],
-    subdivisions: int,
-    lazy: bool,
-) -> None:
+def test_calls_of_training_steps(stand_in, monkeypatch, default_settings, subdivisions: int, lazy: bool) -> None:
     monkeypatch.setenv(LAZY_MODE, str(int(lazy)))
     words = ("run.device=hpu", f"run.lazy={str(lazy).lower()}", f"train.subdivisions={subdivisions}")
     real_steps(default_settings(*SMALL, *words), steps=2)
     events = stand_in()
     assert events[0] == f"import habana_frameworks.torch, {LAZY_MODE}={int(lazy)}"
     assert events[1:] == step_events(subdivisions, lazy) * 2
-    assert events.count("mark_step") == (2 * (subdivisions + 1) if lazy else 0)
-    assert events.count(ENTERED) == 2 * subdivisions
 
 
 # The training script in its own process
 
 SCRIPT_RUNS: dict[str, tuple[bool, int, list[str]]] = {
-    "lazy": (True, 3, ["train.subdivisions=3"]),
+    "lazy": (True, 3, ["--config", "lazy.yaml", "train.subdivisions=3"]),
     "eager": (False, 1, ["--hpu=1", "--deterministic", "run.compile=true"]),
 }
 
 
-@pytest.fixture(scope="module")
-def script_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[str], str]]:
-    """Runs of the training script: directory, events and output. Lazy mode is selected by an overlay."""
-    directory = tmp_path_factory.mktemp("hpu")
-    (directory / "lazy.yaml").write_text("run: {device: hpu, lazy: true}\n")
-    processes = {}
-    for name, (_, _, words) in SCRIPT_RUNS.items():
-        (directory / f"{name}.events").touch()
-        overlay = ["--config", "lazy.yaml"] if name == "lazy" else []
-        command = [
-            sys.executable, REPOSITORY / "yolo-v3" / "main.py", *overlay, *SMALL, *words, "train.steps=2",
-            "evaluation.image_size=64", "evaluation.max_images=2", "--eval-batch-size", "2", "--log-interval=1",
-            "--output", name,
-        ]  # fmt: skip
-        environment = os.environ | {
-            "PYTHONPATH": str(STAND_IN),
-            "HPU_EVENTS": str(directory / f"{name}.events"),
-            "OMP_NUM_THREADS": "1",
-        }
-        environment.pop(LAZY_MODE, None)
-        processes[name] = subprocess.Popen(
-            command,  # type: ignore[arg-type]
-            cwd=directory,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    results = {}
-    for name, process in processes.items():
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-        results[name] = (directory / name, (directory / f"{name}.events").read_text().splitlines(), output)
-    return results
-
-
 @pytest.mark.parametrize("name", list(SCRIPT_RUNS))
-def test_torch_finds_the_mode_when_it_is_imported(script_runs: dict[str, Any], name: str) -> None:
-    lazy, _, _ = SCRIPT_RUNS[name]
-    _, events, output = script_runs[name]
+def test_the_script_makes_the_calls_of_its_steps(tmp_path: Path, name: str) -> None:
+    """Lazy mode is selected by an overlay."""
+    lazy, subdivisions, words = SCRIPT_RUNS[name]
+    (tmp_path / "lazy.yaml").write_text("run: {device: hpu, lazy: true}\n")
+    command = [
+        sys.executable, REPOSITORY / "yolo-v3" / "main.py", *SMALL, *words, "train.steps=2", "evaluation.image_size=64",
+        "evaluation.max_images=2", "--eval-batch-size", "2", "--log-interval=1", "--output", "run",
+    ]  # fmt: skip
+    done = run_with(STAND_IN, tmp_path, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = (tmp_path / "events").read_text().splitlines()
+    # torch finds the mode when it is imported
     assert events[0] == f"import torch, {LAZY_MODE}={int(lazy)}"
     assert events[1] == f"import habana_frameworks.torch, {LAZY_MODE}={int(lazy)}"
-    assert f"device      hpu (STAND-IN, {name}), bfloat16" in output
-
-
-@pytest.mark.parametrize("name", list(SCRIPT_RUNS))
-def test_the_script_makes_the_calls_of_its_steps(script_runs: dict[str, Any], name: str) -> None:
-    lazy, subdivisions, _ = SCRIPT_RUNS[name]
-    directory, events, _ = script_runs[name]
+    assert f"device      hpu (STAND-IN, {name}), bfloat16" in done.stdout
+    # The network is compiled when its first forward pass of the training runs, not before and not again.
+    assert ("setDeterministic True" in events, events.count("compiled a graph")) == ((False, 0) if lazy else (True, 1))
     events = [event for event in events if event != "compiled a graph"]
     # Other passes (a trial before the first step, evaluations) may come before and after.
     assert "\n".join(step_events(subdivisions, lazy) * 2) in "\n".join(events)
-    marks = events.count("backward") + events.count("optimizer") if lazy else 0
-    assert events.count("mark_step") == marks
-    assert load_checkpoint(directory / "last.pt")["scaler"] == {}
+    assert events.count("mark_step") == (events.count("backward") + events.count("optimizer") if lazy else 0)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["scaler"] == {}
 
 
-def test_the_script_compiles_and_is_deterministic_where_asked(script_runs: dict[str, Any]) -> None:
-    _, eager, _ = script_runs["eager"]
-    assert "setDeterministic True" in eager and "compiled a graph" in eager
-    # The network is compiled when its first forward pass of the training runs, not before and not again.
-    assert eager.count("compiled a graph") == 1
-    _, lazy, _ = script_runs["lazy"]
-    assert "setDeterministic True" not in lazy and "compiled a graph" not in lazy
+def run_with(software: Path, directory: Path, command: list[Any]) -> subprocess.CompletedProcess[str]:
+    """A process with Habana's software replaced by this; its events go to directory/events."""
+    (directory / "events").touch()
+    stand_in = {"PYTHONPATH": str(software), "HPU_EVENTS": str(directory / "events"), "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != LAZY_MODE} | stand_in
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
 
 
 # The environment
@@ -219,7 +182,7 @@ def test_the_script_compiles_and_is_deterministic_where_asked(script_runs: dict[
     ],
 )
 def test_the_mode_is_read_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: bool
+    tmp_path: Path, monkeypatch, arguments: list[str], expected: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("lazy.yaml").write_text("run: {lazy: true}\n")
@@ -230,15 +193,13 @@ def test_the_mode_is_read_from_the_command_line(
     assert wants_lazy(arguments) is expected
 
 
-def test_nothing_is_set_without_habanas_software(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_set_without_habanas_software(monkeypatch) -> None:
     monkeypatch.delenv(LAZY_MODE, raising=False)
     prepare_habana(["--lazy"])
     assert LAZY_MODE not in os.environ
 
 
-def test_a_mode_that_is_set_stays_and_must_agree(
-    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, default_settings: Callable[..., Settings]
-) -> None:
+def test_a_mode_that_is_set_stays_and_must_agree(stand_in, monkeypatch, default_settings) -> None:
     monkeypatch.setenv(LAZY_MODE, "1")
     prepare_habana(["run.lazy=false"])
     assert os.environ[LAZY_MODE] == "1"
@@ -249,7 +210,7 @@ def test_a_mode_that_is_set_stays_and_must_agree(
         open_machine(default_settings("run.device=hpu", "run.lazy=true").run)
 
 
-def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callable[..., Settings]) -> None:
+def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings) -> None:
     with pytest.raises(SettingsError, match=r"^run.lazy \(--lazy\) is a mode of device hpu, this is cpu"):
         open_machine(default_settings("run.device=cpu", "run.lazy=true").run)
     with pytest.raises(SettingsError, match=r"^run.compile: must be false in lazy mode"):
@@ -259,7 +220,7 @@ def test_lazy_mode_is_for_hpu_only_and_does_not_compile(default_settings: Callab
 # What the device says of itself
 
 
-def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) -> None:
+def test_the_device_is_found_and_described(stand_in) -> None:
     assert choose_device("hpu") == choose_device("auto") == HPU
     assert describe_device(HPU) == "hpu (STAND-IN, eager)"
     assert peak_memory_gib(HPU) == 3.0
@@ -267,7 +228,7 @@ def test_the_device_is_found_and_described(stand_in: Callable[[], list[str]]) ->
     assert pins_memory(HPU) == torch.accelerator.is_available()  # torch itself must know the accelerator
 
 
-def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "habana_frameworks" / "torch").mkdir(parents=True)
     (tmp_path / "habana_frameworks" / "torch" / "__init__.py").write_text("assert False, 'built for torch 2.7'")
     monkeypatch.syspath_prepend(tmp_path)
@@ -276,8 +237,7 @@ def test_software_that_does_not_fit_this_torch_is_named(tmp_path: Path, monkeypa
         SettingsError, match=r"'hpu' is not available here \(habana_frameworks: built for torch 2.7\); "
     ):
         choose_device("hpu")
-    for name in [name for name in sys.modules if name.split(".")[0] == "habana_frameworks"]:
-        del sys.modules[name]
+    forget_software()
 
 
 def test_detections_are_picked_on_the_host() -> None:
@@ -288,16 +248,14 @@ def test_detections_are_picked_on_the_host() -> None:
 # Several devices
 
 
-def test_backend_of_each_device(stand_in: Callable[[], list[str]]) -> None:
+def test_backend_of_each_device(stand_in) -> None:
     assert [prepare_distributed(name) for name in ("cpu", "mps", "cuda")] == ["gloo", "gloo", "nccl"]
     assert stand_in() == []
     assert prepare_distributed("hpu") == "hccl"
     assert stand_in()[-1] == "import hccl"
 
 
-def test_hccl_is_imported_before_the_process_group_starts(
-    stand_in: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hccl_is_imported_before_the_process_group_starts(stand_in, monkeypatch) -> None:
     distributed = pytest.importorskip("detection.runtime.distributed")
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
@@ -331,18 +289,11 @@ def test_the_recipe_of_eight_cards_with_two_processes(tmp_path: Path, complete: 
     if not complete:
         software = tmp_path / "software"
         shutil.copytree(STAND_IN, software, ignore=shutil.ignore_patterns("distributed"))
-    (tmp_path / "events").touch()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"),
         *(REPOSITORY / "yolo-v3" / "main.py", *EIGHT_CARDS, "--output", tmp_path / "run"),
     ]
-    environment = os.environ | {
-        "PYTHONPATH": str(software),
-        "HPU_EVENTS": str(tmp_path / "events"),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop(LAZY_MODE, None)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = run_with(software, tmp_path, command)
     if not complete:
         assert done.returncode != 0 and "need Habana's hccl, which is missing" in done.stderr
         assert 'main.py", line' not in done.stderr, done.stderr  # no traceback of ours
@@ -378,7 +329,7 @@ class Forbidden(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loss", ["darknet", "giou", "ciou", "mmdetection"])
-def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Settings], loss: str) -> None:
+def test_no_shape_in_a_step_depends_on_values(default_settings, loss: str) -> None:
     with Forbidden() as watch:
         (torch.rand(3) > 0.5).nonzero()
         torch.rand(3)[torch.tensor([True, False, True])]
@@ -401,9 +352,7 @@ def test_no_shape_in_a_step_depends_on_values(default_settings: Callable[..., Se
 
 
 @pytest.mark.parametrize("resize_frequency", [0, 1])
-def test_an_epoch_has_batches_of_few_shapes(
-    drawn_dataset: Path, default_settings: Callable[..., Settings], resize_frequency: int
-) -> None:
+def test_an_epoch_has_batches_of_few_shapes(drawn_dataset: Path, default_settings, resize_frequency: int) -> None:
     settings = default_settings(f"data.root={drawn_dataset}", "data.num_workers=0")
     dataset, _ = datasets_of(settings, 64, 64, 0, None)
     steps = 5  # of 2 images: 9 images do not fill the last batch of an epoch, the next epoch does
@@ -420,7 +369,7 @@ def test_an_epoch_has_batches_of_few_shapes(
 
 
 @pytest.mark.slow  # inductor compiles its headers first
-def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_forward_pass_trains_the_same_weights(monkeypatch) -> None:
     try:
         network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.LeakyReLU(0.1))
         compiled = compile_forward(network, torch.device("cpu"))

@@ -5,19 +5,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import anchor_creator
 import batch_overfit
+import check_dataset
 import detect
+import export
+import lr_scheduler_creator
 import validation
 import visualization
 import visualize_batch
-from detection.config.settings import Settings
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.errors import DataReadError
@@ -42,19 +44,34 @@ COMMANDS: dict[str, tuple[Callable[[], None], list[str]]] = {
 }
 
 
+# Scripts that compute on no device, but read the settings.
+WITHOUT_FLAGS: dict[str, tuple[Callable[[], None], list[str]]] = {
+    "anchor_creator.py": (anchor_creator.main, ["data.root=."]),
+    "check_dataset.py": (check_dataset.main, ["data.root=."]),
+    "export.py": (export.main, ["--weights", "absent.pt"]),  # before the weights are looked at
+    "lr_scheduler_creator.py": (lr_scheduler_creator.main, []),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_FLAGS))
+def test_scripts_without_device_flags_refuse_the_setting(files: Files, run_script, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    main, words = WITHOUT_FLAGS[name]
+    result = run_script(main, *words, "run.device=cuda", cwd=files.root)
+    assert (result.returncode, result.stderr) == (2, "device 'cuda' is not available here; available: cpu\n")
+    assert not (files.root / "logs").exists()
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--device", "mps"], "device 'mps' is not available here; available: cpu"),
-        (
-            ["--device", "cpu", "--lazy"],
-            "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false",
-        ),
+        (["--device", "cpu", "--lazy"], "run.lazy (--lazy) is a mode of device hpu, this is cpu; set run.lazy=false"),
     ],
 )
 def test_every_script_refuses_alike(
-    files: Files, run_script: Any, monkeypatch: pytest.MonkeyPatch, name: str, flags: list[str], line: str
+    files: Files, run_script, monkeypatch, name: str, flags: list[str], line: str
 ) -> None:
     monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
     main, words = COMMANDS[name]
@@ -79,8 +96,7 @@ def state():
         "hooks": (sys.excepthook, threading.excepthook),
         "OpenCV": (cv2.getNumThreads(), cv2.utils.logging.getLogLevel()),
         "torch": (torch.are_deterministic_algorithms_enabled(), *cudnn, torch.get_num_threads()),
-        # Stops albumentations from asking the package index when it is imported.
-        "environment": {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"},
+        "environment": dict(os.environ),
     }
 
 def report(when, before):
@@ -153,7 +169,12 @@ def test_importing_and_constructing_change_nothing_global(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, REPOSITORY / "detection"],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -185,11 +206,7 @@ def truncated_bitmap() -> bytes:
 
 
 def test_a_damaged_image_in_a_worker_is_no_line_of_opencv(
-    drawn_dataset: Path,
-    default_settings: Callable[..., Settings],
-    tmp_path: Path,
-    messages_of_opencv: None,
-    capfd: pytest.CaptureFixture[str],
+    drawn_dataset: Path, default_settings, tmp_path: Path, messages_of_opencv, capfd
 ) -> None:
     cv2.imdecode(np.frombuffer(truncated_bitmap(), np.uint8), cv2.IMREAD_COLOR)
     assert "imdecode" in capfd.readouterr().err, "this process was not prepared"
@@ -202,7 +219,7 @@ def test_a_damaged_image_in_a_worker_is_no_line_of_opencv(
     assert capfd.readouterr().err == ""
 
 
-def test_a_damaged_image_is_one_line_of_a_script(files: Files, run_script: Any, messages_of_opencv: None) -> None:
+def test_a_damaged_image_is_one_line_of_a_script(files: Files, run_script, messages_of_opencv) -> None:
     (files.root / "val" / "2.png").write_bytes(truncated_bitmap())
     words = ["data.root=.", "data.num_workers=0", "run.device=cpu", "run.precision=off"]
     result = run_script(validation.main, *WEIGHTS, *words, cwd=files.root)

@@ -83,7 +83,7 @@ def test_curves_over_every_axis(two_runs: list[Path], axis: str, unit: str, of_a
     runs = [compare_runs.read_run(directory, directory.name[-1]) for directory in two_runs]
     figure = compare_runs.draw(runs, axis, smooth=1)
     assert [axes.get_title() for axes in figure.axes] == [
-        *("learning rate", "training loss", "validation loss", "AP50", "AP", "recall (AR100)"),
+        *("learning rate", "training loss", "validation loss", "AP50", "AP", "recall (AR100)")
     ]
     panel = figure.axes[3]
     a, b, *stars = panel.get_lines()
@@ -162,7 +162,7 @@ def test_images_of_a_step_come_from_the_settings_where_the_log_is_silent(tmp_pat
 def test_short_names_are_unique() -> None:
     paths = ["/logs/240101-000000_a", "/logs/240102-000000_a", "/logs/240103-000000_b", "/x/c", "/y/c"]
     assert compare_runs.short_names([Path(path) for path in paths]) == [
-        *("240101-000000_a", "240102-000000_a", "b", "x/c", "y/c"),
+        *("240101-000000_a", "240102-000000_a", "b", "x/c", "y/c")
     ]
     assert compare_runs.short_names([Path("/logs/240101-000000_a")]) == ["a"]
 

@@ -18,11 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(run_script) -> Run:
-    def started(*arguments: str | Path) -> tuple[int, str, str]:
-        result = run_script(lr_scheduler_creator.main, *arguments)
-        return result.returncode, result.stdout, result.stderr
-
-    return started
+    return lambda *arguments: run_script(lr_scheduler_creator.main, *arguments)
 
 
 def rows_of(path: Path) -> list[dict[str, float]]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,7 +30,8 @@ from detection.errors import CheckpointError
 from detection.evaluation.coco_metric import METRIC_NAMES
 from detection.runtime import devices
 from detection.training.console import plan_lines
-from tests.support.paths import MAIN, REPOSITORY
+from tests.support.fault_runs import make_dataset
+from tests.support.paths import MAIN
 from tests.support.training_runs import first_difference, load_main, rows_of
 
 STEPS = 12
@@ -71,15 +71,9 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHON
 
 
 def run(directory: Path, *arguments: str | Path) -> Result:
-    process = subprocess.run(
-        [sys.executable, MAIN, *arguments],
-        cwd=directory,
-        env=ENVIRONMENT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    command = [sys.executable, MAIN, *arguments]
+    quiet: dict[str, Any] = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL, "capture_output": True}
+    process = subprocess.run(command, cwd=directory, timeout=TIMEOUT, check=False, **quiet)
     return Result(process.returncode, process.stdout.decode(), process.stderr.decode())
 
 
@@ -87,15 +81,13 @@ def run_with_signal(
     directory: Path,
     output: Path,
     arguments: list[str | Path],
-    after_rows: int,
-    delay: float,
-    act: Callable[[subprocess.Popen[bytes]], None],
+    moment: tuple[int, float],
+    number: int,
     before: str = "pass",
 ) -> Result:
-    """Start a run, wait for rows in its metrics.jsonl and `delay` seconds more, act on it, wait for its end.
+    """Start a run, wait for `moment` (rows in its metrics.jsonl, seconds more), send a signal, wait for its end.
 
-    Args:
-        before: statement that the process executes before it becomes the script; signal handling is inherited.
+    `before`: statement that the process executes before it becomes the script; signal handling is inherited.
     """
     program = f"import os, signal, sys; {before}; os.execv(sys.executable, sys.argv[1:])"
     with open(directory / f"{output.name}.out", "w+b") as captured:
@@ -111,12 +103,13 @@ def run_with_signal(
         try:
             deadline = time.monotonic() + TIMEOUT
             metrics = output / "metrics.jsonl"
-            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= after_rows):
+            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= moment[0]):
                 assert process.poll() is None, (directory / f"{output.name}.out").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
-            time.sleep(delay)
-            act(process)
+            time.sleep(moment[1])
+            send = os.killpg if number == signal.SIGHUP else os.kill  # a closing terminal reaches the whole group
+            send(process.pid, number)
             code = process.wait(TIMEOUT)
         finally:
             if process.poll() is None:
@@ -126,36 +119,13 @@ def run_with_signal(
         return Result(code, captured.read().decode(), "")
 
 
-def make_dataset(root: Path) -> None:
-    """COCO layout, category ids 1 and 7, wide and tall images with none to two coloured boxes."""
-    generator = np.random.default_rng(0)
-    (root / "annotations").mkdir(parents=True)
-    for split, count in (("train", TRAINING_IMAGES), ("val", 4)):
-        (root / split).mkdir()
-        images, rows = [], []
-        for index in range(count):
-            width, height = (100, 60) if index % 2 else (64, 90)
-            image = generator.integers(90, 130, (height, width, 3), dtype=np.uint8)
-            images.append({"id": index + 1, "file_name": f"{index}.png", "width": width, "height": height})
-            for _ in range((index + 1) % 3):
-                x, y, side_1, side_2 = (int(value) for value in generator.integers([0, 0, 15, 15], [30, 30, 30, 30]))
-                category = int(generator.choice([1, 7]))
-                image[y : y + side_2, x : x + side_1] = (255, 0, 0) if category == 1 else (0, 255, 0)
-                box = {"bbox": [x, y, side_1, side_2], "area": side_1 * side_2, "iscrowd": 0}
-                rows.append({"id": len(rows), "image_id": index + 1, "category_id": category, **box})
-            cv2.imwrite(str(root / split / f"{index}.png"), image)
-        categories = [{"id": 1, "name": "blue"}, {"id": 7, "name": "green"}]
-        content = {"images": images, "annotations": rows, "categories": categories}
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-
-
 class Scenarios:
     """Start all processes that the tests below check, in two chains that run side by side."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
         self.data = base / "data"
-        make_dataset(self.data)
+        make_dataset(self.data, TRAINING_IMAGES, sizes=((64, 90), (100, 60)))  # tall and wide
         self.overlay = base / "overlay.yaml"
         self.overlay.write_text(yaml.safe_dump(OVERLAY))
         self.common: list[str | Path] = ["--config", self.overlay, f"data.root={self.data}"]
@@ -176,25 +146,17 @@ class Scenarios:
     def whole(self) -> dict[str, Result]:
         """An uninterrupted run, and one from its args.yaml alone under nohup, which receives SIGHUP."""
         first = run(self.base, *self.common, "--output", self.base / "whole")
-
-        def hang_up(process: subprocess.Popen[bytes]) -> None:
-            os.killpg(process.pid, signal.SIGHUP)  # as a closing terminal does
-
-        second = run_with_signal(
-            self.base,
-            self.base / "again",
-            ["--config", self.base / "whole" / "args.yaml"],
-            after_rows=3,
-            delay=0,
-            act=hang_up,
-            before="signal.signal(signal.SIGHUP, signal.SIG_IGN)",  # nohup does this and no more
-        )
-        return {"first": first, "again": second}
+        arguments: list[str | Path] = ["--config", self.base / "whole" / "args.yaml"]
+        nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # it does this and no more
+        return {
+            "first": first,
+            "again": run_with_signal(self.base, self.base / "again", arguments, (3, 0), signal.SIGHUP, nohup),
+        }
 
     def stopped(self) -> dict[str, Result]:
         """SIGTERM at a random moment; the resumed run."""
         output = self.base / "stopped"
-        first = run_with_signal(self.base, output, self.common, *self.moment, act=lambda process: process.terminate())
+        first = run_with_signal(self.base, output, self.common, self.moment, signal.SIGTERM)
         shutil.copytree(output, self.base / "at_stop")
         return {"first": first, "resumed": run(self.base, "--resume", output)}
 
@@ -245,7 +207,8 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     assert names - {events} == {
         "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
         "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.jpg",
-        "images/validation_000010.jpg", "images/validation_000012.jpg",
+        "images/validation_000010.jpg", "images/validation_000012.jpg", "report.html", "results.png",
+        "precision_recall.png", "confusion_matrix.png", "worst_images.csv", "worst_images.jpg",
     }  # fmt: skip
     for name in names:
         if name.endswith(".png"):
@@ -259,7 +222,19 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
         "step", "5", "10", "12",
     ]  # fmt: skip
     log = (directory / "train.log").read_text()
-    assert log in result.out and "finished at step 12" in log.splitlines()[-1]
+    printed, logged = result.out.splitlines(), log.splitlines()
+    hidden = [line for line in logged if line not in printed]
+    # Of three evaluations the twelve numbers, the head and the two classes are in the file alone.
+    assert len(hidden) == 3 * (12 + 1 + 2) and all(line.startswith(" ") for line in hidden)
+    assert [line for line in logged if line not in hidden] == printed[-(len(logged) - len(hidden)) :]
+    assert sum(line.startswith("AP ") and "classes: " in line for line in printed) == 3
+    assert "finished at step 12" in logged[-1]
+
+
+def test_a_continued_run_reports_all_of_it(scenarios: Scenarios) -> None:
+    assert not (scenarios.base / "at_stop" / "report.html").exists() and scenarios["stopped"]["resumed"].code == 0
+    page = (scenarios.base / "stopped" / "report.html").read_text()
+    assert "last evaluation after step 12" in page and page.count("data:image/") >= 4
 
 
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:
@@ -345,12 +320,8 @@ def test_stop_saves_and_its_last_line_says_how_to_continue(scenarios: Scenarios)
     last_line = result.out.splitlines()[-1]
     assert "SIGTERM" in last_line and f"--resume {scenarios.base / 'stopped'}" in last_line, result.out
     assert "step" in last_line
-    assert "\nspeed " in result.out and "s per epoch of 13 images" in result.out
-
-
-def test_nothing_but_checkpoints_is_left_of_a_save(scenarios: Scenarios) -> None:
-    assert scenarios["stopped"]["first"].code == 143
     assert not [path.name for path in (scenarios.base / "at_stop").iterdir() if path.name.startswith(".")]
+    assert "\nspeed " in result.out and "s per epoch of 13 images" in result.out
 
 
 # Refusals, in this process
@@ -369,74 +340,53 @@ def run_here(run_script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
     return started
 
 
-@pytest.fixture
-def refused_here(run_here: Callable[..., Result]) -> Callable[..., None]:
-    def refuse(arguments: list[str | Path], code: int, *words: str) -> None:
-        assert_refused(run_here(*arguments), code, *words)
-
-    return refuse
-
-
-def test_changed_settings_are_refused_in_a_continued_run(
-    scenarios: Scenarios, refused_here: Callable[..., None]
-) -> None:
-    assert scenarios["stopped"]["first"].code == 143
-    arguments = ["--resume", scenarios.base / "at_stop", "train.batch_size=4"]
-    refused_here(arguments, 2, "train.batch_size was 2 and cannot become 4")
+REFUSED = {  # arguments (COMMON: of a run on sound data), exit code, and what the line must hold
+    "no data": ([], 2, ["data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root"]),
+    "unknown setting": (["COMMON", "train.batchsize=3"], 2, ["'train.batchsize'", "'train.batch_size'"]),
+    "unwritable output": (["COMMON", "run.logs_path=OVERLAY/logs"], 6, ["overlay.yaml/logs"]),
+    "unknown logger": (["COMMON", "run.loggers=[files,mlflw]"], 2, ["run.loggers", "'mlflw'", "files, tensorboard"]),
+    "no logger": (["COMMON", "run.loggers=[]", "--dry-run"], 2, ["run.loggers", "files must be among them"]),
+    "no run to resume": (["--resume"], 2, ["logs/*/last.pt"]),
+    "no such run": (["--resume", "nowhere"], 7, ["nowhere/last.pt", "does not exist"]),
+    "resume with an overlay": (["--resume", "a", "--config", "OVERLAY"], 2, ["--config", "--resume"]),
+    "resume elsewhere": (["--resume", "a", "--output", "b"], 2, ["--output", "--resume"]),
+}
 
 
-def test_no_data(refused_here: Callable[..., None]) -> None:
-    refused_here([], 2, "data/download_coco.sh", "--config recipes/quickstart.yaml", "data.root")
-    assert (REPOSITORY / "recipes" / "quickstart.yaml").is_file()
-
-
-def test_unknown_setting(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
-    refused_here([*scenarios.common, "train.batchsize=3"], 2, "'train.batchsize'", "'train.batch_size'")
-
-
-def test_absent_gpu(scenarios: Scenarios, refused_here: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
-    refused_here([*scenarios.common, "--gpu", "0"], 2, "cuda:0", "available: ", "cpu")
-
-
-def test_unwritable_output(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
-    logs = scenarios.overlay / "logs"
-    refused_here([*scenarios.common, f"run.logs_path={logs}"], 6, str(logs))
-
-
-def test_output_directory_in_use(scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path) -> None:
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").touch()
-    refused_here([*scenarios.common, "--output", "used"], 6, "used", "not empty", "--resume")
-    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
-
-
-def test_unknown_logger(scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path) -> None:
-    for word, words in (("[files,mlflw]", ["'mlflw'", "files, tensorboard"]), ("[]", ["files must be among them"])):
-        for mode in ([], ["--dry-run"]):
-            refused_here([*scenarios.common, f"run.loggers={word}", *mode], 2, "run.loggers", *words)
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path, case: str) -> None:
+    arguments, code, words = REFUSED[case]
+    common = scenarios.common if "COMMON" in arguments else []
+    given = [word.replace("OVERLAY", str(scenarios.overlay)) for word in arguments if word != "COMMON"]
+    assert_refused(run_here(*common, *given), code, *words)
     assert not list(tmp_path.iterdir())
 
 
-def test_resume_without_any_run(refused_here: Callable[..., None]) -> None:
-    refused_here(["--resume"], 2, "logs/*/last.pt")
-    refused_here(["--resume", "nowhere"], 7, "nowhere/last.pt", "does not exist")
+def test_absent_gpu(scenarios: Scenarios, run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "available_devices", lambda: ["cpu"])
+    assert_refused(run_here(*scenarios.common, "--gpu", "0"), 2, "cuda:0", "available: ", "cpu")
 
 
-def test_resume_with_what_a_run_keeps(scenarios: Scenarios, refused_here: Callable[..., None]) -> None:
-    refused_here(["--resume", "a", "--config", scenarios.overlay], 2, "--config", "--resume")
-    refused_here(["--resume", "a", "--output", "b"], 2, "--output", "--resume")
+def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios, run_here: Callable[..., Result]) -> None:
+    assert scenarios["stopped"]["first"].code == 143
+    arguments = ["--resume", scenarios.base / "at_stop", "train.batch_size=4"]
+    assert_refused(run_here(*arguments), 2, "train.batch_size was 2 and cannot become 4")
 
 
-def test_resume_on_data_of_other_classes(
-    scenarios: Scenarios, refused_here: Callable[..., None], tmp_path: Path
-) -> None:
+def test_output_directory_in_use(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    assert_refused(run_here(*scenarios.common, "--output", "used"), 6, "used", "not empty", "--resume")
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_resume_on_data_of_other_classes(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
     assert scenarios["whole"]["first"].code == 0
     shutil.copytree(scenarios.data, tmp_path / "data")
     for file in (tmp_path / "data" / "annotations").iterdir():
         file.write_text(file.read_text().replace("green", "yellow"))
     arguments = ["--resume", scenarios.base / "whole", f"data.root={tmp_path / 'data'}"]
-    refused_here(arguments, 7, "blue, green", "blue, yellow")
+    assert_refused(run_here(*arguments), 7, "blue, green", "blue, yellow")
 
 
 # Pretrained weights

@@ -236,6 +236,8 @@ def test_pictures_are_shown_after_they_were_written(
         ([*WEIGHTS, "--tiles", "64", "--overlap", "0.9"], "--overlap 0.9: must be a share"),
         ([*WEIGHTS, "--no-ground-truth", "--confidence", "0.1"], "--no-ground-truth scores nothing"),
         (["--compare", "a.pt", "b.pt", "--no-ground-truth"], "--no-ground-truth scores nothing"),
+        ([*WEIGHTS, "--no-ground-truth", "--show"], "--no-ground-truth scores nothing"),
+        ([*WEIGHTS, "--tta", "--confidence", "0.1", "0.2"], "--confidence takes one value with --tiles and --tta"),
     ],
 )
 def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:

@@ -1,6 +1,7 @@
 """A sound dataset, and functions that each break it in one way.
 
 Each function of FAULTS changes a `Dataset` and returns exactly the expected findings: (kind, split) -> items.
+Where that is one kind of finding in the training split, ITEMS says which items it has.
 """
 
 import io
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 64, 48
-BOX = [20, 14, 20, 20]
+BOX, CORNER = [20, 14, 20, 20], [1, 1, 20, 20]
 WORDS = (  # the anchors fit BOX, and 64 px is the images' own size: nothing is to be said of the sound dataset
     *("train.image_size=64", "evaluation.image_size=64", "data.num_workers=2", "model.backbone=mobilenet_v3_small"),
     *("yolo.neck_channels=[8, 8, 8]", "yolo.anchors=[[[20, 20]], [[40, 40]], [[60, 44]]]"),
@@ -74,6 +75,10 @@ class Dataset:
         self.content[split]["annotations"].append(row)
         return row["id"]
 
+    def category(self, number: int, name: str, split: str = "training") -> dict[str, Any]:
+        self.content[split]["categories"].append({"id": number, "name": name})
+        return self.content[split]["categories"][-1]
+
     def path(self, entry: dict[str, Any], split: str = "training") -> Path:
         return self.root / FOLDERS[split] / entry["file_name"]
 
@@ -92,7 +97,35 @@ def encode(picture: np.ndarray, suffix: str = "PNG", mode: str = "RGB", **option
     return buffer.getvalue()
 
 
-# --- the file ---
+NO_BOXES: list[Any] = [[1, 2, 3], [1, 2, 3, 4, 5], ["1", "2", "3", "4"], [None, 1, 2, 3], None, "1234"]
+ITEMS: dict[str, Callable[[Dataset], list[int | str]]] = {
+    "bad_id": lambda d: [d.box(CORNER, d.image(), category_id=value) for value in ("3", 3.0, None)],
+    "bad_value": lambda d: [d.image(data=None, file_name=None)["id"], d.box(CORNER, d.image(), iscrowd="0")],
+    "bad_box": lambda d: [d.box(bbox, d.image()) for bbox in NO_BOXES],
+    "bad_area": lambda d: [d.box(CORNER, d.image(), area="400")],
+    "category_id_twice": lambda d: [d.category(3, "cow")["id"]],
+    "category_name_twice": lambda d: [d.category(9, "cat")["name"]],
+    "unknown_category": lambda d: [d.box(CORNER, d.image(), category_id=99)],
+    "unused_category": lambda d: [d.category(11, "elk")["name"]],
+    "file_name_twice": lambda d: [d.image(data=None, file_name=d.image()["file_name"])["file_name"]],
+    "annotation_id_twice": lambda d: [d.box(BOX, id=d.box(BOX))],
+    "annotation_id_zero": lambda d: [d.box(BOX, id=0)],
+    "orphan_annotation": lambda d: [d.box(BOX, {"id": 9999})],
+    "degenerate_box": lambda d: [d.box([5, 5, 9, 0], d.image()), d.box([9, 5, -3, 9], d.image())],
+    "box_outside": lambda d: [d.box([70, 5, 9, 9], d.image()), d.box([5, -30, 9, 20], d.image())],
+    "box_cut": lambda d: [d.box([-5, 5, 25, 20]), d.box([44, 5, 25, 20])],
+    "box_hair_over": lambda d: [d.box([44, 5, 20.5, 20]), d.box([44, 5, 20 + 1e-7, 20])],
+    "box_covers_image": lambda d: [d.box([0, 0, WIDTH, HEIGHT])],
+    "area_disagrees": lambda d: [d.box(BOX, area=area) for area in (900, 0, -4)],
+    "crowd": lambda d: [d.box([1, 1, 30, 30], d.image(), iscrowd=1)],
+    "image_without_boxes": lambda d: [d.image(box=None)["file_name"]],
+    "tiny_box": lambda d: [d.box([5, 5, 1.5, 9]), d.box([5, 5, 9, 1])],
+    "image_missing": lambda d: [d.image(data=None)["file_name"] for _ in range(2)],
+    "image_empty": lambda d: [d.image(data=b"")["file_name"]],
+    "size_differs": lambda d: [d.image(width=65)["file_name"]],
+    "wrong_extension": lambda d: [d.image(suffix="jpg")["file_name"]],
+    "duplicate_image": lambda d: [d.image(data=d.path(d.image()).read_bytes())["file_name"]],
+}
 
 
 def byte_order_mark(d: Dataset) -> Expected:
@@ -106,16 +139,6 @@ def json_key_twice(d: Dataset) -> Expected:
     return {("json_key_twice", "training"): [f"id (object with id {number})"]}
 
 
-def json_constant(d: Dataset) -> Expected:
-    d.content["training"]["annotations"][0]["score"] = float("inf")
-    return {("json_constant", "training"): ["Infinity"]}
-
-
-def not_an_object(d: Dataset) -> Expected:
-    d.content["training"]["annotations"].append("text")
-    return {("not_an_object", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
-
-
 def missing_key(d: Dataset) -> Expected:
     numbers: list[int | str] = [d.box(BOX) for _ in range(3)]
     for key, row in zip(("bbox", "category_id", "image_id"), d.content["training"]["annotations"][-3:], strict=True):
@@ -126,23 +149,6 @@ def missing_key(d: Dataset) -> Expected:
     }
 
 
-def missing_id(d: Dataset) -> Expected:
-    image = d.image()
-    d.box([1, 1, 20, 20], image)
-    del d.content["training"]["annotations"][-1]["id"]
-    return {("missing_key", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
-
-
-def bad_id(d: Dataset) -> Expected:
-    image = d.image()
-    return {("bad_id", "training"): [d.box([1, 1, 20, 20], image, category_id=value) for value in ("3", 3.0, None)]}
-
-
-def bad_value(d: Dataset) -> Expected:
-    image = d.image(data=None, file_name=None)
-    return {("bad_value", "training"): [image["id"], d.box([1, 1, 20, 20], d.image(), iscrowd="0")]}
-
-
 def bad_image_size(d: Dataset) -> Expected:
     sizes = (12.5, "64", -1)
     return {("bad_image_size", "training"): [d.image(width=value)["id"] for value in sizes]} | {
@@ -150,56 +156,22 @@ def bad_image_size(d: Dataset) -> Expected:
     }
 
 
-def bad_box(d: Dataset) -> Expected:
-    image = d.image()
-    boxes: list[Any] = [[1, 2, 3], [1, 2, 3, 4, 5], ["1", "2", "3", "4"], [None, 1, 2, 3], None, "1234"]
-    return {("bad_box", "training"): [d.box(bbox, image) for bbox in boxes]}
-
-
 def non_finite(d: Dataset) -> Expected:
     image = d.image()
     return {
         ("bad_box", "training"): [d.box([float("nan"), 1, 2, 3], image)],
-        ("bad_area", "training"): [d.box([1, 1, 20, 20], image, area=float("inf"))],
+        ("bad_area", "training"): [d.box(CORNER, image, area=float("inf"))],
         ("json_constant", "training"): ["NaN", "Infinity"],
     }
 
 
-def bad_area(d: Dataset) -> Expected:
-    return {("bad_area", "training"): [d.box([1, 1, 20, 20], d.image(), area="400")]}
-
-
-# --- categories ---
-
-
-def category_id_twice(d: Dataset) -> Expected:
-    d.content["training"]["categories"].append({"id": 3, "name": "cow"})
-    return {("category_id_twice", "training"): [3]}
-
-
-def category_name_twice(d: Dataset) -> Expected:
-    d.content["training"]["categories"].append({"id": 9, "name": "cat"})
-    return {("category_name_twice", "training"): ["cat"]}
-
-
 def similar_category_names(d: Dataset) -> Expected:
-    d.content["training"]["categories"].append({"id": 10, "name": "Dog "})
-    d.box(BOX, category_id=10)
+    d.box(BOX, category_id=d.category(10, "Dog ")["id"])
     return {("similar_category_names", "training"): ["dog", "Dog "]}
 
 
-def unknown_category(d: Dataset) -> Expected:
-    return {("unknown_category", "training"): [d.box([1, 1, 20, 20], d.image(), category_id=99)]}
-
-
-def unused_category(d: Dataset) -> Expected:
-    d.content["training"]["categories"].append({"id": 11, "name": "elk"})
-    return {("unused_category", "training"): ["elk"]}
-
-
 def untrained_category(d: Dataset) -> Expected:
-    d.content["validation"]["categories"].append({"id": 12, "name": "zebra"})
-    return {("untrained_category", "validation"): ["zebra"]}
+    return {("untrained_category", "validation"): [d.category(12, "zebra", "validation")["name"]]}
 
 
 def other_category_ids(d: Dataset) -> Expected:
@@ -210,27 +182,10 @@ def other_category_ids(d: Dataset) -> Expected:
     return {("other_category_ids", "both"): ["cat", "dog"]}
 
 
-def wrong_class_count(d: Dataset) -> Expected:
-    d.words.append("model.num_classes=80")
-    return {("wrong_class_count", "training"): ["2, not 80"]}
-
-
-# --- references ---
-
-
 def image_id_twice(d: Dataset) -> Expected:
     first, second = d.image(), d.image(box=None)
     second["id"] = first["id"]
-    return {
-        ("image_id_twice", "training"): [first["id"]],
-        ("unlisted_image", "both"): [str(d.path(second))],
-    }
-
-
-def file_name_twice(d: Dataset) -> Expected:
-    first, second = d.image(), d.image(data=None)
-    second["file_name"] = first["file_name"]
-    return {("file_name_twice", "training"): [first["file_name"]]}
+    return {("image_id_twice", "training"): [first["id"]], ("unlisted_image", "both"): [str(d.path(second))]}
 
 
 def file_name_escapes(d: Dataset) -> Expected:
@@ -241,67 +196,10 @@ def file_name_escapes(d: Dataset) -> Expected:
     return {("file_name_escapes", "training"): names}
 
 
-def annotation_id_twice(d: Dataset) -> Expected:
-    first = d.box(BOX)
-    d.box(BOX, id=first)
-    return {("annotation_id_twice", "training"): [first]}
-
-
-def annotation_id_zero(d: Dataset) -> Expected:
-    return {("annotation_id_zero", "training"): [d.box(BOX, id=0)]}
-
-
-def orphan_annotation(d: Dataset) -> Expected:
-    return {("orphan_annotation", "training"): [d.box(BOX, {"id": 9999})]}
-
-
-def size_not_stated(d: Dataset) -> Expected:
-    image = d.image()
-    del image["width"], image["height"]
-    return {("size_not_stated", "training"): [image["file_name"]]}
-
-
-# --- boxes ---
-
-
-def degenerate_box(d: Dataset) -> Expected:
-    image = d.image()
-    return {("degenerate_box", "training"): [d.box([5, 5, 9, 0], image), d.box([9, 5, -3, 9], image)]}
-
-
-def box_outside(d: Dataset) -> Expected:
-    image = d.image()
-    return {("box_outside", "training"): [d.box([70, 5, 9, 9], image), d.box([5, -30, 9, 20], image)]}
-
-
-def box_cut(d: Dataset) -> Expected:
-    return {("box_cut", "training"): [d.box([-5, 5, 25, 20]), d.box([44, 5, 25, 20])]}
-
-
-def box_hair_over(d: Dataset) -> Expected:
-    return {("box_hair_over", "training"): [d.box([44, 5, 20.5, 20]), d.box([44, 5, 20 + 1e-7, 20])]}
-
-
 def duplicate_box(d: Dataset) -> Expected:
     image = d.image(box=None)
     first, second = (d.box(BOX, image, category_id=3) for _ in range(2))
     return {("duplicate_box", "training"): [second], ("shared_prediction", "training"): [first]}
-
-
-def box_covers_image(d: Dataset) -> Expected:
-    return {("box_covers_image", "training"): [d.box([0, 0, WIDTH, HEIGHT])]}
-
-
-def area_disagrees(d: Dataset) -> Expected:
-    return {("area_disagrees", "training"): [d.box(BOX, area=900), d.box(BOX, area=0), d.box(BOX, area=-4)]}
-
-
-def crowd(d: Dataset) -> Expected:
-    return {("crowd", "training"): [d.box([1, 1, 30, 30], d.image(), iscrowd=1)]}
-
-
-def image_without_boxes(d: Dataset) -> Expected:
-    return {("image_without_boxes", "training"): [d.image(box=None)["file_name"]]}
 
 
 def many_boxes(d: Dataset) -> Expected:
@@ -315,22 +213,11 @@ def many_boxes(d: Dataset) -> Expected:
     }
 
 
-def tiny_box(d: Dataset) -> Expected:
-    return {("tiny_box", "training"): [d.box([5, 5, 1.5, 9]), d.box([5, 5, 9, 1])]}
-
-
 def shared_prediction(d: Dataset) -> Expected:
     image = d.image(box=None)
     larger, smaller = d.box([20, 14, 20, 20], image, category_id=3), d.box([20, 14, 19, 20], image, category_id=7)
     assert larger < smaller
     return {("shared_prediction", "training"): [larger]}  # the smaller one comes later and keeps it
-
-
-# --- image files ---
-
-
-def image_missing(d: Dataset) -> Expected:
-    return {("image_missing", "training"): [d.image(data=None)["file_name"] for _ in range(2)]}
 
 
 def image_not_regular(d: Dataset) -> Expected:
@@ -347,10 +234,6 @@ def image_outside(d: Dataset) -> Expected:
     d.path(link).symlink_to(d.root / "elsewhere" / "a.png")
     (d.root / "train" / "linked").symlink_to(d.root / "elsewhere")
     return {("image_outside", "training"): [link["file_name"], below["file_name"]]}
-
-
-def image_empty(d: Dataset) -> Expected:
-    return {("image_empty", "training"): [d.image(data=b"")["file_name"]]}
 
 
 def image_damaged(d: Dataset) -> Expected:
@@ -370,16 +253,9 @@ def image_too_large(d: Dataset) -> Expected:
     return {("image_too_large", "training"): [image["file_name"]]}
 
 
-def size_differs(d: Dataset) -> Expected:
-    return {("size_differs", "training"): [d.image(width=65)["file_name"]]}
-
-
 def size_swapped(d: Dataset) -> Expected:
-    turned = d.image(data=encode(d.picture(), "JPEG", quality=95, exif=EXIF_6), suffix="jpg")
-    return {
-        ("size_swapped", "training"): [turned["file_name"]],
-        ("exif_orientation", "training"): [turned["file_name"]],
-    }
+    name = d.image(data=encode(d.picture(), "JPEG", quality=95, exif=EXIF_6), suffix="jpg")["file_name"]
+    return {("size_swapped", "training"): [name], ("exif_orientation", "training"): [name]}
 
 
 def exif_orientation(d: Dataset) -> Expected:
@@ -393,10 +269,6 @@ def unusual_mode(d: Dataset) -> Expected:
     cmyk = d.image(data=encode(d.picture(), "JPEG", "CMYK", quality=95), suffix="jpg")
     deep = d.image(data=cv2.imencode(".png", d.picture().astype(np.uint16) * 257)[1].tobytes())
     return {("unusual_mode", "training"): [row["file_name"] for row in (grey, palette, alpha, cmyk, deep)]}
-
-
-def wrong_extension(d: Dataset) -> Expected:
-    return {("wrong_extension", "training"): [d.image(suffix="jpg")["file_name"]]}
 
 
 def tiny_image(d: Dataset) -> Expected:
@@ -423,12 +295,6 @@ def unlisted_image(d: Dataset) -> Expected:
     return {("unlisted_image", "both"): [str(path) for path in paths]}
 
 
-def duplicate_image(d: Dataset) -> Expected:
-    first = d.image()
-    second = d.image(data=d.path(first).read_bytes())
-    return {("duplicate_image", "training"): [second["file_name"]]}
-
-
 def leakage(d: Dataset) -> Expected:
     first, second = d.image(), d.image()
     copy = d.image("validation", data=d.path(first).read_bytes())
@@ -444,14 +310,40 @@ def leakage_by_look(d: Dataset) -> Expected:
     return {("leakage_by_look", "both"): [again["file_name"]]}
 
 
-FAULTS: list[Callable[[Dataset], Expected]] = [
-    *(byte_order_mark, json_key_twice, json_constant, not_an_object, missing_key, missing_id, bad_id, bad_value),
-    *(bad_image_size, bad_box, non_finite, bad_area, category_id_twice, category_name_twice, similar_category_names),
-    *(unknown_category, unused_category, untrained_category, wrong_class_count, image_id_twice),
-    *(file_name_twice, file_name_escapes, annotation_id_twice, annotation_id_zero, orphan_annotation, size_not_stated),
-    *(degenerate_box, box_outside, box_cut, box_hair_over, duplicate_box, box_covers_image, area_disagrees, crowd),
-    *(image_without_boxes, many_boxes, tiny_box, shared_prediction, image_missing, image_not_regular, image_outside),
-    *(image_empty, image_damaged, image_too_large, size_differs, size_swapped, exif_orientation, unusual_mode),
-    *(wrong_extension, tiny_image, extreme_aspect, unlisted_image, duplicate_image, leakage, leakage_by_look),
-    other_category_ids,  # of all validation boxes made by then
-]
+def json_constant(d: Dataset) -> Expected:
+    d.content["training"]["annotations"][0]["score"] = float("inf")
+    return {("json_constant", "training"): ["Infinity"]}
+
+
+def not_an_object(d: Dataset) -> Expected:
+    d.content["training"]["annotations"].append("text")
+    return {("not_an_object", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
+
+
+def missing_id(d: Dataset) -> Expected:
+    d.box(CORNER, d.image())
+    del d.content["training"]["annotations"][-1]["id"]
+    return {("missing_key", "training"): [f"number {len(d.content['training']['annotations']) - 1}"]}
+
+
+def size_not_stated(d: Dataset) -> Expected:
+    image = d.image()
+    del image["width"], image["height"]
+    return {("size_not_stated", "training"): [image["file_name"]]}
+
+
+def wrong_class_count(d: Dataset) -> Expected:
+    d.words.append("model.num_classes=80")
+    return {("wrong_class_count", "training"): ["2, not 80"]}
+
+
+WITH_MORE = (  # that are found elsewhere too, or are no item
+    *(byte_order_mark, json_key_twice, json_constant, not_an_object, missing_key, missing_id, bad_image_size),
+    *(non_finite, similar_category_names, untrained_category, wrong_class_count, image_id_twice, file_name_escapes),
+    *(size_not_stated, duplicate_box, many_boxes, shared_prediction, image_not_regular, image_outside, image_damaged),
+    *(image_too_large, size_swapped, exif_orientation, unusual_mode, tiny_image, extreme_aspect, unlisted_image),
+    *(leakage, leakage_by_look, other_category_ids),  # the last one: of all validation boxes made by then
+)
+FAULTS: dict[str, Callable[[Dataset], Expected]] = {
+    kind: (lambda d, kind=kind, faulty=faulty: {(kind, "training"): faulty(d)}) for kind, faulty in ITEMS.items()
+} | {fault.__name__: fault for fault in WITH_MORE}

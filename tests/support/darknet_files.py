@@ -76,7 +76,7 @@ def files(tmp_path: Path) -> Files:
 
 
 @pytest.fixture
-def run(files: Files, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(files: Files, monkeypatch, capfd) -> Run:
     """`code, out, err = run("--weights", ...)`: validation.py in this process, in the directory of the files."""
 
     def started(*arguments: str | Path) -> tuple[int, str, str]:

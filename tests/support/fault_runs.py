@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -101,17 +101,18 @@ class Run:
         return self.process.exitcode
 
     def ends_with(self, code: int, *words: str) -> str:
-        """Assert the exit code and a single line on stderr besides notices of signals; returns the line."""
+        """Assert the exit code and a single line on stderr besides notices of signals; returns the line.
+
+        `words` are those of the line; of the output where the code is 0 and there is no line.
+        """
         found = self.wait()
         assert found == code, f"exit code {found}\n{self.out}{self.err}"
         lines = [line for line in self.err.splitlines() if "received: finishing the step" not in line]
-        if code == 0:
-            assert not lines, lines
-            return ""
-        assert len(lines) == 1, self.err
+        assert len(lines) == (code != 0), self.err
+        text = lines[0] if lines else self.out
         for word in words:
-            assert word in lines[0], lines[0]
-        return lines[0]
+            assert word in text, text
+        return text
 
     def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -141,16 +142,22 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_dataset(root: Path, count: int = 13, empty: bool = False) -> None:
-    """COCO layout: `count` training and 4 validation images of 64 px with up to two coloured boxes of two classes."""
+def make_dataset(
+    root: Path, count: int = 13, empty: bool = False, sizes: Sequence[tuple[int, int]] = ((64, 64),)
+) -> None:
+    """COCO layout: `count` training and 4 validation images, each with up to two coloured boxes of two classes.
+
+    `sizes`: width and height in turn; `empty`: only the first training image has boxes.
+    """
     generator = np.random.default_rng(0)
     (root / "annotations").mkdir(parents=True)
     for split, number in (("train", count), ("val", 4)):
         (root / split).mkdir()
         images, rows = [], []
         for index in range(number):
-            image = generator.integers(90, 130, (64, 64, 3), dtype=np.uint8)
-            images.append({"id": index + 1, "file_name": f"{index}.png", "width": 64, "height": 64})
+            image_width, image_height = sizes[index % len(sizes)]
+            image = generator.integers(90, 130, (image_height, image_width, 3), dtype=np.uint8)
+            images.append({"id": index + 1, "file_name": f"{index}.png", "width": image_width, "height": image_height})
             for _ in range(0 if empty and split == "train" and index else (index + 1) % 3):
                 x, y, width, height = (int(value) for value in generator.integers([0, 0, 15, 15], [30, 30, 30, 30]))
                 category = int(generator.choice([1, 7]))

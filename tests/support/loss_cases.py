@@ -19,6 +19,7 @@ from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.grid import flatten_levels
 from detection.models.yolo.head_layout import HeadLayout
+from tests.support.slow_boxes import slow_intersection, slow_iou
 
 WIDTH, HEIGHT = 96, 64  # default network input in pixels
 LEVELS = {
@@ -171,12 +172,9 @@ def decode(case: Case, raw: list[float], level: int, anchor: int, row: int, colu
 
 def overlap(predicted: list[float], gt: list[float], crowd: bool) -> float:
     """IoU, or for a crowd region intersection over the prediction's area."""
-    width = min(predicted[2], gt[2]) - max(predicted[0], gt[0])
-    height = min(predicted[3], gt[3]) - max(predicted[1], gt[1])
-    shared = width * height if width > 0 and height > 0 else 0.0
-    predicted_area = (predicted[2] - predicted[0]) * (predicted[3] - predicted[1])
-    gt_area = (gt[2] - gt[0]) * (gt[3] - gt[1])
-    return shared / predicted_area if crowd else shared / (predicted_area + gt_area - shared)
+    if crowd:
+        return slow_intersection(predicted, gt) / ((predicted[2] - predicted[0]) * (predicted[3] - predicted[1]))
+    return slow_iou(predicted, gt)
 
 
 def gt_boxes_of(case: Case, image: int) -> list[tuple[list[float], int]]:
@@ -194,8 +192,7 @@ def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
     best_iou, best = 0.0, (-1, -1)
     for level, anchors in enumerate(case.anchors):
         for number, (anchor_width, anchor_height) in enumerate(anchors):
-            shared = min(width, anchor_width) * min(height, anchor_height)
-            iou = shared / (width * height + anchor_width * anchor_height - shared)
+            iou = slow_iou((0, 0, width, height), (0, 0, anchor_width, anchor_height))
             if iou > best_iou:
                 best_iou, best = iou, (level, number)
     level, number = best

@@ -17,6 +17,15 @@ def slow_intersection(box_1: Sequence[float], box_2: Sequence[float]) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
+def slow_nms(boxes: Sequence[Sequence[float]], scores: Sequence[float], threshold: float) -> list[int]:
+    """Rows that stay, best first, of equal scores the first; what overlaps one of them by more than that goes."""
+    kept: list[int] = []
+    for row in sorted(range(len(scores)), key=lambda row: (-scores[row], row)):
+        if all(slow_iou(boxes[row], boxes[better]) <= threshold for better in kept):
+            kept.append(row)
+    return kept
+
+
 def slow_generalized_iou(box_1: list[float], box_2: list[float]) -> float:
     intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
     hull = hull_width * hull_height

@@ -86,6 +86,8 @@ def build_toy(model_settings: ModelSettings, own: Any, evaluation: EvaluationSet
     geometry = Geometry(
         STRIDE,
         model_settings.placement or "top_left",
+        "down",
+        "area",
         fill=model_settings.fill or (100, 110, 120),
         pixel_range=255.0,
         channel_order="bgr",
@@ -93,7 +95,8 @@ def build_toy(model_settings: ModelSettings, own: Any, evaluation: EvaluationSet
         pixel_std=(60.0, 60.0, 60.0),
     )
     postprocess = ToyPostprocess(evaluation.confidence_threshold, evaluation.iou_threshold, evaluation.max_detections)
-    return Detector(model, ToyCriterion(), postprocess, geometry, ("model       toy",), score="class probability")
+    plan = ("model       toy",)
+    return Detector(model, ToyCriterion(), postprocess, geometry, plan, "toy", score="class probability")
 
 
 def toy_postprocess(metadata: Mapping[str, Any], settings: Settings) -> nn.Module:

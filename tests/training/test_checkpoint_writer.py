@@ -19,7 +19,7 @@ def content(value: float = 1.0) -> dict[str, Any]:
 
 
 @pytest.fixture
-def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def held_back(monkeypatch) -> threading.Event:
     """Event that delays writing until it is set."""
     release = threading.Event()
 
@@ -91,7 +91,7 @@ def test_who_goes_back_keeps_what_is_new(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hard_links(tmp_path: Path, monkeypatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionError("not on this file system")
 
@@ -118,7 +118,7 @@ def test_failed_write_is_loud(tmp_path: Path) -> None:
         another.save(content())
 
 
-def test_unexpected_failure_is_loud_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_failure_is_loud_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *_: 1 / 0)
     writer = CheckpointWriter(tmp_path)
     writer.save(content())
@@ -134,7 +134,7 @@ def test_an_error_inside_waits_for_the_file_and_stays_the_error(tmp_path: Path, 
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
-def test_damage_on_the_way_to_the_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_on_the_way_to_the_disk_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
     save_checkpoint(tmp_path / "last.pt", content(1.0))
     real = torch.save
 

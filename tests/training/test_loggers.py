@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,21 +17,12 @@ from tqdm import tqdm
 
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
-from detection.config.settings import Settings
 from detection.errors import OutputError, SettingsError
-from detection.training.loggers import Loggers, build_loggers
-from detection.training.loggers.files import FilesLogger
+from detection.training.loggers import LOGGERS, Loggers, build_loggers, check_loggers, open_loggers
 from detection.training.loggers.protocol import FAILED, FINISHED, Logger
 from tests.support.run_logging import logging_to, resumed_at
 
 NAN, INFINITY = float("nan"), float("inf")
-
-FullDisk = Callable[[int], AbstractContextManager[None]]
-
-
-@pytest.fixture
-def no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # importing it raises ModuleNotFoundError
 
 
 def read_metrics(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, float | None]]:
@@ -78,26 +68,18 @@ def test_evaluation_goes_everywhere(tmp_path: Path) -> None:
     assert "APs" not in read_events(tmp_path).Tags()["scalars"]
 
 
-def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
+def test_numbers_keep_all_their_digits_and_non_finite_ones_become_null(tmp_path: Path) -> None:
     with logging_to(tmp_path, tensorboard=False) as logger:
         logger.log(1, {"loss": NAN, "grad": INFINITY, "lr": 0.1})
-        logger.evaluation(2, {"AP": NAN, "AP50": -INFINITY, "AP75": 0.1})
+        logger.evaluation(2, {"AP": NAN, "AP50": -INFINITY, "AP75": 1 / 3, "loss": np.float64(1e-17)})
     assert read_metrics(tmp_path) == [
         {"step": 1, "loss": None, "grad": None, "lr": 0.1},
-        {"step": 2, "AP": None, "AP50": None, "AP75": 0.1},
+        {"step": 2, "AP": None, "AP50": None, "AP75": 1 / 3, "loss": 1e-17},
     ]
-    assert read_results(tmp_path) == [{"step": "2", "AP": "", "AP50": "", "AP75": "0.1"}]
+    assert read_results(tmp_path) == [{"step": "2", "AP": "", "AP50": "", "AP75": str(1 / 3), "loss": "1e-17"}]
 
 
-def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
-    with logging_to(tmp_path, tensorboard=False) as logger:
-        logger.evaluation(1, {"AP": 1 / 3, "loss": np.float64(1e-17)})
-    row = read_results(tmp_path)[0]
-    assert float(row["AP"]) == 1 / 3 and float(row["loss"]) == 1e-17
-    assert read_metrics(tmp_path)[0]["AP"] == 1 / 3
-
-
-def test_first_row_fixes_the_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_row_fixes_the_columns(tmp_path: Path, capsys) -> None:
     with logging_to(tmp_path, tensorboard=False) as logger:
         logger.evaluation(1, {"AP": 0.1, "AP50": 0.2})
         logger.evaluation(2, {"AP50": 0.4, "new": 0.5})
@@ -141,7 +123,7 @@ def test_only_python_numbers_are_accepted(tmp_path: Path, value: object) -> None
 # Resuming
 
 
-def test_resume_moves_the_rows_that_will_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_moves_the_rows_that_will_be_repeated(tmp_path: Path, capsys) -> None:
     with logging_to(tmp_path) as logger:
         for step in (1, 2, 3, 4):
             logger.log(step, {"loss": float(step)})
@@ -173,7 +155,7 @@ def test_discarded_rows_of_every_resume_are_kept(tmp_path: Path) -> None:
     assert [row["loss"] for row in read_metrics(tmp_path, "metrics.jsonl.discarded")] == [1.0, 2.0]
 
 
-def test_resume_at_the_last_step_moves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_at_the_last_step_moves_nothing(tmp_path: Path, capsys) -> None:
     with logging_to(tmp_path, tensorboard=False) as logger:
         logger.evaluation(5, {"AP": 0.5})
     capsys.readouterr()
@@ -220,9 +202,8 @@ def test_image_comes_back_from_tensorboard(tmp_path: Path) -> None:
     assert shown.shape == image.shape and np.abs(shown.astype(int) - image).max() < 4  # JPEG
 
 
-def test_without_tensorboard_one_notice_and_everything_else(
-    tmp_path: Path, no_tensorboard: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_tensorboard_one_notice_and_everything_else(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # importing it raises ModuleNotFoundError
     with logging_to(tmp_path, resumed_at(0)) as logger:
         logger.log(1, {"loss": 1.0})
         logger.evaluation(1, {"AP": 0.1})
@@ -257,7 +238,7 @@ def test_settings_and_environment_of_every_continuation(tmp_path: Path) -> None:
 # Lines
 
 
-def test_line_is_printed_and_appended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_is_printed_and_appended(tmp_path: Path, capsys) -> None:
     for text in ("first", "Größe 狗 \udcff"):  # the last is how Python reads a file name that is not UTF-8
         with logging_to(tmp_path) as logger:
             logger.line(text)
@@ -266,9 +247,7 @@ def test_line_is_printed_and_appended(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "first\nGröße 狗 \\udcff\n"
 
 
-def test_terminal_that_cannot_show_a_letter_does_not_stop_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_terminal_that_cannot_show_a_letter_does_not_stop_a_run(tmp_path: Path, monkeypatch) -> None:
     written = io.BytesIO()
     with logging_to(tmp_path, tensorboard=False) as logger:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -276,7 +255,7 @@ def test_terminal_that_cannot_show_a_letter_does_not_stop_a_run(
         assert written.getvalue() == b"class \\u72d7\n"  # flushed
 
 
-def test_line_does_not_tear_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_does_not_tear_the_progress_bar(tmp_path: Path, monkeypatch) -> None:
     terminal = io.StringIO()  # a terminal shows stdout and stderr in one place
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -301,7 +280,7 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
             pass
 
 
-def test_full_disk_is_an_os_error_of_the_files(tmp_path: Path, full_disk: FullDisk) -> None:
+def test_full_disk_is_an_os_error_of_the_files(tmp_path: Path, full_disk) -> None:
     with logging_to(tmp_path, tensorboard=False) as logger:
         logger.log(1, {"loss": 1.0})
         files = logger._loggers["files"]
@@ -314,9 +293,7 @@ def test_full_disk_is_an_os_error_of_the_files(tmp_path: Path, full_disk: FullDi
             files.line("too late")
 
 
-def test_full_disk_switches_tensorboard_off(
-    tmp_path: Path, full_disk: FullDisk, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_switches_tensorboard_off(tmp_path: Path, full_disk, capfd) -> None:
     with logging_to(tmp_path) as logger:
         event_file = next(tmp_path.glob("events.*"))
         with full_disk(event_file.stat().st_size + 50):
@@ -337,18 +314,23 @@ def service(fails: str, calls: list[Any]) -> Logger:
 
         return call
 
+    if fails == "build":
+        method("build")()
     return SimpleNamespace(**{name: method(name) for name in METHODS})
 
 
-METHODS = ("start", "log", "evaluation", "line", "image", "artifact", "finish")
+METHODS = ("build", "start", "log", "evaluation", "line", "image", "artifact", "finish")
 
 
 @pytest.mark.parametrize("fails", METHODS)
 def test_a_logger_that_fails_is_named_once_and_switched_off(
-    tmp_path: Path, default_settings: Callable[..., Settings], fails: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, default_settings, fails: str, capsys, monkeypatch
 ) -> None:
     calls: list[Any] = []
-    loggers = Loggers(tmp_path, {"files": FilesLogger(), "service": service(fails, calls)})
+    monkeypatch.setitem(LOGGERS, "service", lambda: service(fails, calls))
+    check_loggers(["files", "service"])
+    assert not calls
+    loggers = Loggers(tmp_path, build_loggers(["files", "service"]))
     loggers.start(default_settings(), {})
     for step in (1, 2):
         loggers.log(step, {"loss": 1.0})
@@ -364,7 +346,7 @@ def test_a_logger_that_fails_is_named_once_and_switched_off(
     assert len(read_metrics(tmp_path)) == 4 and len(read_results(tmp_path)) == 2
 
 
-def test_every_logger_gets_everything(tmp_path: Path, default_settings: Callable[..., Settings]) -> None:
+def test_every_logger_gets_everything(tmp_path: Path, default_settings) -> None:
     calls: list[Any] = []
     loggers = Loggers(tmp_path, {"service": service("", calls)}, show=False)
     settings, resumed = default_settings(), resumed_at(7)
@@ -376,6 +358,16 @@ def test_every_logger_gets_everything(tmp_path: Path, default_settings: Callable
     assert calls == [
         ("start", tmp_path, settings, {"python": "3"}, resumed), ("artifact", tmp_path / "best.pt"), ("finish", FAILED),
     ]  # fmt: skip
+
+
+def test_a_resumed_run_keeps_the_name_of_its_directory(tmp_path: Path, default_settings, monkeypatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(LOGGERS, "service", lambda: service("", calls))
+    ranks = SimpleNamespace(is_first=True, broadcast=lambda value: value)
+    settings = default_settings("run.loggers=[files,service]")
+    run: Any = SimpleNamespace(settings=settings, ranks=ranks, device=torch.device("cpu"), precision="float32")
+    open_loggers(run, tmp_path / "the run", {"step": 7, "progress": {"evaluated_step": 5}}).finish(FINISHED)
+    assert calls[0][-1] == ("the run", 7, 5)
 
 
 def test_names_of_loggers() -> None:

@@ -28,11 +28,7 @@ def test_one_convolution_by_hand(default_settings) -> None:
 
 @pytest.mark.parametrize(
     ("words", "copies"),
-    [
-        (["train.optimizer=sgd"], 3),
-        (["train.optimizer=adamw"], 4),
-        (["train.optimizer=sgd", "train.ema_decay=0.9"], 4),
-    ],
+    [(["train.optimizer=sgd"], 3), (["train.optimizer=adamw"], 4), (["train.optimizer=sgd", "train.ema_decay=0.9"], 4)],
 )
 def test_state_counts_the_copies_of_the_weights(default_settings, words: list[str], copies: int) -> None:
     assert estimate(default_settings, OneConvolution(), 64, *words).state == 12 * 4 * copies

@@ -33,10 +33,7 @@ def test_darknet53_overfits_one_batch_of_coco(tmp_path, capsys):
         f"data.root={COCO_MINI}",
         *(f"data.{split}_annotations={tmp_path / 'batch.json'}" for split in ("train", "validation")),
         *(f"data.{split}_images=train" for split in ("train", "validation")),
-        "evaluation.image_size=320",
-        "train.image_size=320",
-        "train.learning_rate=5e-4",
-        "train.weight_decay=0",
+        *("evaluation.image_size=320", "train.image_size=320", "train.learning_rate=5e-4", "train.weight_decay=0"),
     ]
     settings, _ = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=words)
     device = torch.device("cpu")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from detection.config.settings import Settings
 from detection.errors import CheckpointError
 from detection.training.state import RunState
 
@@ -21,9 +20,9 @@ class Network(nn.Module):
 
 
 @pytest.fixture
-def build(default_settings: Callable[..., Settings]) -> Build:
+def build(default_settings) -> Build:
     def state(scaled: bool = False) -> RunState:
-        return RunState(Network(), default_settings().train, 10, torch.amp.GradScaler("cpu", enabled=scaled))
+        return RunState(Network(), default_settings().train, (0.998, 10), torch.amp.GradScaler("cpu", enabled=scaled))
 
     return state
 

@@ -3,7 +3,7 @@
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from detection.config.settings import Settings
 from detection.errors import DataReadError
 from detection.models import build_detector
 from detection.runtime.devices import CUDA_GRAPHS, compile_forward
@@ -44,7 +43,7 @@ def test_operations_by_hand() -> None:
     assert flops_per_pixel(TwoConvolutions(), 4) == pytest.approx(3 * 2 * (8 * 27 / 4 + 5 * 8 / 16))
 
 
-def test_operations_of_darknet_53_are_the_published_ones(default_settings: Callable[..., Settings]) -> None:
+def test_operations_of_darknet_53_are_the_published_ones(default_settings) -> None:
     """65.86 billion at 416 px for YOLOv3 on COCO (the table of https://pjreddie.com/darknet/yolo), forward."""
     settings = default_settings()
     model = build_detector(settings, 80).model.train()
@@ -63,7 +62,7 @@ def test_summary_by_hand() -> None:
     assert summary_lines(Throughput(), 1, 50.0, 1.0, "float32", 205, 1.0) == []
 
 
-def test_ceiling_without_memory_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ceiling_without_memory_is_none(monkeypatch) -> None:
     monkeypatch.setitem(matmul_ceiling.__globals__["MATRIX_SIDES"], "cpu", 64)
     assert matmul_ceiling(CPU, torch.bfloat16) > 0
 
@@ -133,7 +132,7 @@ class Stream:
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
+def current(monkeypatch) -> Stream:
     """Pretend that the CPU is a CUDA device; returns the stream that computes."""
     stream = Stream()
     cuda = SimpleNamespace(

@@ -15,6 +15,7 @@ HUE_LEVELS_TO_HSV, HUE_LEVELS_FROM_HSV = 256, 255
 
 
 def has_color(augmentation: AugmentationSettings) -> bool:
+    """Whether `ColorDistortion` has anything to do."""
     return max(augmentation.darknet_hsv.p, augmentation.photometric_distortion.p) > 0
 
 

@@ -31,6 +31,7 @@ class Rectangle(NamedTuple):
 
 
 def has_placement(augmentation: AugmentationSettings) -> bool:
+    """Whether `RandomPlacement` has anything to do."""
     return max(augmentation.expand.p, augmentation.iou_crop.p, augmentation.darknet_jitter.p) > 0
 
 

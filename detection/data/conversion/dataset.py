@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from detection.data.annotation_file import CONTROL
-from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames
+from detection.data.image_file import IMAGE_SUFFIXES
 from detection.errors import DataError
 
 PIXEL_DIGITS = 9  # decimals of a pixel that are kept; YOLO's usual six decimals of a share need seven
@@ -33,7 +33,7 @@ class Box:
         label: index into the names of the dataset.
         xywh: left, top, width and height in pixels of the image as it is shown.
         crowd: a region that is neither learned nor counted.
-        extra: further keys of the annotation, kept in COCO JSON.
+        extra: further keys of the annotation, an id among them, kept in COCO JSON.
     """
 
     label: int
@@ -44,22 +44,31 @@ class Box:
 
 @dataclass(slots=True)
 class ImageEntry:
-    """One image: its file (None: there is none, only its size is known), its name in the new dataset, its boxes."""
+    """One image: its file (None: there is none, only its size is known), its name in the new dataset, its boxes.
+
+    `extra` holds further keys of a COCO image, its id among them, which stay in COCO JSON.
+    """
 
     file: Path | None
     name: str
     width: int
     height: int
     boxes: list[Box]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class ConvertedDataset:
-    """Names of the labels, the images of each split, and the directories that the images' names began from."""
+    """Names of the labels, the images of each split, and the directories that the images' names began from.
+
+    Of a COCO file that becomes one again also the entries of its categories, by name, and what else it holds, by split.
+    """
 
     names: tuple[str, ...]
     splits: dict[str, list[ImageEntry]]
     roots: dict[str, Path]
+    categories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    headers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Findings:
@@ -70,9 +79,11 @@ class Findings:
         self.notes: dict[str, list[str]] = {}
 
     def skip(self, reason: str, place: str) -> None:
+        """Count something that is left out."""
         self.skipped.setdefault(reason, []).append(printable(place))
 
     def note(self, reason: str, place: str) -> None:
+        """Count something that is kept but worth knowing."""
         self.notes.setdefault(reason, []).append(printable(place))
 
     def lines(self, source: Path, examples: int = 3) -> list[str]:
@@ -100,6 +111,7 @@ class ImageSize:
 
     @property
     def shown(self) -> tuple[int, int]:
+        """Width and height as shown."""
         width, height = self.stored
         return (height, width) if self.orientation >= 5 else (width, height)
 
@@ -204,6 +216,7 @@ def finish_box(
 
 
 def note_duplicates(boxes: Sequence[Box], place: str, findings: Findings) -> None:
+    """Note an image that has the same box of the same class twice."""
     twice = len(boxes) - len({(box.label, box.xywh) for box in boxes})
     if twice:
         findings.note("images with the same box of the same class more than once, kept", place)
@@ -220,6 +233,7 @@ def images_inside(directory: Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
+    """Whether a file has an image suffix and is not hidden."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
@@ -239,26 +253,6 @@ def split_of(name: str) -> str | None:
     if name.startswith("trainval"):
         return None
     return next((split for split in SPLITS if name.startswith(split)), None)
-
-
-def assign_names(dataset: ConvertedDataset, findings: Findings) -> None:
-    """Names inside each split that no two images share, not even without suffix: YOLO has one .txt per such name."""
-    for split, entries in dataset.splits.items():
-        names = UniqueNames()
-        for entry in entries:
-            wanted = Path(entry.name)
-            entry.name = names.take(wanted.with_suffix("").as_posix()) + wanted.suffix
-            if entry.name != wanted.as_posix():
-                findings.note("images renamed, because another one has their name", f"{split}/{wanted} to {entry.name}")
-
-
-def drop_bad_names(dataset: ConvertedDataset, findings: Findings) -> None:
-    """Leave out what no loader takes as a file name: control characters and bytes that are no text."""
-    for split, entries in dataset.splits.items():
-        for entry in entries:
-            if CONTROL.search(entry.name):
-                findings.skip("images whose file name holds control characters", f"{split}/{entry.name}")
-        dataset.splits[split] = [entry for entry in entries if not CONTROL.search(entry.name)]
 
 
 def link_image(source: Path, target: Path, link: bool) -> bool:

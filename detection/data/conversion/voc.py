@@ -44,7 +44,7 @@ def read_voc(
     Args:
         source: folder with Annotations/ and JPEGImages/, with XML beside the images, or with such a folder per split.
         names: of the classes; None: those that occur, in alphabetical order (which is that of VOC's own 20).
-        split: name for images where nothing tells of splits.
+        split: name for images if the dataset has no splits.
         inclusive: corners as VOC's development kit defines them: the first pixel is 1, xmax and ymax belong to the
             box; False: the first pixel is 0 and they do not.
         difficult: objects so marked are "crowd" regions, which neither count nor are learned, as in VOC's own

@@ -36,7 +36,7 @@ def read_yolo(
     Args:
         source: folder, or the .yaml or .data file.
         names: of the classes; None: of the description or classes.txt.
-        split: name for images where nothing tells of splits.
+        split: name for images if the dataset has no splits.
         progress: wraps the list of images, tqdm for example.
 
     Raises:
@@ -63,7 +63,7 @@ def read_yolo(
     if known is None:
         most = max((box.label for entries in splits.values() for entry in entries for box in entry.boxes), default=0)
         known = {label: f"class_{label}" for label in range(most + 1)}
-        findings.note("class names, which the dataset does not tell; --names FILE does", f"class_0 to class_{most}")
+        findings.note("class names are not in the dataset; --names FILE does", f"class_0 to class_{most}")
     # A number that data.yaml leaves out keeps its place: the labels stay what they are.
     every = [known.get(label, f"class_{label}") for label in range(max(known) + 1)]
     return ConvertedDataset(check_names(every, str(source)), splits, roots)

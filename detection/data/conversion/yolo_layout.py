@@ -34,7 +34,7 @@ class Description:
 
 
 def describe(source: Path, split: str, findings: Findings) -> Description:
-    """The source's own description, or what its folders tell."""
+    """The source's own description, or one made from its folders."""
     if source.is_file():
         return read_cfg(source, findings)
     found = sorted(file for file in source.iterdir() if file.suffix in DESCRIPTIONS and file.is_file())

@@ -240,6 +240,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
     return Description(
         program=f"yolo-v3 {tomllib.loads(PROJECT.read_text(encoding='utf-8'))['project']['version']}",
         output_kind=options.outputs,
+        network=detector.name,
         names=opened.class_names(),
         category_ids=opened.category_ids,
         input=cast(Any, options.input),

@@ -12,11 +12,6 @@ from torchvision.models import (
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# `model.pretrained: true`: the weights that torchvision's own detectors start from.
-STANDARD_WEIGHTS: dict[str, WeightsEnum] = {
-    "mobilenet_v3_large": MobileNet_V3_Large_Weights.IMAGENET1K_V1,
-    "mobilenet_v3_small": MobileNet_V3_Small_Weights.IMAGENET1K_V1,
-}
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -47,6 +42,7 @@ class MobileNetV3(nn.Module):
         features: torchvision's layers.
         ends: end of each stride in `features`, exclusive.
         out_channels: of the three feature maps.
+        standard_weights: of `model.pretrained: true`; those that torchvision's own detectors start from.
 
     Source: Searching for MobileNetV3, tables 1 and 2, https://arxiv.org/abs/1905.02244
     """
@@ -55,12 +51,18 @@ class MobileNetV3(nn.Module):
     pixel_mean = IMAGENET_MEAN
     pixel_std = IMAGENET_STD
 
-    def __init__(self, features: nn.Sequential, ends: tuple[int, int, int], out_channels: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        features: nn.Sequential,
+        ends: tuple[int, int, int],
+        out_channels: tuple[int, int, int],
+        standard_weights: WeightsEnum,
+    ) -> None:
         super().__init__()
         use_depthwise_class(features)
         first, second, third = ends
         self.stages = nn.ModuleList([features[:first], features[first:second], features[second:third]])
-        self.out_channels = out_channels
+        self.out_channels, self.standard_weights = out_channels, standard_weights
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = []
@@ -77,9 +79,11 @@ class MobileNetV3(nn.Module):
 
 def mobilenet_v3_large_backbone() -> MobileNetV3:
     """MobileNetV3-Large: maps of 40, 112 and 960 channels."""
-    return MobileNetV3(mobilenet_v3_large(weights=None).features, ends=(7, 13, 17), out_channels=(40, 112, 960))
+    weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1
+    return MobileNetV3(mobilenet_v3_large(weights=None).features, (7, 13, 17), (40, 112, 960), weights)
 
 
 def mobilenet_v3_small_backbone() -> MobileNetV3:
     """MobileNetV3-Small: maps of 24, 48 and 576 channels."""
-    return MobileNetV3(mobilenet_v3_small(weights=None).features, ends=(4, 9, 13), out_channels=(24, 48, 576))
+    weights = MobileNet_V3_Small_Weights.IMAGENET1K_V1
+    return MobileNetV3(mobilenet_v3_small(weights=None).features, (4, 9, 13), (24, 48, 576), weights)

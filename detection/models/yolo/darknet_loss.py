@@ -82,6 +82,7 @@ class DarknetLoss(Criterion):
     def compute_losses(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Criterion.compute_losses`."""
         input_area = sizes[0][0] * sizes[0][1] * self.layout.strides[0] ** 2  # pixels
         batch_size, predictions, values = raw.shape
         assigned = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
@@ -110,6 +111,7 @@ class DarknetLoss(Criterion):
     def assign(
         self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Criterion.assign`."""
         assigned = assign_targets(boxes, labels, self.layout.tables(sizes).anchors)
         rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
         return assigned.valid, assigned.index, rows, ~assigned.last
@@ -137,6 +139,7 @@ class GIoULoss(DarknetLoss):
     """
 
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
+        """See `DarknetLoss.compare_boxes`."""
         return 1 - generalized_iou(decode_assigned(raw, assigned), boxes_cxcywh)
 
 
@@ -147,6 +150,7 @@ class CIoULoss(DarknetLoss):
     """
 
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
+        """See `DarknetLoss.compare_boxes`."""
         return 1 - complete_iou(decode_assigned(raw, assigned), boxes_cxcywh)
 
 

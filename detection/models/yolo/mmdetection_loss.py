@@ -103,6 +103,7 @@ class MMDetectionLoss(Criterion):
     def compute_losses(
         self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Criterion.compute_losses`."""
         batch_size, predictions, values = raw.shape
         tables = self.layout.tables(sizes)
         grid = assign_by_grid(boxes, labels, tables.anchors, self.ignore_threshold)
@@ -126,6 +127,7 @@ class MMDetectionLoss(Criterion):
     def assign(
         self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `Criterion.assign`."""
         grid = assign_by_grid(boxes, labels, self.layout.tables(sizes).anchors, self.ignore_threshold)
         return grid.positive, grid.index, grid.gt, torch.zeros_like(grid.positive)
 

@@ -4,7 +4,7 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -106,8 +106,18 @@ class Loggers:
             self.line(f"warning: logger {name} is switched off: {reason}")
 
 
-def build_loggers(names: Sequence[str]) -> dict[str, Logger]:
-    """Build the loggers of `run.loggers`; nothing is written before they are started.
+class _Unusable:
+    """Stands for a logger that could not be built: fails when started, so that it is named and switched off."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def start(self, *_: object) -> None:
+        raise self.error
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Check the names in `run.loggers`, before anything expensive.
 
     Raises:
         SettingsError: a name is unknown, or "files" is missing.
@@ -117,8 +127,25 @@ def build_loggers(names: Sequence[str]) -> dict[str, Logger]:
             raise SettingsError(f"run.loggers: unknown logger {name!r}; allowed are {', '.join(LOGGERS)}")
     if "files" not in names:
         raise SettingsError(f"run.loggers = {list(names)}: files must be among them, a run is continued from its files")
-    # In the order of LOGGERS: "files" comes first, because it locks the directory.
-    return {name: build() for name, build in LOGGERS.items() if name in names}
+
+
+def build_loggers(names: Sequence[str]) -> dict[str, Logger]:
+    """Build the loggers of `run.loggers`; nothing is written before they are started.
+
+    Raises:
+        SettingsError: see `check_loggers`.
+    """
+    check_loggers(names)
+    loggers: dict[str, Logger] = {}
+    for name, build in LOGGERS.items():  # "files" comes first, because it locks the directory
+        if name in names:
+            try:
+                loggers[name] = build()
+            except Exception as error:
+                if name == "files":
+                    raise
+                loggers[name] = cast(Logger, _Unusable(error))
+    return loggers
 
 
 def open_loggers(run: Run, directory: Path | None, checkpoint: Mapping[str, Any] | None) -> Loggers:

@@ -30,17 +30,20 @@ class MemoryEstimate:
 
     @property
     def activations(self) -> int:
+        """Bytes saved for the backward pass of a micro-batch."""
         return self.once + round(self.per_image * self.batch_size)
 
     @property
     def total(self) -> int:
+        """Bytes of everything."""
         return self.state + self.activations
 
     def line(self) -> str:
+        """Format the line of the plan."""
         available = "" if self.available is None else f" of {self.available / 2**30:.1f} GiB available"
         return (
-            f"memory      about {self.total / 2**30:.1f} GiB{available}: weights, gradients and optimizer "
-            f"{self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
+            f"memory      a step needs about {self.total / 2**30:.1f} GiB{available}, libraries not counted: "
+            f"weights, gradients and optimizer {self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
         )
 
 

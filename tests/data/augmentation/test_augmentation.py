@@ -17,18 +17,18 @@ from detection.data.augmentation.fog import RandomFog, count_discs
 from detection.data.resize import INTERPOLATIONS, Placed, warp_placed
 from detection.data.transforms import Sample
 from tests.support.detectors import geometry_of, letterbox_image, transform_of
+from tests.support.pictures import probabilities
 
 Load = Callable[..., Settings]
-NAMES = (
+PIXELS = (
     "multiplicative_noise", "clahe", "posterize", "to_gray", "random_brightness_contrast", "rgb_shift", "color_jitter",
-    "gauss_noise", "random_fog", "horizontal_flip", "vertical_flip", "affine",
+    "gauss_noise",
 )  # fmt: skip
 GEOMETRY = {"affine": 0.7, "horizontal_flip": 0.5, "vertical_flip": 0.5}
 
 
 def settings(default_settings: Load, *words: str, **chosen: float) -> Settings:
-    probabilities = [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in NAMES]
-    return default_settings(*probabilities, *words)
+    return default_settings(*probabilities(**chosen), *words)
 
 
 FILL = (124, 116, 104)
@@ -97,8 +97,7 @@ def test_boxes_are_those_of_albumentations(default_settings: Load, method: str, 
 
 def test_without_an_affine_every_pixel_is_that_of_albumentations(default_settings: Load) -> None:
     """Letterbox, flips and everything that changes pixels, from the same random numbers; the fog has its own test."""
-    chosen = {name: 0.5 for name in NAMES if name not in ("affine", "random_fog")}
-    chosen_settings = settings(default_settings, **chosen)
+    chosen_settings = settings(default_settings, **dict.fromkeys((*PIXELS, "horizontal_flip", "vertical_flip"), 0.5))
     transform = transform_of(chosen_settings, 96, 5, training=True)
     for index in range(20):
         image = photograph(130, 80, index)

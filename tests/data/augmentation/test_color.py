@@ -11,22 +11,9 @@ import torch
 from detection.config.settings import Settings
 from detection.data.augmentation import color
 from detection.data.augmentation.color import ColorDistortion, distort_hsv, draw_scale
+from tests.support.pictures import Scripted
 
 Load = Callable[..., Settings]
-
-
-class Scripted:
-    """A generator whose numbers are given; `asked` holds the bounds of each uniform draw."""
-
-    def __init__(self, *values: float) -> None:
-        self.values, self.asked = list(values), []
-
-    def random(self) -> float:
-        return self.values.pop(0)
-
-    def uniform(self, low: float, high: float) -> float:
-        self.asked.append((low, high))
-        return self.values.pop(0)
 
 
 def pixel(*rgb: int) -> np.ndarray:

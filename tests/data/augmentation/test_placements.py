@@ -25,42 +25,19 @@ from detection.data.resize import resize_placed
 from detection.data.transforms import Transform
 from detection.ops.letterbox import place_image
 from tests.support.detectors import geometry_of, transform_of
+from tests.support.pictures import NAMED, NO_BOXES, Scripted, bright_extent, picture, probabilities
 
 Load = Callable[..., Settings]
-NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
 GEOMETRIC = NAMED[:3]
-NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 KEEP_EVERYTHING = "data.augmentation.min_visibility=0"
 
 
-def probabilities(default_settings: Load, **chosen: float) -> list[str]:
-    """Words that give the named transforms their probability and all others 0."""
-    names = sorted(type(default_settings().data.augmentation).model_fields.keys() - {"min_visibility"})
-    return [f"data.augmentation.{name}.p={chosen.get(name, 0)}" for name in names]
-
-
 def build(default_settings: Load, *words: str, size: int = 64, seed: int = 0, **chosen: float) -> Transform:
-    return transform_of(default_settings(*probabilities(default_settings, **chosen), *words), size, seed, True)
-
-
-def picture(width: int = 64, height: int = 48) -> np.ndarray:
-    coarse = np.random.default_rng(0).integers(30, 226, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return transform_of(default_settings(*probabilities(**chosen), *words), size, seed, True)
 
 
 def array(*boxes: tuple[float, ...]) -> np.ndarray:
     return np.array(boxes, np.float32).reshape(-1, 4)
-
-
-class Scripted:
-    """A generator whose uniform numbers are given; `asked` holds the bounds."""
-
-    def __init__(self, *values: float) -> None:
-        self.values, self.asked = list(values), []
-
-    def uniform(self, low: float, high: float) -> float:
-        self.asked.append((low, high))
-        return self.values.pop(0)
 
 
 @pytest.fixture
@@ -259,11 +236,6 @@ def test_boxes_smaller_than_a_pixel_are_removed(default_settings: Load, monkeypa
     assert sample.labels.tolist() == [3] and np.allclose(sample.boxes, [[5, 5, 6.5, 25]], atol=1e-3)
 
 
-def bright_extent(image: np.ndarray) -> np.ndarray | None:
-    rows, columns = np.nonzero(image[..., 0] > 127)
-    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) if len(rows) else None
-
-
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
@@ -297,46 +269,6 @@ def test_a_drawn_rectangle_is_what_its_box_says(default_settings: Load, chosen, 
     assert len(places) > 50
 
 
-def test_labels_stay_with_their_boxes(default_settings: Load) -> None:
-    """First class, last class and a crowd region, each in its colour."""
-    words = ["model.fill=[0, 0, 0]", "data.augmentation.min_visibility=0.3"]
-    transform = build(default_settings, *words, size=96, **dict.fromkeys(GEOMETRIC, 0.7))
-    image = np.zeros((80, 120, 3), np.uint8)
-    drawn = {0: (10, 12, 44, 40), 79: (70, 8, 110, 40), -2: (20, 48, 100, 78)}
-    for channel, (x1, y1, x2, y2) in enumerate(drawn.values()):
-        image[y1:y2, x1:x2, channel] = 255
-    seen = dict.fromkeys(drawn, 0)
-    for index in range(80):
-        sample = transform(image, array(*drawn.values()), np.array(list(drawn)), index, 0, 0)
-        for box, label in zip(sample.boxes, sample.labels.tolist(), strict=True):
-            x, y = ((box[:2] + box[2:]) / 2).astype(int)
-            assert sample.image[y, x].argmax() == list(drawn).index(label) and sample.image[y, x].max() > 200
-            seen[label] += 1
-    assert min(seen.values()) > 30
-
-
-# --- extremes ---
-
-
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 3000), (3000, 1), (3, 2), (6, 400), (33, 7)])
-def test_extreme_shapes(default_settings: Load, width: int, height: int) -> None:
-    transform = build(default_settings, **dict.fromkeys(NAMED, 1))
-    for epoch in range(10):
-        sample = transform(picture(width, height), array((0, 0, width, height)), np.array([0]), 0, epoch, 0)
-        assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
-        assert len(sample.boxes) == len(sample.labels) <= 1
-        assert np.isfinite(sample.boxes).all() and (sample.boxes >= 0).all() and (sample.boxes <= 64).all()
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_images_without_boxes_pass(default_settings: Load, name: str) -> None:
-    for index in range(5):
-        sample = build(default_settings, **{name: 1})(picture(90, 50), *NO_BOXES, index, 0, 96)
-        assert sample.boxes.shape == (0, 4) and sample.boxes.dtype == np.float32
-        assert sample.labels.shape == (0,) and sample.labels.dtype == np.int64
-        assert sample.image.shape == (96, 96, 3)
-
-
 def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     off = build(default_settings)
     assert off.placement is None and off.color is None
@@ -362,11 +294,8 @@ def test_the_letterbox_of_a_sample_is_the_images(default_settings: Load) -> None
 
 def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:
     """At 0.5 each, all pairs are drawn together for a quarter of the images; 400, standard error 0.022."""
-    placement = placement_of(default_settings(*probabilities(default_settings, **dict.fromkeys(GEOMETRIC, 0.5))))
-    alone = {
-        name: placement_of(default_settings(*probabilities(default_settings, **{name: 1})))
-        for name in ("expand", "darknet_jitter")
-    }
+    placement = placement_of(default_settings(*probabilities(**dict.fromkeys(GEOMETRIC, 0.5))))
+    alone = {name: placement_of(default_settings(*probabilities(**{name: 1}))) for name in ("expand", "darknet_jitter")}
     whole, letterbox = Rectangle(0, 0, 100, 80), Rectangle(0, 6, 64, 51)
     rows = []
     for index in range(400):

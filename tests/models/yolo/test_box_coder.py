@@ -15,15 +15,16 @@ def logit(share: Tensor) -> Tensor:
     return (share / (1 - share)).log()
 
 
-def test_decode_one_cell_by_hand() -> None:
+# sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4; s = 1.2: 1.2 * 3/4 - 0.1 = 0.8, 1.2 * 1/4 - 0.1 = 0.2
+@pytest.mark.parametrize(("scale_xy", "share_x", "share_y"), [(1.0, 0.75, 0.25), (1.2, 0.8, 0.2)])
+def test_decode_one_cell_by_hand(scale_xy: float, share_x: float, share_y: float) -> None:
     """Anchor 1 (33 x 23), row 2, column 5, stride 16; the other cells of that anchor and level stay at raw 0."""
     raw = torch.zeros(1, 3, 4, 7, 6)
     raw[0, 1, 2, 5, :4] = torch.tensor([math.log(3), -math.log(3), math.log(2), math.log(0.5)])
-    # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4: centre ((5 + 0.75) * 16, (2 + 0.25) * 16) = (92, 36)
-    # size (33 * 2, 23 / 2) = (66, 11.5)
-    boxes = decode_boxes(raw, ANCHORS, stride=16)
+    boxes = decode_boxes(raw, ANCHORS, stride=16, scale_xy=scale_xy)
     assert boxes.shape == (1, 3, 4, 7, 4)
-    torch.testing.assert_close(boxes[0, 1, 2, 5], torch.tensor([92 - 33, 36 - 5.75, 92 + 33, 36 + 5.75]))
+    x, y = (5 + share_x) * 16, (2 + share_y) * 16  # size (33 * 2, 23 / 2) = (66, 11.5)
+    torch.testing.assert_close(boxes[0, 1, 2, 5], torch.tensor([x - 33, y - 5.75, x + 33, y + 5.75]))
     # raw 0 is the anchor in the middle of the cell: row 3, column 0 has its centre at (8, 56)
     torch.testing.assert_close(boxes[0, 2, 3, 0], torch.tensor([8 - 29.5, 56 - 59.5, 8 + 29.5, 56 + 59.5]))
 
@@ -61,19 +62,6 @@ def test_decode_inverts_encode(rows: int, columns: int, stride: int) -> None:
     torch.testing.assert_close(decoded, cxcywh_to_xyxy(boxes_cxcywh), atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 7)])
-def test_encode_inverts_decode(rows: int, columns: int) -> None:
-    raw = torch.randn(2, 3, rows, columns, 4, generator=torch.Generator().manual_seed(columns))
-    boxes = decode_boxes(raw, ANCHORS, 16)
-    boxes_cxcywh = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    cells = torch.stack([column, row], dim=-1).float().expand(2, 3, rows, columns, 2)
-    anchors = ANCHORS[:, None, None].expand_as(cells)
-    share, raw_wh = encode_boxes(boxes_cxcywh, anchors, cells, torch.full(cells.shape[:-1], 16.0))
-    torch.testing.assert_close(share, raw[..., :2].sigmoid(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(raw_wh, raw[..., 2:], atol=1e-4, rtol=1e-4)
-
-
 def test_encode_by_hand() -> None:
     """Boxes of different levels in one call: each has its own anchor, cell and stride."""
     boxes_cxcywh = torch.tensor([[[92.0, 36.0, 66.0, 11.5], [416.0, 208.0, 10.0, 26.0]]])
@@ -102,17 +90,6 @@ def test_decode_reads_only_the_first_four_values() -> None:
 
 
 # scale_xy and new_coords
-
-
-def test_decode_with_scale_by_hand() -> None:
-    """s = 1.2: sigmoid 3/4 and 1/4 become 1.2 * 3/4 - 0.1 = 0.8 and 1.2 * 1/4 - 0.1 = 0.2 of the cell."""
-    raw = torch.zeros(1, 3, 4, 7, 4)
-    raw[0, 1, 2, 5, :4] = torch.tensor([math.log(3), -math.log(3), math.log(2), math.log(0.5)])
-    boxes = decode_boxes(raw, ANCHORS, stride=16, scale_xy=1.2)
-    x, y = (5 + 0.8) * 16, (2 + 0.2) * 16
-    torch.testing.assert_close(boxes[0, 1, 2, 5], torch.tensor([x - 33, y - 5.75, x + 33, y + 5.75]))
-    # raw 0 stays the anchor in the middle of the cell
-    torch.testing.assert_close(boxes[0, 2, 3, 0], torch.tensor([8 - 29.5, 56 - 59.5, 8 + 29.5, 56 + 59.5]))
 
 
 def test_decode_with_new_coords_by_hand() -> None:

@@ -132,14 +132,11 @@ def test_cases_contain_every_rule() -> None:
         "levels with a positive": 18,
     }.items():
         assert met[rule] >= minimum, f"{rule}: {met[rule]}"
-
-
-@pytest.mark.parametrize(("arguments", "levels"), [(PUBLISHED[0], 3), (PUBLISHED[1], 2)])
-def test_published_anchors_meet_every_rule(arguments: tuple[Any, ...], levels: int) -> None:
-    met = met_rules(Case(*arguments))
-    for rule in ("empty image", "crowd", "first class", "last class", "shared, two classes", "ignored"):
-        assert met[rule] >= 1, rule
-    assert met["levels with a positive"] == levels
+    for arguments, levels in zip(PUBLISHED, (3, 2), strict=True):
+        met = met_rules(Case(*arguments))
+        for rule in ("empty image", "crowd", "first class", "last class", "shared, two classes", "ignored"):
+            assert met[rule] >= 1, rule
+        assert met["levels with a positive"] == levels
 
 
 @pytest.mark.parametrize("layout", ["full", "tiny"])
@@ -168,24 +165,24 @@ def one_cell(gt_boxes: list[list[float]], labels: list[int], classes: int, **arg
     return {name: loss.item() for name, loss in criterion([torch.zeros(1, 1, 1, 1, 5 + classes)], targets).items()}
 
 
-def test_one_ground_truth_by_hand() -> None:
-    # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
-    # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness, 3 for the classes.
-    losses = one_cell([[8.0, 8, 24, 24]], [1], classes=3)
-    log_2 = math.log(2)
-    assert losses == pytest.approx({"loss_box": 1.75 * 2 * log_2, "loss_objectness": log_2, "loss_class": 3 * log_2})
+LOG_2 = math.log(2)
 
 
-def test_size_term_by_hand() -> None:
-    # 32 x 8: t_w = log 2, t_h = -log 2; s = 2 - 256 / 1024; s / 2 * 2 * log(2)^2 on top of the xy term
-    losses = one_cell([[0.0, 12, 32, 20]], [0], classes=1)
-    assert losses["loss_box"] == pytest.approx(1.75 * (2 * math.log(2) + math.log(2) ** 2))
-
-
-def test_objectness_by_hand() -> None:
-    """BCE against 0 without a ground-truth box, against 1 for a positive even if its IoU exceeds the threshold."""
-    assert one_cell([[0.0, 0, 0, 0]], [-1], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
-    assert one_cell([[8.0, 8, 24, 24]], [0], classes=1)["loss_objectness"] == pytest.approx(math.log(2))
+@pytest.mark.parametrize(
+    ("box", "label", "classes", "expected"),
+    [
+        # Centre (16, 16): t = 1/2 in x and y, the anchor's size: t = 0. s = 2 - 16 * 16 / (32 * 32) = 1.75.
+        # BCE at logit 0 is log 2 whatever the target: 2 of them for xy, 1 for objectness (of a positive even if its IoU
+        # exceeds the threshold), 3 for the classes.
+        ([8.0, 8, 24, 24], 1, 3, (1.75 * 2 * LOG_2, LOG_2, 3 * LOG_2)),
+        # 32 x 8: t_w = log 2, t_h = -log 2; s = 2 - 256 / 1024; s / 2 * 2 * log(2)^2 on top of the xy term
+        ([0.0, 12, 32, 20], 0, 1, (1.75 * (2 * LOG_2 + LOG_2**2), LOG_2, LOG_2)),
+        ([0.0, 0, 0, 0], -1, 1, (0, LOG_2, 0)),  # no ground truth: objectness against 0
+    ],
+)
+def test_one_ground_truth_by_hand(box: list[float], label: int, classes: int, expected: tuple[float, ...]) -> None:
+    losses = one_cell([box], [label], classes)
+    assert [losses[f"loss_{part}"] for part in ("box", "objectness", "class")] == pytest.approx(expected)
 
 
 def class_gradient(labels: list[int], classes: int) -> list[float]:
@@ -437,9 +434,7 @@ def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: st
 
 @pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
-def test_at_most_300_operations_whatever_the_boxes_and_the_batch(
-    monkeypatch: pytest.MonkeyPatch, class_loss: str, loss: str
-) -> None:
+def test_at_most_300_operations_whatever_the_boxes_and_the_batch(monkeypatch, class_loss: str, loss: str) -> None:
     """Assignment and loss, forward, views included; contiguous half-precision outputs need the most."""
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}

@@ -177,7 +177,7 @@ def test_cases_contain_every_rule() -> None:
 
 
 @pytest.mark.parametrize("counts", [[84], [3, 133]])
-def test_many_gt_boxes_all_at_once_and_in_pieces(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+def test_many_gt_boxes_all_at_once_and_in_pieces(monkeypatch, counts: list[int]) -> None:
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))
     monkeypatch.setattr(mmdetection_loss, "MAX_OVERLAPS", 1)
     assert_matches_loop(make_case(("two levels", 3, counts, 8, 0.5)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detection.models.yolo.postprocess import YOLOPostprocess
 from detection.ops.letterbox import Letterbox, boxes_to_original
-from tests.support.slow_boxes import slow_iou
+from tests.support.slow_boxes import slow_nms
 
 STRIDES = [8, 16]
 ANCHORS = [[(10.0, 13.0), (33.0, 23.0)], [(30.0, 61.0), (59.0, 40.0)]]
@@ -58,11 +58,8 @@ def slow_detections(
                             candidates.setdefault(label, []).append((sigmoid(raw[4]) * probability, box))
     found = []
     for label, of_class in candidates.items():
-        kept: list[tuple[float, list[float]]] = []
-        for score, box in sorted(of_class, key=lambda candidate: -candidate[0]):
-            if all(slow_iou(box, other) <= iou_threshold for _, other in kept):
-                kept.append((score, box))
-        found += [(score, label, box) for score, box in kept[:max_detections]]
+        kept = slow_nms([box for _, box in of_class], [score for score, _ in of_class], iou_threshold)
+        found += [(of_class[row][0], label, of_class[row][1]) for row in kept[:max_detections]]
     return sorted(found, key=lambda detection: -detection[0])
 
 
@@ -82,12 +79,8 @@ def test_detections_against_loop(
 ) -> None:
     """Multi-label, NMS within a class, at most `max_detections` per class, by falling score."""
     outputs = random_outputs(2, classes, seed=classes)
-    postprocess = build(
-        confidence_threshold=confidence,
-        iou_threshold=iou_threshold,
-        max_detections=max_detections,
-        class_loss=class_loss,
-    )
+    thresholds = {"confidence_threshold": confidence, "iou_threshold": iou_threshold}
+    postprocess = build(**thresholds, max_detections=max_detections, class_loss=class_loss)
     softmax = class_loss == "cross_entropy"
     for image, found in enumerate(postprocess(outputs)):
         expected = slow_detections(outputs, image, confidence, iou_threshold, max_detections, softmax)
@@ -96,7 +89,6 @@ def test_detections_against_loop(
 
 
 def test_many_candidates_against_loop() -> None:
-    """More than 1000 candidates."""
     outputs = random_outputs(1, 30, seed=40)
     outputs = [output + 3 * (torch.arange(35) >= 4) for output in outputs]
     expected = slow_detections(outputs, 0, 0.001, 0.45, 100)
@@ -213,21 +205,22 @@ def test_nan_scores_are_left_out() -> None:
 # Geometry
 
 
-def test_letterbox_by_hand() -> None:
-    """640 x 480 into 416 x 416: scale 0.65, 312 rows, 52 above and below."""
-    letterbox = Letterbox(scale_x=0.65, scale_y=0.65, left=0, top=52, width=640, height=480)
-    original, network = (
-        torch.tensor([[0.0, 0, 640, 480], [100, 200, 300, 400]]),
-        [[0, 52, 416, 364], [65, 182, 195, 312]],
-    )
-    torch.testing.assert_close(letterbox.to_input(original), torch.tensor(network, dtype=torch.float32))
-    torch.testing.assert_close(letterbox.to_original(torch.tensor(network, dtype=torch.float32)), original)
-
-
-def test_letterbox_scales_x_and_y_separately() -> None:
-    letterbox = Letterbox(scale_x=0.5, scale_y=2.0, left=10, top=20, width=100, height=30)
-    assert letterbox.to_input(torch.tensor([[2.0, 3, 4, 5]])).tolist() == [[11, 26, 12, 30]]
-    assert letterbox.to_original(torch.tensor([[11.0, 26, 12, 30]])).tolist() == [[2, 3, 4, 5]]
+@pytest.mark.parametrize(
+    ("letterbox", "original", "network"),
+    [
+        # 640 x 480 into 416 x 416: scale 0.65, 312 rows, 52 above and below
+        (Letterbox(0.65, 0.65, 0, 52, 640, 480), [0.0, 0, 640, 480], [0.0, 52, 416, 364]),
+        (Letterbox(0.65, 0.65, 0, 52, 640, 480), [100.0, 200, 300, 400], [65.0, 182, 195, 312]),
+        (
+            Letterbox(scale_x=0.5, scale_y=2.0, left=10, top=20, width=100, height=30),
+            [2.0, 3, 4, 5],
+            [11.0, 26, 12, 30],
+        ),
+    ],
+)
+def test_letterbox_by_hand(letterbox: Letterbox, original: list[float], network: list[float]) -> None:
+    torch.testing.assert_close(letterbox.to_input(torch.tensor([original])), torch.tensor([network]))
+    torch.testing.assert_close(letterbox.to_original(torch.tensor([network])), torch.tensor([original]))
 
 
 def test_boxes_to_original_are_clipped_to_the_image() -> None:
@@ -265,7 +258,7 @@ def test_a_higher_threshold_gives_the_start_of_what_a_lower_one_gives(max_detect
                 assert torch.equal(wide[name][kept], narrow[name])
 
 
-def test_decoding_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_pieces_changes_nothing(monkeypatch) -> None:
     from detection.models import postprocess as postprocessing
 
     outputs = random_outputs(images=5, classes=3, seed=5)

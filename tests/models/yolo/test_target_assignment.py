@@ -6,6 +6,8 @@ from detection.models.yolo import criterion
 from detection.models.yolo.criterion import MAX_PIECES, ignored_predictions, split_batch
 from detection.models.yolo.darknet_loss import assign_targets
 from detection.models.yolo.grid import anchor_table
+from tests.support.loss_cases import overlap
+from tests.support.slow_boxes import slow_iou
 
 # Network input 96 wide, 64 high; the middle level has one anchor fewer than the others.
 STRIDES = [8, 16, 32]
@@ -29,39 +31,33 @@ def random_targets(images: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1), labels
 
 
-def slow_wh_iou(width_1: float, height_1: float, width_2: float, height_2: float) -> float:
-    shared = min(width_1, width_2) * min(height_1, height_2)
-    return shared / (width_1 * height_1 + width_2 * height_2 - shared)
-
-
 def slow_assignment(box: list[float]) -> dict[str, object]:
     """The best anchor of all levels, the first of equals, and the cell of the centre; index by walking all cells."""
     width, height = box[2] - box[0], box[3] - box[1]
     best_iou, best_level, best_anchor = -1.0, -1, -1
     for level, anchors in enumerate(ANCHORS):
         for anchor, (anchor_width, anchor_height) in enumerate(anchors.tolist()):
-            iou = slow_wh_iou(width, height, anchor_width, anchor_height)
+            iou = slow_iou((0, 0, width, height), (0, 0, anchor_width, anchor_height))
             if iou > best_iou:
                 best_iou, best_level, best_anchor = iou, level, anchor
     rows, columns = SIZES[best_level]
     stride = STRIDES[best_level]
     best_column = min(int((box[0] + box[2]) / 2 / stride), columns - 1)
     best_row = min(int((box[1] + box[3]) / 2 / stride), rows - 1)
-    position = 0
-    for level, anchors in enumerate(ANCHORS):
-        for row in range(SIZES[level][0]):
-            for column in range(SIZES[level][1]):
-                for anchor in range(len(anchors)):
-                    if (level, row, column, anchor) == (best_level, best_row, best_column, best_anchor):
-                        return {
-                            "index": position,
-                            "anchor": ANCHORS[level][anchor].tolist(),
-                            "cell": [column, row],
-                            "stride": stride,
-                            "level": level,
-                        }
-                    position += 1
-    raise AssertionError("not reached")
+    places = [
+        (level, row, column, anchor)
+        for level, anchors in enumerate(ANCHORS)
+        for row in range(SIZES[level][0])
+        for column in range(SIZES[level][1])
+        for anchor in range(len(anchors))
+    ]
+    return {
+        "index": places.index((best_level, best_row, best_column, best_anchor)),
+        "anchor": ANCHORS[best_level][best_anchor].tolist(),
+        "cell": [best_column, best_row],
+        "stride": stride,
+        "level": best_level,
+    }
 
 
 # The table
@@ -136,19 +132,6 @@ def test_equal_overlaps_take_the_first_anchor() -> None:
     assert assigned.anchor.tolist() == [[[20, 10], [20, 10], [10, 20]]]
 
 
-def test_padding_and_crowd_are_never_assigned() -> None:
-    """Only labels count: a padding row may hold any box, even a copy of a ground-truth box."""
-    boxes, labels = random_targets(1, 6, seed=1)
-    boxes[0, 1] = boxes[0, 0]
-    boxes[0, 3] = boxes[0, 2]
-    labels[0, 1], labels[0, 3] = -1, -2
-    assigned = assign_targets(boxes, labels, TABLE)
-    assert assigned.valid.tolist() == [[True, False, True, False, True, True]]
-    assert not assigned.last[0, [1, 3]].any() and assigned.last[0, [0, 2]].all()
-    assert assigned.final[0, :4].tolist() == [0, 1, 2, 3]
-    assert assigned.index[0, [1, 3]].tolist() == [0, 0]
-
-
 def test_padding_and_crowd_do_not_share_prediction_0() -> None:
     """Their index is 0, as that of a 4 x 5 box in the first cell, which nevertheless shares it with none."""
     boxes = torch.tensor([[[2.0, 2, 6, 7], [0, 0, 0, 0], [2, 2, 6, 7]]])
@@ -178,6 +161,7 @@ def test_last_and_final_against_loop() -> None:
     for image in range(2):
         index = assigned.index[image].tolist()
         valid = [label >= 0 for label in labels[image].tolist()]
+        assert assigned.valid[image].tolist() == valid  # only labels count: padding may hold copies of such boxes
         for i in range(80):
             later = [j for j in range(i + 1, 80) if valid[j] and index[j] == index[i]]
             assert assigned.last[image, i].item() == (valid[i] and not later)
@@ -195,23 +179,13 @@ def test_assignment_of_no_rows() -> None:
 
 
 def slow_ignored(predicted: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> list[list[bool]]:
-    result = []
-    for image in range(len(predicted)):
-        of_image = []
-        for x1, y1, x2, y2 in predicted[image].tolist():
-            ignored = False
-            for (u1, v1, u2, v2), label in zip(boxes[image].tolist(), labels[image].tolist(), strict=True):
-                if label == -1:
-                    continue
-                width, height = min(x2, u2) - max(x1, u1), min(y2, v2) - max(y1, v1)
-                shared = width * height if width > 0 and height > 0 else 0.0
-                whole = (x2 - x1) * (y2 - y1)
-                if label != -2:
-                    whole += (u2 - u1) * (v2 - v1) - shared
-                ignored = ignored or shared / whole > threshold
-            of_image.append(ignored)
-        result.append(of_image)
-    return result
+    return [
+        [
+            any(overlap(box, gt, label == -2) > threshold for gt, label in zip(*of_image, strict=True) if label != -1)
+            for box in predicted_boxes
+        ]
+        for predicted_boxes, *of_image in zip(predicted.tolist(), boxes.tolist(), labels.tolist(), strict=True)
+    ]
 
 
 def near(boxes: Tensor, count: int, seed: int) -> Tensor:
@@ -228,7 +202,7 @@ def near(boxes: Tensor, count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("threshold", [0.5, 0.7])
 @pytest.mark.parametrize("count", [1, 9, 150])
 @pytest.mark.parametrize("at_once", [10**9, 1])
-def test_ignored_against_loop(monkeypatch: pytest.MonkeyPatch, count: int, threshold: float, at_once: int) -> None:
+def test_ignored_against_loop(monkeypatch, count: int, threshold: float, at_once: int) -> None:
     """Ground-truth boxes, crowd regions and padding; the batch in one piece and in several."""
     monkeypatch.setattr(criterion, "max_chunk_elements", lambda device: at_once)
     boxes, labels = random_targets(4, count, seed=7)

@@ -1,14 +1,11 @@
-from collections.abc import Callable
-from pathlib import Path
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from detection.data.annotations import load_annotations
-from detection.models.yolo.grid import cell_grid, flatten_levels
-from detection.visualization import anchor_clustering as anchors_module
-from detection.visualization.anchor_clustering import (
+from detection.data import anchor_clustering as anchors_module
+from detection.data.anchor_clustering import (
     best_ious,
     best_side_ratios,
     cluster_anchors,
@@ -17,6 +14,9 @@ from detection.visualization.anchor_clustering import (
     nearest_anchors,
     refine_anchors,
 )
+from detection.data.annotations import load_annotations
+from detection.models.yolo.grid import cell_grid, flatten_levels
+from tests.support.slow_boxes import slow_iou
 
 CPU = torch.device("cpu")
 # yolov3.cfg of Darknet
@@ -43,11 +43,9 @@ def test_flatten_levels_against_loop() -> None:
         position = 0
         for output in outputs:
             _, anchors, rows, columns, _ = output.shape
-            for row in range(rows):
-                for column in range(columns):
-                    for anchor in range(anchors):
-                        assert torch.equal(flat[image, position], output[image, anchor, row, column])
-                        position += 1
+            for row, column, anchor in itertools.product(range(rows), range(columns), range(anchors)):
+                assert torch.equal(flat[image, position], output[image, anchor, row, column])
+                position += 1
 
 
 # Clusters
@@ -116,17 +114,11 @@ def random_sizes(count: int) -> np.ndarray:
 
 
 def mean_best_iou_by_loop(sizes: np.ndarray, anchors: np.ndarray) -> float:
-    best = []
-    for width, height in sizes.tolist():
-        ious = []
-        for anchor_width, anchor_height in anchors.tolist():
-            shared = min(width, anchor_width) * min(height, anchor_height)
-            ious.append(shared / (width * height + anchor_width * anchor_height - shared))
-        best.append(max(ious))
+    best = [max(slow_iou((0, 0, *size), (0, 0, *anchor)) for anchor in anchors.tolist()) for size in sizes.tolist()]
     return sum(best) / len(best)
 
 
-def test_tables_of_many_boxes_against_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_many_boxes_against_loop(monkeypatch) -> None:
     """Boxes and anchors in chunks that do not divide the count."""
     monkeypatch.setattr(anchors_module, "CHUNK", 7)
     sizes, anchors = random_sizes(50), np.array([(20.0, 60.0), (60.0, 20.0), (150.0, 150.0)])
@@ -153,10 +145,6 @@ def test_refined_anchor_is_the_best_of_a_grid() -> None:
     assert mean_best_iou(sizes, refined) > mean_best_iou(sizes, sizes.mean(axis=0)[None]) + 0.03
 
 
-def spread_of(count: int) -> np.ndarray:
-    return np.linspace(0.98, 1.02, count)[:, None]
-
-
 def test_refining_never_loses() -> None:
     sizes = random_sizes(400)
     for seed in range(5):
@@ -170,7 +158,7 @@ def test_refining_never_loses() -> None:
 def test_fit_is_not_below_the_anchors_in_use() -> None:
     """Five shapes, one of them in nearly all boxes: a single clustering can miss some of the others."""
     shapes = np.array([(10.0, 10.0), (10.0, 90.0), (90.0, 10.0), (90.0, 90.0), (900.0, 900.0)])
-    sizes = np.concatenate([np.repeat(shapes[:4], 3, axis=0), np.repeat(shapes[4:], 300, axis=0) * spread_of(300)])
+    sizes = np.concatenate([np.repeat(shapes[:4], 3, axis=0), shapes[4:] * np.linspace(0.98, 1.02, 300)[:, None]])
     alone = [mean_best_iou(sizes, fit_anchors(sizes, 5, seed, restarts=1)) for seed in range(20)]
     assert min(alone) < mean_best_iou(sizes, shapes)  # else this test says nothing
     worst = int(np.argmin(alone))
@@ -178,7 +166,7 @@ def test_fit_is_not_below_the_anchors_in_use() -> None:
     assert mean_best_iou(sizes, helped) >= mean_best_iou(sizes, shapes)
 
 
-def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_finds_clusters_through_a_sample(monkeypatch) -> None:
     """Six shapes, each many times: a sample that holds all of them is enough to find them exactly."""
     shapes = np.array([(10.0, 12.0), (40.0, 25.0), (30.0, 120.0), (150.0, 40.0), (150.0, 160.0), (300.0, 320.0)])
     monkeypatch.setattr(anchors_module, "SAMPLE", 100)
@@ -189,9 +177,7 @@ def test_fit_finds_clusters_through_a_sample(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_anchors_of_half_of_val2017_are_not_below_the_published_on_the_other(
-    shared_data: Callable[[str], Path], seed: int
-) -> None:
+def test_anchors_of_half_of_val2017_are_not_below_the_published_on_the_other(shared_data, seed: int) -> None:
     annotations = load_annotations(shared_data("coco_val2017_boxes") / "annotations" / "instances_val.json")
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
     scale = 416 / annotations.image_sizes.max(axis=1)[image_of_box]
