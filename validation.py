@@ -91,12 +91,11 @@ from detection.evaluation.report import (
     write_evaluation,
 )
 from detection.inference.views import Viewer, open_viewer
-from detection.inference.weights import OpenedDetector, open_command_line
+from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import describe_device, open_machine, peak_memory_gib
 from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-SHOWN_NAMES = 8  # of the classes that were taken by position
 CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names and network
 
 
@@ -300,15 +299,7 @@ def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDatas
     dataset = build_validation_dataset(data, opened.names, evaluation.max_images, ground_truth)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
     annotations = dataset.annotations
-    names = annotations.categories.names
-    if len(names) != opened.num_classes:
-        raise SettingsError(
-            f"the network has {opened.num_classes} classes, the data {len(names)}; name the classes with --names"
-        )
-    if opened.names is None:
-        shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
-        order = "data.class_names" if data.class_names else "ascending category id"
-        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
+    check_classes(opened, annotations.categories.names)
     if ground_truth and annotations.crowd.all():
         raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a usable box")
     return dataset

@@ -30,10 +30,6 @@ class Viewed:
     index: int = 0  # position of the image in its dataset
     unreadable: tuple[str, ...] = ()  # as in `Sample`
 
-    @property
-    def pixels(self) -> int:
-        return self.width * self.height
-
 
 class Viewer:
     """A detector that looks at every image once or several times; its `prepare` takes the place of a `Transform`.
