@@ -20,6 +20,15 @@ from tests.support.detect_runs import Run, boxes_of, rows_of, save, save_video, 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Ends with its threads, and prints nothing when a client hangs up: a later test would read it on stderr."""
+
+    daemon_threads = False
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
 class Server:
     """A server on this machine: `server.answers["/path"] = function of the request handler`."""
 
@@ -39,7 +48,7 @@ class Server:
                 pass
 
         self.answers, self.stop = answers, stop
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = QuietServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
