@@ -43,7 +43,7 @@ from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
 from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
 from detection.evaluation.mistakes import RULE, Findings, write_mistakes
-from detection.inference.weights import OpenedDetector, open_command_line
+from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
@@ -181,11 +181,8 @@ def open_dataset(
         strict=data.strict,
     )
     annotations = dataset.annotations
-    if opened is not None and len(annotations.categories.names) != opened.num_classes:
-        raise SettingsError(
-            f"the network has {opened.num_classes} classes, the data {len(annotations.categories.names)}; "
-            "say with --names which class is which"
-        )
+    if opened is not None:
+        check_classes(opened, annotations.categories.names)
     present = any((images / annotations.file_name(index)).is_file() for index in range(len(annotations)))
     return file, annotations, dataset if present else None
 

@@ -81,6 +81,12 @@ def test_from_training_to_export(run_script: Callable[..., Any], drawn_dataset: 
     assert exported.detector.geometry == trained.detector.geometry  # rounding and interpolation are its own
     assert exported.lines[-1].startswith("toy, 2 classes") and trained.lines[-1].endswith("steps, toy, 2 classes")
     text = run(validation.main, "--weights", onnx, f"data.root={drawn_dataset}", "--output", tmp_path / "onnx_val")
+    for name, weights in (("looks", best), ("onnx_looks", onnx)):
+        looks = ["--tiles", "64", "--tta", "--no-pictures", "--confidence", "0.01"]
+        text = run(detect.main, "--weights", weights, drawn_dataset / "val", *looks, "--output", tmp_path / name)
+        assert " boxes " in text and " on 4 images, 0 left out" in text
+        scaled = "the file takes 96 px only, so images are mirrored but not scaled" not in text
+        assert scaled == (weights == best)
     one, other = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("val", "onnx_val"))
     assert other["AP50"] == pytest.approx(one["AP50"], abs=1e-3)
     for main, flags, line in (

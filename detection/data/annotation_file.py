@@ -94,6 +94,18 @@ def read_json(path: Path) -> tuple[Any, list[Fault]]:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
 
 
+def read_without_boxes(path: Path) -> Columns:
+    """Read images and categories alone, also of a file without a list of annotations (COCO's test-dev).
+
+    Raises:
+        DataError: as `read_json` and `read_columns`, or the file is not JSON throughout.
+    """
+    content, faults = read_json(path)
+    if faults:
+        raise DataError(f"{path}: {faults[0].message}")
+    return read_columns(content | {"annotations": []} if isinstance(content, dict) else content, str(path))
+
+
 def read_columns(content: Any, where: str) -> Columns:
     """Build the arrays of the parsed JSON, unless they are built already, and check them.
 

@@ -90,13 +90,14 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
 
 
 def build_validation_dataset(
-    data: DataSettings, names: Sequence[str] | None, max_images: int | None = None
+    data: DataSettings, names: Sequence[str] | None, max_images: int | None = None, ground_truth: bool = True
 ) -> CocoDataset:
     """Build the validation set alone, with the labels of a trained detector.
 
     Args:
         names: class names of the detector in label order; None: all categories of the file, by ascending id.
         max_images: see `keep_evenly`.
+        ground_truth: see `CocoDataset`.
 
     Raises:
         DataError: no dataset found, unusable annotations, or categories that the detector was not trained on.
@@ -111,6 +112,7 @@ def build_validation_dataset(
         fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
         strict=data.strict,
         follow_links=data.follow_links,
+        ground_truth=ground_truth,
     )
     keep_evenly(dataset, max_images)
     return dataset

@@ -13,9 +13,10 @@ from detection.config.loading import Flag
 from detection.data.image_file import read_image
 from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
 from detection.errors import DataError, OutputError, SettingsError
-from detection.inference.finder import Finder
+from detection.inference.finder import BATCH_SIZE, Finder
 from detection.inference.results import ImageDetections
 from detection.inference.sources import batches
+from detection.inference.views import build_viewer
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.runtime.devices import open_machine
 
@@ -131,7 +132,8 @@ class ImageDetector:
 
     def __init__(self, opened: OpenedDetector) -> None:
         self.settings, self.category_ids = opened.settings, opened.category_ids
-        self.finder = Finder(opened, open_machine(opened.settings.run), [])
+        batch_size = opened.settings.evaluation.batch_size or BATCH_SIZE
+        self.finder = Finder(opened, build_viewer(opened, open_machine(opened.settings.run), batch_size), [])
         self.names = opened.class_names()
 
     @overload

@@ -12,7 +12,7 @@ from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError
+from detection.errors import CheckpointError, SettingsError, name_list
 from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
 from detection.models import build_detector
@@ -23,6 +23,7 @@ from detection.runtime.devices import choose_device
 
 UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
+SHOWN_NAMES = 8  # of the classes that were taken by position
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
 
@@ -54,6 +55,22 @@ class OpenedDetector:
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
     """Name the classes of weights without names."""
     return tuple(f"class_{label}" for label in range(num_classes))
+
+
+def check_classes(opened: OpenedDetector, names: Sequence[str]) -> None:
+    """Compare the classes of a dataset, in label order, with those of a detector; prints them if the weights name none.
+
+    Raises:
+        SettingsError: the numbers of classes differ.
+    """
+    if len(names) != opened.num_classes:
+        raise SettingsError(
+            f"the network has {opened.num_classes} classes, the data {len(names)}; name the classes with --names"
+        )
+    if opened.names is None:
+        shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
+        order = "data.class_names" if opened.settings.data.class_names else "ascending category id"
+        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
 
 
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
