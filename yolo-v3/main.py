@@ -1,14 +1,12 @@
 """Train a detector on COCO or on your own images.
 
 python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 3 minutes on 2 CPU cores
-python3 yolo-v3/main.py data.root=FOLDER                           your own images, in any usual format
-python3 yolo-v3/main.py data.root=FOLDER train.minutes=20          the same in the time you have
+python3 yolo-v3/main.py data.root=FOLDER [train.minutes=20]        your own images, in any usual format
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       resume exactly where the run stopped
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
-Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), environment.json, train.log, metrics.jsonl,
-results.csv, TensorBoard events, images/, metrics.json and detections.json of the last evaluation, best.pt (highest
-AP50) and last.pt.
+Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), train.log, metrics.jsonl, results.csv, TensorBoard
+events, images/, metrics.json, detections.json and report.html of the last evaluation, best.pt (highest AP50), last.pt.
 """
 
 import argparse

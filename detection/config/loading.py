@@ -97,7 +97,8 @@ PEER_NAMES = {
     "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
     "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
 }
-INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes")  # read by every script
+# Read by every script, or given to every script together.
+INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes", "evaluation.image_size")
 LIKENESS = 0.6  # of a name that is suggested
 
 # Removed values -> their replacement.

@@ -77,7 +77,8 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
     row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}
     row |= {"val/loss": loss, **{f"val/{name}": value for name, value in evaluation.losses.items()}}
     row |= {"val/boxes": len(evaluation.detections), "epoch": step / run.steps_per_epoch}
-    loggers.evaluation(step, row)
+    if not weights:  # the metrics of a step have one row
+        loggers.evaluation(step, row)
     names = {"nms": "NMS", "metric": evaluation.backend}
     parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
     weights = weights or ("EMA" if run.settings.train.ema_decay else "weights")
