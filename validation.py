@@ -276,6 +276,7 @@ def open_dataset(opened: OpenedDetector) -> CocoDataset:
     evaluation = opened.settings.evaluation
     dataset = build_validation_dataset(opened.settings.data, opened.names, evaluation.max_images)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
+    print("\n".join(dataset.source_lines))
     annotations = dataset.annotations
     if len(annotations.categories.names) != opened.num_classes:
         raise SettingsError(

@@ -17,7 +17,7 @@ from detection.config.yaml_files import read_settings_file
 from detection.data.anchor_clustering import fit_anchors, mean_best_iou
 from detection.data.annotations import Annotations
 from detection.data.box_shapes import shapes_at
-from detection.data.build import build_training_dataset
+from detection.data.build import read_training_annotations as read_annotations
 from detection.errors import DataError
 from detection.models import build_detector
 from detection.models.pretrained import has_standard_weights
@@ -116,7 +116,7 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> Annotatio
     if data.fake:
         return None
     try:
-        return build_training_dataset(data, 0, None).annotations
+        return read_annotations(data)
     except DataError:
         if tolerant:
             return None

@@ -335,6 +335,6 @@ def test_bad_input_is_one_line(run: Run, arguments: list[str], code: int, part: 
 def test_unwritable_and_full(run: Run, run_script, drawn_dataset: Path, full_disk) -> None:
     result = run_script(visualize_batch.main, *SMALL, f"data.root={drawn_dataset}", "--output", "/proc/none")
     assert result.returncode == 6 and len(result.stderr.strip().splitlines()) == 1
-    with full_disk(500):
+    with full_disk(2000):
         result = run()
     assert result.returncode == 6 and "cannot be written" in result.stderr
