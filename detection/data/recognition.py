@@ -108,7 +108,7 @@ def recognise(root: Path, data: DataSettings) -> dict[str, Source]:
             )
         if found := _recognise_folder(root, data):
             return found
-        below = {path: found for path in sorted(root.iterdir()) if path.is_dir() and (found := _nested(path, data))}
+        below = _nested(root, data)
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -125,11 +125,18 @@ def recognise(root: Path, data: DataSettings) -> dict[str, Source]:
     )
 
 
-def _nested(path: Path, data: DataSettings) -> dict[str, Source]:
-    try:
-        return {} if path.name.startswith(".") else _recognise_folder(path, data)
-    except DataError:
-        return {}
+def _nested(root: Path, data: DataSettings, levels: int = 2) -> dict[Path, dict[str, Source]]:
+    """Datasets in the folders of a folder, as archives are unpacked: VOCdevkit/VOC2007."""
+    datasets = {}
+    for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        try:
+            if found := _recognise_folder(path, data):
+                datasets[path] = found
+            elif levels > 1:
+                datasets |= _nested(path, data, levels - 1)
+        except DataError:
+            continue
+    return datasets
 
 
 def _recognise_file(file: Path, data: DataSettings) -> dict[str, Source]:

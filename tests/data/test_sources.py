@@ -12,6 +12,8 @@ from PIL import Image
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, flatten_annotations, load_annotations
 from detection.data.build import build_datasets
+from detection.data.conversion.coco import read_coco
+from detection.data.conversion.dataset import Findings as ConversionFindings
 from detection.data.sources import find_source, source_lines
 from detection.dataset_checks.findings import Findings
 from detection.dataset_checks.image_checks import Split as CheckedSplit
@@ -131,6 +133,10 @@ def lay_out(root: Path, *names: str, content: dict[str, Any] | None = None) -> N
 LINE = "0 0.5 0.5 0.5 0.5"
 YOLO = ("images/x.png", f"labels/x.txt:{LINE}")
 WINDOWS = r"data.yaml:train: D:\my\set\train\images|val: ..\valid\images|names: [cell]"
+XML = (
+    "<annotation><filename>x.png</filename><object><name>cell</name><difficult>1</difficult><bndbox>"
+    "<xmin>3</xmin><ymin>5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"
+)
 IMAGES_OF = {  # where the images of the training set must be found, below the root
     # fault 4: folders that exist and hold other images
     "images/ exists": (["result.json", "images/other.png", "pictures/x.png"], "pictures"),
@@ -164,6 +170,11 @@ IMAGES_OF = {  # where the images of the training set must be found, below the r
             WINDOWS,
         ],
         "train/images",
+    ),
+    "XML beside images": (["images/x.png", f"images/x.xml:{XML}"], "images"),
+    "VOCdevkit": (
+        ["VOCdevkit/VOC2007/JPEGImages/x.png", f"VOCdevkit/VOC2007/Annotations/x.xml:{XML}"],
+        "VOCdevkit/VOC2007/JPEGImages",
     ),
     "lists without a description": (["train.txt:data/p/x.png", "p/x.png", f"p/x.txt:{LINE}"], "p"),
 }
@@ -347,14 +358,16 @@ def test_keys_that_change_a_meaning_are_named(tmp_path: Path, default_settings: 
     lay_out(tmp_path, "a.json", "x.png", content=content)
     source = find_source(default_settings(f"data.root={tmp_path}").data, "training")
     assert len(source.notes()) == bool(word) and all("note: 1 " in note and word in note for note in source.notes())
+    findings = ConversionFindings()
+    read_coco(tmp_path / "a.json", "train", True, findings, iter)
+    noted = [places for reason, places in findings.notes.items() if word and word in reason]
+    assert noted == [[f"{tmp_path / 'a.json'}: 1"]] * bool(word)
     asked = find_source(default_settings(f"data.root={tmp_path}", "data.ignore_as_crowd=true").data, "training")
     assert asked.columns().crowd.tolist() == [word == "ignore"] and len(asked.notes()) == (word not in ("", "ignore"))
 
 
 def test_voc_settings_act_in_place(tmp_path: Path, default_settings: Load) -> None:
-    xml = ("<annotation><filename>x.png</filename><object><name>cell</name><difficult>1</difficult><bndbox>"
-           "<xmin>3</xmin><ymin>5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>")  # fmt: skip
-    lay_out(tmp_path, "JPEGImages/x.png", f"Annotations/x.xml:{xml}")
+    lay_out(tmp_path, "JPEGImages/x.png", f"Annotations/x.xml:{XML}")
     for words, expected, crowd in (
         ([], [2, 4, 7, 4], True),
         (["voc_corners=exclusive", "difficult=keep"], [3, 5, 6, 3], False),

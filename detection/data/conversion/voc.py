@@ -87,8 +87,9 @@ def read_voc(
 
 def has_annotations(source: Path) -> bool:
     """Return whether a folder, or one of a split in it, holds VOC's XML."""
-    folders = [source / name for name in ANNOTATIONS] + [source]
-    folders += [path for path in source.iterdir() if path.is_dir() and split_of(path.name)]
+    names = {name.lower() for name in (*ANNOTATIONS, *IMAGES, "labels", "xml", "xmls")}
+    below = [path for path in source.iterdir() if path.is_dir()]
+    folders = [source, *(path for path in below if path.name.lower() in names or split_of(path.name))]
     first = (next(iter(sorted(folder.glob("*.xml"))), None) for folder in folders)
     return any(file is not None and re.search(rb"<annotation[\s>]", file.read_bytes()[:2000]) for file in first)
 
