@@ -97,7 +97,11 @@ def main() -> None:
     dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
     batch = collate_samples([dataset[index] for index in range(arguments.images)])
     detector.require_criterion()
-    for line in [*notices, *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names)]:
+    for line in [
+        *notices,
+        *dataset.source_lines,
+        *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names),
+    ]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)

@@ -14,7 +14,7 @@ SOURCE, whose format is detected unless --from is given, is one of
 Writes, in a few seconds per thousand images, one of
   coco  annotations/instances_SPLIT.json and SPLIT/; category ids start from 1, in the order of the classes
   yolo  images/SPLIT/, labels/SPLIT/ and data.yaml; classes are numbered in the order of category ids
-  voc   Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt and, as VOC lists no classes, classes.txt for --names
+  voc   Annotations/, JPEGImages/, ImageSets/Main/SPLIT.txt and, as VOC lists no classes, classes.txt, read back
 and conversion.json, which lists every line, box and image that was left out, and other notes.
 
 Several SOURCES become one dataset: splits and classes of the same name are joined, images of the same name renamed.
@@ -38,6 +38,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from detection.config.command_line import Parser
+from detection.data.coco_files import find_coco_files
 from detection.data.conversion.coco import ROBOFLOW, check_ids, read_coco
 from detection.data.conversion.dataset import ConvertedDataset, Findings
 from detection.data.conversion.operations import (
@@ -54,6 +55,7 @@ from detection.data.conversion.voc import read_voc
 from detection.data.conversion.voc_writer import note_losses
 from detection.data.conversion.writers import write_dataset
 from detection.data.conversion.yolo import read_yolo
+from detection.data.conversion.yolo_labels import has_labels
 from detection.data.conversion.yolo_layout import DESCRIPTIONS
 from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
 from detection.inference.weights import read_names
@@ -76,10 +78,14 @@ def main() -> None:
         print(f"{source}: {FORMATS[source_format]}, to {FORMATS[target]}", flush=True)
     check_arguments(arguments, formats, target, changes)
     findings = Findings()
-    datasets = [
-        read_dataset(arguments, source, source_format, target, findings)
-        for source, source_format in zip(sources, formats, strict=True)
-    ]
+    try:
+        datasets = [
+            read_dataset(arguments, source, source_format, target, findings)
+            for source, source_format in zip(sources, formats, strict=True)
+        ]
+    except UserError:
+        print("\n".join(findings.lines(sources[0])))  # what was found before explains it
+        raise
     files = (entry.file for dataset in datasets for entries in dataset.splits.values() for entry in entries)
     check_outside(arguments.output, {file.parent for file in files if file is not None})
     dataset = merge_datasets(datasets, findings)
@@ -171,8 +177,8 @@ def detect_format(source: Path) -> str:
             raise DataError(f"{source}: a file must be .json, .yaml or .data; or give the folder of the dataset")
         return by_suffix[source.suffix]
     try:
-        coco = [*source.glob("annotations/instances_*.json"), *source.glob(f"*/{ROBOFLOW}")]
-        yolo = [file for file in source.iterdir() if file.suffix in DESCRIPTIONS] + [*source.glob("**/labels")]
+        coco = [*source.glob("annotations/instances_*.json"), *source.glob(f"*/{ROBOFLOW}")] or find_coco_files(source)
+        yolo = [file for file in source.iterdir() if file.suffix in DESCRIPTIONS] or has_labels(source)
         signs = {"coco": bool(coco), "voc": any(source.rglob("*.xml")), "yolo": bool(yolo)}
         formats = [name for name, there in signs.items() if there]
         if not formats and any(source.rglob("*.txt")):
@@ -293,14 +299,8 @@ def summary(dataset: ConvertedDataset, output: Path, target_format: str, images:
         words += "".join(f" {keys[split]}={root}" for split, root in dataset.roots.items() if split in keys)
     if "val" not in dataset.splits:
         words += " data.validation_fraction=0.1"
-    trains = target_format == "coco" and "train" in dataset.splits
-    use = f"; train with {words}" if trains else ""
-    use = (
-        f"; to keep all classes and their order, read it with --names {output}/classes.txt"
-        if target_format == "voc"
-        else use
-    )
-    lines.append(f"written to {output}{use}")
+    trains = "train" in dataset.splits and (target_format == "coco" or images != "none")
+    lines.append(f"written to {output}" + (f"; train with {words}" if trains else ""))
     return lines
 
 

@@ -298,6 +298,7 @@ def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDatas
     data, evaluation = opened.settings.data, opened.settings.evaluation
     dataset = build_validation_dataset(data, opened.names, evaluation.max_images, ground_truth)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
+    print("\n".join(dataset.source_lines))
     annotations = dataset.annotations
     check_classes(opened, annotations.categories.names)
     if ground_truth and annotations.crowd.all():

@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
-from detection.data.annotations import Annotations, Categories, load_annotations
+from detection.data.annotations import Annotations, Categories, flatten_annotations
 from detection.data.build import make_builtin
 from detection.data.coco import CocoDataset
 from detection.data.image_file import read_image
-from detection.data.layouts import find_split
+from detection.data.sources import find_source, source_lines
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
@@ -62,14 +62,8 @@ def main() -> None:
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
-        settings, notices = load_run_settings(
-            arguments.config,
-            arguments.settings,
-            device_flags(arguments),
-            unused=("scheduler", "train"),
-            tolerant=True,  # the device is refused first, then the data of the split
-            fit=False,
-        )
+        given, unused = (arguments.config, arguments.settings, device_flags(arguments)), ("scheduler", "train")
+        settings, notices = load_run_settings(*given, unused=unused, tolerant=True, fit=False)
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings
@@ -166,10 +160,11 @@ def open_dataset(
     if data.fake:
         raise SettingsError("data.fake: there is no dataset to look at")
     make_builtin(data)
-    file, images = find_split(data, split)
-    fraction = None if data.validation_fraction is None else (data.validation_fraction, split == "val")
+    source = find_source(data, {"train": "training", "val": "validation"}[split])
+    print("\n".join(source_lines(source)), flush=True)
+    file, images, columns = source.file, source.images, source.columns()
     if images is None:
-        return file, load_annotations(file, data.class_names, fraction, data.strict), None
+        return file, flatten_annotations(columns, str(file), data.class_names, None, source.fraction, data.strict), None
     names = None if opened is None else opened.names
     dataset = CocoDataset(
         images,
@@ -177,8 +172,9 @@ def open_dataset(
         None if opened is None else Transform(opened.detector.geometry, settings.evaluation.image_size),
         data.class_names,
         categories=None if names is None else Categories(names, tuple(range(len(names)))),
-        fraction=fraction,
+        fraction=source.fraction,
         strict=data.strict,
+        columns=columns,
     )
     annotations = dataset.annotations
     if opened is not None:

@@ -69,6 +69,7 @@ def main() -> None:
     print("\n".join(notices), end="\n" if notices else "")
     open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
+    print("\n".join(dataset.source_lines), end="\n" if dataset.source_lines else "")
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = open_detector(settings, arguments.split, len(names), arguments.targets)
     use_geometry(dataset, detector.geometry, settings, arguments.split)

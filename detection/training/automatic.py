@@ -117,10 +117,10 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> "Annotati
         return None
     if data.fake:
         return None
-    from detection.data.build import build_training_dataset
+    from detection.data.build import read_training_annotations as read_annotations
 
     try:
-        return build_training_dataset(data, 0, None).annotations
+        return read_annotations(data)
     except DataError:
         if tolerant:
             return None

@@ -69,6 +69,7 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
+        *run.training_set.source_lines,
         *run.detector.plan,
         f"input       {run.detector.geometry.describe()}",
         f"classes     {len(names)}: {name_list(names[:10])}{' ...' if len(names) > 10 else ''}",

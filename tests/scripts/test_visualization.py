@@ -141,7 +141,8 @@ def test_pages_follow_the_flags(run: Run, drawn_dataset: Path, tmp_path: Path, n
     assert shown("--class", "green")[1] == [green] and green
     shuffled, again, other = (shown("--random", f"run.seed={seed}")[1] for seed in (1, 1, 2))
     assert shuffled == again != other and sorted(shuffled[0]) == sorted(other[0]) == list(range(100, 109))
-    parts = [shown("data.validation_fraction=0.5", "--split", split)[1][0] for split in ("train", "val")]
+    words = ("data.train_annotations=annotations/instances_train.json", "data.validation_fraction=0.5")
+    parts = [shown(*words, "--split", split)[1][0] for split in ("train", "val")]
     assert sorted(parts[0] + parts[1]) == list(range(100, 109)) and min(map(len, parts)) > 0
 
 

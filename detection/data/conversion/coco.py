@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotation_file import read_columns
+from detection.data.coco_files import find_coco_files, find_image_directory
 from detection.data.conversion.dataset import (
     ConvertedDataset,
     Findings,
@@ -88,17 +89,17 @@ def find_annotations(source: Path, split: str) -> dict[str, tuple[Path, Path]]:
         if name in found:
             raise DataError(f"{found[name][0]} and {file} are both the split {name}; name one of them as SOURCE")
         found[name] = (file, file.parent if file.name == ROBOFLOW else find_images(file, source))
+    if not found:  # by content: CVAT, Label Studio, FiftyOne
+        others = find_coco_files(source)
+        found = {name or split: (file, find_images(file, source)) for name, file in others.items()}
     if not found:
         raise DataError(f"{source}: no annotations/instances_*.json and no */{ROBOFLOW}; name the file itself")
     return found
 
 
 def find_images(file: Path, root: Path) -> Path:
-    """Directory of the images of an annotation file: that of the split's name, else beside the file."""
-    stem = file.stem.removeprefix("instances_")
-    bases = [root, root.parent] if root.name == "annotations" else [root]
-    tries = [base / name for base in bases for name in (stem, f"images/{stem}", "images")]
-    return next((path for path in tries if path.is_dir()), file.parent)
+    """Directory that holds the listed images, or beside the file if none does: their sizes may stand in the JSON."""
+    return find_image_directory(file, root.parent if root.name == "annotations" else root)[0] or file.parent
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -122,6 +123,9 @@ def read_split(
     further_keys: bool,
 ) -> list[ImageEntry]:
     """The images of one annotation file with their boxes."""
+    for reason, ids in columns.meanings.items():
+        for number in ids:
+            findings.note(f"with {reason}", f"{file}: {number}")
     label_of_id = {number: label for label, number in enumerate(sorted(columns.categories))}
     rows_of = rows_per_image(file, columns, findings)
     entries = []

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ LARGEST_NUMBER = 10**6  # pixels or shares beyond are no box
 LARGEST_PIXEL = 10**12
 ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8 swap the sides
 SPLITS = ("train", "val", "test")
+SPLIT_WORD = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:set|data)?[0-9]*")  # names a split and nothing else
 
 Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 
