@@ -152,7 +152,6 @@ def test_drawing_and_coco_rows(directory: Path, detector: Any, tmp_path: Path) -
         (Image.new("I;16", (4, 4)), DataError, "mode I;16"),
         ("gone.jpg", DataReadError, "gone.jpg"),
     ],
-    ids=repr,
 )
 def test_images_that_are_refused(detector: Any, image: Any, error: type[Exception], part: str) -> None:
     with pytest.raises(error) as raised:
