@@ -118,7 +118,8 @@ def test_a_detector_without_criterion_gives_its_own_reason(
 FAMILY = ("detection/models/yolo/", "detection/models/darknet/", "detection/config/")
 # The dict of detectors; a dataset format of that name; the programs whose files are named.
 ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detection/inference/results.py")
-ALLOWED += ("convert_dataset.py", "detection/foreign_files.py")
+ALLOWED += ("convert_dataset.py", "detection/foreign_files.py", "detection/data/converted.py")
+ALLOWED += ("detection/data/recognition.py", "detection/data/sources.py")
 
 
 def names_of_yolo(source: str) -> list[str]:

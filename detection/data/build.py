@@ -129,7 +129,7 @@ def _open(
         columns=source.columns() if ground_truth else read_without_boxes(source.file),
         ground_truth=ground_truth,
     )
-    dataset.source_lines = source_lines(source)
+    dataset.source_lines = source_lines(source, boxes=ground_truth)
     return dataset
 
 

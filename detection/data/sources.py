@@ -125,8 +125,12 @@ def _recognised(data: DataSettings, needed: bool) -> dict[str, Source]:
         return {}
 
 
-def source_lines(*sources: Source) -> list[str]:
-    """Format what was recognised, the files used with absolute paths, and what reading left out."""
+def source_lines(*sources: Source, boxes: bool = True) -> list[str]:
+    """Format what was recognised, the files used with absolute paths, and what reading left out.
+
+    Args:
+        boxes: the files hold annotations, of which something may be left out.
+    """
     first = sources[0]
     if all(source.conversion == first.conversion and first.conversion for source in sources):
         places = ", ".join(f"{source.split} {_absolute(source.images)}" for source in sources)
@@ -138,7 +142,7 @@ def source_lines(*sources: Source) -> list[str]:
     if first.fraction is not None:
         share = f"{first.fraction[0]:g} of the images, chosen by a hash of their ids, validate"
         lines.append(f"one set only: {share}; data.validation_fraction changes it" if first.automatic else share)
-    notes = dict.fromkeys(note for source in sources for note in source.notes())
+    notes = dict.fromkeys(note for source in sources for note in source.notes()) if boxes else {}
     return [f"data        {line}" for line in [*lines, *notes]]
 
 

@@ -94,7 +94,7 @@ def test_a_sound_dataset_is_called_sound(check: Check, tmp_path: Path) -> None:
     }
     # every box is 20 x 20 and so is an anchor
     assert report["fit"] == {"image_size": 64, "boxes": 4, "mean_best_iou": 1.0, "recall_at_iou_0.5": 1.0}
-    assert "no error, no warning" in text and len(text.strip().splitlines()) == 7  # two about plan and settings
+    assert "no error, no warning" in text and len(text.strip().splitlines()) == 6  # one about the plan
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

@@ -66,7 +66,7 @@ def test_voc_by_hand(run: Run, tmp_path: Path, box: list[float], edges: tuple[st
     content["annotations"][1]["iscrowd"] = 1
     write(root / "annotations" / "instances_train.json", json.dumps(content))
     out = done(run("set", "--to", "voc"))
-    assert "1 crowd regions, written as difficult objects (train/a.png)" in out and "out/classes.txt" in out
+    assert "1 crowd regions, written as difficult objects (train/a.png)" in out and "train with data.root=out" in out
     xml = ElementTree.parse(tmp_path / "out" / "Annotations" / "a.xml").getroot()
     assert [xml.findtext(key) for key in ("filename", "size/width", "size/height", "size/depth", "segmented")] == [
         "a.png", "10", "20", "3", "0"

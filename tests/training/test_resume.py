@@ -22,7 +22,8 @@ def test_resume_takes_the_run_or_its_last_checkpoint(tmp_path: Path, default_set
         save_checkpoint(run / name, content)
 
     def resumed(path: Path) -> Path:
-        words = argparse.Namespace(resume=str(path), config=[], output=None, settings=[], accept_changes=False)
+        common = {"config": [], "output": None, "settings": [], "accept_changes": False, "extend": False}
+        words = argparse.Namespace(resume=str(path), **common)
         return open_resumed_run(words, [])[1]
 
     assert resumed(run) == resumed(run / "last.pt") == run
