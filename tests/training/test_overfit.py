@@ -54,7 +54,9 @@ def test_darknet53_overfits_one_batch_of_coco(tmp_path, capsys):
         ).losses
         if step >= 99 and step % 20 == 19:
             loader = build_evaluation_loader(dataset, 8, 0, device)
-            evaluation = evaluate(*detector, loader, dataset.annotations, device, precision)
+            evaluation = evaluate(
+                detector.model, detector.criterion, detector.postprocess, loader, dataset.annotations, device, precision
+            )
             ap50 = evaluation.metrics["AP50"]
             with capsys.disabled():
                 print(f"step {step + 1}: loss {sum(losses.values()):.2f}, AP50 {ap50:.3f}", flush=True)
