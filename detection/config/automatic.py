@@ -125,6 +125,8 @@ def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     if facts.images is None:
         return f"{fewest}ep", "the number of images is not known"
     epochs = min(max(round(IMAGES_SEEN / facts.images), fewest), most)
+    if tree["train"]["minutes"] is not None:
+        return f"{epochs}ep", ""  # `train.minutes` replaces it
     return f"{epochs}ep", f"{facts.images} training images; train.minutes=M fits the run to your time"
 
 
