@@ -23,7 +23,7 @@ from detection.training.run import Run
 from detection.training.state import RunState
 from detection.training.unreadable_images import STOP_UNREADABLE, UnreadableImages
 
-LATE, OVER = 1.01, 1.03  # shares of `train.minutes` beyond which evaluations are left out, and training ends
+LATE, OVER = 1.02, 1.03  # shares of `train.minutes` beyond which evaluations are left out, and training ends
 MIN_BAR_COLUMNS = 40  # of a terminal that gets a progress bar
 
 

@@ -206,12 +206,12 @@ def test_a_time_too_short_for_a_step_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("spent", "steps_left", "skips", "ends"),
-    [(50.0, 40, False, False), (60.0, 40, True, False), (96.0, 1, True, False), (100.0, 1, True, True)],
+    [(50.0, 40, False, False), (60.0, 40, True, False), (97.0, 1, True, False), (100.0, 1, True, True)],
 )
 def test_a_late_run_leaves_evaluations_out_and_ends(
     monkeypatch: pytest.MonkeyPatch, spent: float, steps_left: int, skips: bool, ends: bool
 ) -> None:
-    """100 s of budget, 5 s for the end, steps of 1 s: late beyond 101 s expected, over when 103 s are certain."""
+    """100 s of budget, 5 s for the end, steps of 1 s: late beyond 102 s expected, over when 103 s are certain."""
     watch = object.__new__(supervisor.Supervisor)
     watch.run = SimpleNamespace(
         steps=100, clock=Clock(0.0, 100.0, 5.0), logs_at=lambda step: True,
