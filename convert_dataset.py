@@ -84,7 +84,8 @@ def main() -> None:
             for source, source_format in zip(sources, formats, strict=True)
         ]
     except UserError:
-        print("\n".join(findings.lines(sources[0])))  # what was found before explains it
+        for line in findings.lines(sources[0]):  # what was found before explains it
+            print(line)
         raise
     files = (entry.file for dataset in datasets for entries in dataset.splits.values() for entry in entries)
     check_outside(arguments.output, {file.parent for file in files if file is not None})
@@ -205,7 +206,8 @@ def parse_shares(text: str) -> list[float] | None:
         shares = []
     if len(shares) in (2, 3) and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6):
         return shares
-    if not text or text in (".", "..") or len(words) > 1 or "\\" in text:
+    one_share = len(shares) == 1 and shares[0] <= 1
+    if not text or text in (".", "..") or len(words) > 1 or "\\" in text or one_share:
         raise SettingsError(
             f"--split {text!r}: must be a plain name, or two or three shares of train, val and test that sum to 1, as "
             "0.8/0.1/0.1"

@@ -302,6 +302,7 @@ def test_ids_and_further_keys_stay(run: Run, tmp_path: Path) -> None:
     [
         (["set"], "something to change: --split with shares"),
         (["set", "--split", "0.8/0.1"], "that sum to 1, as 0.8/0.1/0.1"),
+        (["set", "--split", "0.9"], "that sum to 1, as 0.8/0.1/0.1"),
         (["set", "--split", "80/10/10"], "that sum to 1, as 0.8/0.1/0.1"),
         (["set", "--split", "1.2/-0.2"], "that sum to 1"),
         (["set", "--split", "nan/1"], "that sum to 1"),
