@@ -32,6 +32,7 @@ Boxes that extend outside the image are not changed; those without width or heig
 import argparse
 import functools
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -295,14 +296,14 @@ def summary(dataset: ConvertedDataset, output: Path, target_format: str, images:
         lines.append(f"{split}: {len(entries)} images, {empty} of them without boxes, {boxes} boxes")
     names = dataset.names
     lines.append(f"{len(names)} classes: {name_list(names[:10])}{', ...' if len(names) > 10 else ''}")
-    words = f"data.root={output}"
+    words = [f"data.root={output}"]
     if images == "none":
         keys = {"train": "data.train_images", "val": "data.validation_images"}
-        words += "".join(f" {keys[split]}={root}" for split, root in dataset.roots.items() if split in keys)
+        words += [f"{keys[split]}={root}" for split, root in dataset.roots.items() if split in keys]
     if "val" not in dataset.splits:
-        words += " data.validation_fraction=0.1"
+        words.append("data.validation_fraction=0.1")
     trains = "train" in dataset.splits and (target_format == "coco" or images != "none")
-    lines.append(f"written to {output}" + (f"; train with {words}" if trains else ""))
+    lines.append(f"written to {output}" + (f"; train with {shlex.join(words)}" if trains else ""))
     return lines
 
 

@@ -149,6 +149,12 @@ def files_of(out: Path) -> dict[str, str]:
     return found
 
 
+def test_the_command_to_train_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    coco_set(tmp_path / "set", [(3, [0, 0, 1, 1])])
+    out = done(run("set", "--to", "voc", out="my set"))
+    assert "train with 'data.root=my set' data.validation_fraction=0.1" in out
+
+
 def test_shares_divide_by_name_and_adding_images_moves_none(run: Run, tmp_path: Path) -> None:
     names = [f"image_{number}.jpg" for number in range(60)]
     lay_out(tmp_path / "set", {**dict.fromkeys(names, ""), "image_0.txt": "0 .5 .5 1 1", "classes.txt": "cat"})
