@@ -32,6 +32,7 @@ Boxes that extend outside the image are not changed; those without width or heig
 import argparse
 import functools
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def main() -> None:
             for source, source_format in zip(sources, formats, strict=True)
         ]
     except UserError:
-        print("\n".join(findings.lines(sources[0])))  # what was found before explains it
+        for line in findings.lines(sources[0]):  # what was found before explains it
+            print(line)
         raise
     files = (entry.file for dataset in datasets for entries in dataset.splits.values() for entry in entries)
     check_outside(arguments.output, {file.parent for file in files if file is not None})
@@ -205,7 +207,8 @@ def parse_shares(text: str) -> list[float] | None:
         shares = []
     if len(shares) in (2, 3) and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6):
         return shares
-    if not text or text in (".", "..") or len(words) > 1 or "\\" in text:
+    one_share = len(shares) == 1 and shares[0] <= 1
+    if not text or text in (".", "..") or len(words) > 1 or "\\" in text or one_share:
         raise SettingsError(
             f"--split {text!r}: must be a plain name, or two or three shares of train, val and test that sum to 1, as "
             "0.8/0.1/0.1"
@@ -293,14 +296,14 @@ def summary(dataset: ConvertedDataset, output: Path, target_format: str, images:
         lines.append(f"{split}: {len(entries)} images, {empty} of them without boxes, {boxes} boxes")
     names = dataset.names
     lines.append(f"{len(names)} classes: {name_list(names[:10])}{', ...' if len(names) > 10 else ''}")
-    words = f"data.root={output}"
+    words = [f"data.root={output}"]
     if images == "none":
         keys = {"train": "data.train_images", "val": "data.validation_images"}
-        words += "".join(f" {keys[split]}={root}" for split, root in dataset.roots.items() if split in keys)
+        words += [f"{keys[split]}={root}" for split, root in dataset.roots.items() if split in keys]
     if "val" not in dataset.splits:
-        words += " data.validation_fraction=0.1"
+        words.append("data.validation_fraction=0.1")
     trains = "train" in dataset.splits and (target_format == "coco" or images != "none")
-    lines.append(f"written to {output}" + (f"; train with {words}" if trains else ""))
+    lines.append(f"written to {output}" + (f"; train with {shlex.join(words)}" if trains else ""))
     return lines
 
 

@@ -34,6 +34,8 @@ if len(sys.argv) < 3:
     sys.exit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+if about["output_kind"] != "nms":
+    sys.exit(f"{sys.argv[1]} holds {about['output_kind']} outputs; this example is for files of export.py --nms")
 photo = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
 min_score = float(sys.argv[3]) if len(sys.argv) > 3 else 0.5
 

@@ -85,7 +85,7 @@ def read_file(path: Path) -> np.ndarray:
         raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
 
 
-def read_header(encoded: np.ndarray, path: Path) -> Header | None:
+def read_header(encoded: np.ndarray, path: Path | str) -> Header | None:
     """Read the header of an image; None if Pillow does not know the format (OpenCV may).
 
     Raises:
@@ -133,7 +133,7 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
-def decode_image(encoded: np.ndarray, header: Header | None, path: Path, decoder: str = "opencv") -> np.ndarray:
+def decode_image(encoded: np.ndarray, header: Header | None, path: Path | str, decoder: str = "opencv") -> np.ndarray:
     """Decode the bytes of an image file; arguments, result and errors as in `read_image`."""
     # OpenCV fills the missing rest of some truncated files with grey; a complete file has its end marker.
     for name, (start, end) in MARKERS.items():

@@ -98,7 +98,7 @@ class Detections:
             raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
         return path
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | np.ndarray | None = None) -> list[dict[str, Any]]:
         """Format the objects as rows of a COCO result file: boxes [x, y, width, height] in pixels.
 
         Args:
@@ -109,11 +109,17 @@ class Detections:
         Raises:
             SettingsError: not one id per class.
         """
-        ids = category_ids or self.category_ids or range(len(self.class_names))
+        ids = self.category_ids if category_ids is None else category_ids
+        ids = range(len(self.class_names)) if ids is None else ids
         if len(ids) != len(self.class_names):
             raise SettingsError(f"category_ids: {len(ids)} ids for {len(self.class_names)} classes")
         return [
-            {"image_id": image_id, "category_id": int(ids[label]), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            {
+                "image_id": int(image_id),
+                "category_id": int(ids[label]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
             for (x1, y1, x2, y2), score, label, _ in self
         ]
 

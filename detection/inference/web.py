@@ -68,7 +68,7 @@ def read_picture(url: str) -> np.ndarray:
         reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
         raise DataReadError(f"{name}: cannot be read: {reason or type(error).__name__}") from None
     encoded = np.frombuffer(bytes(content), dtype=np.uint8)
-    return decode_image(encoded, read_header(encoded, Path(name)), Path(name))
+    return decode_image(encoded, read_header(encoded, name), name)
 
 
 def _open(url: str) -> Any:

@@ -16,7 +16,8 @@ def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
             if any(wanted.iterdir()):
-                raise OutputError(f"--output {wanted} is not empty; to continue that run use --resume {wanted}")
+                hint = f"; to continue that run use --resume {wanted}" if (wanted / "last.pt").exists() else ""
+                raise OutputError(f"--output {wanted} is not empty{hint}")
             return wanted
         name = f"{datetime.datetime.now():%y%m%d-%H%M%S}_{name}"
         logs.mkdir(parents=True, exist_ok=True)
@@ -28,4 +29,4 @@ def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
                 return directory
         raise OutputError(f"{logs / name} and 98 more of that name exist")
     except OSError as error:
-        raise OutputError(f"run directory cannot be made: {error}") from None
+        raise OutputError(f"directory {error.filename} cannot be made: {error.strerror}") from None

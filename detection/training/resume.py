@@ -75,7 +75,7 @@ def open_resumed_run(
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
     if arguments.resume:
         directory = Path(arguments.resume)
-        if directory.suffix == ".pt" and directory.is_file():
+        if directory.is_file():
             if directory.name != "last.pt":
                 raise SettingsError(f"--resume {directory}: a run is continued from its last.pt")
             directory = directory.parent

@@ -120,7 +120,7 @@ def test_pictures_beside_files_and_broken_addresses(server: Server, run_detect: 
     assert len(lines) == 5 and "5 left out" in result.stdout
     expected = {"silent.png": "timed out", "gone.jpg": "404", "short.png": "", "page.png": "", "closed.png": "refused"}
     for line, (name, reason) in zip(lines, expected.items(), strict=True):
-        assert line.startswith("left out: ") and name in line and reason in line, line
+        assert line.startswith("left out: ") and f"/{name}" in line and reason in line and "http://" in line, line
 
 
 def test_passwords_are_used_but_not_shown(server: Server, run_detect: Run, tmp_path: Path) -> None:

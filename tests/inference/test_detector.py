@@ -137,6 +137,7 @@ def test_drawing_and_coco_rows(directory: Path, detector: Any, tmp_path: Path) -
     assert rows[7]["bbox"] == pytest.approx([96, 0, 32, 32], abs=0.01) and rows[7]["image_id"] == 42
     assert json.loads(json.dumps(list(rows.values())))
     assert {row["category_id"] for row in found.to_coco(1, [10, 20])} == {10, 20}
+    assert json.dumps(found.to_coco(np.int64(1), np.array([10, 20]))) == json.dumps(found.to_coco(1, [10, 20]))
     with pytest.raises(SettingsError, match="1 ids for 2 classes"):
         found.to_coco(1, [10])
     assert repr(found) == "<2 detections in an image of 128 x 128 pixels>"
@@ -192,16 +193,22 @@ def test_torch_hub(directory: Path) -> None:
 
 
 def test_the_notebook_runs(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cells, in order, on the hand-made network and a picture where `make train` leaves its own."""
+    """Its cells, in order, in a checkout with the hand-made network and pictures where `make train` leaves its own.
+
+    Jupyter starts a notebook in the folder that holds it.
+    """
     shutil.copytree(directory / "240224-211713_quickstart", tmp_path / "logs" / "240224-211713_quickstart")
     (tmp_path / "data" / "digits" / "val").mkdir(parents=True)
     for number in range(2):
         shutil.copy(directory / "photo.png", tmp_path / "data" / "digits" / "val" / f"{number}.png")
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(REPOSITORY / "hubconf.py", tmp_path)
+    monkeypatch.chdir(tmp_path / "docs")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     cells = json.loads((REPOSITORY / "docs" / "example.ipynb").read_text())["cells"]
     names: dict[str, Any] = {}
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert_both_found(names["detections"])
-    assert os.path.getsize("detections.png") > 0
+    assert os.path.getsize(tmp_path / "detections.png") > 0

@@ -149,6 +149,12 @@ def files_of(out: Path) -> dict[str, str]:
     return found
 
 
+def test_the_command_to_train_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    coco_set(tmp_path / "set", [(3, [0, 0, 1, 1])])
+    out = done(run("set", "--to", "voc", out="my set"))
+    assert "train with 'data.root=my set' data.validation_fraction=0.1" in out
+
+
 def test_shares_divide_by_name_and_adding_images_moves_none(run: Run, tmp_path: Path) -> None:
     names = [f"image_{number}.jpg" for number in range(60)]
     lay_out(tmp_path / "set", {**dict.fromkeys(names, ""), "image_0.txt": "0 .5 .5 1 1", "classes.txt": "cat"})
@@ -302,6 +308,7 @@ def test_ids_and_further_keys_stay(run: Run, tmp_path: Path) -> None:
     [
         (["set"], "something to change: --split with shares"),
         (["set", "--split", "0.8/0.1"], "that sum to 1, as 0.8/0.1/0.1"),
+        (["set", "--split", "0.9"], "that sum to 1, as 0.8/0.1/0.1"),
         (["set", "--split", "80/10/10"], "that sum to 1, as 0.8/0.1/0.1"),
         (["set", "--split", "1.2/-0.2"], "that sum to 1"),
         (["set", "--split", "nan/1"], "that sum to 1"),

@@ -575,7 +575,7 @@ def test_refused_in_one_line(run: Run, tmp_path: Path, words: list[str], code: i
     before = tree(tmp_path)
     result = run(*words) if "--output" not in words else run(*words[:-2], out=words[-1])
     assert result.returncode == code and part in result.stderr, result
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and "" not in result.stdout.splitlines()
     assert tree(tmp_path) == before, "nothing is written, nothing is left"
 
 

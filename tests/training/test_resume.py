@@ -29,5 +29,8 @@ def test_resume_takes_the_run_or_its_last_checkpoint(tmp_path: Path, default_set
     assert resumed(run) == resumed(run / "last.pt") == run
     with pytest.raises(SettingsError, match=r"best\.pt: a run is continued from its last\.pt$"):
         resumed(run / "best.pt")
+    (run / "train.log").write_text("x")
+    with pytest.raises(SettingsError, match=r"train\.log: a run is continued from its last\.pt$"):
+        resumed(run / "train.log")
     with pytest.raises(CheckpointError, match="does not exist"):
         resumed(tmp_path / "gone" / "last.pt")

@@ -381,6 +381,13 @@ def test_consumer_example_finds_what_detect_finds(run: Run, exported, drawn_data
         assert min(gaps) < 0.06
 
 
+def test_consumer_example_says_which_file_it_needs(exported) -> None:
+    command = [sys.executable, REPOSITORY / "docs" / "onnx_example.py", exported("decoded"), "photo.jpg"]
+    example = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert example.returncode == 1 and len(example.stderr.splitlines()) == 1
+    assert "decoded outputs; this example is for files of export.py --nms" in example.stderr
+
+
 @pytest.mark.parametrize(
     "sizes", [(640, 480, 416, 312), (50, 31, 96, 60), (500, 375, 250, 96), (96, 1, 60, 1), (7, 9, 7, 9)]
 )

@@ -1,0 +1,26 @@
+"""Run directories: what is refused, in one line that names what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from detection.errors import OutputError
+from detection.runtime.run_directory import new_run_directory
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "message"),
+    [
+        (["out/detections.json"], "out", "--output {out} is not empty"),
+        (["out/last.pt"], "out", "--output {out} is not empty; to continue that run use --resume {out}"),
+        (["out"], "out", "directory {out} cannot be made: File exists"),
+        (["out"], "out/below", "directory {out}/below cannot be made: Not a directory"),
+    ],
+)
+def test_refused_directories(tmp_path: Path, files: list[str], wanted: str, message: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(OutputError) as raised:
+        new_run_directory(tmp_path, "name", tmp_path / wanted)
+    assert str(raised.value) == message.format(out=tmp_path / "out")
