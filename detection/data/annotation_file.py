@@ -166,7 +166,8 @@ def check_lists(content: Any, where: str) -> None:
         raise DataError(f"{where}: not a COCO annotation file, which is an object with the lists {', '.join(LISTS)}")
     for key in LISTS:
         if not isinstance(content.get(key), list):
-            raise DataError(f"{where}: has no list {key!r}; is this a COCO annotation file?")
+            hint = " (validation.py --no-ground-truth detects without)" if key == "annotations" else ""
+            raise DataError(f"{where}: has no list {key!r}{hint}; is this a COCO annotation file?")
 
 
 def build_columns(content: dict[str, list[Any]]) -> Columns:

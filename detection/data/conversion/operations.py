@@ -28,11 +28,34 @@ def merge_datasets(datasets: Sequence[ConvertedDataset], findings: Findings) -> 
             merged.headers.setdefault(split, dataset.headers.get(split, {}))
         for name, category in dataset.categories.items():
             merged.categories.setdefault(name, category)
+    note_shared_images(merged, findings)
     for name, count in counts.items():
         findings.note(
             "classes joined from several sources by their name" if count > 1 else "classes of one source", name
         )
     return merged
+
+
+def note_shared_images(dataset: ConvertedDataset, findings: Findings) -> None:
+    """Note images that stand in several splits: what is trained on must not validate. Equal are size and content."""
+    places: dict[tuple[int, int, int, str], list[str]] = defaultdict(list)
+    sizes = Counter(
+        (entry.width, entry.height, entry.file.stat().st_size)
+        for entries in dataset.splits.values()
+        for entry in entries
+        if entry.file is not None
+    )
+    for split, entries in dataset.splits.items():
+        for entry in entries:
+            if entry.file is None:
+                continue
+            size = (entry.width, entry.height, entry.file.stat().st_size)
+            if sizes[size] > 1:  # only then the content is read
+                digest = hashlib.sha256(entry.file.read_bytes()).hexdigest()
+                places[*size, digest].append(f"{split}/{entry.name}")
+    for found in places.values():
+        if len({place.partition("/")[0] for place in found}) > 1:
+            findings.note("images that stand in several splits; --split divides anew", " and ".join(found))
 
 
 def rename_classes(dataset: ConvertedDataset, new_names: Mapping[str, str], findings: Findings) -> None:
