@@ -69,7 +69,8 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
             f"model.num_classes is {num_classes}, but {source.file} has {len(names)} categories: {name_list(names)}"
         )
     if not len(dataset.annotations.labels):
-        raise DataError(f"{source.file}: no usable box in any training image")
+        why = [*source.notes(), *(f"left out: {line}" for line in dataset.annotations.counts.lines())]
+        raise DataError("; ".join([f"{source.file}: no usable box in any training image", *why]))
     dataset.annotations = annotations = choose_training_images(dataset.annotations, data)
     dataset.cache = build_cache(data, dataset.decoder, dataset.image_root, annotations.file_names, len(annotations))
     return dataset
