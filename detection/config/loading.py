@@ -1,6 +1,7 @@
 """Merge args.yaml, overlays, `key=value` words and flags into one validated `Settings`."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,11 @@ PEER_NAMES = {
     "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
     "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
 }
+# Paths that may begin with ~, which a shell leaves in key=value words.
+PATHS = (
+    *("data.root", "data.train_annotations", "data.train_images", "data.validation_annotations"),
+    *("data.validation_images", "data.cache_path", "run.logs_path", "model.pretrained", "model.cfg"),
+)
 # Read by every script, or given to every script together.
 INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes", "evaluation.image_size")
 LIKENESS = 0.6  # of a name that is suggested
@@ -195,6 +201,10 @@ def merge_settings(
         claim(given, flag)
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
+    for path in PATHS:
+        section, _, name = path.partition(".")
+        if isinstance(value := tree[section][name], str):
+            tree[section][name] = os.path.expanduser(value)
     tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
     return tree, notices, list(given)
 

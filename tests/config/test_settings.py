@@ -169,6 +169,12 @@ def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
         assert "." not in flat and flat not in Settings.model_fields
 
 
+def test_a_path_may_begin_with_the_home_directory(monkeypatch) -> None:
+    """No shell expands the ~ of data.root=~/mine."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load("data.root=~/mine").data.root == "/home/me/mine"
+
+
 # --- unknown keys ---
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, flatten_annotations, load_annotations
-from detection.data.build import build_datasets
+from detection.data.build import build_datasets, read_training_annotations
 from detection.data.conversion.coco import read_coco
 from detection.data.conversion.dataset import Findings as ConversionFindings
 from detection.data.sources import find_source, source_lines
@@ -465,6 +465,11 @@ def test_training_images_are_chosen(tmp_path: Path, default_settings: Load) -> N
         training, validation = build_datasets(data, 0, None)
         assert training.annotations.image_ids.tolist() == ids and len(validation.annotations) == 8
         assert [training.annotations.file_name(k) for k in range(len(ids))] == [names[number] for number in ids]
+    data = default_settings(f"data.root={tmp_path}", "data.skip_empty=true").data
+    lay_out(tmp_path, "annotations/instances_train.json", content=box("0.png") | {"annotations": []})
+    assert len(read_training_annotations(data)) == 1
+    with pytest.raises(DataError, match="no usable box in any training image"):
+        build_datasets(data, 0, None)
 
 
 SCRIPTS = {  # words, and what the output says besides the line about the data

@@ -84,6 +84,7 @@ def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named:
     ("words", "line"),
     [
         (("train.steps=9",), "the warm-up takes 1000 of 9 steps"),
+        (("scheduler.strategy=StepLR", "scheduler.step_size=5", "train.steps=4000"), "it falls before the warm-up"),
         (("train.steps=3001ep",), "3001 epochs over the same 9 images"),
         (("train.steps=30",), "no evaluation before the end of the run"),
         (("data.augmentation.vertical_flip.p=0.5", "data.class_names=[dog]"), "vertical_flip turns images upside down"),
