@@ -11,7 +11,13 @@ from detection.data.coco_files import describe_missing, find_coco_files, find_im
 from detection.data.conversion.dataset import images_inside
 from detection.data.conversion.voc import has_annotations
 from detection.data.conversion.yolo_labels import has_labels
-from detection.data.conversion.yolo_layout import DESCRIPTIONS, describe_folders, find_descriptions, names_of_files
+from detection.data.conversion.yolo_layout import (
+    DESCRIPTIONS,
+    describe_folders,
+    find_descriptions,
+    names_of_files,
+    subfolders,
+)
 from detection.data.converted import ALL, Conversion, folder_stamp, read_converted
 from detection.errors import DataError
 
@@ -155,10 +161,14 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _has_own_images(root: Path) -> bool:
-    """Whether a folder is a dataset of its own rather than one that holds datasets: class names, images or splits."""
+    """Whether a folder is a dataset of its own rather than one that holds datasets: class names, images or splits.
+
+    A picture alone does not make one, beside a readme for example: labels lie beside it or in labels/.
+    """
+    labels = any(file.suffix.lower() == ".txt" for file in root.iterdir()) or subfolders(root, "labels")
     return (
         names_of_files(root) is not None
-        or bool(images_inside(root))
+        or bool(labels and images_inside(root))
         or describe_folders(root, ALL).places != {ALL: [root]}
     )
 

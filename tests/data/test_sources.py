@@ -154,6 +154,7 @@ IMAGES_OF = {  # where the images of the training set must be found, below the r
     "YOLO further down": (
         [
             *(
+                "logo.png",
                 "set/images/train/x.png",
                 f"set/labels/train/x.txt:{LINE}",
                 "set/data.yaml:train: images/train|names: [a]",
