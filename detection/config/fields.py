@@ -11,9 +11,9 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_device(value: str) -> str:
+def check_device(value: Any) -> Any:
     """Check the name of a device; whether this machine has it is checked by `choose_device`."""
-    if not re.fullmatch(r"auto|cpu|mps|hpu|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|mps|hpu|cuda(:\d+)?", str(value)):  # 0 is ultralytics' cuda:0
         raise ValueError("must be auto, cpu, cuda, cuda:N, mps or hpu")
     return value
 

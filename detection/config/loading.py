@@ -1,6 +1,7 @@
 """Merge args.yaml, overlays, `key=value` words and flags into one validated `Settings`."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ REPLACED_NAMES = {
     "val_ratio": "the whole validation set is evaluated",
     "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
+    "close_mosaic": "leave it out, there is no mosaic",
+    "mosaic": "leave it out, there is no mosaic",
 }
 
 # Keys of other programs' command lines and files (ultralytics, Darknet, mmdetection) -> what to write here.
@@ -75,14 +78,15 @@ PEER_NAMES = {
     "workers": "data.num_workers",
     "data": "data.root, a folder or its data.yaml",
     "source": "data.root, a folder or its data.yaml",
+    "names": "data.class_names",
+    "nc": "model.num_classes",
     "model": "model.backbone, or model.cfg for a Darknet network",
     "weights": "model.pretrained",
     "pretrained": "model.pretrained",
     "freeze": "train.unfreeze_step",
+    "fraction": "data.max_train_images, a number of images",
     "cos_lr": "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
     "multi_scale": "train.resize_frequency and train.multiscale_sizes",
-    "close_mosaic": "nothing: there is no mosaic",
-    "mosaic": "nothing: there is no mosaic",
     "patience": "train.patience",
     "save_period": "train.save_frequency",
     "name": "run.name",
@@ -97,6 +101,11 @@ PEER_NAMES = {
     "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
     "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
 }
+# Paths that may begin with ~, which a shell leaves in key=value words.
+PATHS = (
+    *("data.root", "data.train_annotations", "data.train_images", "data.validation_annotations"),
+    *("data.validation_images", "data.cache_path", "run.logs_path", "model.pretrained", "model.cfg"),
+)
 # Read by every script, or given to every script together.
 INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes", "evaluation.image_size")
 LIKENESS = 0.6  # of a name that is suggested
@@ -192,6 +201,10 @@ def merge_settings(
         claim(given, flag)
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
+    for path in PATHS:
+        section, _, name = path.partition(".")
+        if isinstance(value := tree[section][name], str):
+            tree[section][name] = os.path.expanduser(value)
     tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
     return tree, notices, list(given)
 
@@ -264,6 +277,8 @@ def validate(tree: dict[str, Any]) -> Settings:
             )
             path = re.sub(r"\.(int|str|literal\[.*\])$", "", path)
             message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            if item["type"] == "string_type" and item["input"] is not None:
+                message += ", in quotes: YAML reads this as another type"
             if not path:
                 line = message
             elif isinstance(item["input"], dict | BaseModel):
@@ -332,8 +347,8 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     if key not in known:
         if key in REPLACED_NAMES:
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
-        if key in PEER_NAMES:
-            raise SettingsError(f"{where}: {key} has another name here: use {PEER_NAMES[key]}")
+        if peer := PEER_NAMES.get(key) or PEER_NAMES.get(key.rpartition(".")[2]):  # train.lr0 too
+            raise SettingsError(f"{where}: {key} has another name here: use {peer}")
         if any(path.startswith(f"{key}.") for path in known):
             raise SettingsError(f"{where}: {key} is a section, not a value")
         nearest = nearest_name(key, known)
@@ -351,13 +366,21 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
 
 
 def nearest_name(key: str, known: Sequence[str]) -> str | None:
-    """Find the setting whose path, or whose last part, is spelled most like `key`; None: none is alike."""
-    spellings = [*known, *MOVED_NAMES]
+    """Find the setting whose last part, or whose path, is spelled most like `key`; None: none is alike.
+
+    A path is alike only if its last part is: a section in common is no likeness.
+    """
+    spellings, last = [*known, *MOVED_NAMES], key.rpartition(".")[2]
     last_parts = [path.rpartition(".")[2] for path in spellings]
-    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.75)
-    by_path = difflib.get_close_matches(key, [*spellings, *FLAT_NAMES], n=1, cutoff=LIKENESS)
+    by_last_part = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.75)
+    alike = [
+        path
+        for path in (*spellings, *FLAT_NAMES)
+        if difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio() >= LIKENESS
+    ]
+    by_path = difflib.get_close_matches(key, alike, n=1, cutoff=LIKENESS)
     nearest = spellings[last_parts.index(by_last_part[0])] if by_last_part else next(iter(by_path), None)
-    return None if nearest is None else MOVED_NAMES.get(nearest, nearest)
+    return None if nearest is None else (MOVED_NAMES | FLAT_NAMES).get(nearest, nearest)
 
 
 def tuples_of(value: Any) -> Any:

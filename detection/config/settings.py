@@ -47,7 +47,7 @@ class RunSettings(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None
     logs_path: str
-    device: Annotated[str, AfterValidator(check_device)]
+    device: Annotated[str, BeforeValidator(check_device)]
     lazy: bool
     compile: bool
     deterministic: bool

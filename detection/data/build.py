@@ -68,9 +68,10 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
         raise DataError(
             f"model.num_classes is {num_classes}, but {source.file} has {len(names)} categories: {name_list(names)}"
         )
-    if not len(dataset.annotations.labels):
-        raise DataError(f"{source.file}: no usable box in any training image")
     dataset.annotations = annotations = choose_training_images(dataset.annotations, data)
+    if not len(annotations.labels):
+        why = [*source.notes(), *(f"left out: {line}" for line in annotations.counts.lines())]
+        raise DataError("; ".join([f"{source.file}: no usable box in any training image", *why]))
     dataset.cache = build_cache(data, dataset.decoder, dataset.image_root, annotations.file_names, len(annotations))
     return dataset
 
@@ -87,7 +88,7 @@ def read_training_annotations(data: DataSettings) -> Annotations:
 
 def choose_training_images(annotations: Annotations, data: DataSettings) -> Annotations:
     """Apply `data.skip_empty`, then `data.max_train_images`."""
-    if data.skip_empty:
+    if data.skip_empty and len(annotations.labels):  # none at all is reported by who uses them
         annotations = select_images(annotations, np.flatnonzero(np.diff(annotations.first_box)))
     return evenly(annotations, data.max_train_images)
 

@@ -20,7 +20,8 @@ from detection.data.conversion.yolo import read_yolo
 from detection.errors import DataError
 
 ALL = "all"  # name of the only split of a dataset
-MAX_MISSING = 0.1  # share of the image files that may be missing
+MAX_MISSING = 0.1  # share of the image files that may be missing, and that may be damaged
+MISSING, UNREADABLE = "whose file is missing", "that cannot be read"  # images, as `read_image_size` says it
 
 
 class Conversion(NamedTuple):
@@ -85,10 +86,11 @@ def _read(key: Conversion, findings: Findings) -> ConvertedDataset:
         lost = [entry for entry in gone if split_of(entry) == split]
         if lost and not (split == "val" and key.fraction_given):
             raise DataError(f"{key.source}: {lost[0]} does not exist")
-    missing = findings.skipped.get("images whose file is missing", [])
-    total = len(missing) + sum(map(len, dataset.splits.values()))
-    if len(missing) > MAX_MISSING * total:
-        raise DataError(f"{key.source}: {len(missing)} of {total} image files are missing, such as {missing[0]}")
+    missing, unreadable = (findings.skipped.get(f"images {reason}", []) for reason in (MISSING, UNREADABLE))
+    total = len(missing) + len(unreadable) + sum(map(len, dataset.splits.values()))
+    for places, what in ((missing, "are missing"), (unreadable, "cannot be read")):
+        if len(places) > MAX_MISSING * total:
+            raise DataError(f"{key.source}: {len(places)} of {total} image files {what}, such as {places[0]}")
     if not any(dataset.splits.values()):
         raise DataError(f"{key.source}: no usable image of the training or validation set")
     dataset.splits = {split: entries for split, entries in dataset.splits.items() if entries}

@@ -8,9 +8,16 @@ from detection.data.annotation_file import Columns
 from detection.data.annotations import read_annotations
 from detection.data.box_meanings import IGNORE
 from detection.data.coco_files import describe_missing, find_coco_files, find_image_directory, split_in
+from detection.data.conversion.dataset import images_inside
 from detection.data.conversion.voc import has_annotations
 from detection.data.conversion.yolo_labels import has_labels
-from detection.data.conversion.yolo_layout import DESCRIPTIONS, find_descriptions
+from detection.data.conversion.yolo_layout import (
+    DESCRIPTIONS,
+    describe_folders,
+    find_descriptions,
+    names_of_files,
+    subfolders,
+)
 from detection.data.converted import ALL, Conversion, folder_stamp, read_converted
 from detection.errors import DataError
 
@@ -106,9 +113,13 @@ def recognise(root: Path, data: DataSettings) -> dict[str, Source]:
                     else f" ({root.absolute()}); it names a folder, or its data.yaml, .data or JSON file"
                 )
             )
-        if found := _recognise_folder(root, data):
+        if found := _recognise_folder(root, data) or (_has_own_images(root) and _loose(root, data)):
             return found
-        below = _nested(root, data)
+        below, refusals = _nested(root, data)
+        if not below and refusals:
+            raise refusals[0]
+        if not below and (found := _loose(_innermost(root), data)):
+            return found
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -125,18 +136,48 @@ def recognise(root: Path, data: DataSettings) -> dict[str, Source]:
     )
 
 
-def _nested(root: Path, data: DataSettings, levels: int = 2) -> dict[Path, dict[str, Source]]:
-    """Datasets in the folders of a folder, as archives are unpacked: VOCdevkit/VOC2007."""
-    datasets = {}
-    for path in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+def _nested(root: Path, data: DataSettings, levels: int = 2) -> tuple[dict[Path, dict[str, Source]], list[DataError]]:
+    """Datasets in the folders of a folder, as archives are unpacked: VOCdevkit/VOC2007; and why others are none."""
+    datasets, refusals = {}, []
+    for path in _folders(root):
         try:
-            if found := _recognise_folder(path, data):
-                datasets[path] = found
-            elif levels > 1:
-                datasets |= _nested(path, data, levels - 1)
-        except DataError:
+            found = _recognise_folder(path, data)
+            if not found and names_of_files(path) is not None:
+                found = _loose(path, data)
+        except DataError as error:
+            refusals.append(error)
             continue
-    return datasets
+        if found:
+            datasets[path] = found
+        elif levels > 1:
+            deeper = _nested(path, data, levels - 1)
+            datasets |= deeper[0]
+            refusals += deeper[1]
+    return datasets, refusals
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _has_own_images(root: Path) -> bool:
+    """Whether a folder is a dataset of its own rather than one that holds datasets: class names, images or splits.
+
+    A picture alone does not make one, beside a readme for example: labels lie beside it or in labels/.
+    """
+    labels = any(file.suffix.lower() == ".txt" for file in root.iterdir()) or subfolders(root, "labels")
+    return (
+        names_of_files(root) is not None
+        or bool(labels and images_inside(root))
+        or describe_folders(root, ALL).places != {ALL: [root]}
+    )
+
+
+def _innermost(root: Path) -> Path:
+    """The folder, or the only one in it, and so on, that is a dataset of its own."""
+    while not _has_own_images(root) and len(folders := _folders(root)) == 1:
+        root = folders[0]
+    return root
 
 
 def _recognise_file(file: Path, data: DataSettings) -> dict[str, Source]:
@@ -152,7 +193,7 @@ def _recognise_file(file: Path, data: DataSettings) -> dict[str, Source]:
 
 
 def _recognise_folder(root: Path, data: DataSettings) -> dict[str, Source]:
-    """The sets of a folder; none: not recognised. Label files without a description count where nothing else is."""
+    """The sets of a folder by its signs; none: not recognised."""
     asked = data.format
     coco = find_coco_files(root) if asked in ("auto", "coco") else {}
     descriptions = find_descriptions(root) if asked in ("auto", "yolo") else []
@@ -170,9 +211,12 @@ def _recognise_folder(root: Path, data: DataSettings) -> dict[str, Source]:
         return {split or ALL: coco_source(file, root, "", data) for split, file in coco.items()}
     if voc:
         return _convert(root, "voc", data)
-    if descriptions or (asked in ("auto", "yolo") and has_labels(root)):
-        return _convert(root, "yolo", data)
-    return {}
+    return _convert(root, "yolo", data) if descriptions else {}
+
+
+def _loose(root: Path, data: DataSettings) -> dict[str, Source]:
+    """The sets of a folder of images and label files without a description, which count where nothing else is."""
+    return _convert(root, "yolo", data) if data.format in ("auto", "yolo") and has_labels(root) else {}
 
 
 def _convert(source: Path, kind: str, data: DataSettings) -> dict[str, Source]:

@@ -53,7 +53,8 @@ def find_source(data: DataSettings, split: str) -> Source:
         return train
     if share is None:
         raise DataError(
-            f"{train.file}: one image cannot be training and validation set; set data.validation_annotations"
+            f"{train.file}: has too few images to be divided into training and validation set; "
+            "set data.validation_annotations"
         )
     return replace(train, split=split, fraction=(share, split == "validation"), automatic=not given)
 

@@ -91,7 +91,8 @@ def load_run_settings(
         path for path in given if path in LIMITED and strategy not in LIMITED[path] and "scheduler" not in unused
     ]
     if foreign:
-        notices.append(f"warning: {', '.join(foreign)} has no effect with scheduler.strategy = {strategy}")
+        verb = "has" if len(foreign) == 1 else "have"
+        notices.append(f"warning: {', '.join(foreign)} {verb} no effect with scheduler.strategy = {strategy}")
     return settings, notices + unused_notice(given, unused)
 
 

@@ -17,6 +17,7 @@ from detection.training.supervisor import Supervisor
 from detection.training.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
 
 LONG_WARMUP = 3  # a warm-up of more than a third of the run is named
+LOW_RATE = 10  # a rate that never reaches a tenth of its setting too
 MANY_EPOCHS = 1000
 # Classes of photographs taken upright, by their usual names.
 UPRIGHT = frozenset(
@@ -107,11 +108,16 @@ def plan_warnings(run: Run) -> list[str]:
     shown = range(0, steps, max(steps // 1000, 1))
     if steps and not any(run.schedule.at(step, group) for step in shown for group in ("weights", BIAS_GROUP)):
         raise SettingsError("the learning rate is 0 in every step: nothing would be learned; see train.learning_rate")
-    warnings = []
+    warnings, highest = [], max(map(run.schedule.at, shown), default=0.0)
     if run.schedule.warmup > steps / LONG_WARMUP:
         warnings.append(
             f"the warm-up takes {run.schedule.warmup} of {steps} steps, so the learning rate reaches only "
-            f"{max(map(run.schedule.at, shown)):.2g}; a tenth is usual: scheduler.warmup=auto"
+            f"{highest:.2g}; a tenth is usual: scheduler.warmup=auto"
+        )
+    elif highest < settings.train.learning_rate / LOW_RATE:
+        warnings.append(
+            f"the learning rate reaches only {highest:.2g}, of {settings.train.learning_rate:g}: it falls before the "
+            f"warm-up of {run.schedule.warmup} steps ends"
         )
     if epochs > MANY_EPOCHS:
         warnings.append(

@@ -164,8 +164,14 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
     Raises:
         CheckpointError: the classes differ.
         DataError: the annotations differ.
-        SettingsError: the number of processes, the precision or the image decoder differs.
+        SettingsError: the number of processes, the precision or the image decoder differs, or a run that is extended in
+            epochs is not longer in steps.
     """
+    if (extended := checkpoint.get("extended")) and run.steps <= extended[-1][0]:
+        raise SettingsError(
+            f"--extend: train.steps = {extended[-1][2]} are {run.steps} steps, not more than the {extended[-1][0]} "
+            "that are done"
+        )
     if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
             f"{directory}: trained on the classes {name_list(checkpoint['categories']['names'])}, "

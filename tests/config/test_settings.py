@@ -169,6 +169,12 @@ def test_every_flat_name_leads_to_a_setting_and_hides_none() -> None:
         assert "." not in flat and flat not in Settings.model_fields
 
 
+def test_a_path_may_begin_with_the_home_directory(monkeypatch) -> None:
+    """No shell expands the ~ of data.root=~/mine."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load("data.root=~/mine").data.root == "/home/me/mine"
+
+
 # --- unknown keys ---
 
 
@@ -279,7 +285,15 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["scheduler.strategy=StepLR"], ["needs a step_size above 0"]),
         (["lr0=0.01"], ["train.learning_rate"]),
         (["imgsz=640"], ["train.image_size"]),
+        (["train.lr0=0.01"], ["train.learning_rate"]),
+        (["fraction=0.5"], ["data.max_train_images"]),
+        (["close_mosaic=10"], ["leave it out"]),
+        (["run.device=0"], ["cuda:N"]),
+        (["data.class_names=[010, b]"], ["in quotes"]),
+        # a section in common is no likeness
         (["colour=1"], ["args.yaml lists all"]),
+        (["data.val=1"], ["args.yaml lists all"]),
+        (["train.mixup=1"], ["args.yaml lists all"]),
         (["data.class_names=[a, b]", "model.num_classes=3"], ["2", "model.num_classes", "3"]),
         (["data.class_names=[a, b, a]"], ["twice"]),
         (["model.backbone=resnet"], ["resnet", "darknet"]),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, flatten_annotations, load_annotations
-from detection.data.build import build_datasets
+from detection.data.build import build_datasets, read_training_annotations
 from detection.data.conversion.coco import read_coco
 from detection.data.conversion.dataset import Findings as ConversionFindings
 from detection.data.sources import find_source, source_lines
@@ -151,6 +151,22 @@ IMAGES_OF = {  # where the images of the training set must be found, below the r
         ["unpacked/annotations/instances_train.json", "unpacked/train/x.png"],
         "unpacked/train",
     ),
+    "YOLO further down": (
+        [
+            *(
+                "logo.png",
+                "set/images/train/x.png",
+                f"set/labels/train/x.txt:{LINE}",
+                "set/data.yaml:train: images/train|names: [a]",
+            ),
+            *("set/images/val/y.png", f"set/labels/val/y.txt:{LINE}"),
+        ],
+        "set/images/train",
+    ),
+    "YOLO folders further down": (
+        ["set/images/train/x.png", f"set/labels/train/x.txt:{LINE}", "set/images/val/y.png", "set/labels/val/y.txt: "],
+        "set/images/train",
+    ),
     "FiftyOne's splits": (["train/labels.json", "train/data/x.png", "test/labels.json"], "train/data"),
     # faults 2 and 9: labels and images that one rule does not find
     "JPEGImages": (["JPEGImages/x.png", f"labels/x.txt:{LINE}"], "JPEGImages"),
@@ -216,6 +232,16 @@ REFUSED = {  # files, words, parts of the message; ROOT is the folder
         ["a/b.json", "c/b.json", "a/x.png", "c/x.png"],
         ["format=coco"],
         ["several COCO files", "a/b.json, c/b.json"],
+    ),
+    "two datasets of YOLO": (
+        [f"{d}/{f}" for d in "ac" for f in (*YOLO, f"data.yaml:train: images|names: [{d}]")],
+        [],
+        ["several datasets: ROOT/a, ROOT/c"],
+    ),
+    "a broken dataset further down": (
+        [*(f"set/{file}" for file in YOLO), "set/data.yaml:train: gone|names: [a]"],
+        [],
+        ["ROOT/set/data.yaml: names no images", "train: gone"],
     ),
     "only validation": (
         ["annotations/instances_val.json", "val/x.png"],
@@ -285,6 +311,16 @@ REFUSED = {  # files, words, parts of the message; ROOT is the folder
         [*YOLO, "data.yaml:train: images|val: gone|names: [a]"],
         [],
         ["val: gone does not exist"],
+    ),
+    "no usable box": (
+        ["images/x.png", "labels/x.txt:7 0.5 0.5 0.5 0.5", "v/x.png", f"v/x.txt:{LINE}", SPLITS_YAML],
+        [],
+        ["no usable box", "left out: 1 lines whose class does not exist (labels/x.txt:1)"],
+    ),
+    "images that are none": (
+        [*YOLO, "images/y.jpeg:hello", TRAIN_YAML, f"labels/y.txt:{LINE}"],
+        [],
+        ["1 of 2 image files cannot be read, such as ROOT/images/y.jpeg;"],
     ),
     "images of a list that are not there": (
         ["train.txt:p/x.png|p/lost.png", "p/x.png", f"p/x.txt:{LINE}", "data.yaml:train: train.txt|names: [a]"],
@@ -430,6 +466,11 @@ def test_training_images_are_chosen(tmp_path: Path, default_settings: Load) -> N
         training, validation = build_datasets(data, 0, None)
         assert training.annotations.image_ids.tolist() == ids and len(validation.annotations) == 8
         assert [training.annotations.file_name(k) for k in range(len(ids))] == [names[number] for number in ids]
+    data = default_settings(f"data.root={tmp_path}", "data.skip_empty=true").data
+    lay_out(tmp_path, "annotations/instances_train.json", content=box("0.png") | {"annotations": []})
+    assert len(read_training_annotations(data)) == 1
+    with pytest.raises(DataError, match="no usable box in any training image"):
+        build_datasets(data, 0, None)
 
 
 SCRIPTS = {  # words, and what the output says besides the line about the data

@@ -84,6 +84,7 @@ def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named:
     ("words", "line"),
     [
         (("train.steps=9",), "the warm-up takes 1000 of 9 steps"),
+        (("scheduler.strategy=StepLR", "scheduler.step_size=5", "train.steps=4000"), "it falls before the warm-up"),
         (("train.steps=3001ep",), "3001 epochs over the same 9 images"),
         (("train.steps=30",), "no evaluation before the end of the run"),
         (("data.augmentation.vertical_flip.p=0.5", "data.class_names=[dog]"), "vertical_flip turns images upside down"),
@@ -268,6 +269,8 @@ def test_a_cosine_run_becomes_longer_on_request_only(
     assert "the cosine schedule" in refused.stderr and "--extend goes on from here" in refused.stderr
     shorter = main("--resume", run, "--extend", "train.steps=3")
     assert shorter.returncode == 2 and "must be more than the 4" in shorter.stderr
+    epochs = main("--resume", run, "--extend", "train.steps=1ep")  # less than 4 steps
+    assert epochs.returncode == 2 and "are 3 steps, not more than the 4 that are done" in epochs.stderr
     assert main("--extend", f"data.root={drawn_dataset}").stderr == "--extend belongs to --resume\n"
     longer = main("--resume", run, "--extend", "train.steps=8")
     assert longer.returncode == 0, longer.stderr

@@ -20,6 +20,7 @@ from detection.errors import DataError
 PIXEL_DIGITS = 9  # decimals of a pixel that are kept; YOLO's usual six decimals of a share need seven
 LARGEST_NUMBER = 10**6  # pixels or shares beyond are no box
 LARGEST_PIXEL = 10**12
+EXAMPLES = 3  # places that are shown of each finding
 ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8 swap the sides
 SPLITS = ("train", "val", "test")
 SPLIT_WORD = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:set|data)?[0-9]*")  # names a split and nothing else
@@ -88,7 +89,7 @@ class Findings:
         """Count something that is kept but worth knowing."""
         self.notes.setdefault(reason, []).append(printable(place))
 
-    def lines(self, source: Path, examples: int = 3) -> list[str]:
+    def lines(self, source: Path, examples: int = EXAMPLES) -> list[str]:
         """For the terminal: counts, and the first few places, below the source where they are."""
         lines = []
         for title, found in (("left out", self.skipped), ("note", self.notes)):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from detection.data.conversion.dataset import (
+    EXAMPLES,
     Box,
     ConvertedDataset,
     Corners,
@@ -83,7 +84,8 @@ def read_yolo(
     if known is None:
         most = max((box.label for entries in splits.values() for entry in entries for box in entry.boxes), default=0)
         known = {label: f"class_{label}" for label in range(most + 1)}
-        findings.note("class names are not in the dataset; --names FILE does", f"class_0 to class_{most}")
+        reason = "class names are not in the dataset; classes.txt in it, or convert_dataset.py --names FILE, gives them"
+        findings.note(reason, f"class_0 to class_{most}")
     # A number that data.yaml leaves out keeps its place: the labels stay what they are.
     every = [known.get(label, f"class_{label}") for label in range(max(known) + 1)]
     return ConvertedDataset(check_names(every, str(source)), splits, roots)
@@ -96,7 +98,8 @@ def read_entry(
     try:
         width, height = read_image_size(file).shown
     except DataError as error:
-        findings.skip(error.line, describe_missing_image(file, root))
+        described = len(findings.skipped.get(error.line, [])) < EXAMPLES  # it looks through the whole folder
+        findings.skip(error.line, describe_missing_image(file, root) if described else str(file))
         return None
     boxes: list[Box] = []
     lines: list[str] = []

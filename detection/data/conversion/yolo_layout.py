@@ -228,8 +228,8 @@ def read_list(file: Path, root: Path) -> list[Path]:
 
 
 def describe_missing_image(file: Path, root: Path) -> str:
-    """Name a missing image, and a file that is nearly called so."""
-    similar = find_similar(root, [file.name]).get(file.name)
+    """Name an image that cannot be read, and if it is missing a file that is nearly called so."""
+    similar = None if file.exists() else find_similar(root, [file.name]).get(file.name)
     return f"{file}" + (f"; there is {root / similar}" if similar else "")
 
 
