@@ -281,6 +281,17 @@ def test_several_sources_become_one(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "yolo/labels/train/a_2.txt").is_file()
 
 
+def test_an_image_in_two_splits_is_noted(run: Run, tmp_path: Path) -> None:
+    """The same pixels under two names, in the training set of one source and the validation set of the other."""
+    lay_out(tmp_path / "one", {"images/train/a.jpg": "", "labels/train/a.txt": "0 0.5 0.5 1 1", "classes.txt": "cat\n"})
+    lay_out(tmp_path / "two", {"images/val/b.jpg": "", "labels/val/b.txt": "0 0.5 0.5 1 1", "classes.txt": "cat\n"})
+    assert "1 images that stand in several splits; --split divides anew (train/a.jpg and val/b.jpg)" in done(
+        run("one", "two")
+    )
+    save(tmp_path / "two" / "images" / "val" / "b.jpg", 11, 20)
+    assert "several splits" not in done(run("one", "two", out="other"))
+
+
 # COCO to COCO
 
 

@@ -9,7 +9,7 @@ from detection.data.conversion.yolo_layout import IMAGE_FOLDERS, Description, su
 from detection.errors import DataError
 
 NO_LABELS = {"classes.txt", "labels.txt", "names.txt", "train.txt", "val.txt", "valid.txt", "test.txt"}
-FEW = 0.1  # share of images with labels below which a split is wrong if label files are elsewhere
+FEW = 0.5  # share of images with labels below which a split is wrong if more label files are elsewhere
 
 
 class LabelFiles:
