@@ -2,7 +2,7 @@
 
 python anchor_creator.py --config recipes/quickstart.yaml                      built-in digits, about 5 seconds
 python anchor_creator.py data.root=my_dataset train.image_size=320
-python anchor_creator.py data.train_annotations=boxes.json --per-level 4       no images are needed
+python anchor_creator.py data.root=boxes.json --per-level 4                    no images are needed
 python yolo-v3/main.py --config my_overlay.yaml --config logs/<run>/anchors.yaml
 
 Uses the boxes of the training images at the size of the network input (train.image_size, letterboxed as in training),
@@ -18,7 +18,7 @@ need more. Recommends whether to use them: the anchors published for COCO suit m
 
 Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet .cfg
 also anchors.cfg, with the new anchors. Takes seconds; about 20 for COCO's 860,001 boxes. docs/anchors.png shows all
-boxes of COCO val2017 (data.train_annotations=instances_val2017.json).
+boxes of COCO val2017 (data.root=. data.train_annotations=instances_val2017.json).
 """
 
 import argparse
@@ -26,35 +26,35 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import AnchorLayout, Anchors, Detector
-from detection.data.annotations import load_annotations
-from detection.data.build import make_builtin
-from detection.data.layouts import find_split
-from detection.data.sampler import size_step
-from detection.drawing.figures import figure_pixels, save_figure
-from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.models import build_detector
-from detection.runtime.devices import choose_device
-from detection.runtime.run_directory import new_run_directory
-from detection.visualization.anchor_clustering import (
+from detection.data.anchor_clustering import (
     best_ious,
     best_side_ratios,
     fit_anchors,
     mean_best_iou,
     nearest_anchors,
 )
+from detection.data.annotations import flatten_annotations
+from detection.data.box_shapes import shapes_at
+from detection.data.build import choose_training_images, make_builtin
+from detection.data.sampler import size_step
+from detection.data.sources import find_source, source_lines
+from detection.drawing.figures import figure_pixels, save_figure
+from detection.drawing.window import browse
+from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.models import build_detector
+from detection.runtime.devices import choose_device
+from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
-from detection.visualization.box_shapes import shapes_at
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
     9: (
@@ -81,20 +81,29 @@ class Fit:
 
 def main() -> None:
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
     choose_device(settings.run.device)  # not used, but every script refuses an absent device
     detector, layout = open_detector(settings)
     counts = counts_per_level(arguments.per_level, layout)
     if settings.data.fake:
         raise SettingsError("data.fake: random boxes have no useful anchors; name a dataset with data.root=DIRECTORY")
     make_builtin(settings.data)
-    path = find_split(settings.data, "train")[0]
-    share = settings.data.validation_fraction
-    annotations = load_annotations(path, settings.data.class_names, None if share is None else (share, False))
+    source = find_source(settings.data, "training")
+    if source.automatic:
+        source = replace(source, fraction=None)  # one set only: all of its boxes
+    path, data = source.file, settings.data
+    annotations = flatten_annotations(source.columns(), str(path), data.class_names, None, source.fraction)
+    annotations = choose_training_images(annotations, data)
     sizes = input_sizes(settings, size_step(detector.geometry.size_multiple))
     shapes, left_out = shapes_at(annotations, detector.geometry, sizes, settings.run.seed)
     at = f"{sizes[0]} px" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
-    print("\n".join([*notices, f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]))
+    print(
+        "\n".join(
+            [*notices, *source_lines(source), f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]
+        )
+    )
     print("\n".join(f"    left out: {line}" for line in left_out + annotations.counts.lines()) or "    none left out")
 
     known = np.array([anchor for level in layout.levels for anchor in level])
@@ -116,7 +125,7 @@ def main() -> None:
     figure = draw_anchors(shapes, sets, layout.strides, max(sizes), title)
     try:
         save_figure(directory / "anchors.png", figure)
-        write_overlay(directory, levels, layout, [f"{path}, {at}", verdict])
+        write_overlay(directory, levels, layout, sizes, [f"{path}, {at}", verdict])
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
     except OSError as error:
         raise OutputError(f"results cannot be written to {directory}: {error}") from None
@@ -246,13 +255,17 @@ def judge(fits: Sequence[Fit]) -> str:
     return text
 
 
-def write_overlay(directory: Path, levels: Anchors, layout: AnchorLayout, comments: Sequence[str]) -> None:
+def write_overlay(
+    directory: Path, levels: Anchors, layout: AnchorLayout, sizes: Sequence[int], comments: Sequence[str]
+) -> None:
     """Write anchors.yaml and, for a network from a cfg, anchors.cfg."""
     lines = [f"# {' '.join(comment.split())}" for comment in ("Anchors by anchor_creator.py", *comments)]
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")
         rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
         lines += [f"{section}:", f"  {key}:", *rows]
+        # At another train.image_size they are scaled; anchors for a range of sizes are not.
+        lines += [f"  anchor_size: {sizes[0] if len(sizes) == 1 else 'null'}"]
     else:
         text = layout.with_anchors(levels)
         (directory / "anchors.cfg").write_text(text, encoding="utf-8")

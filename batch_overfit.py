@@ -6,8 +6,8 @@ python batch_overfit.py model.backbone=darknet data.root=data/coco train.learnin
 
 Trains on the first images that have boxes, with the given settings but without augmentation, schedule and EMA, until
 AP50 on these images reaches --threshold (exit code 0) or --steps are done (exit code 1). Prints the components of the
-loss; writes before.png and after.png (ground truth beside detections) and metrics.json into a new directory below
-logs/.
+loss, less what exact boxes leave of it; writes before.png and after.png (ground truth beside detections) and
+metrics.json into a new directory below logs/.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from detection.runtime.habana import prepare_habana
 
@@ -26,13 +26,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.contract import Batch, Detector
 from detection.data.annotations import select_images
 from detection.data.build import DetectionDataset, build_training_dataset
-from detection.data.loaders import collate_samples
+from detection.data.loaders import batch_to_device, collate_samples
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
@@ -46,6 +45,7 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.step import train_step
 
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parse_arguments()
     own_data = arguments.config or any(word.startswith("data.") for word in arguments.settings)
     overlays = arguments.config if own_data else [BUILTIN]
-    settings, notices = load_settings(DEFAULTS, overlays, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(overlays, arguments.settings, device_flags(arguments), unused=("scheduler",))
     machine = open_machine(settings.run)
     seed_everything(settings.run.seed)
     dataset = take_images(settings, arguments.images)
@@ -97,7 +97,11 @@ def main() -> None:
     dataset.sample_transform = Transform(detector.geometry, settings.train.image_size)
     batch = collate_samples([dataset[index] for index in range(arguments.images)])
     detector.require_criterion()
-    for line in [*notices, *load_pretrained(detector.model, settings.model)]:
+    for line in [
+        *notices,
+        *dataset.source_lines,
+        *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names),
+    ]:
         print(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)
@@ -174,7 +178,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
     criterion = cast(nn.Module, overfit.detector.criterion)
     set_backbone_frozen(model, False, settings.backbone_batch_norm)
     optimizer = build_optimizer(model, settings)
-    evaluation = None
+    evaluation, lowest = None, lowest_losses(overfit)
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
             set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
@@ -198,13 +202,28 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
                 continue
             evaluation = overfit.evaluate()
             ap50 = evaluation.metrics["AP50"] or 0.0
-            parts = "  ".join(f"{name.removeprefix('loss_')} {value.item():.3f}" for name, value in losses.items())
-            total = sum(value.item() for value in losses.values())
+            above = {name: value.item() - lowest.get(name, 0.0) for name, value in losses.items()}
+            parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in above.items())
+            total = sum(above.values())
             tqdm.write(f"step {step}  loss {total:.3f}  {parts}  AP50 {ap50:.3f}")
             if ap50 >= threshold:
                 return evaluation, step
     assert evaluation is not None, "the last step is always evaluated"
     return evaluation, steps
+
+
+def lowest_losses(overfit: Overfit) -> dict[str, float]:
+    """Return the floor of each loss for this batch, which is subtracted from what is printed, and say it."""
+    criterion = cast(Any, overfit.detector.criterion)
+    if not hasattr(criterion, "lowest_losses"):
+        return {}
+    _, targets = batch_to_device(overfit.batch, overfit.machine.device)
+    lowest: dict[str, float] = criterion.lowest_losses(targets, overfit.settings.train.image_size)
+    for name, value in lowest.items():
+        if value > 0.001:
+            what = name.removeprefix("loss_")
+            print(f"{what} loss: {value:.3f} is left when every {what} is exact; it is subtracted below")
+    return lowest
 
 
 def warmup_rate(learning_rate: float, step: int, _: str) -> float:

@@ -3,7 +3,7 @@
 python check_dataset.py data.root=my_dataset                     both splits; about 4 ms per image and core
 python check_dataset.py data.root=my_dataset --quick             opens no image; training makes these checks itself
 python check_dataset.py data.root=my_dataset --headers           checks sizes, EXIF and formats without decoding
-python check_dataset.py data.train_annotations=boxes.json data.train_images=photos --split training
+python check_dataset.py data.root=. data.train_annotations=boxes.json data.train_images=photos --split training
 python check_dataset.py --config my.yaml && python3 yolo-v3/main.py --config my.yaml       as a gate
 
 Checks the annotation files, the image files (decoded as in training), leakage between the splits, and whether the
@@ -14,18 +14,20 @@ errors (with --strict also warnings), 2 if nothing could be checked.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import DataSettings, Settings
+from detection.data.annotation_file import Columns
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
-from detection.data.layouts import TRAIN_LAYOUTS, VALIDATION_LAYOUTS, existing_root, locate_annotations, locate_images
+from detection.data.recognition import Source
+from detection.data.sources import find_source
 from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (
     boxes_per_class,
@@ -33,7 +35,7 @@ from detection.dataset_checks.annotation_checks import (
     check_image_sizes,
     compare_categories,
     flatten_tolerantly,
-    read_tolerantly,
+    read_source,
 )
 from detection.dataset_checks.findings import KINDS, Finding, Findings
 from detection.dataset_checks.fit_checks import check_fit
@@ -49,6 +51,7 @@ from detection.errors import DataError, OutputError, SettingsError, UserError, e
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 
 SPLITS = ("training", "validation")
 
@@ -57,18 +60,12 @@ class DatasetFault(UserError):
     """The dataset has errors."""
 
 
-class Source(NamedTuple):
-    """Annotation file and image directory of a split."""
-
-    split: str
-    file: Path
-    images: Path | None
-
-
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings)
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+    )
     choose_device(settings.run.device)  # not used, but every script refuses an absent device
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
@@ -122,32 +119,24 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings) -> list[Source]:
-    """Locate the annotation file and image directory of each split as training does; adds a finding for missing ones.
+    """Find each split as training does; adds a finding for missing ones.
 
     Raises:
-        DataError: there is no annotation file at all.
+        DataError: there are no annotations at all.
     """
-    share = data.validation_fraction
-    if share is not None and data.validation_annotations is not None:
-        raise DataError("data.validation_fraction and data.validation_annotations are both set; choose one")
-    of_training = (TRAIN_LAYOUTS, data.train_annotations, data.train_images, "train")
-    of_validation = (VALIDATION_LAYOUTS, data.validation_annotations, data.validation_images, "validation")
     sources, refusals = [], []
     for split in wanted:
-        layouts, annotations, images, name = of_training if split == "training" or share is not None else of_validation
         try:
-            root = existing_root(data, annotations)
-            file, directories = locate_annotations(root, layouts, annotations, name)
+            source = find_source(data, split)
         except DataError as error:
             refusals.append(error)
             findings.add("no_annotation_file", split, [split], [error.line])
             continue
-        directory = locate_images(root, file, directories, annotations, images)
-        if directory is None or not directory.is_dir():
-            looked = str(directory or f"{root}: looked for {', '.join(directories)}")
-            findings.add("no_image_directory", split, [split], [looked])
-            directory = None
-        sources.append(Source(split, file, directory))
+        if source.images is None or not source.images.is_dir():
+            looked = str(source.images or ", ".join(map(str, source.tried)))
+            findings.add("no_image_directory", split, [split], [f"looked for {looked}"])
+            source = replace(source, images=None)
+        sources.append(source)
     if not sources:
         raise refusals[0]
     return sources
@@ -159,30 +148,28 @@ def check_files(sources: list[Source], settings: Settings, findings: Findings) -
     Raises:
         DataError: no file can be read.
     """
-    data = settings.data
     found: dict[str, Annotations] = {}
     refusals: list[DataError] = []
-    one_file = len(sources) > 1 and sources[0].file == sources[1].file
-    content: dict[str, Any] = {}
-    for number, (split, file, _) in enumerate(sources):
-        if not (one_file and number):
+    divided = len(sources) > 1 and sources[0].fraction is not None
+    content: Columns | dict[str, Any] | None = None
+    for number, source in enumerate(sources):
+        split = source.split
+        if not (divided and number):
             try:
-                content = read_tolerantly(file, "both" if one_file else split, findings)
+                content = read_source(source, "both" if divided else split, findings)
             except DataError as error:
                 refusals.append(error)
-                findings.add("unreadable_file", split, [file.name], [error.line])
-                if one_file:
+                findings.add("unreadable_file", split, [source.file.name], [error.line])
+                if divided:
                     break
                 continue
-        for key in ("images", "categories"):
-            if not content[key] and not findings[f"no_{key}"]:  # all of them were faulty
-                findings.add(f"no_{key}", split, [key])
+        assert content is not None
         trained = found["training"].categories if "training" in found else None
-        annotations = flatten_tolerantly(content, file, split, data, trained, findings)
+        annotations = flatten_tolerantly(content, source, settings.data.class_names, trained, findings)
         if annotations is not None:
             found[split] = annotations
             check_annotations(annotations, split, findings)
-    if len(refusals) and not content:
+    if len(refusals) and content is None:
         raise refusals[0]
     if len(found) == len(SPLITS):
         compare_categories(found["training"], found["validation"], findings)
@@ -232,8 +219,9 @@ def describe(
     for source in sources:
         found = annotations.get(source.split)
         report[source.split] = {
-            "annotations": str(source.file),
-            "images_directory": None if source.images is None else str(source.images),
+            "format": source.kind,
+            "annotations": str(source.file.absolute()),
+            "images_directory": None if source.images is None else str(source.images.absolute()),
             "images": 0 if found is None else len(found),
             "boxes": 0 if found is None else len(found.labels),
             "images_opened": sum(len(split.images) for split in splits if split.name == source.split),
@@ -246,8 +234,8 @@ def describe(
 def text_lines(report: dict[str, Any], fit_lines: list[str], findings: Findings) -> list[str]:
     """Format the report for the terminal: the dataset, then errors, warnings and notes with advice."""
     lines = [
-        f"{split:<12}{values['images']} images, {values['boxes']} boxes, {len(values['boxes_per_class'])} classes, "
-        f"{values['images_opened']} images opened: {values['annotations']}"
+        f"{split:<12}{values['format']}: {values['images']} images, {values['boxes']} boxes, "
+        f"{len(values['boxes_per_class'])} classes, {values['images_opened']} images opened: {values['annotations']}"
         for split, values in report["splits"].items()
     ]
     lines += fit_lines
@@ -262,7 +250,7 @@ def finding_lines(finding: Finding) -> list[str]:
     """Format a finding: kind and count, first items, advice."""
     kind = KINDS[finding.kind]
     lines = [
-        f"{finding.severity:<9}{finding.kind:<23}{finding.split:<11}{len(finding.items):>6} {kind.what}",
+        f"{finding.severity:<9}{finding.kind:<23}{finding.split:<11}{len(finding.items):>6} {finding.what}",
         f"{'':9}{finding.listed()}",
     ]
     return [*lines, f"{'':9}-> {kind.advice}"] if kind.advice else lines

@@ -4,17 +4,28 @@ python detect.py --weights logs/240224-211713_LambdaLR/best.pt photo.jpg folder/
 python detect.py --weights best.pt folder/ --recursive --confidence 0.3 --class person --class 'traffic light' --txt
 python detect.py --weights best.pt clip.mp4 --stride 2              every second frame
 python detect.py --weights best.pt 0 --show                         camera 0 until q or Ctrl-C
+python detect.py --weights best.pt rtsp://camera.local/stream https://example.org/photo.jpg
+python detect.py --weights best.pt aerial.tif --tiles 640 --overlap 128 --crops
+python detect.py --weights best.pt --tta folder/ --coco-results results.json --annotations instances_val.json
 python detect.py --weights my.weights --cfg my.cfg --names my.names photo.jpg
 
-SOURCE is an image, a video (.mp4 .avi .mov .mkv .webm ...), a folder, a quoted pattern, a .txt file with one path per
-line, or the number of a camera. Writes into a new directory below logs/: every image with its boxes, keeping the folder
-structure; every video as .mp4 (MPEG-4) of the same size and rate (divided by --stride); detections.json with boxes
-x1, y1, x2, y2 in pixels of the image; with --txt also labels/ in YOLO txt (class, centre x and y, width, height, all
-relative to the image) and classes.txt. Damaged files are reported and left out. Ctrl-C completes the files and stops.
+SOURCE is an image, a video (.mp4 .avi .mov .mkv .webm ...), a folder, a quoted pattern, a .txt file with one path or
+address per line, the address of a picture, video or stream (http https rtsp rtsps rtmp), or the number of a camera.
+Writes into a new directory below logs/: every image with its boxes, keeping the folder structure; every video as .mp4
+(MPEG-4) of the same size and rate (divided by --stride); detections.json with boxes x1, y1, x2, y2 in pixels of the
+image; with --txt also labels/ in YOLO txt (class, centre x and y, width, height, all relative to the image) and
+classes.txt; with --crops also crops/CLASS/, every detection cut out. Damaged files and streams that end or stay silent
+are reported, and what was found stays. Ctrl-C completes the files and stops.
+
+--tiles         for images much larger than the network input, and --tta, slower and better: docs/large_images.md
+--coco-results  writes all detections above evaluation.confidence_threshold, whatever --confidence shows, for the COCO
+                metric: image ids by file name and category ids by class name, both from --annotations
+
 About 30 images per second on 2 CPU cores with a network of a million parameters at 320 px.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -31,29 +42,27 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from detection.config.command_line import Parser
 from detection.data.image_file import read_image
-from detection.data.loaders import collate_samples
-from detection.data.transforms import Sample, Transform
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
-from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message
-from detection.inference.results import ImageDetections, Results
+from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.inference.coco_results import CocoResults
+from detection.inference.finder import BATCH_SIZE, Finder
+from detection.inference.results import Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
-from detection.inference.weights import OpenedDetector, open_command_line
-from detection.ops.letterbox import boxes_to_original
-from detection.runtime.devices import Machine, open_machine
+from detection.inference.views import Viewed, open_viewer
+from detection.inference.weights import open_command_line
+from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-BATCH_SIZE = 8  # if evaluation.batch_size is null
 MAX_THREADS = 8  # for reading and writing pictures; each holds a decoded image
-Loaded = tuple[np.ndarray, Sample] | DataReadError
+Loaded = tuple[np.ndarray, Viewed] | DataReadError
 STOP_KEYS = ("q", "escape")
 
 
@@ -66,15 +75,21 @@ def main() -> None:
         words.append(f"evaluation.visualization_threshold={arguments.confidence}")
     opened = open_command_line(arguments, words)
     settings = opened.settings
-    finder = Finder(opened, open_machine(settings.run), arguments.classes)
+    batch_size = settings.evaluation.batch_size or BATCH_SIZE
+    finder = Finder(opened, open_viewer(arguments, opened, open_machine(settings.run), batch_size), arguments.classes)
+    coco = open_coco_results(arguments, finder.names)
     directory = new_run_directory(Path(settings.run.logs_path), f"detect_{arguments.weights.stem}", arguments.output)
     stop, start = StopRequest("frame or batch"), time.perf_counter()
     stop.install()
     picture_format = None if arguments.no_pictures else arguments.format
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
     try:
-        with Results(directory, finder.names, picture_format, txt) as results:
-            run = Run(finder, results, stop, arguments.stride, arguments.show)
+        with contextlib.ExitStack() as files:
+            if coco is not None:
+                files.enter_context(coco)
+            crop_format = arguments.format if arguments.crops else None
+            results = files.enter_context(Results(directory, finder.names, picture_format, txt, crop_format))
+            run = Run(finder, results, coco, stop, arguments.stride, arguments.show)
             for are_images, group in groupby(sources, key=lambda source: source.kind == "image"):
                 if are_images:
                     run.look_at_images(list(group))
@@ -84,6 +99,8 @@ def main() -> None:
     except OSError as error:  # unreadable images raise DataReadError
         raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     print(results.summary(finder.threshold, time.perf_counter() - start))
+    if coco is not None:
+        print(f"{coco.boxes} boxes with a score above {finder.lowest:g} on {coco.images} images: {coco.path}")
     stop.check()
     if not results.images + results.frames:
         raise DataReadError("no image could be read")
@@ -118,9 +135,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--stride", type=int, default=1, metavar="N", help="process every N-th frame of a video (default: 1)")
     add("--txt", action="store_true", help="also write YOLO txt, one file per image")
     add("--txt-scores", action="store_true", help="as --txt, with the score as a sixth column")
-    add("--format", choices=("png", "jpg"), default="png", help="format of pictures (default: png)")
+    add("--crops", action="store_true", help="also cut out every detection, into a folder per class")
+    add("--format", choices=("jpg", "png"), default="jpg", help="format of pictures and crops (default: jpg)")
     add("--no-pictures", action="store_true", help="write no pictures and videos, only detections.json and YOLO txt")
+    add("--coco-results", type=Path, metavar="FILE", help="also write a COCO result file; needs --annotations")
+    add("--annotations", type=Path, metavar="FILE", help="annotation file with the image and category ids")
+    parser.add_views()
     arguments = parser.parse_intermixed_args()
+    if (arguments.coco_results is None) != (arguments.annotations is None):
+        raise SettingsError("--coco-results and --annotations belong together: the ids are those of the annotations")
     if arguments.stride < 1:
         raise SettingsError(f"--stride {arguments.stride}: must be at least 1")
     if arguments.confidence is not None and not 0 <= arguments.confidence <= 1:
@@ -130,58 +153,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-class Finder:
-    """Detects objects in images.
-
-    Args:
-        opened: trained weights with their settings.
-        machine: device and precision.
-        wanted: names of the classes to detect; empty: all.
-
-    Raises:
-        SettingsError: a class is unknown, or the minimum score is below evaluation.confidence_threshold.
-    """
-
-    def __init__(self, opened: OpenedDetector, machine: Machine, wanted: Sequence[str]) -> None:
-        settings, self.names = opened.settings, opened.class_names()
-        if unknown := [name for name in wanted if name not in self.names]:
-            raise SettingsError(f"--class {unknown[0]}: no class of these weights; they have {', '.join(self.names)}")
-        self.machine, self.detector = machine, machine.to_device(opened.detector)
-        self.transform = Transform(self.detector.geometry, settings.evaluation.image_size)
-        self.threshold, lowest = settings.evaluation.visualization_threshold, settings.evaluation.confidence_threshold
-        if self.threshold < lowest:
-            raise SettingsError(
-                f"scores from {self.threshold:g} were asked for; evaluation.confidence_threshold = {lowest:g} drops "
-                "what is below; lower it too"
-            )
-        self.batch_size = settings.evaluation.batch_size or BATCH_SIZE
-        self.wanted = np.array([name in wanted or not wanted for name in self.names])
-
-    def prepare(self, image: np.ndarray) -> Sample:
-        """Transform an image, RGB uint8 (H, W, 3), to the network input."""
-        return self.transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 0, 0, 0)
-
-    def find(self, samples: Sequence[Sample]) -> list[ImageDetections]:
-        """Run the detector on a batch of prepared images."""
-        with torch.no_grad(), self.machine.autocast():
-            outputs = self.detector.model(collate_samples(samples)["images"].to(self.machine.device))
-        detections = zip(self.detector.postprocess(outputs), samples, strict=True)
-        return [self._of_image(found, sample) for found, sample in detections]
-
-    def _of_image(self, found: dict[str, torch.Tensor], sample: Sample) -> ImageDetections:
-        boxes = boxes_to_original(found["boxes"], sample.letterbox).cpu().numpy()
-        labels, scores = found["labels"].cpu().numpy(), found["scores"].cpu().numpy()
-        # A diverged network may predict NaN boxes, which cannot be drawn or written.
-        shown = (scores >= self.threshold) & self.wanted[labels] & np.isfinite(boxes).all(axis=1)
-        return ImageDetections(boxes[shown], labels[shown], scores[shown])
-
-
 @dataclass
 class Run:
     """Runs the finder on sources and writes the results, until the stop request."""
 
     finder: Finder
     results: Results
+    coco: CocoResults | None
     stop: StopRequest
     stride: int
     show: bool
@@ -195,14 +173,19 @@ class Run:
         """Process images in batches; reading and writing run in threads beside the network."""
         results, threads = self.results, min(MAX_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool, tqdm(total=len(sources), unit="image", disable=None) as bar:
-            loaded = read_ahead(pool, self._load, sources, threads)
+            loaded = read_ahead(pool, self._load, sources, threads if self.finder.looks_once else 1)
             for batch in batches(loaded, self.finder.batch_size, pixels_of_loaded):
                 for _, image in batch:
                     if isinstance(image, DataReadError):
                         results.leave_out(image.line)
                 readable = [(source, *image) for source, image in batch if not isinstance(image, DataReadError)]
-                founds = self.finder.find([sample for _, _, sample in readable]) if readable else []
-                rows = [(source, image, found) for (source, image, _), found in zip(readable, founds, strict=True)]
+                prepared = [viewed for _, _, viewed in readable]
+                founds = self.finder.find(prepared, all_scores=self.coco is not None) if readable else []
+                rows = []
+                for (source, pixels, _), found in zip(readable, founds, strict=True):
+                    if self.coco is not None and (reason := self.coco.add(source.file, found)):
+                        tqdm.write(f"{source.label}: not in the result file: {reason}", file=sys.stderr)
+                    rows.append((source, pixels, found.at_least(self.finder.threshold)))
                 if results.picture_format:
                     list(pool.map(lambda row: results.save_picture(*row), rows))
                 for row in rows:
@@ -213,37 +196,36 @@ class Run:
 
     def _load(self, source: Source) -> Loaded:
         if self.stopped:
-            return DataReadError(f"{source.file}: not looked at")
+            return DataReadError(f"{source.label}: not looked at")
         try:
-            image = read_image(source.file)
+            image = source.read()
         except DataReadError as error:
             return error
         return image, self.finder.prepare(image)
 
     def look_at_video(self, source: Source) -> None:
-        """Process a video or camera until its end, the stop request, or q in its window."""
+        """Process a video, stream or camera until its end, the stop request, or q in its window."""
         if self.stopped:
             return
-        camera = source.kind == "camera"
         try:
-            reader = VideoReader(int(str(source.file)) if camera else source.file, self.stride)
+            reader = VideoReader(int(str(source.file)) if source.kind == "camera" else source.file, self.stride)
         except DataReadError as error:
             self.results.leave_out(error.line)
             return
-        window = self._open_window(str(source.file))
-        if camera:
-            print(f"camera {source.file}: Ctrl-C{' or q' if window else ''} stops", file=sys.stderr, flush=True)
-        rate = reader.rate if camera else reader.rate / self.stride
+        window, live = self._open_window(source.label), reader.live
+        if live:
+            print(f"{source.label}: Ctrl-C{' or q' if window else ''} stops", file=sys.stderr, flush=True)
+        rate = reader.rate if live else reader.rate / self.stride
         writer = VideoWriter(self.results.directory / f"{source.name}.mp4", rate)
-        size = 1 if camera or window else self.finder.batch_size
+        size = 1 if live or window else self.finder.batch_size
         with reader, writer, tqdm(total=reader.expected or None, unit="frame", disable=None) as bar:
             for frames in batches(reader, size, lambda frame: frame.image.shape[0] * frame.image.shape[1]):
                 founds = self.finder.find([self.finder.prepare(frame.image) for frame in frames])
                 for frame, found in zip(frames, founds, strict=True):
                     if self.results.picture_format:
                         drawn = self.results.draw(frame.image, found)
-                        # The camera runs on while the network computes, so frames are repeated to keep its rate.
-                        copies = max(round(frame.seconds * rate) - writer.frames, 0) + 1 if camera else 1
+                        # A camera runs on while the network computes, so frames are repeated to keep its rate.
+                        copies = max(round(frame.seconds * rate) - writer.frames, 0) + 1 if live else 1
                         writer.write(drawn, copies)
                     self.results.add(source, frame.image, found, frame)
                 bar.update(reader.read - bar.n)
@@ -255,12 +237,14 @@ class Run:
             window.close()
 
     def _report_end(self, source: Source, reader: VideoReader) -> None:
-        """Report frames of a video that are damaged or missing."""
+        """Report frames of a video that are damaged or missing, and a stream that ended."""
         if not reader.read:
-            self.results.leave_out(f"{source.file}: not one frame can be read")
+            self.results.leave_out(f"{source.label}: not one frame can be read")
+        elif reader.live:
+            tqdm.write(f"{source.label}: the stream ended after {reader.read} frames", file=sys.stderr)
         elif reader.read < reader.expected or reader.damaged:
             damaged = f", {reader.damaged} of them damaged and left out" if reader.damaged else ""
-            text = f"{source.file}: {reader.read} of the {reader.expected} frames that its header promises{damaged}"
+            text = f"{source.label}: {reader.read} of the {reader.expected} frames that its header promises{damaged}"
             tqdm.write(text, file=sys.stderr)
 
     def _open_window(self, title: str) -> Window | None:
@@ -271,6 +255,16 @@ class Run:
         except SettingsError as error:
             self.no_window = error
             return None
+
+
+def open_coco_results(arguments: argparse.Namespace, names: Sequence[str]) -> CocoResults | None:
+    """Open the result file of --coco-results; says which classes it leaves out."""
+    if arguments.coco_results is None:
+        return None
+    coco = CocoResults(arguments.coco_results, arguments.annotations, names)
+    if coco.unlisted:
+        print(f"--coco-results leaves out classes that {coco.annotations} lacks: {name_list(coco.unlisted)}")
+    return coco
 
 
 def pixels_of_loaded(loaded: tuple[Source, Loaded]) -> int:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detection.config.command_line import DEFAULTS, Parser
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser
 from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.window import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def main() -> None:
     overlays = [[*arguments.config, file] for file in arguments.compare] or [arguments.config]
     curves: list[Curve] = []
     for number, files in enumerate(overlays, start=1):
-        settings, notices = load_settings(DEFAULTS, files, arguments.settings)
+        settings, notices = load_run_settings(
+            files, arguments.settings, unused=("data", "model", "evaluation"), tolerant=True, fit=False
+        )
         if settings.run.device not in ("auto", "cpu"):  # not used, but every script refuses an absent device
             from detection.runtime.devices import choose_device  # imports torch, which takes a second
 

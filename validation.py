@@ -6,6 +6,9 @@ python validation.py --weights my.weights --cfg my.cfg --names my.names data.roo
 python validation.py --config recipes/darknet_protocol.yaml --weights my.weights --cfg my.cfg --names my.names
 python validation.py --weights best.pt --confidence 0.01 0.001 0.0001
 python validation.py --weights best.pt --score objectness evaluation.max_images=1000
+python validation.py --weights best.pt --tiles 640 --overlap 128        images much larger than the network input
+python validation.py --weights best.pt --no-ground-truth data.root=data/coco \
+    data.validation_annotations=annotations/image_info_test-dev2017.json data.validation_images=test2017
 python validation.py --compare logs/A/best.pt logs/B/best.pt C.onnx D.weights --names coco.names data.root=data/coco
 
 Prints the COCO table, AP per class, by box size and by aspect ratio, the confidence of the best F1, and timings. Writes
@@ -15,6 +18,10 @@ evaluation.visualization_threshold) and the metrics by size and aspect ratio, an
 detections).
 
 --confidence  needs one pass over the images, at the lowest threshold; the tables are those of separate runs
+--tiles, --tta
+              look at each image several times (docs/large_images.md); the header names it as a deviation
+--no-ground-truth
+              scores nothing and writes detections.json alone, for the evaluation server: any annotations are ignored
 --compare     shows metrics, parameters, images/s and AP per class side by side; for Darknet FILE.weights it uses
               FILE.cfg and, without --names, FILE.names in the same directory
 
@@ -27,32 +34,32 @@ images takes 3 seconds and 80 MiB; evaluation.backend=pycocotools gives the same
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
+import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser, device_flags
+from detection.config.command_line import Parser, device_flags, read_confidences, weights_file
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
-from detection.data.loaders import build_evaluation_loader
+from detection.data.loaders import build_evaluation_loader, collate_samples
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
-from detection.evaluation.coco_metric import score
+from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -62,20 +69,30 @@ from detection.evaluation.comparison import (
     images_per_second,
     write_comparison,
 )
-from detection.evaluation.error_analysis import Analysis, analyse, group_table, write_analysis
-from detection.evaluation.evaluate import Evaluation, evaluate
+from detection.evaluation.detections import write_detections
+from detection.evaluation.error_analysis import analyse, group_table, write_analysis
+from detection.evaluation.evaluate import (
+    Evaluation,
+    InferenceResult,
+    compute_metrics,
+    drop_non_finite,
+    run_finder,
+    run_inference,
+)
 from detection.evaluation.figures import draw_comparison, draw_evaluation
 from detection.evaluation.pycocotools_check import check_with_pycocotools
 from detection.evaluation.report import (
+    best_f1_line,
     class_lines,
+    compare_thresholds,
     deviations,
     draw_detections,
-    metric_lines,
     protocol_line,
     write_evaluation,
 )
-from detection.inference.weights import OpenedDetector, open_command_line
-from detection.runtime.devices import Machine, describe_device, open_machine, peak_memory_gib
+from detection.inference.views import Viewer, open_viewer
+from detection.inference.weights import OpenedDetector, check_classes, open_command_line
+from detection.runtime.devices import describe_device, open_machine, peak_memory_gib
 from detection.runtime.run_directory import new_run_directory
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -87,6 +104,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.compare:
         compare(arguments)
+    elif arguments.no_ground_truth:
+        predict(arguments)
     else:
         validate(arguments)
 
@@ -98,6 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--compare", nargs="+", default=[], metavar="FILE", help="two or more weights to compare, instead of --weights")
     add("--confidence", nargs="+", default=[], metavar="C", help="one or more confidence thresholds to compare")
     add("--score", metavar="NAME", help="how YOLO scores a detection: product (default) or objectness")
+    add("--no-ground-truth", action="store_true", help="write the COCO result file of images without annotations")
+    parser.add_views()
     parser.add_settings()
     add_evaluation_flags(parser)
     parser.add_output()
@@ -107,54 +128,32 @@ def parse_arguments() -> argparse.Namespace:
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
-    arguments.compare = [Path(word) for word in arguments.compare]
+    arguments.compare = [weights_file(word) for word in arguments.compare]
     if bool(arguments.compare) == (arguments.weights is not None):
         raise SettingsError("give either --weights FILE or --compare FILE FILE")
     if arguments.compare and (arguments.cfg or arguments.confidence):
         flag = "--cfg" if arguments.cfg else "--confidence"
         raise SettingsError(f"{flag} belongs to --weights; --compare takes the .cfg beside each file and one threshold")
+    if arguments.no_ground_truth and (arguments.compare or arguments.confidence or arguments.show):
+        raise SettingsError("--no-ground-truth scores nothing: --compare, --confidence and --show do not go with it")
+    if len(arguments.confidence) > 1 and (arguments.tiles or arguments.tta):
+        raise SettingsError("--confidence takes one value with --tiles and --tta: merging depends on weaker boxes")
     arguments.confidence = read_confidences(arguments.confidence, arguments.settings)
     return arguments
 
 
-def read_confidences(words: Sequence[str], settings: list[str]) -> list[float]:
-    """Parse the values of --confidence, and append the lowest to the settings.
-
-    Raises:
-        SettingsError: a value is not between 0 and 1 or is repeated, or the setting is given too.
-    """
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            raise SettingsError(f"--confidence {word}: is not a number") from None
-        if not 0 < values[-1] < 1:
-            raise SettingsError(f"--confidence {word}: must lie between 0 and 1")
-        if values.count(values[-1]) > 1:
-            raise SettingsError(f"--confidence {word}: occurs twice")
-    if values:
-        if other := [word for word in settings if word.split("=")[0].endswith("confidence_threshold")]:
-            raise SettingsError(f"--confidence and {other[0]} contradict one another; give one of them")
-        settings.append(f"evaluation.confidence_threshold={min(values)!r}")
-    return values
-
-
 def validate(arguments: argparse.Namespace) -> None:
     """Evaluate one detector."""
-    opened = open_detector(arguments)
+    opened, viewer = open_detector(arguments)
     settings = opened.settings
-    machine = open_machine(settings.run)
     dataset = open_dataset(opened)
     name = f"validation_{arguments.weights.stem}"
     directory = new_run_directory(Path(settings.run.logs_path), name, arguments.output)
-    evaluation = evaluate_with_bar(opened, dataset, machine)
-    thresholds = compare_thresholds(arguments.confidence, evaluation, dataset)
-    print("\n".join(class_lines(evaluation.class_ap)))
+    evaluation = evaluate_with_bar(opened, dataset, viewer)
+    thresholds, lines = compare_thresholds(arguments.confidence, evaluation, dataset.annotations)
     official, official_line = check_with_pycocotools(
         dataset.annotations, evaluation.detections, evaluation.metrics, evaluation.backend
     )
-    print(official_line, flush=True)
 
     started = time.perf_counter()
     analysis = analyse(
@@ -165,9 +164,9 @@ def validate(arguments: argparse.Namespace) -> None:
         evaluation.backend,
     )
     evaluation.seconds["analysis"] = time.perf_counter() - started
-    print("\n".join([*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]))
-    print(best_f1_line(analysis))
-    print("\n".join(time_lines(opened, evaluation, len(dataset))))
+    lines += [*class_lines(evaluation.class_ap), official_line]
+    lines += [*group_table("size (pixels)", analysis.sizes), *group_table("width:height", analysis.aspects)]
+    lines += [best_f1_line(analysis), *time_lines(opened, evaluation, len(dataset))]
 
     more = {
         "weights": str(arguments.weights),
@@ -194,11 +193,32 @@ def validate(arguments: argparse.Namespace) -> None:
             save_png(directory / f"{file_name}.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse(name, len(pictures), list(pictures.values()).__getitem__)
     if official["differences"]:
         raise UserError(official_line)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Write the detections on images without ground truth in COCO result format."""
+    opened, viewer = open_detector(arguments)
+    dataset = open_dataset(opened, ground_truth=False)
+    logs, name = Path(opened.settings.run.logs_path), f"test_{arguments.weights.stem}"
+    directory = new_run_directory(logs, name, arguments.output)
+    detections, dropped = drop_non_finite(infer_with_bar(opened, dataset, viewer, None).detections)
+    detections = detections.take(~np.isin(detections.labels, dataset.unlisted))
+    if dataset.unlisted:
+        names = [dataset.annotations.categories.names[label] for label in dataset.unlisted]
+        print(f"left out, since the annotation file has no such category: {name_list(names)}")
+    try:
+        write_detections(directory / "detections.json", dataset.annotations, detections)
+    except OSError as error:
+        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    non_finite = f", {dropped} non-finite ones dropped" if dropped else ""
+    print(f"{len(detections)} boxes on {len(dataset)} images{non_finite}: {directory / 'detections.json'}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -207,16 +227,15 @@ def compare(arguments: argparse.Namespace) -> None:
     names = display_names(files)
     if arguments.names and not [file for file in files if file.suffix not in CARRY_THEIR_OWN]:
         raise SettingsError("--names belongs to Darknet weights; all files of --compare carry their own")
-    detectors = [open_detector(arguments_for(arguments, file)) for file in files]
-    machines = [open_machine(opened.settings.run) for opened in detectors]
+    detectors, viewers = zip(*(open_detector(arguments_for(arguments, file)) for file in files), strict=True)
     datasets = [open_dataset(opened) for opened in detectors]
     for file, dataset in zip(files, datasets, strict=True):
         check_same_data(datasets[0].annotations, dataset.annotations, file)
     directory = new_run_directory(Path(detectors[0].settings.run.logs_path), "compare", arguments.output)
     rows = []
-    for name, file, opened, dataset, machine in zip(names, files, detectors, datasets, machines, strict=True):
+    for name, file, opened, dataset, viewer in zip(names, files, detectors, datasets, viewers, strict=True):
         print(f"{name}: ", end="")
-        evaluation = evaluate_with_bar(opened, dataset, machine)
+        evaluation = evaluate_with_bar(opened, dataset, viewer)
         rows.append(
             Compared(
                 name,
@@ -231,27 +250,20 @@ def compare(arguments: argparse.Namespace) -> None:
                 protocol_line(opened.settings, opened.detector),
             )
         )
-    print("\n".join([*class_table(rows), *comparison_table(rows)]))
+    lines = [*class_table(rows), *comparison_table(rows)]
     if len({row.protocol for row in rows}) > 1:
-        print("note: the protocols differ, as printed above; settings on the command line hold for all")
+        lines.append("note: the protocols differ, as printed above; settings on the command line hold for all")
     picture = draw_comparison({row.name: row.metrics for row in rows}, {row.name: row.class_ap for row in rows})
     try:
         write_comparison(directory, rows)
         save_png(directory / "comparison.png", picture)
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+    finally:
+        print("\n".join(lines), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
-
-
-def open_detector(arguments: argparse.Namespace) -> OpenedDetector:
-    """Open the weights of --weights; refuses --score for a detector without that setting."""
-    opened = open_command_line(arguments, arguments.settings)
-    own = opened.settings.model.detector
-    if foreign := [f for f in device_flags(arguments) if f.spelling == "--score" and not f.path.startswith(f"{own}.")]:
-        raise SettingsError(f"--score sets {foreign[0].path}, which the detector {own} of {arguments.weights} has not")
-    return opened
 
 
 def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespace:
@@ -264,81 +276,67 @@ def arguments_for(arguments: argparse.Namespace, file: Path) -> argparse.Namespa
     return argparse.Namespace(**own)
 
 
-def open_dataset(opened: OpenedDetector) -> CocoDataset:
-    """Open the validation set with the labels of the detector.
+def open_detector(arguments: argparse.Namespace) -> tuple[OpenedDetector, Viewer]:
+    """Open --weights and the ways to look at images, which its deviations name; --score only where it is a setting."""
+    opened = open_command_line(arguments, arguments.settings)
+    settings, own = opened.settings, opened.settings.model.detector
+    if foreign := [f for f in device_flags(arguments) if f.spelling == "--score" and not f.path.startswith(f"{own}.")]:
+        raise SettingsError(f"--score sets {foreign[0].path}, which the detector {own} of {arguments.weights} has not")
+    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
+    viewer = open_viewer(arguments, opened, open_machine(settings.run), batch_size)
+    detector = viewer.detector.replace(deviations=(*opened.detector.deviations, *viewer.deviations))
+    return dataclasses.replace(opened, detector=detector), viewer
+
+
+def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDataset:
+    """Open the validation set with the labels of the detector; says which, where the weights name no classes.
 
     Raises:
         SettingsError: the numbers of classes of data and network differ.
-        DataError: there is no data, or it has no ground-truth box.
+        DataError: there is no data, or it has no ground-truth box where one is needed.
     """
-    evaluation = opened.settings.evaluation
-    dataset = build_validation_dataset(opened.settings.data, opened.names, evaluation.max_images)
+    data, evaluation = opened.settings.data, opened.settings.evaluation
+    dataset = build_validation_dataset(data, opened.names, evaluation.max_images, ground_truth)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
+    print("\n".join(dataset.source_lines))
     annotations = dataset.annotations
-    if len(annotations.categories.names) != opened.num_classes:
-        raise SettingsError(
-            f"the network has {opened.num_classes} classes, the data {len(annotations.categories.names)}; "
-            "name the classes with --names"
-        )
-    if annotations.crowd.all():
+    check_classes(opened, annotations.categories.names)
+    if ground_truth and annotations.crowd.all():
         raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a usable box")
     return dataset
 
 
-def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, machine: Machine) -> Evaluation:
-    """Run the detector on the dataset and compute the metrics, with a progress bar on a terminal."""
-    settings, device = opened.settings, machine.device
-    how = f"{describe_device(device)}, {machine.precision}"
+def infer_with_bar(
+    opened: OpenedDetector, dataset: CocoDataset, viewer: Viewer, criterion: nn.Module | None
+) -> InferenceResult:
+    """Run the detector on the dataset, with a progress bar on a terminal."""
+    settings, machine, detector = opened.settings, viewer.machine, viewer.detector
+    how = f"{describe_device(machine.device)}, {machine.precision}"
     print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector)}", flush=True)
-    detector = machine.to_device(opened.detector)
-    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
-    loader = build_evaluation_loader(dataset, batch_size, settings.data.num_workers, device)
+    collate = collate_samples if viewer.looks_once else list
+    if not viewer.looks_once:
+        dataset.sample_transform = viewer.prepare
+    workers, count = settings.data.num_workers, viewer.images_at_a_time
+    loader = build_evaluation_loader(dataset, count, workers, machine.device, collate=collate)
     with tqdm(total=len(loader), unit="batch", disable=None) as bar:
 
         def advance() -> None:
             bar.update()
 
-        evaluation = evaluate(
-            detector.model,
-            detector.criterion,
-            detector.postprocess,
-            loader,
-            dataset.annotations,
-            device,
-            machine.autocast,
-            settings.evaluation.backend,
-            on_batch=advance,
+        if not viewer.looks_once:
+            return run_finder(viewer.find, loader, advance)
+        return run_inference(
+            detector.model, criterion, detector.postprocess, loader, machine.device, machine.autocast, advance
         )
+
+
+def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, viewer: Viewer) -> Evaluation:
+    """Run the detector on the dataset and compute the metrics."""
+    result = infer_with_bar(opened, dataset, viewer, viewer.detector.criterion)
+    evaluation = compute_metrics([result], dataset.annotations, opened.settings.evaluation.backend)
     if evaluation.dropped:
         print(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     return evaluation
-
-
-def compare_thresholds(
-    confidences: Sequence[float], evaluation: Evaluation, dataset: CocoDataset
-) -> list[dict[str, Any]]:
-    """Print the COCO table of each threshold, or the only one; returns the metrics per threshold for metrics.json."""
-    if not confidences:
-        print("\n".join(metric_lines(evaluation.metrics)))
-        return []
-    rows = []
-    for confidence in confidences:
-        detections, metrics = evaluation.detections, evaluation.metrics
-        if confidence != min(confidences):
-            detections = detections.above(confidence)
-            metrics = score(dataset.annotations, detections, evaluation.backend).metrics
-        print(f"Confidence Threshold: {confidence:g}\nFound Boxes: {len(detections)}")
-        print("\n".join(metric_lines(metrics)), flush=True)
-        rows.append({"confidence": confidence, "boxes": len(detections), **metrics})
-    return rows
-
-
-def best_f1_line(analysis: Analysis) -> str:
-    best = analysis.summary()["best_f1"]
-    return (
-        f"highest mean F1 {best['f1']:.3f} at confidence {best['confidence']:.3f}: precision {best['precision']:.3f}, "
-        f"recall {best['recall']:.3f} (IoU 0.5, mean over classes)"
-    )
 
 
 def time_lines(opened: OpenedDetector, evaluation: Evaluation, images: int) -> list[str]:

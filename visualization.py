@@ -28,27 +28,29 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
-from detection.data.annotations import Annotations, Categories, load_annotations
+from detection.data.annotations import Annotations, Categories, flatten_annotations
 from detection.data.build import make_builtin
 from detection.data.coco import CocoDataset
 from detection.data.image_file import read_image
-from detection.data.layouts import find_split
+from detection.data.sources import find_source, source_lines
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
+from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message
-from detection.inference.weights import OpenedDetector, open_command_line
+from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.evaluation.mistakes import RULE, Findings, write_mistakes
+from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
-from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution, printable
+from detection.training.automatic import load_run_settings
+from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution
 from detection.visualization.dataset_pages import Pages
 from detection.visualization.dataset_statistics import SIZE_NAMES, DatasetStatistics, measure_dataset
-from detection.visualization.image_ranking import RULE, Findings, find_mistakes, write_mistakes
+from detection.visualization.image_ranking import find_mistakes
 
 MAX_PER_PAGE = 100
 MAX_EMBEDDED = 20  # pages in the HTML report, about half a megabyte each
@@ -60,7 +62,8 @@ def main() -> None:
     arguments = parse_arguments()
     opened = open_command_line(arguments, arguments.settings) if arguments.weights else None
     if opened is None:
-        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+        given, unused = (arguments.config, arguments.settings, device_flags(arguments)), ("scheduler", "train")
+        settings, notices = load_run_settings(*given, unused=unused, tolerant=True, fit=False)
         print("\n".join(notices), end="\n" if notices else "")
     else:
         settings = opened.settings
@@ -157,10 +160,11 @@ def open_dataset(
     if data.fake:
         raise SettingsError("data.fake: there is no dataset to look at")
     make_builtin(data)
-    file, images = find_split(data, split)
-    fraction = None if data.validation_fraction is None else (data.validation_fraction, split == "val")
+    source = find_source(data, {"train": "training", "val": "validation"}[split])
+    print("\n".join(source_lines(source)), flush=True)
+    file, images, columns = source.file, source.images, source.columns()
     if images is None:
-        return file, load_annotations(file, data.class_names, fraction, data.strict), None
+        return file, flatten_annotations(columns, str(file), data.class_names, None, source.fraction, data.strict), None
     names = None if opened is None else opened.names
     dataset = CocoDataset(
         images,
@@ -168,15 +172,13 @@ def open_dataset(
         None if opened is None else Transform(opened.detector.geometry, settings.evaluation.image_size),
         data.class_names,
         categories=None if names is None else Categories(names, tuple(range(len(names)))),
-        fraction=fraction,
+        fraction=source.fraction,
         strict=data.strict,
+        columns=columns,
     )
     annotations = dataset.annotations
-    if opened is not None and len(annotations.categories.names) != opened.num_classes:
-        raise SettingsError(
-            f"the network has {opened.num_classes} classes, the data {len(annotations.categories.names)}; "
-            "say with --names which class is which"
-        )
+    if opened is not None:
+        check_classes(opened, annotations.categories.names)
     present = any((images / annotations.file_name(index)).is_file() for index in range(len(annotations)))
     return file, annotations, dataset if present else None
 
@@ -192,7 +194,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
         f"by COCO's sizes: {sizes}",
     ]
     if absent := [name for name, row in summary["classes"].items() if not row["boxes"]]:
-        lines.append(f"classes without any box: {', '.join(absent)}")
+        lines.append(f"classes without any box: {name_list(absent)}")
     if summary["images_without_stated_size"]:
         lines.append(f"{summary['images_without_stated_size']:,} images without a stated size")
     return lines + [f"left out: {line}" for line in annotations.counts.lines()]
@@ -233,7 +235,7 @@ def choose_images(arguments: argparse.Namespace, annotations: Annotations, seed:
     if arguments.class_name is not None:
         names = annotations.categories.names
         if arguments.class_name not in names:
-            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {', '.join(names)}"))
+            raise SettingsError(printable(f"--class {arguments.class_name}: the classes are {name_list(names)}"))
         label = names.index(arguments.class_name)
         image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.first_box))
         chosen = chosen[np.isin(chosen, image_of_box[annotations.labels == label])]

@@ -32,8 +32,7 @@ import cv2
 import numpy as np
 import torch
 
-from detection.config.command_line import DEFAULTS, Parser, device_flags
-from detection.config.loading import load_settings
+from detection.config.command_line import Parser, device_flags
 from detection.config.settings import Settings
 from detection.contract import Detector, DetectorModel, Geometry
 from detection.data.annotations import repeat_factors
@@ -43,13 +42,14 @@ from detection.data.sampler import TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
+from detection.drawing.fonts import printable
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
+from detection.training.automatic import load_run_settings
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
-from detection.visualization.dataset_figures import printable
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
 IMAGES, IMAGES_WITH_TARGETS = 16, 3  # defaults of --images
@@ -63,10 +63,13 @@ Position = tuple[int, int, int]  # image index, epoch, size: an index of the tra
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, device_flags(arguments))
+    settings, notices = load_run_settings(
+        arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler",)
+    )
     print("\n".join(notices), end="\n" if notices else "")
     open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
+    print("\n".join(dataset.source_lines), end="\n" if dataset.source_lines else "")
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = open_detector(settings, arguments.split, len(names), arguments.targets)
     use_geometry(dataset, detector.geometry, settings, arguments.split)
@@ -235,7 +238,7 @@ def show_batch(
             f"{printable(row['file_name'])}"
         )
         title = f"id {number}, epoch {epoch}" if arguments.split == "train" else f"id {number}"
-        tiles.append(draw_boxes(image, boxes, labels, names, title=title))
+        tiles.append(draw_boxes(image, boxes, labels, names, title=title, legend=True))
     pictures = {"batch": make_grid(tiles, min(COLUMNS, len(tiles)), padding=6)}
     content: dict[str, Any] = {
         "split": arguments.split,

@@ -38,7 +38,7 @@ def main() -> None:
         raise OutputError(f"--directory {arguments.directory}: is no directory")
     device = choose_device(settings.run.device)
     detector = build_detector(settings, settings.model.num_classes or 80)
-    state = RunState(detector.to(device, True).model, settings.train, 0, build_scaler(device, None))
+    state = RunState(detector.to(device, True).model, settings.train, None, build_scaler(device, None))
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()  # the optimizer has its state now

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from detection.errors import CheckpointError, OutputError
+from detection.foreign_files import clean, describe_content, describe_file
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)  # 1: no skipped steps; 2: the backbone was called encoder
 DIGEST_KEY = "digest"
+READ_HERE = "this program reads its own checkpoints, Darknet's .weights and .onnx of export.py"
 DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
 RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
 
@@ -105,13 +107,15 @@ def read_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
-    except pickle.UnpicklingError as error:
-        reason = (
-            "holds objects other than tensors and plain values" if zipfile.is_zipfile(path) else "is not a checkpoint"
-        )
-        raise CheckpointError(f"{path} {reason} and is refused ({str(error).splitlines()[0][:100]})") from None
     except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
-        reason = f"{type(error).__name__} {str(error)[:100]}".splitlines()[0]
+        if kind := describe_file(path):
+            raise CheckpointError(f"{path} is {kind}; {READ_HERE}") from None
+        if isinstance(error, pickle.UnpicklingError):
+            what = (
+                "holds objects other than tensors and plain values" if zipfile.is_zipfile(path) else "is no checkpoint"
+            )
+            raise CheckpointError(f"{path} {what} and is refused; {READ_HERE}") from None
+        reason = f"{type(error).__name__} {clean(str(error))}".strip()
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
 
 
@@ -127,7 +131,7 @@ def verify_checkpoint(content: Any, path: Path) -> dict[str, Any]:
         CheckpointError: damaged, foreign, or of an unknown format version.
     """
     if not is_checkpoint(content):
-        raise CheckpointError(f"{path} is not a checkpoint of this program: it has no digest and format version")
+        raise CheckpointError(f"{path} is {describe_content(content)}; {READ_HERE}")
     expected = content.pop(DIGEST_KEY)
     try:
         digest = content_digest(content)

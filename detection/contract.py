@@ -101,6 +101,15 @@ class DetectorModel(Protocol):
         ...
 
 
+@runtime_checkable
+class HasClassRows(Protocol):
+    """A model that can say which filters of its output convolutions belong to which class (optional)."""
+
+    def class_rows(self, num_classes: int) -> list[Tensor]:
+        """For each output convolution the filters of the class scores, if there were so many classes, (A, C) int64."""
+        ...
+
+
 @dataclass(frozen=True)
 class AssignedPrediction:
     """A prediction of an image and a ground-truth box assigned to it."""

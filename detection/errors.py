@@ -5,10 +5,11 @@ A script wraps its `main` in `exit_with_message`: such an error ends with one li
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -89,6 +90,7 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
         memory_hint: what to do when memory runs out.
     """
     exit_code = 0
+    protect_streams()
     try:
         main()
     except UserError as error:
@@ -116,6 +118,18 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
         if not isinstance(error, BrokenPipeError):
             exit_code = exit_code or OutputError.exit_code
     sys.exit(exit_code)
+
+
+def protect_streams() -> None:
+    """Make stdout and stderr escape what their encoding lacks: a class name may have any character, a terminal not."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def name_list(names: Iterable[str]) -> str:
+    """Join class names with commas; a name with a comma or outer spaces is quoted, so that they can be counted."""
+    return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
 
 
 def report(error: UserError) -> int:

@@ -24,7 +24,7 @@ from tests.support.paths import REPOSITORY
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # as `prepare_process` does for scripts
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-pytest_plugins = ["tests.support.darknet_files"]
+pytest_plugins = ["tests.support.darknet_files", "tests.support.detect_runs"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,20 @@
-"""Train a detector on COCO-format images.
+"""Train a detector on COCO or on your own images.
 
 python3 yolo-v3/main.py --config recipes/quickstart.yaml           built-in digits, about 3 minutes on 2 CPU cores
-python3 yolo-v3/main.py data.root=/my/dataset train.batch_size=16  your own images
+python3 yolo-v3/main.py data.root=FOLDER [train.minutes=20]        your own images, in any usual format
 python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       resume exactly where the run stopped
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
-Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), environment.json, train.log, metrics.jsonl,
-results.csv, TensorBoard events, images/, metrics.json and detections.json of the last evaluation, best.pt (highest
-AP50) and last.pt.
+Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), train.log, metrics.jsonl, results.csv, TensorBoard
+events, images/, metrics.json, detections.json and report.html of the last evaluation, best.pt (highest AP50), last.pt.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
+
+STARTED = time.perf_counter()  # `train.minutes` begins before torch is imported
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,10 +28,11 @@ from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
+from detection.training.clock import fit_to_clock
 from detection.training.console import plan_lines, report_end, report_first_batch, report_progress
 from detection.training.dry_run import dry_run, preflight
 from detection.training.endings import joint_work, logged_end
-from detection.training.evaluation import evaluate_and_keep
+from detection.training.evaluation import evaluate_and_keep, keep_better_weights
 from detection.training.loggers import open_loggers
 from detection.training.optimizer import set_backbone_frozen, set_learning_rates
 from detection.training.replay import replay
@@ -56,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="with --resume: allow changes that affect results",
     )
+    add("--extend", action="store_true", help="with --resume and a larger train.steps: go on as that longer run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory (default: new, below run.logs_path)")
     add("--dry-run", action="store_true", help="print the plan, run all checks, write nothing")
     add("--profile", action="store_true", help="profile a few steps: table in the log, trace file")
@@ -72,8 +76,9 @@ def parse_arguments() -> argparse.Namespace:
     modes = [name for name in ("dry_run", "replay", "profile") if getattr(arguments, name)]
     if len(modes) > 1:
         raise SettingsError(f"--{modes[0].replace('_', '-')} and --{modes[1]} are both given")
-    if arguments.accept_changes and arguments.resume is None:
-        raise SettingsError("--accept-changes belongs to --resume")
+    for name in ("accept_changes", "extend"):
+        if getattr(arguments, name) and arguments.resume is None:
+            raise SettingsError(f"--{name.replace('_', '-')} belongs to --resume")
     return arguments
 
 
@@ -90,6 +95,8 @@ def main() -> None:
         run = Run(settings, ranks, fresh=checkpoint is None)
         if checkpoint is not None:
             notices += check_continued(run, checkpoint, directory, arguments.accept_changes)
+        elif settings.train.minutes is not None:
+            notices += fit_to_clock(run, STARTED)
         plan = [*notices, *plan_lines(run)]
         if arguments.dry_run:
             dry_run(run, plan, directory or Path(settings.run.logs_path))
@@ -141,7 +148,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                 stopped = supervisor.end()
                 if run.logs_at(state.step):
                     report_progress(run, state, micro_batches[-1]["images"].shape[-1], loggers, supervisor)
-                if run.evaluates_at(state.step) and not stopped:
+                if run.evaluates_at(state.step) and not stopped and not supervisor.skips_evaluation():
                     evaluate_and_keep(run, state, saver, loggers, supervisor)
                     if state.evaluations_without_rise >= run.patience and state.step < run.steps:
                         loggers.line(f"stopped at step {state.step}: AP50 has not risen in {run.patience} evaluations")
@@ -151,6 +158,10 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                 saver.check()
                 if stopped:
                     raise stopped
+                if supervisor.out_of_time():
+                    evaluate_and_keep(run, state, saver, loggers, supervisor)
+                    break
+            keep_better_weights(run, state, saver, loggers, supervisor)
         saver.wait()
         report_end(run, state, loggers, supervisor)
 

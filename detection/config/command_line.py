@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from detection.config.aliases import add_device_flags, add_training_flags, separate_hpu, settings_flags
 from detection.config.loading import Flag
+from detection.errors import CheckpointError, SettingsError
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
 
@@ -17,6 +18,21 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
+
+
+def weights_file(path: str | Path) -> Path:
+    """Return the file of weights that a path names: of a run directory its best.pt.
+
+    Raises:
+        CheckpointError: a directory without best.pt.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (best := path / "best.pt").is_file():
+        return best
+    hint = f"; {path / 'last.pt'} is there" if (path / "last.pt").is_file() else ""
+    raise CheckpointError(f"{path} is a directory without best.pt, which a run writes at its first evaluation{hint}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,10 +79,10 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add(
             "--weights",
-            type=Path,
+            type=weights_file,
             required=required,
             metavar="FILE",
-            help="checkpoint .pt, Darknet .weights, or exported .onnx",
+            help="checkpoint .pt, run directory (its best.pt), Darknet .weights, or exported .onnx",
         )
         add(
             "--cfg",
@@ -75,6 +91,18 @@ class Parser(argparse.ArgumentParser):
             help="Darknet .cfg of the network, for .weights (default: YOLOv3 as configured)",
         )
         add("--names", type=Path, metavar="FILE", help="class names for Darknet weights, one per line")
+
+    def add_views(self) -> None:
+        """Add --tiles, --overlap and --tta, which `inference.views.open_viewer` reads."""
+        add = self.add_argument
+        add(
+            "--tiles",
+            type=at_least_one,
+            metavar="SIZE",
+            help="for images much larger than the network input: also look at overlapping tiles of SIZE pixels",
+        )
+        add("--overlap", metavar="N", help="pixels that neighbouring tiles share, or share of SIZE (default: 0.2)")
+        add("--tta", action="store_true", help="test-time augmentation: also mirrored, smaller and larger")
 
     def add_output(self) -> None:
         """Add --output and --show."""
@@ -87,3 +115,26 @@ class Parser(argparse.ArgumentParser):
 def device_flags(arguments: argparse.Namespace) -> list[Flag]:
     """Translate the flags of a command line (device flags, and other programs' where a script has them) to settings."""
     return settings_flags(arguments, DEFAULTS)
+
+
+def read_confidences(words: Sequence[str], settings: list[str]) -> list[float]:
+    """Parse the values of --confidence, and append the lowest to the settings.
+
+    Raises:
+        SettingsError: a value is not between 0 and 1 or is repeated, or the setting is given too.
+    """
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            raise SettingsError(f"--confidence {word}: is not a number") from None
+        if not 0 < values[-1] < 1:
+            raise SettingsError(f"--confidence {word}: must lie between 0 and 1")
+        if values.count(values[-1]) > 1:
+            raise SettingsError(f"--confidence {word}: occurs twice")
+    if values:
+        if other := [word for word in settings if word.split("=")[0].endswith("confidence_threshold")]:
+            raise SettingsError(f"--confidence and {other[0]} contradict one another; give one of them")
+        settings.append(f"evaluation.confidence_threshold={min(values)!r}")
+    return values

@@ -49,13 +49,57 @@ REPLACED_NAMES = {
     "continue_training": "use --resume DIRECTORY",
     "checkpoint": "use --resume DIRECTORY",
     "epoch_num": "use --resume DIRECTORY",
-    "epochs": 'use train.steps, e.g. train.steps="12ep"',
     "output_path": "use run.logs_path",
     "train_ratio": "use data.validation_fraction",
     "val_ratio": "the whole validation set is evaluated",
     "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
 }
+
+# Keys of other programs' command lines and files (ultralytics, Darknet, mmdetection) -> what to write here.
+PEER_NAMES = {
+    "imgsz": "train.image_size and evaluation.image_size",
+    "img_size": "train.image_size and evaluation.image_size",
+    "width": "train.image_size and evaluation.image_size",
+    "height": "train.image_size and evaluation.image_size",
+    "epochs": 'train.steps, e.g. train.steps="12ep"',
+    "max_epochs": 'train.steps, e.g. train.steps="12ep"',
+    "max_batches": "train.steps",
+    "time": "train.minutes",
+    "batch": "train.batch_size",
+    "lr": "train.learning_rate",
+    "lr0": "train.learning_rate",
+    "lrf": "scheduler.eta_min, the last learning rate itself, not a share of the first",
+    "warmup_epochs": 'scheduler.warmup, e.g. scheduler.warmup="3ep"',
+    "burn_in": "scheduler.warmup",
+    "workers": "data.num_workers",
+    "data": "data.root, a folder or its data.yaml",
+    "source": "data.root, a folder or its data.yaml",
+    "model": "model.backbone, or model.cfg for a Darknet network",
+    "weights": "model.pretrained",
+    "pretrained": "model.pretrained",
+    "freeze": "train.unfreeze_step",
+    "cos_lr": "scheduler.strategy=CosineAnnealingWarmRestartsWithWarmup",
+    "multi_scale": "train.resize_frequency and train.multiscale_sizes",
+    "close_mosaic": "nothing: there is no mosaic",
+    "mosaic": "nothing: there is no mosaic",
+    "patience": "train.patience",
+    "save_period": "train.save_frequency",
+    "name": "run.name",
+    "project": "run.logs_path",
+    "exist_ok": "--output DIRECTORY",
+    "resume": "--resume DIRECTORY",
+    "conf": "evaluation.confidence_threshold",
+    "iou": "evaluation.iou_threshold",
+    "max_det": "evaluation.max_detections",
+    "amp": "run.precision",
+    "half": "run.precision",
+    "fliplr": "data.augmentation.horizontal_flip, e.g. {p: 0.5}",
+    "flipud": "data.augmentation.vertical_flip, e.g. {p: 0.5}",
+}
+# Read by every script, or given to every script together.
+INPUT_SIZES = ("train.image_size", "train.resize_frequency", "train.multiscale_sizes", "evaluation.image_size")
+LIKENESS = 0.6  # of a name that is suggested
 
 # Removed values -> their replacement.
 REPLACED_VALUES = {("evaluation.backend", "faster_coco_eval"): "arrays"}
@@ -94,6 +138,7 @@ def load_settings(
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
     flags: Sequence[Flag] = (),
+    unused: Sequence[str] = (),
 ) -> tuple[Settings, list[str]]:
     """Merge and validate all sources.
 
@@ -102,6 +147,7 @@ def load_settings(
         overlays: files with some of its keys; later ones win.
         words: `key.path=value`, value in YAML syntax.
         flags: command-line flags; they win over everything else.
+        unused: sections that the script does not read; see `unused_notice`.
 
     Returns:
         The frozen settings, and one notice per flag, flat name or old name with the setting it was read as.
@@ -109,6 +155,18 @@ def load_settings(
     Raises:
         SettingsError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
             the command line sets one setting under two names to different values.
+    """
+    tree, notices, given = merge_settings(defaults, overlays, words, flags)
+    return validate(tree), notices + unused_notice(given, unused)
+
+
+def merge_settings(
+    defaults: Path | Settings, overlays: Sequence[Path] = (), words: Sequence[str] = (), flags: Sequence[Flag] = ()
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """Merge all sources without validating values; arguments and errors as in `load_settings`.
+
+    Returns:
+        The settings by section, the notices, and the paths that words and flags set.
     """
     tree = defaults.model_dump(mode="json") if isinstance(defaults, Settings) else read_settings_file(defaults)
     known = leaf_paths(tree)
@@ -135,7 +193,19 @@ def load_settings(
         notices.append(f"command line: {flag.spelling} means {flag.path} = {flag.value!r}")
         set_leaf(tree, known, flag.path, flag.value, "command line", notices)
     tree["model"]["cfg"] = read_cfg(tree["model"]["cfg"])
-    return validate(tree), notices
+    return tree, notices, list(given)
+
+
+def unused_notice(given: Sequence[str], sections: Sequence[str]) -> list[str]:
+    """Return a notice that names settings of the command line which the script does not read, or none.
+
+    Args:
+        given: paths that words and flags set.
+        sections: sections that the script does not read, apart from `INPUT_SIZES`.
+    """
+    unused = [path for path in given if path.partition(".")[0] in sections and path not in INPUT_SIZES]
+    verb = "is" if len(unused) == 1 else "are"
+    return [f"warning: {', '.join(unused)} {verb} not used by this script"] if unused else []
 
 
 def read_cfg(cfg: Any) -> Any:
@@ -143,9 +213,20 @@ def read_cfg(cfg: Any) -> Any:
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
     try:
-        return Path(cfg).read_text(encoding="utf-8").replace("\r\n", "\n").rstrip() + "\n"
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"model.cfg: {cfg} cannot be read as text: {error}") from None
+        content = Path(cfg).read_bytes()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"model.cfg: {cfg} cannot be read: {error}") from None
+    return decode_cfg(content).replace("\r\n", "\n").rstrip() + "\n"
+
+
+def decode_cfg(content: bytes) -> str:
+    """The text of a Darknet cfg, which is ASCII but for comments: UTF-8, Chinese (GBK) or Western (cp1252)."""
+    for encoding in ("utf-8", "gbk"):
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            pass
+    return content.decode("cp1252", errors="replace")  # latin-1 would make a byte of 0x85 the end of a line
 
 
 def complete_settings(tree: dict[str, Any], defaults: Path, notices: list[str] | None = None) -> Settings:
@@ -174,7 +255,7 @@ def complete_settings(tree: dict[str, Any], defaults: Path, notices: list[str] |
 def validate(tree: dict[str, Any]) -> Settings:
     """Build `Settings` from a complete nested mapping; all errors are reported in one line."""
     try:
-        return Settings.model_validate(_tuples(tree))
+        return Settings.model_validate(tuples_of(tree))
     except ValidationError as error:
         lines: list[str] = []
         for item in error.errors():
@@ -251,19 +332,13 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     if key not in known:
         if key in REPLACED_NAMES:
             raise SettingsError(f"{where}: {key} has another form here: {REPLACED_NAMES[key]}")
+        if key in PEER_NAMES:
+            raise SettingsError(f"{where}: {key} has another name here: use {PEER_NAMES[key]}")
         if any(path.startswith(f"{key}.") for path in known):
             raise SettingsError(f"{where}: {key} is a section, not a value")
-        spellings = [*known, *MOVED_NAMES]
-        candidates = difflib.get_close_matches(key, [*known, *FLAT_NAMES, *MOVED_NAMES], n=1, cutoff=0.0)
-        by_last_part = difflib.get_close_matches(
-            key.rpartition(".")[2], [path.rpartition(".")[2] for path in spellings], n=1, cutoff=0.75
-        )
-        nearest = next(
-            (path for path in spellings if by_last_part and path.endswith("." + by_last_part[0])),
-            candidates[0],
-        )
-        nearest = MOVED_NAMES.get(nearest, nearest)
-        raise SettingsError(f"{where}: unknown setting {key!r}; the nearest valid name is {nearest!r}")
+        nearest = nearest_name(key, known)
+        hint = f"the nearest valid name is {nearest!r}" if nearest else "yolo-v3/args.yaml lists all"
+        raise SettingsError(f"{where}: unknown setting {key!r}; {hint}")
     if isinstance(value, str) and (key, value) in REPLACED_VALUES:
         notices.append(f"{where}: {key}={value} no longer exists and is read as {REPLACED_VALUES[key, value]}")
         value = REPLACED_VALUES[key, value]
@@ -275,11 +350,21 @@ def set_leaf(tree: dict, known: list[str], key: str, value: Any, where: str, not
     return key
 
 
-def _tuples(value: Any) -> Any:
+def nearest_name(key: str, known: Sequence[str]) -> str | None:
+    """Find the setting whose path, or whose last part, is spelled most like `key`; None: none is alike."""
+    spellings = [*known, *MOVED_NAMES]
+    last_parts = [path.rpartition(".")[2] for path in spellings]
+    by_last_part = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.75)
+    by_path = difflib.get_close_matches(key, [*spellings, *FLAT_NAMES], n=1, cutoff=LIKENESS)
+    nearest = spellings[last_parts.index(by_last_part[0])] if by_last_part else next(iter(by_path), None)
+    return None if nearest is None else MOVED_NAMES.get(nearest, nearest)
+
+
+def tuples_of(value: Any) -> Any:
     """Convert lists to tuples at any depth: frozen settings hold no lists."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+        return {key: tuples_of(inner) for key, inner in value.items()}
+    return tuple(tuples_of(inner) for inner in value) if isinstance(value, list) else value
 
 
 def _lists(value: Any) -> Any:

@@ -70,6 +70,7 @@ class DataSettings(Section):
     """Datasets, their images and how they are loaded."""
 
     root: str
+    format: Literal["auto", "coco", "yolo", "voc"]
     builtin: Literal["digits"] | None
     train_annotations: str | None
     train_images: str | None
@@ -77,6 +78,11 @@ class DataSettings(Section):
     validation_images: str | None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None
     class_names: tuple[str, ...] | None
+    voc_corners: Literal["inclusive", "exclusive"]
+    difficult: Literal["crowd", "keep"]
+    ignore_as_crowd: bool
+    skip_empty: bool
+    max_train_images: Count | None
     balance: Literal["none", "repeat_factor"]
     balance_threshold: Annotated[float, Field(gt=0, le=1)]
     fake: bool
@@ -128,6 +134,7 @@ class YoloSettings(Section):
     spp: bool
     neck_channels: tuple[Count, ...]
     anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
+    anchor_size: Count | None
     loss: Literal["darknet", "giou", "ciou", "mmdetection"]
     class_loss: Literal["bce", "cross_entropy"]
     box_weight: NotNegative
@@ -165,6 +172,7 @@ class TrainSettings(Section):
     batch_size: Count | Literal["auto"]
     subdivisions: Count
     steps: Duration
+    minutes: Positive | None
     image_size: int
     resize_frequency: Annotated[int, Field(ge=0)]
     multiscale_sizes: Annotated[tuple[int, int], AfterValidator(check_range)]
@@ -173,7 +181,7 @@ class TrainSettings(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative
     clip_norm: Positive | None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None
     ema_ramp: Duration
     unfreeze_step: Duration
     backbone_learning_rate_factor: NotNegative
@@ -208,14 +216,15 @@ class TrainSettings(Section):
 class SchedulerSettings(Section):
     """Learning rate over the steps; which fields count depends on `strategy`."""
 
-    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
-    warmup: Duration
+    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
+    warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
     scale: tuple[NotNegative, ...]
     T_0: Duration | None
     T_mult: Annotated[int, Field(ge=1, le=2)]
     eta_min: NotNegative
     milestones: tuple[Duration, ...]
+    step_size: Duration | None
     gamma: NotNegative
     warmup_start_factor: Probability
     warmup_bias_lr: NotNegative | None
@@ -224,6 +233,10 @@ class SchedulerSettings(Section):
     def check_lengths(self) -> "SchedulerSettings":
         if self.strategy == "LambdaLR" and len(self.scale) != len(self.index) + 1:
             raise ValueError(f"scale: needs one value more than index ({len(self.index) + 1}), has {len(self.scale)}")
+        if (self.strategy == "StepLR") != (self.step_size is not None) or (
+            self.step_size is not None and is_zero(self.step_size)
+        ):
+            raise ValueError("strategy: StepLR, and it alone, needs a step_size above 0")
         for name in ("index", "milestones"):
             check_ascending(name, getattr(self, name))
         return self
@@ -232,7 +245,7 @@ class SchedulerSettings(Section):
 class EvaluationSettings(Section):
     """Validation: images, thresholds and what is drawn."""
 
-    evaluate_frequency: Duration
+    evaluate_frequency: Duration | Literal["auto"]
     image_size: int
     batch_size: Count | None
     max_images: Count | None
@@ -268,7 +281,7 @@ class Settings(Section):
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if is_zero(self.evaluation.evaluate_frequency):
+        if self.evaluation.evaluate_frequency != "auto" and is_zero(self.evaluation.evaluate_frequency):
             raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
         sizes = {
             "train.image_size": [self.train.image_size],

@@ -54,22 +54,29 @@ for _name, _pattern, _first in _RESOLVERS:
 _YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_decimal)
 
 
+class _TextLoader(_YamlLoader):
+    """Loader for which every value is text: class names are, also `no`, `010` and `null`."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
 def write_yaml(content: Any) -> str:
     """Format a value as YAML that `read_yaml` reads back to the same value."""
     return yaml.dump(content, Dumper=_YamlDumper, sort_keys=False, default_flow_style=None, width=120)
 
 
-def read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str, plain: bool = False) -> Any:
     """Parse YAML text.
 
     Args:
         where: origin of the text, for the error message.
+        plain: every value and key is text, as it stands there.
 
     Raises:
         SettingsError: the text is not valid YAML.
     """
     try:
-        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506  (a SafeLoader subclass)
+        return yaml.load(text, Loader=_TextLoader if plain else _YamlLoader)  # noqa: S506  (a SafeLoader subclass)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SettingsError(f"{' '.join(where.split())}: not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -1,6 +1,8 @@
 """Annotations of a dataset as checked flat arrays: boxes, labels, categories, and the boxes that were left out."""
 
 import dataclasses
+import functools
+import gc
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -11,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from detection.contract import CROWD_LABEL
-from detection.data.annotation_file import Columns, Fault, read_columns, read_json
-from detection.data.fast_annotation_file import read_fast
-from detection.errors import DataError
+from detection.data.annotation_file import Columns, read_columns, read_json
+from detection.errors import DataError, name_list
 
 HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
 DARKNET_SPELLINGS = {  # class names of Darknet's coco.names (from PASCAL VOC) -> COCO's own
@@ -92,10 +93,37 @@ class Annotations:
         return self.file_names[start : self.file_name_ends[index]].tobytes().decode()
 
 
-def read_annotations(path: Path) -> tuple[Columns | Any, list[Fault]]:
-    """Read a file by the fast path if it is a plain COCO file, else as `read_json` does."""
-    columns = read_fast(path)
-    return read_json(path) if columns is None else (columns, [])
+def read_annotations(path: Path) -> Columns:
+    """Read a COCO annotation file; one that is asked for again and has not changed is not read again.
+
+    Raises:
+        DataError: the first fault of the file.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
+    return _read_annotations(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_annotations(path: Path, *_: int) -> Columns:
+    collecting = gc.isenabled()
+    gc.disable()  # it looks for cycles in millions of new objects, a third of the time; JSON has none
+    try:
+        content, faults = read_json(path)
+        columns = read_columns(content, str(path))
+    finally:
+        if collecting:
+            gc.enable()
+    if faults:
+        raise DataError(f"{path}: {faults[0].message}")
+    return columns
+
+
+def forget_annotations() -> None:
+    """Release the files that `read_annotations` keeps."""
+    _read_annotations.cache_clear()
 
 
 def flatten_annotations(
@@ -206,7 +234,7 @@ def choose_categories(
         return followed
     if class_names is not None:
         if missing := [name for name in class_names if name not in names]:
-            raise DataError(f"{where}: data.class_names has {', '.join(missing)}; the file has {', '.join(names)}")
+            raise DataError(f"{where}: data.class_names has {name_list(missing)}; the file has {name_list(names)}")
         return tuple(class_names)
     return tuple(names)
 
@@ -249,11 +277,7 @@ def load_annotations(
 
     Arguments and errors as in `CocoDataset`.
     """
-    content, faults = read_annotations(path)
-    annotations = flatten_annotations(content, str(path), class_names, None, fraction, strict)
-    if faults:
-        raise DataError(f"{path}: {faults[0].message}")
-    return annotations
+    return flatten_annotations(read_annotations(path), str(path), class_names, None, fraction, strict)
 
 
 def select_images(annotations: Annotations, indices: np.ndarray) -> Annotations:

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from detection.config.settings import DataSettings
-from detection.data.annotations import Categories, select_images
+from detection.data.annotation_file import read_without_boxes
+from detection.data.annotations import Annotations, Categories, flatten_annotations, select_images
 from detection.data.coco import CocoDataset
 from detection.data.digits import ensure_digits
 from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
-from detection.data.layouts import find_dataset, find_training_set, find_validation_set
-from detection.errors import DataError, OutputError
+from detection.data.recognition import Source
+from detection.data.sources import find_source, forget, source_lines
+from detection.errors import DataError, OutputError, name_list
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
 
@@ -36,27 +38,21 @@ def build_datasets(
         DataError: no dataset found, unusable annotations, or another number of classes.
     """
     make_builtin(data)
-    if not data.fake:
-        find_dataset(data)  # report a missing split before spending time on reading the other
-    training_set = build_training_dataset(data, seed, num_classes)
-    validation_set: DetectionDataset
-    if isinstance(training_set, FakeDataset):
+    if data.fake:
+        training_set = build_training_dataset(data, seed, num_classes)
         names = training_set.annotations.categories.names
-        validation_set = FakeDataset(FAKE_IMAGES[1], names, seed + 1)
-    else:
-        file, images = find_dataset(data)[1]
-        validation_set = CocoDataset(
-            images,
-            file,
-            class_names=data.class_names,
-            categories=training_set.annotations.categories,
-            fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
-            strict=data.strict,
-            follow_links=data.follow_links,
-            decoder=choose_decoder(data.decoder),
-            slow_seconds=data.slow_sample_seconds,
-        )
+        validation_set: DetectionDataset = FakeDataset(FAKE_IMAGES[1], names, seed + 1)
+        keep_evenly(validation_set, max_validation_images)
+        return training_set, validation_set
+    sources = []
+    for split in ("training", "validation"):  # a missing one is reported before time is spent on the other
+        sources.append(find_source(data, split))
+        sources[-1].image_directory()
+    training_set = build_training_dataset(data, seed, num_classes)
+    validation_set = _open(sources[1], data, training_set.annotations.categories)
+    training_set.source_lines = source_lines(*sources)
     keep_evenly(validation_set, max_validation_images)
+    forget()
     return training_set, validation_set
 
 
@@ -66,53 +62,74 @@ def build_training_dataset(data: DataSettings, seed: int, num_classes: int | Non
         names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
         return FakeDataset(FAKE_IMAGES[0], names, seed)
     make_builtin(data)
-    file, images = find_training_set(data)
-    dataset = CocoDataset(
-        images,
-        file,
-        class_names=data.class_names,
-        fraction=None if data.validation_fraction is None else (data.validation_fraction, False),
-        strict=data.strict,
-        follow_links=data.follow_links,
-        decoder=choose_decoder(data.decoder),
-        slow_seconds=data.slow_sample_seconds,
-    )
+    dataset = _open(source := find_source(data, "training"), data)
     names = dataset.annotations.categories.names
     if num_classes not in (None, len(names)):
         raise DataError(
-            f"model.num_classes is {num_classes}, but {file} has {len(names)} categories: {', '.join(names)}"
+            f"model.num_classes is {num_classes}, but {source.file} has {len(names)} categories: {name_list(names)}"
         )
     if not len(dataset.annotations.labels):
-        raise DataError(f"{file}: no usable box in any training image")
-    annotations = dataset.annotations
+        raise DataError(f"{source.file}: no usable box in any training image")
+    dataset.annotations = annotations = choose_training_images(dataset.annotations, data)
     dataset.cache = build_cache(data, dataset.decoder, dataset.image_root, annotations.file_names, len(annotations))
     return dataset
 
 
+def read_training_annotations(data: DataSettings) -> Annotations:
+    """Read what training would train on, without looking for the images; errors as in `build_datasets`."""
+    make_builtin(data)
+    source = find_source(data, "training")
+    annotations = flatten_annotations(
+        source.columns(), str(source.file), data.class_names, None, source.fraction, data.strict
+    )
+    return choose_training_images(annotations, data)
+
+
+def choose_training_images(annotations: Annotations, data: DataSettings) -> Annotations:
+    """Apply `data.skip_empty`, then `data.max_train_images`."""
+    if data.skip_empty:
+        annotations = select_images(annotations, np.flatnonzero(np.diff(annotations.first_box)))
+    return evenly(annotations, data.max_train_images)
+
+
 def build_validation_dataset(
-    data: DataSettings, names: Sequence[str] | None, max_images: int | None = None
+    data: DataSettings, names: Sequence[str] | None, max_images: int | None = None, ground_truth: bool = True
 ) -> CocoDataset:
     """Build the validation set alone, with the labels of a trained detector.
 
     Args:
         names: class names of the detector in label order; None: all categories of the file, by ascending id.
         max_images: see `keep_evenly`.
+        ground_truth: see `CocoDataset`.
 
     Raises:
         DataError: no dataset found, unusable annotations, or categories that the detector was not trained on.
     """
     make_builtin(data)
-    file, images = find_validation_set(data)
+    categories = None if names is None else Categories(tuple(names), tuple(range(len(names))))
+    dataset = _open(find_source(data, "validation"), data, categories, ground_truth)
+    keep_evenly(dataset, max_images)
+    forget()
+    return dataset
+
+
+def _open(
+    source: Source, data: DataSettings, categories: Categories | None = None, ground_truth: bool = True
+) -> CocoDataset:
     dataset = CocoDataset(
-        images,
-        file,
+        source.image_directory(),
+        source.file,
         class_names=data.class_names,
-        categories=None if names is None else Categories(tuple(names), tuple(range(len(names)))),
-        fraction=None if data.validation_fraction is None else (data.validation_fraction, True),
+        categories=categories,
+        fraction=source.fraction,
         strict=data.strict,
         follow_links=data.follow_links,
+        decoder=choose_decoder(data.decoder),
+        slow_seconds=data.slow_sample_seconds,
+        columns=source.columns() if ground_truth else read_without_boxes(source.file),
+        ground_truth=ground_truth,
     )
-    keep_evenly(dataset, max_images)
+    dataset.source_lines = source_lines(source, boxes=ground_truth)
     return dataset
 
 
@@ -121,9 +138,15 @@ def keep_evenly(dataset: DetectionDataset, count: int | None) -> None:
 
     Not the first `count`: the beginning of a file may come from a single camera or day.
     """
-    total = len(dataset.annotations)
-    if count is not None and count < total:
-        dataset.annotations = select_images(dataset.annotations, np.arange(count) * total // count)
+    dataset.annotations = evenly(dataset.annotations, count)
+
+
+def evenly(annotations: Annotations, count: int | None) -> Annotations:
+    """The annotations of `count` images as `keep_evenly` chooses them."""
+    total = len(annotations)
+    if count is None or count >= total:
+        return annotations
+    return select_images(annotations, np.arange(count) * total // count)
 
 
 def make_builtin(data: DataSettings) -> None:

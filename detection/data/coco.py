@@ -5,13 +5,15 @@ forked loader workers copy the memory.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from detection.contract import CROWD_LABEL
+from detection.data.annotation_file import Columns
 from detection.data.annotations import Categories, flatten_annotations, read_annotations
 from detection.data.image_cache import ImageCache
 from detection.data.image_file import read_image
@@ -38,11 +40,15 @@ class CocoDataset(Dataset):
         follow_links: whether image files may be symbolic links that lead out of the image directory.
         decoder: decoder of JPEG files, a key of `JPEG_DECODERS`.
         slow_seconds: print the name of an image that takes longer than this; None: never.
+        columns: content of `annotations`, which then only names it in messages; None: it is a COCO file to be read.
+        ground_truth: False: the columns hold no boxes, and a class that they lack is no error.
 
     Attributes:
         cache: cache of decoded images, or None.
+        unlisted: labels of classes that the file has no category for; known without `ground_truth` only.
         substitutes: whether an unreadable image is replaced by the next readable one, which the sample records. For
             training only: an evaluation that skips images would be of another dataset.
+        source_lines: where the data comes from, for the plan; of `detection.data.build`.
 
     Raises:
         DataError: the file is not a COCO annotation file or has no usable images; one line with file and entry.
@@ -60,20 +66,25 @@ class CocoDataset(Dataset):
         follow_links: bool = False,
         decoder: str = "opencv",
         slow_seconds: float | None = None,
+        columns: Columns | None = None,
+        ground_truth: bool = True,
     ) -> None:
-        content, faults = read_annotations(annotations)
+        if columns is None:
+            columns = read_annotations(annotations)
         if not images.is_dir():
             raise DataError(f"image directory {images} does not exist")
-        self.annotations = flatten_annotations(content, str(annotations), class_names, categories, fraction, strict)
-        if faults:
-            raise DataError(f"{annotations}: {faults[0].message}")
-        self.sample_transform = transform
+        self.annotations = flatten_annotations(columns, str(annotations), class_names, categories, fraction, strict)
+        # A class that the file lacks has an invented category id, which no result file may contain.
+        ids = self.annotations.categories.ids
+        self.unlisted = [] if ground_truth else np.flatnonzero(~np.isin(ids, columns.category_ids)).tolist()
+        self.sample_transform: Callable[..., Any] | None = transform
         self.image_root = images.resolve()
         self.follow_links = follow_links
         self.decoder = decoder
         self.cache: ImageCache | None = None
         self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
         self.substitutes = False
+        self.source_lines: list[str] = []
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -100,7 +111,8 @@ class CocoDataset(Dataset):
         unreadable: list[str] = []
         while True:
             try:
-                return dataclasses.replace(self._sample(index, epoch, size), unreadable=tuple(unreadable))
+                sample: Sample = dataclasses.replace(self._sample(index, epoch, size), unreadable=tuple(unreadable))
+                return sample
             except DataReadError as error:
                 unreadable.append(error.line)
                 if not self.substitutes or len(unreadable) == min(MAX_UNREADABLE_IN_A_ROW, len(self)):

@@ -21,7 +21,11 @@ from PIL import Image, ImageOps
 
 from detection.errors import DataReadError, SettingsError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# The formats that OpenCV decodes to the right colours; of an animation the first image.
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm", ".sr", ".ras"),
+}
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded; a file of 190 kB can decompress to more
 MAX_BYTES = 2**30

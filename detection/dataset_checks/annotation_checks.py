@@ -1,13 +1,13 @@
 """Checks of annotations: ids, boxes and categories. No image is opened; COCO takes seconds."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detection.config.settings import DataSettings
-from detection.data.annotation_file import Fault, read_json, sound_columns
+from detection.data.annotation_file import Columns, Fault, read_json, sound_columns
 from detection.data.annotations import (
     DEGENERATE,
     ORPHAN,
@@ -17,6 +17,9 @@ from detection.data.annotations import (
     flatten_annotations,
     untrained_names,
 )
+from detection.data.box_meanings import IGNORE, find_meanings
+from detection.data.converted import read_converted
+from detection.data.recognition import Source
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataError
 
@@ -42,6 +45,33 @@ def read_tolerantly(file: Path, split: str, findings: Findings) -> dict[str, Any
     return content
 
 
+def read_source(source: Source, split: str, findings: Findings) -> Columns | dict[str, Any]:
+    """Read a split and report what its file says that training refuses, leaves out or does not understand.
+
+    Raises:
+        DataError: nothing can be read.
+    """
+    if source.conversion is not None:
+        found = read_converted(source.conversion).findings
+        known = {finding.reason for finding in findings.found}  # both splits are read at once
+        for kind, reasons in (("left_out", found.skipped), ("reading_note", found.notes)):
+            for reason, places in reasons.items():
+                findings.add(kind, "both", [] if reason in known else places, reason=reason)
+        return source.columns()
+    content = read_tolerantly(source.file, split, findings)
+    for key in ("images", "categories"):
+        if not content[key] and not findings[f"no_{key}"]:  # all of them were faulty
+            findings.add(f"no_{key}", split, [key])
+    for reason, ids in find_meanings(content["images"], content["annotations"]).items():
+        if reason != IGNORE or not source.ignore_as_crowd:
+            findings.add("meaning_lost", split, ids, reason=reason)
+    if source.ignore_as_crowd:
+        content["annotations"] = [
+            row | {"iscrowd": 1} if row.get("ignore") in (1, True) else row for row in content["annotations"]
+        ]
+    return content
+
+
 def add_faults(faults: list[Fault], split: str, findings: Findings) -> None:
     """Add one finding per kind, with the message where the item alone does not explain the fault."""
     for kind in dict.fromkeys(fault.kind for fault in faults):
@@ -52,30 +82,32 @@ def add_faults(faults: list[Fault], split: str, findings: Findings) -> None:
 
 
 def flatten_tolerantly(
-    content: dict[str, Any],
-    file: Path,
-    split: str,
-    data: DataSettings,
+    content: Columns | dict[str, Any],
+    source: Source,
+    class_names: Sequence[str] | None,
     trained: Categories | None,
     findings: Findings,
 ) -> Annotations | None:
     """Build the arrays that training would use; None if even the valid entries are refused.
 
     Args:
+        content: of `read_source`.
+        class_names: `data.class_names`.
         trained: categories of the training set, for a validation set.
     """
-    class_names = data.class_names
-    names = [str(entry["name"]) for entry in content["categories"]]
-    if trained is not None and class_names is None and (extra := untrained_names(trained.names, names)):
-        findings.add("untrained_category", split, extra)
-        class_names = tuple(name for name in names if name not in extra)
-    fraction = None if data.validation_fraction is None else (data.validation_fraction, split == "validation")
-    if not content["images"] or not content["categories"]:
+    if isinstance(content, Columns):
+        names = content.category_names
+    elif content["images"] and content["categories"]:
+        names = [entry["name"] for entry in content["categories"]]
+    else:
         return None  # reported already
+    if trained is not None and class_names is None and (extra := untrained_names(trained.names, names)):
+        findings.add("untrained_category", source.split, extra)
+        class_names = tuple(name for name in names if name not in extra)
     try:
-        return flatten_annotations(content, str(file), class_names, trained, fraction)
+        return flatten_annotations(content, str(source.file), class_names, trained, source.fraction)
     except DataError as error:
-        findings.add("refused", split, [error.line])
+        findings.add("refused", source.split, [error.line])
         return None
 
 

@@ -83,6 +83,10 @@ KINDS = {
     "extreme_aspect": Kind("warning", "images with an aspect ratio over 10", "cut them into pieces"),
     "unlisted_image": Kind("info", "images in the directory that are not listed", "list or ignore them"),
     "duplicate_image": Kind("warning", "images with the content of another one", "remove one of each"),
+    # how the files were read
+    "left_out": Kind("warning", "left out in reading", "correct them, or see voc_corners and difficult"),
+    "reading_note": Kind("info", "in reading", ""),
+    "meaning_lost": Kind("warning", "with a key that training does not read", "see docs/train_on_my_data.md"),
     # both splits
     "leakage": Kind("warning", "validation images equal to a training image", "remove them: they inflate AP"),
     "leakage_by_look": Kind("warning", "validation images similar to a training image", "compare the pairs"),
@@ -102,18 +106,24 @@ class Finding:
     split: str  # training, validation or both
     items: list[int | str]  # annotation ids, file names or category names
     details: list[str]  # one per item, or empty
+    reason: str = ""  # more than the kind says
+
+    @property
+    def what(self) -> str:
+        kind = KINDS[self.kind].what
+        return f"{kind}: {self.reason}" if self.reason else kind
 
     def row(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         kind = KINDS[self.kind]
         names = ["kind", "severity", "split", "count", "what", "advice", "items"]
-        values = [self.kind, self.severity, self.split, len(self.items), kind.what, kind.advice, self.items]
+        values = [self.kind, self.severity, self.split, len(self.items), self.what, kind.advice, self.items]
         return dict(zip(names, values, strict=True)) | ({"details": self.details} if self.details else {})
 
     def line(self) -> str:
         """Format for the log: count, first items, advice."""
         kind = KINDS[self.kind]
-        return f"{kind.what}: {len(self.items)} ({self.listed()})" + (f"; {kind.advice}" if kind.advice else "")
+        return f"{self.what}: {len(self.items)} ({self.listed()})" + (f"; {kind.advice}" if kind.advice else "")
 
     def listed(self) -> str:
         """Format the first items with their details, without control characters."""
@@ -136,19 +146,21 @@ class Findings:
     strict: bool = False
     found: list[Finding] = field(default_factory=list)
 
-    def add(self, kind: str, split: str, items: Iterable[int | str], details: Sequence[str] = ()) -> None:
-        """Add items, if any, to the finding of this kind and split."""
+    def add(
+        self, kind: str, split: str, items: Iterable[int | str], details: Sequence[str] = (), reason: str = ""
+    ) -> None:
+        """Add items, if any, to the finding of this kind, split and reason."""
         if not (items := list(items)):
             return
         for finding in self.found:
-            if (finding.kind, finding.split) == (kind, split):
+            if (finding.kind, finding.split, finding.reason) == (kind, split, reason):
                 finding.items.extend(items)
                 finding.details.extend(details)
                 return
         severity = KINDS[kind].severity
         if self.strict and kind in ("degenerate_box", "box_outside"):
             severity = "error"
-        self.found.append(Finding(kind, severity, split, items, list(details)))
+        self.found.append(Finding(kind, severity, split, items, list(details), reason))
 
     def of(self, severity: str) -> list[Finding]:
         return [finding for finding in self.found if finding.severity == severity]

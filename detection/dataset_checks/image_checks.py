@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from detection.data.annotations import Annotations
 from detection.data.image_file import Header, decode_image, list_images, read_file, read_header
+from detection.data.similar_names import find_similar
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataReadError
 
@@ -63,7 +64,10 @@ def check_listing(splits: Sequence[Split], follow_links: bool, findings: Finding
             ("image_not_regular", listing.not_regular),
             ("image_outside", listing.outside),
         ):
-            findings.add(kind, split.name, [split.names[position] for position in positions])
+            lost = [split.names[position] for position in positions]
+            similar = find_similar(split.root, lost) if kind == "image_missing" and lost else {}
+            details = [f"there is {similar[name]}" if name in similar else "" for name in lost] if similar else []
+            findings.add(kind, split.name, lost, details)
             split.unreadable.update(positions)
         for directory, present in listing.present.items():
             unlisted.setdefault(directory, set(present))

@@ -13,16 +13,20 @@ import numpy as np
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL
 from detection.drawing.files import replace_file
+from detection.drawing.tags import (
+    WHITE,
+    Color,
+    draw_legend,
+    draw_tag,
+    draw_tags,
+    is_crowded,
+    letter_pixels_of,
+    side_of,
+    size_of_tag,
+)
 
-Color = tuple[int, int, int]  # RGB, 0..255
 CROWD_COLOR: Color = (160, 160, 160)  # grey; the colours of classes have at least 60 % saturation
 CROWD_DARK_COLOR: Color = (60, 60, 60)
-BLACK: Color = (0, 0, 0)
-WHITE: Color = (255, 255, 255)
-
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-SMALLEST_LETTER_PIXELS = 10  # height of a capital; OpenCV's smaller letters are illegible
-LARGEST_LETTER_PIXELS = 40
 
 
 def class_color(label: int) -> Color:
@@ -45,6 +49,7 @@ def draw_boxes(
     scores: np.ndarray | None = None,
     title: str | None = None,
     notes: Sequence[str] | None = None,
+    legend: bool = False,
 ) -> np.ndarray:
     """Draw boxes with the names of their classes on a copy of an image.
 
@@ -59,9 +64,10 @@ def draw_boxes(
         scores: printed after the names with two decimals, (n,).
         title: text in a white strip above the image.
         notes: text after each name and score, n strings.
+        legend: number the boxes where they are many and their names would hide them, and list the names at the right.
 
     Returns:
-        RGB uint8 (H, W, 3), taller by the strip if there is a title.
+        RGB uint8 (H, W, 3), taller by the strip if there is a title, wider by the legend if there is one.
 
     Raises:
         ValueError: the lengths of the arrays differ, a coordinate is NaN, or a label has no name.
@@ -78,7 +84,7 @@ def draw_boxes(
     drawn = np.ascontiguousarray(image).copy()  # OpenCV draws only on contiguous arrays
     shown = np.flatnonzero(labels != PADDING_LABEL)
     labels, edges = labels[shown], _whole_pixels(boxes[shown], *image.shape[:2])
-    line_pixels = max(1, round(0.003 * _side(image)))
+    line_pixels = max(1, round(0.003 * side_of(image)))
 
     # Crowd regions first, then by descending area, so that no small box is covered.
     areas = (edges[:, 2] - edges[:, 0]) * (edges[:, 3] - edges[:, 1])
@@ -97,7 +103,12 @@ def draw_boxes(
         note = f" {notes[shown[index]]}" if notes is not None and notes[shown[index]] else ""
         texts.append(("crowd" if label == CROWD_LABEL else class_names[label] + score) + note)
         colors.append(CROWD_COLOR if label == CROWD_LABEL else class_color(label))
-    _draw_tags(drawn, edges[by_score], texts, colors)
+    if legend and is_crowded(image, edges[by_score], texts):
+        numbers = [str(number) for number in range(1, len(texts) + 1)]
+        draw_tags(drawn, edges[by_score], numbers, colors)
+        drawn = draw_legend(drawn, [" ".join(pair) for pair in zip(numbers, texts, strict=True)], colors)
+    else:
+        draw_tags(drawn, edges[by_score], texts, colors)
     return drawn if title is None else _add_title(drawn, title)
 
 
@@ -145,8 +156,8 @@ def ground_truth_beside_detections(
     class_names: Sequence[str],
 ) -> np.ndarray:
     """Draw an image twice, with its ground truth on the left and with detections on the right; see `draw_boxes`."""
-    gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="ground truth")
-    detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections")
+    gt = draw_boxes(image, gt_boxes, gt_labels, class_names, title="ground truth", legend=True)
+    detections = draw_boxes(image, boxes, labels, class_names, scores, title="detections", legend=True)
     return make_grid([gt, detections], columns=2)
 
 
@@ -183,15 +194,6 @@ def _check_image(image: np.ndarray) -> None:
         raise ValueError(f"an image must be RGB uint8 (H, W, 3), this is {image.dtype} {image.shape}")
 
 
-def _side(image: np.ndarray) -> float:
-    """Return the side of the square with the image's area, to which lines and letters are proportional."""
-    return math.sqrt(image.shape[0] * image.shape[1])
-
-
-def _letter_pixels(image: np.ndarray) -> float:
-    return min(max(SMALLEST_LETTER_PIXELS, 0.014 * _side(image)), LARGEST_LETTER_PIXELS)
-
-
 def _whole_pixels(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     """Round boxes to whole pixels inside the image, at least one pixel wide and high, (n, 4)."""
     if np.isnan(boxes).any():
@@ -223,82 +225,10 @@ def _draw_dashes(image: np.ndarray, edges: np.ndarray, line_pixels: int) -> None
         side[-thin:, dark] = CROWD_DARK_COLOR
 
 
-def _text_style(text: str, letter_pixels: float, image_width: int) -> tuple[float, int, int]:
-    """Return font scale, stroke thickness and margin in pixels, reduced where the text would not fit the image."""
-    (unit_width, unit_height), _ = cv2.getTextSize(text, FONT, 1.0, 1)  # the fonts of OpenCV 4 and 5 differ
-    margin = max(2, round(letter_pixels / 4))
-    scale = letter_pixels / max(unit_height, 1)
-    fitting_scale = 0.97 * (image_width - 2 * margin) / max(unit_width, 1)  # 3 % for letters rounded up to pixels
-    return max(min(scale, fitting_scale), 0.1), max(1, round(letter_pixels / 12)), margin
-
-
-def _tag_size(text: str, letter_pixels: float, image_width: int) -> tuple[int, int]:
-    """Return the width and height in pixels of a text with its margins."""
-    scale, thickness, margin = _text_style(text, letter_pixels, image_width)
-    (text_width, text_height), below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
-    return text_width + 2 * margin, text_height + below_baseline + 2 * margin
-
-
-def _draw_tags(image: np.ndarray, edges: np.ndarray, texts: list[str], colors: list[Color]) -> None:
-    """Draw the names of boxes, (n, 4) in whole pixels. The first are placed first and drawn last, on top."""
-    letter_pixels = _letter_pixels(image)
-    places = np.zeros((0, 4), dtype=np.int64)
-    for box, text in zip(edges, texts, strict=True):
-        place = _place_tag(box, _tag_size(text, letter_pixels, image.shape[1]), image, places)
-        places = np.vstack((places, place))
-    for index in reversed(range(len(texts))):
-        _draw_tag(image, texts[index], places[index], letter_pixels, colors[index])
-
-
-def _place_tag(edges: np.ndarray, tag_size: tuple[int, int], image: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """Choose the corner of a box, inside the image, where its name covers least.
-
-    Args:
-        edges: box in whole pixels, (4,).
-        tag_size: width and height of the tag in pixels.
-        image: only its size is used.
-        taken: tags placed before, xyxy, (n, 4).
-
-    Returns:
-        Place of the tag, xyxy, (4,).
-    """
-    x1, y1, x2, y2 = edges
-    width, height = min(tag_size[0], image.shape[1]), min(tag_size[1], image.shape[0])
-    # In order of preference: above the box, inside its top, below, inside its bottom; at the left, then at the right.
-    corners = np.array([(x, y) for x in (x1, x2 - width) for y in (y1 - height, y1, y2, y2 - height)])
-    corners = np.clip(corners, 0, (image.shape[1] - width, image.shape[0] - height))
-    candidates: np.ndarray = np.hstack((corners, corners + np.array((width, height))))  # (8, 4)
-    covered = _overlap_areas(candidates, taken).sum(axis=1)  # pixels of other names, (8,)
-    hidden = _overlap_areas(candidates, edges[None])[:, 0]  # pixels of the box itself, (8,)
-    covered += np.where(hidden > (x2 - x1) * (y2 - y1) / 4, hidden, 0)  # up to a quarter of the box may be hidden
-    best: np.ndarray = candidates[covered.argmin()]
-    return best
-
-
-def _overlap_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Compute the intersection areas of boxes (n, 4) and others (m, 4) in pixels, (n, m)."""
-    starts = np.maximum(boxes[:, None, :2], others[:, :2])
-    ends = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    areas: np.ndarray = (ends - starts).clip(min=0).prod(axis=2)
-    return areas
-
-
-def _draw_tag(image: np.ndarray, text: str, place: np.ndarray, letter_pixels: float, color: Color) -> None:
-    """Fill a tag with a colour and write on it in black or white, whichever has more contrast."""
-    x1, y1, x2, y2 = (int(edge) for edge in place)
-    image[y1:y2, x1:x2] = color
-    # Luma weights of red, green and blue: ITU-R BT.601, section 2.5.1.
-    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    scale, thickness, margin = _text_style(text, letter_pixels, image.shape[1])
-    _, below_baseline = cv2.getTextSize(text, FONT, scale, thickness)
-    baseline = (x1 + margin, y2 - margin - below_baseline)
-    cv2.putText(image, text, baseline, FONT, scale, BLACK if luminance > 127 else WHITE, thickness, cv2.LINE_AA)
-
-
 def _add_title(image: np.ndarray, title: str) -> np.ndarray:
-    letter_pixels = 1.2 * _letter_pixels(image)
-    width, _ = _tag_size(title, letter_pixels, image.shape[1])
-    _, height = _tag_size("gl", letter_pixels, image.shape[1])  # equal for all titles, so that panels line up
+    letter_pixels = 1.2 * letter_pixels_of(image)
+    width, _ = size_of_tag(title, letter_pixels, image.shape[1])
+    _, height = size_of_tag("gl", letter_pixels, image.shape[1])  # equal for all titles, so that panels line up
     strip = np.full((height, image.shape[1], 3), WHITE, dtype=np.uint8)
-    _draw_tag(strip, title, np.array([0, 0, min(width, image.shape[1]), height]), letter_pixels, WHITE)
+    draw_tag(strip, title, np.array([0, 0, min(width, image.shape[1]), height]), letter_pixels, WHITE)
     return np.vstack((strip, image))

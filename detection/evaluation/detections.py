@@ -71,3 +71,31 @@ def write_detections(path: Path, annotations: Annotations, detections: Detection
             rows = result_rows(annotations, detections.take(slice(start, start + WRITTEN_AT_A_TIME)))
             file.write((",\n" if start else "") + json.dumps(list(rows))[1:-1])
         file.write("]")
+
+
+def read_detections(path: Path, annotations: Annotations) -> Detections:
+    """Read what `write_detections` wrote for the same annotations, some rows at a time.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, KeyError: it is not such a file, or of other annotations.
+    """
+    image_of = {number: index for index, number in enumerate(annotations.image_ids.tolist())}
+    label_of = {number: label for label, number in enumerate(annotations.categories.ids)}
+    parts: list[np.ndarray] = [np.zeros((0, 7))]
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            rows = json.loads(f"[{line.strip().strip('[],')}]")
+            parts.append(
+                np.array(
+                    [
+                        (image_of[row["image_id"]], label_of[row["category_id"]], *row["bbox"], row["score"])
+                        for row in rows
+                    ],
+                    dtype=np.float64,
+                ).reshape(-1, 7)
+            )
+    table = np.concatenate(parts)
+    boxes = table[:, 2:6].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    return Detections(table[:, 0].astype(np.int64), boxes, table[:, 6], table[:, 1].astype(np.int64))

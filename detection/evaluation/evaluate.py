@@ -1,10 +1,10 @@
 """Run a model over a validation set and score its detections with the official COCO metric."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,6 +121,36 @@ def run_inference(
         for module, was_training in were_training:
             module.training = was_training
     return InferenceResult(Detections(**join_arrays(parts)), totals, seconds)
+
+
+def run_finder(
+    find: Callable[[Sequence[Any]], Sequence[Mapping[str, torch.Tensor]]],
+    loader: Iterable[Sequence[Any]],
+    on_batch: Callable[[], None] = lambda: None,
+) -> InferenceResult:
+    """Run the first half of `evaluate` where the detections of an image come from several looks at it; no losses.
+
+    Args:
+        find: images of the loader to their detections on the CPU: boxes (K, 4) xyxy in original pixels, scores and
+            labels (K,).
+        loader: every image once, in the dataset's order, as lists of items with an `index`.
+        on_batch: as in `evaluate`.
+    """
+    parts: dict[str, list[np.ndarray]] = {"image_index": [], "boxes": [], "scores": [], "labels": []}
+    seconds = dict.fromkeys(("load", "network", "loss", "nms"), 0.0)
+    started = time.perf_counter()
+    for images in loader:
+        loaded = time.perf_counter()
+        for image, found in zip(images, find(images), strict=True):
+            parts["image_index"].append(np.full(len(found["scores"]), image.index))
+            parts["boxes"].append(found["boxes"].double().numpy())
+            parts["scores"].append(found["scores"].double().numpy())
+            parts["labels"].append(found["labels"].numpy())
+        seconds["load"] += loaded - started
+        started = time.perf_counter()
+        seconds["network"] += started - loaded
+        on_batch()
+    return InferenceResult(Detections(**join_arrays(parts)), {}, seconds)
 
 
 def compute_metrics(shares: Sequence[InferenceResult], annotations: Annotations, backend: str = "auto") -> Evaluation:

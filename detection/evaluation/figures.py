@@ -8,6 +8,7 @@ import numpy as np
 from detection.data.annotations import Annotations
 from detection.drawing.boxes import class_color
 from detection.drawing.figures import figure_pixels, new_figure
+from detection.drawing.fonts import figure_names
 from detection.evaluation.coco_metric import GroupScore, count_gt
 from detection.evaluation.error_analysis import Analysis, ConfidenceCurves, mean_defined
 from detection.evaluation.evaluate import Evaluation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 FEW_CLASSES = 12  # up to here all curves are named
 NAMED_OF_MANY = 8  # of more classes, those with most ground-truth boxes
+WIDEST_NAME = 12  # letters; longer names below a column stand upright
 MAX_DIFFERENCES = 30  # classes compared in one figure
 RECALLS = np.arange(101) / 100
 
@@ -41,7 +43,7 @@ def draw_precision_recall(precision: np.ndarray, names: Sequence[str], gt_boxes:
         precision: at recall 0, 0.01, ... 1, (101, C); -1 where a class has no ground-truth box.
         gt_boxes: number of ground-truth boxes per class, (C,).
     """
-    curves = np.where(precision > -1, precision, np.nan).T
+    curves, names = np.where(precision > -1, precision, np.nan).T, figure_names(names)
     figure, (axes,) = new_figure((10, 6))
     _draw_class_curves(axes, RECALLS, curves, mean_defined(curves), names, gt_boxes, mean_defined(curves.T))
     axes.set_title("Precision against recall at IoU 0.5")
@@ -53,7 +55,7 @@ def draw_precision_recall(precision: np.ndarray, names: Sequence[str], gt_boxes:
 
 def draw_confidence_curves(curves: ConfidenceCurves, names: Sequence[str], gt_boxes: np.ndarray) -> np.ndarray:
     """Draw F1, precision and recall against confidence at IoU 0.5, per class and mean; RGB (H, W, 3)."""
-    best = float(curves.confidence[curves.best])
+    best, names = float(curves.confidence[curves.best]), figure_names(names)
     figure, panels = new_figure((18, 5.5), 1, 3)
     precision, recall, f1 = curves.mean
     at_best = curves.f1[:, curves.best]
@@ -105,7 +107,7 @@ def _draw_class_curves(
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) -> np.ndarray:
     """Draw a confusion matrix, coloured by each cell's share of its row; RGB (H, W, 3)."""
-    count = len(matrix)
+    count, names = len(matrix), figure_names(names)
     side = min(max(7.0, 3 + 0.55 * count), 20.0)
     letters = 9.0 if count <= 2 * FEW_CLASSES else max(4.0, 0.5 * 72 * (side - 3) / count)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -122,13 +124,14 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], confidence: float) 
         text = f"{number}\n{share:.0%}" if count <= FEW_CLASSES else f"{100 * share:.0f}"
         color = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=letters, color=color)
-    axes.set_xticks(range(count), [*names, "missed"], rotation=90 if count > 6 else 0, fontsize=letters)
+    upright = count > 6 or max(map(len, names)) > WIDEST_NAME
+    axes.set_xticks(range(count), [*names, "missed"], rotation=90 if upright else 0, fontsize=letters)
     axes.set_yticks(range(count), [*names, "no ground-truth box"], fontsize=letters)
     axes.set_xlabel("predicted")
     axes.set_ylabel("ground truth")
     numbers = "counts and shares" if count <= FEW_CLASSES else "shares in percent"
     axes.set_title(
-        f"Predicted class of each ground-truth box, confidence at least {confidence:g}, IoU 0.5 ({numbers} of a row)"
+        f"Predicted class of each ground-truth box ({numbers} of a row)\nconfidence at least {confidence:g}, IoU 0.5"
     )
     figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01, label="share of the row")
     return figure_pixels(figure)
@@ -183,6 +186,7 @@ def draw_comparison(
     ranked = sorted(differences, key=lambda name: float(np.nanmean(differences[name])))
     if len(ranked) > MAX_DIFFERENCES:
         ranked = ranked[: MAX_DIFFERENCES // 2] + ranked[-MAX_DIFFERENCES // 2 :]
+    written = figure_names(ranked)
     figure, (left, right) = new_figure((16, max(6.0, 1.5 + 0.28 * len(ranked))), 1, 2)
     names = list(metrics[first])
     places, width, highest = np.arange(len(names)), 0.8 / len(detectors), 0.1
@@ -203,7 +207,7 @@ def draw_comparison(
         right.hlines(rows, 0, difference, color=f"C{number + 1}", linewidth=1, alpha=0.5)
         right.plot(difference, rows, "o", color=f"C{number + 1}", label=other)
     right.axvline(0, color="black", linewidth=1)
-    right.set_yticks(rows, ranked, fontsize=9)
+    right.set_yticks(rows, written, fontsize=9)
     some = f"; highest and lowest of {len(differences)}" if len(ranked) < len(differences) else ""
     right.set_title(f"AP of each class, difference to {first}{some}")
     right.set_xlabel(f"lower  <-  AP compared with {first}  ->  higher")

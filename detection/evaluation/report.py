@@ -1,7 +1,7 @@
 """Report an evaluation: the metric tables, its files, and pictures of batches and detections."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,13 @@ import numpy as np
 
 from detection.config.settings import Settings
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
+from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
-from detection.evaluation.coco_metric import ClassAP
+from detection.errors import name_list
+from detection.evaluation.coco_metric import ClassAP, score
 from detection.evaluation.detections import write_detections
+from detection.evaluation.error_analysis import Analysis
 from detection.evaluation.evaluate import Evaluation
 
 LARGEST_BATCH_PICTURE = 16  # images
@@ -68,6 +71,14 @@ def metric_table(evaluation: Evaluation) -> list[str]:
     return [*metric_lines(evaluation.metrics), *class_lines(evaluation.class_ap)]
 
 
+def summary_line(metrics: Mapping[str, float | None], class_ap: ClassAP, worst: int = 5) -> str:
+    """Format AP, AP50 and the classes of lowest AP; the whole table is `metric_table`."""
+    defined = sorted((ap, name) for name, (ap, _, _) in class_ap.items() if ap is not None)
+    named = name_list(f"{name} {ap:.3f}" for ap, name in defined[:worst])
+    of_many = "worst classes" if len(defined) > worst else "classes"
+    return f"AP {_show(metrics['AP'])}  AP50 {_show(metrics['AP50'])}  {of_many}: {named or 'none has a box'}"
+
+
 def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
     """Format the twelve numbers as the official program prints them."""
     lines = []
@@ -89,6 +100,31 @@ def class_lines(class_ap: ClassAP) -> list[str]:
 
 def _show(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.3f}"
+
+
+def compare_thresholds(
+    confidences: Sequence[float], evaluation: Evaluation, annotations: Annotations
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score each threshold; returns the metrics per threshold for metrics.json, and the COCO tables as lines."""
+    if not confidences:
+        return [], metric_lines(evaluation.metrics)
+    rows, lines = [], []
+    for confidence in confidences:
+        detections, metrics = evaluation.detections, evaluation.metrics
+        if confidence != min(confidences):
+            detections = detections.above(confidence)
+            metrics = score(annotations, detections, evaluation.backend).metrics
+        lines += [f"Confidence Threshold: {confidence:g}", f"Found Boxes: {len(detections)}", *metric_lines(metrics)]
+        rows.append({"confidence": confidence, "boxes": len(detections), **metrics})
+    return rows, lines
+
+
+def best_f1_line(analysis: Analysis) -> str:
+    best = analysis.summary()["best_f1"]
+    return (
+        f"highest mean F1 {best['f1']:.3f} at confidence {best['confidence']:.3f}: precision {best['precision']:.3f}, "
+        f"recall {best['recall']:.3f} (IoU 0.5, mean over classes)"
+    )
 
 
 def write_evaluation(
@@ -131,7 +167,7 @@ def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:
     drawn = []
     for image, boxes, labels in zip(images, batch["boxes"].numpy(), batch["labels"].numpy(), strict=False):
         real = labels != PADDING_LABEL
-        drawn.append(draw_boxes(image, boxes[real], labels[real], names))
+        drawn.append(draw_boxes(image, boxes[real], labels[real], names, legend=True))
     return make_grid(drawn, columns=min(4, len(drawn)))
 
 

@@ -1,4 +1,4 @@
-"""Result files of `detect.py`: pictures with boxes, detections.json and YOLO txt."""
+"""Result files of `detect.py`: pictures with boxes, crops, detections.json and YOLO txt."""
 
 import json
 import sys
@@ -10,10 +10,13 @@ from typing import Any, Self
 import numpy as np
 from tqdm import tqdm
 
+from detection.data.image_file import UniqueNames
 from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
-from detection.drawing.files import replace_file
+from detection.drawing.files import replace_file, safe_name
 from detection.inference.sources import Source
 from detection.inference.video import Frame
+
+SAVERS = {"png": save_png, "jpg": save_jpeg}
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class ImageDetections:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+
+    def at_least(self, score: float) -> "ImageDetections":
+        """Select those with at least a score."""
+        rows = self.scores >= score
+        return ImageDetections(self.boxes[rows], self.labels[rows], self.scores[rows])
 
 
 class Results:
@@ -34,6 +42,7 @@ class Results:
         directory: existing directory for the files.
         names: class names.
         picture_format: "png" or "jpg"; None: no pictures.
+        crop_format: "png" or "jpg": also cut out every detection, in a folder per class; None: no crops.
         txt: "boxes": also write YOLO txt; "scores": with the score on each line; None: no txt.
 
     Attributes:
@@ -49,9 +58,12 @@ class Results:
         names: Sequence[str],
         picture_format: str | None,
         txt: str | None,
+        crop_format: str | None = None,
     ) -> None:
         self.directory, self.names = directory, names
-        self.picture_format, self.txt = picture_format, txt
+        self.picture_format, self.txt, self.crop_format = picture_format, txt, crop_format
+        folders = UniqueNames()
+        self._crop_folders = [folders.take(safe_name(name)) for name in names]
         self.images = self.frames = self.boxes = self.left_out = 0
         self.pictures: list[Path] = []
         if self.txt:
@@ -67,22 +79,22 @@ class Results:
         with self._json:
             self._json.write("\n]\n")
 
-    def draw(self, image: np.ndarray, found: ImageDetections) -> np.ndarray:
-        """Draw the detections on a copy of an RGB uint8 image (H, W, 3)."""
-        return draw_boxes(image, found.boxes, found.labels, self.names, found.scores)
+    def draw(self, image: np.ndarray, found: ImageDetections, legend: bool = False) -> np.ndarray:
+        """Draw the detections on a copy of an RGB uint8 image (H, W, 3); `legend`: see `draw_boxes`."""
+        return draw_boxes(image, found.boxes, found.labels, self.names, found.scores, legend=legend)
 
     def picture_path(self, source: Source) -> Path:
         return self.directory / f"{source.name}.{self.picture_format}"
 
     def save_picture(self, source: Source, image: np.ndarray, found: ImageDetections) -> None:
         """Draw and write the picture of an image; safe in threads."""
-        (save_png if self.picture_format == "png" else save_jpeg)(self.picture_path(source), self.draw(image, found))
+        SAVERS[str(self.picture_format)](self.picture_path(source), self.draw(image, found, legend=True))
 
     def add(self, source: Source, image: np.ndarray, found: ImageDetections, frame: Frame | None = None) -> None:
-        """Write the row of detections.json and the YOLO txt file of an image or, with `frame`, of a video frame."""
+        """Write the row of detections.json, YOLO txt file and crops of an image or, with `frame`, of a video frame."""
         height, width = image.shape[:2]
         name = source.name
-        row: dict[str, Any] = {"file": f"camera {source.file}" if source.kind == "camera" else str(source.file)}
+        row: dict[str, Any] = {"file": source.label}
         if frame is None:
             self.images += 1
             if self.picture_format:
@@ -99,6 +111,18 @@ class Results:
         if self.txt:
             lines = yolo_lines(found, width, height, self.txt == "scores")
             replace_file(self.directory / "labels" / f"{name}.txt", "".join(lines).encode())
+        if self.crop_format:
+            self._write_crops(name, image, found)
+
+    def _write_crops(self, name: str, image: np.ndarray, found: ImageDetections) -> None:
+        """Write the part of the image in each box, whole pixels that the box touches, numbered by falling score."""
+        height, width = image.shape[:2]
+        outer = np.hstack([np.floor(found.boxes[:, :2]), np.ceil(found.boxes[:, 2:])])
+        corners = outer.clip(0, [width, height, width, height]).astype(int).tolist()
+        for number, ((x1, y1, x2, y2), label) in enumerate(zip(corners, found.labels.tolist(), strict=True)):
+            if x1 < x2 and y1 < y2:
+                path = self.directory / "crops" / self._crop_folders[label] / f"{name}_{number}.{self.crop_format}"
+                SAVERS[str(self.crop_format)](path, np.ascontiguousarray(image[y1:y2, x1:x2]))
 
     def leave_out(self, reason: str) -> None:
         """Count an input that cannot be read, and print why."""

@@ -1,4 +1,4 @@
-"""Inputs of detect.py: image files, folders, patterns, lists of paths, videos and cameras."""
+"""Inputs of detect.py: image files, folders, patterns, lists of paths, videos, cameras and addresses."""
 
 import glob
 import os
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames
+import numpy as np
+
+from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames, read_image
+from detection.drawing.files import safe_name
 from detection.errors import DataError
+from detection.inference.web import is_picture, is_url, read_picture, result_name, without_password
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 BATCH_PIXELS = 50_000_000  # of all images of a batch together: 150 MB decoded
@@ -21,24 +25,40 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Source:
-    """One image, video or camera.
+    """One image, video, stream or camera.
 
     Attributes:
-        file: path, or the number of a camera.
+        file: path, or the number of a camera; str: address of a picture, video or stream.
         name: path of its result files without suffix, relative to the output directory; unique.
     """
 
     kind: Literal["image", "video", "camera"]
-    file: Path
+    file: Path | str
     name: str
+
+    @property
+    def label(self) -> str:
+        """Return what is printed and stored: no password of an address."""
+        if isinstance(self.file, str):
+            return without_password(self.file)
+        return f"camera {self.file}" if self.kind == "camera" else str(self.file)
+
+    def read(self) -> np.ndarray:
+        """Read an image: RGB uint8, (H, W, 3).
+
+        Raises:
+            DataReadError: it cannot be read.
+        """
+        return read_picture(self.file) if isinstance(self.file, str) else read_image(self.file)
 
 
 def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     """List the images, videos and cameras that the words name, in that order; sorted within a folder or pattern.
 
-    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path per line, or a camera's number. An
-    existing file or folder of that name takes precedence over a pattern or number. Results keep the structure below a
-    given folder; of several results with the same name, the later ones are numbered.
+    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path or address per line, a camera's
+    number, or an address (http, https, rtsp, rtsps, rtmp; where its suffix says nothing, the server is asked what it
+    is). An existing file or folder of that name takes precedence over a pattern or number. Results keep the structure
+    below a given folder; of several results with the same name, the later ones are numbered.
 
     Args:
         words: arguments of the command line.
@@ -55,8 +75,9 @@ def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
             continue
         try:
             for file, name in _files_of(word, recursive):
-                kind: Literal["image", "video"] = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "image"
-                found.append(Source(kind, file, names.take(name)))
+                found.append(Source("video" if is_video(file) else "image", file, names.take(name)))
+        except ValueError as error:  # urllib's, for a malformed address
+            raise DataError(f"{word}: {error}") from None
         except OSError as error:
             raise DataError(f"{word}: cannot be read: {error.strerror}") from None
     if not found:
@@ -64,10 +85,12 @@ def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     return found
 
 
-def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
+def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path | str, str]]:
     """Yield the files that a word names, each with the preferred name of its results."""
     path = Path(word)
-    if path.is_dir():
+    if is_url(word):
+        yield word, safe_name(result_name(word))
+    elif path.is_dir():
         inside = media_files(path, recursive)
         if not inside:
             deeper = "" if recursive or not media_files(path, True) else ", but below it: --recursive"
@@ -78,10 +101,11 @@ def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as a list of paths: {error}") from None
-        listed = [Path(line.strip()) for line in lines if line.strip()]
+        listed = [line.strip() for line in lines if line.strip()]
         if not listed:
             raise DataError(f"{path}: an empty list of paths")
-        yield from ((file, file.stem) for file in listed)
+        for line in listed:
+            yield (line, safe_name(result_name(line))) if is_url(line) else (Path(line), Path(line).stem)
     elif os.path.lexists(path):
         yield path, path.stem
     elif glob.has_magic(word):
@@ -97,6 +121,10 @@ def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path, str]]:
 def media_files(directory: Path, recursive: bool) -> list[Path]:
     """List the images and videos in a folder, sorted, without hidden files."""
     return sorted(file for file in (directory.rglob("*") if recursive else directory.iterdir()) if is_media(file))
+
+
+def is_video(file: Path | str) -> bool:
+    return not is_picture(file) if isinstance(file, str) else file.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_media(file: Path) -> bool:

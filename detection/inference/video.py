@@ -1,4 +1,4 @@
-"""Read videos and cameras frame by frame, and write videos, with OpenCV."""
+"""Read videos, streams and cameras frame by frame, and write videos, with OpenCV."""
 
 import math
 import time
@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from detection.errors import DataReadError, OutputError
+from detection.inference import web
 
 CODEC = "mp4v"  # MPEG-4 part 2: the .mp4 codec that all OpenCV wheels can write
 DEFAULT_RATE = 25.0  # frames per second if the video or camera does not report a rate
@@ -28,11 +29,14 @@ class Frame:
 class VideoReader:
     """Iterable over the frames of a video file, rotated as its metadata says, or of a camera. A context manager.
 
+    A network stream that stays silent for `web.TIMEOUT` seconds has ended.
+
     Args:
-        source: path of a file, or number of a camera.
+        source: path of a file, number of a camera, or address (str) of a video or stream.
         stride: decode and yield every `stride`-th frame.
 
     Attributes:
+        live: whether frames come as they are taken: from a camera, or an address that states no number of frames.
         rate: frames per second of the source.
         expected: number of frames according to the file header; 0: unknown.
         read: number of frames read so far, including those that the stride skips.
@@ -42,27 +46,33 @@ class VideoReader:
         DataReadError: the source cannot be opened.
     """
 
-    def __init__(self, source: Path | int, stride: int = 1) -> None:
-        self.live = isinstance(source, int)
+    def __init__(self, source: Path | int | str, stride: int = 1) -> None:
         self.stride = stride
         self.read = self.damaged = 0
         # Absolute path and FFmpeg only: OpenCV would otherwise also try the name as an image-sequence pattern or URL.
-        self._capture = (
-            cv2.VideoCapture(source)
-            if isinstance(source, int)
-            else cv2.VideoCapture(str(source.absolute()), cv2.CAP_FFMPEG)
-        )
+        if isinstance(source, int):
+            self._capture = cv2.VideoCapture(source)
+        elif isinstance(source, str):
+            limits = (cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, cv2.CAP_PROP_READ_TIMEOUT_MSEC)
+            options = [value for limit in limits for value in (limit, round(1000 * web.TIMEOUT))]
+            self._capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, options)
+        else:
+            self._capture = cv2.VideoCapture(str(source.absolute()), cv2.CAP_FFMPEG)
         if not self._capture.isOpened():
             self._capture.release()
             if isinstance(source, int):
                 raise DataReadError(f"camera {source} cannot be opened")
+            if isinstance(source, str):
+                raise DataReadError(f"{web.without_password(source)}: cannot be opened as a picture, video or stream")
             raise DataReadError(
                 f"video {source} {'is damaged or of an unknown kind' if source.exists() else 'is missing'}"
             )
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate <= 1000 else DEFAULT_RATE
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self.expected = int(count) if not self.live and 0 < count < math.inf else 0
+        counted = not isinstance(source, int) and 0 < count < math.inf
+        self.expected = int(count) if counted else 0
+        self.live = isinstance(source, int) or (isinstance(source, str) and not counted)
 
     def __iter__(self) -> Iterator[Frame]:
         start = time.perf_counter()

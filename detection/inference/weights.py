@@ -1,17 +1,19 @@
 """Open trained weights as a detector: checkpoints, Darknet .weights and exported .onnx files."""
 
 import argparse
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import DETECTOR_FIELDS, load_fields
-from detection.config.command_line import DEFAULTS, device_flags
+from detection.checkpoints import DETECTOR_FIELDS, READ_HERE, load_fields
+from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError
+from detection.errors import CheckpointError, SettingsError, name_list
+from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
 from detection.models import build_detector
 from detection.models.darknet.cfg import input_size, parse_cfg
@@ -19,7 +21,10 @@ from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 from detection.runtime.devices import choose_device
 
+UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
+SHOWN_NAMES = 8  # of the classes that were taken by position
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,22 @@ def placeholder_names(num_classes: int) -> tuple[str, ...]:
     return tuple(f"class_{label}" for label in range(num_classes))
 
 
+def check_classes(opened: OpenedDetector, names: Sequence[str]) -> None:
+    """Compare the classes of a dataset, in label order, with those of a detector; prints them if the weights name none.
+
+    Raises:
+        SettingsError: the numbers of classes differ.
+    """
+    if len(names) != opened.num_classes:
+        raise SettingsError(
+            f"the network has {opened.num_classes} classes, the data {len(names)}; name the classes with --names"
+        )
+    if opened.names is None:
+        shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
+        order = "data.class_names" if opened.settings.data.class_names else "ascending category id"
+        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
+
+
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
     """Open the weights given by the options of `Parser.add_weights` and `Parser.add_settings`; prints what was loaded.
 
@@ -78,7 +99,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
 def open_weights(
     weights: Path,
     cfg: Path | None,
-    names: Path | None,
+    names: Path | Sequence[str] | None,
     defaults: Path,
     overlays: Sequence[Path] = (),
     words: Sequence[str] = (),
@@ -89,7 +110,7 @@ def open_weights(
     Args:
         weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, or Darknet weights.
         cfg: .cfg of a Darknet network; None: YOLOv3 as configured.
-        names: file with the class names of Darknet weights, one per line.
+        names: file with the class names of Darknet weights, one per line, or the names.
         defaults: args.yaml.
         overlays, words, flags: settings of the command line, see `load_settings`.
 
@@ -97,14 +118,17 @@ def open_weights(
         CheckpointError: the file is missing or damaged, or does not fit the network.
         SettingsError: the arguments contradict one another, or the device is absent.
     """
-    if weights.suffix != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
+    weights = weights_file(weights)
+    kind = weights.suffix.lower()
+    if kind != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
         refuse_absent_device(defaults, overlays, words, flags)
-    own_kinds = {".pt": _open_checkpoint, ".onnx": _open_onnx}
-    if weights.suffix in own_kinds:
+    if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
-        return own_kinds[weights.suffix](weights, defaults, overlays, words, flags)
+        return (_open_onnx if kind == ".onnx" else _open_checkpoint)(weights, defaults, overlays, words, flags)
+    if weights.is_file() and (foreign := describe_file(weights)):
+        raise CheckpointError(f"{weights} is {foreign}; {READ_HERE}")
     try:
         return _open_darknet(weights, cfg, names, defaults, overlays, words, flags)
     except SettingsError as error:
@@ -128,7 +152,7 @@ def _open_checkpoint(
     checkpoint, moved = load_fields(weights, DETECTOR_FIELDS), list[str]()
     try:
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
-        settings, translated = load_settings(own, overlays, words, flags)
+        settings, translated = load_settings(own, overlays, words, flags, UNUSED)
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
@@ -151,7 +175,7 @@ def _open_onnx(
         own = complete_settings(description.settings_tree(), defaults, moved)
     except (SettingsError, KeyError) as error:
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
-    settings, translated = load_settings(own, overlays, words, flags)
+    settings, translated = load_settings(own, overlays, words, flags, UNUSED)
     lines = [*moved, *translated]
     refuse_changes(model, own, settings)
     device = model.use_device(settings.run.device)
@@ -178,13 +202,13 @@ def on_this_machine(settings: Settings, defaults: Path) -> Settings:
 def _open_darknet(
     weights: Path,
     cfg: Path | None,
-    names: Path | None,
+    names: Path | Sequence[str] | None,
     defaults: Path,
     overlays: Sequence[Path],
     words: Sequence[str],
     flags: Sequence[Flag],
 ) -> OpenedDetector:
-    class_names = None if names is None else read_names(names)
+    class_names = read_names(names) if isinstance(names, Path) else None if names is None else check_names(names)
     base: list[Flag] = []
     if cfg is not None:
         text = read_cfg(str(cfg))
@@ -193,13 +217,14 @@ def _open_darknet(
         described = {"model.backbone": DARKNET_CFG, "model.cfg": text}
         described |= {"evaluation.image_size": size, "train.image_size": size}
         base = [Flag("--cfg", path, value) for path, value in described.items()]
-    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags)
+    settings, lines = load_settings(load_settings(defaults, flags=base)[0], overlays, words, flags, UNUSED)
     if settings.model.cfg is not None:
         num_classes = cfg_classes(parse_cfg(settings.model.cfg))
     else:
         num_classes = len(class_names or ()) or settings.model.num_classes or COCO_CLASSES
     if class_names is not None and len(class_names) != num_classes:
-        raise SettingsError(f"{names}: has {len(class_names)} names, the network {num_classes} classes")
+        where = names if isinstance(names, Path) else "names"
+        raise SettingsError(f"{where}: has {len(class_names)} names, the network {num_classes} classes")
 
     detector = build_detector(settings, num_classes)
     lines += detector.notices({"evaluation.image_size": settings.evaluation.image_size})
@@ -234,8 +259,13 @@ def read_names(path: Path) -> tuple[str, ...]:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--names {path}: cannot be read: {error}") from None
+    return check_names(names, f"--names {path}")
+
+
+def check_names(names: Sequence[str], where: str = "names") -> tuple[str, ...]:
+    """Check class names; SettingsError as `read_names`."""
     if not names or not all(names):
-        raise SettingsError(f"--names {path}: must hold one class name per line")
+        raise SettingsError(f"{where}: must hold one class name per line")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingsError(f"--names {path}: {twice[0]!r} occurs twice")
-    return names
+        raise SettingsError(f"{where}: {twice[0]!r} occurs twice")
+    return tuple(names)

@@ -3,32 +3,38 @@
 import http.client
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import complete_settings
 from detection.config.settings import ModelSettings
-from detection.contract import DetectorModel
+from detection.contract import DetectorModel, HasClassRows
 from detection.errors import CheckpointError, SettingsError
 from detection.models.backbones.darknet import Darknet53
 from detection.models.backbones.mobilenet import MobileNetV3
 from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
-from detection.models.darknet.weights import load_darknet_weights
+from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 DARKNET_FILE = "darknet53.conv.74"  # `model.pretrained: true`; none was published for DarknetTiny
 NAMES_SHOWN = 3  # in an error about tensors that do not fit
+CLASSES_SHOWN = 10
 
 
-def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
+def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[str]) -> list[str]:
     """Load the weights that the settings name into the model or its backbone.
 
     For new runs only: a resumed one has all weights in its checkpoint.
+
+    Args:
+        names: classes of the run, in the order of its labels.
 
     Returns:
         Lines about what was loaded, for the plan of the run.
@@ -47,7 +53,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
             f"model.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
         )
     if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
-        return load_darknet_weights(model, path).lines
+        return load_darknet_file(model, path, names)
     if not path.is_file():
         raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
     backbone = cast(DetectorModel, model).backbone
@@ -55,7 +61,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
         return load_timm_file(backbone, read_safetensors(path), path)
     content = read_file(path)
     if is_checkpoint(content):
-        return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path)
+        return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path, names)
     state = find_state(content, path)
     if isinstance(backbone, MobileNetV3):
         return [load_torchvision(backbone, state, str(path))]
@@ -65,6 +71,14 @@ def load_pretrained(model: nn.Module, settings: ModelSettings) -> list[str]:
         f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files "
         "(.weights, .conv.N) or checkpoints of this program"
     )
+
+
+def has_standard_weights(backbone: str) -> bool:
+    """Return whether `pretrained: true` finds the weights of a backbone on this machine, without a download."""
+    if backbone.startswith("mobilenet"):
+        url = get_model_weights(backbone)["IMAGENET1K_V1"].url
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
+    return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
 
 
 def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:
@@ -113,16 +127,25 @@ def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Pa
     return [f"backbone from {path}, a classifier timm/{backbone.name}"]
 
 
+def load_darknet_file(model: nn.Module, path: Path, names: Sequence[str]) -> list[str]:
+    """Load a Darknet file; where its output convolutions are taken, its classes are the run's by their number."""
+    loaded = load_darknet_weights(model, path)
+    whole = loaded.convolutions == len(as_darknet(model).darknet_convolutions())
+    if not whole or loaded.num_classes is not None:
+        return loaded.lines
+    return [*loaded.lines, f"the file has no class names; its classes are taken by position: {listed(names)}"]
+
+
 def load_checkpoint_weights(
-    model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path
+    model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path, names: Sequence[str]
 ) -> list[str]:
-    """Load the detector of one of our runs, except output convolutions for other classes or anchors."""
-    declared, lines = cast(DetectorModel, model), list[str]()
+    """Load the detector of one of our runs; of the output convolutions what belongs to classes of the same names."""
+    lines: list[str] = []
     try:
         if not checkpoint["settings"]:
             raise KeyError("settings")
         its = complete_settings(checkpoint["settings"], DEFAULTS, lines).model
-        names = checkpoint["categories"]["names"]
+        its_names = [str(name) for name in checkpoint["categories"]["names"]]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (KeyError, TypeError, AttributeError, SettingsError) as error:
@@ -133,22 +156,82 @@ def load_checkpoint_weights(
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
     weights = "EMA" if checkpoint["average"] else "weights"
-    lines.append(f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(names)} classes")
-    expected = model.state_dict()
-    output_ids = {id(value) for convolution in declared.output_convolutions() for value in convolution.parameters()}
-    outputs = {name for name, value in model.named_parameters() if id(value) in output_ids}
-    reshaped = any(name in state and state[name].shape != expected[name].shape for name in outputs)
-    if len(names) != declared.num_classes or reshaped:
-        state = {name: value for name, value in state.items() if name not in outputs}
-        expected = {name: value for name, value in expected.items() if name not in outputs}
-        other_anchors = "" if len(names) != declared.num_classes else " and other anchors"
-        lines.append(
-            f"the output convolutions start anew: the file has {len(names)} classes{other_anchors}, this run "
-            f"{declared.num_classes}"
-        )
-    check_fit(state, expected, str(path))
-    model.load_state_dict(state, strict=False)
+    lines.append(f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(its_names)} classes")
+    lines += carry_outputs(model, state, its_names, list(names))
+    check_fit(state, model.state_dict(), str(path))
+    model.load_state_dict(state)
     return lines
+
+
+def carry_outputs(model: nn.Module, state: dict[str, Tensor], its_names: list[str], names: list[str]) -> list[str]:
+    """Make the output convolutions of a file fit the classes of the run, in place.
+
+    Filters of classes that both have are the file's, wherever they stand; those of other classes are the new model's;
+    those of no class (boxes, objectness) are the file's. Which filters are which says the model's `class_rows`; where
+    it has none, or the file has other anchors, differing classes leave nothing to take.
+
+    Args:
+        state: tensors of the file.
+        its_names, names: classes of the file and of the run.
+
+    Returns:
+        A line about what was taken; none if everything fits as it is.
+    """
+    declared = cast(DetectorModel, model)
+    own_state = model.state_dict()
+    numbers = {id(convolution): number for number, convolution in enumerate(declared.output_convolutions())}
+    outputs = {  # name of each tensor -> number of its convolution
+        f"{prefix}.{name}": numbers[id(module)]
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if id(module) in numbers
+        for name, _ in module.named_parameters()
+    }
+    counts = len(its_names), len(names)
+    tables = [model.class_rows(count) for count in counts] if isinstance(model, HasClassRows) else None
+    its_filters = {
+        name: len(own_state[name]) + (0 if tables is None else tables[0][number].numel() - tables[1][number].numel())
+        for name, number in outputs.items()
+    }
+    fits = all(
+        name in state and state[name].shape == (filters, *own_state[name].shape[1:])
+        for name, filters in its_filters.items()
+    )
+    if fits and its_names == names:
+        return []
+    if tables is None or not fits:
+        state.update({name: own_state[name] for name in outputs})
+        reasons = ["other anchors"] * (tables is not None and not fits) + [f"other classes ({listed(its_names)})"] * (
+            its_names != names
+        )
+        return [f"the output convolutions start anew: the file has {' and '.join(reasons) or 'others'}"]
+    shared = [(label, its_names.index(name)) for label, name in enumerate(names) if name in its_names]
+    for name, number in outputs.items():
+        theirs, own = (table[number] for table in tables)
+        merged = own_state[name].clone()
+        merged[filters_of_no_class(own, len(merged))] = state[name][filters_of_no_class(theirs, len(state[name]))]
+        for label, its_label in shared:
+            merged[own[:, label]] = state[name][theirs[:, its_label]]
+        state[name] = merged
+    if sorted(its_names) == sorted(names):
+        return [
+            f"output convolutions: the file has the same classes in another order, put into this run's: {listed(names)}"
+        ]
+    kept, new = ([name for name in names if (name in its_names) == wanted] for wanted in (True, False))
+    line = f"output convolutions: what is of no class (boxes) from the file; classes from the file: {listed(kept)}"
+    unused = [name for name in its_names if name not in names]
+    return [f"{line}; starting anew: {listed(new)}" + (f"; not used: {listed(unused)}" if unused else "")]
+
+
+def filters_of_no_class(rows: Tensor, count: int) -> Tensor:
+    """Numbers of an output convolution's `count` filters that are not among the class rows (A, C)."""
+    others = torch.ones(count, dtype=torch.bool)
+    others[rows.flatten()] = False
+    return others.nonzero()[:, 0]
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)})" if len(names) > CLASSES_SHOWN else ""
+    return ", ".join(names[:CLASSES_SHOWN]) + more if names else "none"
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

@@ -154,6 +154,13 @@ class Saver:
             self.writer.save(self.run.checkpoint(self.state), best=best, number=number)
             self._announce()
 
+    def save_best_without_average(self) -> None:
+        """Write best.pt with the weights instead of their EMA, and last.pt with both."""
+        if self.writer is not None:
+            content = self.run.checkpoint(self.state)
+            self.writer.save({**content, "average": None}, best=True)
+            self.save()
+
     def check(self) -> None:
         """Raise the error of a write that has failed; does not wait.
 

@@ -3,15 +3,58 @@
 import datetime
 
 from detection.contract import Batch
+from detection.errors import SettingsError, name_list
 from detection.evaluation.coco_metric import choose_backend
 from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
 from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import Loggers
+from detection.training.report_page import report_run
 from detection.training.run import Run
+from detection.training.schedules import BIAS_GROUP
 from detection.training.state import RunState
 from detection.training.supervisor import Supervisor
 from detection.training.throughput import Throughput, flops_per_pixel, matmul_ceiling, summary_lines
+
+LONG_WARMUP = 3  # a warm-up of more than a third of the run is named
+MANY_EPOCHS = 1000
+# Classes of photographs taken upright, by their usual names.
+UPRIGHT = frozenset(
+    [
+        "person",
+        "people",
+        "pedestrian",
+        "face",
+        "head",
+        "man",
+        "woman",
+        "rider",
+        "bicycle",
+        "bike",
+        "car",
+        "van",
+        "bus",
+        "truck",
+        "train",
+        "motorcycle",
+        "motorbike",
+        "boat",
+        "dog",
+        "cat",
+        "horse",
+        "cow",
+        "sheep",
+        "bird",
+        "chair",
+        "table",
+        "sofa",
+        "bottle",
+        "tree",
+        "building",
+        "house",
+        "sign",
+    ]
+)
 
 
 def plan_lines(run: Run) -> list[str]:
@@ -26,9 +69,10 @@ def plan_lines(run: Run) -> list[str]:
     training, validation = run.training_set.annotations, run.validation_set.annotations
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
+        *run.training_set.source_lines,
         *run.detector.plan,
         f"input       {run.detector.geometry.describe()}",
-        f"classes     {len(names)}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}",
+        f"classes     {len(names)}: {name_list(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
         f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
@@ -50,7 +94,39 @@ def plan_lines(run: Run) -> list[str]:
     lines += [f"pretrained  {line}" for line in run.pretrained_lines]
     for name, annotations in (("training", training), ("validation", validation)):
         lines += [f"{name:<12}left out: {line}" for line in annotations.counts.lines()]
-    return lines + run.data_warnings
+    return lines + run.data_warnings + [f"warning     {line}" for line in plan_warnings(run)]
+
+
+def plan_warnings(run: Run) -> list[str]:
+    """Name what is valid but seldom meant.
+
+    Raises:
+        SettingsError: the learning rate is 0 in every step.
+    """
+    settings, steps, epochs = run.settings, run.steps, run.steps / run.steps_per_epoch
+    shown = range(0, steps, max(steps // 1000, 1))
+    if steps and not any(run.schedule.at(step, group) for step in shown for group in ("weights", BIAS_GROUP)):
+        raise SettingsError("the learning rate is 0 in every step: nothing would be learned; see train.learning_rate")
+    warnings = []
+    if run.schedule.warmup > steps / LONG_WARMUP:
+        warnings.append(
+            f"the warm-up takes {run.schedule.warmup} of {steps} steps, so the learning rate reaches only "
+            f"{max(map(run.schedule.at, shown)):.2g}; a tenth is usual: scheduler.warmup=auto"
+        )
+    if epochs > MANY_EPOCHS:
+        warnings.append(
+            f"{epochs:.0f} epochs over the same {len(run.training_set)} images; usual are 30 to 300: "
+            'train.steps="100ep", or --config recipes/own_data.yaml'
+        )
+    if run.evaluate_frequency >= steps > run.steps_per_epoch:
+        warnings.append("no evaluation before the end of the run: evaluation.evaluate_frequency=auto makes twenty")
+    flip, names = settings.data.augmentation.vertical_flip.p, run.categories.names
+    upright = [name for name in names if name.lower() in UPRIGHT]
+    if flip and upright:
+        warnings.append(
+            f"vertical_flip turns images upside down, but {', '.join(upright[:3])} looks like photographs with an up"
+        )
+    return warnings
 
 
 def report_first_batch(run: Run, batch: Batch, loggers: Loggers) -> None:
@@ -113,8 +189,9 @@ def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
 
 
 def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Log speed, duration and best checkpoint of a completed run."""
+    """Log speed, duration and best checkpoint of a completed run, and write its report."""
     report_speed(run, state, loggers)
+    report_run(run, loggers)
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"

@@ -93,9 +93,10 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     if scale:
         state.scaler.load_state_dict(scale)
     state.optimizer.zero_grad(set_to_none=True)
+    whole = "" if run.device.type in ("cuda", "hpu") else " at the peak of the process, libraries included"
     step = "one step" if micro_batches == train.subdivisions else f"2 of a step's {train.subdivisions} micro-batches"
     memory = peak_memory_gib(run.device)
-    show(f"preflight   {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB, {values}; weights unchanged")
+    show(f"preflight   {step} at {size} px: {seconds:.1f} s, {memory:.1f} GiB{whole}, {values}; weights unchanged")
     workers = run.settings.data.num_workers * run.ranks.local_size
     shared = check_shared_memory(workers, sum(batch[key].nbytes for key in ("images", "boxes", "labels")))
     if shared is not None:

@@ -1,9 +1,11 @@
 """Evaluation during training: evaluate the validation set, log the metrics, keep the best checkpoint."""
 
+from torch import nn
+
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
-from detection.evaluation.report import draw_detections, metric_table, protocol_line, write_evaluation
-from detection.training.checkpoint_writer import Saver
+from detection.evaluation.report import draw_detections, metric_table, protocol_line, summary_line, write_evaluation
+from detection.training.checkpoint_writer import BEST, Saver
 from detection.training.loggers import Loggers
 from detection.training.run import Run
 from detection.training.state import RunState
@@ -22,12 +24,36 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
     state.meter.restart_clock()
 
 
-def evaluate_run(run: Run, state: RunState, supervisor: Supervisor) -> Evaluation | None:
-    """Evaluate the validation set, split among all processes; the first computes the metrics, others return None."""
+def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
+    """Evaluate the weights themselves at the end of a run with EMA; if their AP50 is the highest, best.pt gets them."""
+    if state.ema is None:
+        return
+    evaluation = evaluate_run(run, state, supervisor, state.model)
+    ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"]) or 0.0
+    better = ap50 > (state.best_ap50 or 0.0)
+    if better:
+        state.best_ap50, state.best_step = ap50, state.step
+        saver.save_best_without_average()
+        if evaluation is not None:
+            log_evaluation(run, evaluation, state.step, loggers, "weights")
+    loggers.line(
+        f"weights without EMA at step {state.step}: AP50 {ap50:.3f}, "
+        + (f"the highest: {BEST} holds them" if better else f"{BEST} keeps the EMA of step {state.best_step}")
+    )
+
+
+def evaluate_run(
+    run: Run, state: RunState, supervisor: Supervisor, model: nn.Module | None = None
+) -> Evaluation | None:
+    """Evaluate the validation set, split among all processes; the first computes the metrics, others return None.
+
+    Args:
+        model: model to evaluate; None: `state.evaluated_model`.
+    """
     settings, dataset, ranks = run.settings, run.validation_set, run.ranks
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     share = run_inference(
-        state.evaluated_model,
+        model or state.evaluated_model,
         run.criterion,
         run.detector.postprocess,
         build_evaluation_loader(dataset, batch_size, settings.data.num_workers, run.device, ranks.rank, ranks.size),
@@ -40,17 +66,22 @@ def evaluate_run(run: Run, state: RunState, supervisor: Supervisor) -> Evaluatio
     return None if shares is None else compute_metrics(shares, dataset.annotations, settings.evaluation.backend)
 
 
-def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers) -> None:
-    """Log metrics, lines, a picture and the result files of an evaluation."""
+def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers, weights: str = "") -> None:
+    """Log metrics, lines, a picture and the result files of an evaluation.
+
+    Args:
+        weights: which weights were evaluated; empty: the EMA if there is one.
+    """
     settings, dataset = run.settings.evaluation, run.validation_set
     loss = sum(evaluation.losses.values())
     row: dict[str, float | None] = {f"val/{name}": value for name, value in evaluation.metrics.items()}
     row |= {"val/loss": loss, **{f"val/{name}": value for name, value in evaluation.losses.items()}}
     row |= {"val/boxes": len(evaluation.detections), "epoch": step / run.steps_per_epoch}
-    loggers.evaluation(step, row)
+    if not weights:  # the metrics of a step have one row
+        loggers.evaluation(step, row)
     names = {"nms": "NMS", "metric": evaluation.backend}
     parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
-    weights = "EMA" if run.settings.train.ema_decay else "weights"
+    weights = weights or ("EMA" if run.settings.train.ema_decay else "weights")
     loggers.line(f"evaluation of the {weights}: {protocol_line(run.settings, run.detector)}")
     loggers.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
@@ -59,7 +90,8 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
     if evaluation.dropped:
         loggers.line(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     for line in metric_table(evaluation):
-        loggers.line(line)
+        loggers.line(line, show=False)  # with many classes longer than the terminal
+    loggers.line(f"{summary_line(evaluation.metrics, evaluation.class_ap)}  (all: train.log, metrics.json)")
     picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
     if picture is not None:
         loggers.image(step, "validation", picture)

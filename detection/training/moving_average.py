@@ -13,15 +13,16 @@ class ExponentialMovingAverage:
 
     ema += (1 - d) * (value - ema) with d = decay * (1 - exp(-(step + 1) / ramp))
 
-    The ramp lets the early EMA forget the random initial weights.
+    The ramp lets the early EMA forget the random initial weights. Without a ramp, d = min(decay, (1 + step) / (10 +
+    step)) forgets them in a few steps, as short runs need; source: TensorFlow's `ExponentialMovingAverage`.
 
     Args:
         model: model to copy; the copy is `self.model`.
         decay: decay after the ramp.
-        ramp: time constant of the ramp in optimizer steps; 0: no ramp.
+        ramp: time constant of the ramp in optimizer steps; 0: the decay is constant; None: see above.
     """
 
-    def __init__(self, model: nn.Module, decay: float, ramp: int) -> None:
+    def __init__(self, model: nn.Module, decay: float, ramp: int | None) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.ramp = ramp
@@ -36,7 +37,10 @@ class ExponentialMovingAverage:
             step: number of the step.
             finite: bool tensor on the device; false: the step was skipped, the EMA does not change.
         """
-        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
+        if self.ramp is None:
+            decay = min(self.decay, (1 + step) / (10 + step))
+        else:
+            decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp)) if self.ramp else self.decay
         if self._pairs is None or not self._pairs.hold():
             self._pairs = _TensorPairs(self.model, model)
         own, new = self._pairs.floats

@@ -9,7 +9,8 @@ from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
-from detection.errors import CheckpointError, DataError, SettingsError
+from detection.errors import CheckpointError, DataError, SettingsError, name_list
+from detection.training.automatic import load_run_settings
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
@@ -57,7 +58,7 @@ def open_run(
         CheckpointError: there is no usable checkpoint.
     """
     if arguments.resume is None:
-        settings, notices = load_settings(DEFAULTS, arguments.config, arguments.settings, flags)
+        settings, notices = load_run_settings(arguments.config, arguments.settings, flags)
         check_loggers(settings.run.loggers)
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
@@ -74,6 +75,10 @@ def open_resumed_run(
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
     if arguments.resume:
         directory = Path(arguments.resume)
+        if directory.suffix == ".pt" and directory.is_file():
+            if directory.name != "last.pt":
+                raise SettingsError(f"--resume {directory}: a run is continued from its last.pt")
+            directory = directory.parent
     else:
         logs = Path(load_settings(DEFAULTS, [], arguments.settings)[0].run.logs_path)
         found = sorted(logs.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
@@ -85,10 +90,18 @@ def open_resumed_run(
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
     notices = moved + notices
-    to_the_end = old.scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and old.scheduler.T_0 is None
-    allowed = [key for key in RESUMABLE if not (key == "train.steps" and to_the_end)]
     changes = changed_settings(old, settings)
-    refused = {key: values for key, values in changes.items() if key not in allowed}
+    follows = follows_length(old)
+    if arguments.extend:
+        notices.append(extend(checkpoint, old, settings))
+    elif "train.steps" in changes and follows and not arguments.accept_changes:
+        raise SettingsError(
+            f"--resume: train.steps was {old.train.steps!r} and cannot become {settings.train.steps!r}: "
+            f"{' and '.join(follows)} follow the length of the run, so the steps so far would have been others; "
+            "--extend goes on from here with the schedule of the longer run"
+        )
+    refused = {key: values for key, values in changes.items() if key not in RESUMABLE}
+    allowed = [key for key in RESUMABLE if not (key == "train.steps" and follows)]
     if refused and not arguments.accept_changes:
         named = ", ".join(f"{key} was {old!r} and cannot become {new!r}" for key, (old, new) in refused.items())
         raise SettingsError(
@@ -96,6 +109,33 @@ def open_resumed_run(
         )
     notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
     return checkpoint, directory, settings, notices
+
+
+def follows_length(settings: Settings) -> list[str]:
+    """Name the settings whose effect in every step depends on the number of steps of the whole run."""
+    scheduler, names = settings.scheduler, []
+    if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
+        names.append("the cosine schedule (scheduler.T_0: null)")
+    names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
+    return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+
+
+def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:
+    """Record in a checkpoint that the run goes on as a longer one (`--extend`); returns a line for the plan.
+
+    Raises:
+        SettingsError: `train.steps` is not given, or not larger.
+    """
+    before, after = old.train.steps, new.train.steps
+    comparable = isinstance(before, int) == isinstance(after, int)
+    if before == after or (comparable and length_of(after) < length_of(before)):
+        raise SettingsError(f"--extend: train.steps = {after} must be more than the {before} of the run to continue")
+    checkpoint["extended"] = [*checkpoint.get("extended", []), [checkpoint["step"], str(before), str(after)]]
+    return f"extended from step {checkpoint['step']} on: the schedule is that of {after} steps, it was that of {before}"
+
+
+def length_of(duration: int | str) -> float:
+    return float(str(duration).removesuffix("ep"))
 
 
 def load_last(directory: Path) -> dict[str, Any]:
@@ -128,8 +168,8 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
     """
     if list(run.categories.names) != checkpoint["categories"]["names"]:
         raise CheckpointError(
-            f"{directory}: trained on the classes {', '.join(checkpoint['categories']['names'])}, "
-            f"the data has {', '.join(run.categories.names)}"
+            f"{directory}: trained on the classes {name_list(checkpoint['categories']['names'])}, "
+            f"the data has {name_list(run.categories.names)}"
         )
     differences = []
     for name, digest in (("training", run.data_digest), ("validation", run.validation_digest)):

@@ -3,11 +3,14 @@
 import functools
 import inspect
 import math
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from detection.config import automatic
 from detection.config.settings import Settings
 from detection.contract import Detector
 from detection.data.annotations import annotations_digest, repeat_factors
@@ -44,6 +47,26 @@ def join_ranks(settings: Settings) -> Ranks:
     return Ranks(device, functools.partial(prepare_distributed, device.type), 60 * settings.run.timeout_minutes)
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The end of a run that has a budget of time.
+
+    Attributes:
+        started: `time.perf_counter` when the budget began.
+        seconds: the budget.
+        finish: seconds that the end of the run takes: evaluation, the weights without EMA, the report.
+    """
+
+    started: float
+    seconds: float
+    finish: float
+
+    def end_share(self, steps_left: int, step_seconds: float) -> float:
+        """Return the expected duration of the whole run in shares of the budget, without further evaluations."""
+        spent = time.perf_counter() - self.started
+        return (spent + steps_left * step_seconds + self.finish) / self.seconds
+
+
 class Run:
     """Everything that is fixed before the first step: device, data, detector, and durations in optimizer steps.
 
@@ -64,6 +87,8 @@ class Run:
         self.detector = self._build_detector(fresh)
         self.criterion = self.detector.require_criterion()
         self._resolve_durations()
+        self.extended: list[list[int | str]] = []  # by --extend: step, train.steps before and after
+        self.clock: Clock | None = None  # of a run with `train.minutes`, unless it is resumed
         self.data_warnings = check_before_training(
             self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
         )
@@ -90,7 +115,7 @@ class Run:
         """Build the detector on the device, the datasets' transforms, and a batch size for `auto`."""
         settings, train = self.settings, self.settings.train
         detector = build_detector(settings, len(self.categories.names))
-        self.pretrained_lines = load_pretrained(detector.model, settings.model) if fresh else []
+        self.pretrained_lines = load_pretrained(detector.model, settings.model, self.categories.names) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)
         detector.require_criterion()
@@ -125,9 +150,16 @@ class Run:
         self.steps_per_epoch = self.new_sampler(0, 0).images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
-        self.ema_ramp = self.in_steps(train.ema_ramp)
+        self.ema: tuple[float, int | None] | None = None
+        if train.ema_decay == "auto":
+            self.ema = automatic.ema_decay(self.steps), None
+        elif train.ema_decay is not None:
+            self.ema = train.ema_decay, self.in_steps(train.ema_ramp)
         self.save_frequency = max(self.in_steps(train.save_frequency), 1)
-        self.evaluate_frequency = max(self.in_steps(settings.evaluation.evaluate_frequency), 1)
+        frequency = settings.evaluation.evaluate_frequency
+        if frequency == "auto":
+            frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
+        self.evaluate_frequency = max(self.in_steps(frequency), 1)
         try:
             self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
         except ValueError as error:
@@ -169,9 +201,16 @@ class Run:
             self.processes,
         )
 
-    def training_batches(self, first_step: int) -> Prefetcher:
+    def set_length(self, steps: int, evaluate_frequency: int | str) -> None:
+        """Replace the number of steps and the time between evaluations, and every duration that follows from them."""
+        train = self.settings.train.model_copy(update={"steps": steps})
+        evaluation = self.settings.evaluation.model_copy(update={"evaluate_frequency": evaluate_frequency})
+        self.settings = self.settings.model_copy(update={"train": train, "evaluation": evaluation})
+        self._resolve_durations()
+
+    def training_batches(self, first_step: int, end_step: int | None = None) -> Prefetcher:
         """Start the loader; returns the micro-batches of this process from `first_step` to the end of the run."""
-        sampler = self.new_sampler(first_step, self.steps)
+        sampler = self.new_sampler(first_step, self.steps if end_step is None else end_step)
         loader = build_training_loader(self.training_set, sampler, self.settings.data.num_workers, self.device)
         return Prefetcher(iter(loader), self.device)
 
@@ -190,13 +229,14 @@ class Run:
         state = RunState(
             self.detector.model,
             self.settings.train,
-            self.ema_ramp,
+            self.ema,
             self.build_scaler(),
             self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
         )
         if checkpoint is not None:
             state.load(checkpoint)
+            self.extended = checkpoint.get("extended", [])
             if self.ranks.size > 1:
                 state.meter.restart()  # the sums in the checkpoint are those of the first process
         return state
@@ -217,6 +257,7 @@ class Run:
             "categories": {"names": list(self.categories.names), "ids": list(self.categories.ids)},
             "pixel_mean": list(geometry.pixel_mean),
             "pixel_std": list(geometry.pixel_std),
+            "extended": self.extended,
             **state.content(),
         }
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from detection.config.automatic import warmup_steps
 from detection.config.settings import SchedulerSettings
 
 BIAS_GROUP = "biases"
@@ -19,7 +20,7 @@ def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
 class Schedule:
     """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
 
-    Source: warm-up power 4, Darknet's `burn_in`; cosine restarts, SGDR, https://arxiv.org/abs/1608.03983
+    Source: warm-up power 4, Darknet's `burn_in`; StepLR, torch's scheduler of that name; cosine restarts, SGDR, https://arxiv.org/abs/1608.03983
     """
 
     strategy: str
@@ -34,6 +35,7 @@ class Schedule:
     gamma: float
     warmup_start_factor: float
     warmup_bias_lr: float | None
+    step_size: int
 
     def at(self, step: int, group: str = "weights") -> float:
         """Return the learning rate of optimizer step `step` (the first is 0) for a parameter group."""
@@ -45,6 +47,8 @@ class Schedule:
             return self.learning_rate * rise * self.scale[sum(step >= begin for begin in self.index)]
         if self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
             return self.learning_rate * rise if step < self.warmup else self._cosine(step - self.warmup)
+        if self.strategy == "StepLR":
+            return self.learning_rate * rise * self.gamma ** (step // self.step_size)
         return self.learning_rate * rise
 
     def changes(self, total_steps: int, limit: int = 8) -> list[int]:
@@ -53,6 +57,8 @@ class Schedule:
             steps = list(self.index)
         elif self.strategy == "WarmupMultiStepLR":
             steps = list(self.milestones)
+        elif self.strategy == "StepLR":
+            steps = list(range(self.step_size, total_steps, self.step_size))
         elif self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
             steps, start, length = [], self.warmup, self.first_cycle
             while start < total_steps and len(steps) <= limit:
@@ -93,7 +99,7 @@ def build_schedule(
     def steps(duration: int | str) -> int:
         return resolve_steps(duration, steps_per_epoch)
 
-    warmup = steps(scheduler.warmup)
+    warmup = warmup_steps(total_steps, steps_per_epoch) if scheduler.warmup == "auto" else steps(scheduler.warmup)
     index, milestones = tuple(map(steps, scheduler.index)), tuple(map(steps, scheduler.milestones))
     for name, values in (("index", index), ("milestones", milestones)):
         if list(values) != sorted(values):
@@ -114,4 +120,5 @@ def build_schedule(
         scheduler.gamma,
         scheduler.warmup_start_factor,
         scheduler.warmup_bias_lr,
+        max(steps(scheduler.step_size or 0), 1),
     )

@@ -21,7 +21,7 @@ class RunState:
     Args:
         model: model on its device, in its memory format for training.
         train: settings of optimizer, EMA and skipped steps.
-        ema_ramp: `train.ema_ramp` in steps.
+        ema: decay and ramp of the EMA, see `ExponentialMovingAverage`; None: there is none.
         scaler: gradient scaler, disabled if the precision needs none.
         exchange: see `BatchNormStatistics`.
         images_per_step: number of images of all processes, for the meter.
@@ -31,7 +31,7 @@ class RunState:
         self,
         model: nn.Module,
         train: TrainSettings,
-        ema_ramp: int,
+        ema: tuple[float, int | None] | None,
         scaler: torch.amp.GradScaler,
         exchange: Callable[[Tensor], None] | None = None,
         images_per_step: int = 1,
@@ -40,7 +40,7 @@ class RunState:
         self.optimizer = build_optimizer(model, train)
         self.scaler = scaler
         self.statistics = BatchNormStatistics(model, exchange)
-        self.ema = ExponentialMovingAverage(model, train.ema_decay, ema_ramp) if train.ema_decay else None
+        self.ema = ExponentialMovingAverage(model, *ema) if ema else None
         self.skipped = SkippedSteps(train.max_skipped_steps, ordinary=scaler.is_enabled())
         self.meter = Meter(images_per_step)
         self.step = 0

@@ -23,6 +23,7 @@ from detection.training.run import Run
 from detection.training.state import RunState
 from detection.training.unreadable_images import STOP_UNREADABLE, UnreadableImages
 
+LATE, OVER = 1.02, 1.03  # shares of `train.minutes` beyond which evaluations are left out, and training ends
 MIN_BAR_COLUMNS = 40  # of a terminal that gets a progress bar
 
 
@@ -62,7 +63,7 @@ class Supervisor:
         columns = shutil.get_terminal_size((0, 0)).columns
         has_bar = run.ranks.is_first and sys.stderr.isatty() and columns >= MIN_BAR_COLUMNS
         self.bar = tqdm(total=run.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not has_bar)
-        self.started = time.perf_counter()
+        self.started, self.in_steps = time.perf_counter(), 0.0
         self.state.meter.restart_clock()
         return self
 
@@ -76,7 +77,7 @@ class Supervisor:
 
     def begin(self, step: int) -> None:
         """Start a step, numbered from 0: reset the watchdog and send this process's vote."""
-        self.step = step
+        self.step, self.begun = step, time.perf_counter()
         self.watchdog.beat()
         self.vote = self.run.ranks.all_reduce_max_async(self._ballot)
 
@@ -112,6 +113,7 @@ class Supervisor:
             self.batches.prefetch(self.run.settings.train.subdivisions)
         self.profiler.step()
         result = self.vote()
+        self.in_steps += time.perf_counter() - self.begun
         if not result:
             return None
         return self.unreadable.error() if result == STOP_UNREADABLE else stopped_by(result)
@@ -139,6 +141,36 @@ class Supervisor:
         """Estimate the seconds until the end of the run."""
         done = self.state.step - self.first_step
         return (time.perf_counter() - self.started) / done * (self.run.steps - self.state.step)
+
+    def skips_evaluation(self) -> bool:
+        """Return whether a run with `train.minutes` is late, so that an evaluation on the way is left out."""
+        late = self.state.step < self.run.steps and self._beyond(LATE)
+        if late:
+            self.loggers.line(f"step {self.state.step}: no evaluation, train.minutes would not suffice")
+        return late
+
+    def out_of_time(self) -> bool:
+        """Return whether a run with `train.minutes` must end now, before its last step; asked when progress is logged.
+
+        The steps were measured before the first one; this is for a machine that has become slower.
+        """
+        logged = self.run.logs_at(self.state.step) and self.state.step < self.run.steps
+        over = logged and self._beyond(OVER, left=0)
+        if over:
+            self.loggers.line(
+                f"ended at step {self.state.step} of {self.run.steps}: train.minutes is over, the steps took longer "
+                "than at the start"
+            )
+        return over
+
+    def _beyond(self, share: float, left: int | None = None) -> bool:
+        """Return whether the run would end beyond a share of its budget, with `left` more steps (None: all)."""
+        clock, state = self.run.clock, self.state
+        if clock is None:
+            return False
+        step_seconds = self.in_steps / max(state.step - self.first_step, 1)
+        left = self.run.steps - state.step if left is None else left
+        return self.run.ranks.broadcast(clock.end_share(left, step_seconds) > share)
 
     def _ballot(self) -> int:
         return STOP_UNREADABLE if self.unreadable.too_many() else self.stop.signal_number or 0

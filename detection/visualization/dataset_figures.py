@@ -1,7 +1,6 @@
 """Figures of dataset statistics: boxes per class, and sizes, shapes and positions of boxes."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from detection.drawing.figures import new_figure, save_figure
+from detection.drawing.fonts import figure_names
 from detection.visualization.dataset_statistics import SIZE_LIMITS, SIZE_NAMES, DatasetStatistics
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ MAX_NAMES = 150  # classes; the names of more would overlap
 LONGEST_NAME = 24  # characters
 
 
-def printable(text: str) -> str:
-    """Replace unprintable characters, which names from files may contain, by question marks."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     """Plot the number of boxes of each class, in descending order on a logarithmic axis.
 
@@ -35,6 +30,7 @@ def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     order = np.argsort(-statistics.boxes_per_class, kind="stable")
     counts = statistics.boxes_per_class[order]
     width = min(max(7.0, 2 + 0.18 * len(counts)), 20.0)
+    names = figure_names(statistics.class_names)
     figure, (axes,) = new_figure((width, 5.5))
     bars = axes.bar(np.arange(len(counts)), counts, color=BAR_COLOR)
     if counts.any():
@@ -47,22 +43,19 @@ def draw_class_distribution(path: Path, statistics: DatasetStatistics) -> None:
     images = len(statistics.boxes_per_image)
     axes.set_title(f"{counts.sum():,} boxes of {len(counts)} classes on {images:,} images")
     if len(counts) <= MAX_NAMES:
-        _name_bars(axes, [statistics.class_names[label] for label in order], counts)
+        _name_bars(axes, [names[label] for label in order], counts)
         axes.bar_label(bars, fontsize=8 if len(counts) <= 100 else 6, padding=3, rotation=90 if len(counts) > 15 else 0)
     else:
         axes.set_xlabel("rank of the class; the names are in statistics.json")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # characters that the font lacks are drawn as squares
-        save_figure(path, figure)
+    save_figure(path, figure)
 
 
 def _name_bars(axes: "Axes", names: Sequence[str], counts: np.ndarray) -> None:
-    short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in map(printable, names)]
+    short = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
     upright = len(names) > 10 or sum(map(len, short)) > 80
     size = 9 if len(names) <= 100 else 6
     labels = axes.set_xticks(np.arange(len(names)), short, rotation=90 if upright else 0, fontsize=size)
     for tick, count in zip(labels, counts.tolist(), strict=True):
-        tick.label1.set_parse_math(False)  # a $ in a name is no formula
         tick.label1.set_color("black" if count else "red")
 
 

@@ -3,20 +3,16 @@
 import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from detection.data.coco import CocoDataset
-from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid
+from detection.drawing.boxes import draw_boxes, make_grid
 from detection.errors import DataReadError
-from detection.evaluation.matching import NO_GROUND_TRUTH
-from detection.visualization.dataset_figures import printable
-from detection.visualization.image_ranking import Findings
+from detection.evaluation.mistakes import Findings, draw_tile
 
 PAGE_WIDTH = 1600  # pixels
 LARGEST_TILE = 960  # pixels, longer side of an image on a page
-LONGEST_FILE_NAME = 30  # characters of a file name above its image
 
 
 @dataclass
@@ -62,54 +58,6 @@ class Pages:
         shown = [index for index in self.indices(page) if index not in self.unreadable]
         names = ", ".join(f"{annotations.image_ids[index]} ({annotations.file_name(index)})" for index in shown)
         return f"page {page + 1} of {len(self)}: images {names}"
-
-
-def draw_tile(dataset: CocoDataset, index: int, side: int, findings: Findings | None) -> np.ndarray:
-    """Draw an image with its ground truth and, with `findings`, its detections beside it.
-
-    Args:
-        index: position of the image in the dataset.
-        side: longer side of the drawn image in pixels.
-
-    Raises:
-        DataReadError: the image cannot be read.
-    """
-    annotations = dataset.annotations
-    names = [printable(name) for name in annotations.categories.names]
-    image = dataset.load_image(index)
-    factor = side / max(image.shape[:2])
-    size = [max(1, round(length * factor)) for length in (image.shape[1], image.shape[0])]
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
-    rows = np.arange(*annotations.first_box[index : index + 2])
-    boxes = annotations.boxes[rows] * factor
-    labels = np.where(annotations.crowd[rows], CROWD_LABEL, annotations.labels[rows])
-    head = f"id {annotations.image_ids[index]}"
-    if findings is None:
-        file_name = printable(annotations.file_name(index))
-        if len(file_name) > LONGEST_FILE_NAME:
-            file_name = f"...{file_name[-LONGEST_FILE_NAME:]}"
-        return draw_boxes(image, boxes, labels, names, title=f"{head}  {file_name}  {len(rows)} boxes")
-    mine = np.flatnonzero(findings.detections.image_index == index)
-    matches = findings.matches[mine]
-    missed = ~np.isin(rows, matches) & ~annotations.crowd[rows]
-    gt = draw_boxes(
-        image,
-        boxes,
-        labels,
-        names,
-        title=f"{head}  ground truth: {(~annotations.crowd[rows]).sum()}, missed {missed.sum()}",
-        notes=np.where(missed, "missed", "").tolist(),
-    )
-    found = draw_boxes(
-        image,
-        findings.detections.boxes[mine] * factor,
-        findings.detections.labels[mine],
-        names,
-        findings.detections.scores[mine],
-        title=f"detections: {len(mine)}, false {(matches == NO_GROUND_TRUTH).sum()}",
-        notes=np.where(matches == NO_GROUND_TRUTH, "false", "").tolist(),
-    )
-    return make_grid([gt, found], columns=2, padding=2)
 
 
 def lay_out(tiles: list[np.ndarray], columns: int) -> np.ndarray:

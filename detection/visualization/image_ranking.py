@@ -1,96 +1,23 @@
-"""Rank images by the mistakes of a detector: missed ground-truth boxes and false detections."""
+"""Run a detector over a dataset, unreadable images left out, and find its mistakes."""
 
-import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from detection.contract import Batch
-from detection.data.annotations import Annotations
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
 from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.evaluation.detections import Detections
 from detection.evaluation.evaluate import evaluate
-from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH, match_detections
+from detection.evaluation.matching import match_detections
+from detection.evaluation.mistakes import Findings, count_mistakes
 from detection.evaluation.report import protocol_line
 from detection.inference.weights import OpenedDetector
 from detection.runtime.devices import Machine, describe_device
-
-RULE = "worst first: most missed ground-truth boxes + false detections, then the surest false detection"
-
-
-@dataclass(frozen=True)
-class ImageMistakes:
-    """Counts per image, all (M,)."""
-
-    gt_boxes: np.ndarray  # int64, without crowd regions
-    found: np.ndarray  # int64: ground-truth boxes with a matching detection
-    missed: np.ndarray  # int64: ground-truth boxes without one
-    false: np.ndarray  # int64: detections without a matching ground-truth box
-    in_crowd: np.ndarray  # int64: detections in crowd regions, which are ignored
-    surest_false: np.ndarray  # float64: highest score of a false detection; 0: there is none
-
-    def worst_first(self) -> np.ndarray:
-        """Return the positions of the images ordered by `RULE`, ties in dataset order, (M,) int64."""
-        return np.lexsort((-self.surest_false, -(self.missed + self.false)))
-
-
-def count_mistakes(annotations: Annotations, detections: Detections, matches: np.ndarray) -> ImageMistakes:
-    """Count the mistakes in each image.
-
-    Args:
-        detections: K detections, such as all above a score.
-        matches: result of `match_detections` for them, (K,).
-    """
-    images = len(annotations)
-    image_of_box = np.repeat(np.arange(images), np.diff(annotations.first_box))
-    gt_boxes = np.bincount(image_of_box[~annotations.crowd], minlength=images)
-
-    def count(of: np.ndarray) -> np.ndarray:
-        return np.bincount(detections.image_index[of], minlength=images)
-
-    surest_false = np.zeros(images)
-    wrong = matches == NO_GROUND_TRUTH
-    np.maximum.at(surest_false, detections.image_index[wrong], detections.scores[wrong])
-    found = count(matches >= 0)
-    return ImageMistakes(gt_boxes, found, gt_boxes - found, count(wrong), count(matches == IN_CROWD), surest_false)
-
-
-def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
-    """Write one CSV row per image, in the given order of positions."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["rank", "image_id", "file_name", "gt_boxes", "found", "missed", "false", "in_crowd", "surest_false"]
-        )
-        for rank, index in enumerate(order.tolist(), start=1):
-            counts = (mistakes.gt_boxes, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
-            writer.writerow(
-                [
-                    rank,
-                    int(annotations.image_ids[index]),
-                    annotations.file_name(index),
-                    *(int(values[index]) for values in counts),
-                    f"{mistakes.surest_false[index]:.4f}",
-                ]
-            )
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Detections on a dataset at or above a score threshold, and their mistakes."""
-
-    detections: Detections
-    matches: np.ndarray  # result of `match_detections`, (K,)
-    mistakes: ImageMistakes
-    threshold: float
 
 
 class Readable(torch.utils.data.Dataset):

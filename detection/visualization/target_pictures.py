@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 
 from detection.contract import PADDING_LABEL, Anchors, AssignedPrediction, Batch
-from detection.drawing.boxes import BLACK, WHITE, class_color, draw_boxes, make_grid
+from detection.drawing.boxes import class_color, draw_boxes, make_grid
+from detection.drawing.tags import BLACK, WHITE
 
 PANEL_SIDE = 640  # minimum in pixels; smaller inputs are enlarged by an integer factor
 GRID_SHARE = 0.3  # opacity of the white grid lines

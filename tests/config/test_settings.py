@@ -240,7 +240,7 @@ IMPOSSIBLE = {
         steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
     "scheduler": """
         milestones=[5,3] milestones=[5,5] milestones=[9ep,10ep,9.5ep] index=[3,2,1] scale=[1.0,0.5]
-        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=StepLR""",
+        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=Step""",
     "yolo": """
         anchors=[] anchors=[[[1,2]],[[1,2]],[]] anchors=[[[1,2]],[[1,2]],[[1,0]]] anchors=[[[1,2]],[[1,2]],[[1]]]
         neck_channels=[512,256] ignore_threshold=1.5 ignore_threshold=.nan objectness_prior=0 objectness_prior=1""",
@@ -275,7 +275,11 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["scheduler.milestones=[5, 3]"], ["ascending", "[5, 3]"]),
         (["scheduler.index=[3, 2, 1]"], ["ascending"]),
         (["scheduler.scale=[1.0, 0.5]"], ["index"]),
-        (["scheduler.strategy=StepLR"], ["StepLR", "LambdaLR"]),
+        (["scheduler.strategy=Step"], ["Step", "LambdaLR"]),
+        (["scheduler.strategy=StepLR"], ["needs a step_size above 0"]),
+        (["lr0=0.01"], ["train.learning_rate"]),
+        (["imgsz=640"], ["train.image_size"]),
+        (["colour=1"], ["args.yaml lists all"]),
         (["data.class_names=[a, b]", "model.num_classes=3"], ["2", "model.num_classes", "3"]),
         (["data.class_names=[a, b, a]"], ["twice"]),
         (["model.backbone=resnet"], ["resnet", "darknet"]),

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from detection.config.settings import Settings
+from detection.data.annotation_file import read_json
 from detection.data.annotations import (
     Annotations,
     Categories,
@@ -28,7 +29,6 @@ from detection.data.annotations import (
 from detection.data.coco import CocoDataset
 from detection.data.fake import FakeDataset
 from detection.data.image_file import read_image
-from detection.data.layouts import find_dataset
 from detection.errors import DataError, DataReadError
 from tests.support.detectors import datasets_of, transform_of
 from tests.support.pictures import oriented
@@ -425,80 +425,32 @@ def test_only_arrays_are_left(open_dataset) -> None:
     assert len(raw) > 150 * number
 
 
-# --- layouts ---
+# --- outlines, which are most of the bytes ---
 
-LAYOUTS = [
-    (f"annotations/{file}", directory.format(split), split)
-    for split in ("train", "val")
-    for file in (f"instances_{split}2017.json", f"instances_{split}.json")
-    for directory in ("{}2017", "{}", "images/{}2017", "images/{}")
-] + [("train/_annotations.coco.json", "train", "train"), ("valid/_annotations.coco.json", "valid", "val")]
-# the other split, so that only the one in question varies
-REST = {"train": ("annotations/instances_val.json", "val"), "val": ("annotations/instances_train.json", "train")}
-
-
-def make(root: Path, *files_and_directories: str) -> None:
-    for path in (root / name for name in files_and_directories):
-        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-        if path.suffix:
-            path.write_bytes(COMPLETE)
-
-
-@pytest.mark.parametrize(("file", "directory", "split"), LAYOUTS)
-def test_the_usual_layouts_are_found(tmp_path: Path, default_settings: Load, file, directory, split) -> None:
-    make(tmp_path, file, directory, *REST[split])
-    train, validation = find_dataset(default_settings(f"data.root={tmp_path}").data)
-    found, other = (train, validation) if split == "train" else (validation, train)
-    assert found == (tmp_path / file, tmp_path / directory)
-    assert other == tuple(tmp_path / name for name in REST[split])
-
-
-MINE = ["my/a.json", "my/b", "my/c.json", "my/d"]
-SETTINGS = ("train_annotations", "train_images", "validation_annotations", "validation_images")
-BESIDE = ["train_annotations/a.json", "train_annotations", "validation_annotations/a.json", "validation_annotations"]
-NAMED = [f"{name}={path}" for name, path in zip(SETTINGS, MINE, strict=True)]
-FOUND = {  # words behind "data."; what there is and is found: annotations and images for training, then for validation
-    "one directory": ([], ["annotations/instances_train.json", "images", "annotations/instances_val.json", "images"]),
-    "below root": (NAMED, MINE),
-    "absolute": ([word.replace("=", "=ROOT/") for word in NAMED], MINE),
-    "absolute without root": ([*(word.replace("=", "=ROOT/") for word in NAMED), "root=ROOT/absent"], MINE),
-    "beside its images": ([f"{name}={name}/a.json" for name in SETTINGS[::2]], BESIDE),
-    "a fraction": (["validation_fraction=0.2"], ["annotations/instances_train.json", "train"] * 2),
+OUTLINES = {  # text behind "segmentation"
+    "polygons": "[[1, 2.5, -3e2], [4,5,6]]",
+    "indented": "[\n  [\n 1,\n 2\n ]\n ]",
+    "empty": "[]",
+    "empty inside": "[[]]",
+    "runs": '{"counts": [3, 4], "size": [2, 2]}',
+    "text": '{"counts": "a,]\\\\[", "size": [2, 2]}',
+    "flat": "[1, 2]",
+    "null": "null",
 }
 
 
-@pytest.mark.parametrize("case", FOUND)
-def test_explicit_paths_and_shared_directories(tmp_path: Path, default_settings: Load, case: str) -> None:
-    words, names = FOUND[case]
-    make(tmp_path, *names)
-    given = [f"data.{word}".replace("ROOT", str(tmp_path)) for word in ("root=ROOT", *words)]
-    train, validation = find_dataset(default_settings(*given).data)
-    assert [*train, *validation] == [tmp_path / name for name in names]
-
-
-@pytest.mark.parametrize(
-    ("names", "words", "parts"),
-    [
-        ([], [], ["ROOT", "data/download_coco.sh", "recipes/quickstart.yaml"]),
-        ([], ["data.root=ROOT/absent"], ["ROOT", "data/download_coco.sh", "recipes/quickstart.yaml"]),
-        (["train"], [], ["validation", "data.validation_fraction"]),
-        ([*REST["train"]], [], ["instances_train.json", "data.train_images"]),
-        (
-            ["train", "b.json"],
-            ["data.validation_fraction=0.2", "data.validation_annotations=b.json"],
-            ["data.validation_fraction", "data.validation_annotations"],
-        ),
-    ],
-    ids=["nothing", "no root", "no validation file", "no images", "a fraction and a validation file"],
-)
-def test_what_is_not_found_is_one_line(tmp_path: Path, default_settings: Load, names, words, parts) -> None:
-    """An empty root: the message says where to get data; else what is missing, and the setting that names it."""
-    make(tmp_path, *names, *(["annotations/instances_train.json"] if names else []))
-    settings = default_settings(*(word.replace("ROOT", str(tmp_path)) for word in ("data.root=ROOT", *words)))
-    with pytest.raises(DataError) as caught:
-        find_dataset(settings.data)
-    for part in parts:
-        assert part.replace("ROOT", str(tmp_path)) in one_line(caught.value)
+@pytest.mark.parametrize("case", OUTLINES)
+@pytest.mark.parametrize("last", [False, True])
+def test_outlines_are_cut_out_and_nothing_else(tmp_path: Path, case: str, last: bool) -> None:
+    """Against `json` alone, on which what follows the outline and looks like one depends."""
+    outline = f'"segmentation": {OUTLINES[case]}'
+    rest = '"bbox": [1, 2, 3, 4], "tags": [["segmentation", [1, 2]], "[[1, 2]]"]'
+    text = f'{{"annotations": [{{{", ".join([rest, outline] if last else [outline, rest])}}}]}}'
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    expected = json.loads(text)
+    del expected["annotations"][0]["segmentation"]
+    assert read_json(path) == (expected, [])
 
 
 # --- split by a fraction ---

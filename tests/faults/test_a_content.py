@@ -190,7 +190,8 @@ def test_A12_annotation_ids_of_nought_and_duplicates(read: Read, ids: tuple[int,
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
 def test_A14_a_share_that_leaves_no_image(read: Read, fraction: float) -> None:
     with pytest.raises(DataError, match=r"data\.validation_fraction leaves none of 3 images") as raised:
-        read(CONTENT, None, f"data.validation_fraction={fraction}")
+        words = ("data.train_annotations=annotations/instances_train.json", f"data.validation_fraction={fraction}")
+        read(CONTENT, None, *words)
     assert raised.value.exit_code == 2
 
 

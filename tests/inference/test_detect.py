@@ -1,14 +1,9 @@
-"""detect.py end to end, with a network of one convolution whose detections are known by hand.
+"""detect.py end to end on images, videos and cameras, with the network of tests/support/block_network.py."""
 
-The network looks at the top left pixel of each cell of 16 x 16: where it is red or green, it finds a box of the cell's
-size there, of the class of that name, with a score near 1.
-"""
-
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 
 import detect
 from detection.data.image_file import UniqueNames
@@ -24,91 +18,13 @@ from detection.drawing.boxes import class_color
 from detection.errors import DataError, OutputError, SettingsError
 from detection.inference.sources import find_sources, read_ahead
 from detection.inference.video import VideoWriter
-from detection.models.darknet.cfg import parse_cfg
-from detection.models.darknet.network import DarknetNetwork
-from detection.models.darknet.weights import Header, write_darknet_weights
-from tests.support.darknet_descriptions import net, output, write_cfg, yolo
-
-CFG = write_cfg([net(64), output(7, stride=16), yolo("0", "16,16", 2)])
-RED, GREEN = (255, 0, 0), (0, 255, 0)
-Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
-    """Return the options for the network's files."""
-    directory = tmp_path_factory.mktemp("net")
-    (directory / "net.cfg").write_text(CFG)
-    (directory / "net.names").write_text("red\ngreen\n")
-    network = DarknetNetwork(parse_cfg(CFG), num_classes=2)
-    (convolution,) = network.output_convolutions()
-    with torch.no_grad():
-        convolution.weight.zero_()
-        convolution.bias.zero_()  # x, y in the middle of the cell; width and height of the anchor
-        convolution.weight[4, :2, 0, 0] = 20.0  # objectness: red or green
-        convolution.weight[5, 0, 0, 0] = convolution.weight[6, 1, 0, 0] = 20.0
-        convolution.bias[4:] = -10.0
-    write_darknet_weights(network, directory / "net.weights", Header())
-    return ["--weights", directory / "net.weights", "--cfg", directory / "net.cfg", "--names", directory / "net.names"]
+from tests.support.block_network import GREEN, RED, block_image, cell_box
+from tests.support.detect_runs import Run, boxes_of, rows_of, save, save_video, walk
 
 
 @pytest.fixture
-def run(run_script, weights: list[str | Path], tmp_path: Path) -> Iterator[Run]:
-    """Runner of detect.py into tmp_path/out: `run(SOURCE, ...)`. Restores the signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs behind a `&`
-
-    def started(*arguments: str | Path, out: str = "out") -> Any:
-        return run_script(
-            detect.main, *weights, *arguments, "run.precision=off", "--output", tmp_path / out, cwd=tmp_path
-        )
-
-    yield started
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def block_image(*blocks: tuple[int, int, tuple[int, int, int]], side: int = 64) -> np.ndarray:
-    """Draw a black RGB image with a block of 16/64 of the side at each (column, row, colour)."""
-    image = np.zeros((side, side, 3), np.uint8)
-    cell = side // 4
-    for column, row, color in blocks:
-        x, y = cell * column, cell * row
-        image[max(y - cell // 2, 0) : y + cell // 2, max(x - cell // 2, 0) : x + cell // 2] = color
-    return image
-
-
-def cell_box(column: int, row: int, side: int = 64) -> list[float]:
-    cell = side / 4
-    return [cell * column, cell * row, cell * column + cell, cell * row + cell]
-
-
-def save(path: Path, image: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), image[..., ::-1])
-    return path
-
-
-def save_video(path: Path, images: list[np.ndarray], codec: str = "mp4v", rate: float = 12.5) -> Path:
-    height, width = images[0].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), rate, (width, height))
-    for image in images:
-        writer.write(image[..., ::-1].copy())
-    writer.release()
-    return path
-
-
-def walk(side: int = 64, frames: int = 8) -> list[np.ndarray]:
-    """Write a video whose frame k has a block at column k % 4, row k // 4."""
-    return [block_image((k % 4, k // 4, RED if k % 2 else GREEN), side=side) for k in range(frames)]
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return json.loads((out / "detections.json").read_text())
-
-
-def boxes_of(row: dict[str, Any]) -> list[tuple[str, list[float]]]:
-    return [(found["class"], found["box"]) for found in row["detections"]]
+def run(run_detect: Run) -> Run:
+    return run_detect
 
 
 def video_facts(path: Path) -> tuple[int, float, tuple[int, int]]:
@@ -127,7 +43,7 @@ def video_facts(path: Path) -> tuple[int, float, tuple[int, int]]:
 def test_boxes_pictures_and_yolo_lines(run: Run, tmp_path: Path) -> None:
     """Red at column 1, row 2 and green at column 3, row 0, in an image of twice the network's side."""
     picture = save(tmp_path / "photo.png", block_image((1, 2, RED), (3, 0, GREEN), side=128))
-    result = run(picture, "--txt")
+    result = run(picture, "--txt", "--format", "png")
     assert result.returncode == 0 and "2 boxes" in result.stdout and "0 left out" in result.stdout, result.stderr
     (row,) = rows_of(tmp_path / "out")
     assert (row["file"], row["picture"], row["width"], row["height"]) == (str(picture), "photo.png", 128, 128)
@@ -148,7 +64,7 @@ def test_boxes_pictures_and_yolo_lines(run: Run, tmp_path: Path) -> None:
 def test_scores_in_txt_jpeg_pictures_and_images_without_boxes(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "photos" / "a.png", block_image((0, 0, GREEN)))
     save(tmp_path / "photos" / "empty.png", block_image())
-    result = run("photos", "--txt-scores", "--format", "jpg")
+    result = run("photos", "--txt-scores")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     (line,) = (out / "labels" / "a.txt").read_text().splitlines()
@@ -167,7 +83,7 @@ def test_folders_keep_their_structure_and_nothing_is_overwritten(run: Run, tmp_p
         save(tmp_path / name, block_image((column, row, RED)))
     (tmp_path / "one" / ".a.png").write_bytes(b"macOS leaves such files")
     (tmp_path / "one" / "notes.md").write_text("no image")
-    result = run("one", "two", "--recursive", "--txt")
+    result = run("one", "two", "--recursive", "--txt", "--format", "png")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     out = tmp_path / "out"
     places = {}
@@ -370,11 +286,11 @@ def test_ctrl_c_finishes_the_video(run: Run, tmp_path: Path, monkeypatch) -> Non
         save(tmp_path / name, block_image((1, 1, RED)))
     real, calls = detect.Finder.find, []
 
-    def find(self: detect.Finder, samples: Any) -> Any:
+    def find(self: detect.Finder, samples: Any, **options: Any) -> Any:
         calls.append(len(samples))
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, samples)
+        return real(self, samples, **options)
 
     monkeypatch.setattr(detect.Finder, "find", find)
     result = run("before.png", "clip.mp4", "after.png", "clip.mp4", "evaluation.batch_size=2")
@@ -476,7 +392,7 @@ def test_images_are_shown_page_by_page_after_they_are_written(run: Run, tmp_path
         pages.extend(page(number) for number in range(count))
 
     monkeypatch.setattr(detect, "browse", browse)
-    assert run("photos", "--show").returncode == 0
+    assert run("photos", "--show", "--format", "png").returncode == 0
     written = [cv2.imread(str(tmp_path / "out" / f"{number}.png"))[..., ::-1] for number in range(3)]
     assert len(pages) == 3 and all(np.array_equal(*pair) for pair in zip(pages, written, strict=True))
 
@@ -492,4 +408,5 @@ def test_without_a_display_everything_is_written_first(run: Run, tmp_path: Path,
     save(tmp_path / "photo.png", block_image())
     result = run(name, "--show")
     assert result.returncode == 2 and result.stderr.strip() == "--show: there is no display here"
-    assert rows_of(tmp_path / "out") and (tmp_path / "out" / name).exists()
+    written = name.replace(".png", ".jpg")
+    assert rows_of(tmp_path / "out") and (tmp_path / "out" / written).exists()

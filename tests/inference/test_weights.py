@@ -118,11 +118,12 @@ def test_without_a_description_the_file_tells_the_number_of_classes(files: Files
         *(("names", content, "one class name per line") for content in ("", "\n\n", "a\n\nb\n")),
         ("names", "a\nb\na\n", "'a' occurs twice"),
         *(("names", content, "cannot be read") for content in (b"\xff\xfea\x00", None)),
-        *(("cfg", content, "cannot be read as text") for content in (b"\xff\xfe\x00\x01", b"[net]\nwidth=\xe9", None)),
         ("cfg", CFG.replace("[convolutional]", "[local]"), "layer [local] is not supported"),
         ("cfg", CFG.replace("filters=8", "filters=9"), "filters = 1 * (5 + 3) = 8"),
         ("cfg", "", "[net]"),
-        ("cfg", "just text", "is this a .cfg file?"),
+        *(("cfg", content, "is this a .cfg file?") for content in ("just text", b"\xff\xfe\x00\x01")),
+        ("cfg", b"[net]\nwidth=\xe9", "width = \u00e9 must be a finite number"),
+        ("cfg", None, "cannot be read"),
         ("weights", known_weights()[: 20 + 4 * 62], "backbone weights only (1 convolutions)"),
         ("weights", known_weights()[:-1], "has 363 bytes, this network needs 364 (-1)"),  # 20 + 4 * (62 + 8 + 16)
         ("weights", None, "No such file"),
@@ -348,7 +349,7 @@ def test_validation_of_fewer_classes_than_the_data(files: Files, run: Run) -> No
         (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
         (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is not a Darknet weights file"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "--names", "gone.names"], 2, "gone.names"),
-        (["--weights", "val", "--cfg", "net.cfg"], 7, "Is a directory"),
+        (["--weights", "val", "--cfg", "net.cfg"], 7, "val is a directory without best.pt"),
         (["--cfg", "net.cfg"], 2, "--weights"),
     ],
 )

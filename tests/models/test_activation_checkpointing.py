@@ -29,7 +29,7 @@ def state_after_steps(settings: Settings, recomputed: bool, dtype: torch.dtype |
     detector = build_detector(settings, 3).to(CPU, channels_last=True)
     if recomputed:
         recompute_backbone(detector.model)
-    state = RunState(detector.model, settings.train, 10, build_scaler(CPU, dtype))
+    state = RunState(detector.model, settings.train, (0.998, 10), build_scaler(CPU, dtype))
     set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     boxes = torch.tensor([[[4.0, 4, 30, 30]], [[20.0, 10, 60, 60]]])
     found: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import urllib.error
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from detection.models.pretrained import load_pretrained
 from tests.support.darknet_descriptions import conv, net, output, write_cfg, yolo
 from tests.support.paths import ARGS
 from tests.support.tiny_models import last_of_each_stride
+from tests.support.toy_detector import ToyModel
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
@@ -38,10 +40,14 @@ def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int 
     return build_detector(settings, num_classes).model, settings
 
 
-def loaded(words: list[str], value: Any, num_classes: int = 3) -> tuple[nn.Module, list[str]]:
-    """A new model with the weights of `model.pretrained=value`, and the lines that say so."""
-    model, settings = build(words, value, num_classes)
-    return model, load_pretrained(model, settings.model)
+def class_names(count: int) -> list[str]:
+    return [f"class {label}" for label in range(count)]
+
+
+def loaded(words: list[str], value: Any, names: Sequence[str] = class_names(3)) -> tuple[nn.Module, list[str]]:
+    """A new model of these classes with the weights of `model.pretrained=value`, and the lines that say so."""
+    model, settings = build(words, value, len(names))
+    return model, load_pretrained(model, settings.model, names)
 
 
 def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointError, num_classes: int = 3) -> str:
@@ -49,7 +55,7 @@ def refuse(words: list[str], value: Any, error: type[UserError] = CheckpointErro
     model, settings = build(words, value, num_classes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error) as raised:
-        load_pretrained(model, settings.model)
+        load_pretrained(model, settings.model, class_names(num_classes))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     message = str(raised.value)
     assert "\n" not in message and len(message) < 700
@@ -145,7 +151,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         ({"a": 1}, "holds no state dict"),
         ([1, 2], "holds no state dict"),
         ({}, "holds no state dict"),
-        ({"a": Path("x")}, "objects other than tensors"),
+        ({"a": Path("x")}, "is a pickled object of another program"),
     ):
         torch.save(content, path)
         message = refuse(SMALL, path)
@@ -178,10 +184,19 @@ def test_darknet_file_of_other_classes(tmp_path: Path) -> None:
     source = with_noise(build(TINY, num_classes=7)[0])
     write_darknet_weights(source, tmp_path / "tiny.weights", Header())
     model, lines = loaded(TINY, tmp_path / "tiny.weights")
-    assert "7 classes" in " ".join(lines) and "network 3" in " ".join(lines)
+    message = " ".join(lines)
+    assert "7 classes" in message and "network 3" in message and "by position" not in message
     counters = {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
     outputs = {f"heads.{level}.1.{kind}" for level in (0, 1) for kind in ("weight", "bias")}
     assert changed(model, TINY) == set(model.state_dict()) - counters - outputs
+
+
+def test_classes_of_darknet_files_are_taken_by_position(tmp_path: Path) -> None:
+    source = with_noise(build(TINY)[0])
+    write_darknet_weights(source, tmp_path / "tiny.weights", Header())
+    model, lines = loaded(TINY, tmp_path / "tiny.weights", ["a", "b", "c"])
+    assert lines[-1] == "the file has no class names; its classes are taken by position: a, b, c"
+    assert torch.equal(model.state_dict()["heads.0.1.weight"], source.state_dict()["heads.0.1.weight"])
 
 
 def test_darknet_files_need_a_darknet(tmp_path: Path) -> None:
@@ -203,7 +218,7 @@ def save_run(path: Path, words: list[str], num_classes: int, average: bool, **ch
     content = {
         "step": 40,
         "settings": settings.model_dump(mode="json"),
-        "categories": {"names": [f"class {label}" for label in range(num_classes)], "ids": list(range(num_classes))},
+        "categories": {"names": class_names(num_classes), "ids": list(range(num_classes))},
         "model": other if average else best,
         "average": best if average else None,
     }
@@ -220,27 +235,88 @@ def test_whole_detector(average: bool, tmp_path: Path) -> None:
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+OUTPUTS = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
 OTHER_ANCHORS = "yolo.anchors=[[[9, 9]], [[20, 20], [30, 30]], [[80, 80]]]"
 
 
 # 3 anchors * (5 + 1) values are as many as 2 anchors * (5 + 4), so shapes alone would not tell
-@pytest.mark.parametrize(("classes", "words"), [(5, SMALL), (1, SMALL), (3, [*SMALL, OTHER_ANCHORS])])
-def test_other_classes_or_anchors(classes: int, words: list[str], tmp_path: Path) -> None:
-    source = save_run(tmp_path / "best.pt", words, classes, average=True)
+@pytest.mark.parametrize("classes", [3, 5])
+def test_other_anchors(classes: int, tmp_path: Path) -> None:
+    source = save_run(tmp_path / "best.pt", [*SMALL, OTHER_ANCHORS], classes, average=True)
     model, lines = loaded(SMALL, tmp_path / "best.pt")
-    assert len(lines) == 2 and "output convolutions start anew" in lines[1]
-    assert f"{classes} classes" in lines[1] and "this run 3" in lines[1]
-    outputs = {f"heads.{level}.1.{kind}" for level in range(3) for kind in ("weight", "bias")}
-    assert changed(model, SMALL) == set(model.state_dict()) - outputs
-    for name in set(model.state_dict()) - outputs:
+    assert len(lines) == 2 and "output convolutions start anew: the file has other anchors" in lines[1]
+    assert ("other classes (class 0, class 1, class 2, class 3, class 4)" in lines[1]) == (classes == 5)
+    assert changed(model, SMALL) == set(model.state_dict()) - OUTPUTS
+    for name in set(model.state_dict()) - OUTPUTS:
         assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+
+
+NEW = None  # a filter as the new model begins
+
+
+# The file's classes are cat and dog: 7 filters per anchor, of them 0..4 for box and objectness, 5 for cat, 6 for dog.
+@pytest.mark.parametrize(
+    ("names", "filters", "words"),
+    [
+        (["cat", "dog"], [5, 6], []),
+        (["dog", "cat"], [6, 5], ["same classes in another order, put into this run's: dog, cat"]),
+        (["dog", "bird", "cat"], [6, NEW, 5], ["classes from the file: dog, cat; starting anew: bird"]),
+        (["dog"], [6], ["classes from the file: dog; starting anew: none; not used: cat"]),
+        (["bird", "dog"], [NEW, 6], ["classes from the file: dog; starting anew: bird; not used: cat"]),
+        (
+            ["x", "y", "Cat"],
+            [NEW, NEW, NEW],
+            ["classes from the file: none; starting anew: x, y, Cat; not used: cat, dog"],
+        ),
+    ],
+)
+def test_classes_are_taken_by_name(
+    names: list[str], filters: list[int | None], words: list[str], tmp_path: Path
+) -> None:
+    source, settings = build(SMALL, num_classes=2, seed=5)
+    state = with_noise(source).state_dict()
+    for name in OUTPUTS:
+        for number in range(3 * 7):
+            state[name][number] = number
+    content = {"step": 1, "settings": settings.model_dump(mode="json"), "model": state, "average": None}
+    save_checkpoint(tmp_path / "own.pt", content | {"categories": {"names": ["cat", "dog"], "ids": [1, 2]}})
+    model, lines = loaded(SMALL, tmp_path / "own.pt", names)
+    assert len(lines) == 1 + len(words) and all(word in lines[1] for word in words)
+    fresh = build(SMALL, num_classes=len(names))[0].state_dict()
+    expected = [
+        NEW if number is None else 7 * anchor + number for anchor in range(3) for number in (*range(5), *filters)
+    ]
+    for name, value in model.state_dict().items():
+        if name not in OUTPUTS:
+            assert torch.equal(value, state[name]), name
+            continue
+        for row, new, number in zip(value, fresh[name], expected, strict=True):
+            assert torch.equal(row, new if number is None else torch.full_like(row, number)), name
+        if name.endswith("bias") and names[0] == "x":
+            assert value[5:8].tolist() == pytest.approx([-0.6931472] * 3)  # of three equal classes: -log(3 - 1)
+
+
+def test_a_detector_without_class_rows_starts_anew_for_other_classes(tmp_path: Path) -> None:
+    """It may lay out its outputs in any way, so only equal names in equal order fit."""
+    source, path = with_noise(ToyModel(2)), tmp_path / "toy.pt"
+    settings = build(SMALL, path)[1]
+    save_run(
+        path, SMALL, 2, average=False, model=source.state_dict(), categories={"names": ["cat", "dog"], "ids": [1, 2]}
+    )
+    for names, taken in ((["cat", "dog"], True), (["dog", "cat"], False), (["cat", "dog", "bird"], False)):
+        model = ToyModel(len(names))
+        fresh = model.head.weight.clone()
+        lines = load_pretrained(model, settings.model, names)
+        assert torch.equal(model.head.weight, source.head.weight if taken else fresh)
+        assert len(lines) == 2 - taken and (taken or lines[1].endswith("the file has other classes (cat, dog)"))
+        assert torch.equal(model.backbone[0][0].weight, source.backbone[0][0].weight)
 
 
 def test_equal_shapes_of_other_classes_are_not_taken(tmp_path: Path) -> None:
     two = "yolo.anchors=[[[9, 9], [10, 10]], [[20, 20], [30, 30]], [[80, 80], [90, 90]]]"
     save_run(tmp_path / "best.pt", [*SMALL, two], 4, average=False)  # 2 * (5 + 4) filters
-    model, lines = loaded(SMALL, tmp_path / "best.pt", num_classes=1)  # 3 * (5 + 1) filters
-    assert "start anew" in lines[1]
+    model, lines = loaded(SMALL, tmp_path / "best.pt", class_names(1))  # 3 * (5 + 1) filters
+    assert "start anew: the file has other anchors and other classes" in lines[1]
     assert not any(name.startswith("heads.0.1.") for name in changed(model, SMALL, num_classes=1))
 
 
@@ -337,7 +413,8 @@ def test_a_described_network_has_no_standard_weights(tmp_path: Path) -> None:
     assert "darknet_cfg has no standard weights" in refuse(words, True, SettingsError)
     # a checkpoint of the same description for other classes
     source = save_run(tmp_path / "best.pt", words, 4, average=False)
-    model, lines = loaded(words, tmp_path / "best.pt", num_classes=1)
-    assert "4 classes" in lines[1]
-    assert changed(model, words, num_classes=1) == {"backbone.0.0.weight", "backbone.0.0.bias"}
+    model, lines = loaded(words, tmp_path / "best.pt", ["class 2"])
+    assert "4 classes" in lines[0] and "classes from the file: class 2; starting anew: none" in lines[1]
     assert torch.equal(model.state_dict()["backbone.0.0.weight"], source.state_dict()["backbone.0.0.weight"])
+    (new,), (old,) = model.output_convolutions(), source.output_convolutions()
+    assert torch.equal(new.bias, old.bias[[9 * anchor + value for anchor in range(3) for value in (0, 1, 2, 3, 4, 7)]])

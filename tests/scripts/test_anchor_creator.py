@@ -22,7 +22,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def run(run_script: Run) -> Run:
-    return lambda *arguments: run_script(anchor_creator.main, *arguments)
+    return lambda *arguments: run_script(anchor_creator.main, "train.image_size=416", *arguments)
 
 
 def write_boxes(path: Path, sizes: Sequence[Sequence[float]], side: int = 416, crowd: int = 0) -> Path:
@@ -135,11 +135,15 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (["data.train_annotations=nowhere.json"], 2, "nowhere.json"),
+        (["data.root=.", "data.train_annotations=nowhere.json"], 2, "nowhere.json"),
         (["data.root=nowhere"], 2, "nowhere"),
-        (["data.train_annotations=broken.json"], 2, "broken.json"),
-        (["data.train_annotations=few.json"], 2, "9 anchors need at least 9 distinct box shapes, found 2"),
-        (["data.train_annotations=crowd.json"], 2, "no box to fit anchors to (2 crowd regions)"),
+        (["data.root=.", "data.train_annotations=broken.json"], 2, "broken.json"),
+        (
+            ["data.root=.", "data.train_annotations=few.json"],
+            2,
+            "9 anchors need at least 9 distinct box shapes, found 2",
+        ),
+        (["data.root=.", "data.train_annotations=crowd.json"], 2, "no box to fit anchors to (2 crowd regions)"),
         (["data.fake=true", "model.num_classes=3"], 2, "data.fake"),
         (["--per-level", "3,3"], 2, "--per-level 3,3"),
         (["--per-level", "none"], 2, "--per-level none"),
@@ -147,7 +151,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
         (["--restarts", "0"], 2, "--restarts 0"),
         (["--threshold", "1"], 2, "--threshold 1"),
         (["--ratio", "nan"], 2, "--ratio nan"),
-        (["data.train_annotations=good.json", "--output", "/proc/none"], 6, "/proc/none"),
+        (["data.root=.", "data.train_annotations=good.json", "--output", "/proc/none"], 6, "/proc/none"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, part: str) -> None:
@@ -162,7 +166,7 @@ def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], c
 def test_full_disk_is_one_line(run: Run, tmp_path: Path, full_disk: Callable) -> None:
     boxes = write_boxes(tmp_path / "boxes.json", flat(OTHER))
     (tmp_path / "out").mkdir()
-    with full_disk(1000):
+    with full_disk(3000):
         result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
     assert result.returncode == 6 and "cannot be written" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

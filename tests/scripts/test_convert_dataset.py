@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,18 @@ from PIL import Image
 
 import convert_dataset
 from detection.data.image_file import read_image
+from tests.support.conversion_cases import (
+    boxes_of,
+    coco_of,
+    coco_set,
+    lay_out,
+    names_in,
+    save,
+    tree,
+    voc_object,
+    voc_xml,
+    write,
+)
 from tests.support.detectors import datasets_of
 from tests.support.pictures import oriented
 
@@ -31,55 +42,6 @@ def run(run_script, tmp_path: Path) -> Run:
         return run_script(convert_dataset.main, *arguments, "--output", out, cwd=tmp_path)
 
     return started
-
-
-def save(path: Path, width: int = 10, height: int = 20, orientation: int = 1) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if width * height > 10**8:  # the header alone, which is all that is read
-        chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT")
-        packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-        return path
-    Image.new("RGB", (width, height)).save(path, exif=oriented(orientation))
-    return path
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def voc_object(name: str, box: tuple[Any, ...], rest: str = "") -> str:
-    edges = "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
-    return f"<object><name>{name}</name>{rest}<bndbox>{edges}</bndbox></object>"
-
-
-def voc_xml(objects: str, width: int = 10, height: int = 20, filename: str = "a.jpg") -> str:
-    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
-    return f"<annotation><filename>{filename}</filename>{size}{objects}</annotation>"
-
-
-def coco_of(out: Path, split: str = "train") -> dict[str, Any]:
-    return json.loads((out / "annotations" / f"instances_{split}.json").read_text())
-
-
-def names_in(content: dict[str, Any]) -> tuple[dict[int, str], dict[int, str]]:
-    """Class names and file names by id."""
-    names = {category["id"]: category["name"] for category in content["categories"]}
-    return names, {image["id"]: image["file_name"] for image in content["images"]}
-
-
-def boxes_of(out: Path, split: str = "train") -> list[tuple[str, str, list[float]]]:
-    """List (file name, class, bbox) of every annotation."""
-    content = coco_of(out, split)
-    names, images = names_in(content)
-    return [(images[row["image_id"]], names[row["category_id"]], row["bbox"]) for row in content["annotations"]]
-
-
-def tree(root: Path) -> dict[str, Any]:
-    """Map every file below a directory to its content."""
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 # Boxes, by hand
@@ -126,22 +88,6 @@ def test_voc_corners_by_hand(run: Run, tmp_path: Path, corners: tuple[Any, ...],
     assert result.returncode == 0 and ("note" in result.stdout) == (box[0] < 0), result.stderr
     assert box[0] >= 0 or re.search("1 boxes that begin before pixel 1.*a.xml: object 1", result.stdout)
     assert boxes_of(tmp_path / "out") == [("a.jpg", "cell", box)]
-
-
-def coco_set(root: Path, boxes: list[tuple[int, list[float]]], size: tuple[int, int] = (10, 20), **more: Any) -> Path:
-    """One image a.png in COCO's layout; categories 7 (dog) and 3 (cat)."""
-    save(root / "train" / "a.png", *size)
-    rows = [
-        {"id": k, "image_id": 5, "category_id": category, "bbox": box, "area": 1, "iscrowd": 0, **more}
-        for k, (category, box) in enumerate(boxes)
-    ]
-    content = {
-        "images": [{"id": 5, "file_name": "a.png", "width": size[0], "height": size[1]}],
-        "annotations": rows,
-        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-    }
-    write(root / "annotations" / "instances_train.json", json.dumps(content))
-    return root
 
 
 def test_coco_to_yolo_by_hand(run: Run, tmp_path: Path) -> None:
@@ -233,15 +179,9 @@ def test_a_size_that_is_just_wrong_is_said(run: Run, tmp_path: Path) -> None:
 
 # Layouts of YOLO
 
-
-def lay_out(root: Path, files: dict[str, str]) -> Path:
-    """Images (10 x 20) where the name says so, text elsewhere."""
-    for name, text in files.items():
-        (save(root / name) if name.endswith((".jpg", ".png")) else write(root / name, text))
-    return root
-
-
 WHOLE = "0.5 0.5 1 1"
+
+
 TWO_SPLITS = {
     **{"images/train/a.jpg": "", "labels/train/a.txt": f"0 {WHOLE}"},
     **{"images/val/b.jpg": "", "labels/val/b.txt": f"1 {WHOLE}"},

@@ -33,7 +33,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
     """Two micro-batches, clipping, the EMA and what the loop keeps of the step."""
     torch.manual_seed(0)
     detector = build_detector(settings, 3).to(device, channels_last=True)
-    state = RunState(detector.model, settings.train, 10, build_scaler(device, torch.bfloat16))
+    state = RunState(detector.model, settings.train, (0.998, 10), build_scaler(device, torch.bfloat16))
     set_backbone_frozen(state.model, frozen, settings.train.backbone_batch_norm)
     meter, batches = Meter(4), [make_batch(), make_batch()]
     if device.type == "cuda":

@@ -44,7 +44,7 @@ def test_everything_is_written(files: Files, run: Run) -> None:
         {"confidence": 0.001, "f1": 0.8, "precision": 2 / 3, "recall": 1}, abs=1e-6
     )
     assert "highest mean F1 0.800 at confidence 0.001: precision 0.667, recall 1.000" in out
-    assert metrics["deviations"] == [] and "deviates" not in out
+    assert metrics["deviations"] == [] and "deviates" not in out and "by position" not in out
     assert metrics["images"] == 3 and metrics["images_per_second"] > 0 and metrics["parameters"] > 0
     assert set(metrics["seconds"]) == {"load", "network", "loss", "nms", "metric", "analysis"}
     assert all(value >= 0 for value in metrics["seconds"].values()) and 0.05 < metrics["peak_memory_gib"] < 100
@@ -233,6 +233,11 @@ def test_pictures_are_shown_after_they_were_written(
         ([*WEIGHTS, "--confidence", "0.1", "evaluation.confidence_threshold=0.2"], "contradict"),
         ([*WEIGHTS, "evaluation.max_images=0"], "evaluation.max_images"),
         ([*WEIGHTS, "yolo.score=class"], "yolo.score"),
+        ([*WEIGHTS, "--tiles", "64", "--overlap", "0.9"], "--overlap 0.9: must be a share"),
+        ([*WEIGHTS, "--no-ground-truth", "--confidence", "0.1"], "--no-ground-truth scores nothing"),
+        (["--compare", "a.pt", "b.pt", "--no-ground-truth"], "--no-ground-truth scores nothing"),
+        ([*WEIGHTS, "--no-ground-truth", "--show"], "--no-ground-truth scores nothing"),
+        ([*WEIGHTS, "--tta", "--confidence", "0.1", "0.2"], "--confidence takes one value with --tiles and --tta"),
     ],
 )
 def test_refused_in_one_line(files: Files, run: Run, arguments: list[str], word: str) -> None:
@@ -246,3 +251,67 @@ def test_data_without_ground_truth_is_refused(files: Files, run: Run) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     code, _, err = run(*WEIGHTS)
     assert code == 2 and err.count("\n") == 1 and "no ground-truth box: none of the 3 validation images" in err
+
+
+def test_classes_taken_by_position_are_named(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --names label 1, which is the motorcycle of net.names, is read as the second id, 5: an airplane."""
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *arguments: {})
+    assumed = "the weights name no classes: taken by position, in the order of "
+    code, out, err = run(*WEIGHTS[:4], "--output", "out")
+    assert (code, err) == (0, "")
+    assert out.count(f"{assumed}ascending category id: motorcycle, airplane, couch (--names)") == 1
+    rows = json.loads((files.root / "out" / "detections.json").read_text())
+    assert {row["category_id"] for row in rows} == {5}
+    code, out, _ = run(*WEIGHTS[:4], "data.class_names=[couch,motorcycle,airplane]", "--output", "own")
+    assert code == 0 and f"{assumed}data.class_names: couch, motorcycle, airplane (--names)" in out
+    code, _, err = run(*WEIGHTS[:4], "data.class_names=[couch,airplane]", "--output", "fewer")
+    assert code == 2 and "the network has 3 classes, the data 2; name the classes with --names" in err
+
+
+def test_a_long_list_of_classes_is_shortened(files: Files, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *arguments: {})
+    path = files.root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 4 + number, "name": f"c{number}"} for number in range(12)]
+    path.write_text(json.dumps(content))
+    files("net.cfg", CFG.replace("filters=8", "filters=17").replace("classes=3", "classes=12"))
+    files("net.weights", known_weights(num_classes=12))
+    code, out, err = run(*WEIGHTS[:4], "--output", "out")
+    assert (code, err) == (0, "") and "category id: c0, c1, c2, c3, c4, c5, c6, ..., c11 (--names)" in out
+
+
+def test_no_ground_truth_gives_the_server_its_file(files: Files, run: Run) -> None:
+    """As image_info_test-dev2017.json: no list of annotations; ids that are not the labels; a class that is missing."""
+    path = files.root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    run(*WEIGHTS, "--output", "scored")
+    expected = json.loads((files.root / "scored" / "detections.json").read_text())
+    images = {"images": content["images"], "categories": content["categories"], "info": {}}
+    (files.root / "annotations" / "image_info.json").write_text(json.dumps(images))
+    words = ["data.validation_annotations=annotations/image_info.json", "data.validation_images=val"]
+    code, out, err = run(*WEIGHTS, "--no-ground-truth", *words, "--output", "test")
+    assert (code, err) == (0, "") and "3 boxes on 3 images" in out and "Average Precision" not in out
+    rows = json.loads((files.root / "test" / "detections.json").read_text())
+    assert rows == expected and [(row["image_id"], row["category_id"]) for row in rows] == [(1, 4), (2, 4), (3, 4)]
+    assert [entry.name for entry in (files.root / "test").iterdir()] == ["detections.json"]
+    code, _, err = run(*WEIGHTS, *words)
+    assert code == 2 and "has no list 'annotations'" in err
+    images["categories"] = content["categories"][1:]  # without the motorcycle
+    path.write_text(json.dumps(images))
+    code, out, err = run(*WEIGHTS, "--no-ground-truth", "--output", "fewer")
+    assert (code, err) == (0, "") and "has no such category: motorbike" in out and "0 boxes on 3 images" in out
+    assert json.loads((files.root / "fewer" / "detections.json").read_text()) == []
+
+
+@pytest.mark.parametrize("words", [["--tiles", "64"], ["--tta"], ["--tiles", "32", "--overlap", "0", "--tta"]])
+def test_several_looks_give_the_same_boxes_and_are_named(
+    files: Files, run: Run, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network finds the centre of its input whatever it shows, so in an image of one tile nothing may change."""
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *arguments: {})
+    code, out, err = run(*WEIGHTS, *words, "evaluation.max_images=1", "--output", "out")
+    assert (code, err) == (0, "")
+    metrics = json.loads((files.root / "out" / "metrics.json").read_text())
+    assert metrics["AP"] == pytest.approx(1) and metrics["losses"] == {}
+    named = [text for text in metrics["deviations"] if "px" in text]
+    assert len(named) == sum(word in ("--tiles", "--tta") for word in words) and all(text in out for text in named)

@@ -23,10 +23,10 @@ from detection.data.loaders import build_evaluation_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.evaluation.detections import Detections
 from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH
+from detection.evaluation.mistakes import count_mistakes
 from detection.inference.weights import OpenedDetector
 from detection.visualization.dataset_figures import draw_box_statistics
 from detection.visualization.dataset_statistics import measure_dataset
-from detection.visualization.image_ranking import count_mistakes
 
 Run = Callable[..., Any]
 
@@ -141,7 +141,8 @@ def test_pages_follow_the_flags(run: Run, drawn_dataset: Path, tmp_path: Path, n
     assert shown("--class", "green")[1] == [green] and green
     shuffled, again, other = (shown("--random", f"run.seed={seed}")[1] for seed in (1, 1, 2))
     assert shuffled == again != other and sorted(shuffled[0]) == sorted(other[0]) == list(range(100, 109))
-    parts = [shown("data.validation_fraction=0.5", "--split", split)[1][0] for split in ("train", "val")]
+    words = ("data.train_annotations=annotations/instances_train.json", "data.validation_fraction=0.5")
+    parts = [shown(*words, "--split", split)[1][0] for split in ("train", "val")]
     assert sorted(parts[0] + parts[1]) == list(range(100, 109)) and min(map(len, parts)) > 0
 
 

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
     "hard_mish": lambda x: np.where(x > 0, x, np.where(x > -2, x * x / 2 + x, 0)),
     "swish": lambda x: x / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "hard_swish": lambda x: x * np.minimum(np.maximum(x + 3, 0), 6) / 6,
 }
@@ -43,6 +44,11 @@ def numbers(options: dict[str, str], key: str) -> list[float]:
     return [float(value) for value in options[key].split(",")]
 
 
+def source_of(options: dict[str, str], index: int, key: str = "from") -> int:
+    value = int(options[key])
+    return value + index if value < 0 else value
+
+
 def weight_shapes(text: str) -> list[tuple[bool, tuple[int, int, int, int]]]:
     """Whether each convolution has batch norm, and the shape of its kernel."""
     sections = read_cfg(text)
@@ -52,11 +58,16 @@ def weight_shapes(text: str) -> list[tuple[bool, tuple[int, int, int, int]]]:
         before = channels[-1] if channels else 3
         if name == "convolutional":
             groups, size, filters = number(options, "groups", 1), number(options, "size", 1), int(options["filters"])
-            result.append((number(options, "batch_normalize", 0) == 1, (filters, before // groups, size, size)))
+            if "share_index" not in options:
+                result.append((number(options, "batch_normalize", 0) == 1, (filters, before // groups, size, size)))
             before = filters
         elif name == "route":
             sources = [int(value + index * (value < 0)) for value in numbers(options, "layers")]
             before = sum(channels[source] for source in sources) // number(options, "groups", 1)
+        elif name == "scale_channels":
+            before = channels[source_of(options, index)]
+        elif name in ("reorg", "reorg3d"):
+            before *= int(options["stride"]) ** 2
         channels.append(before)
     return result
 
@@ -131,6 +142,31 @@ def pool(x: np.ndarray, size: int, stride: int, padding: int) -> np.ndarray:
     return result
 
 
+def reorganise(x: np.ndarray, stride: int) -> np.ndarray:
+    """[reorg3d], value by value: (C, H, W) to (C * stride^2, H / stride, W / stride)."""
+    channels, rows, columns = x.shape
+    result = np.zeros((channels * stride**2, rows // stride, columns // stride))
+    for channel, row, column in np.ndindex(*result.shape):
+        offset = channel // channels
+        place = (channel % channels, row * stride + offset // stride, column * stride + offset % stride)
+        result[channel, row, column] = x[place]
+    return result
+
+
+def reorganise_old(x: np.ndarray, stride: int) -> np.ndarray:
+    """[reorg], in flat indices as the C loop of the original program, which loops over the sizes of its input."""
+    channels, rows, columns = x.shape
+    flat, result = x.flatten(), np.zeros(x.size)
+    narrow = channels // stride**2
+    for k in range(channels):
+        for j in range(rows):
+            for i in range(columns):
+                wide_column, wide_row = i * stride + k // narrow % stride, j * stride + k // narrow // stride
+                source = wide_column + columns * stride * (wide_row + rows * stride * (k % narrow))
+                result[i + columns * (j + rows * k)] = flat[source]
+    return result.reshape(channels * stride**2, rows // stride, columns // stride)
+
+
 def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm: bool = False) -> list[np.ndarray]:
     """Input of each [yolo], in the order of the file, (filters, rows, columns).
 
@@ -147,6 +183,7 @@ def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm
         assert position <= len(values)
         return values[position - count : position]
 
+    shared: dict[int, list[np.ndarray]] = {}  # layer -> the values of its convolution
     maps: list[np.ndarray] = []
     outputs: list[np.ndarray] = []
     for index, (name, options) in enumerate(read_cfg(text)[1:]):
@@ -156,10 +193,15 @@ def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm
             filters, size, groups = int(options["filters"]), number(options, "size", 1), number(options, "groups", 1)
             dilation = number(options, "dilation", 1)
             padding = size // 2 if number(options, "pad", 0) else number(options, "padding", 0)
-            beta = take(filters)
             normalised = number(options, "batch_normalize", 0)
-            gamma, mean, variance = (take(filters) for _ in range(3)) if normalised else (None, None, None)
-            kernel = take(filters * x.shape[0] // groups * size * size).reshape(filters, -1, size, size)
+            if "share_index" in options:
+                shared[index] = shared[source_of(options, index, "share_index")]
+            else:
+                counts = [filters] * (4 if normalised else 1)
+                shared[index] = [take(count) for count in (*counts, filters * x.shape[0] // groups * size * size)]
+            beta, *statistics, kernel = shared[index]
+            gamma, mean, variance = statistics if normalised else (None, None, None)
+            kernel = kernel.reshape(filters, -1, size, size)
             shift = np.zeros(filters) if normalised else beta
             x = convolve(x, kernel, number(options, "stride", 1), padding * dilation, dilation, groups, shift)
             if gamma is not None and mean is not None and variance is not None:
@@ -191,9 +233,22 @@ def forward(text: str, values: np.ndarray, image: np.ndarray, darknet_batch_norm
                 for column in range(result.shape[2]):
                     result[:, row, column] = x[:, row // times, column // times]
             x = result * float(options.get("scale", 1))
+        elif name in ("scale_channels", "sam"):
+            other = maps[source_of(options, index)]
+            product = np.zeros(other.shape)
+            for channel, row, column in np.ndindex(*other.shape):
+                place = (channel, row, column)
+                if name == "scale_channels":
+                    place = (0, row, column) if number(options, "scale_wh", 0) else (channel, 0, 0)
+                product[channel, row, column] = x[place] * other[channel, row, column]
+            x = activation(product)
+        elif name == "reorg3d":
+            x = reorganise(x, int(options["stride"]))
+        elif name == "reorg":
+            x = reorganise_old(x, int(options["stride"]))
         elif name == "avgpool":
             x = x.sum(axis=(1, 2), keepdims=True) / (x.shape[1] * x.shape[2])
-        elif name == "yolo":
+        elif name in ("yolo", "Gaussian_yolo"):
             outputs.append(x)
         else:
             assert name == "dropout", name
@@ -211,11 +266,16 @@ def decode(text: str, outputs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
     sections = read_cfg(text)
     width, height = int(sections[0][1]["width"]), int(sections[0][1]["height"])
     results = []
-    for (_, options), x in zip([section for section in sections if section[0] == "yolo"], outputs, strict=True):
+    heads = [section for section in sections if section[0] in ("yolo", "Gaussian_yolo")]
+    for (name, options), x in zip(heads, outputs, strict=True):
         anchors, mask = numbers(options, "anchors"), [int(value) for value in numbers(options, "mask")]
         scale, new_coords = float(options.get("scale_x_y", 1)), number(options, "new_coords", 0)
         _, rows, columns = x.shape
         x = x.reshape(len(mask), -1, rows, columns)
+        certainty = np.ones((len(mask), 1, rows, columns))
+        if name == "Gaussian_yolo":  # x, its uncertainty, y, its uncertainty, w, ..., h, ..., objectness, classes
+            certainty[:, 0] = 1 - ACTIVATIONS["logistic"](x[:, [1, 3, 5, 7]]).sum(axis=1) / 4
+            x = x[:, [0, 2, 4, 6, *range(8, x.shape[1])]]
         boxes = np.zeros((len(mask), rows, columns, 4))
         share = x if new_coords else ACTIVATIONS["logistic"](x)
         for position, anchor in enumerate(mask):
@@ -232,5 +292,5 @@ def decode(text: str, outputs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
                         centre_x + box_width / 2,
                         centre_y + box_height / 2,
                     )
-        results.append({"boxes": boxes, "scores": (share[:, 4:5] * share[:, 5:]).transpose(0, 2, 3, 1)})
+        results.append({"boxes": boxes, "scores": (share[:, 4:5] * certainty * share[:, 5:]).transpose(0, 2, 3, 1)})
     return results

@@ -52,7 +52,7 @@ def test_few_sizes_so_that_like_machines_find_the_same() -> None:
     assert sizes_up_to(5) == [1, 2, 3, 4] and sizes_up_to(1) == [1]
 
 
-@pytest.mark.parametrize("number", [1, 3, 8, 48])
+@pytest.mark.parametrize("number", [1, 3, 8, 12])
 def test_the_largest_batch_that_fits_by_hand(monkeypatch, default_settings, number: int) -> None:
     needed = STATE + number * (PER_IMAGE + LOADED)
     for spare, expected in ((1, number), (-1, sizes_up_to(number - 1)[-1] if number > 1 else None)):
@@ -81,17 +81,19 @@ def test_unknown_memory_is_an_error(monkeypatch, default_settings) -> None:
 @pytest.mark.parametrize(
     ("words", "ranks", "images", "expected"),
     [
-        ((), alone(), 1000, 64),
-        (("train.subdivisions=5",), alone(), 1000, 12),  # 64 // 5 = 12
-        ((), alone(4), 1000, 16),
+        ((), alone(), 1000, 16),  # a CPU; an accelerator gets 64
+        (("train.subdivisions=5",), alone(), 1000, 3),  # 16 // 5 = 3
+        ((), alone(4), 1000, 4),
         ((), alone(2, others=(6,)), 1000, 6),  # another process has less memory
+        ((), alone(), 150, 12),  # 150 / 12: at least twelve steps per epoch
+        ((), alone(), 40, 8),  # 40 / 12 = 3, but eight images are a step
         (("train.subdivisions=100",), alone(), 1000, 1),  # one at least
         ((), alone(), 7, 6),  # no more than there are
         (("train.subdivisions=2",), alone(), 7, 3),
         (("train.subdivisions=2",), alone(2), 9, 2),
     ],
 )
-def test_never_more_than_64_images_per_step(
+def test_neither_more_images_per_step_than_help_nor_than_there_are(
     default_settings, words: tuple[str, ...], ranks: Any, images: int, expected: int
 ) -> None:
     assert find(default_settings(*WORDS, *words), ranks, images)[0] == expected
@@ -104,7 +106,7 @@ def test_largest_size_of_multiscale_training_counts(monkeypatch, default_setting
     settings = default_settings(*WORDS, "train.resize_frequency=1", "train.multiscale_sizes=[32,192]")
     number, line = find(settings)  # 192 px: 9 times the pixels of 64
     assert number == 6
-    assert "192 px, estimated; train.subdivisions=10 makes 60 images per step, not 6" in line
+    assert "192 px, estimated; train.subdivisions=2 makes 12 images per step, not 6" in line
 
 
 def test_on_an_accelerator_steps_are_tried_from_the_estimate_downwards(monkeypatch, default_settings) -> None:
@@ -184,12 +186,12 @@ def main(run_script) -> Callable[..., Any]:
 def test_the_run_directory_holds_the_number(main: Callable[..., Any], tmp_path: Path) -> None:
     words = (
         "data.fake=true", "model.num_classes=2", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
-        "train.image_size=64", "evaluation.image_size=64", "train.subdivisions=32", "train.steps=1",
+        "train.image_size=64", "evaluation.image_size=64", "train.subdivisions=8", "train.steps=1",
         "data.num_workers=0", "run.device=cpu", "evaluation.max_images=2",
     )  # fmt: skip
     result = main(*words, "train.batch_size=auto", "--output", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert "batch size  2 found: about" in result.stdout and "2 x 32 subdivisions x 1" in result.stdout
+    assert "batch size  2 found: about" in result.stdout and "2 x 8 subdivisions x 1" in result.stdout
     assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["train"]["batch_size"] == 2
     checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert checkpoint["settings"]["train"]["batch_size"] == 2

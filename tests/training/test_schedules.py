@@ -5,19 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from detection.config.loading import load_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
 from tests.support.paths import ARGS
 
-STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "constant"]
+STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
 
 
 def build(
     strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
 ) -> Schedule:
     """Build a schedule from settings, as the training script does."""
+    values = {"step_size": 500, **values} if strategy == "StepLR" else values
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
     settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
     return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
@@ -87,6 +88,18 @@ def test_scale_applies_within_the_warm_up() -> None:
 def test_lambda_without_index() -> None:
     schedule = build("LambdaLR", warmup=0, index="[]", scale="[0.3]")
     assert {schedule.at(step) for step in (0, 7, 10**6)} == {0.1 * 0.3}
+
+
+def test_step_lr_equals_torchs_after_the_warm_up() -> None:
+    schedule = build("StepLR", warmup=4, step_size="2ep", gamma=0.5, steps_per_epoch=3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    reference = StepLR(optimizer, step_size=6, gamma=0.5)
+    for step in range(40):
+        rise = min((step + 1) / 4, 1) ** 4
+        assert schedule.at(step) == pytest.approx(rise * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert schedule.changes(20) == [6, 12, 18]
 
 
 # Cosine
@@ -198,7 +211,9 @@ def test_constant_by_hand() -> None:
 @pytest.mark.parametrize("growth", [1, 2])
 def test_extreme_settings_give_finite_rates(strategy: str, growth: int) -> None:
     """No warm-up, cycles of one step, a run shorter than its warm-up, learning rate 0."""
-    defaults, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", f"scheduler.T_mult={growth}"])
+    words = [f"scheduler.strategy={strategy}", f"scheduler.T_mult={growth}"]
+    words += ["scheduler.step_size=1"] if strategy == "StepLR" else []
+    defaults, _ = load_settings(ARGS, words=words)
     for warmup, first_cycle, eta_min in itertools.product([0, 1, 50], [None, 0, 1, 3], [0.0, 1e-6]):
         scheduler = defaults.scheduler.model_copy(update={"warmup": warmup, "T_0": first_cycle, "eta_min": eta_min})
         for learning_rate, total_steps in itertools.product([0.0, 0.1], [1, 30]):

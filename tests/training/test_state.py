@@ -22,7 +22,7 @@ class Network(nn.Module):
 @pytest.fixture
 def build(default_settings) -> Build:
     def state(scaled: bool = False) -> RunState:
-        return RunState(Network(), default_settings().train, 10, torch.amp.GradScaler("cpu", enabled=scaled))
+        return RunState(Network(), default_settings().train, (0.998, 10), torch.amp.GradScaler("cpu", enabled=scaled))
 
     return state
 

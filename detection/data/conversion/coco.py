@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotation_file import read_columns
+from detection.data.coco_files import find_coco_files, find_image_directory
 from detection.data.conversion.dataset import (
     ConvertedDataset,
     Findings,
@@ -24,15 +25,22 @@ from detection.data.conversion.dataset import (
 from detection.errors import DataError
 
 ROBOFLOW = "_annotations.coco.json"
+LISTS = ("images", "annotations", "categories")
+# Keys that are written anew; and those that a turn by the EXIF orientation makes wrong.
+OWN_KEYS = {"file_name", "width", "height", "image_id", "category_id", "bbox", "iscrowd"}
+DRAWN_KEYS = {"segmentation", "keypoints"}
 
 
-def read_coco(source: Path, split: str, with_images: bool, findings: Findings, progress: Any) -> ConvertedDataset:
+def read_coco(
+    source: Path, split: str, with_images: bool, findings: Findings, progress: Any, further_keys: bool = False
+) -> ConvertedDataset:
     """Read a dataset.
 
     Args:
         source: annotation file with the images beside it, or folder in COCO's or Roboflow's layout.
         split: name for the images of an annotation file whose name contains no split.
         with_images: leave out images whose file is missing; False: the size in the JSON is enough.
+        further_keys: keep ids, segmentations and whatever else the files hold, for COCO JSON again.
 
     Raises:
         DataError: no annotations, a file that is not COCO JSON, or splits with different categories.
@@ -40,18 +48,23 @@ def read_coco(source: Path, split: str, with_images: bool, findings: Findings, p
     splits: dict[str, list[ImageEntry]] = {}
     roots: dict[str, Path] = {}
     categories: dict[int, str] | None = None
+    entries: dict[str, dict[str, Any]] = {}
+    headers: dict[str, dict[str, Any]] = {}
     for name, (file, directory) in find_annotations(source, split).items():
         content = load_json(file)
         columns = read_columns(content, str(file))
         if categories is not None and columns.categories != categories:
             raise DataError(f"{file}: has other categories than the splits before; their labels would not agree")
         categories = columns.categories
-        splits[name] = read_split(file, directory, content, columns, with_images, findings, progress)
+        splits[name] = read_split(file, directory, content, columns, with_images, findings, progress, further_keys)
         roots[name] = directory
+        if further_keys:
+            entries = {str(entry["name"]).strip(): entry for entry in content["categories"]}
+            headers[name] = {key: value for key, value in content.items() if key not in LISTS}
     assert categories is not None, "find_annotations finds at least one"
     note_unlisted(splits, roots, findings)
     names = check_names([categories[number] for number in sorted(categories)], str(source))
-    return ConvertedDataset(names, splits, roots)
+    return ConvertedDataset(names, splits, roots, entries, headers)
 
 
 def note_unlisted(splits: dict[str, list[ImageEntry]], roots: dict[str, Path], findings: Findings) -> None:
@@ -76,17 +89,17 @@ def find_annotations(source: Path, split: str) -> dict[str, tuple[Path, Path]]:
         if name in found:
             raise DataError(f"{found[name][0]} and {file} are both the split {name}; name one of them as SOURCE")
         found[name] = (file, file.parent if file.name == ROBOFLOW else find_images(file, source))
+    if not found:  # by content: CVAT, Label Studio, FiftyOne
+        others = find_coco_files(source)
+        found = {name or split: (file, find_images(file, source)) for name, file in others.items()}
     if not found:
         raise DataError(f"{source}: no annotations/instances_*.json and no */{ROBOFLOW}; name the file itself")
     return found
 
 
 def find_images(file: Path, root: Path) -> Path:
-    """Directory of the images of an annotation file: that of the split's name, else beside the file."""
-    stem = file.stem.removeprefix("instances_")
-    bases = [root, root.parent] if root.name == "annotations" else [root]
-    tries = [base / name for base in bases for name in (stem, f"images/{stem}", "images")]
-    return next((path for path in tries if path.is_dir()), file.parent)
+    """Directory that holds the listed images, or beside the file if none does: their sizes may stand in the JSON."""
+    return find_image_directory(file, root.parent if root.name == "annotations" else root)[0] or file.parent
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -107,8 +120,12 @@ def read_split(
     with_images: bool,
     findings: Findings,
     progress: Any,
+    further_keys: bool,
 ) -> list[ImageEntry]:
     """The images of one annotation file with their boxes."""
+    for reason, ids in columns.meanings.items():
+        for number in ids:
+            findings.note(f"with {reason}", f"{file}: {number}")
     label_of_id = {number: label for label, number in enumerate(sorted(columns.categories))}
     rows_of = rows_per_image(file, columns, findings)
     entries = []
@@ -133,14 +150,45 @@ def read_split(
             corners = corners if turned is None else turn_box(corners, turned)
             row_place = f"{file}: annotation {columns.annotation_ids[row]}"
             label = label_of_id[int(columns.category_of_box[row])]
-            box = finish_box(label, corners, size, row_place, findings, bool(columns.crowd[row]))
+            annotation = content["annotations"][row]
+            extra = other_keys(annotation, turned is not None) if further_keys else {}
+            box = finish_box(label, corners, size, row_place, findings, bool(columns.crowd[row]), extra)
             if box is not None:
                 boxes.append(box)
-                if content["annotations"][row].get("segmentation"):
+                if annotation.get("segmentation") and "segmentation" not in extra:
                     findings.note("segmentations, which are not kept", row_place)
         note_duplicates(boxes, place, findings)
-        entries.append(ImageEntry(picture, name, *size, boxes))
+        extra = other_keys(content["images"][index]) if further_keys else {}
+        entries.append(ImageEntry(picture, name, *size, boxes, extra))
     return entries
+
+
+def other_keys(entry: dict[str, Any], turned: bool = False) -> dict[str, Any]:
+    """What an image or annotation holds beside that which is written anew."""
+    left_out = OWN_KEYS | DRAWN_KEYS if turned else OWN_KEYS
+    return {key: value for key, value in entry.items() if key not in left_out}
+
+
+def check_ids(dataset: ConvertedDataset, joined: bool, findings: Findings) -> None:
+    """Let ids of images, annotations and categories stay if every entry has one and none occurs twice.
+
+    Args:
+        joined: images of several files are in one split now; otherwise ids need to differ within a file alone.
+    """
+    splits = list(dataset.splits.values())
+    if joined:
+        splits = [[entry for entries in splits for entry in entries]]
+    for kind, files in (
+        ("images", [[entry.extra for entry in entries] for entries in splits]),
+        ("annotations", [[box.extra for entry in entries for box in entry.boxes] for entries in splits]),
+        ("categories", [[dataset.categories.get(name, {}) for name in dataset.names]]),
+    ):
+        known = [[extra["id"] for extra in file if "id" in extra] for file in files]
+        if any(known) and any(len(set(ids)) < len(file) for ids, file in zip(known, files, strict=True)):
+            findings.note("kinds of ids that count from 1 anew, because some were missing or the same", kind)
+            for file in files:
+                for extra in file:
+                    extra.pop("id", None)
 
 
 def rows_per_image(file: Path, columns: Any, findings: Findings) -> list[list[int]]:
@@ -159,31 +207,35 @@ def rows_per_image(file: Path, columns: Any, findings: Findings) -> list[list[in
 def coco_json(
     dataset: ConvertedDataset, split: str, first_image: int, first_annotation: int, origin: str
 ) -> dict[str, Any]:
-    """The annotation file of a split: category ids from 1 in the order of the labels.
+    """The annotation file of a split: category ids from 1 in the order of the labels, unless they are known.
 
     Args:
         first_image, first_annotation: ids go on from split to split, so that splits can be joined.
         origin: said in "info".
     """
+    categories = [
+        {"id": number, **dataset.categories.get(name, {}), "name": name}
+        for number, name in enumerate(dataset.names, start=1)
+    ]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(dataset.splits[split], start=first_image):
-        images.append({"id": image_id, "file_name": entry.name, "width": entry.width, "height": entry.height})
+        of_image = {"file_name": entry.name, "width": entry.width, "height": entry.height}
+        images.append({"id": image_id, **entry.extra, **of_image})
         for box in entry.boxes:
             annotations.append(
                 {
                     "id": first_annotation + len(annotations),
-                    "image_id": image_id,
-                    "category_id": box.label + 1,
+                    "image_id": images[-1]["id"],
+                    "category_id": categories[box.label]["id"],
                     "bbox": list(box.xywh),
                     "area": float(np.prod(box.xywh[2:])),
                     "iscrowd": int(box.crowd),
                     **box.extra,
                 }
             )
-    categories = [{"id": number, "name": name} for number, name in enumerate(dataset.names, start=1)]
     return {
-        "info": {"description": origin},
+        **(dataset.headers.get(split) or {"info": {"description": origin}}),
         "images": images,
         "annotations": annotations,
         "categories": categories,

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from detection.data.annotation_file import CONTROL
-from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames
+from detection.data.image_file import IMAGE_SUFFIXES
 from detection.errors import DataError
 
 PIXEL_DIGITS = 9  # decimals of a pixel that are kept; YOLO's usual six decimals of a share need seven
@@ -21,6 +22,7 @@ LARGEST_NUMBER = 10**6  # pixels or shares beyond are no box
 LARGEST_PIXEL = 10**12
 ORIENTATION_TAG = 0x0112  # of EXIF; 5 to 8 swap the sides
 SPLITS = ("train", "val", "test")
+SPLIT_WORD = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:set|data)?[0-9]*")  # names a split and nothing else
 
 Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 
@@ -33,7 +35,7 @@ class Box:
         label: index into the names of the dataset.
         xywh: left, top, width and height in pixels of the image as it is shown.
         crowd: a region that is neither learned nor counted.
-        extra: further keys of the annotation, kept in COCO JSON.
+        extra: further keys of the annotation, an id among them, kept in COCO JSON.
     """
 
     label: int
@@ -44,22 +46,31 @@ class Box:
 
 @dataclass(slots=True)
 class ImageEntry:
-    """One image: its file (None: there is none, only its size is known), its name in the new dataset, its boxes."""
+    """One image: its file (None: there is none, only its size is known), its name in the new dataset, its boxes.
+
+    `extra` holds further keys of a COCO image, its id among them, which stay in COCO JSON.
+    """
 
     file: Path | None
     name: str
     width: int
     height: int
     boxes: list[Box]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class ConvertedDataset:
-    """Names of the labels, the images of each split, and the directories that the images' names began from."""
+    """Names of the labels, the images of each split, and the directories that the images' names began from.
+
+    Of a COCO file that becomes one again also the entries of its categories, by name, and what else it holds, by split.
+    """
 
     names: tuple[str, ...]
     splits: dict[str, list[ImageEntry]]
     roots: dict[str, Path]
+    categories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    headers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Findings:
@@ -244,26 +255,6 @@ def split_of(name: str) -> str | None:
     if name.startswith("trainval"):
         return None
     return next((split for split in SPLITS if name.startswith(split)), None)
-
-
-def assign_names(dataset: ConvertedDataset, findings: Findings) -> None:
-    """Names inside each split that no two images share, not even without suffix: YOLO has one .txt per such name."""
-    for split, entries in dataset.splits.items():
-        names = UniqueNames()
-        for entry in entries:
-            wanted = Path(entry.name)
-            entry.name = names.take(wanted.with_suffix("").as_posix()) + wanted.suffix
-            if entry.name != wanted.as_posix():
-                findings.note("images renamed, because another one has their name", f"{split}/{wanted} to {entry.name}")
-
-
-def drop_bad_names(dataset: ConvertedDataset, findings: Findings) -> None:
-    """Leave out what no loader takes as a file name: control characters and bytes that are no text."""
-    for split, entries in dataset.splits.items():
-        for entry in entries:
-            if CONTROL.search(entry.name):
-                findings.skip("images whose file name holds control characters", f"{split}/{entry.name}")
-        dataset.splits[split] = [entry for entry in entries if not CONTROL.search(entry.name)]
 
 
 def link_image(source: Path, target: Path, link: bool) -> bool:

@@ -1,6 +1,7 @@
 """Pascal VOC: one XML file per image with corners in pixels; lists of images in ImageSets/Main."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from detection.data.image_file import IMAGE_SUFFIXES
 from detection.errors import DataError
 
 ANNOTATIONS, IMAGES = ("Annotations", "annotations"), ("JPEGImages", "images", "Images")
+CLASS_LISTS = ("labelmap.txt", "classes.txt", "labels.txt")  # CVAT's and labelImg's
+DECLARATION = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
+EXPAT_ENCODINGS = (b"utf-8", b"utf-16", b"iso-8859-1", b"us-ascii")
+BACKGROUND = "background"  # first line of CVAT's list; no object has it
 FLAGS = ("difficult", "truncated", "occluded")
 
 
@@ -38,17 +43,20 @@ def read_voc(
     progress: Any,
     inclusive: bool = True,
     difficult: str = "crowd",
+    wanted: Collection[str] | None = None,
 ) -> ConvertedDataset:
     """Read a dataset.
 
     Args:
         source: folder with Annotations/ and JPEGImages/, with XML beside the images, or with such a folder per split.
-        names: of the classes; None: those that occur, in alphabetical order (which is that of VOC's own 20).
+        names: of the classes; None: those of labelmap.txt or classes.txt, then others that occur, in alphabetical
+            order (which is that of VOC's own 20).
         split: name for images if the dataset has no splits.
         inclusive: corners as VOC's development kit defines them: the first pixel is 1, xmax and ymax belong to the
             box; False: the first pixel is 0 and they do not.
         difficult: objects so marked are "crowd" regions, which neither count nor are learned, as in VOC's own
             evaluation; or "keep": objects like others.
+        wanted: splits to read; None: all.
 
     Raises:
         DataError: no annotations.
@@ -60,29 +68,50 @@ def read_voc(
         raise DataError(f"{source}: no XML annotations found")
     labels = {} if names is None else {name: label for label, name in enumerate(check_names(names, "--names"))}
     splits: dict[str, list[ImageEntry]] = {}
-    for name, found in files.items():
+    for name in [name for name in files if wanted is None or name in wanted]:
         splits[name] = []
-        for file in progress(found):
+        for file in progress(files[name]):
             entry = read_entry(file, source, labels, names is None, findings, inclusive, difficult == "crowd")
             if entry is not None:
                 splits[name].append(entry)
     if names is None:
-        sort_labels(splits, labels)
+        labels = sort_labels(splits, labels, listed_classes(source))
     used = {name: [entry.file for entry in entries if entry.file] for name, entries in splits.items()}
     roots = {name: common_root(images) for name, images in used.items() if images}
     for name, entries in splits.items():
         for entry in entries:
             entry.name = relative_name(entry.file or Path(entry.name), roots[name])
     find_unannotated([image for images in used.values() for image in images], annotations_of(source), findings)
-    return ConvertedDataset(check_names(names or sorted(labels), str(source)), splits, roots)
+    return ConvertedDataset(check_names(names or labels, str(source)), splits, roots)
 
 
-def sort_labels(splits: dict[str, list[ImageEntry]], labels: dict[str, int]) -> None:
-    """From the order in which the classes were met to the alphabetical one."""
-    new_label = {labels[name]: number for number, name in enumerate(sorted(labels))}
+def has_annotations(source: Path) -> bool:
+    """Return whether a folder, or one of a split in it, holds VOC's XML."""
+    names = {name.lower() for name in (*ANNOTATIONS, *IMAGES, "labels", "xml", "xmls")}
+    below = [path for path in source.iterdir() if path.is_dir()]
+    folders = [source, *(path for path in below if path.name.lower() in names or split_of(path.name))]
+    first = (next(iter(sorted(folder.glob("*.xml"))), None) for folder in folders)
+    return any(file is not None and re.search(rb"<annotation[\s>]", file.read_bytes()[:2000]) for file in first)
+
+
+def listed_classes(source: Path) -> list[str]:
+    """Class names of a list beside the annotations, in its order; empty without one."""
+    file = next((file for name in CLASS_LISTS if (file := source / name).is_file()), None)
+    if file is None:
+        return []
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    return [name for line in lines if (name := line.split(":")[0].strip()) and not name.startswith("#")]
+
+
+def sort_labels(splits: dict[str, list[ImageEntry]], labels: dict[str, int], listed: Sequence[str]) -> dict[str, int]:
+    """From the order in which the classes were met to that of the list, others behind it by alphabet."""
+    first = [name for name in dict.fromkeys(listed) if name in labels or name != BACKGROUND]
+    new = {name: number for number, name in enumerate([*first, *sorted(labels.keys() - set(first))])}
+    new_label = {label: new[name] for name, label in labels.items()}
     for entries in splits.values():
         for entry in entries:
             entry.boxes = [replace(box, label=new_label[box.label]) for box in entry.boxes]
+    return new
 
 
 def find_unannotated(used: Sequence[Path], annotations: Path, findings: Findings) -> None:
@@ -141,7 +170,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 def parse_xml(file: Path, findings: Findings) -> ElementTree.Element | None:
     """The <annotation>; None: left out, which the findings say."""
     try:
-        root = ElementTree.fromstring(file.read_bytes(), parser=ElementTree.XMLParser(target=_NoDoctype()))
+        root = ElementTree.fromstring(decode_xml(file.read_bytes()), parser=ElementTree.XMLParser(target=_NoDoctype()))
     except (ElementTree.ParseError, OSError, LookupError) as error:
         findings.skip("XML files that cannot be read", f"{file}: {error}")
     except ValueError:
@@ -151,6 +180,18 @@ def parse_xml(file: Path, findings: Findings) -> ElementTree.Element | None:
             return root
         findings.skip("XML files that are no annotation", str(file))
     return None
+
+
+def decode_xml(content: bytes) -> bytes | str:
+    """Text where the declared encoding is one that expat lacks, as GBK, which labelling tools write in China.
+
+    Raises:
+        LookupError, UnicodeDecodeError: no such encoding, or the text is of another.
+    """
+    declared = DECLARATION.match(content)
+    if declared is None or declared[1].lower() in EXPAT_ENCODINGS:
+        return content
+    return content.decode(declared[1].decode("ascii"))
 
 
 def find_image(file: Path, root: ElementTree.Element, source: Path) -> Path | None:
@@ -199,7 +240,10 @@ def read_entry(
         flags = {flag: 1 for flag in FLAGS if text_of(entry, flag) == "1"}
         crowd = difficult_is_crowd and "difficult" in flags
         if crowd:
-            findings.note("difficult objects, made crowd regions (--difficult keep makes them objects)", place)
+            findings.note(
+                "difficult objects, made crowd regions (--difficult keep or data.difficult=keep makes them objects)",
+                place,
+            )
         corners = corners if turned is None else turn_box(corners, turned)
         label = labels.setdefault(name, len(labels))
         box = finish_box(label, corners, size, place, findings, crowd, flags)
@@ -217,7 +261,9 @@ def read_corners(entry: ElementTree.Element, inclusive: bool, place: str, findin
         findings.skip("objects whose bndbox lacks a usable number", place)
         return None
     if inclusive and min(numbers[:2]) < 1:
-        findings.note("boxes that begin before pixel 1, the first of VOC; --voc-corners exclusive?", place)
+        findings.note(
+            "boxes that begin before pixel 1, the first of VOC; --voc-corners or data.voc_corners=exclusive?", place
+        )
     first = int(inclusive)
     return numbers[0] - first, numbers[1] - first, numbers[2], numbers[3]
 

@@ -1,6 +1,6 @@
 """YOLO txt: one file of lines "class centre-x centre-y width height" per image, in shares of the image's sides."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,26 @@ from detection.data.conversion.dataset import (
     read_image_size,
     relative_name,
 )
-from detection.data.conversion.yolo_layout import describe, find_unused, label_file, list_images, names_of_files
+from detection.data.conversion.yolo_labels import LabelFiles, check_labels
+from detection.data.conversion.yolo_layout import (
+    describe,
+    describe_missing_image,
+    find_unused,
+    list_images,
+    names_of_files,
+)
 from detection.errors import DataError
 
 SHARE_DIGITS = 14  # decimals that are written: 1e-10 pixel on an image of 20,000, less than what reading rounds to
 
 
 def read_yolo(
-    source: Path, names: Sequence[str] | None, split: str, findings: Findings, progress: Any
+    source: Path,
+    names: Sequence[str] | None,
+    split: str,
+    findings: Findings,
+    progress: Any,
+    wanted: Collection[str] | None = None,
 ) -> ConvertedDataset:
     """Read a dataset: data.yaml, Darknet's .data, or folders alone.
 
@@ -38,9 +50,10 @@ def read_yolo(
         names: of the classes; None: of the description or classes.txt.
         split: name for images if the dataset has no splits.
         progress: wraps the list of images, tqdm for example.
+        wanted: splits to read; None: all.
 
     Raises:
-        DataError: no images, or a description that cannot be understood.
+        DataError: no images, a description that cannot be understood, or a split without labels.
     """
     description = describe(source, split, findings)
     known = dict(enumerate(names)) if names else description.names or names_of_files(description.root)
@@ -52,14 +65,21 @@ def read_yolo(
         del files[name]
     splits: dict[str, list[ImageEntry]] = {}
     roots = {name: common_root(found) for name, found in files.items()}
-    labels_read: set[Path] = set()
+    label_files = LabelFiles(description.root)
+    counts = {}
     for name, found in files.items():
+        labels = {file: label_files.find(file) for file in found}
+        if wanted is None or name in wanted:
+            counts[name] = len(found), sum(label is not None for label in labels.values()), found[0]
+    counts.pop("test", None)  # may well have no labels
+    check_labels(label_files, description, counts, findings)
+    for name in [name for name in files if wanted is None or name in wanted]:
         splits[name] = []
-        for file in progress(found):
-            entry = read_entry(file, roots[name], known, findings, labels_read)
+        for file in progress(files[name]):
+            entry = read_entry(file, label_files.find(file), roots[name], known, findings)
             if entry is not None:
                 splits[name].append(entry)
-    find_unused(description, [file for found in files.values() for file in found], labels_read, findings)
+    find_unused(description, [file for found in files.values() for file in found], findings)
     if known is None:
         most = max((box.label for entries in splits.values() for entry in entries for box in entry.boxes), default=0)
         known = {label: f"class_{label}" for label in range(most + 1)}
@@ -70,22 +90,21 @@ def read_yolo(
 
 
 def read_entry(
-    file: Path, root: Path, names: dict[int, str] | None, findings: Findings, labels_read: set[Path]
+    file: Path, labels: Path | None, root: Path, names: dict[int, str] | None, findings: Findings
 ) -> ImageEntry | None:
     """One image and its boxes; None: it is left out, which the findings say."""
-    labels = label_file(file)
-    labels_read.add(labels.resolve())
     try:
         width, height = read_image_size(file).shown
     except DataError as error:
-        findings.skip(error.line, str(file))
+        findings.skip(error.line, describe_missing_image(file, root))
         return None
     boxes: list[Box] = []
+    lines: list[str] = []
     try:
-        lines = labels.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        findings.note("images without a label file, kept as images without boxes", str(file))
-        lines = []
+        if labels is not None:
+            lines = labels.read_text(encoding="utf-8-sig").splitlines()
+        else:
+            findings.note("images without a label file, kept as images without boxes", str(file))
     except (OSError, UnicodeDecodeError):
         findings.skip("images whose label file cannot be read as text", str(labels))
         return None

@@ -1,5 +1,7 @@
-"""Where a YOLO dataset keeps its images, labels and class names: data.yaml, Darknet's .data, or folders alone."""
+"""Where a YOLO dataset keeps its images and class names: data.yaml, Darknet's .data, or folders alone."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,14 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
+from detection.config.yaml_files import read_yaml
+from detection.data.conversion.dataset import SPLIT_WORD, Findings, images_below, images_inside, is_image, split_of
+from detection.data.image_file import IMAGE_SUFFIXES
+from detection.data.similar_names import find_similar
+from detection.errors import DataError, SettingsError
 
-from detection.data.conversion.dataset import Findings, images_below, images_inside, split_of
-from detection.errors import DataError
-
-NO_LABELS = {"classes.txt", "labels.txt", "names.txt", "train.txt", "val.txt", "valid.txt", "test.txt"}
 SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
 DESCRIPTIONS = {".yaml", ".yml", ".data"}
+USUAL = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # refused if broken; others may be anything
+IMAGE_FOLDERS = ("images", "jpegimages")  # in any case
 
 
 @dataclass
@@ -37,66 +41,111 @@ def describe(source: Path, split: str, findings: Findings) -> Description:
     """The source's own description, or one made from its folders."""
     if source.is_file():
         return read_cfg(source, findings)
-    found = sorted(file for file in source.iterdir() if file.suffix in DESCRIPTIONS and file.is_file())
-    usable = [file for file in found if file.suffix == ".data" or set(SPLIT_KEYS) & set(load_yaml(file))]
+    usable = find_descriptions(source)
     if len(usable) > 1:
-        raise DataError(f"{source}: has {', '.join(file.name for file in usable)}; name the one to take as SOURCE")
+        raise DataError(f"{source}: has {', '.join(file.name for file in usable)}; name the one to take")
     return read_cfg(usable[0], findings) if usable else describe_folders(source, split)
 
 
-def load_yaml(file: Path) -> dict[Any, Any]:
+def find_descriptions(source: Path) -> list[Path]:
+    """Files of a folder that name the images of splits."""
+    found = sorted(file for file in source.iterdir() if file.suffix.lower() in DESCRIPTIONS and file.is_file())
+    return [file for file in found if file.suffix.lower() == ".data" or _names_images(file)]
+
+
+def _names_images(file: Path) -> bool:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        content = load_yaml(file)
+    except DataError:
+        return file.name.lower() in USUAL
+    return any(isinstance(content.get(key), str | list) for key in SPLIT_KEYS)
+
+
+def load_yaml(file: Path) -> dict[Any, Any]:
+    """All values are text: `no` and `010` are names of classes."""
+    try:
+        content = read_yaml(file.read_text(encoding="utf-8-sig"), str(file), plain=True)
+    except (OSError, UnicodeDecodeError, SettingsError) as error:
         raise DataError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     return content if isinstance(content, dict) else {}
 
 
 def read_cfg(file: Path, findings: Findings) -> Description:
     """data.yaml (path, train, val, test, names), or Darknet's .data (train, valid, names: files)."""
-    if file.suffix == ".data":
+    root = file.parent
+    if file.suffix.lower() == ".data":
         pairs = [line.split("=", 1) for line in file.read_text(encoding="utf-8-sig").splitlines() if "=" in line]
         content: dict[Any, Any] = {key.strip(): value.strip() for key, value in pairs}
-        root = file.parent
-        names_file = find_place(str(content.pop("names", "")), root, root)
+        names_file = find_place(str(content.pop("names", "")), (root, root.parent))
         names = None if names_file is None or names_file.is_dir() else read_names_file(names_file)
     else:
         content = load_yaml(file)
-        root = file.parent
         stated = content.get("path")
         if "kpt_shape" in content:
             raise DataError(f"{file}: has kpt_shape; lines with key points cannot be converted")
-        if isinstance(stated, str) and (root / stated).is_dir():  # else that of the machine it was made on
-            root = root / stated
+        if isinstance(stated, str) and (root / plain_path(stated)).is_dir():  # else that of another machine
+            root = root / plain_path(stated)
         names = names_of_yaml(content.get("names"), file)
-    places: dict[str, list[Path]] = {}
+    found = Description(root, {}, names, complete=False)
+    missing = []
     for key, value in content.items():
         split = split_of(key) if key in SPLIT_KEYS else None
-        if split is not None and value:
+        if split is not None and value not in ("", "null", "~", []):
             for entry in value if isinstance(value, list) else [value]:
-                place = find_place(str(entry), root, file.parent)
+                place = find_place(str(entry), (root, file.parent, file.parent.parent))
                 if place is None:
                     findings.skip(f"entries of {file.name} that do not exist", f"{key}: {entry}")
+                    missing.append(f"{key}: {entry}")
                 else:
-                    places.setdefault(split, []).append(place)
-    if not places:
-        raise DataError(f"{file}: names no images of train, val or test that exist below {root}")
-    return Description(root, places, names, complete=False)
+                    found.places.setdefault(split, []).append(place)
+    if not found.places:
+        named = f" ({', '.join(missing)})" if missing else ""
+        raise DataError(f"{file}: names no images of train, val or test that exist below {root}{named}")
+    return found
 
 
-def find_place(entry: str, root: Path, beside: Path) -> Path | None:
-    """A path of a description; Roboflow writes ../train/images for what lies beside the file."""
-    tries = [root / entry, beside / entry, beside / entry.removeprefix("../"), Path(entry)]
-    return next((path for path in tries if path.exists()), None)
+def plain_path(text: str) -> str:
+    """A path as this system writes it: Windows' slashes and drive are gone."""
+    return re.sub(r"^[A-Za-z]:", "", text.strip()).replace("\\", "/")
+
+
+def find_place(entry: str, bases: Sequence[Path]) -> Path | None:
+    """A path of a description, as it is or as `find_below` finds it."""
+    exact = (base / entry.strip() for base in bases)
+    found = next((path for path in exact if entry.strip() and os.path.exists(path)), None)
+    return found or (find_below(entry, bases) or (None,))[0]
+
+
+def find_below(entry: str, bases: Sequence[Path], dropped: int | None = None) -> tuple[Path, int] | None:
+    """A path below one of the bases once leading folders are left out that exist elsewhere only.
+
+    The description may be of another machine (/home/me/data/train), of Windows (..\\train\\images), of Roboflow
+    (../train/images for what lies beside it) or of CVAT (data/train.txt likewise). A folder that names a split is
+    never left out: images/ is not test/images/.
+
+    Args:
+        dropped: number of leading folders to leave out; None: the fewest with which something is found.
+
+    Returns:
+        The path and the number of folders left out, or None.
+    """
+    parts = [part for part in plain_path(entry).split("/") if part not in ("", ".", "..")]
+    for first in range(len(parts)) if dropped is None else [dropped]:
+        if any(SPLIT_WORD.fullmatch(part.lower()) for part in parts[:first]):
+            break
+        for path in (base.joinpath(*parts[first:]) for base in bases):
+            if os.path.exists(path):
+                return path, first
+    return None
 
 
 def names_of_yaml(value: Any, file: Path) -> dict[int, str] | None:
     if value is None:
         return None
-    if isinstance(value, list):
-        return dict(enumerate(map(str, value)))
-    if isinstance(value, dict) and all(isinstance(key, int) and 0 <= key < 100_000 for key in value):
-        return {key: str(name) for key, name in value.items()}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return dict(enumerate(value))
+    if isinstance(value, dict) and all(re.fullmatch(r"[0-9]{1,5}", key) for key in value):
+        return {int(key): str(name) for key, name in value.items()}
     raise DataError(f"{file}: names must be a list, or a table of numbers from 0 and names")
 
 
@@ -109,37 +158,54 @@ def read_names_file(file: Path) -> dict[int, str]:
 
 def names_of_files(root: Path) -> dict[int, str] | None:
     """classes.txt, as labelImg and our detect.py write it, or Darknet's *.names."""
-    tries = [root / "classes.txt", *sorted(root.glob("*.names")), *sorted(root.glob("labels/**/classes.txt"))]
+    tries = [root / "classes.txt", *sorted(root.glob("*.names")), *sorted(root.glob("[Ll]abels/**/classes.txt"))]
     file = next((file for file in tries if file.is_file()), None)
     return None if file is None else read_names_file(file)
 
 
+def subfolders(root: Path, *names: str) -> list[Path]:
+    """Folders inside `root` of one of these names in any case, or all."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if (not names or path.name.lower() in names) and path.is_dir())
+
+
 def describe_folders(root: Path, fallback: str) -> Description:
-    """images/train/, train/images/ or train/ for every split; else images/ or the folder itself as one split."""
-    for base, below in ((root / "images", ""), (root, "images"), (root, "")):
-        folders = sorted(path for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
+    """train.txt, images/train/, train/images/ or train/ for every split; else images/ or the folder as one split."""
+    lists = {split: file for file in sorted(root.glob("*.txt")) if (split := _split_of_list(file))}
+    if "train" in lists:
+        return Description(root, {split: [file] for split, file in lists.items()}, complete=False)
+    images = subfolders(root, *IMAGE_FOLDERS)
+    for folders, below in ((chain(*map(subfolders, images)), IMAGE_FOLDERS[:0]), (subfolders(root), IMAGE_FOLDERS)):
         places: dict[str, list[Path]] = {}
         for folder in folders:
             split = split_of(folder.name)
-            if split is not None and (folder / below).is_dir() and images_below(folder / below):
-                places.setdefault(split, []).append(folder / below)
+            inside = subfolders(folder, *below)[:1] if below else []
+            if split is not None and images_below(*(inside or [folder])):
+                places.setdefault(split, []).extend(inside or [folder])
         if places:
             return Description(root, places)
-    return Description(root, {fallback: [root / "images" if (root / "images").is_dir() else root]})
+    return Description(root, {fallback: images[:1] or [root]})
+
+
+def _split_of_list(file: Path) -> str | None:
+    """The split of a list of images, train.txt for example; None: it is none."""
+    if file.stem.lower() not in SPLIT_KEYS:
+        return None
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        first = next(lines, "").strip()
+    return split_of(file.stem) if Path(first).suffix.lower() in IMAGE_SUFFIXES else None
 
 
 def list_images(places: Iterable[Path], description: Description, findings: Findings) -> list[Path]:
-    """Images of a split; the paths in a list may be relative to the list, to the dataset, or to where we are."""
+    """Images of a split; the paths in a list may be relative to the list or to the dataset."""
     found: list[Path] = []
     for place in places:
         if place.is_dir():
             found.extend(images_below(place))
         elif place.suffix.lower() == ".txt":
             description.lists.add(place.resolve())
-            for line in place.read_text(encoding="utf-8-sig").splitlines():
-                if line.strip():
-                    tries = [base / line.strip() for base in (place.parent, description.root, Path())]
-                    found.append(next((path for path in tries if path.exists()), tries[0]))
+            found.extend(read_list(place, description.root))
         else:
             found.append(place)
     for file, count in Counter(found).items():
@@ -148,28 +214,30 @@ def list_images(places: Iterable[Path], description: Description, findings: Find
     return list(dict.fromkeys(found))
 
 
-def label_file(image: Path) -> Path:
-    """Where the lines of an image are: labels/ instead of the last images/ of its path, or beside it."""
-    parts = list(image.parts)
-    for position in range(len(parts) - 2, -1, -1):
-        if parts[position] == "images":
-            there = Path(*parts[:position], "labels", *parts[position + 1 :]).with_suffix(".txt")
-            beside = image.with_suffix(".txt")
-            return beside if not there.exists() and beside.exists() else there
-    return image.with_suffix(".txt")
+def read_list(file: Path, root: Path) -> list[Path]:
+    """Images of a list; all of them leave out as many leading folders as the first one that `find_below` finds."""
+    bases = (file.parent, root, root.parent)
+    dropped: int | None = None
+    found = []
+    for line in filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())):
+        path = next((path for base in bases if os.path.exists(path := base / line)), None)
+        if path is None and (below := find_below(line, bases, dropped)):
+            path, dropped = below
+        found.append(path or bases[0] / line)
+    return found
 
 
-def find_unused(description: Description, used: Sequence[Path], labels_read: set[Path], findings: Findings) -> None:
-    """Images of no split, and label files without an image."""
+def describe_missing_image(file: Path, root: Path) -> str:
+    """Name a missing image, and a file that is nearly called so."""
+    similar = find_similar(root, [file.name]).get(file.name)
+    return f"{file}" + (f"; there is {root / similar}" if similar else "")
+
+
+def find_unused(description: Description, used: Sequence[Path], findings: Findings) -> None:
+    """Images of no split."""
     images = {file.resolve() for file in used}
     folders = sorted({file.parent for file in used})
     candidates = images_below(description.root) if description.complete else [*chain(*map(images_inside, folders))]
     for file in candidates:
-        if file.resolve() not in images:
+        if file.resolve() not in images and is_image(file):
             findings.skip("images of no split", str(file))
-    known = labels_read | description.lists
-    for folder in sorted({label_file(file).parent for file in used}):
-        for file in sorted(folder.glob("*.txt")):
-            other = file.name in NO_LABELS or file.name.lower().startswith("readme")
-            if not other and file.resolve() not in known:
-                findings.skip("label files without an image", str(file))

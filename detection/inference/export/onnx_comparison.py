@@ -13,8 +13,8 @@ from torch import Tensor
 from detection.config.settings import DataSettings
 from detection.data.digits import VALIDATION_PHOTOGRAPHS, load_photograph
 from detection.data.image_file import read_image
-from detection.data.layouts import find_validation_set
 from detection.data.resize import INTERPOLATIONS, resize_image
+from detection.data.sources import find_source
 from detection.errors import DataError, DataReadError, UserError
 from detection.inference.onnx_model import Description, OnnxModel
 from detection.inference.weights import OpenedDetector
@@ -175,7 +175,7 @@ def find_pictures(data: DataSettings) -> tuple[list[np.ndarray], str]:
     """
     pictures: list[np.ndarray] = []
     with contextlib.suppress(DataError):
-        _, directory = find_validation_set(data)
+        directory = find_source(data, "validation").image_directory()
         files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
         for file in files[: 2 * max(BATCHES)]:
             with contextlib.suppress(DataReadError):

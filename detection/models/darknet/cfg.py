@@ -27,12 +27,18 @@ LAYER_NAMES = {  # name in the file -> canonical name
     "upsample": "upsample",
     "dropout": "dropout",
     "yolo": "yolo",
+    "Gaussian_yolo": "Gaussian_yolo",
+    "scale_channels": "scale_channels",
+    "sam": "sam",
+    "reorg": "reorg",
+    "reorg3d": "reorg3d",
 }
+OUTPUT_LAYERS = ("yolo", "Gaussian_yolo")
 USED_KEYS = {
     "net": {"width", "height", "channels"},
     "convolutional": {
         *("filters", "size", "stride", "stride_x", "stride_y", "pad", "padding", "groups", "dilation"),
-        *("activation", "batch_normalize", "cbn"),
+        *("activation", "batch_normalize", "cbn", "share_index"),
     },
     "maxpool": {"size", "stride", "stride_x", "stride_y", "padding"},
     "avgpool": set(),
@@ -41,6 +47,11 @@ USED_KEYS = {
     "upsample": {"stride", "scale"},
     "dropout": {"probability"},
     "yolo": {"mask", "anchors", "classes", "num", "scale_x_y", "new_coords"},
+    "Gaussian_yolo": {"mask", "anchors", "classes", "num", "scale_x_y"},
+    "scale_channels": {"from", "activation", "scale_wh"},
+    "sam": {"from", "activation"},
+    "reorg": {"stride"},
+    "reorg3d": {"stride"},
 }
 # Unsupported keys that change what the network computes -> values with which they change nothing.
 REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -48,11 +59,13 @@ REFUSED_KEYS: dict[str, dict[str, tuple[str, ...]]] = {
     "convolutional": {
         **dict.fromkeys(("antialiasing", "binary", "xnor", "bin_output", "flipped", "coordconv", "reverse"), ("0",)),
         **dict.fromkeys(("sway", "rotate", "stretch", "stretch_sway", "dot"), ("0",)),
-        "share_index": (),
     },
     "maxpool": {"maxpool_depth": ("0",), "antialiasing": ("0",), "maxpool_zero_nonmax": ("0",)},
     "shortcut": {"weights_type": ("none",), "weights_normalization": ("none",), "alpha": ("1",), "beta": ("1",)},
     "yolo": {"map": ()},
+    "Gaussian_yolo": {"map": (), "yolo_point": ("center",), "new_coords": ("0",)},
+    "reorg": {"reverse": ("0",), "flatten": ("0",), "extra": ("0",)},
+    "reorg3d": {"reverse": ("0",)},
 }
 REFUSED_EVERYWHERE = {"dontload": ("0",), "dontloadscales": ("0",)}  # such layers are not in the weights file
 # Keys of pjreddie's and AlexeyAB's Darknet for training, preprocessing of the image or NMS.
@@ -73,6 +86,7 @@ TRAINING_KEYS = {
         label_smooth_eps objectness_smooth focal_loss show_details track_history_size sim_thresh dets_for_track
         dets_for_show track_ciou_norm embedding_layer""",
 }
+TRAINING_KEYS["Gaussian_yolo"] = TRAINING_KEYS["yolo"]
 TRAINING_EVERYWHERE = "stopbackward learning_scale onlyforward dont_update burnin_update train_only_bn clip truth"
 TYPO_RATIO = 0.8  # of difflib; an unknown key at least this similar to a used one is taken for a typo
 
@@ -226,6 +240,11 @@ def cfg_notices(sections: Sequence[CfgSection], sizes: Mapping[str, int]) -> lis
     others = [f"{name} = {size}" for name, size in sizes.items() if (size, size) != (width, height)]
     if others:
         lines.append(f"made for {width} x {height} px, used with {', '.join(others)} (square)")
+    for section in sections:
+        if section.name in OUTPUT_LAYERS and len(section.numbers("anchors")) > 2 * section.integer("num", 1):
+            lines.append(
+                f"{section.where()} lists more anchors than num = {section.shown('num')}; the listed ones count"
+            )
     known, unknown = unused_keys(sections)
     if known:
         lines.append(f"not used, the settings decide: {', '.join(known)}")
@@ -249,15 +268,20 @@ def input_size(sections: Sequence[CfgSection]) -> int:
     return max(net.integer("width", 416, minimum=1), net.integer("height", 416, minimum=1))
 
 
+def values_per_anchor(section: CfgSection, num_classes: int) -> int:
+    """Values per anchor before a [yolo], box, objectness and classes; a [Gaussian_yolo] has four uncertainties more."""
+    return (9 if section.name == "Gaussian_yolo" else 5) + num_classes
+
+
 def with_classes(sections: Sequence[CfgSection], num_classes: int) -> list[CfgSection]:
     """Return the sections for other classes: changes `classes` of each [yolo] and `filters` of the layer before it."""
     result = list(sections)
     for index, section in enumerate(result):
-        if section.name == "yolo":
+        if section.name in OUTPUT_LAYERS:
             num_anchors = len(section.numbers("mask")) if "mask" in section.options else section.integer("num", 1)
-            result[index] = CfgSection("yolo", section.line, {**section.options, "classes": str(num_classes)})
+            result[index] = CfgSection(section.name, section.line, {**section.options, "classes": str(num_classes)})
             before = result[index - 1]
-            filters = {"filters": str(num_anchors * (5 + num_classes))}
+            filters = {"filters": str(num_anchors * values_per_anchor(section, num_classes))}
             result[index - 1] = CfgSection(before.name, before.line, {**before.options, **filters})
     return result
 
@@ -277,5 +301,5 @@ def with_anchors(
     for number, level in anchors_of_layer.items():
         section = result[number + 1]  # [net] has no number
         mask = ",".join(str(anchors.index(anchor)) for anchor in level)
-        result[number + 1] = CfgSection("yolo", section.line, {**section.options, "mask": mask, **shared})
+        result[number + 1] = CfgSection(section.name, section.line, {**section.options, "mask": mask, **shared})
     return result

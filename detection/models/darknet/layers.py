@@ -4,25 +4,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from detection.errors import SettingsError
 from detection.models.backbones.darknet import LEAKY_SLOPE
-from detection.models.darknet.cfg import CfgSection
-from detection.models.yolo.network import raw_predictions
+from detection.models.darknet.cfg import OUTPUT_LAYERS, CfgSection, values_per_anchor
+from detection.models.darknet.modules import (
+    GaussianOutput,
+    HardMish,
+    Joining,
+    MaxPool,
+    OldReorganise,
+    Product,
+    Reorganise,
+    Route,
+    Shortcut,
+    Upsample,
+    YoloOutput,
+)
 
 Shape = tuple[int, int, int]  # channels, rows, columns
 MAX_KERNEL_VALUES = 2**28  # of one convolution
 MAX_MAP_VALUES = 2**30  # of the padded input or the output of one layer
-
-
-class HardMish(nn.Module):
-    """x for x > 0, x * (x + 2) / 2 for -2 <= x <= 0, else 0, as in AlexeyAB's Darknet."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x + 2).clamp(0, 2) / 2
 
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
@@ -33,6 +36,7 @@ ACTIVATIONS: dict[str, type[nn.Module] | None] = {
     "mish": nn.Mish,
     "hard_mish": HardMish,
     "swish": nn.SiLU,
+    "silu": nn.SiLU,
     "hard_swish": nn.Hardswish,  # Darknet's forks spell it differently
     "hard-swish": nn.Hardswish,
     "hardswish": nn.Hardswish,
@@ -40,80 +44,16 @@ ACTIVATIONS: dict[str, type[nn.Module] | None] = {
 }
 
 
-class MaxPool(nn.Module):
-    """Max pooling with Darknet's padding: `padding` rows and columns, half of them (rounded down) above and left."""
-
-    def __init__(self, size: int, stride: int, padding: int) -> None:
-        super().__init__()
-        self.size, self.stride = size, stride
-        self.before, self.after = padding // 2, padding - padding // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (self.before, self.after, self.before, self.after), value=-torch.inf)
-        return F.max_pool2d(x, self.size, self.stride)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by `stride`, then multiplication by `scale`."""
-
-    def __init__(self, stride: int, scale: float) -> None:
-        super().__init__()
-        self.stride, self.scale = stride, scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=float(self.stride), mode="nearest")
-        return x if self.scale == 1 else x * self.scale
-
-
-class Route(nn.Module):
-    """Concatenation of the outputs of earlier layers, or of one group of channels of each."""
-
-    def __init__(self, sources: Sequence[int], groups: int, group: int) -> None:
-        super().__init__()
-        self.sources, self.groups, self.group = tuple(sources), groups, group
-
-    def forward(self, _: Tensor, kept: dict[int, Tensor]) -> Tensor:
-        maps = [kept[source].chunk(self.groups, dim=1)[self.group] for source in self.sources]
-        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
-
-
-class Shortcut(nn.Module):
-    """Sum with the outputs of earlier layers, padded or cut to the channels of the input, then an activation."""
-
-    def __init__(self, sources: Sequence[int], activation: nn.Module | None) -> None:
-        super().__init__()
-        self.sources, self.activation = tuple(sources), activation
-
-    def forward(self, x: Tensor, kept: dict[int, Tensor]) -> Tensor:
-        for source in self.sources:
-            other = kept[source]
-            missing = x.shape[1] - other.shape[1]
-            if missing > 0:
-                other = F.pad(other, (0, 0, 0, 0, 0, missing))
-            x = x + other[:, : x.shape[1]]
-        return x if self.activation is None else self.activation(x)
-
-
-class YoloOutput(nn.Module):
-    """Raw predictions of one level: (B, A * (5 + C), H, W) to (B, A, H, W, 5 + C)."""
-
-    def __init__(self, num_anchors: int) -> None:
-        super().__init__()
-        self.num_anchors = num_anchors
-
-    def forward(self, x: Tensor) -> Tensor:
-        return raw_predictions(x, self.num_anchors)
-
-
 @dataclass(frozen=True)
 class CfgLevel:
-    """One level, from its [yolo] section."""
+    """One level, from its [yolo] or [Gaussian_yolo] section."""
 
     layer: int  # number of the [yolo] layer
     stride: int  # pixels per cell
     anchors: tuple[tuple[float, float], ...]  # (width, height), pixels of the network input
     scale_xy: float
     new_coords: bool
+    gaussian: bool
 
 
 def cfg_classes(sections: Sequence[CfgSection]) -> int:
@@ -122,7 +62,7 @@ def cfg_classes(sections: Sequence[CfgSection]) -> int:
     Raises:
         SettingsError: there is no [yolo] layer, or they differ.
     """
-    counts = {section.integer("classes", 20, minimum=1) for section in sections if section.name == "yolo"}
+    counts = {section.integer("classes", 20, minimum=1) for section in sections if section.name in OUTPUT_LAYERS}
     if len(counts) != 1:
         raise SettingsError(
             "cfg: has no [yolo] layer, so it is not a detector"
@@ -154,7 +94,7 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
     levels: list[CfgLevel] = []
     for number, section in enumerate(sections[1:]):
         before = shapes[-1] if shapes else input_shape
-        if section.name == "yolo":
+        if section.name in OUTPUT_LAYERS:
             level = read_level(section, number, sections[number], before, input_shape)
             if level.new_coords:
                 # Darknet puts the sigmoid into this convolution; our outputs are logits.
@@ -162,13 +102,15 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
                     *[part for part in layers[-1].children() if not isinstance(part, nn.Sigmoid)]
                 )
             levels.append(level)
-            layer: nn.Module = YoloOutput(len(level.anchors))
+            layer: nn.Module = (GaussianOutput if level.gaussian else YoloOutput)(len(level.anchors))
             shape = before
         else:
             if layers and isinstance(layers[-1], YoloOutput) and section.name != "route":
                 raise SettingsError(f"cfg: {section.where()} follows a [yolo] layer; only [route] can")
             layer, shape = LAYER_BUILDERS[section.name](section, number, before, shapes)
-            sources: tuple[int, ...] = layer.sources if isinstance(layer, Route | Shortcut) else ()
+            if "share_index" in section.options:
+                share_weights(section, number, layer, layers)
+            sources: tuple[int, ...] = layer.sources if isinstance(layer, Joining) else ()
             if used := [source for source in sources if isinstance(layers[source], YoloOutput)]:
                 raise SettingsError(f"cfg: {section.where()}: takes layer {used[0]}, which is a [yolo] layer")
         check_map(section, shape)
@@ -177,14 +119,14 @@ def build_layers(sections: Sequence[CfgSection]) -> tuple[list[nn.Module], list[
         layers.append(layer)
         shapes.append(shape)
     cfg_classes(sections)
-    taken = {source for layer in layers if isinstance(layer, Route | Shortcut) for source in layer.sources}
+    taken = {source for layer in layers if isinstance(layer, Joining) for source in layer.sources}
     if both := [level.layer - 1 for level in levels if level.new_coords and level.layer - 1 in taken]:
         raise SettingsError(f"cfg: layer {both[0]} feeds a [yolo] with new_coords and another layer; not supported")
     return layers, shapes, levels
 
 
 def read_level(section: CfgSection, number: int, before_section: CfgSection, before: Shape, image: Shape) -> CfgLevel:
-    """Read a [yolo] section and check it against the layer before it.
+    """Read a [yolo] or [Gaussian_yolo] section and check it against the layer before it.
 
     Args:
         number: of the layer.
@@ -193,18 +135,21 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
     """
     values = section.numbers("anchors")
     total = section.integer("num", 1, minimum=1)
-    chosen = section.numbers("mask") if "mask" in section.options else range(len(values) // 2)
-    mask = [int(index) for index in chosen if index == int(index) and 0 <= index < total]
-    if len(values) != 2 * total or not mask or len(mask) != len(chosen) or min(values) <= 0:
+    chosen = section.numbers("mask") if "mask" in section.options else range(total)
+    # cspx-p7-mish.cfg lists 20 anchors with num = 16 and uses them all; Darknet reads the last four beyond its array.
+    mask = [int(index) for index in chosen if index == int(index) and 0 <= index < len(values) // 2]
+    if len(values) < 2 * total or len(values) % 2 or not mask or len(mask) != len(chosen) or min(values) <= 0:
         raise SettingsError(
             f"cfg: {section.where()}: num = {total} anchors, {len(values)} anchor values (above 0) and mask = "
             f"{','.join(f'{index:g}' for index in chosen)} do not fit"
         )
     classes = section.integer("classes", 20, minimum=1)
-    if before_section.name != "convolutional" or before[0] != len(mask) * (5 + classes):
+    values_of_box = values_per_anchor(section, 0)
+    filters = len(mask) * (values_of_box + classes)
+    if before_section.name != "convolutional" or before[0] != filters:
         raise SettingsError(
-            f"cfg: {section.where()}: needs a [convolutional] layer with filters = {len(mask)} * (5 + {classes}) = "
-            f"{len(mask) * (5 + classes)} before it, finds [{before_section.name}] with {before[0]}"
+            f"cfg: {section.where()}: needs a [convolutional] layer with filters = {len(mask)} * ({values_of_box} + "
+            f"{classes}) = {filters} before it, finds [{before_section.name}] with {before[0]}"
         )
     stride = image[1] // before[1]
     if (before[1] * stride, before[2] * stride) != image[1:]:
@@ -212,7 +157,8 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
             f"cfg: {section.where()}: its {before[2]} x {before[1]} cells do not divide the input of "
             f"{image[2]} x {image[1]} pixels evenly"
         )
-    new_coords = bool(section.integer("new_coords", 0))
+    gaussian = section.name == "Gaussian_yolo"
+    new_coords = not gaussian and bool(section.integer("new_coords", 0))
     # With new_coords the sigmoid belongs to the convolution, otherwise to the [yolo] layer.
     allowed = ("logistic", "linear") if new_coords else ("linear",)
     activation = before_section.text("activation", "logistic")
@@ -226,7 +172,7 @@ def read_level(section: CfgSection, number: int, before_section: CfgSection, bef
     scale_xy = section.number("scale_x_y", 1.0)
     if scale_xy <= 0:
         raise SettingsError(f"cfg: {section.where()}: scale_x_y = {scale_xy:g} must be greater than 0")
-    return CfgLevel(number, stride, anchors, scale_xy, new_coords)
+    return CfgLevel(number, stride, anchors, scale_xy, new_coords, gaussian)
 
 
 def read_activation(section: CfgSection, default: str) -> nn.Module | None:
@@ -301,6 +247,22 @@ def build_convolution(section: CfgSection, _: int, before: Shape, __: Sequence[S
     return nn.Sequential(*[part for part in parts if part is not None]), shape
 
 
+def share_weights(section: CfgSection, number: int, layer: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Give a convolution the kernel, bias and batch norm of the earlier one that `share_index` names."""
+    source, *more = read_sources(section, "share_index", number)
+    other = layers[source]
+    shapes = [{name: value.shape for name, value in part.state_dict().items()} for part in (layer, other)]
+    if more or not shapes[0] or shapes[0] != shapes[1] or layer[0].groups != other[0].groups:  # type: ignore[index]
+        raise SettingsError(
+            f"cfg: {section.where()}: share_index = {section.shown('share_index')} must name a convolution of the same "
+            "size with as many channels, filters and groups and the same batch_normalize"
+        )
+    assert isinstance(layer, nn.Sequential) and isinstance(other, nn.Sequential)
+    layer[0].weight, layer[0].bias = other[0].weight, other[0].bias
+    if len(shapes[0]) > 2:  # more than kernel and bias
+        layer[1] = other[1]
+
+
 def build_maxpool(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
     """Max pooling with Darknet's padding; see `LAYER_BUILDERS`."""
     stride = read_stride(section)
@@ -359,6 +321,36 @@ def build_shortcut(section: CfgSection, number: int, before: Shape, shapes: Sequ
     return Shortcut(sources, read_activation(section, "linear")), before
 
 
+def build_product(section: CfgSection, number: int, before: Shape, shapes: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """[scale_channels], a factor per channel or, with scale_wh, per cell; [sam], a factor per value."""
+    source = read_sources(section, "from", number)[0]
+    shape = shapes[source]
+    wanted = shape
+    if section.name == "scale_channels":
+        wanted = (1, *shape[1:]) if section.integer("scale_wh", 0) else (shape[0], 1, 1)
+    if before != wanted:
+        raise SettingsError(
+            f"cfg: {section.where()}: needs {wanted[0]} channels of {wanted[2]} x {wanted[1]} before it for layer "
+            f"{source}, finds {before[0]} of {before[2]} x {before[1]}"
+        )
+    activation = read_activation(section, "linear")
+    if isinstance(activation, nn.SiLU | nn.Mish):
+        raise SettingsError(f"cfg: {section.where()}: Darknet's layer has no {section.text('activation')}")
+    return Product(source, activation), shape
+
+
+def build_reorg(section: CfgSection, _: int, before: Shape, __: Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    stride, (channels, rows, columns) = section.integer("stride", 1, minimum=1), before
+    old = section.name == "reorg"
+    if rows % stride or columns % stride or (old and channels % stride**2):
+        channels_too = f" and its square {channels} channels" if old else ""
+        raise SettingsError(
+            f"cfg: {section.where()}: stride = {stride} must divide {columns} x {rows} cells{channels_too}"
+        )
+    shape = (channels * stride**2, rows // stride, columns // stride)
+    return (OldReorganise if old else Reorganise)(stride), shape
+
+
 # Name -> builder: (section, number of the layer, shape before it, shapes of all layers before) -> module, output shape.
 LAYER_BUILDERS = {
     "convolutional": build_convolution,
@@ -368,4 +360,8 @@ LAYER_BUILDERS = {
     "upsample": build_upsample,
     "route": build_route,
     "shortcut": build_shortcut,
+    "scale_channels": build_product,
+    "sam": build_product,
+    "reorg": build_reorg,
+    "reorg3d": build_reorg,
 }

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from detection.models.backbones.darknet import LEAKY_SLOPE
 from detection.models.backbones.mobilenet import use_depthwise_class
-from detection.models.darknet.cfg import CfgSection, with_classes
-from detection.models.darknet.layers import Route, Shape, Shortcut, YoloOutput, build_layers, cfg_classes
+from detection.models.darknet.cfg import OUTPUT_LAYERS, CfgSection, values_per_anchor, with_classes
+from detection.models.darknet.layers import Shape, build_layers, cfg_classes
+from detection.models.darknet.modules import Joining, YoloOutput
+from detection.models.yolo.head_layout import class_rows
 from detection.models.yolo.network import initialise_output
 from detection.ops.pixels import NormalizePixels
 
@@ -45,7 +47,7 @@ class DarknetNetwork(nn.Module):
         self.num_classes = num_classes
         self.described_classes = cfg_classes(sections)  # of the weights file that belongs to the cfg
         layers, shapes, levels = build_layers(self.sections)
-        referred = {source for layer in layers if isinstance(layer, Route | Shortcut) for source in layer.sources}
+        referred = {source for layer in layers if isinstance(layer, Joining) for source in layer.sources}
         self._kept = frozenset(referred)
         levels = sorted(levels, key=lambda level: level.stride)
         self._level_layers = [level.layer for level in levels]
@@ -53,9 +55,12 @@ class DarknetNetwork(nn.Module):
         self.anchors = tuple(level.anchors for level in levels)
         self.scales_xy = tuple(level.scale_xy for level in levels)
         self.new_coords = any(level.new_coords for level in levels)
+        self.gaussian = any(level.gaussian for level in levels)
         height = self.sections[0].integer("height", 416)
         # Including maps coarser than every level.
-        self.size_multiple = math.lcm(*(height // rows for _, rows, _ in shapes if height % rows == 0))
+        pooled = single_cells(self.sections[1:], shapes)
+        rows_of_maps = [shape[1] for number, shape in enumerate(shapes) if number not in pooled]
+        self.size_multiple = math.lcm(*(height // rows for rows in rows_of_maps if height % rows == 0))
         end = backbone_end(self.sections[1:], shapes)
         self.backbone = nn.ModuleList(layers[:end])
         self.decoder = nn.ModuleList(layers[end:])
@@ -67,6 +72,8 @@ class DarknetNetwork(nn.Module):
             elif isinstance(module, nn.BatchNorm2d):
                 module.momentum = batch_norm_momentum
         for level, convolution in zip(levels, self.output_convolutions(), strict=True):
+            if level.gaussian:  # never trained here
+                continue
             initialise_output(convolution, len(level.anchors), num_classes, objectness_prior)
         self.normalize = NormalizePixels(self.pixel_mean, self.pixel_std)
 
@@ -91,25 +98,50 @@ class DarknetNetwork(nn.Module):
             if isinstance(layer, YoloOutput):
                 outputs[number] = layer(x)
                 continue
-            x = layer(x, kept) if isinstance(layer, Route | Shortcut) else layer(x)
+            x = layer(x, kept) if isinstance(layer, Joining) else layer(x)
             if number in self._kept:
                 kept[number] = x
         return [outputs[layer] for layer in self._level_layers]
 
     def darknet_convolutions(self) -> list[nn.Module]:
-        """Convolutions, each with its batch norm and activation, in the order of Darknet's weights files."""
+        """Convolutions, each with its batch norm and activation, in the order of Darknet's weights files.
+
+        Those that share the weights of an earlier one are not in the files.
+        """
         layers = [*self.backbone, *self.decoder]
-        return [layer for layer in layers if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Conv2d)]
+        every = [layer for layer in layers if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Conv2d)]
+        first_of = {id(layer[0].weight): layer for layer in reversed(every)}
+        return [layer for layer in every if layer is first_of[id(layer[0].weight)]]
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending."""
         layers = [*self.backbone, *self.decoder]
         return [layers[number - 1][0] for number in self._level_layers]
 
+    def class_rows(self, num_classes: int) -> list[Tensor]:
+        """For each output convolution the filters of the class scores, if there were so many classes, (A, C)."""
+        sections = [self.sections[layer + 1] for layer in self._level_layers]
+        return [
+            class_rows(len(anchors), num_classes, values_per_anchor(section, 0))
+            for anchors, section in zip(self.anchors, sections, strict=True)
+        ]
+
 
 def backbone_end(sections: Sequence[CfgSection], shapes: Sequence[Shape]) -> int:
     """Number of layers of the backbone, as `DarknetNetwork` defines it."""
-    first_yolo = next(number for number, section in enumerate(sections) if section.name == "yolo")
+    first_yolo = next(number for number, section in enumerate(sections) if section.name in OUTPUT_LAYERS)
     shortcuts = [number for number in range(first_yolo) if sections[number].name == "shortcut"]
     lower = [number for number in range(1, first_yolo) if shapes[number][1] < shapes[number - 1][1]]
     return (shortcuts or lower or [0])[-1] + 1
+
+
+def single_cells(sections: Sequence[CfgSection], shapes: Sequence[Shape]) -> set[int]:
+    """Layers between an [avgpool] and the [scale_channels] that takes its factors: one cell at any input size."""
+    found: set[int] = set()
+    open_branch: set[int] = set()
+    for number, (section, shape) in enumerate(zip(sections, shapes, strict=True)):
+        if section.name == "scale_channels":
+            found |= open_branch
+        pooled = section.name == "avgpool" or (bool(open_branch) and section.name == "convolutional")
+        open_branch = open_branch | {number} if pooled and shape[1:] == (1, 1) else set()
+    return found

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Anchors, AssignedPrediction
+from detection.models.yolo.box_coder import encode_boxes
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import HeadLayout, sizes_of
-from detection.ops.boxes import box_area, pairwise_intersection
+from detection.models.yolo.head_layout import BOX, HeadLayout, sizes_of
+from detection.ops.boxes import box_area, pairwise_intersection, xyxy_to_cxcywh
 from detection.runtime.devices import max_chunk_elements
 
 LOSS_NAMES = ("loss_box", "loss_objectness", "loss_class")
@@ -126,6 +127,32 @@ class Criterion(nn.Module):
                 )
             )
         return sorted(pairs, key=lambda pair: (pair.image, pair.gt, pair.level, pair.anchor))
+
+    @torch.no_grad()
+    def lowest_losses(self, targets: dict[str, Tensor], size: int) -> dict[str, float]:
+        """Return what is left of the box loss when every assigned prediction is its ground-truth box exactly.
+
+        Not 0 where centres are compared by cross-entropy: it is then the entropy of their offsets in the cells. The
+        other losses have no such floor.
+
+        Args:
+            targets: as in `forward`.
+            size: side of the network input in pixels.
+        """
+        boxes, labels = targets["boxes"].float(), targets["labels"]
+        sizes = [(size // stride, size // stride) for stride in self.layout.strides]
+        positive, index, gt, overruled = self.assign(boxes, labels, sizes)
+        images, places = (positive & ~overruled).nonzero(as_tuple=True)
+        flat = index[images, places]
+        predictions = self.layout.tables(sizes).predictions
+        cells, anchors, stride, scale_xy = predictions[flat].split([2, 2, 1, 1], dim=-1)
+        wanted = xyxy_to_cxcywh(boxes[images, gt[images, places]])
+        xy, wh = encode_boxes(wanted, anchors, cells, stride[:, 0], scale_xy)
+        num_classes = max(int(labels.max()), 0) + 1
+        raw = predictions.new_zeros(len(boxes), len(predictions), 5 + num_classes)
+        raw[images, flat, BOX] = torch.cat([xy.logit(eps=1e-6), wh], dim=-1)
+        loss_box, _, _ = self.compute_losses(raw, sizes, boxes, labels)
+        return {LOSS_NAMES[0]: float(loss_box) * self.weights[0]}
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
         """Class loss of each prediction, (B, N).

@@ -44,11 +44,13 @@ def build_yolo(
         anchors, scales_xy, new_coords = yolo.anchors, (1.0,) * len(yolo.anchors), False
         size_multiple = model.strides[-1]
     criterion = None
-    if not new_coords:  # `encode_boxes` lacks it
+    gaussian = isinstance(model, DarknetNetwork) and model.gaussian
+    if not new_coords and not gaussian:  # `encode_boxes` lacks the one, the losses lack the other's uncertainties
         weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
         criterion = CRITERIA[yolo.loss](
             anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
         )
+    objectness = "objectness x certainty of the box" if gaussian else "objectness"
     metadata = {
         "strides": list(model.strides),
         "anchors": [[list(anchor) for anchor in level] for level in anchors],
@@ -69,10 +71,12 @@ def build_yolo(
             pixel_std=model.pixel_std,
         ),
         name=model_settings.backbone,
-        untrainable="model.cfg: a network with new_coords = 1 can detect but not be trained here",
+        untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
         plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
         notices=CfgNotices(model_settings.cfg),
-        score="objectness x class probability" if yolo.score == "product" else "objectness of the likeliest class",
+        score=f"{objectness} x class probability"
+        if yolo.score == "product"
+        else f"{objectness} of the likeliest class",
         deviations=tuple(
             text
             for text, deviates in (

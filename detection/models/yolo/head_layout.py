@@ -18,6 +18,15 @@ def num_values(num_classes: int) -> int:
     return 5 + num_classes
 
 
+def class_rows(num_anchors: int, num_classes: int, values_before: int = num_values(0)) -> Tensor:
+    """Filters of an output convolution that give the class scores, (A, C) int64.
+
+    Args:
+        values_before: of each anchor, before its classes.
+    """
+    return torch.arange(num_anchors * (values_before + num_classes)).view(num_anchors, -1)[:, values_before:]
+
+
 class Tables(NamedTuple):
     """Constants of assignment and decoding for one input size."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
-from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, num_values
+from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
 
 
@@ -194,3 +194,7 @@ class YOLOv3(nn.Module):
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending."""
         return [cast(nn.Conv2d, cast(Head, head)[-1]) for head in reversed(self.heads)]
+
+    def class_rows(self, num_classes: int) -> list[Tensor]:
+        """For each output convolution the filters of the class scores, if there were so many classes, (A, C)."""
+        return [class_rows(cast(Head, head).num_anchors, num_classes) for head in reversed(self.heads)]

@@ -19,8 +19,9 @@ from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.optimizer import build_optimizer
 from detection.training.step import train_step
 
-# Images per optimizer step in args.yaml and Darknet's yolov3.cfg, for which their learning rates are tuned.
-IMAGES_PER_STEP = 64
+# Images per optimizer step in args.yaml and Darknet's yolov3.cfg, for which their learning rates are tuned. A CPU is
+# not faster with more than 16, and small datasets need steps: an epoch has at least 12, if they have 8 images each.
+IMAGES_PER_STEP, IMAGES_PER_STEP_CPU, STEPS_PER_EPOCH, FEWEST = 64, 16, 12, 8
 # Of the free memory; the rest is for convolution workspaces and fragmentation, on the CPU also for other processes.
 USED_SHARE, USED_SHARE_CPU = 0.9, 0.5
 LARGEST = 4096  # largest batch size considered
@@ -39,7 +40,8 @@ def find_batch_size(
 ) -> tuple[int, str]:
     """Find the largest `train.batch_size` that fits, the same in all processes.
 
-    At most `IMAGES_PER_STEP` images per optimizer step, and at most `num_images` (but at least one per micro-batch).
+    At most `IMAGES_PER_STEP` images per optimizer step, fewer for small datasets, and at most `num_images` (but at
+    least one per micro-batch).
     Starts from `estimate_memory`; on an accelerator, training steps are then tried with decreasing batch sizes until
     one fits. On the CPU, where a process that allocates too much is killed, only the estimate is used; the preflight
     step tries the result.
@@ -61,7 +63,9 @@ def find_batch_size(
     """
     train, size = settings.train, settings.train.largest_size
     device = next(detector.model.parameters()).device
-    limit, parts = min(IMAGES_PER_STEP, num_images), train.subdivisions * ranks.size
+    most = IMAGES_PER_STEP_CPU if device.type == "cpu" else IMAGES_PER_STEP
+    limit = min(most, num_images, max(num_images // STEPS_PER_EPOCH, FEWEST))
+    parts = train.subdivisions * ranks.size
     maximum = max(limit // parts, 1)
     one = estimate_memory(detector.model, detector.criterion, train, 1, size, autocast, device)  # type: ignore[arg-type]
     if one.available is None:
@@ -117,7 +121,7 @@ def has_room(
     try:
         model = copy.deepcopy(detector.model).train()
         optimizer = build_optimizer(model, train)
-        average = ExponentialMovingAverage(model, train.ema_decay, 0) if train.ema_decay else None
+        average = ExponentialMovingAverage(model, 0.9, 0) if train.ema_decay else None
         for step in range(2):
             train_step(
                 model,

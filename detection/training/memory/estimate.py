@@ -42,8 +42,8 @@ class MemoryEstimate:
         """Format the line of the plan."""
         available = "" if self.available is None else f" of {self.available / 2**30:.1f} GiB available"
         return (
-            f"memory      about {self.total / 2**30:.1f} GiB{available}: weights, gradients and optimizer "
-            f"{self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
+            f"memory      a step needs about {self.total / 2**30:.1f} GiB{available}, libraries not counted: "
+            f"weights, gradients and optimizer {self.state / 2**30:.1f}, activations {self.activations / 2**30:.1f}"
         )
 
 

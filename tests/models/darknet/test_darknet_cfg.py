@@ -1,11 +1,13 @@
 """Reading of Darknet cfg files, and errors of one line that name the place."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
+from detection.config.loading import read_cfg
 from detection.errors import SettingsError
 from detection.models.darknet.cfg import (
     CfgSection,
@@ -57,6 +59,14 @@ def extra(name: str, **options: object) -> str:
     return with_layers((name, options))
 
 
+def scaled(**more: object) -> list[Section]:
+    """A factor per channel for layer 1, 8 x 8 with 4 channels."""
+    return [("avgpool", {}), conv(4, 1), ("scale_channels", {"from": 1, **more})]
+
+
+GAUSSIAN = changed(3).replace("[yolo]", "[Gaussian_yolo]")  # its filters are [yolo]'s
+
+
 def refusal(text: str) -> str:
     """The message of the error, reached before anything large is allocated."""
     started = time.perf_counter()
@@ -100,6 +110,23 @@ def test_line_ends(ending: str) -> None:
     text = write_cfg(GOOD)
     for other in (text, text.rstrip("\n"), "\ufeff" + text):
         assert parse_cfg(other.replace("\n", ending)) == parse_cfg(text)
+
+
+@pytest.mark.parametrize(
+    ("comment", "encoding"),
+    [
+        ("\u5b66\u4e60\u7387 \uff1d 0.1", "utf-8"),  # "learning rate" and a full-width equals sign
+        ("\u5b66\u4e60\u7387 \uff1d 0.1", "gbk"),
+        ("gr\u00f6\u00dfe \u2026 100 \u20ac", "cp1252"),  # the ellipsis is 0x85, in latin-1 the end of a line
+        ("taille \u00e0 ajuster", "latin-1"),
+    ],
+)
+def test_comments_in_other_encodings(comment: str, encoding: str, tmp_path: Path) -> None:
+    text = write_cfg(GOOD)
+    lines = text.replace("filters=4\n", f"filters=4 # {comment}\n", 1)
+    (tmp_path / "a.cfg").write_bytes(f"# {comment}\n{lines}".encode(encoding))
+    sections = parse_cfg(read_cfg(str(tmp_path / "a.cfg")))
+    assert [(each.name, each.options) for each in sections] == [(each.name, each.options) for each in parse_cfg(text)]
 
 
 def test_the_first_of_two_equal_keys_counts() -> None:
@@ -178,6 +205,20 @@ def test_with_classes_without_mask() -> None:
     assert with_classes(parse_cfg(text), 2)[3].options["filters"] == "21"
 
 
+def test_with_classes_of_gaussian_yolo() -> None:
+    """Nine values per anchor beside the classes."""
+    sections = parse_cfg(GAUSSIAN.replace("filters=12", "filters=20"))
+    assert with_classes(sections, 7)[3].options["filters"] == "32"  # 2 * (9 + 7)
+
+
+@pytest.mark.parametrize(("mask", "used"), [("0,2", [(4, 6), (10, 14)]), (None, [(4, 6), (8, 12)])])
+def test_more_anchors_than_num(mask: str | None, used: list[tuple[int, int]]) -> None:
+    """cspx-p7-mish.cfg: num = 16 and masks up to 19; Darknet would read these beyond its array."""
+    sections = parse_cfg(changed(3, num=2, mask=mask))
+    assert DarknetNetwork(sections, 1).anchors == (tuple(used),)
+    assert cfg_notices(sections, {}) == ["[yolo] in line 29 lists more anchors than num = 2; the listed ones count"]
+
+
 # Not a description
 
 NO_NET = "must begin with one [net] section"
@@ -210,7 +251,7 @@ def test_not_a_description_of_a_detector(text: str, words: list[str]) -> None:
 HUGE = (10**9, "1e9", 10**12, "1e400", 10**400)
 NO_SOURCES = ("2", "3", "-3", "-9", "99", "0.5", "nan", "inf", "1e400", "", "x", "-1,7", ",", "1e30")
 NO_ANCHORS = (
-    *("", "4,6", "4,6,8,12,10", "4,6,8,12,10,14,16,18", "0,6,8,12,10,14", "4,-6,8,12,10,14"),
+    *("", "4,6", "4,6,8,12,10", "4,6,8,12,10,14,16", "0,6,8,12,10,14", "4,-6,8,12,10,14"),
     *("nan,6,8,12,10,14", "4,6,8,12,10,inf", "4,6,8,12,10,1e400", "4,6,8,12,10,x"),
 )
 NO_GROUPS = ((2, 2), (3, 0), (8, 0), (0, 0), (-1, 0), (2, -1), ("nan", 0), (2, "inf"), (2, 0.5))
@@ -224,8 +265,8 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
         )
     ],
     "unknown layers": [
-        (extra(name, filters=3), 2, f"[{name}]", "known layers: avgpool, convolutional")
-        for name in ("connected", "region", "Gaussian_yolo", "sam", "scale_channels", "reorg3d", "Yolo")
+        (extra(name, filters=3), 2, f"[{name}]", "known layers: Gaussian_yolo, avgpool, convolutional")
+        for name in ("connected", "region", "implicit", "local", "Yolo", "gaussian_yolo")
     ],
     "keys of net, yolo and convolutional": [
         (changed(-1, time_steps=4), -1, "time_steps = 4"),
@@ -287,6 +328,35 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
     "groups of a route": [
         (with_layers(route(-1, groups=groups, group_id=group)), 2, "[route]", "group") for groups, group in NO_GROUPS
     ],
+    "layers of AlexeyAB's program": [
+        (with_layers(*layers), 1 + len(layers), *words)
+        for layers, *words in (
+            (scaled(activation="mish"), "no mish"),
+            (scaled(scale_wh=1), "needs 1 channels of 8 x 8", "finds 4 of 1 x 1"),
+            (scaled(**{"from": 9}), "names layer 9"),
+            ([conv(4, 1), ("scale_channels", {"from": 1})], "needs 4 channels of 1 x 1", "finds 4 of 8 x 8"),
+            ([conv(3, 1), ("sam", {"from": 1})], "needs 4 channels of 8 x 8", "finds 3 of 8 x 8"),
+            ([("reorg3d", {"stride": 3})], "stride = 3 must divide 8 x 8 cells"),
+            ([("reorg3d", {"stride": 2, "reverse": 1})], "reverse = 1 changes inference"),
+            ([conv(6, 1), ("reorg", {"stride": 2})], "stride = 2 must divide", "square 6 channels"),
+            ([("reorg", {"stride": 2, "extra": 2})], "extra = 2 changes inference"),
+        )
+    ],
+    "shared weights": [
+        (with_layers(*layers), 1 + len(layers), *words)
+        for layers, *words in (
+            ([conv(4, 3, share_index=2)], "share_index", "layers 0 to 1"),
+            ([conv(4, 1, share_index=1)], "share_index = 1 must name a convolution"),
+            ([conv(4, 3, groups=2, share_index=1)], "share_index = 1"),
+            ([conv(4, 3, batch_normalize=0, share_index=-1)], "share_index = -1"),
+            ([pool(2, 1), conv(4, 3, share_index=2)], "share_index = 2"),
+            ([conv(4, 3, share_index="0,1")], "share_index = 0,1"),
+        )
+    ],
+    "Gaussian_yolo": [
+        (GAUSSIAN, 3, "filters = 2 * (9 + 1) = 20 before it, finds [convolutional] with 12"),
+        (GAUSSIAN.replace("num=3", "num=3\nyolo_point=left_top"), 3, "yolo_point = left_top changes inference"),
+    ],
     "sources behind an output": [
         (write_cfg([*GOOD, route(-1), *GOOD[3:]]), 4, "takes layer 3, which is a [yolo]"),
         (write_cfg([*GOOD, route(-3), conv(12, 1), shortcut(3), *GOOD[3:]]), 6, "takes layer 3, which is a [yolo]"),
@@ -304,7 +374,7 @@ REFUSED: dict[str, list[tuple[Any, ...]]] = {
         (changed(3, anchors=None), 3, "has no 'anchors'"),
     ],
     "number of anchors": [
-        (changed(3, num=num, mask=mask), 3, "num") for num in (0, -3, 2, 4, "nan", "x", *HUGE) for mask in ("0,2", None)
+        (changed(3, num=num, mask=mask), 3, "num") for num in (0, -3, 4, "nan", "x", *HUGE) for mask in ("0,2", None)
     ],
     "number of classes": [(changed(3, classes=value), 3) for value in (0, -1, 2, 1.5, "nan", "x", *HUGE)],
     "filters before an output": [
@@ -343,7 +413,6 @@ def test_refused_with_the_place_and_the_reason(name: str) -> None:
                 *("sway", "rotate", "stretch", "stretch_sway", "dot"),
             )
         ],
-        (conv(4, 3), "share_index", -1, None),
         *[(pool(2, 1), key, 1, 0) for key in ("maxpool_depth", "antialiasing", "maxpool_zero_nonmax")],
         (shortcut(-1), "weights_type", "per_feature", "none"),
         (shortcut(-1), "weights_normalization", "softmax", "none"),
@@ -355,8 +424,7 @@ def test_keys_that_change_inference(layer: Section, key: str, value: object, neu
     name, options = layer
     text = with_layers((name, {**options, key: value}))
     assert_refused(text, 2, f"[{name}]", f"{key} = {value}", "changes inference")
-    if neutral is not None:
-        DarknetNetwork(parse_cfg(with_layers((name, {**options, key: neutral}))), 1)
+    DarknetNetwork(parse_cfg(with_layers((name, {**options, key: neutral}))), 1)
 
 
 def test_equal_strides_of_both_axes_and_the_nms_of_training_are_taken() -> None:

@@ -1,5 +1,6 @@
 """Networks from Darknet cfg files against an independent float64 forward pass, published facts and the contract."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from detection.models import build_detector
 from detection.models.backbones.darknet import DarknetBatchNorm2d
 from detection.models.darknet.cfg import parse_cfg, unused_keys
 from detection.models.darknet.layers import cfg_classes
+from detection.models.darknet.modules import GaussianOutput
 from detection.models.darknet.network import DarknetNetwork
-from detection.models.darknet.weights import convolution_tensors, load_darknet_weights
+from detection.models.darknet.weights import Header, convolution_tensors, darknet_bytes, load_darknet_weights
 from detection.training.optimizer import set_backbone_frozen
 from tests.support.darknet_descriptions import (
     COCO_ANCHORS_V4,
@@ -104,7 +106,7 @@ CASES: dict[str, str] = {
     **{
         f"activation {name}": single_level(*DOWN, conv(7, 3, 1, name), conv(6, 1, 1, name, batch_normalize=0))
         for name in (
-            *("linear", "leaky", "relu", "relu6", "mish", "hard_mish", "swish", "logistic"),
+            *("linear", "leaky", "relu", "relu6", "mish", "hard_mish", "swish", "silu", "logistic"),
             *("hard_swish", "hard-swish", "hardswish"),
         )
     },
@@ -140,6 +142,24 @@ CASES: dict[str, str] = {
     "shortcut to itself": single_level(*DOWN, shortcut(-1), conv(6, 3), shortcut(-1, -1)),
     "dropout": single_level(*DOWN, ("dropout", {"probability": 0.7}), conv(6, 3)),
     "avgpool": single_level(*DOWN, ("avgpool", {}), conv(8, 1), ("upsample", {"stride": 8}), shortcut(1)),
+    "scale_channels": single_level(
+        *DOWN, ("avgpool", {}), conv(4, 1, 1, "swish"), conv(8, 1, 1, "logistic"), ("scale_channels", {"from": -4})
+    ),
+    "scale_channels of a cell": single_level(
+        *DOWN, conv(8, 3), conv(1, 3, 1, "logistic"),
+        ("scale_channels", {"from": -2, "scale_wh": 1, "activation": "leaky"}), conv(6, 3),
+    ),
+    "sam": single_level(
+        *DOWN, conv(8, 1, 1, "logistic"), ("sam", {"from": 1}), conv(8, 1, 1, "linear"),
+        ("sam", {"from": -2, "activation": "leaky"}),
+    ),
+    "reorg3d": single_level(conv(5, 3, 2), ("reorg3d", {"stride": 2}), conv(6, 3), ("reorg3d", {"stride": 2})),
+    "reorg": single_level(conv(8, 3, 2), ("reorg", {"stride": 2}), conv(12, 3), ("reorg", {"stride": 2})),
+    "reorg by 4, wide": single_level(conv(32, 3, 2), ("reorg", {"stride": 4}), size=64, height=32),
+    "share_index": single_level(
+        *DOWN, conv(8, 3), conv(8, 3, dilation=2, share_index=2), route(1), conv(8, 3, 2, "mish", share_index=-3),
+        conv(8, 3, 1, "linear", batch_normalize=0), conv(8, 3, 1, batch_normalize=0, share_index=-1),
+    ),
     "one cell": single_level(*DOWN, conv(8, 3, 8)),
     "wide": single_level(*DOWN, pool(2, 1), conv(6, 3), size=64, height=24),
     "tall": single_level(*DOWN, upsample(2), conv(5, 3, 4), size=24, height=80),
@@ -280,6 +300,33 @@ def test_large_detectors_equal_the_reference(write: Callable[..., str], tmp_path
     text = write(size=64)
     network, values = load(text, tmp_path)
     assert_equals_reference(network, text, values)
+
+
+# Weights of several layers, pooled branches
+
+
+def test_shared_weights_are_one(tmp_path: Path) -> None:
+    """In training, in a copy (the EMA) and in the file, which holds them once."""
+    text = CASES["share_index"]
+    network, values = load(text, tmp_path)
+    layers = list(network.backbone) + list(network.decoder)
+    assert layers[2][0].weight is layers[3][0].weight is layers[5][0].weight and layers[2][1] is layers[5][1]
+    copied = copy.deepcopy(network)
+    twins = list(copied.backbone) + list(copied.decoder)
+    assert twins[2][0].weight is twins[5][0].weight is not layers[2][0].weight
+    assert len(network.darknet_convolutions()) == 5
+    assert darknet_bytes(network, Header(0, 2, 5, 0)) == (tmp_path / "random.weights").read_bytes()
+    copied.load_state_dict(network.state_dict())
+    assert_equals_reference(copied, text, values)
+
+
+def test_one_cell_of_a_pooled_branch_does_not_bind_the_input_size(tmp_path: Path) -> None:
+    """Squeeze and excite: strides 2 and 4, so any multiple of 4 goes, whatever the cfg's own size."""
+    network, values = load(CASES["scale_channels"], tmp_path)
+    assert network.size_multiple == 4
+    assert_equals_reference(network, CASES["scale_channels"].replace("width=32", "width=44"), values)
+    fixed = DarknetNetwork(parse_cfg(CASES["avgpool"]), 2)  # its single cell is enlarged by 8, so only 32 goes
+    assert fixed.size_multiple == 32
 
 
 # Levels, classes, sizes
@@ -440,11 +487,14 @@ def test_backbone_can_be_frozen(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-# new_coords: inference only
+# new_coords and Gaussian_yolo: inference only
 
+PLAIN = single_level(conv(4, 3, 8), size=16, height=24, scale_x_y=2)
 NEW_COORDS = single_level(conv(4, 3, 8), size=16, height=24, new_coords=1, scale_x_y=2).replace(
     "activation=linear", "activation=logistic"
 )
+GAUSSIAN = PLAIN.replace("[yolo]", "[Gaussian_yolo]").replace("filters=21", "filters=33")  # 3 * (9 + 2)
+KINDS = {"new_coords": NEW_COORDS, "yolo": PLAIN, "Gaussian_yolo": GAUSSIAN}
 
 
 def test_new_coords_by_hand() -> None:
@@ -456,15 +506,14 @@ def test_new_coords_by_hand() -> None:
     assert boxes[0, 0, 0, 1].tolist() == pytest.approx([0.75, -10, 23.25, 10], abs=1e-5)
 
 
-@pytest.mark.parametrize("new_coords", [True, False])
-def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_detections_equal_the_reference(kind: str, tmp_path: Path) -> None:
     """All boxes and scores of a level after postprocess without NMS, against Darknet's formulas."""
-    text = NEW_COORDS
-    if not new_coords:
-        text = text.replace("activation=logistic", "activation=linear").replace("new_coords=1\n", "")
+    text = KINDS[kind]
     words = ("evaluation.confidence_threshold=0", "evaluation.iou_threshold=1", "evaluation.max_detections=null")
     detector = build(text, tmp_path, *words)
-    assert (detector.criterion is None) == detector.model.new_coords == new_coords  # such a network can only detect
+    assert (detector.criterion is None) == (kind != "yolo")  # such networks can only detect
+    assert detector.model.new_coords == (kind == "new_coords")
     path = tmp_path / "random.weights"
     path.write_bytes(reference.random_weights(text, 3))
     load_darknet_weights(detector.model.eval(), path)
@@ -485,12 +534,23 @@ def test_detections_equal_the_reference(new_coords: bool, tmp_path: Path) -> Non
         )
 
 
-def test_training_with_new_coords_is_refused(run_script, tmp_path: Path) -> None:
+def test_uncertainty_of_gaussian_yolo_by_hand() -> None:
+    """Uncertainties 1/2, 1/4, 3/4, 1/2, mean 1/2; objectness 4/5 * 1/2 = 2/5, as a logit log(2/3)."""
+    raw = torch.tensor([1.0, 0, 2, -np.log(3), 3, np.log(3), 4, 0, np.log(4), 7, 8]).view(1, 11, 1, 1)
+    found = GaussianOutput(1)(raw).flatten()
+    assert found.tolist() == pytest.approx([1, 2, 3, 4, np.log(2 / 3), 7, 8], abs=1e-6)
+    raw[:, 8] = torch.inf
+    assert GaussianOutput(1)(raw).flatten()[4].item() == pytest.approx(0, abs=1e-6)  # 1 * 1/2
+
+
+@pytest.mark.parametrize("kind", ["new_coords", "Gaussian_yolo"])
+def test_training_of_networks_that_can_only_detect_is_refused(kind: str, run_script, tmp_path: Path) -> None:
     path = tmp_path / "new.cfg"
-    path.write_text(NEW_COORDS.replace("height=24", "height=16"))
+    path.write_text(KINDS[kind].replace("height=24", "height=16"))
     words = ["data.fake=true", "model.num_classes=2", "model.backbone=darknet_cfg", f"model.cfg={path}"]
     words += ["train.image_size=16", "evaluation.image_size=16", "run.device=cpu", "--dry-run"]
     result = run_script(load_main().main, *words)
     assert result.returncode == 2, result
-    assert result.stderr.count("\n") == 1 and "new_coords" in result.stderr
+    assert result.stderr.count("\n") == 1 and kind in result.stderr
+    assert "can detect but not be trained here" in result.stderr
     assert not (tmp_path / "logs").exists()

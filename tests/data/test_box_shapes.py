@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from detection.data import box_shapes
 from detection.data.annotations import Annotations, load_annotations
+from detection.data.box_shapes import shapes_at
 from detection.data.coco import CocoDataset
 from detection.errors import DataError
-from detection.visualization import box_shapes
-from detection.visualization.box_shapes import shapes_at
 from tests.support.detectors import geometry_of, transform_of
 
 

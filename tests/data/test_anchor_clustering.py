@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.annotations import load_annotations
-from detection.models.yolo.grid import cell_grid, flatten_levels
-from detection.visualization import anchor_clustering as anchors_module
-from detection.visualization.anchor_clustering import (
+from detection.data import anchor_clustering as anchors_module
+from detection.data.anchor_clustering import (
     best_ious,
     best_side_ratios,
     cluster_anchors,
@@ -16,6 +14,8 @@ from detection.visualization.anchor_clustering import (
     nearest_anchors,
     refine_anchors,
 )
+from detection.data.annotations import load_annotations
+from detection.models.yolo.grid import cell_grid, flatten_levels
 from tests.support.slow_boxes import slow_iou
 
 CPU = torch.device("cpu")
