@@ -382,9 +382,9 @@ def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios, r
 
 def test_output_directory_in_use(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").touch()
+    (tmp_path / "used" / "last.pt").touch()
     assert_refused(run_here(*scenarios.common, "--output", "used"), 6, "used", "not empty", "--resume")
-    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["last.pt"]
 
 
 def test_resume_on_data_of_other_classes(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
