@@ -36,6 +36,7 @@ from detection.config.command_line import Parser
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import AnchorLayout, Anchors, Detector
 from detection.data.anchor_clustering import (
+    SMALL_GAIN,
     best_ious,
     best_side_ratios,
     fit_anchors,
@@ -63,9 +64,6 @@ PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yo
     ),
     6: ("YOLOv3-tiny for COCO", [(10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)]),
 }
-# Mean IoU. Anchors fitted to COCO at 416 px gain 0.015 over the published ones without raising the AP
-# (https://github.com/ultralytics/yolov3/pull/754).
-SMALL_GAIN = 0.02
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from detection.config.settings import DataSettings, Settings
 from detection.data.annotation_file import Columns
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
-from detection.data.recognition import Source
+from detection.data.dataset_formats import Source
 from detection.data.sources import find_source
 from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (

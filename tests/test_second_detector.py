@@ -119,7 +119,7 @@ FAMILY = ("detection/models/yolo/", "detection/models/darknet/", "detection/conf
 # The dict of detectors; a dataset format of that name; the programs whose files are named.
 ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detection/inference/results.py")
 ALLOWED += ("convert_dataset.py", "detection/foreign_files.py", "detection/data/converted.py")
-ALLOWED += ("detection/data/recognition.py", "detection/data/sources.py")
+ALLOWED += ("detection/data/dataset_formats.py", "detection/data/sources.py")
 
 
 def names_of_yolo(source: str) -> list[str]:

@@ -32,9 +32,14 @@ def check_range(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def amount_of(duration: int | str) -> float:
+    """Return the number of a duration, in its own unit: of steps or of epochs."""
+    return float(str(duration).removesuffix("ep"))
+
+
 def is_zero(duration: int | str) -> bool:
     """Whether a duration is 0, in steps or epochs."""
-    return float(str(duration).removesuffix("ep")) == 0
+    return amount_of(duration) == 0
 
 
 Duration = Annotated[int | str, BeforeValidator(whole_number), AfterValidator(check_duration)]

@@ -19,6 +19,7 @@ from detection.config.fields import (
     Positive,
     Probability,
     Section,
+    amount_of,
     check_device,
     check_range,
     is_zero,
@@ -299,6 +300,6 @@ class Settings(Section):
 def check_ascending(name: str, durations: Sequence[int | str]) -> None:
     """Check that durations ascend, steps and epochs separately: comparing the two needs the size of the dataset."""
     for unit in (int, str):
-        values = [float(str(value).removesuffix("ep")) for value in durations if isinstance(value, unit)]
+        values = [amount_of(value) for value in durations if isinstance(value, unit)]
         if any(later <= earlier for earlier, later in itertools.pairwise(values)):
             raise ValueError(f"{name}: must be ascending, is {list(durations)}")

@@ -9,11 +9,11 @@ from detection.config.settings import DataSettings
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import Annotations, Categories, flatten_annotations, select_images
 from detection.data.coco import CocoDataset
+from detection.data.dataset_formats import Source
 from detection.data.digits import ensure_digits
 from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
-from detection.data.recognition import Source
 from detection.data.sources import find_source, forget, source_lines
 from detection.errors import DataError, OutputError, name_list
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from detection.config.settings import DataSettings
 from detection.data.annotations import forget_annotations, in_fraction
 from detection.data.converted import ALL, read_converted
-from detection.data.recognition import Source, coco_source, recognise
+from detection.data.dataset_formats import Source, coco_source, recognise
 from detection.errors import DataError
 
 FRACTION = 0.1  # of the images validates where there is one set only and `data.validation_fraction` is null

@@ -19,7 +19,7 @@ from detection.data.annotations import (
 )
 from detection.data.box_meanings import IGNORE, find_meanings
 from detection.data.converted import read_converted
-from detection.data.recognition import Source
+from detection.data.dataset_formats import Source
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataError
 

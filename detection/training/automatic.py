@@ -16,7 +16,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, merge_settings, tuples_of, unused_notice, validate
 from detection.config.settings import DataSettings, Settings
 from detection.config.yaml_files import read_settings_file
-from detection.data.anchor_clustering import fit_anchors, mean_best_iou
+from detection.data.anchor_clustering import SMALL_GAIN, fit_anchors, mean_best_iou
 from detection.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 OWN_DATA = DEFAULTS.parent.parent / "recipes" / "own_data.yaml"
 COCO_SIZED = 20_000  # training images from which args.yaml, made for COCO's 118,287, is the plan
 COCO_FILE = ("annotations/instances_train2017.json", 100 * 2**20)  # of this size: not read twice
-# Mean IoU that new anchors must gain: fitted to COCO they gain 0.015 over the published ones without raising the AP
-# (https://github.com/ultralytics/yolov3/pull/754).
-ANCHOR_GAIN = 0.02
 # Settings of the scheduler that only some strategies read.
 LIMITED = {
     "scheduler.index": ("LambdaLR",),
@@ -157,7 +154,7 @@ def anchors_for(tree: dict[str, Any], annotations: "Annotations | None") -> tupl
     except (DataError, ValueError) as error:
         return None, f"the published ones: {error}"
     before, after = mean_best_iou(shapes, given), mean_best_iou(shapes, fitted)
-    if after - before < ANCHOR_GAIN:
+    if after - before < SMALL_GAIN:
         return None, f"the published ones fit (mean IoU {before:.3f}, fitted ones {after:.3f})"
     ends = np.cumsum([len(level) for level in levels])[:-1]
     line = f"fitted to {len(shapes)} boxes at {size} px, mean IoU {after:.3f} (published: {before:.3f})"

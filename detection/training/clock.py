@@ -39,7 +39,7 @@ def fit_to_clock(run: Run, started: float) -> list[str]:
         Lines for the plan.
 
     Raises:
-        SettingsError: the time is too short for a single epoch's share of steps.
+        SettingsError: the time is too short for a single step.
     """
     settings = run.settings
     assert settings.train.minutes is not None
@@ -132,6 +132,8 @@ def measure_evaluation(run: Run) -> float:
         run.autocast,
         on_batch=lambda: times.append(time.perf_counter()),
     )
+    if len(times) == 1:  # fewer images than processes; the average of all counts
+        return 0.0
     first, rest = times[1] - times[0], times[-1] - times[1]
     per_batch = rest / (len(times) - 2) if len(times) > 2 else first
     return SCORING * (first + per_batch * (len(loader) - 1))

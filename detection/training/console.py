@@ -197,7 +197,7 @@ def report_speed(run: Run, state: RunState, loggers: Loggers) -> None:
 def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervisor) -> None:
     """Log speed, duration and best checkpoint of a completed run, and write its report."""
     report_speed(run, state, loggers)
-    report_run(run, loggers)
+    report_run(run, state, loggers)
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
         f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"

@@ -36,10 +36,8 @@ def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Logger
         saver.save_best_without_average()
         if evaluation is not None:
             log_evaluation(run, evaluation, state.step, loggers, "weights")
-    loggers.line(
-        f"weights without EMA at step {state.step}: AP50 {ap50:.3f}, "
-        + (f"the highest: {BEST} holds them" if better else f"{BEST} keeps the EMA of step {state.best_step}")
-    )
+    what = f"the highest: {BEST} holds them" if better else f"{BEST} stays that of step {state.best_step}"
+    loggers.line(f"weights without EMA at step {state.step}: AP50 {ap50:.3f}, {what}")
 
 
 def evaluate_run(

@@ -26,6 +26,7 @@ from detection.evaluation.report import METRIC_CONDITIONS, protocol_line
 from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import Loggers
 from detection.training.run import Run
+from detection.training.state import RunState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,43 +37,44 @@ LARGE_RANGE = 20.0  # largest by smallest loss from which the axis is logarithmi
 Rows = Sequence[Mapping[str, float | None]]
 
 
-def report_run(run: Run, loggers: Loggers) -> None:
+def report_run(run: Run, state: RunState, loggers: Loggers) -> None:
     """Write the report of a completed run, of its first process; a failure is one warning line, nothing more."""
     if not run.ranks.is_first:
         return
+    best = f"highest AP50 {shown(state.best_ap50)} after step {state.best_step}: {BEST}"
     try:
-        page = write_report(loggers.directory, run.validation_set, run.settings, run.detector)
+        page = write_report(loggers.directory, run.validation_set, run.settings, run.detector, best)
         loggers.line(f"report      {page}, with results.png and the worst images")
     except Exception as error:  # noqa: BLE001  (whatever it is, the training has succeeded)
         reason = " ".join(str(error).split())[:200]
         loggers.line(f"warning: no report of this run: {type(error).__name__} {reason}")
 
 
-def write_report(directory: Path, dataset: DetectionDataset, settings: Any, detector: Detector) -> Path:
+def write_report(directory: Path, dataset: DetectionDataset, settings: Any, detector: Detector, best: str) -> Path:
     """Write report.html and its pictures into a run directory; returns the page, which needs no other file.
 
     Args:
         directory: with metrics.jsonl, and metrics.json and detections.json of the last evaluation.
         dataset: validation set of the run.
         settings: of the run.
+        best: a line about best.pt, whose evaluation may have no row: that of the weights without EMA.
 
     Raises:
         OSError, ValueError, KeyError: a file cannot be read or written.
     """
     rows = read_rows(directory / "metrics.jsonl")
+    if not any("val/AP50" in row for row in rows):
+        raise ValueError("metrics.jsonl holds no evaluation")
     last = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
     annotations = dataset.annotations
     detections = read_detections(directory / "detections.json", annotations)
     names = annotations.categories.names
     page = HtmlReport(f"Training run {directory.name}")
 
-    evaluations = [row for row in rows if row.get("val/AP50") is not None]
-    best = max(evaluations, key=lambda row: row["val/AP50"] or 0.0)
     page.lines(
         [
             f"{directory}",
-            f"last evaluation after step {last['step']}: AP {shown(last['AP'])}, AP50 {shown(last['AP50'])}; "
-            f"highest AP50 {shown(best['val/AP50'])} after step {best['step']}: {BEST}",
+            f"last evaluation after step {last['step']}: AP {shown(last['AP'])}, AP50 {shown(last['AP50'])}; {best}",
             f"{len(annotations)} validation images with {int(count_gt(annotations).sum())} boxes of {len(names)} "
             f"classes; {protocol_line(settings, detector)}",
         ]

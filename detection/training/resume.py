@@ -7,6 +7,7 @@ from typing import Any
 
 from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
+from detection.config.fields import amount_of
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError, name_list
@@ -128,14 +129,10 @@ def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:
     """
     before, after = old.train.steps, new.train.steps
     comparable = isinstance(before, int) == isinstance(after, int)
-    if before == after or (comparable and length_of(after) < length_of(before)):
+    if before == after or (comparable and amount_of(after) < amount_of(before)):
         raise SettingsError(f"--extend: train.steps = {after} must be more than the {before} of the run to continue")
     checkpoint["extended"] = [*checkpoint.get("extended", []), [checkpoint["step"], str(before), str(after)]]
     return f"extended from step {checkpoint['step']} on: the schedule is that of {after} steps, it was that of {before}"
-
-
-def length_of(duration: int | str) -> float:
-    return float(str(duration).removesuffix("ep"))
 
 
 def load_last(directory: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from detection.config.settings import Settings
 from detection.contract import Anchors, Detector, Geometry
 from detection.data.annotation_file import sound_columns
 from detection.data.annotations import flatten_annotations
+from detection.data.dataset_formats import Source
 from detection.data.image_file import list_images
-from detection.data.recognition import Source
 from detection.dataset_checks.annotation_checks import check_annotations, check_categories, flatten_tolerantly
 from detection.dataset_checks.before_training import check_before_training
 from detection.dataset_checks.findings import KINDS, Findings

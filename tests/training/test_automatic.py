@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from detection.config.loading import dump_settings
-from detection.training import automatic, clock, supervisor
+from detection.training import automatic, clock, evaluation, supervisor
 from detection.training.automatic import load_run_settings
 from detection.training.moving_average import ExponentialMovingAverage
 from detection.training.run import Clock
@@ -141,7 +141,6 @@ def test_best_pt_is_the_better_of_ema_and_weights(
     weights: float,
     holds_average: bool,
 ) -> None:
-    evaluation = __import__("detection.training.evaluation", fromlist=["evaluate_run"])
     original = evaluation.evaluate_run
 
     def evaluate_run(run: Any, state: Any, supervisor: Any, model: Any = None) -> Any:

@@ -16,7 +16,7 @@ from detection.evaluation import detections as detections_module
 from detection.evaluation.coco_metric import score
 from detection.evaluation.detections import Detections, read_detections, write_detections
 from detection.evaluation.report import summary_line
-from detection.training.report_page import draw_results, report_run, worst_classes, write_report
+from detection.training.report_page import draw_results, report_run, worst_classes
 from tests.support.detectors import geometry_of
 from tests.support.evaluation_cases import annotate, detect
 
@@ -94,9 +94,27 @@ def finished(tmp_path: Path, drawn_dataset: Path, default_settings: Any) -> tupl
     return tmp_path, dataset, settings, detector
 
 
+def reported(finished: tuple[Path, Any, Settings, Any]) -> tuple[Any, Any, list[str]]:
+    """The run of that directory, its loggers and the lines that they got."""
+    directory, dataset, settings, detector = finished
+    lines: list[str] = []
+    first = SimpleNamespace(is_first=True)
+    run = SimpleNamespace(ranks=first, validation_set=dataset, settings=settings, detector=detector)
+    return run, SimpleNamespace(directory=directory, line=lines.append), lines
+
+
+def test_best_is_named_also_where_no_row_has_it(finished: tuple[Path, Any, Settings, Any]) -> None:
+    """The weights without EMA, evaluated at the end, may be the best; metrics.jsonl has one row per step."""
+    run, loggers, _ = reported(finished)
+    report_run(run, SimpleNamespace(best_ap50=0.45, best_step=20), loggers)  # type: ignore[arg-type]
+    assert "highest AP50 0.450 after step 20: best.pt" in (finished[0] / "report.html").read_text()
+
+
 def test_the_page_has_everything_in_it(finished: tuple[Path, Any, Settings, Any]) -> None:
     directory = finished[0]
-    text = write_report(*finished).read_text()
+    run, loggers, _ = reported(finished)
+    report_run(run, SimpleNamespace(best_ap50=0.3, best_step=10), loggers)  # type: ignore[arg-type]
+    text = (directory / "report.html").read_text()
     sources = re.findall(r'src="(.{22})', text)
     assert len(sources) == 4 and all(source.startswith("data:image/") for source in sources)
     assert "http" not in text and "<script" not in text
@@ -113,19 +131,16 @@ def test_the_page_has_everything_in_it(finished: tuple[Path, Any, Settings, Any]
 def test_a_report_that_fails_is_one_line(
     finished: tuple[Path, Any, Settings, Any], damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, dataset, settings, detector = finished
-    lines: list[str] = []
-    loggers: Any = SimpleNamespace(directory=directory, line=lines.append)
-    run: Any = SimpleNamespace(
-        ranks=SimpleNamespace(is_first=True), validation_set=dataset, settings=settings, detector=detector
-    )
+    directory, dataset, *_ = finished
+    run, loggers, lines = reported(finished)
+    state: Any = SimpleNamespace(best_ap50=0.3, best_step=10)
     if damage == "images":
         monkeypatch.setattr(dataset, "load_image", lambda _: (_ for _ in ()).throw(RuntimeError("two\nlines")))
     else:
         (directory / damage).write_text("[}")
-    report_run(run, loggers)
+    report_run(run, state, loggers)
     (line,) = lines
     assert line.startswith("warning: no report of this run: ") and line.isprintable()
     run.ranks.is_first = False
-    report_run(run, loggers)
+    report_run(run, state, loggers)
     assert len(lines) == 1  # other processes write nothing
