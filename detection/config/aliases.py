@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from detection.config.loading import FLAT_NAMES, MOVED_NAMES, Flag, follow_move, leaf_paths
+from detection.config.loading import Flag, leaf_paths
+from detection.config.setting_names import FLAT_NAMES, MOVED_NAMES, follow_move
 from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import FLAT_NAMES, leaf_items
+from detection.config.loading import leaf_items
+from detection.config.setting_names import FLAT_NAMES
 from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.errors import SettingsError
 

@@ -11,8 +11,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from detection.config.loading import (
-    FLAT_NAMES,
-    MOVED_NAMES,
     Flag,
     changed_settings,
     complete_settings,
@@ -21,6 +19,7 @@ from detection.config.loading import (
     load_settings,
     validate,
 )
+from detection.config.setting_names import FLAT_NAMES, MOVED_NAMES
 from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file
 from detection.errors import SettingsError
