@@ -1,0 +1,84 @@
+"""What the assigners share: geometry of boxes and points, choosing k predictions per box, and settling conflicts.
+
+Shapes are static and nothing is read by the host: a choice is a mask over all pairs of boxes and points, (B, G, P).
+"""
+
+import torch
+from torch import Tensor
+
+from detection.models.yolox.assigners import Assignment
+from detection.models.yolox.points import Points
+from detection.ops.boxes import pairwise_iou
+
+
+def overlaps(boxes: Tensor, predicted: Tensor, candidate: Tensor) -> Tensor:
+    """IoU of every ground-truth box and predicted box, 0 where they are no candidates; finite for any prediction.
+
+    Args:
+        boxes: xyxy in pixels, (B, G, 4).
+        predicted: likewise, (B, P, 4).
+        candidate: (B, G, P) bool.
+
+    Returns:
+        (B, G, P) float32.
+    """
+    return pairwise_iou(boxes, predicted).nan_to_num_(nan=0.0, posinf=0.0).mul_(candidate)
+
+
+def points_inside(boxes: Tensor, points: Points) -> Tensor:
+    """Return which points lie strictly inside which boxes, (B, G, 4) to (B, G, P) bool."""
+    x, y = points.centres.unbind(-1)  # (P,)
+    left, top, right, bottom = boxes[..., None].unbind(-2)  # each (B, G, 1)
+    return (x > left) & (x < right) & (y > top) & (y < bottom)
+
+
+def points_of_centre_cells(boxes: Tensor, points: Points, radius: float = 0.5) -> Tensor:
+    """Return which points are at most `radius` strides from a box's centre along both axes, (B, G, P) bool.
+
+    With half a stride these are the cells that hold the centre, one per level for a centre inside the image.
+    """
+    reach = points.strides * radius  # (P,)
+    x, y = points.centres.unbind(-1)
+    centre_x, centre_y = (boxes[..., :2] + boxes[..., 2:]).mul(0.5)[..., None].unbind(-2)  # each (B, G, 1)
+    return ((x - centre_x).abs() <= reach) & ((y - centre_y).abs() <= reach)
+
+
+def counted_overlaps(iou: Tensor, most: int) -> Tensor:
+    """Return how many predictions a box gets: the sum of its largest IoUs, rounded down, at least 1; (B, G) int64.
+
+    Source: dynamic k of OTA, https://arxiv.org/abs/2103.14259, section 3.3, as in YOLOX.
+    """
+    largest = iou.topk(min(most, iou.shape[2]), dim=2).values
+    return largest.sum(2).long().clamp_(min=1)
+
+
+def choose(key: Tensor, most: int, count: Tensor | None = None) -> Tensor:
+    """Choose for every box the predictions of the lowest key.
+
+    Args:
+        key: (B, G, P); infinite ones are never chosen.
+        most: largest number per box.
+        count: number per box, at most `most`, (B, G) int64; None: `most`.
+
+    Returns:
+        (B, G, P) bool.
+    """
+    lowest, place = key.topk(min(most, key.shape[2]), dim=2, largest=False, sorted=True)
+    kept = lowest.isfinite()
+    if count is not None:
+        kept &= torch.arange(lowest.shape[2], device=key.device) < count[..., None]
+    return torch.zeros_like(key, dtype=torch.bool).scatter_(2, place, kept)
+
+
+def settle(chosen: Tensor, key: Tensor, quality: Tensor) -> Assignment:
+    """Give every prediction that several boxes chose to the one of the lowest key, of equals to the first.
+
+    Args:
+        chosen: (B, G, P) bool.
+        key: (B, G, P); only boxes that chose the prediction compete.
+        quality: of every pair, (B, G, P).
+    """
+    gt = key.masked_fill(~chosen, torch.inf).min(dim=1).indices  # of equals the first, as `argmin`, which is slower
+    positive = chosen.any(dim=1)
+    gt = torch.where(positive, gt, 0)
+    return Assignment(positive, gt, quality.gather(1, gt[:, None]).squeeze(1) * positive)
