@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.choice import choose, overlaps, points_inside, settle
+from detection.models.yolox.assigners.choice import choose, offsets, overlaps, points_inside, settle
 from detection.models.yolox.points import Points
 from detection.ops.boxes import cxcywh_to_xyxy
 
@@ -23,19 +23,17 @@ def assign_atss(
 ) -> Assignment:
     """Choose for each box the near points whose anchor overlaps it more than is usual among them; see `Assigner`.
 
-    Of each level the 9 points nearest to the centre are candidates; those whose square anchor of 5 strides has an IoU of
-    at least mean + standard deviation of all candidates, and that lie inside the box, are chosen. If there is none,
-    the candidate of highest IoU is, of equals the nearest (ATSS leaves such a box out). A prediction that
-    several boxes chose goes to the one of highest anchor IoU. Only the quality, the IoU of box and
-    prediction, depends on the predictions (as in PP-YOLOE).
+    Of each level the 9 points nearest to the centre are candidates. Those are chosen that lie inside the box and whose
+    anchor, a square of 5 strides, has an IoU of at least mean + standard deviation of all candidates. If there is none,
+    the candidate of highest IoU is, of equals the nearest (ATSS leaves such a box out). A prediction that several boxes
+    chose goes to the one of highest anchor IoU. Only the quality, the IoU of box and prediction, depends on the
+    predictions (as in PP-YOLOE).
 
     Source: ATSS, section 3.3, https://arxiv.org/abs/1912.02424
     """
     valid = (labels >= 0)[..., None]
-    centres = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, G, 2)
-    x, y = points.centres.unbind(-1)
-    centre_x, centre_y = centres[..., None].unbind(-2)
-    distance = (x - centre_x).square() + (y - centre_y).square()  # (B, G, P)
+    offset = offsets(boxes, points)
+    distance = offset[0].square() + offset[1].square()  # (B, G, P)
     candidate = torch.cat([choose(level, MOST) for level in distance.split(points.counts, dim=2)], dim=2) & valid
 
     sides = (points.strides * ANCHOR_STRIDES)[:, None].expand(-1, 2)
@@ -44,7 +42,7 @@ def assign_atss(
     number = sum(min(MOST, count) for count in points.counts)
     mean = iou.sum(dim=2, keepdim=True) / number
     variance = ((iou - mean).square() * candidate).sum(dim=2, keepdim=True) / max(number - 1, 1)
-    chosen = candidate & (iou >= mean + variance.sqrt()) & points_inside(boxes, points)
+    chosen = candidate & (iou >= mean + variance.sqrt()) & points_inside(boxes, offset)
     best = candidate & (iou >= iou.amax(dim=2, keepdim=True))  # all anchors of a level that hold a small box are equal
     chosen |= choose(torch.where(best, distance, torch.inf), 1) & ~chosen.any(dim=2, keepdim=True)
     return settle(chosen, -iou, overlaps(boxes, predicted, chosen))

@@ -12,35 +12,44 @@ from detection.ops.boxes import pairwise_iou
 
 
 def overlaps(boxes: Tensor, predicted: Tensor, candidate: Tensor) -> Tensor:
-    """IoU of every ground-truth box and predicted box, 0 where they are no candidates; finite for any prediction.
+    """IoU of every ground-truth box and predicted box, 0 where they are no candidates.
 
     Args:
         boxes: xyxy in pixels, (B, G, 4).
-        predicted: likewise, (B, P, 4).
+        predicted: likewise, finite, (B, P, 4).
         candidate: (B, G, P) bool.
 
     Returns:
         (B, G, P) float32.
     """
-    return pairwise_iou(boxes, predicted).nan_to_num_(nan=0.0, posinf=0.0).mul_(candidate)
+    return pairwise_iou(boxes, predicted).mul_(candidate)
 
 
-def points_inside(boxes: Tensor, points: Points) -> Tensor:
-    """Return which points lie strictly inside which boxes, (B, G, 4) to (B, G, P) bool."""
-    x, y = points.centres.unbind(-1)  # (P,)
-    left, top, right, bottom = boxes[..., None].unbind(-2)  # each (B, G, 1)
-    return (x > left) & (x < right) & (y > top) & (y < bottom)
+def offsets(boxes: Tensor, points: Points) -> tuple[Tensor, Tensor]:
+    """Distance of every point from every box's centre along x and y, in pixels; (B, G, 4) to twice (B, G, P)."""
+    x, y = points.centres.unbind(-1)
+    centre_x, centre_y = (boxes[..., :2] + boxes[..., 2:]).mul_(0.5)[..., None].unbind(-2)  # each (B, G, 1)
+    return (x - centre_x).abs_(), (y - centre_y).abs_()
 
 
-def points_of_centre_cells(boxes: Tensor, points: Points, radius: float = 0.5) -> Tensor:
-    """Return which points are at most `radius` strides from a box's centre along both axes, (B, G, P) bool.
+def points_inside(boxes: Tensor, offset: tuple[Tensor, Tensor]) -> Tensor:
+    """Return which points lie strictly inside which boxes, (B, G, 4) and `offsets` to (B, G, P) bool."""
+    width, height = (boxes[..., 2:] - boxes[..., :2]).mul_(0.5)[..., None].unbind(-2)
+    return (offset[0] < width).logical_and_(offset[1] < height)
+
+
+def points_near(offset: tuple[Tensor, Tensor], points: Points, radius: float = 0.5) -> Tensor:
+    """Return which points are at most `radius` strides from a box's centre along both axes, `offsets` to (B, G, P) bool.
 
     With half a stride these are the cells that hold the centre, one per level for a centre inside the image.
     """
-    reach = points.strides * radius  # (P,)
-    x, y = points.centres.unbind(-1)
-    centre_x, centre_y = (boxes[..., :2] + boxes[..., 2:]).mul(0.5)[..., None].unbind(-2)  # each (B, G, 1)
-    return ((x - centre_x).abs() <= reach) & ((y - centre_y).abs() <= reach)
+    return torch.maximum(*offset) <= points.strides * radius
+
+
+def of_own_class(values: Tensor, labels: Tensor) -> Tensor:
+    """Pick for every box the values of its class; (B, P, C) and (B, G) to (B, G, P)."""
+    images = torch.arange(len(labels), device=labels.device)[:, None]
+    return values.transpose(1, 2).contiguous()[images, labels.clamp(min=0)]
 
 
 def counted_overlaps(iou: Tensor, most: int) -> Tensor:

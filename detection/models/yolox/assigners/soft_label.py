@@ -1,5 +1,7 @@
 """The dynamic soft-label assigner of RTMDet."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,9 +10,11 @@ from detection.models.yolox.assigners import Assignment
 from detection.models.yolox.assigners.choice import (
     choose,
     counted_overlaps,
+    of_own_class,
+    offsets,
     overlaps,
     points_inside,
-    points_of_centre_cells,
+    points_near,
     settle,
 )
 from detection.models.yolox.points import Points
@@ -42,22 +46,21 @@ def assign_soft_label(
 
     Source: RTMDet, section 3.3, https://arxiv.org/abs/2212.07784
     """
-    valid = labels >= 0  # (B, G)
-    near = points_of_centre_cells(boxes, points) & valid[..., None]
-    inside = points_inside(boxes, points) & valid[..., None]
-    candidate = (inside.any(dim=1, keepdim=True) | near) & valid[..., None]  # (B, G, P)
-    iou = overlaps(boxes, predicted, candidate)
+    valid = (labels >= 0)[..., None]
+    offset = offsets(boxes, points)
+    inside = points_inside(boxes, offset).logical_and_(valid)
+    candidate = points_near(offset, points).logical_or_(inside.any(dim=1, keepdim=True)).logical_and_(valid)
+    iou = overlaps(boxes, predicted, candidate)  # (B, G, P), as all that follows
 
-    # The sum over classes without an axis for them: all classes as background, and the box's own put right.
-    background = (F.softplus(class_logits) * class_logits.sigmoid().square()).sum(-1)  # (B, P)
-    own = class_logits.transpose(1, 2).gather(1, labels.clamp(min=0)[..., None].expand(-1, -1, len(points.strides)))
-    score = own.sigmoid()
-    softplus = F.softplus(own)  # BCE(z, y) = softplus(z) - z * y
-    cost = (softplus - own * iou) * (iou - score).square() - softplus * score.square() + background[:, None]
+    # The sum over classes without an axis for them: all classes as background, and the box's own put right, with
+    # BCE(z, y) = softplus(z) - z * y. In place: the memory of these tensors is what the assignment costs.
+    probability, softplus = class_logits.sigmoid(), F.softplus(class_logits)
+    as_background = softplus * probability.square()
+    cost = of_own_class(softplus, labels).addcmul_(of_own_class(class_logits, labels), iou, value=-1)
+    cost.mul_(of_own_class(probability, labels).sub_(iou).square_()).sub_(of_own_class(as_background, labels))
+    cost.add_(as_background.sum(-1)[:, None])
 
-    x, y = points.centres.unbind(-1)
-    centre_x, centre_y = (boxes[..., :2] + boxes[..., 2:]).mul(0.5)[..., None].unbind(-2)
-    distance = ((x - centre_x).square() + (y - centre_y).square()).sqrt() / points.strides
-    cost += torch.pow(10.0, (distance - PRIOR_RADIUS).clamp_(max=30.0)) - IOU_WEIGHT * (iou + EPSILON).log()
-    cost.masked_fill_(~candidate, torch.inf)
+    distance = offset[0].square_().addcmul_(offset[1], offset[1]).sqrt_().div_(points.strides)
+    prior = distance.sub_(PRIOR_RADIUS).mul_(math.log(10)).clamp_(max=60).exp_()
+    cost.add_(prior).sub_((iou + EPSILON).log_(), alpha=IOU_WEIGHT).masked_fill_(candidate.logical_not_(), torch.inf)
     return settle(choose(cost, MOST, counted_overlaps(iou, MOST)), cost, iou)

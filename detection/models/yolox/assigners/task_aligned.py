@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.choice import choose, overlaps, points_inside, points_of_centre_cells, settle
+from detection.models.yolox.assigners.choice import (
+    choose,
+    of_own_class,
+    offsets,
+    overlaps,
+    points_inside,
+    points_near,
+    settle,
+)
 from detection.models.yolox.points import Points
 
 EPSILON = 1e-9
@@ -41,15 +49,15 @@ def assign_task_aligned(
     Source: TOOD, section 3.3, https://arxiv.org/abs/2108.07755
     """
     valid = (labels >= 0)[..., None]
-    inside = points_inside(boxes, points) & valid
-    fallback = points_of_centre_cells(boxes, points) & valid & ~inside.any(dim=2, keepdim=True)
-    candidate = inside | fallback
+    offset = offsets(boxes, points)
+    inside = points_inside(boxes, offset)
+    none = ~inside.any(dim=2, keepdim=True)
+    candidate = points_near(offset, points).logical_and_(none).logical_or_(inside).logical_and_(valid)
     iou = overlaps(boxes, predicted, candidate)
-    own = class_logits.transpose(1, 2).gather(1, labels.clamp(min=0)[..., None].expand(-1, -1, len(points.strides)))
-    alignment = own.sigmoid_().pow_(alpha) * iou.pow(beta)
+    alignment = of_own_class(class_logits.sigmoid().pow_(alpha), labels).mul_(iou.pow(beta))
 
     # With t = 0 a candidate comes after all others, and the first of them only where there are no others.
-    key = torch.where(candidate, -alignment, torch.inf)
+    key = alignment.neg().masked_fill_(candidate.logical_not_(), torch.inf)
     chosen = choose(key, most) & (alignment > 0)
     chosen |= choose(key, 1) & ~chosen.any(dim=2, keepdim=True)
     highest = (alignment * chosen).amax(dim=2, keepdim=True)
