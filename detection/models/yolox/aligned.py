@@ -1,0 +1,94 @@
+"""The quality-aligned criterion: the class score learns how well the box fits. Formulas: docs/losses.md."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from detection.contract import CROWD_LABEL, PADDING_LABEL
+from detection.models.yolo.criterion import ignored_predictions
+from detection.models.yolox.assigners import Assigner, Assignment
+from detection.models.yolox.assigners.atss import assign_atss
+from detection.models.yolox.criterion import CROWD_OVERLAP, PointCriterion
+from detection.models.yolox.layout import OutputLayout, RawValues
+from detection.models.yolox.losses import distribution_focal_loss, quality_focal_loss, varifocal_loss
+from detection.models.yolox.points import Points
+from detection.ops.boxes import generalized_iou, xyxy_to_cxcywh
+
+CLASS_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "quality_focal": quality_focal_loss,
+    "varifocal": varifocal_loss,
+}
+
+
+class AlignedLoss(PointCriterion):
+    """Class loss against the quality of each prediction, and box losses weighted by it; no objectness.
+
+    loss_class = sum over all predictions and classes of QFL or VFL against one-hot * quality
+    loss_box = sum of quality * (1 - GIoU),  loss_distribution = sum of quality * DFL, with box sides as distributions
+
+    All are divided by the sum of the qualities of the micro-batch (at least 1). A negative with more than half of its
+    area in a crowd region has no class loss.
+
+    Args:
+        layout: without objectness; with more than four box values the sides are distributions.
+        strides, assigner: see `PointCriterion`.
+        weights: factors of the box, class and distribution loss.
+        class_loss: a key of `CLASS_LOSSES`.
+        atss_share: share of the run in which ATSS assigns instead of `assigner`.
+
+    Source: RTMDet, section 3.3, https://arxiv.org/abs/2212.07784 (quality focal loss, GIoU, weights 1 and 2); PP-YOLOE,
+        section 2.2, https://arxiv.org/abs/2203.16250 (varifocal and distribution focal loss, ATSS at first, weights
+        2.5, 1 and 0.5); crowd regions: ours.
+    """
+
+    def __init__(
+        self,
+        layout: OutputLayout,
+        strides: Sequence[int],
+        assigner: Assigner,
+        weights: tuple[float, float, float] = (2.0, 1.0, 0.5),
+        class_loss: str = "quality_focal",
+        atss_share: float = 0.0,
+    ) -> None:
+        super().__init__(layout, strides, assigner)
+        self.weights = weights
+        self.compare_scores = CLASS_LOSSES[class_loss]
+        self.late_assigner, self.atss_share = assigner, atss_share
+        self.set_progress(0.0, False)
+
+    def set_progress(self, share_done: float, finishing: bool) -> None:
+        """See `PointCriterion.set_progress`."""
+        super().set_progress(share_done, finishing)
+        self.assigner = assign_atss if share_done < self.atss_share else self.late_assigner
+
+    def compute_losses(
+        self,
+        raw: RawValues,
+        points: Points,
+        predicted: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        assignment: Assignment,
+    ) -> dict[str, Tensor]:
+        """See `PointCriterion.compute_losses`."""
+        positive, quality = assignment.positive, assignment.quality
+        normaliser = quality.sum().clamp(min=1)
+        # Negatives are compared with themselves, so that nothing of theirs can be infinite.
+        wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
+        wanted = torch.where(positive[..., None], wanted, predicted.detach())
+        giou = generalized_iou(xyxy_to_cxcywh(predicted), xyxy_to_cxcywh(wanted))
+
+        classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
+        target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], quality[..., None])
+        crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
+        counted = positive | ~ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
+        loss_class = self.compare_scores(raw.classes, target).sum(-1) * counted
+
+        losses = {"loss_box": ((1 - giou) * quality).sum(), "loss_class": loss_class.sum()}
+        bins = raw.boxes.shape[-1] // 4
+        if bins > 1:
+            sides = torch.cat([points.centres - wanted[..., :2], wanted[..., 2:] - points.centres], dim=-1)
+            distance = distribution_focal_loss(raw.boxes.unflatten(-1, (4, bins)), sides / points.strides[:, None])
+            losses["loss_distribution"] = (distance * quality).sum()
+        return {name: loss * weight / normaliser for (name, loss), weight in zip(losses.items(), self.weights)}  # noqa: B905
