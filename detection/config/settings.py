@@ -167,6 +167,35 @@ class YoloSettings(Section):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
 
 
+class YoloxSettings(Section):
+    """What is the anchor-free detectors' own: neck, head, loss and assignment."""
+
+    neck: Literal["fpn"]
+    spp: bool
+    neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    head_channels: Count
+    head_depthwise: bool
+    pixels: Literal["backbone", "bgr255"]
+    batch_norm_epsilon: Positive | None
+    prior: Annotated[float, Field(gt=0, lt=1)]
+    loss: Literal["yolox", "aligned"]
+    assigner: Literal["simota", "centre", "centre_cell", "soft_label", "task_aligned", "task_aligned_half", "atss"]
+    box_weight: NotNegative
+    objectness_weight: NotNegative
+    class_weight: NotNegative
+    l1_weight: NotNegative
+    distribution_weight: NotNegative
+    class_loss: Literal["quality_focal", "varifocal"]
+    bins: Annotated[int, Field(ge=2)] | None
+    atss_share: Probability
+
+    @model_validator(mode="after")
+    def check_loss(self) -> "YoloxSettings":
+        if self.loss == "yolox" and self.bins is not None:
+            raise ValueError("bins: box sides as distributions need loss: aligned")
+        return self
+
+
 class TrainSettings(Section):
     """Batches, steps, optimizer, EMA and checkpoints."""
 
@@ -265,6 +294,7 @@ class Settings(Section):
     data: DataSettings
     model: ModelSettings
     yolo: YoloSettings
+    yolox: YoloxSettings
     train: TrainSettings
     scheduler: SchedulerSettings
     evaluation: EvaluationSettings

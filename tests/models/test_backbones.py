@@ -19,7 +19,8 @@ from detection.models.backbones.timm_backbone import check_declaration
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
-from detection.models.yolo.network import PyramidPooling, YOLOv3
+from detection.models.necks import PyramidPooling
+from detection.models.yolo.network import YOLOv3
 from tests.support.darknet_descriptions import yolov3, yolov3_tiny
 from tests.support.paths import ARGS
 

@@ -39,7 +39,7 @@ def points_inside(boxes: Tensor, offset: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def points_near(offset: tuple[Tensor, Tensor], points: Points, radius: float = 0.5) -> Tensor:
-    """Return which points are at most `radius` strides from a box's centre along both axes, `offsets` to (B, G, P) bool.
+    """Return which points are within `radius` strides of a box's centre along both axes, `offsets` to (B, G, P) bool.
 
     With half a stride these are the cells that hold the centre, one per level for a centre inside the image.
     """
