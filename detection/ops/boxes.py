@@ -77,6 +77,17 @@ def generalized_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     return intersection / _not_zero(union) - (hull - union) / _not_zero(hull)
 
 
+def generalized_iou_xyxy(boxes_1: Tensor, boxes_2: Tensor) -> Tensor:
+    """`generalized_iou` of boxes given as corners: half the operations, 1e-5 instead of 1e-7 exact for tiny boxes."""
+    (first_1, last_1), (first_2, last_2) = boxes_1.split(2, dim=-1), boxes_2.split(2, dim=-1)
+    shared = (torch.minimum(last_1, last_2) - torch.maximum(first_1, first_2)).clamp(min=0)
+    hull = torch.maximum(last_1, last_2) - torch.minimum(first_1, first_2)
+    sides = torch.stack([shared, hull, last_1 - first_1, last_2 - first_2])
+    intersection, hull_area, area_1, area_2 = (sides[..., 0] * sides[..., 1]).unbind(0)
+    union = area_1 + area_2 - intersection
+    return intersection / _not_zero(union) - (hull_area - union) / _not_zero(hull_area)
+
+
 def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     """Elementwise CIoU; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes with a size.
 

@@ -13,6 +13,7 @@ from detection.ops.boxes import (
     complete_iou,
     cxcywh_to_xyxy,
     generalized_iou,
+    generalized_iou_xyxy,
     pairwise_intersection,
     pairwise_iou,
     pairwise_wh_iou,
@@ -198,6 +199,10 @@ def test_complete_iou_by_hand() -> None:
     assert complete_iou(boxes, others).tolist() == pytest.approx(expected)
 
 
+def giou_of_corners(boxes: Tensor, others: Tensor) -> Tensor:
+    return generalized_iou_xyxy(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(others))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_generalized_and_complete_iou_against_loop_and_torchvision(seed: int) -> None:
     boxes, others = random_boxes_cxcywh(60, seed), random_boxes_cxcywh(60, seed + 10)
@@ -206,6 +211,7 @@ def test_generalized_and_complete_iou_against_loop_and_torchvision(seed: int) ->
     assert 10 < overlapping < 55
     for ours, slow, theirs in [
         (generalized_iou, slow_generalized_iou, torchvision.ops.generalized_box_iou_loss),
+        (giou_of_corners, slow_generalized_iou, torchvision.ops.generalized_box_iou_loss),
         (complete_iou, slow_complete_iou, torchvision.ops.complete_box_iou_loss),
     ]:
         values = ours(boxes, others)
@@ -215,7 +221,7 @@ def test_generalized_and_complete_iou_against_loop_and_torchvision(seed: int) ->
 
 def test_gradients_of_generalized_and_complete_iou_against_central_differences() -> None:
     boxes, others = random_boxes_cxcywh(60, 2), random_boxes_cxcywh(60, 12)
-    for name, ours in [("giou", generalized_iou), ("ciou", complete_iou)]:
+    for name, ours in [("giou", generalized_iou), ("giou", giou_of_corners), ("ciou", complete_iou)]:
         leaf = boxes.clone().requires_grad_()
         ours(leaf, others).sum().backward()
         assert leaf.grad is not None
@@ -232,7 +238,7 @@ def test_gradients_of_generalized_and_complete_iou_against_central_differences()
                 assert gradient[number] == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("function", [generalized_iou, complete_iou])
+@pytest.mark.parametrize("function", [generalized_iou, giou_of_corners, complete_iou])
 def test_iou_of_extreme_boxes_is_finite_with_finite_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Equal, touching, huge, tiny and line-shaped boxes, far from the origin too; float32."""
     others = torch.tensor([[5000.0, 5000, 10, 20]]).expand(8, 4)

@@ -13,7 +13,7 @@ from detection.models.yolox.criterion import CROWD_OVERLAP, PointCriterion
 from detection.models.yolox.layout import OutputLayout, RawValues
 from detection.models.yolox.losses import distribution_focal_loss, quality_focal_loss, varifocal_loss
 from detection.models.yolox.points import Points
-from detection.ops.boxes import generalized_iou, xyxy_to_cxcywh
+from detection.ops.boxes import generalized_iou_xyxy
 
 CLASS_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "quality_focal": quality_focal_loss,
@@ -74,21 +74,22 @@ class AlignedLoss(PointCriterion):
         """See `PointCriterion.compute_losses`."""
         positive, quality = assignment.positive, assignment.quality
         normaliser = quality.sum().clamp(min=1)
+        share = quality / normaliser
         # Negatives are compared with themselves, so that nothing of theirs can be infinite.
         wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
         wanted = torch.where(positive[..., None], wanted, predicted.detach())
-        giou = generalized_iou(xyxy_to_cxcywh(predicted), xyxy_to_cxcywh(wanted))
+        giou = generalized_iou_xyxy(predicted, wanted)
 
         classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
         target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], quality[..., None])
         crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
         counted = positive | ~ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
-        loss_class = self.compare_scores(raw.classes, target).sum(-1) * counted
+        loss_class = self.compare_scores(raw.classes, target).sum(-1) * (counted / normaliser)
 
-        losses = {"loss_box": ((1 - giou) * quality).sum(), "loss_class": loss_class.sum()}
+        losses = {"loss_box": ((1 - giou) * share).sum(), "loss_class": loss_class.sum()}
         bins = raw.boxes.shape[-1] // 4
         if bins > 1:
             sides = torch.cat([points.centres - wanted[..., :2], wanted[..., 2:] - points.centres], dim=-1)
             distance = distribution_focal_loss(raw.boxes.unflatten(-1, (4, bins)), sides / points.strides[:, None])
-            losses["loss_distribution"] = (distance * quality).sum()
-        return {name: loss * weight / normaliser for (name, loss), weight in zip(losses.items(), self.weights)}  # noqa: B905
+            losses["loss_distribution"] = (distance * share).sum()
+        return {name: loss * weight for (name, loss), weight in zip(losses.items(), self.weights, strict=False)}

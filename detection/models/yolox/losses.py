@@ -43,4 +43,4 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     logarithms = logits.log_softmax(-1)
     log_lower = logarithms.gather(-1, lower[..., None]).squeeze(-1)
     log_upper = logarithms.gather(-1, lower[..., None] + 1).squeeze(-1)
-    return -((1 - above) * log_lower + above * log_upper).mean(-1)
+    return -torch.lerp(log_lower, log_upper, above).mean(-1)
