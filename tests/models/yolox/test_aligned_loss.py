@@ -52,7 +52,7 @@ def test_losses_against_a_loop(kind: str, class_loss: str) -> None:
         raw, points, predicted, boxes, labels, assigned = criterion.assign(outputs, targets["boxes"], targets["labels"])
         classes_sum = box_sum = distribution_sum = quality_sum = 0.0
         for image in range(2):
-            crowds = [box for box, label in zip(boxes[image].tolist(), labels[image].tolist()) if label == CROWD_LABEL]
+            crowds = boxes[image][labels[image] == CROWD_LABEL].tolist()
             for place in range(len(points.strides)):
                 box = predicted[image, place].tolist()
                 positive = bool(assigned.positive[image, place])
