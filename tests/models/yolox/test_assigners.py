@@ -226,4 +226,4 @@ def test_static_shapes_without_host_reads(name: str) -> None:
         assert not trace.host_reads
         counts.append(len(trace.operations))
         assert made.elements <= case.classes.numel()  # 50 classes are more than 32 boxes
-    assert counts[0] == counts[1] < 100
+    assert counts[0] == counts[1] < 120
