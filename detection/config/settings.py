@@ -188,11 +188,13 @@ class YoloxSettings(Section):
     class_loss: Literal["quality_focal", "varifocal"]
     bins: Annotated[int, Field(ge=2)] | None
     atss_share: Probability
+    one_to_one: bool
 
     @model_validator(mode="after")
     def check_loss(self) -> "YoloxSettings":
-        if self.loss == "yolox" and self.bins is not None:
-            raise ValueError("bins: box sides as distributions need loss: aligned")
+        for name in ("bins", "one_to_one"):
+            if self.loss == "yolox" and getattr(self, name):
+                raise ValueError(f"{name}: needs loss: aligned")
         return self
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from detection.ops.nms import grouped_nms
 from detection.runtime.devices import nms_device
 
+MAX_UNSUPPRESSED = 300  # detections of an image without NMS
 MAX_VALUES = 2**24  # raw values decoded at once: 64 MiB for each of the few intermediate arrays
 
 
@@ -21,12 +22,19 @@ class DensePostprocess(nn.Module):
         confidence_threshold: scores up to this are dropped.
         iou_threshold: largest IoU of two detections of a class.
         max_detections: per image and class; None: all.
+        suppress: False: no NMS, for detectors that learn one prediction per object; the best `MAX_UNSUPPRESSED` of an
+            image, all classes together, are kept.
     """
 
     def __init__(
-        self, confidence_threshold: float = 0.001, iou_threshold: float = 0.45, max_detections: int | None = 100
+        self,
+        confidence_threshold: float = 0.001,
+        iou_threshold: float = 0.45,
+        max_detections: int | None = 100,
+        suppress: bool = True,
     ) -> None:
         super().__init__()
+        self.suppress = suppress
         self.confidence_threshold = confidence_threshold
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
@@ -59,6 +67,8 @@ class DensePostprocess(nn.Module):
 
     def _select(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
         """Detections of boxes (B, P, 4) and scores (B, P, C)."""
+        if not self.suppress:
+            return self._select_best(boxes, scores)
         # Drops NaN scores too; non-finite boxes are left to the evaluation, which counts them.
         image, prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
         num_images, num_classes = len(scores), scores.shape[2]
@@ -70,6 +80,16 @@ class DensePostprocess(nn.Module):
         counts = image[kept].bincount(minlength=num_images).tolist()
         columns = (values[kept].split(counts) for values in (boxes, scores, label))
         return [dict(zip(("boxes", "scores", "labels"), values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def _select_best(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
+        """`_select` without NMS."""
+        num_classes = scores.shape[2]
+        best, place = scores.flatten(1).topk(min(MAX_UNSUPPRESSED, scores[0].numel()), dim=1)
+        detections = []
+        for image, kept in enumerate(best > self.confidence_threshold):
+            prediction, label = place[image, kept] // num_classes, place[image, kept] % num_classes
+            detections.append({"boxes": boxes[image, prediction], "scores": best[image, kept], "labels": label})
+        return detections
 
 
 class DecodedPostprocess(DensePostprocess):

@@ -13,7 +13,7 @@ from detection.contract import DetectorModel
 from detection.errors import SettingsError
 from detection.inference.onnx_model import NEEDED, Description, OutputKind
 from detection.inference.weights import OpenedDetector
-from detection.models.postprocess import DensePostprocess
+from detection.models.postprocess import MAX_UNSUPPRESSED, DensePostprocess
 
 OPSETS = range(18, 25)  # torch's exporter writes 18 and converts upwards
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
@@ -41,6 +41,39 @@ NMS (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] 
     labels = Gather <axis = 1> (image_class_box, column_class)
     image_box = Gather <axis = 1> (image_class_box, columns_box)
     boxes = GatherND (all_boxes, image_box)
+}}
+"""
+
+# The same outputs for a detector that needs no NMS: the best of each image, all classes together.
+BEST_TEMPLATE = """
+<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+Best (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
+    => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image_index)
+    <float confidence = {{{confidence}}}, int64[1] most = {{{most}}}, int64[2] flat = {{0, -1}}, int64[1] last = {{-1}},
+     int64 row_image = {{0}}>
+{{
+    scores_of_image = Reshape (all_scores, flat)
+    shape = Shape (scores_of_image)
+    number = Gather (shape, last)
+    wanted = Min (number, most)
+    best_scores, best_places = TopK (scores_of_image, wanted)
+    confident = Greater (best_scores, confidence)
+    image_place = NonZero (confident)
+    places = Transpose <perm = [1, 0]> (image_place)
+    found_scores = GatherND (best_scores, places)
+    count = Shape (found_scores)
+    scores, order = TopK (found_scores, count)
+    sorted_places = Gather (places, order)
+    flat_place = GatherND (best_places, sorted_places)
+    image_index = Gather <axis = 1> (sorted_places, row_image)
+    shape_of_scores = Shape (all_scores)
+    classes = Gather (shape_of_scores, last)
+    labels = Mod (flat_place, classes)
+    prediction = Div (flat_place, classes)
+    image_column = Unsqueeze (image_index, last)
+    prediction_column = Unsqueeze (prediction, last)
+    image_prediction = Concat <axis = 1> (image_column, prediction_column)
+    boxes = GatherND (all_boxes, image_prediction)
 }}
 """
 
@@ -217,16 +250,21 @@ def halve(model: Any, network: set[str]) -> Any:
 
 
 def add_nms(model: Any, opened: OpenedDetector) -> Any:
-    """Append the standard operator NonMaxSuppression, with the thresholds of the settings as constants."""
+    """Append the standard operator NonMaxSuppression, with the thresholds of the settings as constants.
+
+    For a detector that needs none the best detections of each image are taken instead.
+    """
     import onnx
 
     evaluation = opened.settings.evaluation
-    text = NMS_TEMPLATE.format(
+    suppress = cast(DensePostprocess, opened.detector.postprocess).suppress
+    most = (evaluation.max_detections or 2**31 - 1) if suppress else MAX_UNSUPPRESSED
+    text = (NMS_TEMPLATE if suppress else BEST_TEMPLATE).format(
         ir_version=model.ir_version,
         opset=read_opset(model),
         confidence=evaluation.confidence_threshold,
         iou=evaluation.iou_threshold,
-        most=evaluation.max_detections or 2**31 - 1,
+        most=most,
     )
     names = [(name, name) for name in OUTPUT_NAMES["nms"]]
     return onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=names)

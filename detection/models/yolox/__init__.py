@@ -9,13 +9,17 @@ from torch import nn
 
 from detection.config.settings import YoloxSettings
 from detection.models.necks import NeckStage, TopDownNeck
-from detection.models.yolox.aligned import AlignedLoss
+from detection.models.yolox.aligned import AlignedLoss, OneToOneLoss
 from detection.models.yolox.assigners import Assigner
 from detection.models.yolox.assigners.atss import assign_atss
 from detection.models.yolox.assigners.centre import centre, centre_cell
 from detection.models.yolox.assigners.simota import simota
 from detection.models.yolox.assigners.soft_label import assign_soft_label
-from detection.models.yolox.assigners.task_aligned import assign_aligned_half, assign_task_aligned
+from detection.models.yolox.assigners.task_aligned import (
+    assign_aligned_half,
+    assign_one_to_one,
+    assign_task_aligned,
+)
 from detection.models.yolox.criterion import PointCriterion, YOLOXLoss
 from detection.models.yolox.layout import OutputLayout
 
@@ -28,6 +32,15 @@ ASSIGNERS: dict[str, Assigner] = {
     "task_aligned_half": assign_aligned_half,
     "atss": assign_atss,
 }
+
+
+def build_aligned(layout: OutputLayout, strides: Sequence[int], yolox: YoloxSettings) -> PointCriterion:
+    """Build the quality-aligned criterion, of two branches where the settings say so."""
+    weights = (yolox.box_weight, yolox.class_weight, yolox.distribution_weight)
+    arguments = (layout, strides, ASSIGNERS[yolox.assigner], weights, yolox.class_loss, yolox.atss_share)
+    return OneToOneLoss(assign_one_to_one, *arguments) if yolox.one_to_one else AlignedLoss(*arguments)
+
+
 # Name -> (layout, pixels per cell per level, settings) -> criterion.
 CRITERIA: dict[str, Callable[[OutputLayout, Sequence[int], YoloxSettings], PointCriterion]] = {
     "yolox": lambda layout, strides, yolox: YOLOXLoss(
@@ -36,14 +49,7 @@ CRITERIA: dict[str, Callable[[OutputLayout, Sequence[int], YoloxSettings], Point
         ASSIGNERS[yolox.assigner],
         (yolox.box_weight, yolox.objectness_weight, yolox.class_weight, yolox.l1_weight),
     ),
-    "aligned": lambda layout, strides, yolox: AlignedLoss(
-        layout,
-        strides,
-        ASSIGNERS[yolox.assigner],
-        (yolox.box_weight, yolox.class_weight, yolox.distribution_weight),
-        yolox.class_loss,
-        yolox.atss_share,
-    ),
+    "aligned": build_aligned,
 }
 # Name -> (channels of the backbone's maps, stride ascending; widths, coarsest level first; layers of a level) -> neck.
 NECKS: dict[str, Callable[[Sequence[int], Sequence[int], NeckStage], nn.Module]] = {"fpn": TopDownNeck}

@@ -1,11 +1,12 @@
 """The quality-aligned criterion: the class score learns how well the box fits. Formulas: docs/losses.md."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from detection.contract import CROWD_LABEL, PADDING_LABEL
+from detection.contract import CROWD_LABEL, PADDING_LABEL, AssignedPrediction
 from detection.models.yolo.criterion import ignored_predictions
 from detection.models.yolox.assigners import Assigner, Assignment
 from detection.models.yolox.assigners.atss import assign_atss
@@ -93,3 +94,33 @@ class AlignedLoss(PointCriterion):
             distance = distribution_focal_loss(raw.boxes.unflatten(-1, (4, bins)), sides / points.strides[:, None])
             losses["loss_distribution"] = (distance * share).sum()
         return {name: loss * weight for (name, loss), weight in zip(losses.items(), self.weights, strict=False)}
+
+
+class OneToOneLoss(AlignedLoss):
+    """`AlignedLoss` of the heads, plus that of the one-to-one heads, whose assigner chooses one prediction per box.
+
+    Both measure alignment alike, so that the one is the best of the many. In evaluation, where the model has the
+    one-to-one outputs only, it is their loss alone.
+
+    Args:
+        one_to_one: assigner of the one-to-one heads; others: see `AlignedLoss`.
+
+    Source: YOLOv10, section 3.1, https://arxiv.org/abs/2405.14458
+    """
+
+    def __init__(self, one_to_one: Assigner, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        layout, strides, _, *others = arguments
+        self.one_to_one = AlignedLoss(layout, strides, one_to_one, *others[:2])
+
+    def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `PointCriterion.forward`."""
+        levels = len(self.decoding.strides)
+        losses = self.one_to_one(outputs[-levels:], targets)
+        if len(outputs) > levels:
+            losses = {name: loss + losses[name] for name, loss in super().forward(outputs[:levels], targets).items()}
+        return losses
+
+    def assigned_by_outputs(self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> list[AssignedPrediction]:
+        """See `PointCriterion.assigned_by_outputs`; of the one-to-one heads."""
+        return self.one_to_one.assigned_by_outputs(outputs[-len(self.decoding.strides) :], boxes, labels)

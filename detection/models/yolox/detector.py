@@ -20,7 +20,17 @@ FILL = (124, 116, 104)  # RGB, ImageNet's mean
 HELD_SETTINGS: dict[str, list[str]] = {
     "network": [
         f"yolox.{name}"
-        for name in ("neck", "spp", "neck_channels", "head_channels", "head_depthwise", "pixels", "loss", "bins")
+        for name in (
+            "neck",
+            "spp",
+            "neck_channels",
+            "head_channels",
+            "head_depthwise",
+            "pixels",
+            "loss",
+            "bins",
+            "one_to_one",
+        )
     ],
     "decoding": [],
 }
@@ -52,10 +62,11 @@ def build_yolox(
         yolox.prior,
         model_settings.batch_norm_momentum,
         yolox.batch_norm_epsilon,
+        yolox.one_to_one,
     )
     if model_settings.batch_norm == "darknet":
         use_darknet_batch_norm(model)
-    metadata = {"strides": list(model.strides), "layout": layout.metadata()}
+    metadata = {"strides": list(model.strides), "layout": layout.metadata(), "one_to_one": yolox.one_to_one}
     return Detector(
         model,
         CRITERIA[yolox.loss](layout, model.strides, yolox),
@@ -68,6 +79,7 @@ def build_yolox(
         score="objectness x class probability" if layout.objectness else "class probability",
         metadata=metadata,
         held_settings=HELD_SETTINGS,
+        deviations=("without NMS",) if yolox.one_to_one else (),
     )
 
 
@@ -99,6 +111,7 @@ def build_postprocess(metadata: Mapping[str, Any], evaluation: EvaluationSetting
         evaluation.confidence_threshold,
         evaluation.iou_threshold,
         evaluation.max_detections,
+        not metadata["one_to_one"],
     )
 
 

@@ -1,8 +1,9 @@
 """An anchor-free detector: a backbone, a neck and a decoupled head with one prediction per cell."""
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,8 @@ class YOLOX(nn.Module):
         prior: see `DecoupledHead`.
         batch_norm_momentum: of all batch-norm layers, the backbone's included.
         batch_norm_epsilon: likewise; None: each layer's own.
+        one_to_one: a second head per level, on maps without gradient, learns one prediction per object; in evaluation
+            it is the only one. Source: YOLOv10, section 3.1, https://arxiv.org/abs/2405.14458
 
     Source: YOLOX, section 2.1, https://arxiv.org/abs/2107.08430
     """
@@ -102,6 +105,7 @@ class YOLOX(nn.Module):
         prior: float = 0.01,
         batch_norm_momentum: float = 0.1,
         batch_norm_epsilon: float | None = None,
+        one_to_one: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -112,6 +116,7 @@ class YOLOX(nn.Module):
             DecoupledHead(channels, head_channels, num_classes, layout, head_depthwise, prior)
             for channels in cast(Sequence[int], neck.out_channels)
         )
+        self.one_to_one_heads = copy.deepcopy(self.heads) if one_to_one else None
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = batch_norm_momentum
@@ -126,7 +131,8 @@ class YOLOX(nn.Module):
             images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of the coarsest stride.
 
         Returns:
-            Raw values per level, stride ascending, (B, 1, H/stride, W/stride, X), see `OutputLayout`.
+            Raw values per level, stride ascending, (B, 1, H/stride, W/stride, X), see `OutputLayout`; with
+            `one_to_one` in training those of the one-to-one heads follow, in evaluation they are the only ones.
 
         Raises:
             ValueError: if H or W is not a multiple of the coarsest stride.
@@ -134,11 +140,20 @@ class YOLOX(nn.Module):
         if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
             raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
         maps = self.neck(self.backbone(self.normalize(images)))
-        return [head(features) for head, features in zip(self.heads, maps, strict=True)]
+        outputs = []
+        if self.one_to_one_heads is None or self.training:
+            outputs += [head(features) for head, features in zip(self.heads, maps, strict=True)]
+        if self.one_to_one_heads is not None:
+            outputs += [head(features.detach()) for head, features in zip(self.one_to_one_heads, maps, strict=True)]
+        return outputs
+
+    def all_heads(self) -> list[DecoupledHead]:
+        """The heads of all levels, then the one-to-one heads."""
+        return [*cast(Any, self.heads), *cast(Any, self.one_to_one_heads or [])]
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending, of each level in the order of its values."""
-        return [output for head in self.heads for output in cast(DecoupledHead, head).outputs()]
+        return [output for head in self.all_heads() for output in head.outputs()]
 
     def class_rows(self, num_classes: int) -> list[Tensor]:
         """For each output convolution the filters of the class scores, if there were so many classes.
@@ -148,6 +163,6 @@ class YOLOX(nn.Module):
         of_classes = torch.arange(num_classes)[None]
         return [
             of_classes if output is head.classes else of_classes[:0]
-            for head in cast(Sequence[DecoupledHead], self.heads)
+            for head in self.all_heads()
             for output in head.outputs()
         ]

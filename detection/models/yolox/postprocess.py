@@ -14,7 +14,7 @@ class PointPostprocess(DensePostprocess):
     Args:
         layout: of the raw values.
         strides: pixels per cell, per level, ascending.
-        confidence_threshold, iou_threshold, max_detections: see `DensePostprocess`.
+        confidence_threshold, iou_threshold, max_detections, suppress: see `DensePostprocess`.
 
     Source: YOLOX, https://arxiv.org/abs/2107.08430
     """
@@ -26,8 +26,9 @@ class PointPostprocess(DensePostprocess):
         confidence_threshold: float = 0.001,
         iou_threshold: float = 0.45,
         max_detections: int | None = 100,
+        suppress: bool = True,
     ) -> None:
-        super().__init__(confidence_threshold, iou_threshold, max_detections)
+        super().__init__(confidence_threshold, iou_threshold, max_detections, suppress)
         self.decoding = Decoding(layout, strides)
 
     def decode(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

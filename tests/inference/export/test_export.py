@@ -21,7 +21,7 @@ from detection.config.loading import changed_settings
 from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
-from detection.inference.export.onnx_export import NMS_TEMPLATE, OnnxOptions, describe
+from detection.inference.export.onnx_export import BEST_TEMPLATE, NMS_TEMPLATE, OnnxOptions, describe
 from detection.inference.onnx_model import read_metadata
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
@@ -258,6 +258,23 @@ def test_nms_alone_by_hand() -> None:
     found = session.run(None, {"all_boxes": boxes, "all_scores": scores})
     expected = [[[20, 0, 30, 10], [0, 0, 8, 10]], [0.9, 0.75], [1, 0], [1, 0]]
     for values, hand in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(values, np.float32(hand))
+    nothing = session.run(None, {"all_boxes": boxes, "all_scores": scores * 0})
+    assert [values.shape for values in nothing] == [(0, 4), (0,), (0,), (0,)]
+
+
+def test_the_best_without_nms_by_hand() -> None:
+    """Two images, three boxes, two classes; both classes of a box may be found, and equal boxes are not suppressed."""
+    text = BEST_TEMPLATE.format(ir_version=10, opset=18, confidence=0.25, most=3)
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    boxes = np.float32([[[0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 30, 10]]] * 2)
+    boxes[1] += 1
+    scores = np.zeros((2, 3, 2), np.float32)
+    scores[0] = [[0.5, 0.625], [0.75, 0.25], [0.375, 0.25]]  # the last is the fourth of the image
+    scores[1, 2, 1] = 0.875
+    found = session.run(None, {"all_boxes": boxes, "all_scores": scores})
+    places = [[21, 1, 31, 11], [0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 10, 10]]
+    for values, hand in zip(found, [places, [0.875, 0.75, 0.625, 0.5], [1, 0, 1, 0], [1, 0, 0, 0]], strict=True):
         np.testing.assert_array_equal(values, np.float32(hand))
     nothing = session.run(None, {"all_boxes": boxes, "all_scores": scores * 0})
     assert [values.shape for values in nothing] == [(0, 4), (0,), (0,), (0,)]
