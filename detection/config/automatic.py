@@ -21,6 +21,7 @@ NECKS = {
     "mobilenet_v3_large": [256, 128, 96],
 }
 NECK, RATE = [512, 256, 128], 1.0e-3
+HEADS, HEAD = {"darknet_tiny": 128, "mobilenet_v3_small": 64, "mobilenet_v3_large": 96}, 256  # width of the yolox head
 # Classes that a mirror changes; single characters too.
 SIDED = re.compile(r"\b(left|right|arrow|digit|letter|character|zero|one|two|three|four|five|six|seven|eight|nine)\b")
 RATES = {"mobilenet_v3_small": 2.0e-3, "mobilenet_v3_large": 2.0e-3}
@@ -145,6 +146,8 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
         ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
     ),
     "yolo.neck_channels": lambda tree, facts: (list(NECKS.get(tree["model"]["backbone"], NECK)), ""),
+    "yolox.neck_channels": lambda tree, facts: (list(NECKS.get(tree["model"]["backbone"], NECK)), ""),
+    "yolox.head_channels": lambda tree, facts: (HEADS.get(tree["model"]["backbone"], HEAD), ""),
     "model.pretrained": _pretrained,
     "train.image_size": lambda tree, facts: (416 if facts.accelerated else 320, ""),
     "evaluation.image_size": lambda tree, facts: (tree["train"]["image_size"], ""),
