@@ -189,6 +189,7 @@ class YoloxSettings(Section):
     bins: Annotated[int, Field(ge=2)] | None
     atss_share: Probability
     one_to_one: bool
+    size_prior: Positive
 
     @model_validator(mode="after")
     def check_loss(self) -> "YoloxSettings":

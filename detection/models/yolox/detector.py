@@ -60,6 +60,7 @@ def build_yolox(
         geometry,
         yolox.head_depthwise,
         yolox.prior,
+        yolox.size_prior,
         model_settings.batch_norm_momentum,
         yolox.batch_norm_epsilon,
         yolox.one_to_one,

@@ -1,5 +1,6 @@
 """Layout of the raw values of an anchor-free head, and their decoding."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -85,6 +86,16 @@ class OutputLayout:
     def metadata(self) -> dict[str, Any]:
         """Plain values, of which `OutputLayout(**values)` is an equal layout."""
         return asdict(self)
+
+    def initial_bias(self, side: float) -> Tensor:
+        """Raw box values of a square of `side` strides around the point, (box_values,).
+
+        Of distributions, whose bins fall by a constant ratio, it is their mean before the last bin cuts them off.
+        """
+        if self.decoder == "centre_size":
+            return torch.tensor([0.5, 0.5, math.log(side), math.log(side)])
+        ratio = side / (2 + side)  # the mean of a geometric distribution is ratio / (1 - ratio)
+        return math.log(ratio) * torch.arange(self.box_values // 4, dtype=torch.float32).repeat(4)
 
     def split(self, raw: Tensor) -> RawValues:
         """Split raw values, (B, P, box_values + 1 + C), or without objectness (B, P, box_values + C)."""

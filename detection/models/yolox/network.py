@@ -38,13 +38,21 @@ class DecoupledHead(nn.Module):
         layout: of the raw values.
         depthwise: 3x3 convolutions over single channels, as in YOLOX-Nano.
         prior: objectness and class probability that the untrained head predicts everywhere.
+        size_prior: side of the boxes that it predicts, in strides.
 
     Source: YOLOX, section 2.1, https://arxiv.org/abs/2107.08430; prior: Focal Loss, section 3.3,
         https://arxiv.org/abs/1708.02002
     """
 
     def __init__(
-        self, in_channels: int, channels: int, num_classes: int, layout: OutputLayout, depthwise: bool, prior: float
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        layout: OutputLayout,
+        depthwise: bool,
+        prior: float,
+        size_prior: float,
     ) -> None:
         super().__init__()
         block = depthwise_block if depthwise else (lambda width: conv_block(width, width, 3))
@@ -59,7 +67,9 @@ class DecoupledHead(nn.Module):
                 nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
         for output in self.outputs():
             nn.init.normal_(output.weight, std=0.01)
-            nn.init.constant_(cast(Tensor, output.bias), 0.0 if output is self.boxes else math.log(prior / (1 - prior)))
+            nn.init.constant_(cast(Tensor, output.bias), math.log(prior / (1 - prior)))
+        with torch.no_grad():
+            cast(Tensor, self.boxes.bias).copy_(layout.initial_bias(size_prior))
 
     def outputs(self) -> list[nn.Conv2d]:
         """The convolutions of the predictions, in the order of the raw values."""
@@ -84,7 +94,7 @@ class YOLOX(nn.Module):
         layout: of the raw values.
         geometry: for pixel range, channel order, mean and deviation.
         head_depthwise: see `DecoupledHead`.
-        prior: see `DecoupledHead`.
+        prior, size_prior: see `DecoupledHead`.
         batch_norm_momentum: of all batch-norm layers, the backbone's included.
         batch_norm_epsilon: likewise; None: each layer's own.
         one_to_one: a second head per level, on maps without gradient, learns one prediction per object; in evaluation
@@ -103,6 +113,7 @@ class YOLOX(nn.Module):
         geometry: Geometry,
         head_depthwise: bool = False,
         prior: float = 0.01,
+        size_prior: float = 1.0,
         batch_norm_momentum: float = 0.1,
         batch_norm_epsilon: float | None = None,
         one_to_one: bool = False,
@@ -113,7 +124,7 @@ class YOLOX(nn.Module):
         self.num_classes = num_classes
         self.strides = tuple(backbone.strides)
         self.heads = nn.ModuleList(
-            DecoupledHead(channels, head_channels, num_classes, layout, head_depthwise, prior)
+            DecoupledHead(channels, head_channels, num_classes, layout, head_depthwise, prior, size_prior)
             for channels in cast(Sequence[int], neck.out_channels)
         )
         self.one_to_one_heads = copy.deepcopy(self.heads) if one_to_one else None

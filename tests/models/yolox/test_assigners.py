@@ -134,7 +134,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ASSIGNERS)
+@pytest.mark.parametrize("name", SLOW)
 def test_it_equals_the_loop(name: str, variant: str) -> None:
     positives = 0
     for seed in range(40 if name == "simota" else 15):
@@ -203,7 +203,7 @@ def test_levels_by_size() -> None:
             assert int(own.sum()) in counts
 
 
-@pytest.mark.parametrize("name", ASSIGNERS)
+@pytest.mark.parametrize("name", SLOW)
 def test_a_box_with_its_centre_in_the_image_has_a_prediction(name: str) -> None:
     """Alone, wherever it lies and however small it is, and however far its prediction is."""
     for seed in range(100):
@@ -215,7 +215,7 @@ def test_a_box_with_its_centre_in_the_image_has_a_prediction(name: str) -> None:
         assert assignment.positive.any(dim=1).all()
 
 
-@pytest.mark.parametrize("name", ASSIGNERS)
+@pytest.mark.parametrize("name", SLOW)
 def test_static_shapes_without_host_reads(name: str) -> None:
     """As many operations for no box as for thirty, and no tensor over boxes, points and classes together."""
     counts = []
