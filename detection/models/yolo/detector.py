@@ -72,7 +72,9 @@ def build_yolo(
         ),
         name=model_settings.backbone,
         untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
-        plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
+        plan=(
+            f"model       {backbone_name(model_settings)}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        ),
         notices=CfgNotices(model_settings.cfg),
         score=f"{objectness} x class probability"
         if yolo.score == "product"
@@ -90,6 +92,12 @@ def build_yolo(
         anchors=anchor_layout(model_settings, yolo, model, anchors),
         check_fit=AnchorFit(anchors, model.strides, scales_xy),
     )
+
+
+def backbone_name(settings: ModelSettings) -> str:
+    """The backbone and, if they are not 1, its factors, for the plan."""
+    factors = [f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(settings, name)) != 1]
+    return f"{settings.backbone} ({', '.join(factors)})" if factors else settings.backbone
 
 
 class CfgNotices:
