@@ -106,7 +106,10 @@ class HasClassRows(Protocol):
     """A model that can say which filters of its output convolutions belong to which class (optional)."""
 
     def class_rows(self, num_classes: int) -> list[Tensor]:
-        """For each output convolution the filters of the class scores, if there were so many classes, (A, C) int64."""
+        """For each output convolution the filters of the class scores, if there were so many classes, (A, C) int64.
+
+        A is 0 for a convolution without class scores.
+        """
         ...
 
 
@@ -118,8 +121,8 @@ class AssignedPrediction:
     gt: int  # row of the image's ground-truth boxes
     level: int
     stride: int  # pixels per cell
-    anchor: int  # number within the level
-    anchor_size: tuple[float, float]  # width, height in pixels of the network input
+    anchor: int  # number within the level; 0 without anchors
+    anchor_size: tuple[float, float] | None  # width, height in pixels of the network input; None without anchors
     column: int
     row: int
     overruled: bool  # a later ground-truth box of this prediction gives the box target; this one adds its class only

@@ -115,7 +115,7 @@ def test_a_detector_without_criterion_gives_its_own_reason(
         assert (result.returncode, result.stderr) == (2, "a toy to look at\n")
 
 
-FAMILY = ("detection/models/yolo/", "detection/models/darknet/", "detection/config/")
+FAMILY = ("detection/models/yolo/", "detection/models/yolox/", "detection/models/darknet/", "detection/config/")
 # The dict of detectors; a dataset format of that name; the programs whose files are named.
 ALLOWED = ("detection/models/__init__.py", "detection/data/conversion/", "detection/inference/results.py")
 ALLOWED += ("convert_dataset.py", "detection/foreign_files.py", "detection/data/converted.py")

@@ -172,6 +172,25 @@ class YoloSettings(Section):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
 
 
+class YoloxSettings(Section):
+    """What is the anchor-free detectors' own: neck, head, loss and assignment."""
+
+    neck: Literal["fpn"]
+    spp: bool
+    neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    head_channels: Count
+    head_depthwise: bool
+    pixels: Literal["backbone", "bgr255"]
+    batch_norm_epsilon: Positive | None
+    prior: Annotated[float, Field(gt=0, lt=1)]
+    loss: Literal["yolox"]
+    assigner: Literal["simota", "centre", "centre_cell"]
+    box_weight: NotNegative
+    objectness_weight: NotNegative
+    class_weight: NotNegative
+    l1_weight: NotNegative
+
+
 class TrainSettings(Section):
     """Batches, steps, optimizer, EMA and checkpoints."""
 
@@ -285,6 +304,7 @@ class Settings(Section):
     data: DataSettings
     model: ModelSettings
     yolo: YoloSettings
+    yolox: YoloxSettings
     train: TrainSettings
     scheduler: SchedulerSettings
     evaluation: EvaluationSettings

@@ -9,12 +9,20 @@ from detection.config.settings import EvaluationSettings, ModelSettings, Setting
 from detection.contract import Detector
 from detection.errors import SettingsError
 from detection.models.yolo.detector import build_yolo, postprocess_from_metadata, upgrade_metadata
+from detection.models.yolox.detector import build_yolox
+from detection.models.yolox.detector import postprocess_from_metadata as point_postprocess_from_metadata
 
 # Name -> builder: (section `model`, the detector's own section, section `evaluation`, number of classes) -> Detector
 # with random weights, on the CPU.
-DETECTORS: dict[str, Callable[[ModelSettings, Any, EvaluationSettings, int], Detector]] = {"yolo": build_yolo}
+DETECTORS: dict[str, Callable[[ModelSettings, Any, EvaluationSettings, int], Detector]] = {
+    "yolo": build_yolo,
+    "yolox": build_yolox,
+}
 # Name -> builder of the postprocess for raw outputs of an exported file: (`Detector.metadata`, settings) -> module.
-POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {"yolo": postprocess_from_metadata}
+POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {
+    "yolo": postprocess_from_metadata,
+    "yolox": point_postprocess_from_metadata,
+}
 
 __all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "upgrade_metadata"]
 

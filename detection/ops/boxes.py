@@ -57,6 +57,12 @@ def pairwise_wh_iou(wh_1: Tensor, wh_2: Tensor) -> Tensor:
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
+def elementwise_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """Elementwise IoU; (..., 4) and (..., 4) to (...), 0..1 up to rounding. Differentiable; no NaN for finite boxes."""
+    intersection, union, _, _ = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    return intersection / _not_zero(union)
+
+
 def generalized_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     """Elementwise GIoU; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
 

@@ -20,8 +20,9 @@ from detection.models.darknet.cfg import format_cfg, parse_cfg
 from detection.models.darknet.export import describe_detector
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
+from detection.models.necks import PyramidPooling
 from detection.models.pretrained import load_pretrained
-from detection.models.yolo.network import PyramidPooling, YOLOv3
+from detection.models.yolo.network import YOLOv3
 from tests.support.darknet_descriptions import yolov3, yolov3_tiny
 from tests.support.paths import ARGS
 

@@ -9,8 +9,9 @@ from detection.errors import CheckpointError
 from detection.models.backbones.darknet import Darknet53, DarknetTiny, ResidualBlock
 from detection.models.darknet.cfg import CfgSection
 from detection.models.darknet.network import DarknetNetwork
+from detection.models.necks import PyramidPooling
 from detection.models.yolo.criterion import Criterion
-from detection.models.yolo.network import PyramidPooling, YOLOv3
+from detection.models.yolo.network import YOLOv3
 
 DEFAULT_IGNORE_THRESHOLD = 0.7  # for a network without a criterion (new_coords)
 

@@ -13,9 +13,10 @@ from detection.models.backbones.darknet import use_darknet_batch_norm
 from detection.models.darknet.cfg import cfg_notices, format_cfg, parse_cfg, with_anchors
 from detection.models.darknet.layers import build_layers
 from detection.models.darknet.network import DarknetNetwork
+from detection.models.necks import spp_stage, tiny_stage, yolov3_stage
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.fit import AnchorFit
-from detection.models.yolo.network import YOLOv3, spp_stage, tiny_stage, yolov3_stage
+from detection.models.yolo.network import YOLOv3
 from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean

@@ -1,7 +1,7 @@
 """The YOLOv3 family: a backbone, a top-down neck and one head per level."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,58 +10,9 @@ from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
+from detection.models.necks import NeckStage, yolov3_stage
 from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
-
-
-class PyramidPooling(nn.Module):
-    """Spatial pyramid pooling: max pooling over 13, 9 and 5 cells and the input; (B, C, H, W) to (B, 4 C, H, W).
-
-    Source: yolov3-spp.cfg of Darknet; its weights depend on the order of the maps.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pools = nn.ModuleList(nn.MaxPool2d(size, stride=1, padding=size // 2) for size in (13, 9, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([*(pool(x) for pool in self.pools), x], dim=1)
-
-
-# Layers of a level between the concatenated maps and its head; (B, in, H, W) to (B, width, H, W).
-# Arguments: in_channels, width, whether it is the coarsest level.
-NeckStage = Callable[[int, int, bool], nn.Sequential]
-
-
-def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """YOLOv3: five convolutions, alternately 1x1 and 3x3."""
-    return nn.Sequential(
-        conv_block(in_channels, width, 1),
-        conv_block(width, 2 * width, 3),
-        conv_block(2 * width, width, 1),
-        conv_block(width, 2 * width, 3),
-        conv_block(2 * width, width, 1),
-    )
-
-
-def spp_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """YOLOv3-SPP: as YOLOv3, with spatial pyramid pooling and a 1x1 convolution in the coarsest level."""
-    if not coarsest:
-        return yolov3_stage(in_channels, width, coarsest)
-    return nn.Sequential(
-        conv_block(in_channels, width, 1),
-        conv_block(width, 2 * width, 3),
-        conv_block(2 * width, width, 1),
-        PyramidPooling(),
-        conv_block(4 * width, width, 1),
-        conv_block(width, 2 * width, 3),
-        conv_block(2 * width, width, 1),
-    )
-
-
-def tiny_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
-    """YOLOv3-tiny: a 1x1 convolution in the coarsest level, nothing in the others."""
-    return nn.Sequential(conv_block(in_channels, width, 1)) if coarsest else nn.Sequential()
 
 
 def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float) -> None:

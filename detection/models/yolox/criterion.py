@@ -1,0 +1,180 @@
+"""Criteria of anchor-free detectors. Formulas: docs/losses.md."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.contract import CROWD_LABEL, PADDING_LABEL, AssignedPrediction
+from detection.models.yolo.criterion import compare_objectness, ignored_predictions
+from detection.models.yolo.head_layout import sizes_of
+from detection.models.yolox.assigners import Assigner, Assignment
+from detection.models.yolox.layout import Decoding, OutputLayout, RawValues
+from detection.models.yolox.points import Points
+from detection.ops.boxes import elementwise_iou, xyxy_to_cxcywh
+
+CROWD_OVERLAP = 0.5  # share of a prediction in a crowd region from which it is no negative
+
+
+class PointCriterion(nn.Module):
+    """Raw outputs and padded targets to weighted losses; a subclass implements `compute_losses`.
+
+    Args:
+        layout: of the raw values.
+        strides: pixels per cell, per level, ascending.
+        assigner: which predictions answer for which boxes.
+    """
+
+    def __init__(self, layout: OutputLayout, strides: Sequence[int], assigner: Assigner) -> None:
+        super().__init__()
+        self.decoding = Decoding(layout, strides)
+        self.assigner = assigner
+        self.finishing = False
+
+    def set_progress(self, share_done: float, finishing: bool) -> None:
+        """Say where the run is, before each step; a subclass may depend on it.
+
+        Args:
+            share_done: of the steps of the run, 0..1.
+            finishing: the clean finish has begun (`train.clean_finish`).
+        """
+        self.finishing = finishing
+
+    def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the weighted losses, in float32 also under autocast.
+
+        Args:
+            outputs: raw values per level, (B, 1, H, W, X), any float type.
+            targets: "boxes" (B, G, 4) xyxy in pixels of the network input, "labels" (B, G): class, -1 padding,
+                -2 crowd.
+
+        Returns:
+            Float32 scalars, always of the same names.
+        """
+        with torch.autocast(device_type=outputs[0].device.type, enabled=False):
+            return self.compute_losses(*self.assign(outputs, targets["boxes"], targets["labels"]))
+
+    def assign(
+        self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor
+    ) -> tuple[RawValues, Points, Tensor, Tensor, Tensor, Assignment]:
+        """Decode the predictions and assign the ground-truth boxes to them.
+
+        Args:
+            outputs, boxes, labels: as in `forward`.
+
+        Returns:
+            Raw values and points of all predictions; their boxes xyxy (B, P, 4), with gradient; ground-truth boxes
+            (B, G, 4) float32 and labels (B, G), G at least 1; the assignment.
+        """
+        boxes = boxes.float()
+        if not labels.shape[1]:  # reductions need at least one row
+            boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
+        raw, points = self.decoding.read(outputs)
+        predicted = self.decoding.boxes(raw.boxes, points)
+        objectness = None if raw.objectness is None else raw.objectness.detach()
+        assignment = self.assigner(raw.classes.detach(), objectness, predicted.detach(), boxes, labels, points)
+        return raw, points, predicted, boxes, labels, assignment
+
+    def compute_losses(
+        self,
+        raw: RawValues,
+        points: Points,
+        predicted: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        assignment: Assignment,
+    ) -> dict[str, Tensor]:
+        """Compute the weighted losses; arguments as `assign` returns them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def assigned_by_outputs(self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> list[AssignedPrediction]:
+        """List the positive predictions by image, ground-truth box, level, row and column.
+
+        Args:
+            outputs, boxes, labels: as in `forward`.
+        """
+        sizes = sizes_of(outputs)
+        with torch.autocast(device_type=outputs[0].device.type, enabled=False):
+            assignment = self.assign(outputs, boxes, labels)[-1]
+        starts = np.cumsum([0, *(rows * columns for rows, columns in sizes)])
+        found = []
+        for image, point in assignment.positive.nonzero().tolist():
+            level = int(np.searchsorted(starts, point, side="right")) - 1
+            row, column = divmod(point - int(starts[level]), sizes[level][1])
+            gt, stride = int(assignment.gt[image, point]), self.decoding.strides[level]
+            found.append(AssignedPrediction(image, gt, level, stride, 0, None, column, row, False))
+        return sorted(found, key=lambda one: (one.image, one.gt, one.level, one.row, one.column))
+
+
+class YOLOXLoss(PointCriterion):
+    """The loss of YOLOX, divided by the number of positive predictions of the micro-batch.
+
+    5 * (1 - IoU^2) + BCE(class, one-hot * IoU) of positives, BCE(objectness) of all; + L1 of the raw box values of
+    positives while the run is finishing. A negative with more than half of its area in a crowd region has no
+    objectness loss.
+
+    Every micro-batch of every process is divided by its own number of positives (at least 1), as in YOLOX: processes
+    and micro-batches of a step count alike, and their gradients are averaged.
+
+    Args:
+        layout, strides, assigner: see `PointCriterion`; the layout has objectness and four values per box.
+        weights: factors of the box, objectness, class and L1 loss.
+
+    Source: YOLOX, sections 2.1 and 2.3, https://arxiv.org/abs/2107.08430; `get_losses` of
+        https://github.com/Megvii-BaseDetection/YOLOX; crowd regions: ours.
+    """
+
+    def __init__(
+        self,
+        layout: OutputLayout,
+        strides: Sequence[int],
+        assigner: Assigner,
+        weights: tuple[float, float, float, float] = (5.0, 1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__(layout, strides, assigner)
+        self.weights = weights
+
+    def compute_losses(
+        self,
+        raw: RawValues,
+        points: Points,
+        predicted: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        assignment: Assignment,
+    ) -> dict[str, Tensor]:
+        """See `PointCriterion.compute_losses`."""
+        assert raw.objectness is not None, "the layout has objectness"
+        positive = assignment.positive.float()
+        count = positive.sum().clamp(min=1)
+        # Negatives are compared with themselves, so that nothing of theirs can be infinite.
+        wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
+        wanted = torch.where(assignment.positive[..., None], wanted, predicted.detach())
+        wanted_cxcywh = xyxy_to_cxcywh(wanted)
+        iou = elementwise_iou(xyxy_to_cxcywh(predicted), wanted_cxcywh)
+        loss_box = ((1 - iou.square()) * positive).sum()
+
+        crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
+        ignored = ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
+        loss_objectness = compare_objectness(raw.objectness, positive, ignored)
+
+        classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
+        target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], assignment.quality[..., None])
+        loss_class = F.binary_cross_entropy_with_logits(raw.classes, target, reduction="none").sum(-1)
+
+        losses = {"loss_box": loss_box, "loss_objectness": loss_objectness, "loss_class": (loss_class * positive).sum()}
+        losses["loss_l1"] = loss_box.new_zeros(())
+        if self.finishing:
+            losses["loss_l1"] = self.compare_raw(raw.boxes, wanted_cxcywh, points, positive)
+        return {name: loss * weight / count for (name, loss), weight in zip(losses.items(), self.weights, strict=True)}
+
+    @staticmethod
+    def compare_raw(raw: Tensor, wanted_cxcywh: Tensor, points: Points, positive: Tensor) -> Tensor:
+        """L1 distance of raw box values (B, P, 4) of positives (B, P) from those of boxes (B, P, 4), summed."""
+        strides = points.strides[:, None]
+        size = wanted_cxcywh[..., 2:].clamp(min=torch.finfo(torch.float32).tiny)  # negatives may have none
+        target = torch.cat([wanted_cxcywh[..., :2] / strides - points.cells, (size / strides).log()], dim=-1)
+        return ((raw - target).abs().sum(-1) * positive).sum()
