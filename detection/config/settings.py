@@ -150,6 +150,7 @@ class YoloSettings(Section):
     objectness_prior: Annotated[float, Field(gt=0, lt=1)]
     score: Literal["product", "objectness"]
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
+    neck: Literal["fpn", "pan"]
 
     @model_validator(mode="after")
     def check_anchors(self) -> "YoloSettings":
@@ -170,12 +171,14 @@ class YoloSettings(Section):
             )
         if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
+        if self.neck != "fpn" and backbone == DARKNET_CFG:
+            raise ValueError(f"yolo.neck: backbone {backbone} brings its own neck; must be fpn")
 
 
 class YoloxSettings(Section):
     """What is the anchor-free detectors' own: neck, head, loss and assignment."""
 
-    neck: Literal["fpn"]
+    neck: Literal["fpn", "pan"]
     spp: bool
     neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
     head_channels: Count

@@ -209,12 +209,17 @@ def test_weights_of_another_width_are_refused_in_one_line(tmp_path: Path) -> Non
         load_pretrained(narrow.model, settings.model, ["a", "b"])
 
 
-def test_a_narrow_network_exports_to_darknet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["yolo.neck=pan"], ["yolo.neck=pan", "yolo.spp=true"]])
+def test_a_narrow_network_and_a_pan_export_to_darknet(more: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    detector = build(*SCALED, NARROW)
+    detector = build(*SCALED, NARROW, *more)
+    assert isinstance(detector.model, YOLOv3)
+    for convolution in detector.model.output_convolutions():
+        nn.init.normal_(convolution.weight)
     write_darknet_weights(detector.model, tmp_path / "file.weights", Header())
     described = DarknetNetwork(parse_cfg(format_cfg(describe_detector(detector, 64))), 2)
-    load_darknet_weights(described, tmp_path / "file.weights")
+    loaded = load_darknet_weights(described, tmp_path / "file.weights").convolutions
+    assert loaded == sum(isinstance(module, nn.Conv2d) for module in detector.model.modules())
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         pairs = zip(detector.model.eval()(images), described.eval()(images), strict=True)

@@ -21,7 +21,7 @@ from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
 HELD_SETTINGS: dict[str, list[str]] = {
-    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss")],
+    "network": [f"yolo.{name}" for name in ("spp", "neck", "neck_channels", "anchors", "class_loss")],
     "decoding": ["yolo.score", "yolo.objectness_threshold"],
 }
 
@@ -135,6 +135,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         prior,
         momentum,
         tiny_stage if tiny else spp_stage if yolo.spp else yolov3_stage,
+        yolo.neck == "pan",
     )
 
 
