@@ -24,7 +24,7 @@ from detection.drawing.window import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
-from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
+from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, full_rate, resolve_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,10 +126,12 @@ def main() -> None:
 def build_curve(name: str, settings: Settings, images: int) -> Curve:
     """Resolve durations to steps and build the schedule; SettingsError if they contradict one another."""
     train = settings.train
-    steps_per_epoch = images / (train.micro_batch * train.subdivisions)
+    images_per_step = train.micro_batch * train.subdivisions
+    steps_per_epoch = images / images_per_step
     total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)
+    rate, clean_finish = full_rate(train, images_per_step), getattr(train, "clean_finish", 0.0)
     try:
-        schedule = build_schedule(settings.scheduler, train.learning_rate, total_steps, steps_per_epoch)
+        schedule = build_schedule(settings.scheduler, rate, total_steps, steps_per_epoch, clean_finish)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from None
     return Curve(name, schedule, total_steps, steps_per_epoch)

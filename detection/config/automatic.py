@@ -109,6 +109,11 @@ def ema_decay(total_steps: int) -> float:
     return 1 - 1 / max(AVERAGED_STEPS, AVERAGED_SHARE * total_steps)
 
 
+def scaled_channels(channels: int, width: float) -> int:
+    """Multiply a number of channels by `model.width` and round it to the nearest multiple of 8, at least 8."""
+    return max(8 * math.floor(width * channels / 8 + 0.5), 8)
+
+
 def _at(tree: Mapping[str, Any], path: str) -> Any:
     """Return the mapping that holds the last part of a path."""
     for part in path.split(".")[:-1]:
@@ -119,6 +124,14 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
 def _horizontal_flip(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     sided = [name for name in facts.names if re.fullmatch("[A-Za-z0-9]", name) or SIDED.search(name.lower())]
     return (0.0, f"{sided[0]!r} is another thing in a mirror") if sided else (0.5, "")
+
+
+def _neck_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    width = tree["model"]["width"]
+    widths = NECKS.get(tree["model"]["backbone"], NECK)
+    if width == 1 or not isinstance(width, int | float):  # `validate` reports what is no number
+        return list(widths), ""
+    return [scaled_channels(channels, width) for channels in widths], ""
 
 
 def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
@@ -133,6 +146,8 @@ def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
 
 def _pretrained(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     backbone = tree["model"]["backbone"]
+    if (tree["model"]["width"], tree["model"]["depth"]) != (1, 1):
+        return False, "random weights; none were published for other widths and depths"
     if facts.has_weights(backbone):
         return True, f"the weights of {backbone} are on this machine"
     if backbone in NECKS or backbone.startswith("timm/"):
@@ -145,8 +160,8 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
     "model.backbone": lambda tree, facts: (
         ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
     ),
-    "yolo.neck_channels": lambda tree, facts: (list(NECKS.get(tree["model"]["backbone"], NECK)), ""),
-    "yolox.neck_channels": lambda tree, facts: (list(NECKS.get(tree["model"]["backbone"], NECK)), ""),
+    "yolo.neck_channels": _neck_channels,
+    "yolox.neck_channels": _neck_channels,
     "yolox.head_channels": lambda tree, facts: (HEADS.get(tree["model"]["backbone"], HEAD), ""),
     "model.pretrained": _pretrained,
     "train.image_size": lambda tree, facts: (416 if facts.accelerated else 320, ""),

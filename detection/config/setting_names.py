@@ -60,7 +60,7 @@ PEER_NAMES = {
     "batch": "train.batch_size",
     "lr": "train.learning_rate",
     "lr0": "train.learning_rate",
-    "lrf": "scheduler.eta_min, the last learning rate itself, not a share of the first",
+    "lrf": "scheduler.eta_min_factor",
     "warmup_epochs": 'scheduler.warmup, e.g. scheduler.warmup="3ep"',
     "burn_in": "scheduler.warmup",
     "workers": "data.num_workers",

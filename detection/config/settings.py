@@ -121,9 +121,14 @@ class ModelSettings(Section):
     rounding: Literal["nearest", "down"]
     interpolation: Literal["linear", "area", "cubic", "darknet"]
     fill: tuple[GreyLevel, GreyLevel, GreyLevel] | None
+    width: Annotated[float, Field(gt=0, le=4)]
+    depth: Annotated[float, Field(gt=0, le=4)]
 
     @model_validator(mode="after")
     def check_cfg(self) -> "ModelSettings":
+        for name in ("width", "depth"):
+            if getattr(self, name) != 1 and self.backbone != "darknet":
+                raise ValueError(f"{name}: only of backbone darknet; must be 1 with {self.backbone}")
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
             raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
         return self
@@ -145,6 +150,7 @@ class YoloSettings(Section):
     objectness_prior: Annotated[float, Field(gt=0, lt=1)]
     score: Literal["product", "objectness"]
     objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
+    neck: Literal["fpn", "pan"]
 
     @model_validator(mode="after")
     def check_anchors(self) -> "YoloSettings":
@@ -165,12 +171,14 @@ class YoloSettings(Section):
             )
         if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
+        if self.neck != "fpn" and backbone == DARKNET_CFG:
+            raise ValueError(f"yolo.neck: backbone {backbone} brings its own neck; must be fpn")
 
 
 class YoloxSettings(Section):
     """What is the anchor-free detectors' own: neck, head, loss and assignment."""
 
-    neck: Literal["fpn"]
+    neck: Literal["fpn", "pan"]
     spp: bool
     neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
     head_channels: Count
@@ -226,6 +234,15 @@ class TrainSettings(Section):
     sync_batch_norm: bool
     activation_checkpointing: bool
     patience: Count | None
+    learning_rate_batch: Count | None
+    nesterov: bool
+    backbone_layer_decay: Annotated[float, Field(gt=0, le=1)]
+
+    @model_validator(mode="after")
+    def check_optimizer(self) -> "TrainSettings":
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            raise ValueError("nesterov: needs train.optimizer=sgd and a train.momentum above 0")
+        return self
 
     @property
     def largest_size(self) -> int:
@@ -249,7 +266,9 @@ class TrainSettings(Section):
 class SchedulerSettings(Section):
     """Learning rate over the steps; which fields count depends on `strategy`."""
 
-    strategy: Literal["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
+    strategy: Literal[
+        "LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "FlatCosine", "constant"
+    ]
     warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
     scale: tuple[NotNegative, ...]
@@ -261,6 +280,10 @@ class SchedulerSettings(Section):
     gamma: NotNegative
     warmup_start_factor: Probability
     warmup_bias_lr: NotNegative | None
+    warmup_power: Positive | None
+    eta_min_factor: Probability | None
+    flat: Probability
+    constant_finish: bool
 
     @model_validator(mode="after")
     def check_lengths(self) -> "SchedulerSettings":

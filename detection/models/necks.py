@@ -1,5 +1,6 @@
 """Necks: the feature maps of a backbone to as many maps in which coarse and fine levels are combined."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -92,3 +93,49 @@ class TopDownNeck(nn.Module):
             carried = stage(torch.cat([upsampled, features], dim=1))
             outputs.append(carried)
         return outputs[::-1]
+
+
+class BottomUpPath(nn.Module):
+    """Second half of a path aggregation network: each level joins its map with the finer level's, halved in size.
+
+    Args:
+        channels: of the maps, stride ascending; each stride is twice the one before. The outputs have the same.
+
+    Source: Path Aggregation Network, section 3.1, https://arxiv.org/abs/1803.01534; with concatenation instead of a sum
+    YOLOv4, section 3.4, https://arxiv.org/abs/2004.10934, here with three convolutions per level instead of five
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.out_channels = tuple(channels)
+        self.downs = nn.ModuleList(conv_block(width, width, 3, stride=2) for width in channels[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                conv_block(finer + width, width, 1), conv_block(width, 2 * width, 3), conv_block(2 * width, width, 1)
+            )
+            for finer, width in itertools.pairwise(channels)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Map (B, C, H, W) per level to the same shapes, stride ascending; the finest map stays as it is."""
+        outputs = [maps[0]]
+        for down, stage, features in zip(self.downs, self.stages, maps[1:], strict=True):
+            outputs.append(stage(torch.cat([down(outputs[-1]), features], dim=1)))
+        return outputs
+
+
+class PathAggregationNeck(nn.Module):
+    """PAN: `TopDownNeck`, then `BottomUpPath`; arguments and interface of the former."""
+
+    def __init__(self, in_channels: Sequence[int], widths: Sequence[int], stage: NeckStage = plain_stage) -> None:
+        super().__init__()
+        self.top_down = TopDownNeck(in_channels, widths, stage)
+        self.bottom_up = BottomUpPath(self.top_down.out_channels)
+        self.out_channels = self.bottom_up.out_channels
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Map (B, in, H, W) per level to (B, out, H, W), both stride ascending."""
+        return self.bottom_up(self.top_down(maps))

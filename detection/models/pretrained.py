@@ -85,6 +85,11 @@ def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str
     """Load the published weights of a backbone (`pretrained: true`); see `load_pretrained`."""
     backbone = cast(DetectorModel, model).backbone
     if isinstance(backbone, Darknet53):
+        if (backbone.width, backbone.depth) != (1, 1):
+            raise SettingsError(
+                f"model.pretrained = true: the published weights are of model.width 1 and model.depth 1, not of "
+                f"{backbone.width:g} and {backbone.depth:g}; must be false, or a FILE of such a network"
+            )
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
     if isinstance(backbone, MobileNetV3):
         weights = backbone.standard_weights
@@ -152,7 +157,7 @@ def load_checkpoint_weights(
         raise CheckpointError(
             f"model.pretrained={path} is not the checkpoint of a run: no {str(error).strip(chr(39))}"
         ) from None
-    for kind in ("detector", "backbone"):
+    for kind in ("detector", "backbone", "width", "depth"):
         if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
             raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
     weights = "EMA" if checkpoint["average"] else "weights"

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 OWN_DATA = DEFAULTS.parent.parent / "recipes" / "own_data.yaml"
 COCO_SIZED = 20_000  # training images from which args.yaml, made for COCO's 118,287, is the plan
 COCO_FILE = ("annotations/instances_train2017.json", 100 * 2**20)  # of this size: not read twice
+RESTARTS = "CosineAnnealingWarmRestartsWithWarmup"
 # Settings of the scheduler that only some strategies read.
 LIMITED = {
     "scheduler.index": ("LambdaLR",),
     "scheduler.scale": ("LambdaLR",),
-    **{f"scheduler.{name}": ("CosineAnnealingWarmRestartsWithWarmup",) for name in ("T_0", "T_mult", "eta_min")},
-    **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_start_factor", "warmup_bias_lr")},
+    **{f"scheduler.{name}": (RESTARTS,) for name in ("T_0", "T_mult")},
+    **{f"scheduler.{name}": (RESTARTS, "FlatCosine") for name in ("eta_min", "eta_min_factor")},
+    **{f"scheduler.{name}": ("FlatCosine",) for name in ("flat", "constant_finish")},
+    **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_bias_lr")},
+    "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine"),
     "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
 }
 

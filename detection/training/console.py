@@ -84,13 +84,20 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
+    if train.learning_rate_batch is not None:
+        lines.append(
+            f"rate        {run.learning_rate:.6g} for {run.images_per_step} images per step: train.learning_rate = "
+            f"{train.learning_rate:g} is for {train.learning_rate_batch}"
+        )
     lines += run.detector.notices(
         {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
     )
-    if train.backbone_learning_rate_factor != 1 or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
+    factor, decay = train.backbone_learning_rate_factor, train.backbone_layer_decay
+    if (factor, decay) != (1, 1) or train.backbone_batch_norm == "frozen" or run.unfreeze_step:
         lines.append(
-            f"backbone    frozen for {run.unfreeze_step} steps, then learning rate x "
-            f"{train.backbone_learning_rate_factor:g}, batch norm {train.backbone_batch_norm}"
+            f"backbone    frozen for {run.unfreeze_step} steps, then learning rate x {factor:g}"
+            f"{f' and x {decay:g} per stage towards the input' if decay != 1 else ''}, "
+            f"batch norm {train.backbone_batch_norm}"
         )
     lines += [f"pretrained  {line}" for line in run.pretrained_lines]
     for name, annotations in (("training", training), ("validation", validation)):
@@ -114,9 +121,9 @@ def plan_warnings(run: Run) -> list[str]:
             f"the warm-up takes {run.schedule.warmup} of {steps} steps, so the learning rate reaches only "
             f"{highest:.2g}; a tenth is usual: scheduler.warmup=auto"
         )
-    elif highest < settings.train.learning_rate / LOW_RATE:
+    elif highest < run.learning_rate / LOW_RATE:
         warnings.append(
-            f"the learning rate reaches only {highest:.2g}, of {settings.train.learning_rate:g}: it falls before the "
+            f"the learning rate reaches only {highest:.2g}, of {run.learning_rate:g}: it falls before the "
             f"warm-up of {run.schedule.warmup} steps ends"
         )
     if epochs > MANY_EPOCHS:

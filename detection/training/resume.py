@@ -117,6 +117,7 @@ def follows_length(settings: Settings) -> list[str]:
     scheduler, names = settings.scheduler, []
     if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
         names.append("the cosine schedule (scheduler.T_0: null)")
+    names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
     return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
 

@@ -30,7 +30,7 @@ from detection.runtime.distributed import Ranks, device_of_rank, read_environmen
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
 from detection.training.prefetch import Prefetcher
-from detection.training.schedules import build_schedule, resolve_steps
+from detection.training.schedules import build_schedule, full_rate, resolve_steps
 from detection.training.state import RunState
 
 
@@ -160,8 +160,12 @@ class Run:
         if frequency == "auto":
             frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
         self.evaluate_frequency = max(self.in_steps(frequency), 1)
+        self.learning_rate = full_rate(train, self.images_per_step)
+        clean_finish = getattr(train, "clean_finish", 0.0)
         try:
-            self.schedule = build_schedule(settings.scheduler, train.learning_rate, self.steps, self.steps_per_epoch)
+            self.schedule = build_schedule(
+                settings.scheduler, self.learning_rate, self.steps, self.steps_per_epoch, clean_finish
+            )
         except ValueError as error:
             raise SettingsError(str(error)) from None
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from detection.config.automatic import warmup_steps
-from detection.config.settings import SchedulerSettings
+from detection.config.settings import SchedulerSettings, TrainSettings
 
 BIAS_GROUP = "biases"
 
@@ -16,11 +16,25 @@ def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
     return round(float(duration.removesuffix("ep")) * steps_per_epoch)
 
 
+def full_rate(train: TrainSettings, images_per_step: int) -> float:
+    """Return the full learning rate of a run, scaled from `train.learning_rate_batch` to its images per step.
+
+    Source: the linear scaling rule of Accurate, Large Minibatch SGD, section 2.1, https://arxiv.org/abs/1706.02677
+    """
+    if train.learning_rate_batch is None:
+        return train.learning_rate
+    return train.learning_rate * images_per_step / train.learning_rate_batch
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
 
-    Source: warm-up power 4, Darknet's `burn_in`; StepLR, torch's scheduler of that name; cosine restarts, SGDR, https://arxiv.org/abs/1608.03983
+    `flat_end` and `cosine_end` are those of FlatCosine: the last step at the full rate, and the first at `eta_min`.
+
+    Source: warm-up power 4, Darknet's `burn_in`; StepLR, torch's scheduler of that name; cosine restarts, SGDR,
+    https://arxiv.org/abs/1608.03983; FlatCosine, RTMDet, section 4.1, https://arxiv.org/abs/2212.07784, and with a
+    quadratic warm-up and a constant finish YOLOX, section 2.1, https://arxiv.org/abs/2107.08430
     """
 
     strategy: str
@@ -36,13 +50,18 @@ class Schedule:
     warmup_start_factor: float
     warmup_bias_lr: float | None
     step_size: int
+    warmup_power: float
+    flat_end: int
+    cosine_end: int
 
     def at(self, step: int, group: str = "weights") -> float:
         """Return the learning rate of optimizer step `step` (the first is 0) for a parameter group."""
         if self.strategy == "WarmupMultiStepLR":
             return self._multi_step(step, group)
+        if self.strategy == "FlatCosine":
+            return self._flat_cosine(step)
         # step + 1, as in Darknet, which counts the batch before the update: the first rate is not 0.
-        rise = min((step + 1) / self.warmup, 1.0) ** 4 if self.warmup else 1.0
+        rise = min((step + 1) / self.warmup, 1.0) ** self.warmup_power if self.warmup else 1.0
         if self.strategy == "LambdaLR":
             return self.learning_rate * rise * self.scale[sum(step >= begin for begin in self.index)]
         if self.strategy == "CosineAnnealingWarmRestartsWithWarmup":
@@ -52,7 +71,7 @@ class Schedule:
         return self.learning_rate * rise
 
     def changes(self, total_steps: int, limit: int = 8) -> list[int]:
-        """Return the first `limit` steps below `total_steps` at which a new scale, milestone or cosine cycle begins."""
+        """Return the first `limit` steps below `total_steps` at which a new scale, milestone or cosine begins."""
         if self.strategy == "LambdaLR":
             steps = list(self.index)
         elif self.strategy == "WarmupMultiStepLR":
@@ -64,6 +83,8 @@ class Schedule:
             while start < total_steps and len(steps) <= limit:
                 steps.append(start)
                 start, length = start + length, length * self.cycle_growth
+        elif self.strategy == "FlatCosine":
+            steps = sorted({self.flat_end, max(self.cosine_end, self.flat_end)})
         else:
             steps = []
         return [step for step in steps if step < total_steps][:limit]
@@ -83,14 +104,40 @@ class Schedule:
         if step < self.warmup:
             if group == BIAS_GROUP and self.warmup_bias_lr is not None:
                 return self.warmup_bias_lr
-            return self.learning_rate * (self.warmup_start_factor + (1 - self.warmup_start_factor) * step / self.warmup)
+            return self._rise(step)
         return self.learning_rate * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+    def _flat_cosine(self, step: int) -> float:
+        if step < self.warmup:
+            return self._rise(step)
+        if step < self.flat_end:
+            return self.learning_rate
+        if step >= self.cosine_end:
+            return self.eta_min
+        share = (step - self.flat_end) / (self.cosine_end - self.flat_end)
+        return self.eta_min + (self.learning_rate - self.eta_min) * (1 + math.cos(math.pi * share)) / 2
+
+    def _rise(self, step: int) -> float:
+        """Warm-up from `warmup_start_factor`; the first step has exactly that share."""
+        start, power = self.warmup_start_factor, self.warmup_power
+        return self.learning_rate * (start + (1 - start) * step**power / self.warmup**power)
 
 
 def build_schedule(
-    scheduler: SchedulerSettings, learning_rate: float, total_steps: int, steps_per_epoch: float
+    scheduler: SchedulerSettings,
+    learning_rate: float,
+    total_steps: int,
+    steps_per_epoch: float,
+    clean_finish: float = 0.0,
 ) -> Schedule:
     """Build the schedule of the settings, with all durations resolved to steps.
+
+    Args:
+        scheduler: settings of the schedule.
+        learning_rate: the full rate.
+        total_steps: length of the run.
+        steps_per_epoch: to resolve durations in epochs.
+        clean_finish: share of the run at its end that `scheduler.constant_finish` holds at the smallest rate.
 
     Raises:
         ValueError: milestones or index are not ascending after epochs have become steps.
@@ -106,6 +153,9 @@ def build_schedule(
             raise ValueError(
                 f"scheduler.{name}: must be ascending, is {list(values)} steps at {steps_per_epoch:.1f} steps per epoch"
             )
+    power = scheduler.warmup_power or (1 if scheduler.strategy in ("WarmupMultiStepLR", "FlatCosine") else 4)
+    eta_min = scheduler.eta_min if scheduler.eta_min_factor is None else scheduler.eta_min_factor * learning_rate
+    finish = clean_finish if scheduler.constant_finish else 0.0
     first_cycle = max(total_steps - warmup, 1) if scheduler.T_0 is None else max(steps(scheduler.T_0), 1)
     return Schedule(
         scheduler.strategy,
@@ -115,10 +165,13 @@ def build_schedule(
         scheduler.scale,
         first_cycle,
         scheduler.T_mult,
-        scheduler.eta_min,
+        eta_min,
         milestones,
         scheduler.gamma,
         scheduler.warmup_start_factor,
         scheduler.warmup_bias_lr,
         max(steps(scheduler.step_size or 0), 1),
+        power,
+        max(round(scheduler.flat * total_steps), warmup),
+        round((1 - finish) * total_steps),
     )

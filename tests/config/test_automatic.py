@@ -56,6 +56,8 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         (("model.backbone=darknet",), {}, {"yolo.neck_channels": [512, 256, 128], "train.image_size": 320}),
         (("train.image_size=96",), {}, {"evaluation.image_size": 96}),
         (("model.backbone=darknet_tiny",), {}, {"yolo.neck_channels": [256, 128]}),
+        (("model.width=0.25",), {"accelerated": True}, {"yolo.neck_channels": [128, 64, 32]}),
+        (("model.depth=0.33",), {"accelerated": True, "has_weights": bool}, {"model.pretrained": False}),
         ((), {}, {"data.augmentation.horizontal_flip.p": 0.5}),
         ((), {"names": ("car", "turn left")}, {"data.augmentation.horizontal_flip.p": 0.0}),
         ((), {"names": ("leftover", "7")}, {"data.augmentation.horizontal_flip.p": 0.0}),

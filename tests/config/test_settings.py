@@ -241,11 +241,13 @@ IMPOSSIBLE = {
     "train": """
         batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
         multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
+        nesterov=true learning_rate_batch=0 backbone_layer_decay=0 backbone_layer_decay=1.1
         clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep steps=-1 steps=1.5 steps=ep
         steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
     "scheduler": """
         milestones=[5,3] milestones=[5,5] milestones=[9ep,10ep,9.5ep] index=[3,2,1] scale=[1.0,0.5]
-        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=Step""",
+        scale=[1.0,0.5,-0.1,0.05] T_mult=3 strategy=Step
+        warmup_power=0 eta_min_factor=2 flat=-0.1 flat=1.5 constant_finish=1""",
     "yolo": """
         anchors=[] anchors=[[[1,2]],[[1,2]],[]] anchors=[[[1,2]],[[1,2]],[[1,0]]] anchors=[[[1,2]],[[1,2]],[[1]]]
         neck_channels=[512,256] ignore_threshold=1.5 ignore_threshold=.nan objectness_prior=0 objectness_prior=1""",

@@ -11,15 +11,17 @@ from torch import nn
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.errors import SettingsError
+from detection.errors import CheckpointError, SettingsError
 from detection.models import build_detector
 from detection.models.backbones import BACKBONES, build_backbone
-from detection.models.backbones.darknet import DarknetTiny
+from detection.models.backbones.darknet import Darknet53, DarknetTiny
 from detection.models.backbones.timm_backbone import check_declaration
-from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.cfg import format_cfg, parse_cfg
+from detection.models.darknet.export import describe_detector
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
 from detection.models.necks import PyramidPooling
+from detection.models.pretrained import load_pretrained
 from detection.models.yolo.network import YOLOv3
 from tests.support.darknet_descriptions import yolov3, yolov3_tiny
 from tests.support.paths import ARGS
@@ -45,12 +47,18 @@ def build_one(backbone: str, levels: int) -> Any:
     return build_backbone(load_settings(ARGS, words=words(backbone, levels))[0].model, levels, "yolo.anchors")
 
 
-@pytest.fixture(scope="module", params=[*BACKBONES, *TIMM])
+SCALED = ["model.width=0.25", "model.depth=0.33"]
+
+
+@pytest.fixture(scope="module", params=[*BACKBONES, "narrow", *TIMM])
 def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with batch-norm statistics of a few batches."""
     torch.manual_seed(0)
     levels = 2 if request.param == "darknet_tiny" else 3
-    module = build_one(request.param, levels)
+    if request.param == "narrow":
+        module: Any = build_backbone(load_settings(ARGS, words=SCALED)[0].model, 3, "yolo.anchors")
+    else:
+        module = build_one(request.param, levels)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.ones_(norm.weight)  # timm's ResNets begin with zeros, which let no gradient through
@@ -153,6 +161,70 @@ def test_spp_needs_a_neck_that_pools(tmp_path: Path) -> None:
     described = ["model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'a.cfg'}"]
     for settings, name in ((TINY, "darknet_tiny"), (described, "darknet_cfg")):
         assert f"yolo.spp: backbone {name}" in refuse(*settings, "yolo.spp=true")
+
+
+# Width and depth of Darknet-53
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "channels", "blocks"),
+    [
+        (1.0, 1.0, [32, 64, 128, 256, 512, 1024], [1, 2, 8, 8, 4]),
+        (0.25, 0.33, [8, 16, 32, 64, 128, 256], [1, 1, 3, 3, 1]),
+        (0.375, 0.33, [16, 24, 48, 96, 192, 384], [1, 1, 3, 3, 1]),  # 12 and 0.375 * 8 / 8 round up
+        (0.1, 0.01, [8, 8, 16, 24, 48, 104], [1, 1, 1, 1, 1]),
+        (1.25, 1.33, [40, 80, 160, 320, 640, 1280], [1, 3, 11, 11, 5]),
+    ],
+)
+def test_scaled_darknet(width: float, depth: float, channels: list[int], blocks: list[int]) -> None:
+    with torch.device("meta"):
+        network = Darknet53(width, depth)
+    assert network.out_channels == tuple(channels[3:])
+    assert [len(stage) - 1 for stage in network.stages] == blocks
+    assert [network.stem[0].out_channels, *(stage[0][0].out_channels for stage in network.stages)] == channels
+    if (width, depth) == (1, 1):
+        names = list(network.state_dict())
+        assert len(names) == 52 * 6 and names[0] == "stem.0.weight"
+        assert sum(value.numel() for value in network.parameters()) == 40_584_928
+
+
+def test_factors_are_of_darknet_53_alone() -> None:
+    for factor in ("width", "depth"):
+        message = refuse(*words("mobilenet_v3_small", 3), f"model.{factor}=0.5")
+        assert f"model.{factor}: only of backbone darknet; must be 1 with mobilenet_v3_small" in message
+
+
+def test_weights_of_another_width_are_refused_in_one_line(tmp_path: Path) -> None:
+    narrow = build(*SCALED, NARROW)
+    half = ["model.width=0.125", "model.depth=0.33", NARROW]
+    file = tmp_path / "narrow.conv.16"
+    write_darknet_weights(narrow.model, file, Header(), 16)
+    assert load_darknet_weights(build(*SCALED, NARROW).model, file).convolutions == 16
+    for settings in (half, ["model.depth=0.33", NARROW], ["model.width=0.25", NARROW]):
+        with pytest.raises(CheckpointError, match="this network needs") as raised:
+            load_darknet_weights(build(*settings).model, file)
+        assert "\n" not in str(raised.value)
+    settings, _ = load_settings(ARGS, words=[*SCALED, NARROW, "model.pretrained=true"])
+    with pytest.raises(SettingsError, match=r"are of model\.width 1 and model\.depth 1, not of 0\.25 and 0\.33"):
+        load_pretrained(narrow.model, settings.model, ["a", "b"])
+
+
+@pytest.mark.parametrize("more", [[], ["yolo.neck=pan"], ["yolo.neck=pan", "yolo.spp=true"]])
+def test_a_narrow_network_and_a_pan_export_to_darknet(more: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    detector = build(*SCALED, NARROW, *more)
+    assert isinstance(detector.model, YOLOv3)
+    for convolution in detector.model.output_convolutions():
+        nn.init.normal_(convolution.weight)
+    write_darknet_weights(detector.model, tmp_path / "file.weights", Header())
+    described = DarknetNetwork(parse_cfg(format_cfg(describe_detector(detector, 64))), 2)
+    loaded = load_darknet_weights(described, tmp_path / "file.weights").convolutions
+    assert loaded == sum(isinstance(module, nn.Conv2d) for module in detector.model.modules())
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        pairs = zip(detector.model.eval()(images), described.eval()(images), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 # timm

@@ -72,6 +72,8 @@ def test_a_setting_that_a_script_does_not_use_is_named() -> None:
         ("WarmupMultiStepLR", "scheduler.gamma=0.5", False),
         ("LambdaLR", "scheduler.T_0=5", True),
         ("constant", "scheduler.warmup=5", False),
+        ("LambdaLR", "scheduler.flat=0.3", True),
+        ("FlatCosine", "scheduler.eta_min_factor=0.3", False),
     ],
 )
 def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named: bool) -> None:
@@ -282,3 +284,18 @@ def test_a_cosine_run_becomes_longer_on_request_only(
                         for k, n in ((0, 3), (1, 3), (2, 3), (3, 7), (4, 7), (5, 7), (6, 7)))]  # fmt: skip
     assert rates == pytest.approx(expected, rel=1e-4)
     assert torch.load(run / "last.pt", weights_only=True)["extended"] == [[4, "4", "8"]]
+
+
+def test_the_rate_of_the_batch_and_a_flat_cosine(main: Callable[..., Any], drawn_dataset: Path, tmp_path: Path) -> None:
+    """A rate for 12 images, in steps of 3: a quarter of it, said in the plan, flat and then a cosine in the log."""
+    run = tmp_path / "run"
+    words = ("scheduler.strategy=FlatCosine", "scheduler.warmup=0", "scheduler.eta_min_factor=0", "train.steps=4")
+    words += ("train.learning_rate=0.004", "train.learning_rate_batch=12", "evaluation.evaluate_frequency=100")
+    done = main(f"data.root={drawn_dataset}", *TINY, *words, "train.ema_decay=null", "--output", run)
+    assert done.returncode == 0, done.stderr
+    assert "rate        0.001 for 3 images per step: train.learning_rate = 0.004 is for 12" in done.stdout
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    rates = [row["train/learning_rate"] for row in rows if "train/loss" in row]
+    assert rates == pytest.approx([0.001, 0.001, 0.001, 0.0005])
+    refused = main("--resume", run, "train.steps=8")
+    assert refused.returncode == 2 and "the cosine schedule (scheduler.strategy: FlatCosine)" in refused.stderr

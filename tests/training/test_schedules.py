@@ -8,20 +8,32 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from detection.config.loading import load_settings
-from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, resolve_steps
+from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, full_rate, resolve_steps
 from tests.support.paths import ARGS
 
-STRATEGIES = ["LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "constant"]
+STRATEGIES = [
+    "LambdaLR",
+    "CosineAnnealingWarmRestartsWithWarmup",
+    "WarmupMultiStepLR",
+    "StepLR",
+    "FlatCosine",
+    "constant",
+]
 
 
 def build(
-    strategy: str, learning_rate: float = 0.1, total_steps: int = 1000, steps_per_epoch: float = 10, **values: Any
+    strategy: str,
+    learning_rate: float = 0.1,
+    total_steps: int = 1000,
+    steps_per_epoch: float = 10,
+    clean_finish: float = 0.0,
+    **values: Any,
 ) -> Schedule:
     """Build a schedule from settings, as the training script does."""
     values = {"step_size": 500, **values} if strategy == "StepLR" else values
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
     settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
-    return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch)
+    return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch, clean_finish)
 
 
 # Durations
@@ -157,6 +169,78 @@ def test_cosine_over_the_whole_run() -> None:
     assert schedule.at(600) == pytest.approx(0.05)
     assert schedule.at(999) == pytest.approx(0, abs=1e-6)
     assert all(schedule.at(step) < schedule.at(step - 1) for step in range(201, 1000))
+
+
+def test_smallest_rate_as_a_share_and_another_power() -> None:
+    cosine = build("CosineAnnealingWarmRestartsWithWarmup", 0.4, warmup=10, T_0=20, eta_min_factor=0.05, warmup_power=2)
+    assert cosine.eta_min == pytest.approx(0.02) and cosine.at(4) == pytest.approx(0.4 * 0.25)
+    assert cosine.at(20) == pytest.approx(0.02 + 0.38 / 2)
+    assert build("WarmupMultiStepLR", warmup=10, warmup_power=2).at(5) == pytest.approx(0.1 * (0.1 + 0.9 * 0.25))
+
+
+# FlatCosine
+
+
+def yolox_rate(step: int, rate: float, steps: int, warmup: int, finish: int, share: float) -> float:
+    """The paper's schedule, from its description: quadratic, cosine to `share`, constant in the last `finish` steps."""
+    if step <= warmup:
+        return rate * (step / warmup) ** 2
+    if step >= steps - finish:
+        return share * rate
+    position = (step - warmup) / (steps - warmup - finish)
+    return share * rate + (1 - share) * rate * 0.5 * (1 + math.cos(math.pi * position))
+
+
+def rtmdet_rate(step: int, rate: float, steps: int, warmup: int, share: float) -> float:
+    """The paper's schedule: linear from 1e-5, flat to the half, cosine to `share` at the end."""
+    if step < warmup:
+        return rate * (1e-5 + (1 - 1e-5) * step / warmup)
+    half = steps // 2
+    if step < half:
+        return rate
+    return share * rate + (1 - share) * rate * 0.5 * (1 + math.cos(math.pi * (step - half) / (steps - half)))
+
+
+@pytest.mark.parametrize("steps", [300, 3000, 4440])
+def test_flat_cosine_is_the_schedule_of_both_papers(steps: int) -> None:
+    """YOLOX: 5 of 300 epochs of warm-up, 15 without mosaic; RTMDet: flat for 150 of 300 epochs."""
+    words = {"warmup": '"5ep"', "warmup_power": 2, "warmup_start_factor": 0, "flat": 0, "constant_finish": "true"}
+    epoch = steps / 300
+    yolox = build("FlatCosine", 0.01, steps, epoch, clean_finish=0.05, eta_min_factor=0.05, **words)
+    warmup = round(5 * epoch)
+    expected = [yolox_rate(step, 0.01, steps, warmup, steps // 20, 0.05) for step in range(steps)]
+    assert [yolox.at(step) for step in range(steps)] == pytest.approx(expected, rel=1e-12)
+    assert yolox.changes(steps) == [warmup, steps - steps // 20]
+    rtmdet = build("FlatCosine", 0.004, steps, epoch, warmup=20, warmup_start_factor=1e-5, eta_min_factor=0.05)
+    expected = [rtmdet_rate(step, 0.004, steps, 20, 0.05) for step in range(steps)]
+    assert [rtmdet.at(step) for step in range(steps)] == pytest.approx(expected, rel=1e-12)
+    assert rtmdet.changes(steps) == [steps // 2]
+
+
+def test_a_finish_is_held_only_where_asked() -> None:
+    values: dict[str, Any] = {"warmup": 0, "flat": 0.2, "eta_min_factor": 0.1, "clean_finish": 0.3, "total_steps": 100}
+    held = build("FlatCosine", constant_finish="true", **values)
+    assert held.at(19) == 0.1 and held.at(45) == pytest.approx(0.055) and held.at(69) > 0.01
+    assert [held.at(step) for step in (70, 99, 1000)] == pytest.approx([0.01] * 3)
+    assert build("FlatCosine", **values).at(70) > 0.03
+
+
+def test_a_warm_up_longer_than_the_flat_part_delays_the_cosine() -> None:
+    schedule = build("FlatCosine", warmup=60, flat=0.5, eta_min_factor=0, total_steps=100)
+    assert [schedule.at(step) for step in (59, 60, 80)] == pytest.approx([0.1 * (0.1 + 0.9 * 59 / 60), 0.1, 0.05])
+
+
+def test_flat_to_the_end() -> None:
+    assert {build("FlatCosine", warmup=0, flat=1, total_steps=50).at(step) for step in range(50)} == {0.1}
+
+
+# The rate of the batch
+
+
+def test_rate_follows_the_images_per_step() -> None:
+    for words, images, expected in (([], 16, 0.004), (["train.learning_rate_batch=256"], 16, 0.004 / 16)):
+        settings, _ = load_settings(ARGS, words=["train.learning_rate=0.004", *words])
+        assert full_rate(settings.train, images) == expected
 
 
 # WarmupMultiStepLR and constant

@@ -13,6 +13,7 @@ from detection.config.loading import load_settings
 from detection.config.settings import Settings, TrainSettings
 from detection.contract import Detector
 from detection.data.loaders import build_evaluation_loader
+from detection.errors import SettingsError
 from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
 from detection.runtime.devices import autocast, build_scaler
@@ -23,7 +24,7 @@ from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss,
 from detection.training.step import train_step
 from detection.training.throughput import Meter
 from tests.support.detectors import datasets_of
-from tests.support.paths import REPOSITORY
+from tests.support.paths import ARGS, REPOSITORY
 
 CPU = torch.device("cpu")
 WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]"]
@@ -214,6 +215,16 @@ def test_momentum_by_hand() -> None:
         assert model.w.item() == pytest.approx(expected)
 
 
+def test_nesterov_by_hand() -> None:
+    # velocity 1, then 1.5, as above; each step goes to gradient + 0.5 * velocity: 1.5, then 1.75
+    model = Weights(0.0)
+    settings = train_settings(optimizer="sgd", learning_rate=1.0, momentum=0.5, weight_decay=0.0, nesterov=True)
+    optimizer = build_optimizer(model, settings)
+    for expected in (-1.5, -3.25):
+        step(model, loss_with_gradient, optimizer, [batch_with_gradient(1)])
+        assert model.w.item() == pytest.approx(expected)
+
+
 def test_only_one_axis_and_no_bias_is_a_norm() -> None:
     """timm's backbones have other batch-norm layers, factors per channel and fully connected layers."""
 
@@ -247,6 +258,36 @@ def test_backbone_has_groups_of_its_own_with_a_factor_only() -> None:
     rest = [id(parameter) for group in optimizer.param_groups[:3] for parameter in group["params"]]
     assert set(found) == backbone and len(found) == len(backbone)
     assert sorted(found + rest) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_layer_decay_by_stage() -> None:
+    """Darknet-53: five stages and what comes before them; every parameter once, its rate by a slow loop over names."""
+    settings, _ = load_settings(ARGS, words=["model.width=0.125", "model.depth=0.25", "yolo.neck_channels=[8, 8, 8]"])
+    model = build_detector(settings, 2).model
+    optimizer = build_optimizer(
+        model, train_settings(backbone_learning_rate_factor=0.5, backbone_layer_decay=0.8, weight_decay=0.01)
+    )
+    set_learning_rates(optimizer, lambda *_: 1.0, 0)
+    rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
+    for name, value in model.named_parameters():
+        parts, expected = name.split("."), 1.0
+        if parts[0] == "backbone":
+            stage = int(parts[2]) if parts[1] == "stages" else -1
+            expected = 0.5 * 0.8 ** (4 - stage)
+        assert rates[id(value)] == pytest.approx(expected), name
+    kernels = [value for group in optimizer.param_groups for value in group["params"] if group["weight_decay"]]
+    assert sorted(map(id, kernels)) == sorted(id(value) for value in model.parameters() if value.ndim == 4)
+
+
+def test_layer_decay_needs_stages() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(1, 1, 1)
+
+    with pytest.raises(SettingsError, match="backbone_layer_decay needs a backbone with stages"):
+        build_optimizer(Plain(), train_settings(backbone_layer_decay=0.9))
 
 
 def test_factor_multiplies_every_rate_of_the_schedule() -> None:

@@ -26,7 +26,7 @@ class Backbone(Protocol):
     def __call__(self, images: Tensor) -> list[Tensor]: ...
 
 
-BACKBONES: dict[str, Callable[[], Any]] = {  # and timm/NAME
+BACKBONES: dict[str, Callable[..., Any]] = {  # and timm/NAME
     "darknet": Darknet53,
     "darknet_tiny": DarknetTiny,
     "mobilenet_v3_large": mobilenet_v3_large_backbone,
@@ -46,7 +46,9 @@ def build_backbone(settings: ModelSettings, levels: int, setting: str) -> Backbo
     """
     if settings.backbone.startswith(TIMM_PREFIX):
         return timm_backbone(settings.backbone.removeprefix(TIMM_PREFIX), levels)
-    backbone: Backbone = BACKBONES[settings.backbone]()
+    # `ModelSettings` refuses factors of other backbones.
+    factors = (settings.width, settings.depth) if settings.backbone == "darknet" else ()
+    backbone: Backbone = BACKBONES[settings.backbone](*factors)
     if len(backbone.strides) != levels:
         raise SettingsError(
             f"{setting}: has {levels} levels, but model.backbone={settings.backbone} has {len(backbone.strides)} "

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detection.config.automatic import scaled_channels
+
 LEAKY_SLOPE = 0.1
 DARKNET_EPSILON = 1e-6  # of batch norm; added to the standard deviation, not to the variance
 
@@ -46,23 +48,31 @@ class ResidualBlock(nn.Module):
 class Darknet53(nn.Module):
     """Darknet-53; (B, 3, H, W) to feature maps of 256, 512, 1024 channels at strides 8, 16, 32.
 
-    Source: YOLOv3, section 2.4 and table 1, https://arxiv.org/abs/1804.02767 (without average pooling and classifier).
+    Args:
+        width: factor of the channels, see `scaled_channels`.
+        depth: factor of the residual blocks of a stage (1, 2, 8, 8, 4), rounded, at least one.
+
+    Source: YOLOv3, section 2.4 and table 1, https://arxiv.org/abs/1804.02767 (without average pooling and classifier);
+    the factors, those of EfficientNet, section 3.2, https://arxiv.org/abs/1905.11946, as YOLOX has them
     """
 
-    out_channels = (256, 512, 1024)
     strides = (8, 16, 32)
     # The published weights were trained on RGB in 0..1.
     pixel_mean = (0.0, 0.0, 0.0)
     pixel_std = (1.0, 1.0, 1.0)
 
-    def __init__(self) -> None:
+    def __init__(self, width: float = 1.0, depth: float = 1.0) -> None:
         super().__init__()
-        self.stem = conv_block(3, 32, 3)
+        self.width, self.depth = width, depth
+        stem, *channels = (scaled_channels(count, width) for count in (32, 64, 128, 256, 512, 1024))
+        self.out_channels = tuple(channels[2:])
+        self.stem = conv_block(3, stem, 3)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                conv_block(channels // 2, channels, 3, stride=2), *(ResidualBlock(channels) for _ in range(blocks))
+                conv_block(before, after, 3, stride=2),
+                *(ResidualBlock(after) for _ in range(max(round(depth * blocks), 1))),
             )
-            for channels, blocks in [(64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)]
+            for before, after, blocks in zip([stem, *channels], channels, [1, 2, 8, 8, 4], strict=False)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

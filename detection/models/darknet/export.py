@@ -48,19 +48,10 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
     writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")
     maps = writer.backbone(model.backbone)
     num_anchors = [len(level) for level in anchors]
-    carried = maps[-1]
-    for level, (stage, head) in enumerate(zip(model.neck, model.heads, strict=True)):
-        number = len(anchors) - 1 - level  # of the level, stride ascending
-        if level:
-            writer.add("route", layers=str(carried))
-            writer.convolution(model.laterals[level - 1])
-            upsampled = writer.add("upsample", stride="2")
-            writer.add("route", layers=f"-1,{maps[number]}")
-            assert upsampled == writer.last - 1
-        writer.sequence(stage)
-        carried = writer.last
-        writer.convolution(head[0])
-        writer.convolution(head[1])
+
+    def add_head(number: int) -> None:
+        """Add the head of a level, counted by ascending stride, to the last layer."""
+        writer.sequence(model.heads[len(anchors) - 1 - number])
         first = sum(num_anchors[:number])
         writer.add(
             "yolo",
@@ -73,6 +64,30 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
             truth_thresh="1",
             random="1",
         )
+
+    carried, ends = maps[-1], []
+    for level, stage in enumerate(model.neck):
+        number = len(anchors) - 1 - level  # of the level, stride ascending
+        if level:
+            writer.add("route", layers=str(carried))
+            writer.convolution(model.laterals[level - 1])
+            upsampled = writer.add("upsample", stride="2")
+            writer.add("route", layers=f"-1,{maps[number]}")
+            assert upsampled == writer.last - 1
+        writer.sequence(stage)
+        carried = writer.last
+        ends.insert(0, carried)
+        if model.bottom_up is None:
+            add_head(number)
+    if model.bottom_up is not None:
+        add_head(0)
+        for number, (down, stage) in enumerate(zip(model.bottom_up.downs, model.bottom_up.stages, strict=True), 1):
+            writer.add("route", layers=str(carried))
+            writer.convolution(down)
+            writer.add("route", layers=f"-1,{ends[number]}")
+            writer.sequence(stage)
+            carried = writer.last
+            add_head(number)
     return writer.sections
 
 

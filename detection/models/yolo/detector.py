@@ -21,7 +21,7 @@ from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
 HELD_SETTINGS: dict[str, list[str]] = {
-    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss")],
+    "network": [f"yolo.{name}" for name in ("spp", "neck", "neck_channels", "anchors", "class_loss")],
     "decoding": ["yolo.score", "yolo.objectness_threshold"],
 }
 
@@ -73,7 +73,9 @@ def build_yolo(
         ),
         name=model_settings.backbone,
         untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
-        plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
+        plan=(
+            f"model       {backbone_name(model_settings)}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        ),
         notices=CfgNotices(model_settings.cfg),
         score=f"{objectness} x class probability"
         if yolo.score == "product"
@@ -91,6 +93,12 @@ def build_yolo(
         anchors=anchor_layout(model_settings, yolo, model, anchors),
         check_fit=AnchorFit(anchors, model.strides, scales_xy),
     )
+
+
+def backbone_name(settings: ModelSettings) -> str:
+    """The backbone and, if they are not 1, its factors, for the plan."""
+    factors = [f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(settings, name)) != 1]
+    return f"{settings.backbone} ({', '.join(factors)})" if factors else settings.backbone
 
 
 class CfgNotices:
@@ -127,6 +135,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         prior,
         momentum,
         tiny_stage if tiny else spp_stage if yolo.spp else plain_stage,
+        yolo.neck == "pan",
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
-from detection.models.necks import NeckStage, plain_stage
+from detection.models.necks import BottomUpPath, NeckStage, plain_stage
 from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
 
@@ -63,6 +63,7 @@ class YOLOv3(nn.Module):
         objectness_prior: objectness the untrained network predicts.
         batch_norm_momentum: of all batch-norm layers, the backbone's included.
         neck_stage: `plain_stage`, `spp_stage` or `tiny_stage`.
+        path_aggregation: a `BottomUpPath` follows the top-down neck.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -76,6 +77,7 @@ class YOLOv3(nn.Module):
         objectness_prior: float = 0.01,
         batch_norm_momentum: float = 0.1,
         neck_stage: NeckStage = plain_stage,
+        path_aggregation: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -84,6 +86,7 @@ class YOLOv3(nn.Module):
         self.neck = nn.ModuleList()
         self.laterals = nn.ModuleList()
         self.heads = nn.ModuleList()
+        level_channels: list[int] = []
         carried = 0  # channels handed down from the coarser level
         for width, channels, num_anchors in zip(
             neck_channels, reversed(backbone.out_channels), reversed(anchors_per_level), strict=True
@@ -91,6 +94,7 @@ class YOLOv3(nn.Module):
             stage = neck_stage(carried + channels, width, not self.neck)
             stage_channels = width if len(stage) else carried + channels
             self.neck.append(stage)
+            level_channels.append(stage_channels)
             self.heads.append(Head(stage_channels, width, num_anchors, num_classes, objectness_prior))
             if len(self.neck) < len(neck_channels):
                 carried = neck_channels[len(self.neck)]
@@ -98,6 +102,7 @@ class YOLOv3(nn.Module):
         for module in [*self.neck.modules(), *self.laterals.modules(), *self.heads.modules()]:
             if isinstance(module, nn.Conv2d) and module.bias is None:  # the output convolutions have their own
                 nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+        self.bottom_up = BottomUpPath(level_channels[::-1]) if path_aggregation else None
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = batch_norm_momentum
@@ -118,28 +123,39 @@ class YOLOv3(nn.Module):
         """
         if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
             raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
-        outputs: list[Tensor] = []
+        maps: list[Tensor] = []
         carried: Tensor | None = None
         for level, features in enumerate(reversed(self.backbone(self.normalize(images)))):
             if carried is not None:
                 upsampled = F.interpolate(self.laterals[level - 1](carried), scale_factor=2.0, mode="nearest")
                 features = torch.cat([upsampled, features], dim=1)
             carried = self.neck[level](features)
-            outputs.append(self.heads[level](carried))
-        return outputs[::-1]
+            maps.append(carried)
+        maps.reverse()
+        if self.bottom_up is not None:
+            maps = self.bottom_up(maps)
+        return [head(features) for head, features in zip(reversed(self.heads), maps, strict=True)]
 
     def darknet_convolutions(self) -> list[nn.Module]:
         """Convolutions in the order of Darknet's weights files; empty if Darknet lacks the backbone.
 
-        The backbone; then, from the coarsest level to the finest, neck, head and the lateral to the next level.
+        The backbone; then, from the coarsest level to the finest, neck, head and the lateral to the next level. With
+        path aggregation the heads come later, each after the map it reads, from the finest level to the coarsest.
         """
         if not isinstance(self.backbone, Darknet53 | DarknetTiny):
             return []
         convolutions: list[nn.Module] = [*self.backbone.darknet_convolutions()]
         for level, (stage, head) in enumerate(zip(self.neck, self.heads, strict=True)):
-            convolutions += list_convolutions(stage) + list_convolutions(head)
+            convolutions += list_convolutions(stage)
+            if self.bottom_up is None:
+                convolutions += list_convolutions(head)
             if level < len(self.laterals):
                 convolutions.append(self.laterals[level])
+        if self.bottom_up is not None:
+            finest, *others = reversed(self.heads)
+            convolutions += list_convolutions(finest)
+            for down, stage, head in zip(self.bottom_up.downs, self.bottom_up.stages, others, strict=True):
+                convolutions += [down, *list_convolutions(stage), *list_convolutions(head)]
         return convolutions
 
     def output_convolutions(self) -> list[nn.Conv2d]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from detection.config.settings import YoloxSettings
-from detection.models.necks import NeckStage, TopDownNeck
+from detection.models.necks import NeckStage, PathAggregationNeck, TopDownNeck
 from detection.models.yolox.aligned import AlignedLoss, OneToOneLoss
 from detection.models.yolox.assigners import Assigner
 from detection.models.yolox.assigners.atss import assign_atss
@@ -52,6 +52,9 @@ CRITERIA: dict[str, Callable[[OutputLayout, Sequence[int], YoloxSettings], Point
     "aligned": build_aligned,
 }
 # Name -> (channels of the backbone's maps, stride ascending; widths, coarsest level first; layers of a level) -> neck.
-NECKS: dict[str, Callable[[Sequence[int], Sequence[int], NeckStage], nn.Module]] = {"fpn": TopDownNeck}
+NECKS: dict[str, Callable[[Sequence[int], Sequence[int], NeckStage], nn.Module]] = {
+    "fpn": TopDownNeck,
+    "pan": PathAggregationNeck,
+}
 
 __all__ = ["ASSIGNERS", "CRITERIA", "NECKS"]
