@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from detection.contract import CROWD_LABEL
-from detection.data.annotation_file import Columns, read_columns, read_json
+from detection.data.annotation_file import Columns, read_columns
+from detection.data.json_file import read_json
 from detection.errors import DataError, name_list
 
 HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
@@ -112,7 +113,7 @@ def _read_annotations(path: Path, *_: int) -> Columns:
     gc.disable()  # it looks for cycles in millions of new objects, a third of the time; JSON has none
     try:
         content, faults = read_json(path)
-        columns = read_columns(content, str(path))
+        columns = read_columns(content, str(path), path)
     finally:
         if collecting:
             gc.enable()

@@ -1,13 +1,11 @@
 """Any usual format trains in place: what is recognised, what is refused, and what is said."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from detection.config.settings import Settings
 from detection.data.annotations import Annotations, flatten_annotations, load_annotations
@@ -30,6 +28,7 @@ from tests.support.formats import (
     read_splits,
     write_coco,
 )
+from tests.support.layouts import LINE, XML, YOLO, box, lay_out
 
 Load = Callable[..., Settings]
 TINY = (
@@ -112,31 +111,7 @@ def checked_split(names: list[str], root: Path) -> CheckedSplit:
 # --- what else is recognised, and what is refused ---
 
 
-def box(name: str = "a", category: int = 1, number: int = 1, **keys: Any) -> dict[str, Any]:
-    row = {"id": number, "image_id": 1, "category_id": category, "bbox": [1, 2, 10, 20], **keys}
-    image = {"id": 1, "file_name": name, "width": 64, "height": 48}
-    return {"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "cell"}]}
-
-
-def lay_out(root: Path, *names: str, content: dict[str, Any] | None = None) -> None:
-    """Write files: pictures, JSON with one box on `x.png` (or this content), and text after a colon."""
-    for name in names:
-        path, _, text = name.partition(":")
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix.lower() in (".png", ".jpg"):
-            Image.new("RGB", (64, 48)).save(file, format="PNG")
-        else:
-            file.write_text(text.replace("|", "\n") or json.dumps(content or box("x.png")), encoding="utf-8")
-
-
-LINE = "0 0.5 0.5 0.5 0.5"
-YOLO = ("images/x.png", f"labels/x.txt:{LINE}")
 WINDOWS = r"data.yaml:train: D:\my\set\train\images|val: ..\valid\images|names: [cell]"
-XML = (
-    "<annotation><filename>x.png</filename><object><name>cell</name><difficult>1</difficult><bndbox>"
-    "<xmin>3</xmin><ymin>5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"
-)
 IMAGES_OF = {  # where the images of the training set must be found, below the root
     # fault 4: folders that exist and hold other images
     "images/ exists": (["result.json", "images/other.png", "pictures/x.png"], "pictures"),
