@@ -42,6 +42,7 @@ class Columns(NamedTuple):
     category_names: list[str]
     ignored: np.ndarray  # (N,) "ignore": 1, which `data.ignore_as_crowd` makes crowd
     meanings: dict[str, list[int]]  # notes -> ids, see `find_meanings` and `moved_names`
+    lasting_ids: bool = True  # an image keeps its id when others are added; False: ids are positions, names last
 
     @property
     def categories(self) -> dict[int, str]:

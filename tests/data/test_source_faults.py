@@ -1,6 +1,7 @@
 """Datasets as they arrive from elsewhere: names of another machine, cut-off files, other encodings, several sets."""
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from detection.config.settings import Settings
 from detection.data.annotation_file import read_without_boxes
 from detection.data.build import build_datasets
 from detection.data.conversion.coco import coco_json, read_coco
+from detection.data.conversion.dataset import ConvertedDataset, ImageEntry, read_text
 from detection.data.conversion.dataset import Findings as ConversionFindings
-from detection.data.conversion.dataset import read_text
+from detection.data.conversion.operations import split_by_name
 from detection.data.conversion.voc import parse_xml
 from detection.data.outside_names import STATED
 from detection.data.sources import find_source, source_lines
@@ -184,3 +186,43 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path: Path, default_se
         find_source(default_settings(f"data.root={tmp_path}").data, "training").columns()
     with pytest.raises(DataError, match="line 2 is not UTF-8 text"):
         read_text(tmp_path / first)
+
+
+def validation_of(data: Any) -> set[str]:
+    """Names of the validation images; the training set has all others."""
+    parts = [dataset.annotations for dataset in build_datasets(data, 0, None)]
+    names = [{Path(part.file_name(index)).name for index in range(len(part))} for part in parts]
+    assert not names[0] & names[1] and names[0]
+    return names[1]
+
+
+DIVIDED = {  # a set of the images of these names; everything but COCO has ids that are positions
+    "YOLO": lambda names: [f"{part}/{name}.{suffix}" for name in names for part, suffix in
+                           (("images", "png"), ("labels", f"txt:{LINE}"))],
+    "YOLO, list": lambda names: ["train.txt:" + "|".join(f"p/{name}.png" for name in names)] + [
+        f"p/{name}.{suffix}" for name in names for suffix in ("png", f"txt:{LINE}")],
+    "VOC": lambda names: [file for name in names for file in
+                          (f"JPEGImages/{name}.png", f"Annotations/{name}.xml:{XML.replace('x.png', name + '.png')}")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_added_images_move_no_other_one(tmp_path: Path, default_settings: Load, case: str) -> None:
+    """A folder more changes where names begin, an image in front changes every position."""
+    names = [f"b{number:02}" for number in range(20)]
+    found = []
+    for folder, listed in {"before": names, "after": ["a0", "deep/er", *names, "c1"]}.items():
+        lay_out(tmp_path / folder, *DIVIDED[case](listed))
+        found.append(validation_of(default_settings(f"data.root={tmp_path / folder}").data))
+    assert found[0] and found[0] == {name for name in found[1] if name.startswith("b")}
+    dataset = ConvertedDataset(("a",), {"all": [ImageEntry(None, f"{name}.png", 1, 1, []) for name in names]}, {})
+    split_by_name(dataset, [0.9, 0.1], ConversionFindings())  # as convert_dataset.py --split 0.9/0.1 does
+    assert {entry.name for entry in dataset.splits["val"]} == found[0]
+
+
+def test_the_division_of_coco_stays(tmp_path: Path, default_settings: Load) -> None:
+    """By the hash of image ids: old runs continue with the same images."""
+    content = listing(*(f"{number}.png" for number in range(1, 41)))
+    lay_out(tmp_path, "a.json", *(f"images/{number}.png" for number in range(1, 41)), content=content)
+    found = validation_of(default_settings(f"data.root={tmp_path}").data)
+    assert found == {f"{number}.png" for number in range(1, 41) if zlib.crc32(str(number).encode()) % 10**6 < 10**5}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from detection.config.settings import Settings
-from detection.data.annotations import Annotations, flatten_annotations, load_annotations
+from detection.data.annotations import Annotations, flatten_annotations, load_annotations, place_of
 from detection.data.build import build_datasets, read_training_annotations
 from detection.data.conversion.coco import read_coco
 from detection.data.conversion.dataset import Findings as ConversionFindings
@@ -49,13 +49,29 @@ def losses_of_coco(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> 
     return first_losses(*TINY, f"data.root={root}")
 
 
+@pytest.fixture(scope="module")
+def losses_by_name(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], int, list[str]]:
+    """COCO files that hold what a division by file names gives."""
+    root, content = tmp_path_factory.mktemp("by_name"), splits["train"].content
+    shares: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    for image in content["images"]:
+        shares["train" if place_of(image["file_name"]) < 0.9 else "val"].append(image)
+    divided = {name: Split(content | {"images": images}, splits["train"].images) for name, images in shares.items()}
+    FORMATS["coco"](root, divided)
+    return first_losses(*TINY, f"data.root={root}")
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_has_the_first_losses_of_coco(tmp_path: Path, splits: Splits, losses_of_coco, name: str) -> None:
-    """One set only, of which the same tenth validates: equal images, ids, boxes and classes, in the same order."""
+def test_every_format_has_the_first_losses_of_coco(
+    tmp_path: Path, splits: Splits, losses_of_coco, losses_by_name, name: str
+) -> None:
+    """One set only, of which the same tenth validates, by id in COCO's formats and by name in the others."""
     FORMATS[name](tmp_path, {"train": splits["train"]})
     before = sorted(tmp_path.rglob("*"))
     losses, count, lines = first_losses(*TINY, f"data.root={tmp_path}")
-    assert (losses, count) == losses_of_coco[:2] and count < 16
+    expected = losses_by_name if name in KINDS else losses_of_coco
+    assert (losses, count) == expected[:2] and 0 < count < 16
+    assert f"hash of their {'file names' if name in KINDS else 'ids'}" in lines[1]
     assert KINDS.get(name, "COCO JSON") in lines[0] and str(tmp_path) in lines[0] and "one set only: 0." in lines[1]
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written beside the data
 
