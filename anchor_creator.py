@@ -6,9 +6,9 @@ python anchor_creator.py data.root=boxes.json --per-level 4                    n
 python yolo-v3/main.py --config my_overlay.yaml --config logs/<run>/anchors.yaml
 
 Uses the boxes of the training images at the size of the network input (train.image_size, letterboxed as in training),
-without crowd regions and boxes below 1 pixel. With train.resize_frequency, training shows every box at all of
-train.multiscale_sizes equally often, so the anchors are fitted to the boxes at all these sizes. Augmentation and
-data.balance are ignored.
+without crowd regions, boxes below 1 pixel and the tenth of a single set that validates. With train.resize_frequency,
+training shows every box at all of train.multiscale_sizes equally often, so the anchors are fitted to the boxes at all
+these sizes. Augmentation and data.balance are ignored.
 
 The distance is 1 - shape IoU (IoU of box and anchor with the same centre). Prints the mean best shape IoU and two upper
 bounds of the recall: the share of boxes whose best anchor has a shape IoU of at least --threshold, and the share with
@@ -18,7 +18,8 @@ need more. Recommends whether to use them: the anchors published for COCO suit m
 
 Writes anchors.yaml, anchors.json and anchors.png into a new directory below logs/; for a network from a Darknet .cfg
 also anchors.cfg, with the new anchors. Takes seconds; about 20 for COCO's 860,001 boxes. docs/anchors.png shows all
-boxes of COCO val2017 (data.root=. data.train_annotations=instances_val2017.json).
+boxes of COCO val2017 (data.root=. data.train_annotations=instances_val2017.json
+data.validation_annotations=instances_val2017.json).
 """
 
 import argparse
@@ -26,7 +27,7 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +90,6 @@ def main() -> None:
         raise SettingsError("data.fake: random boxes have no useful anchors; name a dataset with data.root=DIRECTORY")
     make_builtin(settings.data)
     source = find_source(settings.data, "training")
-    if source.automatic:
-        source = replace(source, fraction=None)  # one set only: all of its boxes
     path, data = source.file, settings.data
     annotations = flatten_annotations(source.columns(), str(path), data.class_names, None, source.fraction)
     annotations = choose_training_images(annotations, data)

@@ -257,8 +257,6 @@ def read_dataset(
         return read_voc(source, names, split, findings, progress, inclusive, arguments.difficult)
     except OSError as error:
         raise DataError(f"{error.filename or source} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: a list is not UTF-8 text: {error}") from None
 
 
 def change_dataset(

@@ -33,7 +33,7 @@ class Facts:
 
     Attributes:
         accelerated: the device is no CPU.
-        cores: of the processor.
+        cores: of the processor, for this process.
         images: number of training images; None: not known.
         names: of the classes.
         has_weights: whether the standard weights of a backbone are on this machine.

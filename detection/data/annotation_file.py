@@ -1,10 +1,9 @@
-"""Parsing and validation of COCO annotation files: JSON to one array per key.
+"""Validation of COCO annotation files: parsed JSON to one array per key.
 
 Training raises on the first fault (`read_columns`); check_dataset.py reports all of them (`sound_columns`).
 """
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from detection.data.box_meanings import find_meanings
+from detection.data.json_file import Fault, read_json
+from detection.data.outside_names import OUTSIDE, dataset_folder, moved_names, outside_hint
 from detection.errors import DataError
 
 LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -22,22 +23,7 @@ REQUIRED_KEYS = {
     "categories": ("id", "name"),
 }
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and surrogates, refused in file names
-BYTE_ORDER_MARK = "\ufeff"
-# Outlines of polygons, which are most of COCO's bytes and which nobody reads. Sound where no string holds a backslash:
-# then a key is exactly what stands between two quotes before a colon.
-OUTLINES = re.compile(rb'"segmentation"\s*+:\s*+\[(?:\s*+\[[0-9eE+\-.,\s]*+\]\s*+,?+)*+\s*+\]')
 LARGEST = {"id": 2**63, "side": 2**31}  # exclusive limits of the arrays' integer types
-
-Place = tuple[str, int]  # name of a list of the file, position in it
-
-
-class Fault(NamedTuple):
-    """One reason for training to refuse the file."""
-
-    kind: str  # key of `findings.KINDS`
-    item: int | str  # id, file name or category name to list
-    message: str
-    place: Place | None = None  # the faulty entry; None if the fault is not of a single entry
 
 
 class Columns(NamedTuple):
@@ -55,51 +41,12 @@ class Columns(NamedTuple):
     category_ids: np.ndarray  # (C,)
     category_names: list[str]
     ignored: np.ndarray  # (N,) "ignore": 1, which `data.ignore_as_crowd` makes crowd
-    meanings: dict[str, list[int]]  # keys that change what a box means and are not read -> ids, see `find_meanings`
+    meanings: dict[str, list[int]]  # notes -> ids, see `find_meanings` and `moved_names`
+    lasting_ids: bool = True  # an image keeps its id when others are added; False: ids are positions, names last
 
     @property
     def categories(self) -> dict[int, str]:
         return dict(zip(self.category_ids.tolist(), self.category_names, strict=True))
-
-
-def read_json(path: Path) -> tuple[Any, list[Fault]]:
-    """Parse a file without its segmentations, which take most of the time and half of the memory.
-
-    Returns:
-        The parsed content, and faults for what Python accepts but JSON does not allow.
-
-    Raises:
-        DataError: the file cannot be read or is not JSON.
-    """
-    faults: list[Fault] = []
-
-    def constant(name: str) -> float:
-        faults.append(Fault("json_constant", name, f"contains {name}, which is not JSON"))
-        return float(name)
-
-    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            key = next(key for key in keys if keys.count(key) > 1)
-            item = f"{key} (object with id {result.get('id')})"
-            faults.append(Fault("json_key_twice", item, f"the key {item} occurs twice in one object"))
-        result.pop("segmentation", None)
-        return result
-
-    try:
-        content = path.read_bytes()
-        text = (content if b"\\" in content else OUTLINES.sub(b'"segmentation":0', content)).decode()
-        del content
-        if text.startswith(BYTE_ORDER_MARK):
-            message = "begins with a byte order mark; save it as UTF-8 without one"
-            faults.append(Fault("byte_order_mark", path.name, message))
-            text = text.removeprefix(BYTE_ORDER_MARK)
-        return json.loads(text, parse_constant=constant, object_pairs_hook=build_object), faults
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file: {error}") from None
-    except OSError as error:
-        raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
 
 
 def read_without_boxes(path: Path) -> Columns:
@@ -111,11 +58,15 @@ def read_without_boxes(path: Path) -> Columns:
     content, faults = read_json(path)
     if faults:
         raise DataError(f"{path}: {faults[0].message}")
-    return read_columns(content | {"annotations": []} if isinstance(content, dict) else content, str(path))
+    return read_columns(content | {"annotations": []} if isinstance(content, dict) else content, str(path), path)
 
 
-def read_columns(content: Any, where: str) -> Columns:
+def read_columns(content: Any, where: str, file: Path | None = None) -> Columns:
     """Build the arrays of the parsed JSON, unless they are built already, and check them.
+
+    Args:
+        where: what messages name.
+        file: the JSON file, near which images are looked for whose name is refused; None: there is none.
 
     Raises:
         DataError: the first fault of the file.
@@ -131,7 +82,7 @@ def read_columns(content: Any, where: str) -> Columns:
         fault = next(entry_faults(content), None)
         reason = fault.message if fault else f"cannot be read: {type(error).__name__}: {error}"
         raise DataError(f"{where}: {reason}") from None
-    if fault := next(column_faults(columns), None):
+    if fault := next(column_faults(columns, file and dataset_folder(file)), None):
         raise DataError(f"{where}: {fault.message}")
     return columns
 
@@ -205,7 +156,7 @@ def build_columns(content: dict[str, list[Any]]) -> Columns:
         category_ids=_id_array([entry["id"] for entry in categories]),
         category_names=category_names,
         ignored=np.array([row.get("ignore") in (1, True) for row in rows], dtype=bool),
-        meanings=find_meanings(images, rows),
+        meanings=find_meanings(images, rows) | moved_names(images),
     )
 
 
@@ -249,8 +200,12 @@ def _entry_fault(key: str, entry: Any) -> tuple[str, str] | None:
     return None
 
 
-def column_faults(columns: Columns) -> Iterator[Fault]:
-    """Find invalid numbers, names and references; every entry must have the right types."""
+def column_faults(columns: Columns, folder: Path | None = None) -> Iterator[Fault]:
+    """Find invalid numbers, names and references; every entry must have the right types.
+
+    Args:
+        folder: of the dataset, for `outside_hint`; None: no hint.
+    """
     ids = columns.annotation_ids
     if not len(columns.image_ids):
         yield Fault("no_images", "images", "no images")
@@ -265,8 +220,9 @@ def column_faults(columns: Columns) -> Iterator[Fault]:
         number = int(columns.category_ids[row])
         yield Fault("category_id_twice", number, f"a category id occurs twice: {number}", ("categories", row))
     for row, name in enumerate(columns.file_names):
-        if name.startswith(("/", "\\")) or ".." in Path(name).parts or "://" in name or CONTROL.search(name):
-            message = f"file_name {name!r} is not a plain path inside the image directory"
+        if (outside := OUTSIDE.search(name)) or CONTROL.search(name):
+            hint = outside_hint(name, folder) if outside and folder else ""
+            message = f"file_name {name!r} is not a plain path inside the image directory{hint}"
             yield Fault("file_name_escapes", name, message, ("images", row))
     for row in np.flatnonzero(~np.isin(columns.category_of_box, columns.category_ids)).tolist():
         message = f"annotation {ids[row]}: category_id {columns.category_of_box[row]} is not in the categories"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from detection.contract import CROWD_LABEL
-from detection.data.annotation_file import Columns, read_columns, read_json
+from detection.data.annotation_file import Columns, read_columns
+from detection.data.json_file import read_json
 from detection.errors import DataError, name_list
 
 HASH_BUCKETS = 1_000_000  # resolution of `data.validation_fraction`
@@ -112,7 +114,7 @@ def _read_annotations(path: Path, *_: int) -> Columns:
     gc.disable()  # it looks for cycles in millions of new objects, a third of the time; JSON has none
     try:
         content, faults = read_json(path)
-        columns = read_columns(content, str(path))
+        columns = read_columns(content, str(path), path)
     finally:
         if collecting:
             gc.enable()
@@ -163,7 +165,7 @@ def flatten_annotations(
             raise DataError(f"{where}: annotation {number} is one of {(mask & keep).sum()} {reason} (data.strict)")
         drop(mask, reason)
 
-    in_split = in_fraction(columns.image_ids, fraction)
+    in_split = in_fraction(columns, fraction)
     if not in_split.any():
         part = "validation" if fraction and fraction[1] else "training"
         raise DataError(f"{where}: data.validation_fraction leaves none of {len(in_split)} images for {part}")
@@ -202,16 +204,24 @@ def clip_to_images(coco_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return boxes.clip(0, np.concatenate([limit, limit], axis=1)).astype(np.float32)
 
 
-def in_fraction(image_ids: np.ndarray, fraction: tuple[float, bool] | None) -> np.ndarray:
-    """Select the images of one part of a split by a hash of their ids, (M,) bool.
+def in_fraction(columns: Columns, fraction: tuple[float, bool] | None) -> np.ndarray:
+    """Select the images of one part of a split by a hash of their ids or, where those do not last, names, (M,) bool.
 
     An image's part does not depend on which other images there are.
     """
     if fraction is None:
-        return np.ones(len(image_ids), bool)
+        return np.ones(len(columns.image_ids), bool)
     share, inside = fraction
-    hashes = np.array([zlib.crc32(str(number).encode()) % HASH_BUCKETS for number in image_ids.tolist()])
+    if not columns.lasting_ids:
+        return (np.array([place_of(name) for name in columns.file_names]) >= 1 - share) == inside
+    hashes = np.array([zlib.crc32(str(number).encode()) % HASH_BUCKETS for number in columns.image_ids.tolist()])
     return (hashes < share * HASH_BUCKETS) == inside
+
+
+def place_of(name: str) -> float:
+    """Hash a file name without its folder to a place in [0, 1), by which images are divided."""
+    name = unicodedata.normalize("NFC", name.rpartition("/")[2])
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def choose_categories(

@@ -1,13 +1,15 @@
 """COCO annotation files of a folder, recognised by their content, and the directories that really hold their images."""
 
+import codecs
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from detection.data.annotation_file import read_json
 from detection.data.annotations import read_annotations
 from detection.data.conversion.dataset import SPLIT_WORD
+from detection.data.json_file import INCOMPLETE, describe_error, read_json
 from detection.data.similar_names import find_similar
 from detection.errors import DataError
 
@@ -16,6 +18,7 @@ USUAL = ("annotations/instances_*.json", f"*/{ROBOFLOW}", ROBOFLOW)
 ANY = ("*.json", "*/*.json", "*/*/*.json")
 OTHER_TASKS = ("person_keypoints", "captions", "image_info", "stuff_", "panoptic")  # COCO's own files beside the boxes
 LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations", b"categories")]
+MARKS_AND_SPACE = b"\xef\xbb\xbf\xff\xfe \r\n\t"  # byte order marks of UTF-8 and UTF-16
 SAMPLE = 40  # listed images that are looked for in each candidate
 MAX_FOLDERS = 2000  # looked at below a dataset
 
@@ -63,15 +66,26 @@ def _by_split(root: Path, files: Sequence[Path]) -> dict[str | None, list[Path]]
 
 
 def is_coco_file(file: Path) -> bool:
-    """Return whether a file holds the three lists of a COCO file, valid or not."""
+    """Return whether a file holds the three lists of a COCO file, valid or not; of a file that ends too early, one."""
     try:
         with file.open("rb") as opened:
-            if not opened.read(200).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
+            if not opened.read(200).replace(b"\0", b"").lstrip(MARKS_AND_SPACE).startswith(b"{"):
                 return False
         content = file.read_bytes()
     except OSError:
         return False
-    return all(pattern.search(content) for pattern in LISTS)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # refused where it is read, with the reason
+        content = content.replace(b"\0", b"")
+    found = [bool(pattern.search(content)) for pattern in LISTS]
+    return all(found) or (any(found) and _ends_early(content))
+
+
+def _ends_early(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return describe_error(error).startswith(INCOMPLETE)
+    return False
 
 
 def listed_names(file: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 Images come in the order of their names and have the ids 1, 2, ...; boxes keep the order of their file, classes the
 order of the dataset's list of names (VOC without one: the alphabet). So the same data trains the same in every format.
+A set is divided by its file names as `convert_dataset.py --split 0.9/0.1` does: adding images moves no other one.
 """
 
 import functools
@@ -65,7 +66,8 @@ def read_converted(key: Conversion) -> Converted:
         for split in sorted(dataset.splits, key=("train", ALL, "val").index):
             dataset.splits[split].sort(key=lambda entry: entry.name)
             content = coco_json(dataset, split, first_image, first_annotation, "")
-            parts[split] = read_columns(content, str(key.source)), dataset.roots[split]
+            columns = read_columns(content, str(key.source))._replace(lasting_ids=False)
+            parts[split] = columns, dataset.roots[split]
             first_image += len(content["images"])
             first_annotation += len(content["annotations"])
         return Converted(parts, findings)

@@ -118,16 +118,18 @@ def recognise(root: Path, data: DataSettings) -> dict[str, Source]:
         below, refusals = _nested(root, data)
         if not below and refusals:
             raise refusals[0]
-        if not below and (found := _loose(_innermost(root), data)):
+        loose = [] if below else _loose_sets(root)
+        if len(loose) == 1 and (found := _loose(loose[0], data)):
             return found
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{root}: a list is not UTF-8 text: {error}") from None
     if len(below) == 1:
         return next(iter(below.values()))
-    if below:
-        raise DataError(f"{root}: holds several datasets: {', '.join(map(str, below))}; name one as data.root")
+    if several := [*below] or (loose if len(loose) > 1 and data.format in ("auto", "yolo") else []):
+        raise DataError(
+            f"{root}: holds several datasets: {', '.join(map(str, several))}; name one as data.root, or join them with "
+            "convert_dataset.py"
+        )
     raise DataError(
         f"no dataset recognised in {root.absolute()}"
         + (f" (data.format: {data.format})" if data.format != "auto" else "")
@@ -173,11 +175,19 @@ def _has_own_images(root: Path) -> bool:
     )
 
 
-def _innermost(root: Path) -> Path:
-    """The folder, or the only one in it, and so on, that is a dataset of its own."""
-    while not _has_own_images(root) and len(folders := _folders(root)) == 1:
-        root = folders[0]
-    return root
+def _loose_sets(root: Path) -> list[Path]:
+    """Folders without class names that are a dataset each: this one, or those in it that have images/ and labels/.
+
+    Class 0 of two such datasets may mean two things. Folders with the labels beside the images are one dataset.
+    """
+    while not _has_own_images(root):
+        labelled = [folder for folder in _folders(root) if has_labels(folder)]
+        if len(labelled) > 1 and any(describe_folders(path, ALL).places != {ALL: [path]} for path in labelled):
+            return labelled
+        if len(labelled) != 1:
+            break
+        root = labelled[0]
+    return [root]
 
 
 def _recognise_file(file: Path, data: DataSettings) -> dict[str, Source]:

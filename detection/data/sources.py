@@ -53,7 +53,7 @@ def find_source(data: DataSettings, split: str) -> Source:
         return train
     if share is None:
         raise DataError(
-            f"{train.file}: has too few images to be divided into training and validation set; "
+            f"{train.file}: has too few images (of different names) to be divided into training and validation set; "
             "set data.validation_annotations"
         )
     return replace(train, split=split, fraction=(share, split == "validation"), automatic=not given)
@@ -62,11 +62,12 @@ def find_source(data: DataSettings, split: str) -> Source:
 def _automatic_fraction(source: Source) -> float | None:
     """`FRACTION`, or as much more as leaves an image of a small set for both parts; None: nothing does."""
     try:
-        ids = source.columns().image_ids
+        columns = source.columns()
     except DataError:  # reported by who uses the file
         return FRACTION
     shares = [FRACTION, 0.2, 0.3, 0.5, 0.7, 0.9]
-    return next((share for share in shares if 0 < in_fraction(ids, (share, True)).sum() < len(ids)), None)
+    total = len(columns.image_ids)
+    return next((share for share in shares if 0 < in_fraction(columns, (share, True)).sum() < total), None)
 
 
 def forget() -> None:
@@ -141,7 +142,8 @@ def source_lines(*sources: Source, boxes: bool = True) -> list[str]:
         kinds = " and ".join(dict.fromkeys(source.kind for source in sources))
         lines = [f"{kinds}: {'; '.join(each)}"]
     if first.fraction is not None:
-        share = f"{first.fraction[0]:g} of the images, chosen by a hash of their ids, validate"
+        what = "ids" if first.conversion is None else "file names"
+        share = f"{first.fraction[0]:g} of the images, chosen by a hash of their {what}, validate"
         lines.append(f"one set only: {share}; data.validation_fraction changes it" if first.automatic else share)
     notes = dict.fromkeys(note for source in sources for note in source.notes()) if boxes else {}
     return [f"data        {line}" for line in [*lines, *notes]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.data.annotation_file import Columns, Fault, read_json, sound_columns
+from detection.data.annotation_file import Columns, sound_columns
 from detection.data.annotations import (
     DEGENERATE,
     ORPHAN,
@@ -20,6 +20,8 @@ from detection.data.annotations import (
 from detection.data.box_meanings import IGNORE, find_meanings
 from detection.data.converted import read_converted
 from detection.data.dataset_formats import Source
+from detection.data.json_file import Fault, read_json
+from detection.data.outside_names import moved_names
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataError
 
@@ -65,6 +67,8 @@ def read_source(source: Source, split: str, findings: Findings) -> Columns | dic
     for reason, ids in find_meanings(content["images"], content["annotations"]).items():
         if reason != IGNORE or not source.ignore_as_crowd:
             findings.add("meaning_lost", split, ids, reason=reason)
+    for reason, ids in moved_names(content["images"]).items():
+        findings.add("reading_note", split, ids, reason=reason)
     if source.ignore_as_crowd:
         content["annotations"] = [
             row | {"iscrowd": 1} if row.get("ignore") in (1, True) else row for row in content["annotations"]

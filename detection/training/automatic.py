@@ -77,7 +77,7 @@ def load_run_settings(
             annotations = read_training_annotations(tree, tolerant)
         facts = Facts(
             choose_device(tree["run"]["device"]).type != "cpu",
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            cores_per_process(),
             None if annotations is None else len(annotations),
             () if annotations is None else annotations.categories.names,
             has_standard_weights,
@@ -95,6 +95,13 @@ def load_run_settings(
         verb = "has" if len(foreign) == 1 else "have"
         notices.append(f"warning: {', '.join(foreign)} {verb} no effect with scheduler.strategy = {strategy}")
     return settings, notices + unused_notice(given, unused)
+
+
+def cores_per_process() -> int:
+    """Count the cores of the processor for each of the processes that torchrun started on this machine, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(cores // max(int(processes), 1), 1) if processes.isdecimal() else cores
 
 
 def is_coco(tree: dict[str, Any]) -> bool:

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from detection.config.settings import Settings
-from detection.data.annotation_file import read_json
 from detection.data.annotations import (
     Annotations,
     Categories,
@@ -29,6 +28,7 @@ from detection.data.annotations import (
 from detection.data.coco import CocoDataset
 from detection.data.fake import FakeDataset
 from detection.data.image_file import read_image
+from detection.data.json_file import read_json
 from detection.errors import DataError, DataReadError
 from tests.support.detectors import datasets_of, transform_of
 from tests.support.pictures import oriented

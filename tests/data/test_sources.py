@@ -1,16 +1,14 @@
 """Any usual format trains in place: what is recognised, what is refused, and what is said."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from detection.config.settings import Settings
-from detection.data.annotations import Annotations, flatten_annotations, load_annotations
+from detection.data.annotations import Annotations, flatten_annotations, load_annotations, place_of
 from detection.data.build import build_datasets, read_training_annotations
 from detection.data.conversion.coco import read_coco
 from detection.data.conversion.dataset import Findings as ConversionFindings
@@ -30,6 +28,7 @@ from tests.support.formats import (
     read_splits,
     write_coco,
 )
+from tests.support.layouts import LINE, XML, YOLO, box, lay_out
 
 Load = Callable[..., Settings]
 TINY = (
@@ -50,13 +49,29 @@ def losses_of_coco(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> 
     return first_losses(*TINY, f"data.root={root}")
 
 
+@pytest.fixture(scope="module")
+def losses_by_name(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], int, list[str]]:
+    """COCO files that hold what a division by file names gives."""
+    root, content = tmp_path_factory.mktemp("by_name"), splits["train"].content
+    shares: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    for image in content["images"]:
+        shares["train" if place_of(image["file_name"]) < 0.9 else "val"].append(image)
+    divided = {name: Split(content | {"images": images}, splits["train"].images) for name, images in shares.items()}
+    FORMATS["coco"](root, divided)
+    return first_losses(*TINY, f"data.root={root}")
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_has_the_first_losses_of_coco(tmp_path: Path, splits: Splits, losses_of_coco, name: str) -> None:
-    """One set only, of which the same tenth validates: equal images, ids, boxes and classes, in the same order."""
+def test_every_format_has_the_first_losses_of_coco(
+    tmp_path: Path, splits: Splits, losses_of_coco, losses_by_name, name: str
+) -> None:
+    """One set only, of which the same tenth validates, by id in COCO's formats and by name in the others."""
     FORMATS[name](tmp_path, {"train": splits["train"]})
     before = sorted(tmp_path.rglob("*"))
     losses, count, lines = first_losses(*TINY, f"data.root={tmp_path}")
-    assert (losses, count) == losses_of_coco[:2] and count < 16
+    expected = losses_by_name if name in KINDS else losses_of_coco
+    assert (losses, count) == expected[:2] and 0 < count < 16
+    assert f"hash of their {'file names' if name in KINDS else 'ids'}" in lines[1]
     assert KINDS.get(name, "COCO JSON") in lines[0] and str(tmp_path) in lines[0] and "one set only: 0." in lines[1]
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written beside the data
 
@@ -112,31 +127,7 @@ def checked_split(names: list[str], root: Path) -> CheckedSplit:
 # --- what else is recognised, and what is refused ---
 
 
-def box(name: str = "a", category: int = 1, number: int = 1, **keys: Any) -> dict[str, Any]:
-    row = {"id": number, "image_id": 1, "category_id": category, "bbox": [1, 2, 10, 20], **keys}
-    image = {"id": 1, "file_name": name, "width": 64, "height": 48}
-    return {"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "cell"}]}
-
-
-def lay_out(root: Path, *names: str, content: dict[str, Any] | None = None) -> None:
-    """Write files: pictures, JSON with one box on `x.png` (or this content), and text after a colon."""
-    for name in names:
-        path, _, text = name.partition(":")
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix.lower() in (".png", ".jpg"):
-            Image.new("RGB", (64, 48)).save(file, format="PNG")
-        else:
-            file.write_text(text.replace("|", "\n") or json.dumps(content or box("x.png")), encoding="utf-8")
-
-
-LINE = "0 0.5 0.5 0.5 0.5"
-YOLO = ("images/x.png", f"labels/x.txt:{LINE}")
 WINDOWS = r"data.yaml:train: D:\my\set\train\images|val: ..\valid\images|names: [cell]"
-XML = (
-    "<annotation><filename>x.png</filename><object><name>cell</name><difficult>1</difficult><bndbox>"
-    "<xmin>3</xmin><ymin>5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"
-)
 IMAGES_OF = {  # where the images of the training set must be found, below the root
     # fault 4: folders that exist and hold other images
     "images/ exists": (["result.json", "images/other.png", "pictures/x.png"], "pictures"),

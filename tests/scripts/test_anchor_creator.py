@@ -11,6 +11,7 @@ import pytest
 import anchor_creator
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
+from detection.data.build import read_training_annotations
 from detection.models.yolo.detector import build_model
 from tests.support import darknet_descriptions
 from tests.support.evaluation_cases import coco_content
@@ -33,6 +34,11 @@ def write_boxes(path: Path, sizes: Sequence[Sequence[float]], side: int = 416, c
     return path
 
 
+def all_of(boxes: Path) -> list[str]:
+    """Train on the whole file: it validates too, so that no tenth of it is kept for that."""
+    return [f"data.{name}_annotations={boxes}" for name in ("train", "validation")]
+
+
 def flat(levels: Sequence[Sequence[Any]]) -> list[Any]:
     return [anchor for level in levels for anchor in level]
 
@@ -45,7 +51,7 @@ def anchors_in(overlay: Path) -> list[list[list[float]]]:
 def test_overlay_figure_and_numbers(run: Run, tmp_path: Path) -> None:
     """Images of 832 px halve the boxes; with nine shapes, the anchors are these shapes sorted by area."""
     boxes = write_boxes(tmp_path / "boxes.json", [(2 * w, 2 * h) for w, h in flat(OTHER)[::-1] * 3], side=832)
-    result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
+    result = run(*all_of(boxes), "--output", tmp_path / "out")
     assert result.returncode == 0 and result.stderr == ""
     assert "27 images, 27 box shapes at 416 px" in result.stdout and "none left out" in result.stdout
     assert "recommendation: use the new anchors" in result.stdout
@@ -75,11 +81,11 @@ def test_overlay_figure_and_numbers(run: Run, tmp_path: Path) -> None:
 
 def test_good_anchors_are_kept(run: Run, tmp_path: Path) -> None:
     boxes = write_boxes(tmp_path / "boxes.json", flat(COCO) * 2)
-    result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
+    result = run(*all_of(boxes), "--output", tmp_path / "out")
     assert result.returncode == 0
     assert "keep the current anchors, the new ones gain 0.000 mean IoU (below 0.02)" in result.stdout
     assert anchors_in(tmp_path / "out" / "anchors.yaml") == COCO  # written all the same
-    result = run(f"data.train_annotations={boxes}", f"yolo.anchors={OTHER}", "--output", tmp_path / "other")
+    result = run(*all_of(boxes), f"yolo.anchors={OTHER}", "--output", tmp_path / "other")
     assert "use the new anchors" in result.stdout
     assert "the anchors of YOLOv3 for COCO are good enough too (0.000 below the new ones)" in result.stdout
 
@@ -88,7 +94,7 @@ def test_multiscale_training_meets_a_box_at_every_size(run: Run, tmp_path: Path)
     """Boxes of half the image at 320, 352, ... 608 px: ten shapes for ten anchors, 4, 3 and 3 per level."""
     boxes = write_boxes(tmp_path / "boxes.json", [(208, 208), (208, 208)])
     result = run(
-        f"data.train_annotations={boxes}", "train.resize_frequency=10", "--per-level", "4,3,3",
+        *all_of(boxes), "train.resize_frequency=10", "--per-level", "4,3,3",
         "--output", tmp_path / "out",
     )  # fmt: skip
     assert result.returncode == 0 and "20 box shapes at 10 sizes from 320 to 608 px" in result.stdout
@@ -100,11 +106,11 @@ def test_multiscale_training_meets_a_box_at_every_size(run: Run, tmp_path: Path)
 def test_what_training_leaves_out_is_left_out_and_named(run: Run, tmp_path: Path) -> None:
     sizes = [(400, 10), (0.5, 200), *flat(OTHER) * 2]
     boxes = write_boxes(tmp_path / "boxes.json", sizes, crowd=1)
-    result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
+    result = run(*all_of(boxes), "--output", tmp_path / "out")
     assert "left out: 1 crowd regions" in result.stdout and "left out: 1 boxes narrower" in result.stdout
     assert anchors_in(tmp_path / "out" / "anchors.yaml") == OTHER
-    # the second category has every second box; the fraction held out for validation is not looked at
-    result = run(f"data.train_annotations={boxes}", "data.class_names=[name 2]", "--output", tmp_path / "two")
+    # the second category has every second box
+    result = run(*all_of(boxes), "data.class_names=[name 2]", "--output", tmp_path / "two")
     assert "9 box shapes" in result.stdout and "10 boxes of categories that are not chosen" in result.stdout
     many = write_boxes(tmp_path / "many.json", [(10 + k, 300 - k) for k in range(200)])
     result = run(
@@ -113,13 +119,22 @@ def test_what_training_leaves_out_is_left_out_and_named(run: Run, tmp_path: Path
     assert 60 < int(result.stdout.split(" box shapes")[0].split()[-1]) < 140
 
 
+def test_the_anchors_are_those_of_the_training_part(run: Run, tmp_path: Path, default_settings: Run) -> None:
+    """Of a single set a tenth validates, and its boxes are not looked at; training fits anchors to the same boxes."""
+    many = write_boxes(tmp_path / "many.json", [(10 + k, 300 - k) for k in range(200)])
+    annotations = read_training_annotations(default_settings(f"data.root={many}").data)
+    result = run(f"data.root={many}", "--output", tmp_path / "out", "--restarts", 1)
+    assert f"many.json: {len(annotations)} images, {len(annotations.labels)} box shapes" in result.stdout
+    assert "one set only: 0.1 of the images" in result.stdout and 150 < len(annotations) < 200
+
+
 def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
     """Two levels of three anchors; the new cfg is in the overlay and in a separate file."""
     cfg = tmp_path / "tiny.cfg"
     cfg.write_text(darknet_descriptions.yolov3_tiny(64))
     shapes = flat(OTHER)[:6]
     boxes = write_boxes(tmp_path / "boxes.json", shapes * 3)
-    words = (f"data.train_annotations={boxes}", "model.backbone=darknet_cfg", f"model.cfg={cfg}")
+    words = (*all_of(boxes), "model.backbone=darknet_cfg", f"model.cfg={cfg}")
     result = run(*words, "--output", tmp_path / "out")
     assert result.returncode == 0 and "stride 16: 20 x 20" in result.stdout
     assert "current = YOLOv3-tiny for COCO" in result.stdout
@@ -151,7 +166,7 @@ def test_darknet_description_gets_the_anchors(run: Run, tmp_path: Path) -> None:
         (["--restarts", "0"], 2, "--restarts 0"),
         (["--threshold", "1"], 2, "--threshold 1"),
         (["--ratio", "nan"], 2, "--ratio nan"),
-        (["data.root=.", "data.train_annotations=good.json", "--output", "/proc/none"], 6, "/proc/none"),
+        (["data.root=.", *all_of(Path("good.json")), "--output", "/proc/none"], 6, "/proc/none"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, arguments: list[str], code: int, part: str) -> None:
@@ -167,6 +182,6 @@ def test_full_disk_is_one_line(run: Run, tmp_path: Path, full_disk: Callable) ->
     boxes = write_boxes(tmp_path / "boxes.json", flat(OTHER))
     (tmp_path / "out").mkdir()
     with full_disk(3000):
-        result = run(f"data.train_annotations={boxes}", "--output", tmp_path / "out")
+        result = run(*all_of(boxes), "--output", tmp_path / "out")
     assert result.returncode == 6 and "cannot be written" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

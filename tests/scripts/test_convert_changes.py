@@ -314,6 +314,39 @@ def test_ids_and_further_keys_stay(run: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+LICENSED = {  # licenses of two files; of their images; joined: id of each license, license by image
+    "the same": (["CC", "BY"], ["CC", "BY"], [1, 2, 2], {"CC": 1, "BY": 2}, ["CC", "BY", "BY"]),
+    "other numbers": (["CC", "BY"], ["BY", "GPL"], [1, 2, 2], {"CC": 1, "BY": 2, "GPL": 3}, ["CC", "BY", "GPL"]),
+    "one file lists none": (["CC"], [], [1, 1, 1], {"CC": 1}, ["CC", "CC", None]),
+    "not listed": (["CC"], ["BY"], [1, 1, 7], {"CC": 1, "BY": 2}, ["CC", "CC", None]),
+    "none at all": ([], [], [4, 4, 4], {}, [4, 4, 4]),
+}
+
+
+@pytest.mark.parametrize("words", [["one", "two"], ["both", "--split", "1/0"]], ids=["sources", "splits"])
+@pytest.mark.parametrize("case", LICENSED)
+def test_an_image_keeps_its_license(run: Run, tmp_path: Path, case: str, words: list[str]) -> None:
+    """The number of a license means what its own file says."""
+    *listed, numbers, joined, of_images = LICENSED[case]
+    images = [["a.png", "b.png"], ["c.png"]]
+    for part, (names, rows) in enumerate(zip(images, listed, strict=True)):
+        split = ("train", "val")[part] if words[0] == "both" else "train"
+        root = tmp_path / ("both" if words[0] == "both" else words[part])
+        coco_file(root, split, {1: "cat"}, {name: [(1, [part, 0, 5, 5])] for name in names})
+        content = coco_of(root, split) | {"licenses": [{"id": k, "name": name} for k, name in enumerate(rows, start=1)]}
+        for image in content["images"]:
+            image["license"] = numbers["abc".index(image["file_name"][0])]
+        write(root / "annotations" / f"instances_{split}.json", json.dumps(content))
+    out = done(run(*words, "--to", "coco"))
+    found = coco_of(tmp_path / "out")
+    assert {row["name"]: row["id"] for row in found["licenses"]} == joined
+    names = {number: name for name, number in joined.items()}
+    by_image = {image["file_name"]: image.get("license") for image in found["images"]}
+    assert [names.get(by_image[f"{letter}.png"], by_image[f"{letter}.png"]) for letter in "abc"] == of_images
+    assert ("images whose license their file does not list, removed" in out) == (None in of_images)
+    assert ("licenses numbered anew" in out) == (case in ("other numbers", "not listed"))
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

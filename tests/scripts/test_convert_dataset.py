@@ -550,7 +550,7 @@ def test_paths_that_lead_out_of_the_output_do_not(run: Run, tmp_path: Path) -> N
         (["set", "--from", "coco"], 2, "name the file itself"),
         (["set", "--names", "nowhere"], 2, "--names nowhere"),
         (["coco", "--names", "full/file"], 2, "has its own class names"),
-        (["bad.json"], 2, "cannot be read as JSON"),
+        (["bad.json"], 2, "not complete JSON"),
         (["list.json"], 2, "is not a COCO annotation file"),
         (["bad.yaml"], 2, "cannot be read as YAML"),
         (["none.yaml"], 2, "names no images"),

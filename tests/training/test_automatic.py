@@ -58,6 +58,20 @@ def test_what_was_chosen_is_in_the_settings_and_chosen_once(drawn_dataset: Path,
     assert load_run_settings([tmp_path / "args.yaml"], []) == (settings, [])
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(16, None, 2), (3, "2", 1), (2, "4", 1), (4, "2", 2), (4, "x", 2)]
+)
+def test_processes_on_a_machine_share_its_cores(
+    drawn_dataset: Path, monkeypatch: pytest.MonkeyPatch, cores: int, processes: str | None, workers: int
+) -> None:
+    """`data.num_workers: auto` under torchrun: 2 on a CPU where each process has as many cores."""
+    monkeypatch.setattr(automatic.os, "sched_getaffinity", lambda process: range(cores))
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    settings, _ = load_run_settings([], [f"data.root={drawn_dataset}", "run.device=cpu"])
+    assert settings.data.num_workers == workers
+
+
 def test_a_setting_that_a_script_does_not_use_is_named() -> None:
     words = ["data.fake=true", "model.num_classes=2", "train.steps=3"]
     assert load_run_settings([], words, unused=("scheduler", "train"))[1] == [

@@ -22,12 +22,14 @@ from detection.data.conversion.dataset import (
     split_of,
     turn_box,
 )
+from detection.data.json_file import describe_error
+from detection.data.outside_names import STATED, settle_names
 from detection.errors import DataError
 
 ROBOFLOW = "_annotations.coco.json"
 LISTS = ("images", "annotations", "categories")
 # Keys that are written anew; and those that a turn by the EXIF orientation makes wrong.
-OWN_KEYS = {"file_name", "width", "height", "image_id", "category_id", "bbox", "iscrowd"}
+OWN_KEYS = {"file_name", "width", "height", "image_id", "category_id", "bbox", "iscrowd", STATED}
 DRAWN_KEYS = {"segmentation", "keypoints"}
 
 
@@ -52,7 +54,7 @@ def read_coco(
     headers: dict[str, dict[str, Any]] = {}
     for name, (file, directory) in find_annotations(source, split).items():
         content = load_json(file)
-        columns = read_columns(content, str(file))
+        columns = read_columns(content, str(file), file)
         if categories is not None and columns.categories != categories:
             raise DataError(f"{file}: has other categories than the splits before; their labels would not agree")
         categories = columns.categories
@@ -105,10 +107,13 @@ def find_images(file: Path, root: Path) -> Path:
 def load_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: {describe_error(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: is not a COCO annotation file")
+    settle_names(content, file)
     return content
 
 

@@ -240,6 +240,20 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
+def read_text(file: Path) -> str:
+    """Text of a list or description, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        DataError: it is of another encoding; names the line.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise DataError(f"{file}: line {line} is not UTF-8 text (byte 0x{byte:02x}); save it as UTF-8") from None
+
+
 def common_root(files: Sequence[Path]) -> Path:
     """The deepest directory that holds all files."""
     return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))

@@ -5,10 +5,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from detection.data.annotation_file import CONTROL
+from detection.data.annotations import place_of
 from detection.data.conversion.dataset import SPLITS, ConvertedDataset, Findings, ImageEntry
 from detection.data.image_file import UniqueNames
+
+Part = tuple[dict[str, Any], list[ImageEntry]]  # what a COCO file holds beside its lists, and its images
 
 
 def merge_datasets(datasets: Sequence[ConvertedDataset], findings: Findings) -> ConvertedDataset:
@@ -21,19 +25,61 @@ def merge_datasets(datasets: Sequence[ConvertedDataset], findings: Findings) -> 
     counts = Counter(name for dataset in datasets for name in dataset.names)
     names = list(counts)
     merged = ConvertedDataset(tuple(names), {}, {})
+    parts: dict[str, list[Part]] = defaultdict(list)
     for dataset in datasets:
         relabel(dataset, [names.index(name) for name in dataset.names], names)
         for split, entries in dataset.splits.items():
             merged.splits.setdefault(split, []).extend(entries)
-            merged.headers.setdefault(split, dataset.headers.get(split, {}))
+            parts[split].append((dataset.headers.get(split, {}), entries))
         for name, category in dataset.categories.items():
             merged.categories.setdefault(name, category)
+    merged.headers = {split: join_headers(found, findings) for split, found in parts.items()}
     note_shared_images(merged, findings)
     for name, count in counts.items():
         findings.note(
             "classes joined from several sources by their name" if count > 1 else "classes of one source", name
         )
     return merged
+
+
+def join_headers(parts: Sequence[Part], findings: Findings) -> dict[str, Any]:
+    """Join what COCO files hold beside their lists: everything of the first one but `licenses`, which are united.
+
+    Equal licenses become one. Where two parts number them differently they count from 1 anew, and `license` of the
+    images follows; one that its file does not list is removed, so that it cannot mean another file's.
+    """
+    joined = next((header for header, _ in parts if header), {})
+    tables = [_licenses_of(header) for header, _ in parts]
+    united: dict[int | str, dict[str, Any]] = {}
+    if all(united.setdefault(number, row) == row for table in tables for number, row in table.items()):
+        numbers = [{number: number for number in table} for table in tables]
+    else:
+        rows: list[dict[str, Any]] = []
+        numbers = [{} for _ in tables]
+        for table, new in zip(tables, numbers, strict=True):
+            for number, row in table.items():
+                content = {key: value for key, value in row.items() if key != "id"}
+                if content not in rows:
+                    rows.append(content)
+                new[number] = rows.index(content) + 1
+        united = {number: {"id": number, **row} for number, row in enumerate(rows, start=1)}
+        findings.note("licenses numbered anew, because two files number them differently", f"1 to {len(united)}")
+    several = sum(bool(entries) for _, entries in parts) > 1
+    for (_, entries), new in zip(parts, numbers, strict=True):
+        for entry in entries:
+            known = entry.extra.get("license")
+            if isinstance(known, int | str) and known in new:
+                entry.extra["license"] = new[known]
+            elif "license" in entry.extra and united and several:
+                findings.note("images whose license their file does not list, removed", entry.name)
+                del entry.extra["license"]
+    return {**joined, "licenses": list(united.values())} if united else joined
+
+
+def _licenses_of(header: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    rows = header.get("licenses")
+    usable = [row for row in rows if isinstance(row, dict) and "id" in row] if isinstance(rows, list) else []
+    return {row["id"]: row for row in usable if isinstance(row["id"], int | str)}
 
 
 def note_shared_images(dataset: ConvertedDataset, findings: Findings) -> None:
@@ -110,9 +156,9 @@ def split_by_name(dataset: ConvertedDataset, shares: Sequence[float], findings: 
     """
     for split in dataset.splits if len(dataset.splits) > 1 else ():
         findings.note("splits joined and divided anew", split)
+    header = join_headers([(dataset.headers.get(split, {}), rows) for split, rows in dataset.splits.items()], findings)
     entries = [entry for entries in dataset.splits.values() for entry in entries]
     roots = set(dataset.roots.values())
-    header = next(iter(dataset.headers.values()), {})
     names = SPLITS[: len(shares)]
     dataset.splits = {name: [] for name in names}
     for entry in entries:
@@ -123,8 +169,7 @@ def split_by_name(dataset: ConvertedDataset, shares: Sequence[float], findings: 
 
 def choose_split(entry: ImageEntry, shares: Sequence[float]) -> int:
     """Number of the share in which the hash of an image's name lies."""
-    name = Path(entry.name).name.encode("utf-8", "surrogateescape")
-    place = int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64
+    place = place_of(entry.name)
     for number, share in enumerate(shares[:-1]):
         place -= share
         if place < 0:

@@ -1,5 +1,6 @@
 """Pascal VOC: one XML file per image with corners in pixels; lists of images in ImageSets/Main."""
 
+import codecs
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from detection.data.conversion.dataset import (
     images_inside,
     note_duplicates,
     parse_number,
+    read_text,
     relative_name,
     split_of,
     turn_box,
@@ -30,7 +32,8 @@ from detection.errors import DataError
 ANNOTATIONS, IMAGES = ("Annotations", "annotations"), ("JPEGImages", "images", "Images")
 CLASS_LISTS = ("labelmap.txt", "classes.txt", "labels.txt")  # CVAT's and labelImg's
 DECLARATION = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
-EXPAT_ENCODINGS = (b"utf-8", b"utf-16", b"iso-8859-1", b"us-ascii")
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+EXPAT_ENCODINGS = (b"utf-8", b"iso-8859-1", b"us-ascii")
 BACKGROUND = "background"  # first line of CVAT's list; no object has it
 FLAGS = ("difficult", "truncated", "occluded")
 
@@ -91,7 +94,12 @@ def has_annotations(source: Path) -> bool:
     below = [path for path in source.iterdir() if path.is_dir()]
     folders = [source, *(path for path in below if path.name.lower() in names or split_of(path.name))]
     first = (next(iter(sorted(folder.glob("*.xml"))), None) for folder in folders)
-    return any(file is not None and re.search(rb"<annotation[\s>]", file.read_bytes()[:2000]) for file in first)
+    return any(file is not None and _is_annotation(file) for file in first)
+
+
+def _is_annotation(file: Path) -> bool:
+    beginning = file.read_bytes()[:4000].replace(b"\0", b"")  # UTF-16 has a zero byte beside each of these letters
+    return re.search(rb"<annotation[\s>]", beginning) is not None
 
 
 def listed_classes(source: Path) -> list[str]:
@@ -99,7 +107,7 @@ def listed_classes(source: Path) -> list[str]:
     file = next((file for name in CLASS_LISTS if (file := source / name).is_file()), None)
     if file is None:
         return []
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(file).splitlines()
     return [name for line in lines if (name := line.split(":")[0].strip()) and not name.startswith("#")]
 
 
@@ -144,7 +152,7 @@ def find_splits(source: Path, fallback: str, findings: Findings) -> dict[str, li
     for name in present:
         file = lists / f"{name}.txt"
         splits["train" if name == "trainval" else name] = chosen = []
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             if line.strip():
                 # the lists of single classes have a second column
                 stems = (line.strip(), line.split()[0])
@@ -183,15 +191,19 @@ def parse_xml(file: Path, findings: Findings) -> ElementTree.Element | None:
 
 
 def decode_xml(content: bytes) -> bytes | str:
-    """Text where the declared encoding is one that expat lacks, as GBK, which labelling tools write in China.
+    """Text where expat would refuse the declared encoding: it lacks GBK, which labelling tools write in China, and what
+    programs of .NET declare as UTF-16 is often saved as UTF-8. A byte order mark is believed before a declaration.
 
     Raises:
         LookupError, UnicodeDecodeError: no such encoding, or the text is of another.
     """
+    for mark, encoding in MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding)
     declared = DECLARATION.match(content)
     if declared is None or declared[1].lower() in EXPAT_ENCODINGS:
         return content
-    return content.decode(declared[1].decode("ascii"))
+    return content.decode("utf-8" if declared[1].lower().startswith(b"utf-16") else declared[1].decode("ascii"))
 
 
 def find_image(file: Path, root: ElementTree.Element, source: Path) -> Path | None:

@@ -86,6 +86,10 @@ def read_yolo(
         known = {label: f"class_{label}" for label in range(most + 1)}
         reason = "class names are not in the dataset; classes.txt in it, or convert_dataset.py --names FILE, gives them"
         findings.note(reason, f"class_0 to class_{most}")
+        for entries in splits.values():
+            folders = {entry.file.parent for entry in entries if entry.file}
+            for folder in sorted(folders) if len(folders) > 1 else ():
+                findings.note("folders joined, whose class numbers are taken to mean the same", str(folder))
     # A number that data.yaml leaves out keeps its place: the labels stay what they are.
     every = [known.get(label, f"class_{label}") for label in range(max(known) + 1)]
     return ConvertedDataset(check_names(every, str(source)), splits, roots)

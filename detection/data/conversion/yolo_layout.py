@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from detection.config.yaml_files import read_yaml
-from detection.data.conversion.dataset import SPLIT_WORD, Findings, images_below, images_inside, is_image, split_of
+from detection.data.conversion.dataset import (
+    SPLIT_WORD,
+    Findings,
+    images_below,
+    images_inside,
+    is_image,
+    read_text,
+    split_of,
+)
 from detection.data.image_file import IMAGE_SUFFIXES
 from detection.data.similar_names import find_similar
 from detection.errors import DataError, SettingsError
@@ -64,8 +72,8 @@ def _names_images(file: Path) -> bool:
 def load_yaml(file: Path) -> dict[Any, Any]:
     """All values are text: `no` and `010` are names of classes."""
     try:
-        content = read_yaml(file.read_text(encoding="utf-8-sig"), str(file), plain=True)
-    except (OSError, UnicodeDecodeError, SettingsError) as error:
+        content = read_yaml(read_text(file), str(file), plain=True)
+    except (OSError, SettingsError) as error:
         raise DataError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     return content if isinstance(content, dict) else {}
 
@@ -74,7 +82,7 @@ def read_cfg(file: Path, findings: Findings) -> Description:
     """data.yaml (path, train, val, test, names), or Darknet's .data (train, valid, names: files)."""
     root = file.parent
     if file.suffix.lower() == ".data":
-        pairs = [line.split("=", 1) for line in file.read_text(encoding="utf-8-sig").splitlines() if "=" in line]
+        pairs = [line.split("=", 1) for line in read_text(file).splitlines() if "=" in line]
         content: dict[Any, Any] = {key.strip(): value.strip() for key, value in pairs}
         names_file = find_place(str(content.pop("names", "")), (root, root.parent))
         names = None if names_file is None or names_file.is_dir() else read_names_file(names_file)
@@ -151,9 +159,9 @@ def names_of_yaml(value: Any, file: Path) -> dict[int, str] | None:
 
 def read_names_file(file: Path) -> dict[int, str]:
     try:
-        return dict(enumerate(file.read_text(encoding="utf-8-sig").rstrip().splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+        return dict(enumerate(read_text(file).rstrip().splitlines()))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def names_of_files(root: Path) -> dict[int, str] | None:
@@ -219,7 +227,7 @@ def read_list(file: Path, root: Path) -> list[Path]:
     bases = (file.parent, root, root.parent)
     dropped: int | None = None
     found = []
-    for line in filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())):
+    for line in filter(None, map(str.strip, read_text(file).splitlines())):
         path = next((path for base in bases if os.path.exists(path := base / line)), None)
         if path is None and (below := find_below(line, bases, dropped)):
             path, dropped = below
