@@ -81,7 +81,7 @@ def link_file(path: Path, name: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove temporary files of killed processes; no other process may be writing to the directory."""
-    for path in directory.glob(".*.pt.*.tmp"):
+    for path in directory.glob(".*.[0-9]*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
 
