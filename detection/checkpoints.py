@@ -81,7 +81,7 @@ def link_file(path: Path, name: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove temporary files of killed processes; no other process may be writing to the directory."""
-    for path in directory.glob(".*.pt.*.tmp"):
+    for path in directory.glob(".*.[0-9]*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -95,8 +95,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return verify_checkpoint(read_file(path), path)
 
 
-def read_file(path: Path) -> Any:
+def read_file(path: Path, usable: str = READ_HERE) -> Any:
     """Read the tensors and plain values of a `torch.save` file onto the CPU.
+
+    Args:
+        usable: end of the error about a foreign file: which files are read.
 
     Raises:
         CheckpointError: missing, damaged, or holds other objects.
@@ -109,12 +112,12 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
         if kind := describe_file(path):
-            raise CheckpointError(f"{path} is {kind}; {READ_HERE}") from None
+            raise CheckpointError(f"{path} is {kind}; {usable}") from None
         if isinstance(error, pickle.UnpicklingError):
             what = (
                 "holds objects other than tensors and plain values" if zipfile.is_zipfile(path) else "is no checkpoint"
             )
-            raise CheckpointError(f"{path} {what} and is refused; {READ_HERE}") from None
+            raise CheckpointError(f"{path} {what} and is refused; {usable}") from None
         reason = f"{type(error).__name__} {clean(str(error))}".strip()
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
 

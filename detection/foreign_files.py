@@ -1,5 +1,6 @@
 """Tell what a file of weights is that this program did not write. Nothing in the file is executed."""
 
+import codecs
 import contextlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from typing import IO, Any
 MOST_OPERATIONS = 200_000  # of a pickle that are looked at; a large model has some ten thousand
 PICKLES_OF_OLD_FILES = 4  # torch.save before 1.6: magic number, version, machine, then the content
 SHOWN = 60  # characters of a name from a file
+SHOWN_TEXT = 30  # of the beginning of a text file
 
 # First bytes, at an offset -> what the file is.
 MAGIC = {
@@ -22,11 +24,11 @@ MAGIC = {
         0,
         b"version https://git-lfs",
     ): "a pointer of Git LFS; fetch the weights themselves with: git lfs pull",
-    (0, b"<!DOCTYPE"): "a web page: the download failed",
-    (0, b"<!doctype"): "a web page: the download failed",
-    (0, b"<html"): "a web page: the download failed",
     (0, b"\x1f\x8b"): "a gzip archive",
 }
+WEB_PAGE = "a web page: the download failed"
+WEB_STARTS = (b"<!doctype", b"<html", b"<head", b"<body", b"<!--", b"<?xml", b"<script")  # in lower case
+SAFETENSORS = "a safetensors file"
 # Package whose classes a pickle names -> the program.
 PROGRAMS = {
     "ultralytics": "a checkpoint of ultralytics (a pickled model of that program)",
@@ -73,7 +75,9 @@ def describe_file(path: Path) -> str | None:
                 if start[offset : offset + len(magic)] == magic:
                     return text
             if start[8:10] == b'{"' and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
-                return "a safetensors file"
+                return SAFETENSORS
+            if what := _describe_text(start):
+                return what
             if start[0] != 0x80:  # the first byte of every pickle that torch writes
                 return None
             file.seek(0)
@@ -84,6 +88,20 @@ def describe_file(path: Path) -> str | None:
             return _describe_globals(names) or "a Python pickle"
     except Exception:  # noqa: BLE001  (damaged archives and pickles raise at least ten types)
         return None
+
+
+def _describe_text(start: bytes) -> str | None:
+    """Say what a file is that begins with text; a Darknet file begins with small numbers of 4 bytes, so with zeros."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.lower().startswith(WEB_STARTS):
+        return WEB_PAGE
+    try:
+        letters = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last letter may be cut
+    except UnicodeDecodeError:
+        return None
+    if len(letters) > 3 and all(letter.isprintable() or letter in "\t\r\n" for letter in letters):
+        return f"a text file (it begins with {clean(' '.join(letters.split()))[:SHOWN_TEXT]})"
+    return None
 
 
 def _describe_archive(archive: zipfile.ZipFile) -> str | None:

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models import mobilenet_v3_small
 
 from detection.checkpoints import load_checkpoint
 from detection.config.command_line import DEFAULTS, weights_file
+from detection.config.loading import load_settings
+from detection.config.settings import ModelSettings
 from detection.errors import CheckpointError
 from detection.inference.weights import open_weights
+from detection.models import build_detector
+from detection.models.pretrained import load_pretrained
 from tests.support.checkpoint_cases import Payload
 
 
@@ -57,7 +62,9 @@ FILES = {
     "an HDF5 file": lambda: b"\x89HDF\r\n\x1a\n" + bytes(100),
     "a TensorFlow Lite file": lambda: b"\x1c\0\0\0TFL3" + bytes(100),
     "a pointer of Git LFS": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    "a web page": lambda: b"<!DOCTYPE html><html>not found</html>",
+    "a web page: the download failed": lambda: b"<!DOCTYPE html><html>not found</html>",
+    "a web page": lambda: b"\xef\xbb\xbf\n <!-- an error --><HTML>",
+    'a text file (it begins with {\\"message\\": \\"Not found\\"})': lambda: b'{"message": "Not found"}',
     "a safetensors file": lambda: b"\x10" + bytes(7) + b'{"a":{"x":1}}   ' + bytes(100),
     "a Python pickle": lambda: pickle.dumps({"a": 1}),
     "an empty file": lambda: b"",
@@ -73,6 +80,51 @@ def test_files_of_other_programs_are_named(tmp_path: Path, what: str, suffix: st
         open_weights(path, None, None, DEFAULTS)
     line = str(raised.value)
     assert f"foreign{suffix} is {what}" in line and line.isprintable() and len(line) < 400, line
+
+
+@pytest.fixture(scope="module")
+def networks() -> list[tuple[nn.Module, ModelSettings]]:
+    """A network that starts from Darknet files, and one that starts from torchvision's."""
+    sections = ["yolo.neck_channels=[4, 4]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"], ["yolo.neck_channels=[4, 4, 4]"]
+    made = []
+    for backbone, words in zip(("darknet_tiny", "mobilenet_v3_small"), sections, strict=True):
+        settings = load_settings(DEFAULTS, words=[f"model.backbone={backbone}", *words])[0]
+        made.append((build_detector(settings, 1).model, settings.model))
+    return made
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".weights"])
+@pytest.mark.parametrize("what", FILES)
+def test_files_that_no_training_starts_from_are_named_alike(
+    tmp_path: Path, networks: list[tuple[nn.Module, ModelSettings]], what: str, suffix: str
+) -> None:
+    path = tmp_path / f"foreign{suffix}"
+    path.write_bytes(FILES[what]())
+    for model, settings in networks[: 1 if "MobileNet" in what else 2]:
+        with pytest.raises(CheckpointError) as raised:
+            load_pretrained(model, settings.model_copy(update={"pretrained": str(path)}), ["a"])
+        line = str(raised.value)
+        assert f"foreign{suffix}" in line and what in line and line.isprintable() and len(line) < 400, line
+        assert "starts from" in line or "does not fit this network" in line
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".weights"])
+def test_bytes_without_meaning_are_one_line(
+    tmp_path: Path, networks: list[tuple[nn.Module, ModelSettings]], suffix: str
+) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(bytes(range(255, 0, -1)) * 9)
+    lines = []
+    with pytest.raises(CheckpointError) as raised:
+        open_weights(tmp_path / f"x{suffix}", None, None, DEFAULTS)
+    lines.append(str(raised.value))
+    with pytest.raises(CheckpointError) as raised:
+        model, settings = networks[0]
+        load_pretrained(model, settings.model_copy(update={"pretrained": str(tmp_path / f"x{suffix}")}), ["a"])
+    lines.append(str(raised.value))
+    what = {".pt": "x.pt is no checkpoint and is refused", ".weights": "x.weights is not a Darknet weights file"}[
+        suffix
+    ]
+    assert all(what in line and line.isprintable() for line in lines), lines
 
 
 @pytest.mark.parametrize("zipped", [True, False])

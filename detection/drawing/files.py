@@ -1,7 +1,9 @@
 """Write files atomically, under names that every file system takes."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 UNSAFE = re.compile(r"[^\w .+-]")  # letters and digits of any script stay
@@ -15,13 +17,22 @@ def safe_name(name: str) -> str:
     return f"_{safe}" if not safe or RESERVED.fullmatch(safe) else safe
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically, under a temporary name first, so that neither a full disk nor a reader sees a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; without an error the file then takes the place of `path`, in one step.
+
+    So no reader sees a part, and another name of the old file (a hard link) keeps the old content.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file as `replacing` does, in a folder that is made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

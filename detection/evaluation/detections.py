@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotations import Annotations
+from detection.drawing.files import replacing
 
 WRITTEN_AT_A_TIME = 10_000  # detections turned into text at once
 
@@ -65,7 +66,7 @@ def result_rows(annotations: Annotations, detections: Detections) -> Iterator[di
 
 def write_detections(path: Path, annotations: Annotations, detections: Detections) -> None:
     """Write COCO result format: ids of the annotation file, boxes [x, y, width, height] in original pixels."""
-    with open(path, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("[")
         for start in range(0, len(detections), WRITTEN_AT_A_TIME):
             rows = result_rows(annotations, detections.take(slice(start, start + WRITTEN_AT_A_TIME)))

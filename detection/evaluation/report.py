@@ -12,6 +12,7 @@ from detection.contract import CROWD_LABEL, PADDING_LABEL, Batch, Detector
 from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
+from detection.drawing.files import replace_file
 from detection.errors import name_list
 from detection.evaluation.coco_metric import ClassAP, score
 from detection.evaluation.detections import write_detections
@@ -134,15 +135,17 @@ def write_evaluation(
     step: int,
     settings: dict[str, Any],
     more: Mapping[str, Any] | None = None,
+    prefix: str = "",
 ) -> None:
-    """Write `metrics.json` and `detections.json` (COCO result format).
+    """Write `metrics.json` and `detections.json` (COCO result format), each replaced in one step.
 
     Args:
         step: optimizer steps behind the weights.
         settings: of the evaluation: thresholds decide what the numbers mean.
         more: other entries of `metrics.json`.
+        prefix: of both file names.
     """
-    write_detections(directory / "detections.json", dataset.annotations, evaluation.detections)
+    write_detections(directory / f"{prefix}detections.json", dataset.annotations, evaluation.detections)
     class_ap = {
         name: {"AP": ap, "AP50": ap50, "gt_boxes": gt_boxes}
         for name, (ap, ap50, gt_boxes) in evaluation.class_ap.items()
@@ -158,7 +161,7 @@ def write_evaluation(
         "settings": settings,
         **(more or {}),
     }
-    (directory / "metrics.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    replace_file(directory / f"{prefix}metrics.json", json.dumps(content, indent=2).encode())
 
 
 def draw_batch(batch: Batch, names: tuple[str, ...]) -> np.ndarray:

@@ -1,29 +1,31 @@
 """`load_detector`: trained weights as a function of images, for use from Python. See docs/python.md."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import numbers
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
+import torch
 from PIL import Image
 
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag
-from detection.data.image_file import read_image
 from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
-from detection.errors import DataError, OutputError, SettingsError
+from detection.errors import OutputError, SettingsError
 from detection.inference.finder import BATCH_SIZE, Finder
+from detection.inference.pictures import Picture, as_pixels, is_single, numbered_pixels
 from detection.inference.results import ImageDetections
 from detection.inference.sources import batches
 from detection.inference.views import build_viewer
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.runtime.devices import open_machine
 
-Picture = str | Path | np.ndarray | Image.Image
-GREY = (128, 128, 128)  # behind transparent pixels, as `read_image` has it
 LOWEST_CONFIDENCE = 0.001  # of the standard protocol: what scores less is dropped before NMS
-DEEP_MODES = ("I", "F")  # Pillow's modes of more than 8 bits per channel
 
 
 class Detection(NamedTuple):
@@ -37,7 +39,9 @@ class Detection(NamedTuple):
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects found in one image, best score first. Has a length and iterates over `Detection`.
+    """The objects found in one image, best score first.
+
+    Has a length, iterates over `Detection`; an index gives one of them, a slice some of them as `Detections`.
 
     Attributes:
         image: the image as it was looked at, RGB uint8 (H, W, 3).
@@ -63,7 +67,18 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def __getitem__(self, index: int) -> Detection:
+    @overload
+    def __getitem__(self, index: int) -> Detection: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Detections": ...
+
+    def __getitem__(self, index: int | slice) -> "Detection | Detections":
+        if isinstance(index, slice):
+            return dataclasses.replace(
+                self, boxes=self.boxes[index], scores=self.scores[index], labels=self.labels[index]
+            )
+        index = operator.index(index)
         label = int(self.labels[index])
         x1, y1, x2, y2 = self.boxes[index].tolist()
         return Detection((x1, y1, x2, y2), float(self.scores[index]), label, self.class_names[label])
@@ -82,14 +97,14 @@ class Detections:
         """
         return Image.fromarray(self._drawn())
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the image with its boxes; the suffix .png, .jpg or .jpeg chooses the format.
 
         Raises:
-            SettingsError: another suffix.
+            SettingsError: another suffix, or no path.
             OutputError: the file cannot be written.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise SettingsError(f"{path}: pictures are written as .png, .jpg or .jpeg")
         try:
@@ -107,16 +122,20 @@ class Detections:
                 (Darknet files have no ids).
 
         Raises:
-            SettingsError: not one id per class.
+            SettingsError: an id is no whole number, or not one per class.
         """
         ids = self.category_ids if category_ids is None else category_ids
         ids = range(len(self.class_names)) if ids is None else ids
+        if not isinstance(ids, Sequence | np.ndarray):
+            raise SettingsError(f"category_ids: must be a list of numbers, one per class, not {type(ids).__name__}")
         if len(ids) != len(self.class_names):
             raise SettingsError(f"category_ids: {len(ids)} ids for {len(self.class_names)} classes")
+        image_number = as_number("image_id", image_id, whole=True)
+        numbers_of = [as_number("category_ids", number, whole=True) for number in ids]
         return [
             {
-                "image_id": int(image_id),
-                "category_id": int(ids[label]),
+                "image_id": image_number,
+                "category_id": numbers_of[label],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": score,
             }
@@ -143,29 +162,32 @@ class ImageDetector:
         self.names = opened.class_names()
 
     @overload
-    def __call__(self, images: Picture) -> Detections: ...
+    def __call__(self, images: Picture) -> Detections: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Detections]: ...
+    def __call__(self, images: Iterable[Any]) -> list[Detections]: ...
 
-    def __call__(self, images: Picture | list[Any] | tuple[Any, ...]) -> Detections | list[Detections]:
-        """Detect objects in one image or, in batches, in a list of them.
+    def __call__(self, images: Picture | Iterable[Any]) -> Detections | list[Detections]:
+        """Detect objects in one image or, in batches, in several.
 
         Args:
-            images: path of an image file (its EXIF orientation is applied), RGB uint8 array (H, W, 3), PIL image
-                (taken as it is, not turned by EXIF), or a list or tuple of these.
+            images: path or address (http, https) of a picture, whose EXIF orientation is applied; array uint8, RGB
+                (H, W, 3) or grey (H, W); PIL image (taken as it is, not turned by EXIF); or a list, generator or other
+                iterable of these, which is read as it is needed.
 
         Returns:
-            The detections of the image; for a list one result per image, in its order.
+            The detections of the image; for an iterable one result per image, in its order.
 
         Raises:
-            DataReadError: a file is missing, damaged or no image.
+            DataReadError: a file or an answer is missing, damaged or no image.
             DataError: an array of another shape or type, or no image at all.
         """
-        if not isinstance(images, list | tuple):
-            return self([images])[0]
+        if is_single(images):
+            return self._find([as_pixels(images)])[0]
+        return self._find(numbered_pixels(cast(Iterable[Any], images)))
+
+    def _find(self, pixels: Iterable[np.ndarray]) -> list[Detections]:
         found: list[Detections] = []
-        pixels = (as_pixels(image) for image in images)
         for batch in batches(pixels, self.finder.batch_size, lambda image: image.shape[0] * image.shape[1]):
             results = self.finder.find([self.finder.prepare(image) for image in batch])
             found += [self._result(*pair) for pair in zip(batch, results, strict=True)]
@@ -175,31 +197,28 @@ class ImageDetector:
         return Detections(image, found.boxes, found.scores, found.labels, self.names, self.category_ids)
 
 
-def as_pixels(image: Any) -> np.ndarray:
-    """Return an image as RGB uint8 (H, W, 3); arguments and errors: see `ImageDetector.__call__`."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        if image.mode.split(";")[0] in DEEP_MODES:
-            raise DataError(f"a PIL image of mode {image.mode}: give 8 bits per channel, or the path of its file")
-        if "A" in image.getbands() or "transparency" in image.info:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, (*GREY, 255)), layer)
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
-            return np.ascontiguousarray(image)
-        hint = "; several images go into a list" if image.ndim == 4 else ""
-        raise DataError(f"an array must be RGB uint8 (H, W, 3), this is {image.dtype} {image.shape}{hint}")
-    raise DataError(f"an image is a path, an RGB uint8 array (H, W, 3) or a PIL image, not {type(image).__name__}")
+def as_path(name: str, value: Any) -> Path:
+    """Return an argument that must be a path; SettingsError if it is none."""
+    if isinstance(value, str | os.PathLike) and isinstance(path := os.fspath(value), str):
+        return Path(path)
+    raise SettingsError(f"{name}: must be a path, not {type(value).__name__}")
+
+
+def as_number(name: str, value: Any, whole: bool = False) -> int | float:
+    """Return an argument that must be a number as Python's own type (NumPy has others); SettingsError if it is none."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and not whole:
+        return float(value)
+    raise SettingsError(f"{name}: must be a {'whole ' * whole}number, not {value!r}")
 
 
 def load_detector(
-    weights: str | Path,
-    cfg: str | Path | None = None,
-    names: str | Path | Sequence[str] | None = None,
+    weights: str | os.PathLike[str],
+    cfg: str | os.PathLike[str] | None = None,
+    names: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     confidence_threshold: float | None = None,
     iou_threshold: float | None = None,
     max_detections: int | None = None,
@@ -220,17 +239,23 @@ def load_detector(
 
     Raises:
         CheckpointError: the weights are missing, damaged, foreign or do not fit.
-        SettingsError: an argument is impossible, or contradicts the file.
+        SettingsError: an argument is impossible or of another type, or contradicts the file.
     """
-    given = {
-        "run.device": ("device", device),
+    given: dict[str, tuple[str, Any]] = {
         "evaluation.visualization_threshold": ("confidence_threshold", confidence_threshold),
         "evaluation.iou_threshold": ("iou_threshold", iou_threshold),
         "evaluation.max_detections": ("max_detections", max_detections),
         "evaluation.batch_size": ("batch_size", batch_size),
     }
+    flags = [Flag(name, path, as_number(name, value)) for path, (name, value) in given.items() if value is not None]
     if confidence_threshold is not None and confidence_threshold < LOWEST_CONFIDENCE:
-        given["evaluation.confidence_threshold"] = ("confidence_threshold", confidence_threshold)
-    flags = [Flag(name, path, value) for path, (name, value) in given.items() if value is not None]
-    named = Path(names) if isinstance(names, str | Path) else None if names is None else tuple(names)
-    return ImageDetector(open_weights(Path(weights), None if cfg is None else Path(cfg), named, DEFAULTS, flags=flags))
+        flags.append(Flag("confidence_threshold", "evaluation.confidence_threshold", flags[0].value))
+    if device is not None:
+        flags.append(Flag("device", "run.device", str(device) if isinstance(device, torch.device) else device))
+    named = names if names is None or not isinstance(names, str | os.PathLike) else as_path("names", names)
+    if named is not None and not isinstance(named, Path):
+        if not isinstance(named, Sequence | np.ndarray) or not all(isinstance(name, str) for name in named):
+            raise SettingsError("names: must be a file with one class name per line, or a list of the names")
+        named = tuple(named)
+    cfg_path = None if cfg is None else as_path("cfg", cfg)
+    return ImageDetector(open_weights(as_path("weights", weights), cfg_path, named, DEFAULTS, flags=flags))

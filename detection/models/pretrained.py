@@ -3,6 +3,7 @@
 import http.client
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from detection.config.loading import complete_settings
 from detection.config.settings import ModelSettings
 from detection.contract import DetectorModel, HasClassRows
 from detection.errors import CheckpointError, SettingsError
+from detection.foreign_files import SAFETENSORS, describe_content, describe_file
 from detection.models.backbones.darknet import Darknet53
 from detection.models.backbones.mobilenet import MobileNetV3
 from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
@@ -52,25 +54,41 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         raise CheckpointError(
             f"model.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
         )
-    if path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name):
+    backbone = cast(DetectorModel, model).backbone
+    is_darknet = path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name)
+    is_safetensors = isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors"
+    usable = f"model.backbone={settings.backbone} starts from {usable_files(backbone)}"
+    if path.is_file() and (is_darknet or is_safetensors):  # `read_file` names the others
+        what = describe_file(path)
+        if what is not None and not (is_safetensors and what == SAFETENSORS):
+            raise CheckpointError(f"model.pretrained={path} is {what}; {usable}")
+    if is_darknet and not zipfile.is_zipfile(path):
         return load_darknet_file(model, path, names)
     if not path.is_file():
         raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
-    backbone = cast(DetectorModel, model).backbone
-    if isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors":
-        return load_timm_file(backbone, read_safetensors(path), path)
-    content = read_file(path)
+    if isinstance(backbone, TimmBackbone) and is_safetensors:
+        return load_timm_file(backbone, read_safetensors(path), path, f"model.pretrained={path}")
+    content = read_file(path, usable)
     if is_checkpoint(content):
         return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path, names)
-    state = find_state(content, path)
+    what = describe_content(content)
+    state = find_state(content)
+    if isinstance(backbone, MobileNetV3) and state:
+        return [load_torchvision(backbone, state, str(path), f"model.pretrained={path}, {what},")]
+    if isinstance(backbone, TimmBackbone) and state:
+        return load_timm_file(backbone, state, path, f"model.pretrained={path}, {what},")
+    raise CheckpointError(f"model.pretrained={path} is {what}; {usable}")
+
+
+def usable_files(backbone: nn.Module) -> str:
+    """Say in a few words what a backbone can start from."""
     if isinstance(backbone, MobileNetV3):
-        return [load_torchvision(backbone, state, str(path))]
+        return "the state dict of torchvision's classifier or a checkpoint of this program"
     if isinstance(backbone, TimmBackbone):
-        return load_timm_file(backbone, state, path)
-    raise CheckpointError(
-        f"model.pretrained={path} holds plain tensors; model.backbone={settings.backbone} starts from Darknet files "
-        "(.weights, .conv.N) or checkpoints of this program"
-    )
+        return (
+            f"the state dict (.pth, .safetensors) of timm's classifier {backbone.name} or a checkpoint of this program"
+        )
+    return "Darknet files (.weights, .conv.N) or a checkpoint of this program"
 
 
 def has_standard_weights(backbone: str) -> bool:
@@ -110,24 +128,35 @@ def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str
     raise SettingsError(f"model.pretrained = true: {named} has no standard weights; name a FILE")
 
 
-def load_torchvision(backbone: MobileNetV3, state: Mapping[str, Tensor], source: str) -> str:
-    """Load the state of torchvision's classifier, or of its `features` alone, into the backbone."""
+def load_torchvision(
+    backbone: MobileNetV3, state: Mapping[str, Tensor], source: str, described: str | None = None
+) -> str:
+    """Load the state of torchvision's classifier, or of its `features` alone, into the backbone.
+
+    Args:
+        source: where it is from, for the line that is returned.
+        described: what it is, for the error if it does not fit; None: `source`.
+    """
     if any(name.startswith("features.") for name in state):
         state = {
             name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
         }
     ours = backbone.torchvision_names()
     own_state = backbone.state_dict()
-    check_fit(state, {name: own_state[own] for name, own in ours.items()}, source)
+    check_fit(state, {name: own_state[own] for name, own in ours.items()}, described or source)
     backbone.load_state_dict({ours[name]: value for name, value in state.items()})
     return f"backbone, {len(ours)} tensors from {source}"
 
 
-def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path) -> list[str]:
-    """Load the state of a timm classifier, with or without its last layers, into the backbone."""
+def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path, described: str) -> list[str]:
+    """Load the state of a timm classifier, with or without its last layers, into the backbone.
+
+    Args:
+        described: what the file is, for the error if it does not fit.
+    """
     expected, classifier = classifier_state(backbone)
     kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
-    check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, str(path))
+    check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, described)
     load_classifier(backbone, state)
     return [f"backbone from {path}, a classifier timm/{backbone.name}"]
 
@@ -261,13 +290,13 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sourc
         raise CheckpointError(f"{source} does not fit this network; tensors {'; '.join(parts)}")
 
 
-def find_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the state dict of a file, possibly under "state_dict" or "model"; CheckpointError if it has none."""
+def find_state(content: Any) -> dict[str, Tensor] | None:
+    """Return the state dict in the content of a file, possibly under "state_dict" or "model"; None: there is none."""
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"model.pretrained={path} holds no state dict (names and tensors)")
+        return None
     return content
 
 

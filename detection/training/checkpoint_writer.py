@@ -48,11 +48,14 @@ class CheckpointWriter:
         elif self._thread is not None:
             self._thread.join()
 
-    def save(self, content: dict[str, Any], *, best: bool = False, number: int | None = None) -> None:
-        """Start writing last.pt and, on request, the same content under other names.
+    def save(
+        self, content: dict[str, Any], *, last: bool = True, best: bool = False, number: int | None = None
+    ) -> None:
+        """Start writing the content under one or more names.
 
         Args:
             content: tensors on any device and plain values, in nested dicts, lists and tuples.
+            last: write last.pt.
             best: also write best.pt.
             number: also write step_<number>.pt, if any are kept.
 
@@ -60,7 +63,7 @@ class CheckpointWriter:
             OutputError: the previous write failed.
         """
         self.wait()
-        names = [BEST] if best else []
+        names = [LAST] * last + [BEST] * best  # the first one is replaced last: it implies the others
         if number is not None and self.keep:
             names.append(f"step_{number:09d}.pt")
         copied = self._copy(content, ())
@@ -94,13 +97,13 @@ class CheckpointWriter:
 
     def _write(self, content: dict[str, Any], names: list[str]) -> None:
         try:
-            save_checkpoint(self.directory / LAST, content, names)
+            save_checkpoint(self.directory / names[0], content, names[1:])
             if self.keep:
                 # By age, not by number: a run resumed from an older checkpoint writes lower numbers again.
                 numbered = sorted(self.directory.glob(NUMBERED), key=lambda path: (path.stat().st_mtime_ns, path.name))
                 for path in numbered[: -self.keep]:
                     path.unlink()
-            self._written.extend(self.directory / name for name in [*names, LAST])
+            self._written.extend(self.directory / name for name in names)
         except OutputError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001  (in a thread it would only be printed)
@@ -155,10 +158,10 @@ class Saver:
             self._announce()
 
     def save_best_without_average(self) -> None:
-        """Write best.pt with the weights instead of their EMA, and last.pt with both."""
+        """Write best.pt with the weights instead of their EMA, then last.pt, which always has both."""
         if self.writer is not None:
             content = self.run.checkpoint(self.state)
-            self.writer.save({**content, "average": None}, best=True)
+            self.writer.save({**content, "average": None}, last=False, best=True)
             self.save()
 
     def check(self) -> None:

@@ -1,7 +1,15 @@
-"""Evaluation during training: evaluate the validation set, log the metrics, keep the best checkpoint."""
+"""Evaluation during training: evaluate the validation set, log the metrics, keep the best checkpoint.
+
+The result files of the evaluation that gave best.pt lie beside it, linked before it is written.
+"""
+
+import json
+from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader
 
+from detection.checkpoints import DETECTOR_FIELDS, link_file, load_fields
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
 from detection.evaluation.report import draw_detections, metric_table, protocol_line, summary_line, write_evaluation
@@ -10,6 +18,9 @@ from detection.training.loggers import Loggers
 from detection.training.run import Run
 from detection.training.state import RunState
 from detection.training.supervisor import Supervisor
+
+RESULTS = ("detections.json", "metrics.json")  # of the last evaluation
+OF_BEST = "best_"  # before their names: of the evaluation that gave best.pt
 
 
 def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
@@ -20,7 +31,10 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
     if evaluation is not None:
         log_evaluation(run, evaluation, state.step, loggers)
     ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
-    saver.save(best=state.record_evaluation(ap50 or 0.0))
+    best = state.record_evaluation(ap50 or 0.0)
+    if best and evaluation is not None:
+        keep_results(loggers)
+    saver.save(best=best)
     state.meter.restart_clock()
 
 
@@ -33,9 +47,10 @@ def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Logger
     better = ap50 > (state.best_ap50 or 0.0)
     if better:
         state.best_ap50, state.best_step = ap50, state.step
-        saver.save_best_without_average()
         if evaluation is not None:
             log_evaluation(run, evaluation, state.step, loggers, "weights")
+            keep_results(loggers)
+        saver.save_best_without_average()
     what = f"the highest: {BEST} holds them" if better else f"{BEST} stays that of step {state.best_step}"
     loggers.line(f"weights without EMA at step {state.step}: AP50 {ap50:.3f}, {what}")
 
@@ -48,20 +63,65 @@ def evaluate_run(
     Args:
         model: model to evaluate; None: `state.evaluated_model`.
     """
-    settings, dataset, ranks = run.settings, run.validation_set, run.ranks
-    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     share = run_inference(
         model or state.evaluated_model,
         run.criterion,
         run.detector.postprocess,
-        build_evaluation_loader(dataset, batch_size, settings.data.num_workers, run.device, ranks.rank, ranks.size),
+        _loader(run, run.ranks.rank, run.ranks.size),
         run.device,
         run.autocast,
         on_batch=supervisor.between_batches,
     )
     supervisor.rest()
-    shares = ranks.gather(share)
-    return None if shares is None else compute_metrics(shares, dataset.annotations, settings.evaluation.backend)
+    shares = run.ranks.gather(share)
+    if shares is None:
+        return None
+    return compute_metrics(shares, run.validation_set.annotations, run.settings.evaluation.backend)
+
+
+def _loader(run: Run, rank: int = 0, ranks: int = 1) -> DataLoader:
+    settings = run.settings
+    batch_size = settings.evaluation.batch_size or settings.train.micro_batch
+    return build_evaluation_loader(run.validation_set, batch_size, settings.data.num_workers, run.device, rank, ranks)
+
+
+def keep_results(loggers: Loggers) -> None:
+    """Give the result files of this evaluation, which are replaced by the next one, a second name for best.pt."""
+    # The metrics say of which evaluation both are; a process killed in between leaves no metrics, not those of another.
+    for name in reversed(RESULTS):
+        (loggers.directory / f"{OF_BEST}{name}").unlink(missing_ok=True)
+    for name in RESULTS:
+        link_file(loggers.directory / name, loggers.directory / f"{OF_BEST}{name}")
+        loggers.artifact(loggers.directory / f"{OF_BEST}{name}")
+
+
+def has_results_of_best(directory: Path, state: RunState) -> bool:
+    """Return whether the files that `keep_results` left are of the evaluation that gave the best.pt of this state."""
+    try:
+        metrics = json.loads((directory / f"{OF_BEST}metrics.json").read_text(encoding="utf-8"))
+        found = metrics["step"], metrics["AP50"] or 0.0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == (state.best_step, state.best_ap50) and (directory / f"{OF_BEST}detections.json").is_file()
+
+
+def evaluate_best(run: Run, directory: Path) -> None:
+    """Evaluate best.pt at the end of a run, in this process alone, and write the files that `keep_results` would have.
+
+    The run's network holds these weights afterwards.
+
+    Raises:
+        CheckpointError, RuntimeError: best.pt is missing or damaged, or of another network.
+    """
+    checkpoint, model = load_fields(directory / BEST, DETECTOR_FIELDS), run.detector.model
+    average = checkpoint.get("average")
+    model.load_state_dict(average or checkpoint["model"])
+    evaluation = compute_metrics(
+        [run_inference(model, run.criterion, run.detector.postprocess, _loader(run), run.device, run.autocast)],
+        run.validation_set.annotations,
+        run.settings.evaluation.backend,
+    )
+    _write_results(run, evaluation, checkpoint["step"], "EMA" if average else "weights", directory, OF_BEST)
 
 
 def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers, weights: str = "") -> None:
@@ -93,6 +153,13 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
     picture = draw_detections(dataset, evaluation, settings.visualization_threshold, settings.visualize_images)
     if picture is not None:
         loggers.image(step, "validation", picture)
-    write_evaluation(loggers.directory, evaluation, dataset, step, settings.model_dump(mode="json"))
-    for name in ("metrics.json", "detections.json"):
+    _write_results(run, evaluation, step, weights, loggers.directory)
+    for name in RESULTS:
         loggers.artifact(loggers.directory / name)
+
+
+def _write_results(
+    run: Run, evaluation: Evaluation, step: int, weights: str, directory: Path, prefix: str = ""
+) -> None:
+    settings = run.settings.evaluation.model_dump(mode="json")
+    write_evaluation(directory, evaluation, run.validation_set, step, settings, {"weights": weights}, prefix)

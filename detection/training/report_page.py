@@ -1,4 +1,4 @@
-"""What a completed run leaves to look at: results.png, figures of its last evaluation, and report.html with all of it.
+"""What a completed run leaves to look at: results.png, figures of the evaluation of best.pt, and report.html.
 
 Everything comes from files of the run directory, so a continued run's page shows the whole run.
 """
@@ -24,6 +24,7 @@ from detection.evaluation.matching import match_detections
 from detection.evaluation.mistakes import RULE, Findings, count_mistakes, draw_tile, write_mistakes
 from detection.evaluation.report import METRIC_CONDITIONS, protocol_line
 from detection.training.checkpoint_writer import BEST
+from detection.training.evaluation import OF_BEST, evaluate_best, has_results_of_best
 from detection.training.loggers import Loggers
 from detection.training.run import Run
 from detection.training.state import RunState
@@ -41,40 +42,44 @@ def report_run(run: Run, state: RunState, loggers: Loggers) -> None:
     """Write the report of a completed run, of its first process; a failure is one warning line, nothing more."""
     if not run.ranks.is_first:
         return
-    best = f"highest AP50 {shown(state.best_ap50)} after step {state.best_step}: {BEST}"
     try:
-        page = write_report(loggers.directory, run.validation_set, run.settings, run.detector, best)
+        if not has_results_of_best(loggers.directory, state):
+            loggers.line(f"{BEST} is evaluated again for the report: what its evaluation found is not in its files")
+            evaluate_best(run, loggers.directory)
+        page = write_report(loggers.directory, run.validation_set, run.settings, run.detector)
         loggers.line(f"report      {page}, with results.png and the worst images")
     except Exception as error:  # noqa: BLE001  (whatever it is, the training has succeeded)
         reason = " ".join(str(error).split())[:200]
         loggers.line(f"warning: no report of this run: {type(error).__name__} {reason}")
 
 
-def write_report(directory: Path, dataset: DetectionDataset, settings: Any, detector: Detector, best: str) -> Path:
+def write_report(directory: Path, dataset: DetectionDataset, settings: Any, detector: Detector) -> Path:
     """Write report.html and its pictures into a run directory; returns the page, which needs no other file.
 
     Args:
-        directory: with metrics.jsonl, and metrics.json and detections.json of the last evaluation.
+        directory: with metrics.jsonl, and best_metrics.json and best_detections.json, of the evaluation of best.pt.
         dataset: validation set of the run.
         settings: of the run.
-        best: a line about best.pt, whose evaluation may have no row: that of the weights without EMA.
 
     Raises:
         OSError, ValueError, KeyError: a file cannot be read or written.
     """
     rows = read_rows(directory / "metrics.jsonl")
-    if not any("val/AP50" in row for row in rows):
+    last = next((row for row in reversed(rows) if "val/AP50" in row), None)
+    if last is None:
         raise ValueError("metrics.jsonl holds no evaluation")
-    last = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    best = json.loads((directory / f"{OF_BEST}metrics.json").read_text(encoding="utf-8"))
     annotations = dataset.annotations
-    detections = read_detections(directory / "detections.json", annotations)
+    detections = read_detections(directory / f"{OF_BEST}detections.json", annotations)
     names = annotations.categories.names
     page = HtmlReport(f"Training run {directory.name}")
 
     page.lines(
         [
             f"{directory}",
-            f"last evaluation after step {last['step']}: AP {shown(last['AP'])}, AP50 {shown(last['AP50'])}; {best}",
+            f"{BEST}, the {best['weights']} after step {best['step']}: AP {shown(best['AP'])}, "
+            f"AP50 {shown(best['AP50'])}, the highest of the run; all below the curves is about it",
+            f"last evaluation, after step {last['step']}: AP {shown(last['val/AP'])}, AP50 {shown(last['val/AP50'])}",
             f"{len(annotations)} validation images with {int(count_gt(annotations).sum())} boxes of {len(names)} "
             f"classes; {protocol_line(settings, detector)}",
         ]
@@ -82,18 +87,18 @@ def write_report(directory: Path, dataset: DetectionDataset, settings: Any, dete
     save_figure(directory / "results.png", draw_results(rows))
     page.png((directory / "results.png").read_bytes(), "losses, learning rate and accuracy over the run")
 
-    page.heading("Accuracy of the last evaluation")
-    conditions = [(name, *METRIC_CONDITIONS[name], shown(last[name])) for name in METRIC_CONDITIONS]
+    page.heading(f"Accuracy of {BEST}")
+    conditions = [(name, *METRIC_CONDITIONS[name], shown(best[name])) for name in METRIC_CONDITIONS]
     page.table(("metric", "IoU", "box sizes", "boxes per class and image", "value"), conditions)
     page.heading("Classes, worst first")
     page.table(
         ("class", "AP", "AP50", "ground-truth boxes"),
         [
             (name, shown(values["AP"]), shown(values["AP50"]), values["gt_boxes"])
-            for name, values in worst_classes(last["class_AP"])
+            for name, values in worst_classes(best["class_AP"])
         ],
     )
-    scores = score(annotations, detections, last["backend"])
+    scores = score(annotations, detections, best["backend"])
     curves = confidence_curves(annotations, detections, settings.evaluation.confidence_threshold)
     confidence = float(curves.confidence[curves.best])
     pictures = {

@@ -113,7 +113,7 @@ def check_killed_write(directory: Path, tracer: Tracer, stops: int) -> bool:
     with CheckpointWriter(directory, keep=2) as writer:
         for step in (1, 2):
             writer.save(content(step), best=step == 1, number=step)
-    names = ["best.pt", "step_000000003.pt"]
+    names = ["last.pt", "best.pt", "step_000000003.pt"]
     counted = tracer.stops_until_killed(lambda: CheckpointWriter(directory, keep=2)._write(content(3), names), stops)
     assert counted is not None
     last, best = (load_checkpoint(directory / name) for name in ("last.pt", "best.pt"))
@@ -138,7 +138,8 @@ def check_killed_write(directory: Path, tracer: Tracer, stops: int) -> bool:
 def test_D01_D12_killed_at_some_system_calls_of_a_write(tmp_path: Path) -> None:
     tracer = Tracer()
     total = tracer.stops_until_killed(
-        lambda: CheckpointWriter(tmp_path, keep=2)._write(content(3), ["best.pt", "step_000000003.pt"]), 100_000
+        lambda: CheckpointWriter(tmp_path, keep=2)._write(content(3), ["last.pt", "best.pt", "step_000000003.pt"]),
+        10**5,
     )
     assert total is not None and total > 100
     # The last ones are those around the renames; of the others every 13th.
@@ -364,7 +365,8 @@ def compare_with(whole: Path, directory: Path) -> None:
         for key in one.keys() - {"settings"}:
             assert first_difference(one[key], two[key]) is None, (name, key)
     assert rows_of(whole) == rows_of(directory)
-    assert (whole / "results.csv").read_text() == (directory / "results.csv").read_text()
+    for name in ("results.csv", "metrics.json", "detections.json", "best_metrics.json", "best_detections.json"):
+        assert (whole / name).read_text() == (directory / name).read_text(), name
 
 
 def test_D07_a_row_of_several_steps_is_the_same_after_a_stop_between_them(train, launch, whole, tmp_path: Path) -> None:
@@ -620,24 +622,42 @@ def ignore_and_send(main: ModuleType, number: int) -> None:
 # D12: between best and last
 
 
-def die_between(main: ModuleType) -> None:
-    """At the first evaluation, when best.pt has its file and last.pt not yet."""
+def die_between(main: ModuleType, at: str) -> None:
+    """At the first evaluation, when this file has its name and what comes after it not yet."""
     link_file = checkpoints.link_file
 
     def link_and_die(path: Path, name: Path) -> None:
         link_file(path, name)
-        if name.name == "best.pt":
+        if name.name == at:
             die()
 
-    checkpoints.link_file = link_and_die
+    checkpoints.link_file = evaluation.link_file = link_and_die
 
 
-def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path) -> None:
-    assert train("run", fault=die_between).wait() == -signal.SIGKILL
-    best = load_checkpoint(tmp_path / "run" / "best.pt")
-    assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_ap50"] is not None
+@pytest.mark.parametrize("at", ["best_detections.json", "best_metrics.json", "best.pt"])
+def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path, at: str) -> None:
+    assert train("run", fault=functools.partial(die_between, at=at)).wait() == -signal.SIGKILL
+    if at == "best.pt":
+        best = load_checkpoint(tmp_path / "run" / "best.pt")
+        assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_ap50"] is not None
     launch("resumed", "--resume", tmp_path / "run").ends_with(0)
     compare_with(whole(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("lost", ["best_metrics.json", "best_detections.json"])
+def test_D12_what_best_found_is_found_again_where_its_file_is_lost(launch, whole, tmp_path: Path, lost: str) -> None:
+    """The page of a run is about best.pt, of step 4 here: the EMA is off. The last evaluation is that of step 8."""
+    shutil.copytree(whole("train.ema_decay=null"), tmp_path / "run")
+    found = [
+        json.loads((tmp_path / "run" / name).read_text())["step"] for name in ("best_metrics.json", "metrics.json")
+    ]
+    assert found == [4, 8]
+    (tmp_path / "run" / lost).unlink()
+    run = launch("resumed", "--resume", tmp_path / "run")
+    run.ends_with(0)
+    assert "best.pt is evaluated again for the report" in run.out
+    compare_with(whole("train.ema_decay=null"), tmp_path / "run")
+    assert "best.pt, the weights after step 4: " in (tmp_path / "run" / "report.html").read_text()
 
 
 # D13: two runs, clock

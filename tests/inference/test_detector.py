@@ -1,10 +1,15 @@
 """`from detection import load_detector`: any weights, any image, detect.py's own results; the notebook runs."""
 
+import http.server
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +105,56 @@ def test_every_kind_of_image(directory: Path, detector: Any) -> None:
     assert (len(empty), empty.boxes.shape, empty.names, empty.to_coco(1)) == (0, (0, 4), [], [])
 
 
+def test_grey_arrays_and_whatever_can_be_iterated(directory: Path, detector: Any) -> None:
+    """Grey is what the red block looks like in the first channel; images are read as they are needed."""
+    grey, read = np.ascontiguousarray(PICTURE[..., 0]), []
+
+    def images() -> Iterator[Any]:
+        for number in range(5):
+            read.append(number)
+            yield [grey, grey[..., None], Image.fromarray(grey), np.dstack([grey] * 3), directory / "photo.png"][number]
+
+    one, two, pil, rgb, photo = load_detector(directory / "240224-211713_quickstart", batch_size=2)(images())
+    assert read == list(range(5)) and one.image.shape == (128, 128, 3)
+    for result in (one, two, pil):
+        assert (result.boxes == rgb.boxes).all() and (result.scores == rgb.scores).all() and len(result) == len(rgb)
+    assert_both_found(photo)
+    assert len(detector(map(str, {directory / "photo.png"}))) == 1 and detector(iter(())) == []
+
+
+def test_addresses(directory: Path, detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    (directory / "page.png").write_text("<html>")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert_both_found(detector(f"{address}/photo.png"))
+        for found in detector([f"{address}/photo.png?size=1", PICTURE]):
+            assert_both_found(found)
+        for name in ("gone.png", "page.png"):
+            with pytest.raises(DataReadError, match=name):
+                detector(f"{address}/{name}")
+        server.shutdown()
+
+
+def test_some_of_the_detections(detector: Any) -> None:
+    found = detector(PICTURE)
+    first = found[0:1]
+    assert (len(first), first.names, first[0], first.image is found.image) == (1, found.names[:1], found[0], True)
+    assert first.to_coco(1) == found.to_coco(1)[:1] and first.draw().size == (128, 128)
+    assert found[-1] == found[np.int64(1)] == list(found)[1] and list(found[::-1]) == list(found)[::-1]
+    assert len(found[5:]) == 0
+    with pytest.raises(IndexError):
+        found[2]
+    for index in ([0], 1.0, "0", found.scores > 0.5):
+        with pytest.raises(TypeError):
+            found[index]
+
+
 def test_results_are_those_of_detect(directory: Path, detector: Any, run_script: Any, tmp_path: Path) -> None:
     """On noise with many boxes of every score: the same numbers, as far as the file rounds them."""
     generator = np.random.default_rng(0)
@@ -140,24 +195,48 @@ def test_drawing_and_coco_rows(directory: Path, detector: Any, tmp_path: Path) -
     assert json.dumps(found.to_coco(np.int64(1), np.array([10, 20]))) == json.dumps(found.to_coco(1, [10, 20]))
     with pytest.raises(SettingsError, match="1 ids for 2 classes"):
         found.to_coco(1, [10])
+    wrong_ids: list[Any] = [5, ["a", "b"], {0: 1, 1: 2}]
+    for arguments in (("x",), (None,), *((1, ids) for ids in wrong_ids)):
+        with pytest.raises(SettingsError, match=r"(image_id|category_ids): must be a"):
+            found.to_coco(*arguments)
     assert repr(found) == "<2 detections in an image of 128 x 128 pixels>"
+
+
+def truncated_picture() -> Image.Image:
+    """A PIL image whose file ends too early, which is noticed when its pixels are needed."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[: file.tell() // 2]))
 
 
 @pytest.mark.parametrize(
     ("image", "error", "part"),
     [
-        (np.zeros((4, 4, 3)), DataError, "RGB uint8 (H, W, 3), this is float64 (4, 4, 3)"),
-        (np.zeros((4, 4), np.uint8), DataError, "this is uint8 (4, 4)"),
+        (np.zeros((4, 4, 3)), DataError, "RGB (H, W, 3) or grey (H, W), this is float64 (4, 4, 3)"),
+        (np.zeros((4, 4, 4), np.uint8), DataError, "this is uint8 (4, 4, 4)"),
+        (np.zeros((0, 4), np.uint8), DataError, "this is uint8 (0, 4)"),
         (np.zeros((2, 4, 4, 3), np.uint8), DataError, "several images go into a list"),
         (7, DataError, "not int"),
+        (torch.zeros(3, 4, 4), DataError, "not Tensor"),
+        (b"photo.png", DataError, "not bytes"),
+        ({"a": PICTURE}, DataError, "not dict"),
+        ((image for image in (PICTURE, None)), DataError, "image 1: an image is a path"),
+        ([[PICTURE]], DataError, "image 0: an image is a path"),
         (Image.new("I;16", (4, 4)), DataError, "mode I;16"),
+        (Image.new("RGB", (0, 4)), DataError, "without pixels"),
+        (truncated_picture(), DataError, "cannot be decoded: "),
         ("gone.jpg", DataReadError, "gone.jpg"),
+        ("a\0.jpg", DataReadError, "null byte"),
+        ("rtsp://me:secret@127.0.0.1/a", DataReadError, "rtsp://127.0.0.1/a: a stream"),
+        ("http://me:secret@[1/a.png", DataReadError, "the address: Invalid IPv6 URL"),
     ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )
 def test_images_that_are_refused(detector: Any, image: Any, error: type[Exception], part: str) -> None:
     with pytest.raises(error) as raised:
         detector(image)
-    assert part in str(raised.value)
+    line = str(raised.value)
+    assert part in line and line.isprintable() and "secret" not in line
 
 
 @pytest.mark.parametrize(
@@ -166,7 +245,21 @@ def test_images_that_are_refused(detector: Any, image: Any, error: type[Exceptio
         ({"weights": "gone.pt"}, CheckpointError, "gone.pt does not exist"),
         ({"names": ["a", "b"]}, SettingsError, "belongs to Darknet weights"),
         ({"confidence_threshold": 2}, SettingsError, "visualization_threshold"),
+        ({"confidence_threshold": "0.5"}, SettingsError, "confidence_threshold: must be a number, not '0.5'"),
+        ({"confidence_threshold": True}, SettingsError, "confidence_threshold: must be a number, not True"),
+        ({"confidence_threshold": float("nan")}, SettingsError, "visualization_threshold = nan"),
+        ({"iou_threshold": [0.5]}, SettingsError, "iou_threshold: must be a number, not [0.5]"),
+        ({"max_detections": torch.tensor(3)}, SettingsError, "max_detections: must be a number"),
+        ({"max_detections": 2.5}, SettingsError, "max_detections = 2.5: should be a valid integer"),
+        ({"batch_size": "8"}, SettingsError, "batch_size: must be a number, not '8'"),
+        ({"weights": None}, SettingsError, "weights: must be a path, not NoneType"),
+        ({"weights": ["best.pt"]}, SettingsError, "weights: must be a path, not list"),
+        ({"cfg": 5}, SettingsError, "cfg: must be a path, not int"),
+        ({"names": 5}, SettingsError, "names: must be a file"),
+        ({"weights": "net.weights", "cfg": "net.cfg", "names": [1, 2]}, SettingsError, "names: must be a file"),
+        ({"weights": "net.weights", "cfg": "net.cfg", "names": {"a", "b"}}, SettingsError, "a list of the names"),
         ({"device": "abacus"}, SettingsError, "abacus"),
+        ({"device": 0}, SettingsError, "run.device = 0: must be auto, cpu"),
         ({"weights": "net.weights", "cfg": "net.cfg", "names": ["a"]}, SettingsError, "names: has 1 names"),
         ({"weights": "net.weights", "cfg": "net.cfg", "names": ["a", "a"]}, SettingsError, "'a' occurs twice"),
     ],
@@ -179,6 +272,13 @@ def test_arguments_that_are_refused(
     with pytest.raises(error) as raised:
         load_detector(**{"weights": "240224-211713_quickstart", **arguments})
     assert part in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy_and_a_device_of_torch(directory: Path) -> None:
+    changed = {"confidence_threshold": np.float32(0.25), "max_detections": np.int64(3), "device": torch.device("cpu")}
+    settings = load_detector(directory / "240224-211713_quickstart", **changed).settings
+    assert (settings.evaluation.visualization_threshold, settings.evaluation.max_detections) == (0.25, 3)
+    assert settings.run.device == "cpu"
 
 
 def test_scores_below_the_protocol(directory: Path) -> None:

@@ -347,7 +347,7 @@ def test_validation_of_fewer_classes_than_the_data(files: Files, run: Run) -> No
         (["--weights", "gone.pt"], 7, "gone.pt does not exist"),
         (["--weights", "net.weights", "--cfg", "gone.cfg"], 2, "gone.cfg"),
         (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
-        (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is not a Darknet weights file"),
+        (["--weights", "net.cfg", "--cfg", "net.cfg"], 7, "net.cfg is a text file (it begins with [net] width=32"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "--names", "gone.names"], 2, "gone.names"),
         (["--weights", "val", "--cfg", "net.cfg"], 7, "val is a directory without best.pt"),
         (["--cfg", "net.cfg"], 2, "--weights"),

@@ -148,9 +148,9 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         (state | {"extra": torch.zeros(1)}, "1 unknown: extra"),
         (state | {first: torch.zeros(16, 3, 5, 5)}, "0.0.weight (16, 3, 5, 5) instead of (16, 3, 3, 3)"),
         (mobilenet_v3_large(weights=None).state_dict(), "missing: ", "unknown: ", "of another shape: "),
-        ({"a": 1}, "holds no state dict"),
-        ([1, 2], "holds no state dict"),
-        ({}, "holds no state dict"),
+        ({"a": 1}, "a checkpoint of another program (with a)"),
+        ([1, 2], "a list, saved with torch.save"),
+        ({}, "an empty dict", "starts from the state dict of torchvision's classifier"),
         ({"a": Path("x")}, "is a pickled object of another program"),
     ):
         torch.save(content, path)
@@ -376,8 +376,9 @@ def test_timm_files_that_do_not_fit(tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / "file.pth")
         assert expected in refuse(TIMM, tmp_path / "file.pth")
-    (tmp_path / "file.safetensors").write_bytes(b"abc")
-    assert "file.safetensors cannot be read" in refuse(TIMM, tmp_path / "file.safetensors")
+    for content, expected in ((b"ab\0", "cannot be read"), (b"<html>", "is a web page"), (b"", "is an empty file")):
+        (tmp_path / "file.safetensors").write_bytes(content)
+        assert f"file.safetensors {expected}" in refuse(TIMM, tmp_path / "file.safetensors")
     assert "nothing.safetensors: does not exist" in refuse(TIMM, tmp_path / "nothing.safetensors")
 
 

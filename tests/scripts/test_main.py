@@ -177,7 +177,7 @@ def assert_equal_runs(first: Path, second: Path) -> None:
             content.pop("digest")  # follows from the rest
         assert first_difference(*contents) is None, name
     assert rows_of(first) == rows_of(second)
-    for name in ("results.csv", "detections.json", "metrics.json"):
+    for name in ("results.csv", "detections.json", "metrics.json", "best_detections.json", "best_metrics.json"):
         assert (first / name).read_text() == (second / name).read_text(), name
 
 
@@ -207,7 +207,8 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     (events,) = (name for name in names if name.startswith("events.out.tfevents."))
     assert names - {events} == {
         "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
-        "detections.json", "best.pt", "last.pt", "images/train_batch.png", "images/validation_000005.jpg",
+        "detections.json", "best_metrics.json", "best_detections.json", "best.pt", "last.pt",
+        "images/train_batch.png", "images/validation_000005.jpg",
         "images/validation_000010.jpg", "images/validation_000012.jpg", "report.html", "results.png",
         "precision_recall.png", "confusion_matrix.png", "worst_images.csv", "worst_images.jpg",
     }  # fmt: skip
@@ -237,7 +238,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
 def test_a_continued_run_reports_all_of_it(scenarios: Scenarios) -> None:
     assert not (scenarios.base / "at_stop" / "report.html").exists() and scenarios["stopped"]["resumed"].code == 0
     page = (scenarios.base / "stopped" / "report.html").read_text()
-    assert "last evaluation after step 12" in page and page.count("data:image/") >= 4
+    assert "last evaluation, after step 12" in page and page.count("data:image/") >= 4
 
 
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:

@@ -151,6 +151,24 @@ def test_damage_on_the_way_to_the_disk_keeps_the_old_file(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_last_has_its_average_also_while_best_gets_the_weights_alone(tmp_path: Path, monkeypatch) -> None:
+    """A process killed between the two files could not be continued otherwise."""
+    written: list[tuple[str, bool]] = []
+
+    def record(path: Path, content: dict[str, Any], others: list[str]) -> None:
+        written.extend((name, content["average"] is not None) for name in [*others, path.name])
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", record)
+    settings = SimpleNamespace(train=SimpleNamespace(keep_checkpoints=0, save_minutes=None))
+    state = {"model": {}, "average": {"w": torch.ones(1)}}
+    run = SimpleNamespace(settings=settings, ranks=SimpleNamespace(is_first=True), checkpoint=lambda _: state)
+    loggers = SimpleNamespace(directory=tmp_path, artifact=lambda _: None)
+    saver = Saver(run, SimpleNamespace(step=20), loggers)  # type: ignore[arg-type]
+    saver.save_best_without_average()
+    saver.wait()
+    assert written == [("best.pt", False), ("last.pt", True)]
+
+
 def test_best_is_announced_once_when_it_is_on_the_disk(tmp_path: Path, held_back: threading.Event) -> None:
     announced: list[Path] = []
     loggers = SimpleNamespace(directory=tmp_path, artifact=announced.append)

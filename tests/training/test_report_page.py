@@ -1,6 +1,7 @@
 """The report of a completed run: what its page and pictures say, and that it never ends a run."""
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,12 @@ import pytest
 
 from detection.config.settings import Settings
 from detection.data.build import build_validation_dataset
+from detection.drawing.files import replace_file
 from detection.evaluation import detections as detections_module
 from detection.evaluation.coco_metric import score
 from detection.evaluation.detections import Detections, read_detections, write_detections
 from detection.evaluation.report import summary_line
+from detection.training.evaluation import has_results_of_best, keep_results
 from detection.training.report_page import draw_results, report_run, worst_classes
 from tests.support.detectors import geometry_of
 from tests.support.evaluation_cases import annotate, detect
@@ -73,7 +76,10 @@ def test_summary_names_the_five_worst_classes() -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path, drawn_dataset: Path, default_settings: Any) -> tuple[Path, Any, Settings, Any]:
-    """A run directory whose detector finds everything but the boxes of the last image, where it finds a false one."""
+    """A run directory whose best.pt finds everything but the boxes of the last image, where it finds a false one.
+
+    Its last evaluation, of step 20, found nothing.
+    """
     settings = default_settings(f"data.root={drawn_dataset}", "evaluation.visualize_images=2")
     dataset = build_validation_dataset(settings.data, None, None)
     annotations = dataset.annotations
@@ -83,12 +89,14 @@ def finished(tmp_path: Path, drawn_dataset: Path, default_settings: Any) -> tupl
         np.append(images[found], 3), np.vstack([annotations.boxes[found], [[0, 0, 9, 9]]]).astype(np.float64),
         np.append(np.full(len(found), 0.9), 0.8), np.append(annotations.labels[found], 0),
     )  # fmt: skip
-    write_detections(tmp_path / "detections.json", annotations, rows)
+    write_detections(tmp_path / "best_detections.json", annotations, rows)
+    write_detections(tmp_path / "detections.json", annotations, detect([]))
     scores = score(annotations, rows, "arrays")
     names = ("AP", "AP50", "gt_boxes")
     class_ap = {name: dict(zip(names, values, strict=True)) for name, values in scores.class_ap.items()}
-    metrics = {**scores.metrics, "class_AP": class_ap, "step": 20, "backend": "arrays"}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    metrics = {**scores.metrics, "class_AP": class_ap, "step": 10, "backend": "arrays", "weights": "EMA"}
+    (tmp_path / "best_metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "AP": 0.0, "AP50": 0.0, "step": 20}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"step": 2')
     detector = SimpleNamespace(score="objectness", geometry=geometry_of(settings), deviations=())
     return tmp_path, dataset, settings, detector
@@ -103,22 +111,59 @@ def reported(finished: tuple[Path, Any, Settings, Any]) -> tuple[Any, Any, list[
     return run, SimpleNamespace(directory=directory, line=lines.append), lines
 
 
-def test_best_is_named_also_where_no_row_has_it(finished: tuple[Path, Any, Settings, Any]) -> None:
-    """The weights without EMA, evaluated at the end, may be the best; metrics.jsonl has one row per step."""
-    run, loggers, _ = reported(finished)
-    report_run(run, SimpleNamespace(best_ap50=0.45, best_step=20), loggers)  # type: ignore[arg-type]
-    assert "highest AP50 0.450 after step 20: best.pt" in (finished[0] / "report.html").read_text()
+def state_of(directory: Path) -> Any:
+    """The state of the run at its end: its best evaluation is the one in the files."""
+    best = json.loads((directory / "best_metrics.json").read_text())
+    return SimpleNamespace(best_ap50=best["AP50"], best_step=best["step"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"best_step": 15}, {"best_ap50": 0.3}, {"lost": "best_metrics.json"}, {"lost": "best_detections.json"}],
+    ids=str,
+)
+def test_files_of_another_evaluation_are_not_taken_for_those_of_best(
+    finished: tuple[Path, Any, Settings, Any], other: dict[str, Any]
+) -> None:
+    """As a process leaves them that was killed before best.pt was written, or a run of an older version."""
+    directory, state = finished[0], state_of(finished[0])
+    assert has_results_of_best(directory, state)
+    if "lost" in other:
+        (directory / other["lost"]).unlink()
+    assert not has_results_of_best(directory, SimpleNamespace(**{**vars(state), **other}))  # type: ignore[arg-type]
+
+
+def test_results_of_best_stay_while_the_last_ones_are_replaced(
+    finished: tuple[Path, Any, Settings, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, dataset, *_ = finished
+    links = [os.link, lambda *_: (_ for _ in ()).throw(PermissionError())]
+    for link in links:  # and on a file system without hard links
+        monkeypatch.setattr("os.link", link)
+        for name in ("metrics.json", "detections.json"):
+            (directory / name).write_text(f"{name} of step 25")
+        announced: list[Path] = []
+        keep_results(SimpleNamespace(directory=directory, artifact=announced.append))  # type: ignore[arg-type]
+        replace_file(directory / "metrics.json", b"of step 30")
+        write_detections(directory / "detections.json", dataset.annotations, detect([]))
+        assert (directory / "best_metrics.json").read_text() == "metrics.json of step 25"
+        assert (directory / "best_detections.json").read_text() == "detections.json of step 25"
+        assert announced == [directory / "best_detections.json", directory / "best_metrics.json"]
+    assert not list(directory.glob("*.tmp")) + list(directory.glob(".*"))
 
 
 def test_the_page_has_everything_in_it(finished: tuple[Path, Any, Settings, Any]) -> None:
     directory = finished[0]
     run, loggers, _ = reported(finished)
-    report_run(run, SimpleNamespace(best_ap50=0.3, best_step=10), loggers)  # type: ignore[arg-type]
+    report_run(run, state_of(directory), loggers)
     text = (directory / "report.html").read_text()
     sources = re.findall(r'src="(.{22})', text)
     assert len(sources) == 4 and all(source.startswith("data:image/") for source in sources)
     assert "http" not in text and "<script" not in text
-    assert "highest AP50 0.300 after step 10: best.pt" in text and "last evaluation after step 20" in text
+    best = json.loads((directory / "best_metrics.json").read_text())
+    assert f"best.pt, the EMA after step 10: AP {best['AP']:.3f}, AP50 {best['AP50']:.3f}, the highest" in text
+    assert "last evaluation, after step 20: AP 0.200, AP50 0.250" in text and best["AP"] > 0.4
+    assert f"<td>{best['AP']:.3f}</td>" in text
     # 0 + 1 + 2 + 3 boxes; image 103 has three missed ones; the highest F1 is above its false one of 0.8
     assert "4 validation images with 6 boxes of 2 classes" in text
     assert "1 of 4 have a mistake" in text and "image 103 3.png" in text and "image 102" not in text
@@ -127,20 +172,21 @@ def test_the_page_has_everything_in_it(finished: tuple[Path, Any, Settings, Any]
         assert cv2.imread(str(directory / name)) is not None, name
 
 
-@pytest.mark.parametrize("damage", ["metrics.json", "detections.json", "metrics.jsonl", "images"])
+@pytest.mark.parametrize("damage", ["best_metrics.json", "best_detections.json", "metrics.jsonl", "images"])
 def test_a_report_that_fails_is_one_line(
     finished: tuple[Path, Any, Settings, Any], damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, dataset, *_ = finished
     run, loggers, lines = reported(finished)
-    state: Any = SimpleNamespace(best_ap50=0.3, best_step=10)
+    state = state_of(directory)
     if damage == "images":
         monkeypatch.setattr(dataset, "load_image", lambda _: (_ for _ in ()).throw(RuntimeError("two\nlines")))
     else:
         (directory / damage).write_text("[}")
     report_run(run, state, loggers)
-    (line,) = lines
+    *before, line = lines  # where the metrics are unreadable, best.pt is evaluated again, and is not there
+    assert len(before) == (damage == "best_metrics.json")
     assert line.startswith("warning: no report of this run: ") and line.isprintable()
     run.ranks.is_first = False
     report_run(run, state, loggers)
-    assert len(lines) == 1  # other processes write nothing
+    assert len(lines) == 1 + len(before)  # other processes write nothing
