@@ -145,3 +145,10 @@ def test_distributions_by_hand() -> None:
     bottom = 16 * (0 * 2 + 1 + 2) / 4
     expected = [24 - left, 8 - 32.0, 24 + right, 8 + bottom]
     torch.testing.assert_close(decode_distribution(raw, points)[0, 1], torch.tensor(expected))
+
+
+def test_untrained_distributions_have_the_wanted_mean() -> None:
+    """Sides of two strides to each side of the point; the 17 bins cut off (2/3)^17 = 0.1 % of the distribution."""
+    raw = OutputLayout(4 * 17, False, "distribution").initial_bias(4.0).expand(1, 1, -1)
+    box = decode_distribution(raw, make_points([16], [(1, 1)], "cpu"))[0, 0]
+    torch.testing.assert_close(box, torch.tensor([8 - 32.0, 8 - 32.0, 8 + 32.0, 8 + 32.0]), atol=0.7, rtol=0)

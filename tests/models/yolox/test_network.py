@@ -17,7 +17,7 @@ from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.models.necks import TopDownNeck
 from detection.models.pretrained import carry_outputs
 from detection.models.yolo.network import YOLOv3
-from detection.models.yolox import ASSIGNERS, CRITERIA
+from detection.models.yolox import ASSIGNERS, YOLOXLoss
 from tests.support.paths import ARGS, REPOSITORY
 
 SMALL = ("model.backbone=mobilenet_v3_small", "yolox.neck_channels=[24, 16, 8]", "yolox.head_channels=8")
@@ -129,12 +129,13 @@ def test_outputs_and_gradients_on_any_backbone(words: tuple[str, ...], strides: 
 
 @pytest.mark.parametrize("prior", [0.01, 0.1])
 def test_the_untrained_network_predicts_the_prior(prior: float) -> None:
-    """Objectness and classes at every cell, boxes of one stride at its corner, up to small random weights."""
-    model = build(3, *SMALL, f"yolox.prior={prior}").model
+    """Objectness and classes at every cell, boxes of three strides around its centre, up to small random weights."""
+    model = build(3, *SMALL, f"yolox.prior={prior}", "yolox.size_prior=3").model
+    box = torch.tensor([0.5, 0.5, math.log(3), math.log(3)])
     with torch.no_grad():
         for output in model(images_of(2, 64, 96)):
             assert (output[..., 4:] - math.log(prior / (1 - prior))).abs().max() < 0.5
-            assert output[..., :4].abs().max() < 0.5
+            assert (output[..., :4] - box).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("assigner", ASSIGNERS)
@@ -153,7 +154,7 @@ def test_settings_reach_the_parts(assigner: str) -> None:
         "model.fill=[114, 114, 114]",
     ]
     detector = build(2, *SMALL, *words)
-    assert type(detector.criterion) is CRITERIA["yolox"] and detector.criterion.weights == (2, 3, 4, 5)
+    assert type(detector.criterion) is YOLOXLoss and detector.criterion.weights == (2, 3, 4, 5)
     assert detector.criterion.assigner is ASSIGNERS[assigner] and detector.postprocess.iou_threshold == 0.3
     norms = [module for module in detector.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.03, 0.002)}
