@@ -24,9 +24,9 @@ from detection.config.fields import (
     check_range,
     is_zero,
 )
+from detection.config.yolo_settings import DARKNET_CFG, YoloSettings
 from detection.errors import SettingsError
 
-DARKNET_CFG = "darknet_cfg"  # pseudo backbone: the whole network is built from a Darknet .cfg file
 Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
 BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
@@ -127,44 +127,6 @@ class ModelSettings(Section):
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
             raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
         return self
-
-
-class YoloSettings(Section):
-    """What is YOLO's own: neck, anchors, loss and score."""
-
-    spp: bool
-    neck_channels: tuple[Count, ...]
-    anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
-    anchor_size: Count | None
-    loss: Literal["darknet", "giou", "ciou", "mmdetection"]
-    class_loss: Literal["bce", "cross_entropy"]
-    box_weight: NotNegative
-    objectness_weight: NotNegative
-    class_weight: NotNegative
-    ignore_threshold: Probability
-    objectness_prior: Annotated[float, Field(gt=0, lt=1)]
-    score: Literal["product", "objectness"]
-    objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
-
-    @model_validator(mode="after")
-    def check_anchors(self) -> "YoloSettings":
-        if not self.anchors or any(not level for level in self.anchors):
-            raise ValueError("anchors: at least one level with at least one anchor each is needed")
-        return self
-
-    def check_backbone(self, backbone: str) -> None:
-        """Check the neck settings against the backbone; a network from a Darknet cfg brings its own neck.
-
-        Raises:
-            ValueError: the number of levels does not match, or `spp` is set without a neck to hold it.
-        """
-        if backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
-            raise ValueError(
-                f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
-                f"{len(self.anchors)} levels; one value per level is needed"
-            )
-        if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
-            raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
 
 
 class TrainSettings(Section):

@@ -1,6 +1,7 @@
 """The YOLO family as a `Detector` (docs/contract.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -14,14 +15,17 @@ from detection.models.darknet.cfg import cfg_notices, format_cfg, parse_cfg, wit
 from detection.models.darknet.layers import build_layers
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.yolo import CRITERIA
+from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.fit import AnchorFit
+from detection.models.yolo.loss_options import LossOptions
 from detection.models.yolo.network import YOLOv3, spp_stage, tiny_stage, yolov3_stage
 from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
+HEAD = ("scale_xy", "new_coords", "iou_aware")
 HELD_SETTINGS: dict[str, list[str]] = {
-    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss")],
-    "decoding": ["yolo.score", "yolo.objectness_threshold"],
+    "network": [f"yolo.{name}" for name in ("spp", "neck_channels", "anchors", "class_loss", *HEAD)],
+    "decoding": ["yolo.score", "yolo.objectness_threshold", "yolo.iou_aware_factor"],
 }
 
 
@@ -41,21 +45,22 @@ def build_yolo(
         anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
         size_multiple = model.size_multiple
     else:
-        anchors, scales_xy, new_coords = yolo.anchors, (1.0,) * len(yolo.anchors), False
+        anchors, scales_xy, new_coords = yolo.anchors, (yolo.scale_xy,) * len(yolo.anchors), yolo.new_coords
         size_multiple = model.strides[-1]
     criterion = None
     gaussian = isinstance(model, DarknetNetwork) and model.gaussian
-    if not new_coords and not gaussian:  # `encode_boxes` lacks the one, the losses lack the other's uncertainties
-        weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
-        criterion = CRITERIA[yolo.loss](
-            anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
-        )
+    # The losses lack the uncertainties of the one; the raw sizes of the other cannot be compared, only its boxes.
+    if not gaussian and not (new_coords and CRITERIA[yolo.loss].encodes):
+        criterion = build_criterion(yolo, anchors, model.strides, scales_xy, new_coords)
     objectness = "objectness x certainty of the box" if gaussian else "objectness"
+    if yolo.iou_aware:
+        objectness = f"objectness^{1 - yolo.iou_aware_factor:g} x IoU^{yolo.iou_aware_factor:g}"
     metadata = {
         "strides": list(model.strides),
         "anchors": [[list(anchor) for anchor in level] for level in anchors],
         "scale_xy": list(scales_xy),
         "new_coords": new_coords,
+        "iou_aware": yolo.iou_aware,
     }
     return Detector(
         model,
@@ -71,7 +76,9 @@ def build_yolo(
             pixel_std=model.pixel_std,
         ),
         name=model_settings.backbone,
-        untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
+        untrainable="model.cfg: a network with [Gaussian_yolo] can detect but not be trained here"
+        if gaussian
+        else f"yolo.loss = {yolo.loss}: a network with new_coords = 1 needs giou, ciou or multi to be trained",
         plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
         notices=CfgNotices(model_settings.cfg),
         score=f"{objectness} x class probability"
@@ -89,6 +96,35 @@ def build_yolo(
         held_settings=HELD_SETTINGS,
         anchors=anchor_layout(model_settings, yolo, model, anchors),
         check_fit=AnchorFit(anchors, model.strides, scales_xy),
+    )
+
+
+def build_criterion(
+    yolo: YoloSettings, anchors: Anchors, strides: Sequence[int], scales_xy: Sequence[float], new_coords: bool
+) -> Criterion:
+    """Build the criterion of the settings.
+
+    Raises:
+        SettingsError: a setting of the loss does not fit the levels or their grid scale.
+    """
+    balance = yolo.objectness_balance
+    if balance is not None and len(balance) != len(strides):
+        raise SettingsError(f"yolo.objectness_balance: has {len(balance)} values, but there are {len(strides)} levels")
+    if yolo.neighbour_cells and min(scales_xy) < 2:
+        raise SettingsError(
+            f"yolo.neighbour_cells: a centre in the next cell is out of reach with scale_xy = {min(scales_xy):g}; "
+            "yolo.scale_xy must be at least 2"
+        )
+    return CRITERIA[yolo.loss](
+        anchors,
+        strides,
+        yolo.ignore_threshold,
+        yolo.class_loss,
+        (yolo.box_weight, yolo.objectness_weight, yolo.class_weight),
+        scales_xy,
+        new_coords,
+        yolo.iou_aware,
+        LossOptions(**{field.name: getattr(yolo, field.name) for field in fields(LossOptions)}),
     )
 
 
@@ -126,6 +162,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         prior,
         momentum,
         tiny_stage if tiny else spp_stage if yolo.spp else yolov3_stage,
+        yolo.iou_aware,
     )
 
 
@@ -148,6 +185,7 @@ def build_postprocess(
         metadata["scale_xy"],
         metadata["new_coords"],
         yolo.score,
+        yolo.iou_aware_factor if metadata.get("iou_aware", False) else None,  # older files lack it
     )
 
 
