@@ -155,10 +155,10 @@ class Criterion(nn.Module):
 
     @torch.no_grad()
     def lowest_losses(self, targets: dict[str, Tensor], size: int) -> dict[str, float]:
-        """Return what is left of the losses when every assigned prediction is its ground-truth box and class exactly.
+        """Return what is left of the box loss when every assigned prediction is its ground-truth box exactly.
 
-        The box loss is not 0 where centres are compared by cross-entropy: it is then the entropy of their offsets in
-        the cells. The class loss is not 0 with label smoothing. The other losses have no such floor.
+        Not 0 where centres are compared by cross-entropy: it is then the entropy of their offsets in the cells. Of the
+        other losses only that of smoothed classes has a floor, which depends on their number and is not returned.
 
         Args:
             targets: as in `forward`.
@@ -176,18 +176,8 @@ class Criterion(nn.Module):
         num_classes = max(int(labels.max()), 0) + 1
         raw = predictions.new_zeros(len(boxes), len(predictions), num_values(num_classes, self.layout.iou_aware))
         raw[images, flat, BOX] = torch.cat([xy.logit(eps=1e-6), wh], dim=-1)
-        smoothing = self.options.smoothing(num_classes)
-        if smoothing:
-            images, places = positive.nonzero(as_tuple=True)  # the classes of boxes that share a prediction unite
-            certain = math.log(1 / smoothing - 1)
-            raw[..., self.layout.classes] = -certain
-            column = num_values(0, self.layout.iou_aware) + labels[images, gt[images, places]]
-            raw[images, index[images, places], column] = certain
-        losses = self.compute_losses(raw, sizes, boxes, labels, targets.get("weights"))
-        floors = {
-            name: float(loss) * factor for name, loss, factor in zip(LOSS_NAMES, losses, self.factors, strict=False)
-        }
-        return {name: floors[name] for name in LOSS_NAMES if name == "loss_box" or (name == "loss_class" and smoothing)}
+        loss_box, *_ = self.compute_losses(raw, sizes, boxes, labels, targets.get("weights"))
+        return {LOSS_NAMES[0]: float(loss_box) * self.weights[0]}
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
         """Class loss of each prediction, (B, N).

@@ -78,7 +78,8 @@ def build_yolo(
         name=model_settings.backbone,
         untrainable="model.cfg: a network with [Gaussian_yolo] can detect but not be trained here"
         if gaussian
-        else f"yolo.loss = {yolo.loss}: a network with new_coords = 1 needs giou, ciou or multi to be trained",
+        else "model.cfg: a network with new_coords = 1 can detect but not be trained here with "
+        f"yolo.loss={yolo.loss}, only with giou, ciou or multi",
         plan=(f"model       {model_settings.backbone}, {sum(p.numel() for p in model.parameters()):,} parameters",),
         notices=CfgNotices(model_settings.cfg),
         score=f"{objectness} x class probability"
