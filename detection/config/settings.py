@@ -24,9 +24,10 @@ from detection.config.fields import (
     check_range,
     is_zero,
 )
+from detection.config.yolo_settings import DARKNET_CFG, YoloSettings
+from detection.config.yolox_settings import YoloxSettings
 from detection.errors import SettingsError
 
-DARKNET_CFG = "darknet_cfg"  # pseudo backbone: the whole network is built from a Darknet .cfg file
 Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
 BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
 
@@ -131,79 +132,6 @@ class ModelSettings(Section):
                 raise ValueError(f"{name}: only of backbone darknet; must be 1 with {self.backbone}")
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
             raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
-        return self
-
-
-class YoloSettings(Section):
-    """What is YOLO's own: neck, anchors, loss and score."""
-
-    spp: bool
-    neck_channels: tuple[Count, ...]
-    anchors: tuple[tuple[tuple[Positive, Positive], ...], ...]
-    anchor_size: Count | None
-    loss: Literal["darknet", "giou", "ciou", "mmdetection"]
-    class_loss: Literal["bce", "cross_entropy"]
-    box_weight: NotNegative
-    objectness_weight: NotNegative
-    class_weight: NotNegative
-    ignore_threshold: Probability
-    objectness_prior: Annotated[float, Field(gt=0, lt=1)]
-    score: Literal["product", "objectness"]
-    objectness_threshold: Annotated[float, Field(ge=0, lt=1)]
-    neck: Literal["fpn", "pan"]
-
-    @model_validator(mode="after")
-    def check_anchors(self) -> "YoloSettings":
-        if not self.anchors or any(not level for level in self.anchors):
-            raise ValueError("anchors: at least one level with at least one anchor each is needed")
-        return self
-
-    def check_backbone(self, backbone: str) -> None:
-        """Check the neck settings against the backbone; a network from a Darknet cfg brings its own neck.
-
-        Raises:
-            ValueError: the number of levels does not match, or `spp` is set without a neck to hold it.
-        """
-        if backbone != DARKNET_CFG and len(self.anchors) != len(self.neck_channels):
-            raise ValueError(
-                f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
-                f"{len(self.anchors)} levels; one value per level is needed"
-            )
-        if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
-            raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
-        if self.neck != "fpn" and backbone == DARKNET_CFG:
-            raise ValueError(f"yolo.neck: backbone {backbone} brings its own neck; must be fpn")
-
-
-class YoloxSettings(Section):
-    """What is the anchor-free detectors' own: neck, head, loss and assignment."""
-
-    neck: Literal["fpn", "pan"]
-    spp: bool
-    neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
-    head_channels: Count
-    head_depthwise: bool
-    pixels: Literal["backbone", "bgr255"]
-    batch_norm_epsilon: Positive | None
-    prior: Annotated[float, Field(gt=0, lt=1)]
-    loss: Literal["yolox", "aligned"]
-    assigner: Literal["simota", "centre", "centre_cell", "soft_label", "task_aligned", "task_aligned_half", "atss"]
-    box_weight: NotNegative
-    objectness_weight: NotNegative
-    class_weight: NotNegative
-    l1_weight: NotNegative
-    distribution_weight: NotNegative
-    class_loss: Literal["quality_focal", "varifocal"]
-    bins: Annotated[int, Field(ge=2)] | None
-    atss_share: Probability
-    one_to_one: bool
-    size_prior: Positive
-
-    @model_validator(mode="after")
-    def check_loss(self) -> "YoloxSettings":
-        for name in ("bins", "one_to_one"):
-            if self.loss == "yolox" and getattr(self, name):
-                raise ValueError(f"{name}: needs loss: aligned")
         return self
 
 

@@ -111,6 +111,63 @@ def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     return iou - distance / _not_zero(diagonal) - alpha * v
 
 
+def overlap_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """Elementwise IoU; (..., 4) and (..., 4) to (...), 0..1. Differentiable; gradient 0 where nothing overlaps."""
+    intersection, union, _, _ = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    return intersection / _not_zero(union)
+
+
+def distance_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """Elementwise DIoU; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
+
+    DIoU = IoU - d^2 / c^2; d: distance of the centres, c: diagonal of the smallest enclosing box
+
+    Source: https://arxiv.org/abs/1911.08287, equations 5 to 7.
+    """
+    intersection, union, hull_width, hull_height = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    distance = (boxes_1_cxcywh[..., :2] - boxes_2_cxcywh[..., :2]).square().sum(-1)
+    return intersection / _not_zero(union) - distance / _not_zero(hull_width.square() + hull_height.square())
+
+
+def efficient_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """Elementwise EIoU; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes.
+
+    EIoU = DIoU - (w_1 - w_2)^2 / hull_width^2 - (h_1 - h_2)^2 / hull_height^2
+
+    Source: https://arxiv.org/abs/2101.08158, equation 6.
+    """
+    intersection, union, hull_width, hull_height = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    width, height = hull_width.square(), hull_height.square()
+    squared = (boxes_1_cxcywh - boxes_2_cxcywh).square()
+    sides = squared[..., 2] / _not_zero(width) + squared[..., 3] / _not_zero(height)
+    distance = squared[..., :2].sum(-1) / _not_zero(width + height)
+    return intersection / _not_zero(union) - distance - sides
+
+
+def scylla_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
+    """Elementwise SIoU; (..., 4) and (..., 4) to (...). Differentiable; never NaN for finite boxes with a size.
+
+    SIoU = IoU - (distance + shape) / 2, distance = sum over x, y of 1 - exp(-g * (d / hull side)^2) with g = 2 - angle,
+    angle = 2 |dx| |dy| / (dx^2 + dy^2), shape = sum over w, h of (1 - exp(-|w_1 - w_2| / max(w_1, w_2)))^4
+
+    The paper's angle, 1 - 2 sin^2(arcsin(x) - pi / 4) with x = min(|dx|, |dy|) / d, is the sine of the double angle, so
+    neither an arcsine nor a root is needed, whose gradients are not finite everywhere.
+
+    Source: https://arxiv.org/abs/2205.12740, equations 1 to 6 (exponent 4).
+    """
+    intersection, union, hull_width, hull_height = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
+    offset = boxes_1_cxcywh[..., :2] - boxes_2_cxcywh[..., :2]
+    squared = offset.square()
+    angle = 2 * offset[..., 0].abs() * offset[..., 1].abs() / _not_zero(squared.sum(-1))
+    sharpness = (angle - 2)[..., None]
+    share = squared / _not_zero(torch.stack([hull_width, hull_height], -1).square())
+    distance = (1 - (sharpness * share).exp()).sum(-1)
+    sides_1, sides_2 = boxes_1_cxcywh[..., 2:], boxes_2_cxcywh[..., 2:]
+    change = (sides_1 - sides_2).abs() / _not_zero(torch.maximum(sides_1, sides_2))
+    shape = (1 - (-change).exp()).square().square().sum(-1)
+    return intersection / _not_zero(union) - (distance + shape) / 2
+
+
 def _overlap_and_hull(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Areas of intersection and union; width and height of the smallest enclosing box; each (...)."""
     # Corners relative to the centre of the second box, so that small boxes far from the origin keep their precision.

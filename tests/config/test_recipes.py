@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from detection.config.loading import load_settings
+from detection.config.loading import changed_settings, leaf_paths, load_settings
 from detection.config.settings import Settings
+from detection.config.yaml_files import read_settings_file
+from detection.models import build_detector
 from detection.training.schedules import build_schedule
 from tests.support.paths import ARGS, REPOSITORY
 
@@ -28,6 +30,23 @@ def test_a_recipe_loads_and_shows_how_to_run_it(path: Path) -> None:
     assert (
         "Source:" in header or "research repository" in header or path.stem in ("quickstart", "bccd", "bccd_finetune")
     )
+
+
+RUNGS = sorted((REPOSITORY / "recipes" / "rungs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("below", ["bccd", "quickstart", "darknet_416", "yolov3_tiny"])
+def test_a_rung_fits_on_other_recipes_and_changes_only_what_it_names(path: Path, below: str) -> None:
+    recipe = REPOSITORY / "recipes" / f"{below}.yaml"
+    settings, notices = load_settings(ARGS, [recipe, path])
+    changed = changed_settings(load_settings(ARGS, [recipe])[0], settings)
+    assert notices == [] and changed and set(changed) <= set(leaf_paths(read_settings_file(path)))
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config recipes/rungs/{path.name}" in line for line in header)
+    assert any("Source:" in line for line in header)
+    detector = build_detector(settings, 2)  # and its detector can be built
+    assert detector.criterion is not None
 
 
 def rates(settings: Settings, *steps: int) -> list[float]:

@@ -308,6 +308,18 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["epochs=1"], ["train.steps"]),
         (["continue_training=1"], ["--resume"]),
         (["train_ratio=1"], ["data.validation_fraction"]),
+        # choices that only some losses have
+        (["yolo.box_loss=siou"], ["iou or multi", "darknet"]),
+        (["yolo.iou_aware=true", "yolo.loss=mmdetection"], ["freebies", "not mmdetection"]),
+        (["yolo.objectness_target=iou", "yolo.loss=mmdetection"], ["multi", "not mmdetection"]),
+        (["yolo.objectness_balance=[4, 1, 0.4]", "yolo.loss=iou"], ["needs yolo.loss multi, not iou"]),
+        (["yolo.anchor_match=iou"], ["needs yolo.loss multi, not darknet"]),
+        (["yolo.neighbour_cells=true", "yolo.loss=ciou"], ["needs yolo.loss multi, not ciou"]),
+        (["yolo.new_coords=true", "yolo.loss=iou"], ["giou or ciou or multi, not iou"]),
+        (["yolo.label_smoothing=0.5"], ["auto"]),
+        (["yolo.label_smoothing=0.1", "yolo.class_loss=cross_entropy"], ["bce"]),
+        (["yolo.scale_xy=0.9"], ["1"]),
+        (["yolo.anchor_ratio=1"], ["1"]),
     ],
 )
 def test_a_refused_value_is_told_what_is_allowed(words: list[str], parts: list[str]) -> None:

@@ -12,19 +12,27 @@ from detection.ops.boxes import (
     clip_boxes,
     complete_iou,
     cxcywh_to_xyxy,
+    distance_iou,
+    efficient_iou,
     generalized_iou,
     generalized_iou_xyxy,
+    overlap_iou,
     pairwise_intersection,
     pairwise_iou,
     pairwise_wh_iou,
+    scylla_iou,
     xyxy_to_cxcywh,
 )
 from tests.support.slow_boxes import (
     slow_complete_iou,
+    slow_distance_iou,
+    slow_efficient_iou,
     slow_generalized_iou,
     slow_intersection,
     slow_iou,
     slow_overlap_and_hull,
+    slow_plain_iou,
+    slow_scylla_iou,
     slow_v,
 )
 
@@ -238,7 +246,44 @@ def test_gradients_of_generalized_and_complete_iou_against_central_differences()
                 assert gradient[number] == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("function", [generalized_iou, giou_of_corners, complete_iou])
+SLOW = {
+    overlap_iou: slow_plain_iou,
+    distance_iou: slow_distance_iou,
+    efficient_iou: slow_efficient_iou,
+    scylla_iou: slow_scylla_iou,
+}
+
+
+@pytest.mark.parametrize("function", SLOW)
+def test_further_overlaps_and_their_gradients_against_loop(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Boxes apart, touching, overlapping, one inside the other; central differences."""
+    boxes, others = random_boxes_cxcywh(60, 4), random_boxes_cxcywh(60, 14)
+    leaf = boxes.clone().requires_grad_()
+    values = function(leaf, others)
+    values.sum().backward()
+    assert leaf.grad is not None
+    for value, gradient, box, other in zip(
+        values.tolist(), leaf.grad.tolist(), boxes.tolist(), others.tolist(), strict=True
+    ):
+        slow = SLOW[function]
+        assert value == pytest.approx(slow(box, other), abs=1e-12)
+        for number in range(4):
+            moved = [[side + step * (i == number) for i, side in enumerate(box)] for step in (1e-6, -1e-6)]
+            expected = (slow(moved[0], other) - slow(moved[1], other)) / 2e-6
+            assert gradient[number] == pytest.approx(expected, abs=1e-6)
+
+
+def test_further_overlaps_by_hand() -> None:
+    """Side by side, 2 apart, equal 4 x 4 boxes: IoU 1/3, hull 6 x 4; then one of half the width in the middle."""
+    boxes, others = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4]]), torch.tensor([[4.0, 2, 4, 4], [2, 2, 2, 4]])
+    assert overlap_iou(boxes, others).tolist() == pytest.approx([1 / 3, 1 / 2])
+    assert distance_iou(boxes, others).tolist() == pytest.approx([1 / 3 - 4 / 52, 1 / 2])
+    assert efficient_iou(boxes, others).tolist() == pytest.approx([1 / 3 - 4 / 52, 1 / 2 - 4 / 16])
+    shift, change = 1 - math.exp(-2 * 4 / 36), (1 - math.exp(-1 / 2)) ** 4
+    assert scylla_iou(boxes, others).tolist() == pytest.approx([1 / 3 - shift / 2, 1 / 2 - change / 2])
+
+
+@pytest.mark.parametrize("function", [generalized_iou, giou_of_corners, complete_iou, *SLOW])
 def test_iou_of_extreme_boxes_is_finite_with_finite_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Equal, touching, huge, tiny and line-shaped boxes, far from the origin too; float32."""
     others = torch.tensor([[5000.0, 5000, 10, 20]]).expand(8, 4)

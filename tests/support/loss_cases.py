@@ -10,6 +10,7 @@ have objectness delta 0.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -200,6 +201,18 @@ def responsible(case: Case, box: list[float]) -> tuple[int, int, int, int]:
     column = min(int((box[0] + box[2]) / 2 / stride), case.width // stride - 1)
     row = min(int((box[1] + box[3]) / 2 / stride), case.height // stride - 1)
     return level, number, row, column
+
+
+def last_gt(case: Case) -> Iterator[tuple[int, tuple[int, int, int, int], list[float]]]:
+    """(image, place, box) of every positive."""
+    for image in range(len(case.boxes)):
+        last = {responsible(case, box): box for box, label in gt_boxes_of(case, image) if label >= 0}
+        for place, box in last.items():
+            yield image, place, box
+
+
+def to_cxcywh(box: list[float]) -> list[float]:
+    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]]
 
 
 def box_targets(case: Case, box: list[float]) -> tuple[list[float], float]:

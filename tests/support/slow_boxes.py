@@ -41,6 +41,34 @@ def slow_complete_iou(box_1: list[float], box_2: list[float], alpha: float | Non
     return intersection / union - distance_squared / (hull_width**2 + hull_height**2) - alpha * v
 
 
+def slow_plain_iou(box_1: list[float], box_2: list[float]) -> float:
+    intersection, union, _, _ = slow_overlap_and_hull(box_1, box_2)
+    return intersection / union
+
+
+def slow_distance_iou(box_1: list[float], box_2: list[float]) -> float:
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    distance_squared = (box_1[0] - box_2[0]) ** 2 + (box_1[1] - box_2[1]) ** 2
+    return intersection / union - distance_squared / (hull_width**2 + hull_height**2)
+
+
+def slow_efficient_iou(box_1: list[float], box_2: list[float]) -> float:
+    _, _, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    sides = ((box_1[2] - box_2[2]) / hull_width) ** 2 + ((box_1[3] - box_2[3]) / hull_height) ** 2
+    return slow_distance_iou(box_1, box_2) - sides
+
+
+def slow_scylla_iou(box_1: list[float], box_2: list[float]) -> float:
+    """As in the paper, with its arcsine."""
+    intersection, union, hull_width, hull_height = slow_overlap_and_hull(box_1, box_2)
+    dx, dy = abs(box_1[0] - box_2[0]), abs(box_1[1] - box_2[1])
+    sine = min(dx, dy) / math.hypot(dx, dy) if dx or dy else 0.0
+    angle = 1 - 2 * math.sin(math.asin(sine) - math.pi / 4) ** 2
+    distance = sum(1 - math.exp((angle - 2) * (d / side) ** 2) for d, side in ((dx, hull_width), (dy, hull_height)))
+    changes = [abs(box_1[i] - box_2[i]) / max(box_1[i], box_2[i]) for i in (2, 3)]
+    return intersection / union - (distance + sum((1 - math.exp(-change)) ** 4 for change in changes)) / 2
+
+
 def slow_v(box_1: list[float], box_2: list[float]) -> float:
     return 4 / math.pi**2 * (math.atan(box_2[2] / box_2[3]) - math.atan(box_1[2] / box_1[3])) ** 2
 

@@ -41,8 +41,11 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
         raise CheckpointError(
             "Darknet has no such network: only model.backbone darknet, darknet_tiny and darknet_cfg export"
         )
+    if model.iou_aware:
+        raise CheckpointError("Darknet has no yolo.iou_aware: a network with it exports as ONNX only")
     assert detector.anchors is not None, "a YOLOv3 has anchors"
     anchors = detector.anchors.levels
+    scales_xy, new_coords = (detector.metadata[name] for name in ("scale_xy", "new_coords"))
     writer = _Writer()
     size = str(image_size)
     writer.add("net", batch="1", subdivisions="1", width=size, height=size, channels="3")
@@ -51,7 +54,12 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
 
     def add_head(number: int) -> None:
         """Add the head of a level, counted by ascending stride, to the last layer."""
-        writer.sequence(model.heads[len(anchors) - 1 - number])
+        head = model.heads[len(anchors) - 1 - number]
+        writer.convolution(head[0])
+        options = {"scale_x_y": f"{scales_xy[number]:g}"} if scales_xy[number] != 1 else {}
+        if new_coords:  # then the sigmoid belongs to the convolution
+            options["new_coords"] = "1"
+        writer.convolution(head[1], "logistic" if new_coords else "linear")
         first = sum(num_anchors[:number])
         writer.add(
             "yolo",
@@ -63,6 +71,7 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
             ignore_thresh=f"{ignore_threshold:g}",
             truth_thresh="1",
             random="1",
+            **options,
         )
 
     carried, ends = maps[-1], []
@@ -107,8 +116,8 @@ class _Writer:
         self.sections.append(CfgSection(name, 0, options))
         return self.last
 
-    def convolution(self, block: nn.Module) -> int:
-        """Add a `conv_block` or a plain convolution with bias."""
+    def convolution(self, block: nn.Module, activation: str = "linear") -> int:
+        """Add a `conv_block` or a plain convolution with bias and that activation."""
         parts = list(block) if isinstance(block, nn.Sequential) else [block]
         convolution = parts[0]
         assert isinstance(convolution, nn.Conv2d)
@@ -120,7 +129,7 @@ class _Writer:
             size=str(convolution.kernel_size[0]),
             stride=str(convolution.stride[0]),
             pad="1",
-            activation="leaky" if normalised else "linear",
+            activation="leaky" if normalised else activation,
         )
 
     def backbone(self, backbone: Darknet53 | DarknetTiny) -> Sequence[int]:

@@ -42,7 +42,7 @@ def decode_cxcywh(
         cells: (column, row), (..., 2).
         stride: pixels per cell, (..., 1) or one number.
         scale_xy: s, (..., 1) or one number. 1 is YOLOv3; above 1 a finite raw value reaches the border of the cell.
-        new_coords: size of Scaled-YOLOv4, at most four times the anchor. For detection only: `encode_boxes` lacks it.
+        new_coords: size of Scaled-YOLOv4, at most four times the anchor.
 
     Returns:
         (centre x, centre y, width, height) in pixels of the network input, (..., 4).
@@ -58,7 +58,12 @@ def decode_cxcywh(
 
 
 def encode_boxes(
-    boxes_cxcywh: Tensor, anchors: Tensor, cells: Tensor, strides: Tensor, scale_xy: Tensor | float = 1.0
+    boxes_cxcywh: Tensor,
+    anchors: Tensor,
+    cells: Tensor,
+    strides: Tensor,
+    scale_xy: Tensor | float = 1.0,
+    new_coords: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Encode boxes as the regression targets of predictions at the given cells and anchors. Inverse of `decode_cxcywh`.
 
@@ -68,6 +73,7 @@ def encode_boxes(
         cells: (column, row) of each box, (..., 2).
         strides: pixels per cell of each box's level, (...).
         scale_xy: s of each box's level, (..., 1) or one number.
+        new_coords: see `decode_cxcywh`. Sizes of four anchors and more have no raw value and get that of nearly four.
 
     Returns:
         Targets of sigmoid(t_xy), (offset in cells + (s - 1) / 2) / s, within 0..1 if the centre lies in the cell,
@@ -77,4 +83,5 @@ def encode_boxes(
     """
     offset = boxes_cxcywh[..., :2] / strides[..., None] - cells
     target_xy = (offset + (scale_xy - 1) / 2) / scale_xy
-    return target_xy, (boxes_cxcywh[..., 2:] / anchors).log()
+    ratio = boxes_cxcywh[..., 2:] / anchors
+    return target_xy, (ratio.sqrt() / 2).logit(eps=1e-6) if new_coords else ratio.log()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Anchors, AssignedPrediction
 from detection.models.yolo.box_coder import encode_boxes
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import BOX, HeadLayout, sizes_of
+from detection.models.yolo.head_layout import BOX, HeadLayout, num_values, sizes_of
+from detection.models.yolo.loss_options import LossOptions
 from detection.ops.boxes import box_area, pairwise_intersection, xyxy_to_cxcywh
 from detection.runtime.devices import max_chunk_elements
 
-LOSS_NAMES = ("loss_box", "loss_objectness", "loss_class")
+LOSS_NAMES = ("loss_box", "loss_objectness", "loss_class", "loss_iou")  # the last of IoU-aware heads only
+IOU_WEIGHT = 1.0  # of `loss_iou`: `IouAwareLoss` of https://github.com/PaddlePaddle/PaddleDetection
 MAX_PIECES = 3  # of a batch: each launches about 20 operations
 
 
@@ -31,7 +33,12 @@ class Criterion(nn.Module):
         class_loss: "bce" (multi-label) or "cross_entropy" (softmax over the classes).
         weights: factors of the box, objectness and class loss.
         scales_xy: per level, see `box_coder.decode_cxcywh`; None: 1 everywhere.
+        new_coords: likewise; only for criteria with `encodes` False.
+        iou_aware: whether the outputs have a predicted IoU, see `head_layout.num_values`.
+        options: further choices.
     """
+
+    encodes: ClassVar[bool] = True  # whether raw box values are compared with encoded boxes, which new_coords forbids
 
     def __init__(
         self,
@@ -41,9 +48,13 @@ class Criterion(nn.Module):
         class_loss: Literal["bce", "cross_entropy"] = "bce",
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         scales_xy: Sequence[float] | None = None,
+        new_coords: bool = False,
+        iou_aware: bool = False,
+        options: LossOptions | None = None,
     ) -> None:
         super().__init__()
-        self.layout = HeadLayout(anchors, strides, scales_xy)
+        self.layout = HeadLayout(anchors, strides, scales_xy, new_coords, iou_aware)
+        self.options = options or LossOptions()
         self.ignore_threshold = ignore_threshold
         self.class_loss = class_loss
         self.weights = weights
@@ -54,28 +65,42 @@ class Criterion(nn.Module):
         Args:
             outputs: raw logits per level, (B, A, H, W, 5 + C), any float type.
             targets: "boxes" (B, G, 4) xyxy in pixels of the network input, "labels" (B, G): class, -1 padding,
-                -2 crowd.
+                -2 crowd; optional "weights" (B, G): share of a box in a mixed image, a factor of what its positives
+                contribute.
 
         Returns:
-            "loss_box", "loss_objectness", "loss_class": float32 scalars.
+            "loss_box", "loss_objectness", "loss_class" and, of an IoU-aware head, "loss_iou": float32 scalars.
         """
         sizes = sizes_of(outputs)
-        boxes, labels = targets["boxes"].float(), targets["labels"]
+        boxes, labels, shares = targets["boxes"].float(), targets["labels"], targets.get("weights")
         if not labels.shape[1]:  # reductions need at least one row
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
+            shares = None
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
-            losses = self.compute_losses(flatten_levels(outputs).float(), sizes, boxes, labels)
-        return {name: loss * weight for name, loss, weight in zip(LOSS_NAMES, losses, self.weights, strict=True)}
+            losses = self.compute_losses(flatten_levels(outputs).float(), sizes, boxes, labels, shares)
+        # Without a predicted IoU there are three losses.
+        return {name: loss * weight for name, loss, weight in zip(LOSS_NAMES, losses, self.factors, strict=False)}
+
+    @property
+    def factors(self) -> tuple[float, float, float, float]:
+        """Of the losses, in the order of `LOSS_NAMES`."""
+        return (*self.weights, IOU_WEIGHT)
 
     def compute_losses(
-        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the box, objectness and class loss, unweighted.
+        self,
+        raw: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Tensor,
+        labels: Tensor,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Compute the box, objectness and class loss, with an IoU-aware head the loss of the IoU; unweighted.
 
         Args:
             raw: logits of all predictions in the order of `grid.flatten_levels`, (B, P, 5 + C) float32.
             sizes: (rows, columns) per level.
             boxes, labels: as in `forward`.
+            shares: its "weights"; None: all 1.
         """
         raise NotImplementedError
 
@@ -132,8 +157,8 @@ class Criterion(nn.Module):
     def lowest_losses(self, targets: dict[str, Tensor], size: int) -> dict[str, float]:
         """Return what is left of the box loss when every assigned prediction is its ground-truth box exactly.
 
-        Not 0 where centres are compared by cross-entropy: it is then the entropy of their offsets in the cells. The
-        other losses have no such floor.
+        Not 0 where centres are compared by cross-entropy: it is then the entropy of their offsets in the cells. Of the
+        other losses only that of smoothed classes has a floor, which depends on their number and is not returned.
 
         Args:
             targets: as in `forward`.
@@ -147,11 +172,11 @@ class Criterion(nn.Module):
         predictions = self.layout.tables(sizes).predictions
         cells, anchors, stride, scale_xy = predictions[flat].split([2, 2, 1, 1], dim=-1)
         wanted = xyxy_to_cxcywh(boxes[images, gt[images, places]])
-        xy, wh = encode_boxes(wanted, anchors, cells, stride[:, 0], scale_xy)
+        xy, wh = encode_boxes(wanted, anchors, cells, stride[:, 0], scale_xy, self.layout.new_coords)
         num_classes = max(int(labels.max()), 0) + 1
-        raw = predictions.new_zeros(len(boxes), len(predictions), 5 + num_classes)
+        raw = predictions.new_zeros(len(boxes), len(predictions), num_values(num_classes, self.layout.iou_aware))
         raw[images, flat, BOX] = torch.cat([xy.logit(eps=1e-6), wh], dim=-1)
-        loss_box, _, _ = self.compute_losses(raw, sizes, boxes, labels)
+        loss_box, *_ = self.compute_losses(raw, sizes, boxes, labels, targets.get("weights"))
         return {LOSS_NAMES[0]: float(loss_box) * self.weights[0]}
 
     def compare_classes(self, logits: Tensor, one_hot: Tensor, labels: Tensor) -> Tensor:
@@ -163,27 +188,41 @@ class Criterion(nn.Module):
             labels: the target of "cross_entropy", (B, N) int64, 0 or more.
         """
         if self.class_loss == "bce":
+            if smoothing := self.options.smoothing(logits.shape[-1]):
+                one_hot = one_hot * (1 - 2 * smoothing) + smoothing
             return F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(-1)
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
-def mark_positives(index: Tensor, positive: Tensor, predictions: int) -> Tensor:
-    """Return 1 for positive predictions and 0 for the others, (B, P) float32.
+def mark_positives(index: Tensor, positive: Tensor, predictions: int, values: Tensor | float = 1.0) -> Tensor:
+    """Return 1, or the values, for positive predictions and 0 for the others, (B, P) float32.
 
     Args:
         index: flat indices of predictions, (B, N).
-        positive: which of them are positive, (B, N) bool.
+        positive: which of them are positive, (B, N) bool; each prediction at most once if there are values.
         predictions: P.
+        values: of the N predictions, (B, N) float32.
     """
     # The others write to one extra slot, so that shapes stay static.
     slot = torch.where(positive, index, predictions)
-    return torch.zeros(len(index), predictions + 1, device=index.device).scatter_(1, slot, 1.0)[:, :-1]
+    return torch.zeros(len(index), predictions + 1, device=index.device).scatter_(1, slot, values)[:, :-1]
 
 
-def compare_objectness(logits: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-    """Sum the BCE against 1 for positives and 0 for the others that are not ignored; all arguments (B, P)."""
+def compare_objectness(
+    logits: Tensor, positive: Tensor, ignored: Tensor, target: Tensor | None = None, shares: Tensor | None = None
+) -> Tensor:
+    """BCE against the target for positives and 0 for the others that are not ignored; all (B, P), the result too.
+
+    Args:
+        positive: 1 or 0.
+        target: 0 where not positive; None: 1 for positives.
+        shares: factors of the positives; None: 1.
+    """
     counted = torch.maximum(positive, (~ignored).float())
-    return (F.binary_cross_entropy_with_logits(logits, positive, reduction="none") * counted).sum()
+    if shares is not None:
+        counted = torch.where(positive > 0, shares, counted)
+    target = positive if target is None else target
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none") * counted
 
 
 @torch.no_grad()

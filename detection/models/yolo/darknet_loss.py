@@ -10,8 +10,8 @@ from torch import Tensor
 from detection.models.yolo.box_coder import decode_cxcywh, encode_boxes
 from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
 from detection.models.yolo.grid import place_in_cell
-from detection.models.yolo.head_layout import BOX, CLASSES, OBJECTNESS
-from detection.ops.boxes import complete_iou, generalized_iou, pairwise_wh_iou, xyxy_to_cxcywh
+from detection.models.yolo.head_layout import BOX, IOU, OBJECTNESS
+from detection.ops.boxes import complete_iou, generalized_iou, overlap_iou, pairwise_wh_iou, xyxy_to_cxcywh
 
 MAX_EXPONENT = 10.0  # boxes of 1/22026 to 22026 anchors: beyond any ground-truth box, where the IoU has no gradient
 
@@ -74,14 +74,20 @@ class DarknetLoss(Criterion):
     If ground-truth boxes share an anchor and cell, the last one gives the box target and the class targets are united
     (with "cross_entropy" the last one gives the class too). The dataset orders them by descending area, then annotation
     id, whatever their order in the annotation file. Other predictions whose decoded box has an IoU above
-    `ignore_threshold` with a ground-truth box have no objectness loss. Arguments: see `Criterion`.
+    `ignore_threshold` with a ground-truth box have no objectness loss. Positives of a box with a share ("weights" of
+    the targets) contribute that share. Arguments: see `Criterion`.
 
     Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; gradients of Darknet's yolo layer.
     """
 
     def compute_losses(
-        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        raw: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Tensor,
+        labels: Tensor,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """See `Criterion.compute_losses`."""
         input_area = sizes[0][0] * sizes[0][1] * self.layout.strides[0] ** 2  # pixels
         batch_size, predictions, values = raw.shape
@@ -92,21 +98,32 @@ class DarknetLoss(Criterion):
         # Padding has no size; 1 keeps its logarithm finite.
         boxes_cxcywh = torch.where(assigned.valid[..., None], boxes_cxcywh, 1.0)
         scale = 2 - boxes_cxcywh[..., 2:].prod(-1) / input_area  # (B, G)
-        loss_box = (scale * self.compare_boxes(positive_raw[..., BOX], boxes_cxcywh, assigned) * assigned.last).sum()
+        counted = assigned.last if shares is None else assigned.last * shares
+        loss_box = (scale * self.compare_boxes(positive_raw[..., BOX], boxes_cxcywh, assigned) * counted).sum()
 
         decoded = self.layout.decode(raw.detach(), sizes)
         ignored = ignored_predictions(decoded, boxes, labels, self.ignore_threshold)
         positive = mark_positives(assigned.index, assigned.valid, predictions)
-        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored)
+        share = None if shares is None else mark_positives(assigned.index, assigned.last, predictions, counted)
+        iou = target = None
+        if self.layout.iou_aware or self.options.objectness_target == "iou":
+            iou = overlap_iou(self.decode_assigned(positive_raw[..., BOX].detach(), assigned), boxes_cxcywh)
+        if iou is not None and self.options.objectness_target == "iou":
+            target = mark_positives(assigned.index, assigned.last, predictions, iou)
+        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored, target, share).sum()
 
-        class_logits = positive_raw[..., CLASSES]  # (B, G, C)
+        class_logits = positive_raw[..., self.layout.classes]  # (B, G, C)
         classes = labels.clamp(min=0)
         # Unites the classes of all boxes of a prediction in the row of the last one. Not F.one_hot, which reads the
         # labels back to the host to check them, except on CUDA.
         place = assigned.final * class_logits.shape[-1] + classes
         united = torch.zeros_like(class_logits).flatten(1).scatter_(1, place, 1.0).view_as(class_logits)
-        loss_class = (self.compare_classes(class_logits, united, classes) * assigned.last).sum()
-        return loss_box / batch_size, loss_objectness / batch_size, loss_class / batch_size
+        loss_class = (self.compare_classes(class_logits, united, classes) * counted).sum()
+        losses = [loss_box, loss_objectness, loss_class]
+        if iou is not None and self.layout.iou_aware:
+            loss_iou = F.binary_cross_entropy_with_logits(positive_raw[..., IOU], iou, reduction="none")
+            losses.append((loss_iou * counted).sum())
+        return tuple(loss / batch_size for loss in losses)
 
     def assign(
         self, boxes: Tensor, labels: Tensor, sizes: Sequence[tuple[int, int]]
@@ -131,6 +148,12 @@ class DarknetLoss(Criterion):
         loss_wh = (target_wh - raw[..., 2:4]).square().sum(-1) / 2
         return loss_xy + loss_wh
 
+    def decode_assigned(self, raw: Tensor, assigned: Assignment) -> Tensor:
+        """Decode the assigned predictions, (B, G, 4) to (B, G, 4) cxcywh in pixels; differentiable, never infinite."""
+        raw = bound_sizes(raw)
+        stride, scale_xy = assigned.stride[..., None], assigned.scale_xy[..., None]
+        return decode_cxcywh(raw, assigned.anchor, assigned.cell, stride, scale_xy, self.layout.new_coords)
+
 
 class GIoULoss(DarknetLoss):
     """`DarknetLoss` with s * (1 - GIoU) of the decoded box as box loss.
@@ -138,9 +161,11 @@ class GIoULoss(DarknetLoss):
     Source: https://arxiv.org/abs/1902.09630
     """
 
+    encodes = False
+
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
         """See `DarknetLoss.compare_boxes`."""
-        return 1 - generalized_iou(decode_assigned(raw, assigned), boxes_cxcywh)
+        return 1 - generalized_iou(self.decode_assigned(raw, assigned), boxes_cxcywh)
 
 
 class CIoULoss(DarknetLoss):
@@ -149,14 +174,13 @@ class CIoULoss(DarknetLoss):
     Source: https://arxiv.org/abs/1911.08287
     """
 
+    encodes = False
+
     def compare_boxes(self, raw: Tensor, boxes_cxcywh: Tensor, assigned: Assignment) -> Tensor:
         """See `DarknetLoss.compare_boxes`."""
-        return 1 - complete_iou(decode_assigned(raw, assigned), boxes_cxcywh)
+        return 1 - complete_iou(self.decode_assigned(raw, assigned), boxes_cxcywh)
 
 
-def decode_assigned(raw: Tensor, assigned: Assignment) -> Tensor:
-    """Decode the assigned predictions, (B, G, 4) to (B, G, 4) cxcywh in pixels; differentiable, never infinite."""
-    bounded = torch.cat([raw[..., :2], raw[..., 2:4].clamp(-MAX_EXPONENT, MAX_EXPONENT)], dim=-1)
-    return decode_cxcywh(
-        bounded, assigned.anchor, assigned.cell, assigned.stride[..., None], assigned.scale_xy[..., None]
-    )
+def bound_sizes(raw: Tensor) -> Tensor:
+    """Raw box values (..., 4) with sizes whose exponential is finite and, beyond `MAX_EXPONENT`, without gradient."""
+    return torch.cat([raw[..., :2], raw[..., 2:4].clamp(-MAX_EXPONENT, MAX_EXPONENT)], dim=-1)

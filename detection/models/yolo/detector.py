@@ -1,6 +1,7 @@
 """The YOLO family as a `Detector` (docs/contract.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -15,14 +16,17 @@ from detection.models.darknet.layers import build_layers
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.necks import plain_stage, spp_stage, tiny_stage
 from detection.models.yolo import CRITERIA
+from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.fit import AnchorFit
+from detection.models.yolo.loss_options import LossOptions
 from detection.models.yolo.network import YOLOv3
 from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
+HEAD = ("scale_xy", "new_coords", "iou_aware")
 HELD_SETTINGS: dict[str, list[str]] = {
-    "network": [f"yolo.{name}" for name in ("spp", "neck", "neck_channels", "anchors", "class_loss")],
-    "decoding": ["yolo.score", "yolo.objectness_threshold"],
+    "network": [f"yolo.{name}" for name in ("spp", "neck", "neck_channels", "anchors", "class_loss", *HEAD)],
+    "decoding": ["yolo.score", "yolo.objectness_threshold", "yolo.iou_aware_factor"],
 }
 
 
@@ -42,21 +46,22 @@ def build_yolo(
         anchors, scales_xy, new_coords = model.anchors, model.scales_xy, model.new_coords
         size_multiple = model.size_multiple
     else:
-        anchors, scales_xy, new_coords = yolo.anchors, (1.0,) * len(yolo.anchors), False
+        anchors, scales_xy, new_coords = yolo.anchors, (yolo.scale_xy,) * len(yolo.anchors), yolo.new_coords
         size_multiple = model.strides[-1]
     criterion = None
     gaussian = isinstance(model, DarknetNetwork) and model.gaussian
-    if not new_coords and not gaussian:  # `encode_boxes` lacks the one, the losses lack the other's uncertainties
-        weights = (yolo.box_weight, yolo.objectness_weight, yolo.class_weight)
-        criterion = CRITERIA[yolo.loss](
-            anchors, model.strides, yolo.ignore_threshold, yolo.class_loss, weights, scales_xy
-        )
+    # The losses lack the uncertainties of the one; the raw sizes of the other cannot be compared, only its boxes.
+    if not gaussian and not (new_coords and CRITERIA[yolo.loss].encodes):
+        criterion = build_criterion(yolo, anchors, model.strides, scales_xy, new_coords)
     objectness = "objectness x certainty of the box" if gaussian else "objectness"
+    if yolo.iou_aware:
+        objectness = f"objectness^{1 - yolo.iou_aware_factor:g} x IoU^{yolo.iou_aware_factor:g}"
     metadata = {
         "strides": list(model.strides),
         "anchors": [[list(anchor) for anchor in level] for level in anchors],
         "scale_xy": list(scales_xy),
         "new_coords": new_coords,
+        "iou_aware": yolo.iou_aware,
     }
     return Detector(
         model,
@@ -72,7 +77,10 @@ def build_yolo(
             pixel_std=model.pixel_std,
         ),
         name=model_settings.backbone,
-        untrainable="model.cfg: a network with new_coords = 1 or [Gaussian_yolo] can detect but not be trained here",
+        untrainable="model.cfg: a network with [Gaussian_yolo] can detect but not be trained here"
+        if gaussian
+        else "model.cfg: a network with new_coords = 1 can detect but not be trained here with "
+        f"yolo.loss={yolo.loss}, only with giou, ciou or multi",
         plan=(
             f"model       {backbone_name(model_settings)}, {sum(p.numel() for p in model.parameters()):,} parameters",
         ),
@@ -99,6 +107,35 @@ def backbone_name(settings: ModelSettings) -> str:
     """The backbone and, if they are not 1, its factors, for the plan."""
     factors = [f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(settings, name)) != 1]
     return f"{settings.backbone} ({', '.join(factors)})" if factors else settings.backbone
+
+
+def build_criterion(
+    yolo: YoloSettings, anchors: Anchors, strides: Sequence[int], scales_xy: Sequence[float], new_coords: bool
+) -> Criterion:
+    """Build the criterion of the settings.
+
+    Raises:
+        SettingsError: a setting of the loss does not fit the levels or their grid scale.
+    """
+    balance = yolo.objectness_balance
+    if balance is not None and len(balance) != len(strides):
+        raise SettingsError(f"yolo.objectness_balance: has {len(balance)} values, but there are {len(strides)} levels")
+    if yolo.neighbour_cells and min(scales_xy) < 2:
+        raise SettingsError(
+            f"yolo.neighbour_cells: a centre in the next cell is out of reach with scale_xy = {min(scales_xy):g}; "
+            "yolo.scale_xy must be at least 2"
+        )
+    return CRITERIA[yolo.loss](
+        anchors,
+        strides,
+        yolo.ignore_threshold,
+        yolo.class_loss,
+        (yolo.box_weight, yolo.objectness_weight, yolo.class_weight),
+        scales_xy,
+        new_coords,
+        yolo.iou_aware,
+        LossOptions(**{field.name: getattr(yolo, field.name) for field in fields(LossOptions)}),
+    )
 
 
 class CfgNotices:
@@ -136,6 +173,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         momentum,
         tiny_stage if tiny else spp_stage if yolo.spp else plain_stage,
         yolo.neck == "pan",
+        yolo.iou_aware,
     )
 
 
@@ -158,6 +196,7 @@ def build_postprocess(
         metadata["scale_xy"],
         metadata["new_coords"],
         yolo.score,
+        yolo.iou_aware_factor if metadata.get("iou_aware", False) else None,  # older files lack it
     )
 
 

@@ -10,12 +10,13 @@ from detection.contract import Anchors
 from detection.models.yolo.box_coder import decode_predictions
 from detection.models.yolo.grid import anchor_table, prediction_table
 
-BOX, OBJECTNESS, CLASSES = slice(0, 4), 4, slice(5, None)  # of a prediction's raw values
+# Of a prediction's raw values; the classes follow, see `HeadLayout.classes`. IOU exists in IoU-aware heads only.
+BOX, OBJECTNESS, IOU = slice(0, 4), 4, 5
 
 
-def num_values(num_classes: int) -> int:
-    """Number of raw values per prediction: box, objectness, classes."""
-    return 5 + num_classes
+def num_values(num_classes: int, iou_aware: bool = False) -> int:
+    """Number of raw values per prediction: box, objectness, with `iou_aware` the predicted IoU, classes."""
+    return 5 + int(iou_aware) + num_classes
 
 
 def class_rows(num_anchors: int, num_classes: int, values_before: int = num_values(0)) -> Tensor:
@@ -42,6 +43,7 @@ class HeadLayout(nn.Module):
         strides: pixels per cell, per level; two levels may have the same.
         scales_xy: per level, see `box_coder.decode_cxcywh`; None: 1 everywhere.
         new_coords: see `box_coder.decode_cxcywh`.
+        iou_aware: see `num_values`.
 
     Raises:
         ValueError: the numbers of levels differ.
@@ -53,11 +55,14 @@ class HeadLayout(nn.Module):
         strides: Sequence[int],
         scales_xy: Sequence[float] | None = None,
         new_coords: bool = False,
+        iou_aware: bool = False,
     ) -> None:
         super().__init__()
         self.strides = list(strides)
         self.scales_xy = [1.0] * len(self.strides) if scales_xy is None else list(scales_xy)
         self.new_coords = new_coords
+        self.iou_aware = iou_aware
+        self.classes = slice(num_values(0, iou_aware), None)  # of a prediction's raw values
         if not len(anchors) == len(self.strides) == len(self.scales_xy):
             raise ValueError(
                 f"{len(anchors)} levels of anchors, {len(self.strides)} strides and {len(self.scales_xy)} scales_xy; "

@@ -17,7 +17,7 @@ from detection.models.yolo.criterion import (
     split_batch,
 )
 from detection.models.yolo.grid import place_in_cell
-from detection.models.yolo.head_layout import BOX, CLASSES, OBJECTNESS
+from detection.models.yolo.head_layout import BOX, OBJECTNESS
 from detection.ops.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 
 MAX_OVERLAPS = 2**27  # IoUs of ground-truth boxes and priors at once, 512 MiB; 64 images of 512 boxes have as many
@@ -101,8 +101,13 @@ class MMDetectionLoss(Criterion):
     """
 
     def compute_losses(
-        self, raw: Tensor, sizes: Sequence[tuple[int, int]], boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        raw: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        boxes: Tensor,
+        labels: Tensor,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """See `Criterion.compute_losses`."""
         batch_size, predictions, values = raw.shape
         tables = self.layout.tables(sizes)
@@ -110,18 +115,20 @@ class MMDetectionLoss(Criterion):
         positive_raw = raw.gather(1, grid.index[..., None].expand(-1, -1, values))  # (B, N, 5 + C)
 
         boxes_of_gt = boxes.gather(1, grid.gt[..., None].expand(-1, -1, 4))  # (B, N, 4)
-        loss_box = (self._compare_boxes(positive_raw[..., BOX], boxes_of_gt, grid) * grid.positive).sum()
+        counted = grid.positive if shares is None else grid.positive * shares.gather(1, grid.gt)
+        loss_box = (self._compare_boxes(positive_raw[..., BOX], boxes_of_gt, grid) * counted).sum()
 
         cells, anchors, stride, _ = tables.predictions.split([2, 2, 1, 1], dim=-1)
         priors = cxcywh_to_xyxy(torch.cat([(cells + 0.5) * stride, anchors], dim=-1))
         ignored = ignored_predictions(priors.expand(batch_size, -1, -1), boxes, labels, self.ignore_threshold)
         positive = mark_positives(grid.index, grid.positive, predictions)
-        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored)
+        share = None if shares is None else mark_positives(grid.index, grid.positive, predictions, counted)
+        loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored, shares=share).sum()
 
-        class_logits = positive_raw[..., CLASSES]  # (B, N, C)
+        class_logits = positive_raw[..., self.layout.classes]  # (B, N, C)
         classes = labels.clamp(min=0).gather(1, grid.gt)  # (B, N)
         one_hot = torch.zeros_like(class_logits).scatter_(2, classes[..., None], 1.0)
-        loss_class = (self.compare_classes(class_logits, one_hot, classes) * grid.positive).sum()
+        loss_class = (self.compare_classes(class_logits, one_hot, classes) * counted).sum()
         return loss_box, loss_objectness, loss_class
 
     def assign(

@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
 from detection.models.necks import BottomUpPath, NeckStage, plain_stage
-from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, class_rows, num_values
+from detection.models.yolo.head_layout import OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
 
 
-def initialise_output(output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float) -> None:
+def initialise_output(
+    output: nn.Conv2d, num_anchors: int, num_classes: int, objectness_prior: float, iou_aware: bool = False
+) -> None:
     """Initialise an output convolution to predict `objectness_prior` everywhere and equal class probabilities.
+
+    A predicted IoU starts at one half.
 
     With zero biases thousands of empty cells would dominate the first steps with a loss of log(2) each.
 
     Source: objectness_prior: Focal Loss for Dense Object Detection, section 3.3, https://arxiv.org/abs/1708.02002
     """
     nn.init.normal_(output.weight, std=0.01)
-    bias = torch.zeros(num_anchors, num_values(num_classes))
+    bias = torch.zeros(num_anchors, num_values(num_classes, iou_aware))
     bias[:, OBJECTNESS] = math.log(objectness_prior / (1 - objectness_prior))
-    bias[:, CLASSES] = -math.log(max(num_classes - 1, 1))
+    bias[:, num_values(0, iou_aware) :] = -math.log(max(num_classes - 1, 1))
     with torch.no_grad():
         output.bias.copy_(bias.flatten())  # type: ignore[union-attr]
 
@@ -37,15 +41,21 @@ def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
 
 
 class Head(nn.Sequential):
-    """3x3 convolution to 2 * width, then 1x1 to A * (5 + C) raw values; (B, in, H, W) to (B, A, H, W, 5 + C)."""
+    """3x3 convolution to 2 * width, then 1x1 to A * V raw values; (B, in, H, W) to (B, A, H, W, V), V: `num_values`."""
 
     def __init__(
-        self, in_channels: int, width: int, num_anchors: int, num_classes: int, objectness_prior: float
+        self,
+        in_channels: int,
+        width: int,
+        num_anchors: int,
+        num_classes: int,
+        objectness_prior: float,
+        iou_aware: bool = False,
     ) -> None:
-        output = nn.Conv2d(2 * width, num_anchors * num_values(num_classes), 1)
+        output = nn.Conv2d(2 * width, num_anchors * num_values(num_classes, iou_aware), 1)
         super().__init__(conv_block(in_channels, 2 * width, 3), output)
         self.num_anchors = num_anchors
-        initialise_output(output, num_anchors, num_classes, objectness_prior)
+        initialise_output(output, num_anchors, num_classes, objectness_prior, iou_aware)
 
     def forward(self, x: Tensor) -> Tensor:
         return raw_predictions(super().forward(x), self.num_anchors)
@@ -64,6 +74,7 @@ class YOLOv3(nn.Module):
         batch_norm_momentum: of all batch-norm layers, the backbone's included.
         neck_stage: `plain_stage`, `spp_stage` or `tiny_stage`.
         path_aggregation: a `BottomUpPath` follows the top-down neck.
+        iou_aware: each prediction has one raw value more, its IoU; see `head_layout`.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -78,8 +89,10 @@ class YOLOv3(nn.Module):
         batch_norm_momentum: float = 0.1,
         neck_stage: NeckStage = plain_stage,
         path_aggregation: bool = False,
+        iou_aware: bool = False,
     ) -> None:
         super().__init__()
+        self.iou_aware = iou_aware
         self.backbone = backbone
         self.num_classes = num_classes
         self.strides = tuple(backbone.strides)
@@ -95,7 +108,7 @@ class YOLOv3(nn.Module):
             stage_channels = width if len(stage) else carried + channels
             self.neck.append(stage)
             level_channels.append(stage_channels)
-            self.heads.append(Head(stage_channels, width, num_anchors, num_classes, objectness_prior))
+            self.heads.append(Head(stage_channels, width, num_anchors, num_classes, objectness_prior, iou_aware))
             if len(self.neck) < len(neck_channels):
                 carried = neck_channels[len(self.neck)]
                 self.laterals.append(conv_block(stage_channels, carried, 1))
@@ -116,7 +129,7 @@ class YOLOv3(nn.Module):
             images: RGB, (B, 3, H, W), uint8 0..255 or float 0..1; H and W multiples of the coarsest stride.
 
         Returns:
-            Raw logits per level, stride ascending, (B, A, H/stride, W/stride, 5 + C).
+            Raw logits per level, stride ascending, (B, A, H/stride, W/stride, 5 + C), or 6 + C with `iou_aware`.
 
         Raises:
             ValueError: if H or W is not a multiple of the coarsest stride.
@@ -164,4 +177,5 @@ class YOLOv3(nn.Module):
 
     def class_rows(self, num_classes: int) -> list[Tensor]:
         """For each output convolution the filters of the class scores, if there were so many classes, (A, C)."""
-        return [class_rows(cast(Head, head).num_anchors, num_classes) for head in reversed(self.heads)]
+        before = num_values(0, self.iou_aware)
+        return [class_rows(cast(Head, head).num_anchors, num_classes, before) for head in reversed(self.heads)]

@@ -9,11 +9,13 @@ from torch import Tensor
 from detection.contract import Anchors
 from detection.models.postprocess import DensePostprocess
 from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, HeadLayout, sizes_of
+from detection.models.yolo.head_layout import IOU, OBJECTNESS, HeadLayout, sizes_of
 
 
 class YOLOPostprocess(DensePostprocess):
     """Boxes, scores and labels per image; the score is objectness times class probability.
+
+    With an IoU-aware head objectness^(1 - f) * IoU^f takes the place of objectness everywhere, f: `iou_factor`.
 
     Args:
         anchors: per level (width, height) in pixels of the network input, stride ascending.
@@ -23,8 +25,10 @@ class YOLOPostprocess(DensePostprocess):
         objectness_threshold: predictions with an objectness up to this are dropped.
         scales_xy, new_coords: see `HeadLayout`.
         score: "objectness" ignores the class probability and gives each prediction its likeliest class only.
+        iou_factor: f of an IoU-aware head; None: the head predicts no IoU.
 
-    Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767
+    Source: YOLOv3, section 2.1 and 2.2, https://arxiv.org/abs/1804.02767; IoU: PP-YOLO, section 3.2,
+        https://arxiv.org/abs/2007.12099, f = 0.4 in PaddleDetection's configs/ppyolo.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class YOLOPostprocess(DensePostprocess):
         scales_xy: Sequence[float] | None = None,
         new_coords: bool = False,
         score: Literal["product", "objectness"] = "product",
+        iou_factor: float | None = None,
     ) -> None:
         super().__init__(confidence_threshold, iou_threshold, max_detections)
-        self.layout = HeadLayout(anchors, strides, scales_xy, new_coords)
+        self.layout = HeadLayout(anchors, strides, scales_xy, new_coords, iou_factor is not None)
+        self.iou_factor = iou_factor
         self.score = score
         self.objectness_threshold = objectness_threshold
         self.softmax = class_loss == "cross_entropy"
@@ -50,15 +56,18 @@ class YOLOPostprocess(DensePostprocess):
         """Decode the predictions of all levels.
 
         Args:
-            outputs: raw logits per level, (B, A, H, W, 5 + C).
+            outputs: raw logits per level, (B, A, H, W, 5 + C), of an IoU-aware head 6 + C.
 
         Returns:
             Boxes (B, P, 4) xyxy in pixels of the network input and scores (B, P, C).
         """
         raw = flatten_levels(outputs).float()
         boxes = self.layout.decode(raw, sizes_of(outputs))
-        classes = raw[..., CLASSES].softmax(-1) if self.softmax else raw[..., CLASSES].sigmoid()
+        logits = raw[..., self.layout.classes]
+        classes = logits.softmax(-1) if self.softmax else logits.sigmoid()
         objectness = raw[..., OBJECTNESS, None].sigmoid()
+        if self.iou_factor is not None:
+            objectness = objectness ** (1 - self.iou_factor) * raw[..., IOU, None].sigmoid() ** self.iou_factor
         if self.score == "objectness":
             scores = torch.zeros_like(classes).scatter(-1, classes.argmax(-1, keepdim=True), objectness)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from detection.config.settings import YoloxSettings
+from detection.config.yolox_settings import YoloxSettings
 from detection.models.necks import NeckStage, PathAggregationNeck, TopDownNeck
 from detection.models.yolox.aligned import AlignedLoss, OneToOneLoss
 from detection.models.yolox.assigners import Assigner

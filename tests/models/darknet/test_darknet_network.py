@@ -554,3 +554,20 @@ def test_training_of_networks_that_can_only_detect_is_refused(kind: str, run_scr
     assert result.stderr.count("\n") == 1 and kind in result.stderr
     assert "can detect but not be trained here" in result.stderr
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("loss", ["giou", "ciou", "multi"])
+def test_a_network_with_new_coords_learns_with_losses_of_boxes(loss: str, tmp_path: Path) -> None:
+    detector = build(NEW_COORDS, tmp_path, f"yolo.loss={loss}")
+    criterion = detector.require_criterion()
+    image = random_image(NEW_COORDS)
+    targets = {"boxes": torch.tensor([[[2.0, 3, 9, 11]]]), "labels": torch.tensor([[1]])}
+    optimizer = torch.optim.Adam(detector.model.parameters(), 0.02)
+    losses = []
+    for _ in range(30):
+        parts = criterion(detector.model(image), targets)
+        losses.append(parts["loss_box"].item())
+        optimizer.zero_grad()
+        sum(parts.values()).backward()
+        optimizer.step()
+    assert criterion.layout.new_coords and losses[-1] < 0.5 * losses[0]

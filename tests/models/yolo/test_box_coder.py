@@ -105,6 +105,20 @@ def test_decode_with_new_coords_by_hand() -> None:
     torch.testing.assert_close(huge[0, :, 0, 0, 2] - huge[0, :, 0, 0, 0], ANCHORS[:, 0] * 4)  # at most four anchors
 
 
+def test_decode_inverts_encode_with_new_coords_up_to_four_anchors() -> None:
+    generator = torch.Generator().manual_seed(3)
+    anchors = torch.rand(40, 2, generator=generator) * 50 + 5
+    boxes = torch.cat(
+        [torch.rand(40, 2, generator=generator) * 16, anchors * torch.linspace(0.1, 3.9, 40)[:, None]], -1
+    )
+    cells = torch.zeros(40, 2)
+    target, raw_wh = encode_boxes(boxes, anchors, cells, torch.full((40,), 16.0), 2.0, new_coords=True)
+    raw = torch.cat([target.logit(), raw_wh], dim=-1)
+    torch.testing.assert_close(decode_cxcywh(raw, anchors, cells, 16, 2.0, True), boxes, atol=1e-3, rtol=1e-4)
+    largest = encode_boxes(boxes * 99, anchors, cells, torch.full((40,), 16.0), 2.0, new_coords=True)[1]
+    assert largest.isfinite().all()
+
+
 @pytest.mark.parametrize("scale_xy", [1.0, 1.05, 1.1, 1.2, 2.0])
 def test_decode_inverts_encode_with_scale(scale_xy: float) -> None:
     """Any centre of the cell, its borders too (finite raw values where the scale exceeds 1)."""

@@ -4,7 +4,6 @@ Per image: s * (1 - GIoU) or s * (1 - CIoU) of the decoded box of each positive 
 s = 2 - w * h; objectness and class loss are Darknet's.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolo.darknet_loss import MAX_EXPONENT
-from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, gt_boxes_of, responsible
+from tests.support.loss_cases import Case, box_targets, darknet_deltas, decode, last_gt, to_cxcywh
 from tests.support.slow_boxes import slow_complete_iou, slow_generalized_iou, slow_overlap_and_hull, slow_v
 
 Place = tuple[int, int, int, int]
@@ -25,18 +24,6 @@ CASES: list[tuple[Any, ...]] = [  # arguments of `Case`
     ("tiny", 5, [21, 0, 16], 19, 0.7, 0.9, LARGE),
     ("three levels", 3, [13, 0, 9], 7, 0.7, 0.6, (96, 64), 1.2),
 ]
-
-
-def last_gt(case: Case) -> Iterator[tuple[int, Place, list[float]]]:
-    """(image, place, box) of every positive."""
-    for image in range(len(case.boxes)):
-        last = {responsible(case, box): box for box, label in gt_boxes_of(case, image) if label >= 0}
-        for place, box in last.items():
-            yield image, place, box
-
-
-def to_cxcywh(box: list[float]) -> list[float]:
-    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]]
 
 
 def slow_box_loss(case: Case, raw: list[float], place: Place, box: list[float], alpha: float | None = None) -> float:

@@ -434,7 +434,7 @@ def test_no_host_synchronisation(class_loss: str, rows_of_targets: int, loss: st
 
 @pytest.mark.parametrize("loss", CRITERIA)
 @pytest.mark.parametrize("class_loss", ["bce", "cross_entropy"])
-def test_at_most_300_operations_whatever_the_boxes_and_the_batch(monkeypatch, class_loss: str, loss: str) -> None:
+def test_few_operations_whatever_the_boxes_and_the_batch(monkeypatch, class_loss: str, loss: str) -> None:
     """Assignment and loss, forward, views included; contiguous half-precision outputs need the most."""
     criterion = Case("three levels", 3, [1], seed=0, loss=loss).criterion(class_loss=class_loss)
     counts = {}
@@ -448,7 +448,8 @@ def test_at_most_300_operations_whatever_the_boxes_and_the_batch(monkeypatch, cl
             targets = {"boxes": torch.cat([corner, corner + 20], dim=-1), "labels": labels}
             criterion(outputs, targets)
             counts[whole_batch, batch_size, rows] = len(traced(lambda o=outputs, t=targets: criterion(o, t)).operations)
-    assert 100 < max(counts.values()) <= 300, counts
+    most = 450 if loss == "multi" else 300  # three losses and an assignment of its own
+    assert 100 < max(counts.values()) <= most, counts
     assert len({count for (whole_batch, *_), count in counts.items() if whole_batch}) == 1, counts
 
 

@@ -36,7 +36,10 @@ DARKNET = sum(scale * value for scale, value in zip(SCALES, ENTROPIES, strict=Tr
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [("darknet", DARKNET), ("mmdetection", 2 * sum(ENTROPIES)), ("giou", 0.0), ("ciou", 0.0)],
+    [
+        *(("darknet", DARKNET), ("freebies", DARKNET), ("iou", DARKNET), ("mmdetection", 2 * sum(ENTROPIES))),
+        *(("giou", 0.0), ("ciou", 0.0), ("multi", 0.0)),
+    ],
 )
 def test_floor_of_two_boxes(loss: str, expected: float) -> None:
     criterion = CRITERIA[loss](ANCHORS, STRIDES, 0.5, weights=(3.0, 1.0, 1.0))

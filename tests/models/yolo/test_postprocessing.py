@@ -290,3 +290,29 @@ def test_score_by_objectness_has_one_class_per_prediction() -> None:
     )
     assert found["scores"].tolist() == pytest.approx([confidence for confidence, _ in expected])
     assert found["labels"].tolist() == [label for _, label in expected]
+
+
+# A head that predicts its IoU
+
+
+@pytest.mark.parametrize("score", ["product", "objectness"])
+@pytest.mark.parametrize("factor", [0.0, 0.4, 1.0])
+def test_the_predicted_iou_is_part_of_the_score(factor: float, score: Any) -> None:
+    """objectness^(1 - f) * IoU^f takes the place of objectness, in the threshold too; boxes and classes as without."""
+    plain = random_outputs(2, 3, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    iou = [torch.randn(*output.shape[:-1], 1, generator=generator) for output in plain]
+    outputs = [torch.cat([a[..., :5], b, a[..., 5:]], dim=-1) for a, b in zip(plain, iou, strict=True)]
+    boxes, scores = build(iou_factor=factor, score=score).decode(outputs)
+    expected_boxes, classes = build(score=score).decode([torch.where(torch.arange(8) == 4, 100.0, a) for a in plain])
+    assert torch.equal(boxes, expected_boxes)
+    quality = torch.cat(
+        [
+            (a[..., 4].sigmoid() ** (1 - factor) * b[..., 0].sigmoid() ** factor).permute(0, 2, 3, 1).flatten(1)
+            for a, b in zip(plain, iou, strict=True)
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(scores, quality[..., None] * classes)
+    _, dropped = build(iou_factor=factor, score=score, objectness_threshold=0.4).decode(outputs)
+    torch.testing.assert_close(dropped, scores * (quality > 0.4)[..., None])

@@ -1,0 +1,39 @@
+"""Settings of the anchor-free detectors."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from detection.config.fields import Count, NotNegative, Positive, Probability, Section
+
+
+class YoloxSettings(Section):
+    """What is the anchor-free detectors' own: neck, head, loss and assignment."""
+
+    neck: Literal["fpn", "pan"]
+    spp: bool
+    neck_channels: Annotated[tuple[Count, ...], Field(min_length=1)]
+    head_channels: Count
+    head_depthwise: bool
+    pixels: Literal["backbone", "bgr255"]
+    batch_norm_epsilon: Positive | None
+    prior: Annotated[float, Field(gt=0, lt=1)]
+    loss: Literal["yolox", "aligned"]
+    assigner: Literal["simota", "centre", "centre_cell", "soft_label", "task_aligned", "task_aligned_half", "atss"]
+    box_weight: NotNegative
+    objectness_weight: NotNegative
+    class_weight: NotNegative
+    l1_weight: NotNegative
+    distribution_weight: NotNegative
+    class_loss: Literal["quality_focal", "varifocal"]
+    bins: Annotated[int, Field(ge=2)] | None
+    atss_share: Probability
+    one_to_one: bool
+    size_prior: Positive
+
+    @model_validator(mode="after")
+    def check_loss(self) -> "YoloxSettings":
+        for name in ("bins", "one_to_one"):
+            if self.loss == "yolox" and getattr(self, name):
+                raise ValueError(f"{name}: needs loss: aligned")
+        return self
