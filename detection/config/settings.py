@@ -194,6 +194,7 @@ class TrainSettings(Section):
     sync_batch_norm: bool
     activation_checkpointing: bool
     patience: Count | None
+    clean_finish: Probability
 
     @property
     def largest_size(self) -> int:

@@ -84,6 +84,8 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
+    if settings.train.clean_finish:
+        lines.append(f"finish      from step {run.finish_step} without mosaic and mixup")
     lines += run.detector.notices(
         {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
     )

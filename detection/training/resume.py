@@ -118,7 +118,8 @@ def follows_length(settings: Settings) -> list[str]:
     if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
         names.append("the cosine schedule (scheduler.T_0: null)")
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
-    return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

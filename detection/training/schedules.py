@@ -16,6 +16,11 @@ def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
     return round(float(duration.removesuffix("ep")) * steps_per_epoch)
 
 
+def first_finishing_step(share: float, steps: int) -> int:
+    """Return the step from which a run of so many steps is in its last part, `train.clean_finish`."""
+    return round((1 - share) * steps)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
