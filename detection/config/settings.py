@@ -165,6 +165,7 @@ class TrainSettings(Section):
     learning_rate_batch: Count | None
     nesterov: bool
     backbone_layer_decay: Annotated[float, Field(gt=0, le=1)]
+    clean_finish: Probability
 
     @model_validator(mode="after")
     def check_optimizer(self) -> "TrainSettings":

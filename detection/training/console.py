@@ -89,6 +89,8 @@ def plan_lines(run: Run) -> list[str]:
             f"rate        {run.learning_rate:.6g} for {run.images_per_step} images per step: train.learning_rate = "
             f"{train.learning_rate:g} is for {train.learning_rate_batch}"
         )
+    if settings.train.clean_finish:
+        lines.append(f"finish      from step {run.finish_step} without mosaic and mixup")
     lines += run.detector.notices(
         {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
     )

@@ -119,7 +119,8 @@ def follows_length(settings: Settings) -> list[str]:
         names.append("the cosine schedule (scheduler.T_0: null)")
     names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
-    return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

@@ -288,7 +288,8 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["imgsz=640"], ["train.image_size"]),
         (["train.lr0=0.01"], ["train.learning_rate"]),
         (["fraction=0.5"], ["data.max_train_images"]),
-        (["close_mosaic=10"], ["leave it out"]),
+        (["close_mosaic=10"], ["train.clean_finish"]),
+        (["mixup=0.1"], ["data.augmentation.mixup.p"]),
         (["run.device=0"], ["cuda:N"]),
         (["data.class_names=[010, b]"], ["in quotes"]),
         # a section in common is no likeness
