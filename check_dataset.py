@@ -27,7 +27,7 @@ from detection.data.annotation_file import Columns
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
 from detection.data.dataset_formats import Source
-from detection.data.sources import find_source
+from detection.data.sources import find_source, look_once
 from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (
     boxes_per_class,
@@ -124,10 +124,10 @@ def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings
     Raises:
         DataError: there are no annotations at all.
     """
-    sources, refusals = [], []
+    sources, refusals, look = [], [], look_once(data)
     for split in wanted:
         try:
-            source = find_source(data, split)
+            source = find_source(data, split, look)
         except DataError as error:
             refusals.append(error)
             findings.add("no_annotation_file", split, [split], [error.line])

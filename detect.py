@@ -55,6 +55,7 @@ from detection.inference.results import Results
 from detection.inference.sources import Source, batches, find_sources, read_ahead
 from detection.inference.video import VideoReader, VideoWriter
 from detection.inference.views import Viewed, open_viewer
+from detection.inference.web import unreadable_hint
 from detection.inference.weights import open_command_line
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
@@ -239,7 +240,8 @@ class Run:
     def _report_end(self, source: Source, reader: VideoReader) -> None:
         """Report frames of a video that are damaged or missing, and a stream that ended."""
         if not reader.read:
-            self.results.leave_out(f"{source.label}: not one frame can be read")
+            hint = unreadable_hint(source.file) if isinstance(source.file, str) else ""
+            self.results.leave_out(f"{source.label}: not one frame can be read{hint}")
         elif reader.live:
             tqdm.write(f"{source.label}: the stream ended after {reader.read} frames", file=sys.stderr)
         elif reader.read < reader.expected or reader.damaged:

@@ -17,7 +17,7 @@ from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
 from detection.data.partners import PartnerImages
 from detection.data.sampler import ImageOrder
-from detection.data.sources import find_source, forget, source_lines
+from detection.data.sources import find_source, forget, look_once, source_lines
 from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError, name_list
 
@@ -48,11 +48,11 @@ def build_datasets(
         validation_set: DetectionDataset = FakeDataset(FAKE_IMAGES[1], names, seed + 1)
         keep_evenly(validation_set, max_validation_images)
         return training_set, validation_set
-    sources = []
+    sources, look = [], look_once(data)
     for split in ("training", "validation"):  # a missing one is reported before time is spent on the other
-        sources.append(find_source(data, split))
+        sources.append(find_source(data, split, look))
         sources[-1].image_directory()
-    training_set = build_training_dataset(data, seed, num_classes)
+    training_set = build_training_dataset(data, seed, num_classes, sources[0])
     validation_set = _open(sources[1], data, training_set.annotations.categories)
     training_set.source_lines = source_lines(*sources)
     keep_evenly(validation_set, max_validation_images)
@@ -60,13 +60,20 @@ def build_datasets(
     return training_set, validation_set
 
 
-def build_training_dataset(data: DataSettings, seed: int, num_classes: int | None) -> DetectionDataset:
-    """Build the training set alone; arguments and errors as in `build_datasets`."""
+def build_training_dataset(
+    data: DataSettings, seed: int, num_classes: int | None, source: Source | None = None
+) -> DetectionDataset:
+    """Build the training set alone; arguments and errors as in `build_datasets`.
+
+    Args:
+        source: of the training set; None: it is looked for.
+    """
     if data.fake:
         names = data.class_names or tuple(f"class_{label}" for label in range(num_classes or 0))
         return FakeDataset(FAKE_IMAGES[0], names, seed)
     make_builtin(data)
-    dataset = _open(source := find_source(data, "training"), data)
+    source = source or find_source(data, "training")
+    dataset = _open(source, data)
     names = dataset.annotations.categories.names
     if num_classes not in (None, len(names)):
         raise DataError(

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 
 from detection.errors import DataReadError, SettingsError
 
-# The formats that OpenCV decodes to the right colours; of an animation the first image.
+# The formats that OpenCV (a .dib without file header: Pillow) decodes to the right colours; of an animation the first
+# image.
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm", ".sr", ".ras"),
@@ -141,13 +142,25 @@ def decode_image(encoded: np.ndarray, header: Header | None, path: Path | str, d
             raise DataReadError(f"image {path} is damaged: the {name} data ends early")
     # Only OpenCV applies the EXIF orientation and reads CMYK and other formats.
     plain = header is not None and header.format == "JPEG" and header.mode in ("RGB", "L") and not header.exif
-    image = JPEG_DECODERS[decoder if plain else "opencv"](encoded)
+    if header is not None and header.format == "DIB":  # a bitmap without a file header, which OpenCV does not read
+        image = decode_with_pillow(encoded)
+    else:
+        image = JPEG_DECODERS[decoder if plain else "opencv"](encoded)
     if image is None:
-        raise DataReadError(f"image {path} is damaged or in a format that OpenCV does not read")
+        raise DataReadError(f"image {path} is damaged or in a format that is not read")
     alpha = read_alpha(encoded) if header is not None and header.transparent else None
     if alpha is not None and alpha.shape[:2] == image.shape[:2]:
         image = np.round(image * alpha + 128 * (1 - alpha)).astype(np.uint8)
     return image
+
+
+def decode_with_pillow(encoded: np.ndarray) -> np.ndarray | None:
+    """Decode to RGB uint8, (height, width, 3); None if damaged."""
+    try:
+        with Image.open(io.BytesIO(encoded.tobytes())) as file:
+            return np.array(file.convert("RGB"))
+    except (*DAMAGED_HEADER, struct.error):
+        return None
 
 
 def read_alpha(encoded: np.ndarray) -> np.ndarray | None:

@@ -1,6 +1,8 @@
 """Where the training and the validation set are, from `DataSettings`: any usual format and layout, read in place."""
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +12,32 @@ from detection.data.converted import ALL, read_converted
 from detection.data.dataset_formats import Source, coco_source, recognise
 from detection.errors import DataError
 
+Look = Callable[[], dict[str, Source]]
 FRACTION = 0.1  # of the images validates where there is one set only and `data.validation_fraction` is null
 
 
-def find_source(data: DataSettings, split: str) -> Source:
+def look_once(data: DataSettings) -> Look:
+    """Return a look at `data.root` that several calls of `find_source` share: it may hold 100,000 files."""
+
+    @functools.cache
+    def look() -> dict[str, Source]:
+        """The sets of the folder: train, val and test, or `ALL`; none: not recognised and not needed."""
+        try:
+            return recognise(Path(data.root), data)
+        except DataError:
+            if data.train_annotations is None:
+                raise
+            return {}
+
+    return look
+
+
+def find_source(data: DataSettings, split: str, look: Look | None = None) -> Source:
     """Find one split.
 
     Args:
         split: "training" or "validation".
+        look: of `look_once`; None: a look of its own.
 
     Raises:
         DataError: nothing found, or it is ambiguous; says what was looked for, what is there, and how to say it.
@@ -27,7 +47,7 @@ def find_source(data: DataSettings, split: str) -> Source:
     explicit = {"training": data.train_annotations, "validation": data.validation_annotations}
     if explicit[split] is not None and (split == "validation" or data.validation_annotations is not None):
         return _explicit(data, split)
-    found = _recognised(data, data.train_annotations is None)
+    found = (look or look_once(data))()
     train = _explicit(data, "training") if explicit["training"] else None
     validation = found.get("val")
     if validation is not None and train is not None and validation.file == train.file:
@@ -115,16 +135,6 @@ def _with_images(source: Source, data: DataSettings, setting: str) -> Source:
             f"data.{setting}: is for COCO JSON; a dataset of {source.kind} says itself where its images are"
         )
     return replace(source, images=_below(data, setting))
-
-
-def _recognised(data: DataSettings, needed: bool) -> dict[str, Source]:
-    """The sets of `data.root`: train, val and test, or `ALL`; none: not recognised and not needed."""
-    try:
-        return recognise(Path(data.root), data)
-    except DataError:
-        if needed:
-            raise
-        return {}
 
 
 def source_lines(*sources: Source, boxes: bool = True) -> list[str]:

@@ -63,7 +63,10 @@ class VideoReader:
             if isinstance(source, int):
                 raise DataReadError(f"camera {source} cannot be opened")
             if isinstance(source, str):
-                raise DataReadError(f"{web.without_password(source)}: cannot be opened as a picture, video or stream")
+                raise DataReadError(
+                    f"{web.without_password(source)}: cannot be opened as a picture, video or stream"
+                    f"{web.unreadable_hint(source)}"
+                )
             raise DataReadError(
                 f"video {source} {'is damaged or of an unknown kind' if source.exists() else 'is missing'}"
             )

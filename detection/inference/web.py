@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from detection.errors import DataReadError
 SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp")
 TIMEOUT = 10.0  # seconds without a byte, and seconds to open a stream
 LONGEST = 60.0  # seconds for a whole picture
+INDEXED = {".mp4", ".m4v", ".mov", ".3gp"}  # video files with an index, which may be at the end
+INDEXED_TYPES = {"video/mp4", "video/x-m4v", "video/quicktime", "video/3gpp"}
 CHUNK = 2**16
 FAILURES = (OSError, http.client.HTTPException, ValueError)  # URLError is an OSError; ValueError: a malformed address
 
@@ -71,10 +74,33 @@ def read_picture(url: str) -> np.ndarray:
     return decode_image(encoded, read_header(encoded, name), name)
 
 
-def _open(url: str) -> Any:
+def unreadable_hint(url: str) -> str:
+    """Give the likely reason why not a frame of a video can be read, to follow a message; "" if none is known.
+
+    An .mp4 or .mov file may have its index at the end, and a server that sends files only as a whole does not let a
+    player begin there (RFC 9110, section 14: range requests).
+    """
+    parts = urllib.parse.urlsplit(url)
+    if not parts.scheme.lower().startswith("http"):
+        return ""
+    try:
+        with _open(url, {"Range": "bytes=0-0"}) as answer:
+            whole = answer.status == http.client.OK
+            indexed = answer.headers.get_content_type() in INDEXED_TYPES
+    except FAILURES as error:
+        return f": {error}" if isinstance(error, urllib.error.HTTPError) else ""
+    if not whole or not (indexed or Path(parts.path).suffix.lower() in INDEXED):
+        return ""
+    return (
+        ": the server sends the file as a whole only (no range requests), and its index is perhaps at its end; "
+        "download it and name the file"
+    )
+
+
+def _open(url: str, headers: Mapping[str, str] | None = None) -> Any:
     """Open an address with the time limit; user and password in it become basic authentication."""
     parts = urllib.parse.urlsplit(url)
-    request = urllib.request.Request(without_password(url))
+    request = urllib.request.Request(without_password(url), headers=dict(headers or {}))
     if parts.username is not None:
         pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())

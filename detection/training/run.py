@@ -164,10 +164,9 @@ class Run:
             frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
         self.evaluate_frequency = max(self.in_steps(frequency), 1)
         self.learning_rate = full_rate(train, self.images_per_step)
-        clean_finish = getattr(train, "clean_finish", 0.0)
         try:
             self.schedule = build_schedule(
-                settings.scheduler, self.learning_rate, self.steps, self.steps_per_epoch, clean_finish
+                settings.scheduler, self.learning_rate, self.steps, self.steps_per_epoch, train.clean_finish
             )
         except ValueError as error:
             raise SettingsError(str(error)) from None

@@ -127,3 +127,17 @@ def test_a_checkpoint_from_before_the_choice_continues_with_opencv(default_setti
     assert complete_settings(tree, ARGS).data.decoder == "auto"
     del tree["data"]["decoder"]
     assert complete_settings(tree, ARGS).data.decoder == "opencv"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+@pytest.mark.parametrize("kind", ["DIB", "BMP"])
+def test_a_dib_is_read_with_and_without_its_file_header(tmp_path: Path, mode: str, kind: str) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (13, 17, 3), np.uint8)).convert(mode)
+    path = tmp_path / "a.dib"
+    picture.save(path, kind)
+    assert (path.read_bytes()[:2] == b"BM") == (kind == "BMP")
+    assert np.array_equal(read_image(path), np.asarray(picture.convert("RGB")))
+    if kind == "DIB":
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(DataReadError, match="damaged"):
+            read_image(path)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from detection.config.settings import Settings
+from detection.data import sources
 from detection.data.annotation_file import read_without_boxes
 from detection.data.build import build_datasets
 from detection.data.conversion.coco import coco_json, read_coco
@@ -16,6 +17,7 @@ from detection.data.conversion.dataset import ConvertedDataset, ImageEntry, read
 from detection.data.conversion.dataset import Findings as ConversionFindings
 from detection.data.conversion.operations import split_by_name
 from detection.data.conversion.voc import parse_xml
+from detection.data.dataset_formats import recognise
 from detection.data.outside_names import STATED
 from detection.data.sources import find_source, source_lines
 from detection.dataset_checks.annotation_checks import read_source
@@ -226,3 +228,30 @@ def test_the_division_of_coco_stays(tmp_path: Path, default_settings: Load) -> N
     lay_out(tmp_path, "a.json", *(f"images/{number}.png" for number in range(1, 41)), content=content)
     found = validation_of(default_settings(f"data.root={tmp_path}").data)
     assert found == {f"{number}.png" for number in range(1, 41) if zlib.crc32(str(number).encode()) % 10**6 < 10**5}
+
+
+@pytest.mark.parametrize("case", ["set", "splits"])
+def test_a_folder_is_looked_at_once_for_both_sets(tmp_path: Path, default_settings: Load, monkeypatch, case) -> None:
+    """It may hold 100,000 files."""
+    folders = {"set": [""], "splits": ["train", "val"]}[case]
+    names = [f"{kind}/{folder}/{number}.{end}" for folder in folders for number in range(4)
+             for kind, end in (("images", "png"), ("labels", f"txt:{LINE}"))]  # fmt: skip
+    lay_out(tmp_path, *names)
+    looks = []
+    monkeypatch.setattr(sources, "recognise", lambda *words: looks.append(words) or recognise(*words))
+    training, validation = build_datasets(default_settings(f"data.root={tmp_path}").data, 0, None)
+    assert len(looks) == 1 and len(training) + len(validation) == 4 * len(folders)
+
+
+def test_a_set_that_lacks_some_images_says_how_many_and_which(tmp_path: Path, default_settings: Load) -> None:
+    """Up to a tenth: one line of the plan, with three examples, and a warning of check_dataset.py with all of them."""
+    names = [f"p/{number}.png" for number in range(40)] + [f"p/gone{number}.png" for number in range(4)]
+    files = [file for number in range(40) for file in (f"p/{number}.png", f"p/{number}.txt:{LINE}")]
+    lay_out(tmp_path, *files, "train.txt:" + "|".join(names), "data.yaml:train: train.txt|names: [a]")
+    source = find_source(default_settings(f"data.root={tmp_path}").data, "training")
+    line = "left out: 4 images whose file is missing (p/gone0.png, p/gone1.png, p/gone2.png, ...)"
+    assert f"data        {line}" in source_lines(source)
+    findings = Findings()
+    read_source(source, "both", findings)
+    (warning,) = findings.of("warning")
+    assert len(warning.items) == 4 and warning.what == "left out in reading: images whose file is missing"

@@ -1,6 +1,7 @@
 """detect.py on addresses: pictures, videos and streams of a server in this process, which break off or fall silent."""
 
 import base64
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,6 +65,21 @@ class Server:
             request.wfile.write(content)
             request.wfile.flush()
             self.stop.wait(silence)
+
+        return answer
+
+    def ranges(self, content: bytes) -> Answer:
+        """Answer with the bytes from the asked one on."""
+
+        def answer(request: BaseHTTPRequestHandler) -> None:
+            first = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+            request.send_response(206)
+            request.send_header("Content-Type", "video/mp4")
+            request.send_header("Accept-Ranges", "bytes")
+            request.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+            request.send_header("Content-Length", str(len(content) - first))
+            request.end_headers()
+            request.wfile.write(content[first:])
 
         return answer
 
@@ -169,6 +185,26 @@ def test_a_video_file_from_a_server(server: Server, run_detect: Run, tmp_path: P
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "out")
     assert [row["frame"] for row in rows] == list(range(8)) and "promises" not in result.stderr
+
+
+def test_a_server_without_ranges_is_named_where_it_matters(server: Server, run_detect: Run, tmp_path: Path) -> None:
+    """The index of this .mp4 is behind its pictures, and a filler keeps them out of one buffer of FFmpeg."""
+    content = save_video(tmp_path / "clip.mp4", walk(), "mp4v").read_bytes()
+    index = content.index(b"moov") - 4
+    assert index > content.index(b"mdat")
+    content = content[:index] + struct.pack(">I4s", 2**22, b"free") + bytes(2**22 - 8) + content[index:]
+    for name in ("/clip.mp4", "/clip"):
+        server.answers[name] = server.content("video/mp4", content, len(content))
+    server.answers["/page"] = server.content("text/html", b"<html>", 6)
+    server.answers["/ranges.mp4"] = server.ranges(content)
+    base = f"http://{server.address}"
+    result = run_detect(*(f"{base}/{name}" for name in ("clip.mp4", "clip", "page", "ranges.mp4", "gone.mp4")))
+    assert result.returncode == 0, result.stderr
+    lines = {line.split(": ")[1]: line for line in result.stderr.splitlines() if line.startswith("left out: ")}
+    assert lines.keys() == {f"{base}/{name}" for name in ("clip.mp4", "clip", "page", "gone.mp4")}
+    named = [name for name, line in lines.items() if "the server sends the file as a whole only (no range" in line]
+    assert named == [f"{base}/clip.mp4", f"{base}/clip"] and "404" in lines[f"{base}/gone.mp4"]
+    assert [row["frame"] for row in rows_of(tmp_path / "out")] == list(range(8))
 
 
 @pytest.mark.parametrize(
