@@ -19,6 +19,7 @@ class FakeDataset(torch.utils.data.Dataset):
     def __init__(self, num_images: int, class_names: Sequence[str], seed: int) -> None:
         self.sample_transform: Transform | None = None
         self.source_lines: list[str] = []
+        self.share: float | None = None
         self.seed = seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)
