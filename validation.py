@@ -172,8 +172,8 @@ def validate(arguments: argparse.Namespace) -> None:
         "weights": str(arguments.weights),
         "images": len(dataset),
         "parameters": opened.num_parameters(),
-        "protocol": protocol_line(settings, opened.detector),
-        "deviations": deviations(settings, opened.detector),
+        "protocol": protocol_line(settings, opened.detector, dataset),
+        "deviations": deviations(settings, opened.detector, dataset),
         "thresholds": thresholds,
         "pycocotools": official,
         **analysis.summary(),
@@ -247,7 +247,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 len(evaluation.detections),
                 images_per_second(evaluation, len(dataset)),
                 opened.step,
-                protocol_line(opened.settings, opened.detector),
+                protocol_line(opened.settings, opened.detector, dataset),
             )
         )
     lines = [*class_table(rows), *comparison_table(rows)]
@@ -312,7 +312,7 @@ def infer_with_bar(
     """Run the detector on the dataset, with a progress bar on a terminal."""
     settings, machine, detector = opened.settings, viewer.machine, viewer.detector
     how = f"{describe_device(machine.device)}, {machine.precision}"
-    print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector)}", flush=True)
+    print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector, dataset)}", flush=True)
     collate = collate_samples if viewer.looks_once else list
     if not viewer.looks_once:
         dataset.sample_transform = viewer.prepare

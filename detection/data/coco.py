@@ -52,6 +52,7 @@ class CocoDataset(Dataset):
         unlisted: labels of classes that the file has no category for; known without `ground_truth` only.
         substitutes: whether an unreadable image is replaced by the next readable one, which the sample records. For
             training only: an evaluation that skips images would be of another dataset.
+        share: the share of the file's images that belongs to this set, where a file is divided; None: all.
         source_lines: where the data comes from, for the plan; of `detection.data.build`.
 
     Raises:
@@ -89,6 +90,7 @@ class CocoDataset(Dataset):
         self.partners: PartnerImages | None = None
         self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
         self.substitutes = False
+        self.share = None if fraction is None else fraction[0] if fraction[1] else 1 - fraction[0]
         self.source_lines: list[str] = []
 
     def __len__(self) -> int:

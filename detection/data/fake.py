@@ -24,6 +24,7 @@ class FakeDataset(torch.utils.data.Dataset):
         self.sample_transform: Transform | None = None
         self.partners: PartnerImages | None = None
         self.source_lines: list[str] = []
+        self.share: float | None = None
         self.seed = seed
         generator = np.random.default_rng(seed)
         boxes_per_image = generator.integers(0, 15, num_images)

@@ -38,8 +38,8 @@ METRIC_CONDITIONS = {  # name -> IoU, area and detections per image and class, a
 }
 
 
-def protocol_line(settings: Settings, detector: Detector) -> str:
-    """Format the evaluation protocol as one line, with all deviations from the standard one."""
+def protocol_line(settings: Settings, detector: Detector, dataset: DetectionDataset) -> str:
+    """Format the evaluation protocol on a dataset as one line, with all deviations from the standard one."""
     evaluation, geometry = settings.evaluation, detector.geometry
     most = "no limit of" if evaluation.max_detections is None else str(evaluation.max_detections)
     line = (
@@ -47,11 +47,11 @@ def protocol_line(settings: Settings, detector: Detector) -> str:
         f"NMS {evaluation.iou_threshold:g}, {most} boxes per class and image, "
         f"{evaluation.image_size} px {geometry.placement} ({geometry.interpolation})"
     )
-    differences = ", ".join(deviations(settings, detector))
+    differences = ", ".join(deviations(settings, detector, dataset))
     return f"{line}; deviates from the protocol: {differences}" if differences else line
 
 
-def deviations(settings: Settings, detector: Detector) -> list[str]:
+def deviations(settings: Settings, detector: Detector, dataset: DetectionDataset) -> list[str]:
     """List the deviations from the standard protocol (docs/contract.md), which make numbers incomparable."""
     evaluation, data = settings.evaluation, settings.data
     most = evaluation.max_detections
@@ -61,7 +61,7 @@ def deviations(settings: Settings, detector: Detector) -> list[str]:
         f"{most or 'all'} boxes per class and image instead of 100": most != 100,
         "squashed instead of letterboxed": detector.geometry.placement == "squash",
         f"at most {evaluation.max_images} images": evaluation.max_images is not None,
-        f"a fraction of {data.validation_fraction} of the images": data.validation_fraction is not None,
+        f"a fraction of {dataset.share or 1:g} of the images": dataset.share is not None,
         "chosen classes only": data.class_names is not None,
     }
     return [*detector.deviations, *(name for name, deviates in parts.items() if deviates)]

@@ -45,10 +45,11 @@ def fit_to_clock(run: Run, started: float) -> list[str]:
     assert settings.train.minutes is not None
     seconds = 60 * settings.train.minutes
     measured = {"step": measure_step(run, min(MEASURED_SHARE * seconds, MEASURED_SECONDS)), "start": START}
-    measured["evaluation"] = measure_evaluation(run)
+    shares = run.ranks.gather(measure_evaluation(run))
+    evaluation = run.ranks.broadcast(None if shares is None else max(shares))  # the others wait for the slowest
     measured["left"] = seconds - (time.perf_counter() - started)
     measured = run.ranks.average(measured)  # all processes must agree
-    step, evaluation = measured["step"], measured["evaluation"]
+    step = measured["step"]
     finish = FINISH + evaluation * (2 if run.ema else 1)
     left = measured["left"] - measured["start"] - finish
     frequency = settings.evaluation.evaluate_frequency
@@ -110,7 +111,10 @@ def measure_step(run: Run, seconds: float) -> float:
 
 
 def measure_evaluation(run: Run) -> float:
-    """Estimate the seconds of an evaluation from its first batches, without NMS, which is slow for a fresh network."""
+    """Estimate the seconds of this process's share of an evaluation from its first batches; 0: it has no image.
+
+    Without NMS, which is slow for a fresh network.
+    """
     settings, dataset = run.settings, run.validation_set
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(
@@ -133,7 +137,7 @@ def measure_evaluation(run: Run) -> float:
         run.autocast,
         on_batch=lambda: times.append(time.perf_counter()),
     )
-    if len(times) == 1:  # fewer images than processes; the average of all counts
+    if len(times) == 1:  # fewer images than processes; the longest time of all counts
         return 0.0
     first, rest = times[1] - times[0], times[-1] - times[1]
     per_batch = rest / (len(times) - 2) if len(times) > 2 else first

@@ -140,7 +140,7 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
     names = {"nms": "NMS", "metric": evaluation.backend}
     parts = [f"{names.get(name, name)} {seconds:.1f} s" for name, seconds in evaluation.seconds.items()]
     weights = weights or ("EMA" if run.settings.train.ema_decay else "weights")
-    loggers.line(f"evaluation of the {weights}: {protocol_line(run.settings, run.detector)}")
+    loggers.line(f"evaluation of the {weights}: {protocol_line(run.settings, run.detector, dataset)}")
     loggers.line(
         f"step {step}: {len(evaluation.detections)} boxes on {len(dataset)} images, {', '.join(parts)}, "
         f"validation loss {loss:.3f}"

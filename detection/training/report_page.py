@@ -81,7 +81,7 @@ def write_report(directory: Path, dataset: DetectionDataset, settings: Any, dete
             f"AP50 {shown(best['AP50'])}, the highest of the run; all below the curves is about it",
             f"last evaluation, after step {last['step']}: AP {shown(last['val/AP'])}, AP50 {shown(last['val/AP50'])}",
             f"{len(annotations)} validation images with {int(count_gt(annotations).sum())} boxes of {len(names)} "
-            f"classes; {protocol_line(settings, detector)}",
+            f"classes; {protocol_line(settings, detector, dataset)}",
         ]
     )
     save_figure(directory / "results.png", draw_results(rows))

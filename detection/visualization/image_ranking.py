@@ -57,7 +57,7 @@ def find_mistakes(
         DataReadError: no image can be read.
     """
     settings, device = opened.settings, machine.device
-    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector)}", flush=True)
+    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector, dataset)}", flush=True)
     detector = machine.to_device(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(

@@ -79,6 +79,19 @@ def test_the_loss_that_is_a_sum_has_its_micro_batches_on_two_processes(drawn_dat
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
 
 
+@pytest.mark.faults
+def test_a_process_without_validation_images_does_not_halve_the_time_of_an_evaluation(
+    drawn_dataset: Path, tmp_path: Path
+) -> None:
+    """The others wait for the slowest: `train.minutes` plans with the longest time, not with the mean."""
+    words = [f"data.root={drawn_dataset}", "evaluation.max_images=1", "train.batch_size=2", "train.minutes=0.5"]
+    process = start(2, tmp_path, *words, "--output", tmp_path / "run", fault="timed_evaluation")
+    output = output_of(process, 240)
+    assert process.returncode == 0, output
+    assert "rank 0 measured something" in output and "rank 1 measured nothing" in output
+    assert "evaluations of about 2.0 s" in (tmp_path / "run" / "train.log").read_text()
+
+
 # One process
 
 

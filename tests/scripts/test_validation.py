@@ -122,6 +122,21 @@ def test_deviations_are_named(files: Files, run: Run) -> None:
     assert [row["score"] for row in rows] == pytest.approx([1 / (1 + np.exp(-5))] * 2)  # objectness alone
 
 
+@pytest.mark.parametrize("word", ["data.validation_fraction=null", "data.validation_fraction=0.5"])
+def test_a_divided_file_is_named(files: Files, run: Run, word: str) -> None:
+    """Unasked too: of a single set a share validates, so the numbers are not those of the whole file."""
+    (files.root / "val").rename(files.root / "images")
+    (files.root / "annotations" / "instances_val.json").rename(files.root / "annotations" / "instances_default.json")
+    code, out, err = run(*WEIGHTS, word, "--output", "out")
+    assert (code, err) == (0, "")
+    metrics = json.loads((files.root / "out" / "metrics.json").read_text())
+    (line,) = metrics["deviations"]
+    share = float(line.removeprefix("a fraction of ").removesuffix(" of the images"))
+    assert 0 < metrics["images"] < 3 and (share == 0.5 or "0.5" not in word)
+    assert f"one set only: {share:g} of the images" in out or "0.5" in word
+    assert f"deviates from the protocol: {line}" in out
+
+
 def test_images_are_spread_evenly(default_settings: Any) -> None:
     settings = default_settings("data.fake=true", "model.num_classes=3")
     whole, part = (datasets_of(settings, 64, 64, 0, 3, most)[1] for most in (None, 5))

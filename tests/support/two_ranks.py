@@ -1,7 +1,8 @@
 """Started by torchrun in tests: yolo-v3/main.py with all batch-norm layers frozen.
 
 So results do not depend on the number of processes. The first argument is a fault: raise, kill or hang of rank 1 at
-step 2, hang_in_evaluation of rank 1, slow_evaluation of rank 0, or none.
+step 2, hang_in_evaluation of rank 1, slow_evaluation of rank 0, timed_evaluation (what was measured counts as 2 s where
+anything was), or none.
 """
 
 import json
@@ -13,7 +14,7 @@ import time
 import pytest
 import torch
 
-from detection.training import evaluation, throughput
+from detection.training import clock, evaluation, throughput
 from tests.support.guards import switch_off
 from tests.support.training_runs import load_main
 
@@ -52,9 +53,17 @@ def main() -> None:
             time.sleep(1000)
         return run_inference(*arguments, **keywords)
 
+    def timed_evaluation(run):
+        seconds = measure_evaluation(run)
+        print(f"rank {run.ranks.rank} measured {'something' if seconds else 'nothing'}", flush=True)
+        return 2.0 if seconds else 0.0
+
+    measure_evaluation = clock.measure_evaluation
     compute_metrics, run_inference = evaluation.compute_metrics, evaluation.run_inference
     if fault == "hang_in_evaluation":
         evaluation.run_inference = hanging_run_inference
+    if fault == "timed_evaluation":
+        clock.measure_evaluation = timed_evaluation
     if fault == "slow_evaluation":
         evaluation.compute_metrics = slow_compute_metrics
     module.set_backbone_frozen, module.Supervisor.next_batches = freeze_all, faulty_batches
