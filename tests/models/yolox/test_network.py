@@ -1,5 +1,6 @@
 """The anchor-free network: sizes, layout, initial state, pretrained classes, and what the settings reach."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from detection.config.loading import load_settings
 from detection.contract import Detector, DetectorModel, HasClassRows
 from detection.errors import SettingsError
-from detection.models import build_detector
+from detection.models import POSTPROCESSES, build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.models.necks import TopDownNeck
 from detection.models.pretrained import carry_outputs
@@ -207,3 +208,14 @@ def test_class_rows_carry_classes_by_name() -> None:
             assert torch.equal(classes[[0, 2]], fresh[f"{prefix}.{part}"][[0, 2]])
     counts: list[Any] = [tuple(rows.shape) for rows in new.class_rows(3)]
     assert counts == [(0, 3), (0, 3), (1, 3)] * 3
+
+
+def test_raw_outputs_of_an_exported_file_are_decoded_alike() -> None:
+    """From the plain values that the file carries."""
+    detector = build(2, *SMALL)
+    settings = load_settings(ARGS, words=["model.detector=yolox"])[0]
+    postprocess = POSTPROCESSES["yolox"](json.loads(json.dumps(detector.metadata)), settings)
+    with torch.no_grad():
+        outputs = detector.model.eval()(images_of(2, 64, 96))
+        for ours, other in zip(detector.postprocess.decode(outputs), postprocess.decode(outputs), strict=True):
+            assert torch.equal(ours, other)
