@@ -121,9 +121,12 @@ class ModelSettings(Section):
     rounding: Literal["nearest", "down"]
     interpolation: Literal["linear", "area", "cubic", "darknet"]
     fill: tuple[GreyLevel, GreyLevel, GreyLevel] | None
+    pixel_scaling: Literal["backbone", "imagenet"]
 
     @model_validator(mode="after")
     def check_cfg(self) -> "ModelSettings":
+        if self.backbone == DARKNET_CFG and self.pixel_scaling != "backbone":
+            raise ValueError("pixel_scaling: a network from a cfg takes pixels from 0 to 1; must be backbone")
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
             raise ValueError(f"cfg: a file exactly where backbone is {DARKNET_CFG}")
         return self
