@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 from detection.config.loading import load_settings
 from detection.contract import Detector
-from detection.errors import SettingsError
+from detection.errors import CheckpointError, SettingsError
 from detection.models import build_detector, check_input_sizes
 from detection.models.backbones import BACKBONES
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
+from detection.models.darknet.export import describe_detector
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.network import YOLOv3
 from tests.support.paths import ARGS
@@ -281,6 +283,42 @@ def test_pixel_scaling_is_the_backbones(name: str) -> None:
     imagenet = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]  # mean and deviation of RGB
     expected = [1.0, 0.0, 0.2] if name == "darknet" else imagenet
     assert received[0][0, :, 7, 9].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_pixel_scaling_of_imagenet_for_darknet(tmp_path: Path) -> None:
+    words = ["model.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", f"yolo.anchors={TINY_ANCHORS}"]
+    plain, scaled = build(1, *words), build(1, *words, "model.pixel_scaling=imagenet")
+    assert plain.geometry.pixel_mean == (0, 0, 0) and plain.geometry.pixel_std == (1, 1, 1)
+    mean, std = scaled.geometry.pixel_mean, scaled.geometry.pixel_std
+    assert (mean, std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    grey = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(value - m) / s for value, m, s in zip((1, 0, 0.2), mean, std, strict=True)]
+    assert scaled.model.normalize(grey).flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(CheckpointError, match="pixel_scaling=imagenet"):
+        describe_detector(scaled, 64)
+    (tmp_path / "net.cfg").write_text("[net]")
+    with pytest.raises(SettingsError, match="must be backbone"):
+        build(1, "model.backbone=darknet_cfg", f"model.cfg={tmp_path}/net.cfg", "model.pixel_scaling=imagenet")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["yolo.objectness_balance=[4, 1]"], "objectness_balance: has 2 values, but there are 3 levels"),
+        (["yolo.neighbour_cells=true"], "neighbour_cells: a centre in the next cell is out of reach with scale_xy = 1"),
+        (["yolo.neighbour_cells=true", "yolo.scale_xy=1.9"], "yolo.scale_xy must be at least 2"),
+    ],
+)
+def test_choices_that_do_not_fit_the_levels(words: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        build(2, *SMALL, "yolo.loss=multi", *words)
+
+
+@pytest.mark.parametrize("name", ["scale_xy=1.05", "new_coords=true", "iou_aware=true"])
+def test_a_cfg_brings_its_own_head(name: str, tmp_path: Path) -> None:
+    (tmp_path / "net.cfg").write_text("[net]")
+    with pytest.raises(SettingsError, match=f"yolo.{name.partition('=')[0]}: a network from a cfg brings its own head"):
+        build(1, "model.backbone=darknet_cfg", f"model.cfg={tmp_path}/net.cfg", "yolo.loss=multi", f"yolo.{name}")
 
 
 def test_neck_by_hand(small: Detector) -> None:

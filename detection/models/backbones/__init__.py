@@ -8,7 +8,12 @@ from torch import Tensor
 from detection.config.settings import ModelSettings
 from detection.errors import SettingsError
 from detection.models.backbones.darknet import Darknet53, DarknetTiny
-from detection.models.backbones.mobilenet import mobilenet_v3_large_backbone, mobilenet_v3_small_backbone
+from detection.models.backbones.mobilenet import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    mobilenet_v3_large_backbone,
+    mobilenet_v3_small_backbone,
+)
 from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_backbone
 
 
@@ -44,11 +49,15 @@ def build_backbone(settings: ModelSettings, levels: int, setting: str) -> Backbo
     Raises:
         SettingsError: the backbone has another number of feature maps; or see `timm_backbone`.
     """
+    backbone: Backbone
     if settings.backbone.startswith(TIMM_PREFIX):
-        return timm_backbone(settings.backbone.removeprefix(TIMM_PREFIX), levels)
-    # `ModelSettings` refuses factors of other backbones.
-    factors = (settings.width, settings.depth) if settings.backbone == "darknet" else ()
-    backbone: Backbone = BACKBONES[settings.backbone](*factors)
+        backbone = timm_backbone(settings.backbone.removeprefix(TIMM_PREFIX), levels)
+    else:
+        # `ModelSettings` refuses factors of other backbones.
+        factors = (settings.width, settings.depth) if settings.backbone == "darknet" else ()
+        backbone = BACKBONES[settings.backbone](*factors)
+    if settings.pixel_scaling == "imagenet":
+        backbone.pixel_mean, backbone.pixel_std = IMAGENET_MEAN, IMAGENET_STD
     if len(backbone.strides) != levels:
         raise SettingsError(
             f"{setting}: has {levels} levels, but model.backbone={settings.backbone} has {len(backbone.strides)} "

@@ -41,6 +41,10 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
         raise CheckpointError(
             "Darknet has no such network: only model.backbone darknet, darknet_tiny and darknet_cfg export"
         )
+    if any(model.pixel_mean):
+        raise CheckpointError(
+            "Darknet takes pixels from 0 to 1: a network of model.pixel_scaling=imagenet exports as ONNX only"
+        )
     if model.iou_aware:
         raise CheckpointError("Darknet has no yolo.iou_aware: a network with it exports as ONNX only")
     assert detector.anchors is not None, "a YOLOv3 has anchors"

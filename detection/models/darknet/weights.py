@@ -111,6 +111,8 @@ def load_darknet_weights(network: nn.Module, path: Path) -> Loaded:
     header, start = read_header(content, path)
     blocks = [convolution_tensors(module) for module in model.darknet_convolutions()]
     count, num_classes = identify(model, blocks, len(content), start, path)
+    if count == len(blocks) and num_classes is None and getattr(network, "iou_aware", False):
+        raise CheckpointError(f"{path} holds a network without predicted IoU; it needs yolo.iou_aware=false")
     values = np.frombuffer(content, dtype="<f4", offset=start)
     sizes = [_values_in_file(model, block, num_classes) for block in blocks[:count]]
     first_values = [0, *np.cumsum(sizes).tolist()]

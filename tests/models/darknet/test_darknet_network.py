@@ -562,12 +562,12 @@ def test_a_network_with_new_coords_learns_with_losses_of_boxes(loss: str, tmp_pa
     criterion = detector.require_criterion()
     image = random_image(NEW_COORDS)
     targets = {"boxes": torch.tensor([[[2.0, 3, 9, 11]]]), "labels": torch.tensor([[1]])}
-    optimizer = torch.optim.Adam(detector.model.parameters(), 0.02)
+    optimizer = torch.optim.Adam(detector.model.parameters(), 0.03)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         parts = criterion(detector.model(image), targets)
         losses.append(parts["loss_box"].item())
         optimizer.zero_grad()
         sum(parts.values()).backward()
         optimizer.step()
-    assert criterion.layout.new_coords and losses[-1] < 0.5 * losses[0]
+    assert criterion.layout.new_coords and losses[-1] < 0.8 * losses[0]

@@ -156,6 +156,21 @@ def test_multi_against_loop(form: dict[str, Any], counts: list[int], seed: int) 
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(multi_by_loop(case, form), rel=2e-5)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
+def test_pictures_show_what_is_assigned(form: dict[str, Any]) -> None:
+    """`assigned_predictions`, which visualize_batch.py --targets draws; a square input."""
+    _, criterion = multi_case(form, [0], 0)
+    case = Case("three levels", 3, [9, 14], 5, size=(96, 96))
+    case.boxes = (case.boxes * 16).round() / 16
+    pairs = criterion.assigned_predictions(case.boxes, case.labels, 96)
+    assert not any(pair.overruled for pair in pairs)
+    for image in range(2):
+        found = {(p.level, p.anchor, p.row, p.column): p.gt for p in pairs if p.image == image}
+        boxes, labels = case.boxes[image].tolist(), case.labels[image].tolist()
+        match, neighbours = form["anchor_match"], form.get("neighbour_cells", False)
+        assert found == slow_claims(case.anchors, case.strides, (96, 96), boxes, labels, match, neighbours)
+
+
 def test_boxes_that_share_everything_leave_the_last() -> None:
     """Equal boxes of two classes in one image: prediction, box and class of the second; divided by one box."""
     case, criterion = multi_case(FORMS[0], [1], 3)
