@@ -89,6 +89,11 @@ def plan_lines(run: Run) -> list[str]:
             f"rate        {run.learning_rate:.6g} for {run.images_per_step} images per step: train.learning_rate = "
             f"{train.learning_rate:g} is for {train.learning_rate_batch}"
         )
+    if cycle := run.schedule.swa_cycle:
+        lines.append(
+            f"SWA         {train.swa_cycles} cycles of {cycle} steps from step {run.schedule.swa_start} on, mean of "
+            "weights and batch-norm statistics"
+        )
     lines += run.detector.notices(
         {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
     )
