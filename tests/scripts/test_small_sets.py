@@ -164,6 +164,7 @@ def test_every_run_of_the_plan_has_settings_that_exist(tmp_path: Path) -> None:
         assert command_of(plan, job, True, None, names, tmp_path, "cpu")[2:] == [
             "--resume",
             str(job.directory(tmp_path)),
+            "run.preflight=false",
         ]
     plan = plan.model_copy(
         update={"sets": {name: value.model_copy(update={"words": ("a={x}",)}) for name, value in plan.sets.items()}}
