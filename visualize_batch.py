@@ -4,12 +4,14 @@ python visualize_batch.py --config recipes/quickstart.yaml                     f
 python visualize_batch.py --config recipes/bccd.yaml data.root=my_dataset --step 1000
 python visualize_batch.py data.root=my_dataset --split val                     letterboxed validation images
 python visualize_batch.py --config recipes/quickstart.yaml --targets           assigned cells and anchors
+python visualize_batch.py --config RUN/args.yaml --targets --weights RUN/best.pt     as a trained network has them
 python visualize_batch.py --config recipes/quickstart.yaml --transform affine  one augmentation at several strengths
 
 The batch of --step N is the one that yolo-v3/main.py trains on in that step with the same settings: images, order, size
 and augmentation follow from run.seed. For each image it prints and writes the file, id, epoch, position in the dataset
 and size. Writes batch.png and batch.json into a new directory below logs/; with --targets also targets.png (a row per
-image with a panel per level: grid, assigned cells in the colour of their class, their anchors in black and white); with
+image with a panel per level: grid, assigned cells in the colour of their class, their anchors in black and white; where
+the assignment depends on the predictions, those of --weights, else of random weights); with
 --transform instead transform.png and transform.json (a row per setting, with values below, at and beyond its limits;
 then random draws).
 """
@@ -33,8 +35,9 @@ import numpy as np
 import torch
 
 from detection.config.command_line import Parser, device_flags
+from detection.config.loading import Flag
 from detection.config.settings import Settings
-from detection.contract import Detector, DetectorModel, Geometry
+from detection.contract import AssignedPrediction, Batch, Detector, DetectorModel, Geometry
 from detection.data.annotations import repeat_factors
 from detection.data.build import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
 from detection.data.loaders import collate_samples
@@ -46,6 +49,7 @@ from detection.drawing.fonts import printable
 from detection.drawing.window import browse
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 from detection.models import build_detector
+from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
@@ -63,9 +67,10 @@ Position = tuple[int, int, int]  # image index, epoch, size: an index of the tra
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    settings, notices = load_run_settings(
-        arguments.config, arguments.settings, device_flags(arguments), unused=("scheduler",)
-    )
+    flags = device_flags(arguments)
+    if arguments.weights is not None:
+        flags.append(Flag("--weights", "model.pretrained", str(arguments.weights)))
+    settings, notices = load_run_settings(arguments.config, arguments.settings, flags, unused=("scheduler",))
     print("\n".join(notices), end="\n" if notices else "")
     open_machine(settings.run)  # not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
@@ -111,6 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--targets", action="store_true", help="also draw the assigned predictions of each level")
     group.add_argument("--transform", metavar="NAME", help="show a single augmentation of data.augmentation instead")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="with --targets: model.pretrained, for assignments that see predictions",
+    )
     add("--image", type=int, metavar="ID", help="image for --transform (default: first one of the batch with boxes)")
     arguments = parser.parse_intermixed_args()
     allowed = augmentation_names()
@@ -120,6 +131,8 @@ def parse_arguments() -> argparse.Namespace:
         raise SettingsError(f"--{'split val' if arguments.split == 'val' else 'images'} does not go with --transform")
     if arguments.image is not None and not arguments.transform:
         raise SettingsError("--image belongs to --transform; --images N says how many images of a batch are drawn")
+    if arguments.weights is not None and not arguments.targets:
+        raise SettingsError("--weights belongs to --targets")
     if arguments.step < 0:
         raise SettingsError(f"--step {arguments.step}: must be at least 0")
     if arguments.images is not None and arguments.images < 1:
@@ -148,7 +161,9 @@ def open_detector(settings: Settings, split: str, num_classes: int, targets: boo
     detector.geometry.check_size("train.image_size", settings.train.image_size)
     if split == "val":
         detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)
-    if targets and not hasattr(detector.criterion, "assigned_predictions"):
+    if targets and not any(
+        hasattr(detector.criterion, name) for name in ("assigned_predictions", "assigned_by_outputs")
+    ):
         raise SettingsError(f"--targets: the criterion of detector {settings.model.detector} shows no assignment")
     return detector
 
@@ -249,7 +264,7 @@ def show_batch(
     }
     if arguments.targets:
         strides = cast(DetectorModel, detector.model).strides
-        assigned = cast(Any, detector.criterion).assigned_predictions(batch["boxes"], batch["labels"], size)
+        assigned = assigned_predictions(settings, detector, batch, names)
         anchors = None if detector.anchors is None else detector.anchors.levels
         print("\n".join(f"  {line}" for line in count_targets(strides, anchors, assigned)))
         ids = [row["image_id"] for row in rows]
@@ -261,6 +276,26 @@ def show_batch(
                 if entry.image == place
             ]
     return pictures, content
+
+
+def assigned_predictions(
+    settings: Settings, detector: Detector, batch: Batch, names: Sequence[str]
+) -> list[AssignedPrediction]:
+    """Ask the criterion for its assignment; where that depends on the predictions, the network makes them first.
+
+    As in training, batch norm uses the statistics of the batch.
+
+    Raises:
+        CheckpointError: the weights of the settings cannot be used.
+    """
+    criterion, boxes, labels = cast(Any, detector.criterion), batch["boxes"], batch["labels"]
+    if not hasattr(criterion, "assigned_by_outputs"):
+        return cast(list[AssignedPrediction], criterion.assigned_predictions(boxes, labels, batch["images"].shape[-1]))
+    lines = load_pretrained(detector.model, settings.model, names) or ["the predictions are those of random weights"]
+    print("\n".join(f"  {line}" for line in lines))
+    with torch.no_grad():
+        outputs = detector.model.train()(batch["images"])
+    return cast(list[AssignedPrediction], criterion.assigned_by_outputs(outputs, boxes, labels))
 
 
 def before(dataset: DetectionDataset, index: int) -> int:

@@ -21,6 +21,7 @@ NECKS = {
     "mobilenet_v3_large": [256, 128, 96],
 }
 NECK, RATE = [512, 256, 128], 1.0e-3
+HEADS, HEAD = {"darknet_tiny": 128, "mobilenet_v3_small": 64, "mobilenet_v3_large": 96}, 256  # width of the yolox head
 # Classes that a mirror changes; single characters too.
 SIDED = re.compile(r"\b(left|right|arrow|digit|letter|character|zero|one|two|three|four|five|six|seven|eight|nine)\b")
 RATES = {"mobilenet_v3_small": 2.0e-3, "mobilenet_v3_large": 2.0e-3}
@@ -133,6 +134,12 @@ def _neck_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     return [scaled_channels(channels, width) for channels in widths], ""
 
 
+def _head_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    width = tree["model"]["width"]
+    channels = HEADS.get(tree["model"]["backbone"], HEAD)
+    return scaled_channels(channels, width) if isinstance(width, int | float) else channels, ""
+
+
 def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     fewest, most = EPOCHS
     if facts.images is None:
@@ -160,6 +167,8 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
         ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
     ),
     "yolo.neck_channels": _neck_channels,
+    "yolox.neck_channels": _neck_channels,
+    "yolox.head_channels": _head_channels,
     "model.pretrained": _pretrained,
     "train.image_size": lambda tree, facts: (416 if facts.accelerated else 320, ""),
     "evaluation.image_size": lambda tree, facts: (tree["train"]["image_size"], ""),

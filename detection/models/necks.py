@@ -29,7 +29,7 @@ class PyramidPooling(nn.Module):
 NeckStage = Callable[[int, int, bool], nn.Sequential]
 
 
-def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
+def plain_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
     """YOLOv3: five convolutions, alternately 1x1 and 3x3."""
     return nn.Sequential(
         conv_block(in_channels, width, 1),
@@ -43,7 +43,7 @@ def yolov3_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
 def spp_stage(in_channels: int, width: int, coarsest: bool) -> nn.Sequential:
     """YOLOv3-SPP: as YOLOv3, with spatial pyramid pooling and a 1x1 convolution in the coarsest level."""
     if not coarsest:
-        return yolov3_stage(in_channels, width, coarsest)
+        return plain_stage(in_channels, width, coarsest)
     return nn.Sequential(
         conv_block(in_channels, width, 1),
         conv_block(width, 2 * width, 3),
@@ -71,7 +71,7 @@ class TopDownNeck(nn.Module):
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
 
-    def __init__(self, in_channels: Sequence[int], widths: Sequence[int], stage: NeckStage = yolov3_stage) -> None:
+    def __init__(self, in_channels: Sequence[int], widths: Sequence[int], stage: NeckStage = plain_stage) -> None:
         super().__init__()
         self.out_channels = tuple(reversed(widths))  # stride ascending
         self.stages = nn.ModuleList()
@@ -130,7 +130,7 @@ class BottomUpPath(nn.Module):
 class PathAggregationNeck(nn.Module):
     """PAN: `TopDownNeck`, then `BottomUpPath`; arguments and interface of the former."""
 
-    def __init__(self, in_channels: Sequence[int], widths: Sequence[int], stage: NeckStage = yolov3_stage) -> None:
+    def __init__(self, in_channels: Sequence[int], widths: Sequence[int], stage: NeckStage = plain_stage) -> None:
         super().__init__()
         self.top_down = TopDownNeck(in_channels, widths, stage)
         self.bottom_up = BottomUpPath(self.top_down.out_channels)

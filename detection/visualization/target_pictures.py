@@ -26,6 +26,8 @@ def draw_level(
 ) -> np.ndarray:
     """Draw a level: grid, assigned cells in the colour of their class, anchors in black and white, ground-truth boxes.
 
+    Without anchors a box is marked with the number of its cells on this level.
+
     Args:
         image: the network input, RGB uint8 (S, S, 3).
         boxes, labels: ground-truth boxes of the image, xyxy in pixels of the network input, (G, 4) and (G,).
@@ -45,13 +47,16 @@ def draw_level(
     gt_boxes = sorted({entry.gt for entry in assigned})
     notes = []
     for gt in gt_boxes:
+        here = [entry for entry in assigned if entry.gt == gt]
         sizes = [
             f"{entry.anchor_size[0]:g} x {entry.anchor_size[1]:g}{' overruled' if entry.overruled else ''}"
-            for entry in assigned
-            if entry.gt == gt
+            for entry in here
+            if entry.anchor_size is not None
         ]
-        notes.append(f"({', '.join(sizes)})")
+        notes.append(f"({', '.join(sizes) or len(here)})")
     for entry in assigned:
+        if entry.anchor_size is None:
+            continue
         centre = (np.array([entry.column, entry.row]) + 0.5) * cell
         half = np.array(entry.anchor_size) * factor / 2
         start, end = np.rint(centre - half).astype(int).tolist(), np.rint(centre + half).astype(int).tolist()

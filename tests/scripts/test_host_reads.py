@@ -1,5 +1,6 @@
 """A training step, without logging, never makes the host wait for the device."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks.support.operation_trace import OperationTrace
 from detection.config.settings import Settings
-from detection.models import build_detector
+from detection.models import build_detector, yolox
 from detection.models.yolo import CRITERIA
 from detection.runtime.devices import autocast, build_scaler
 from detection.training.optimizer import set_backbone_frozen
@@ -17,6 +18,7 @@ from detection.training.step import train_step
 from detection.training.throughput import Meter
 
 CPU = torch.device("cpu")
+POINTS = ("model.detector=yolox", "yolox.neck_channels=[8, 8, 8]", "yolox.head_channels=8")
 WORDS = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8, 8, 8]", "train.ema_decay=0.99"]
 
 
@@ -59,6 +61,10 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
         *(([f"yolo.loss={loss}"], False) for loss in CRITERIA),
         *(([f"yolo.loss={loss}", "yolo.class_loss=cross_entropy"], False) for loss in ("darknet", "mmdetection")),
         *(([f"train.optimizer={name}", "train.clip_norm=0.1"], False) for name in ("adam", "adamw", "sgd")),
+        *(
+            ([*POINTS, f"yolox.loss={loss}", f"yolox.assigner={name}"], False)
+            for loss, name in itertools.product(yolox.CRITERIA, yolox.ASSIGNERS)
+        ),
         (["train.clip_norm=null"], False),
         (["train.encoder_batch_norm=frozen"], False),
         (["model.batch_norm=darknet"], True),

@@ -13,7 +13,7 @@ from detection.models.backbones.darknet import use_darknet_batch_norm
 from detection.models.darknet.cfg import cfg_notices, format_cfg, parse_cfg, with_anchors
 from detection.models.darknet.layers import build_layers
 from detection.models.darknet.network import DarknetNetwork
-from detection.models.necks import spp_stage, tiny_stage, yolov3_stage
+from detection.models.necks import plain_stage, spp_stage, tiny_stage
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.fit import AnchorFit
 from detection.models.yolo.network import YOLOv3
@@ -134,7 +134,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         num_classes,
         prior,
         momentum,
-        tiny_stage if tiny else spp_stage if yolo.spp else yolov3_stage,
+        tiny_stage if tiny else spp_stage if yolo.spp else plain_stage,
         yolo.neck == "pan",
     )
 

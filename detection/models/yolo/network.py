@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
 from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
-from detection.models.necks import BottomUpPath, NeckStage, yolov3_stage
+from detection.models.necks import BottomUpPath, NeckStage, plain_stage
 from detection.models.yolo.head_layout import CLASSES, OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
 
@@ -62,7 +62,7 @@ class YOLOv3(nn.Module):
         num_classes: C.
         objectness_prior: objectness the untrained network predicts.
         batch_norm_momentum: of all batch-norm layers, the backbone's included.
-        neck_stage: `yolov3_stage`, `spp_stage` or `tiny_stage`.
+        neck_stage: `plain_stage`, `spp_stage` or `tiny_stage`.
         path_aggregation: a `BottomUpPath` follows the top-down neck.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
@@ -76,7 +76,7 @@ class YOLOv3(nn.Module):
         num_classes: int,
         objectness_prior: float = 0.01,
         batch_norm_momentum: float = 0.1,
-        neck_stage: NeckStage = yolov3_stage,
+        neck_stage: NeckStage = plain_stage,
         path_aggregation: bool = False,
     ) -> None:
         super().__init__()

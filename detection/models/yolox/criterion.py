@@ -15,6 +15,7 @@ from detection.models.yolox.layout import Decoding, OutputLayout, RawValues
 from detection.models.yolox.points import Points
 from detection.ops.boxes import elementwise_iou, xyxy_to_cxcywh
 
+EPSILON = 1e-8  # strides, added to sides before their logarithm, as in YOLOX
 CROWD_OVERLAP = 0.5  # share of a prediction in a crowd region from which it is no negative
 
 
@@ -163,9 +164,9 @@ class YOLOXLoss(PointCriterion):
 
         classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
         target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], assignment.quality[..., None])
-        loss_class = F.binary_cross_entropy_with_logits(raw.classes, target, reduction="none").sum(-1)
+        loss_class = F.binary_cross_entropy_with_logits(raw.classes, target, positive[..., None], reduction="sum")
 
-        losses = {"loss_box": loss_box, "loss_objectness": loss_objectness, "loss_class": (loss_class * positive).sum()}
+        losses = {"loss_box": loss_box, "loss_objectness": loss_objectness, "loss_class": loss_class}
         losses["loss_l1"] = loss_box.new_zeros(())
         if self.finishing:
             losses["loss_l1"] = self.compare_raw(raw.boxes, wanted_cxcywh, points, positive)
@@ -175,6 +176,7 @@ class YOLOXLoss(PointCriterion):
     def compare_raw(raw: Tensor, wanted_cxcywh: Tensor, points: Points, positive: Tensor) -> Tensor:
         """L1 distance of raw box values (B, P, 4) of positives (B, P) from those of boxes (B, P, 4), summed."""
         strides = points.strides[:, None]
-        size = wanted_cxcywh[..., 2:].clamp(min=torch.finfo(torch.float32).tiny)  # negatives may have none
-        target = torch.cat([wanted_cxcywh[..., :2] / strides - points.cells, (size / strides).log()], dim=-1)
+        offset = (wanted_cxcywh[..., :2] - points.centres) / strides + 0.5  # from the corner of the cell
+        size = (wanted_cxcywh[..., 2:] / strides + EPSILON).log()
+        target = torch.cat([offset, size], dim=-1)
         return ((raw - target).abs().sum(-1) * positive).sum()

@@ -10,7 +10,7 @@ from detection.contract import Detector, Geometry
 from detection.errors import SettingsError
 from detection.models.backbones import Backbone, build_backbone
 from detection.models.backbones.darknet import use_darknet_batch_norm
-from detection.models.necks import spp_stage, yolov3_stage
+from detection.models.necks import plain_stage, spp_stage
 from detection.models.yolox import ASSIGNERS, CRITERIA, NECKS
 from detection.models.yolox.layout import OutputLayout
 from detection.models.yolox.network import YOLOX
@@ -40,7 +40,7 @@ def build_yolox(
     geometry = make_geometry(model_settings, yolox, backbone)
     model = YOLOX(
         backbone,
-        NECKS[yolox.neck](backbone.out_channels, yolox.neck_channels, spp_stage if yolox.spp else yolov3_stage),
+        NECKS[yolox.neck](backbone.out_channels, yolox.neck_channels, spp_stage if yolox.spp else plain_stage),
         yolox.head_channels,
         num_classes,
         layout,

@@ -28,7 +28,7 @@ def decode_centre_size(raw: Tensor, points: Points) -> Tensor:
     Source: YOLOX, section 2.1, https://arxiv.org/abs/2107.08430
     """
     strides = points.strides[:, None]
-    centre = (points.cells + raw[..., :2]) * strides
+    centre = points.centres + (raw[..., :2] - 0.5) * strides  # the point is the middle of its cell
     size = raw[..., 2:].clamp(-MAX_EXPONENT, MAX_EXPONENT).exp() * strides
     return cxcywh_to_xyxy(torch.cat([centre, size], dim=-1))
 
