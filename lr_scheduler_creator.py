@@ -24,7 +24,7 @@ from detection.drawing.window import browse
 from detection.errors import OutputError, SettingsError, exit_with_message
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
-from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, full_rate, resolve_steps
+from detection.training.schedules import BIAS_GROUP, Schedule, add_swa, build_schedule, full_rate, resolve_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,6 +134,7 @@ def build_curve(name: str, settings: Settings, images: int) -> Curve:
         schedule = build_schedule(settings.scheduler, rate, total_steps, steps_per_epoch, clean_finish)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from None
+    schedule, total_steps = add_swa(schedule, train, total_steps, steps_per_epoch)
     return Curve(name, schedule, total_steps, steps_per_epoch)
 
 

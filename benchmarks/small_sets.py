@@ -170,7 +170,7 @@ def command_of(
     """Build the command line that begins or continues a run."""
     directory = str(job.directory(work))
     if continues:
-        return [sys.executable, str(MAIN), "--resume", directory]
+        return [sys.executable, str(MAIN), "--resume", directory, "run.preflight=false"]
     rung = plan.rungs[job.rung]
     words = [f"run.device={device}", "data.num_workers=0", "run.loggers=[files]", f"run.seed={job.seed}"]
     if job.budget != YARDSTICK:

@@ -53,7 +53,7 @@ class Ledger:
         """Record a process.
 
         Args:
-            kept: false: it left no checkpoint, so its time is not that of the run.
+            kept: false: it took no step that was saved, so its time is not that of the run.
         """
         row = {"job": job.name, "seconds": round(seconds, 1), "code": code, "kept": kept, "at": round(time.time())}
         self.rows.append(row)
@@ -91,6 +91,7 @@ class Process:
     job: Job
     popen: subprocess.Popen[bytes]
     started: float
+    first_step: int
 
 
 def run_slice(
@@ -167,7 +168,7 @@ def _start(
             preexec_fn=pin,
         )
     say(f"core {core}: {job.name} {'continues' if continues else 'begins'}")
-    return Process(job, popen, time.monotonic())
+    return Process(job, popen, time.monotonic(), steps_done(directory))
 
 
 def _collect(running: dict[int, Process], work: Path, ledger: Ledger, say: Callable[[str], None]) -> None:
@@ -178,7 +179,9 @@ def _collect(running: dict[int, Process], work: Path, ledger: Ledger, say: Calla
             continue
         del running[core]
         job, directory = process.job, process.job.directory(work)
-        ledger.add(job, time.monotonic() - process.started, code, (directory / "last.pt").exists())
+        # Stopped before its first step or checkpoint, it has done nothing that the run took time for.
+        kept = is_done(job, work) or ((directory / "last.pt").exists() and steps_done(directory) > process.first_step)
+        ledger.add(job, time.monotonic() - process.started, code, kept)
         what = "complete" if is_done(job, work) else f"stopped after step {steps_done(directory)}"
         if code not in GOES_ON:
             what = f"failed with exit code {code}: {last_line(directory.with_suffix('.out'))}"

@@ -134,6 +134,12 @@ def _neck_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     return [scaled_channels(channels, width) for channels in widths], ""
 
 
+def _head_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    width = tree["model"]["width"]
+    channels = HEADS.get(tree["model"]["backbone"], HEAD)
+    return scaled_channels(channels, width) if isinstance(width, int | float) else channels, ""
+
+
 def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     fewest, most = EPOCHS
     if facts.images is None:
@@ -162,7 +168,7 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
     ),
     "yolo.neck_channels": _neck_channels,
     "yolox.neck_channels": _neck_channels,
-    "yolox.head_channels": lambda tree, facts: (HEADS.get(tree["model"]["backbone"], HEAD), ""),
+    "yolox.head_channels": _head_channels,
     "model.pretrained": _pretrained,
     "train.image_size": lambda tree, facts: (416 if facts.accelerated else 320, ""),
     "evaluation.image_size": lambda tree, facts: (tree["train"]["image_size"], ""),

@@ -169,9 +169,13 @@ class TrainSettings(Section):
     nesterov: bool
     backbone_layer_decay: Annotated[float, Field(gt=0, le=1)]
     clean_finish: Probability
+    swa_cycles: Annotated[int, Field(ge=0)]
+    swa_cycle: Duration
 
     @model_validator(mode="after")
     def check_optimizer(self) -> "TrainSettings":
+        if self.swa_cycles and (self.minutes is not None or is_zero(self.swa_cycle)):
+            raise ValueError("swa_cycles: needs train.steps instead of train.minutes, and a swa_cycle above 0")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
             raise ValueError("nesterov: needs train.optimizer=sgd and a train.momentum above 0")
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.checkpoints import remove_leftovers, save_checkpoint
 from detection.errors import OutputError
@@ -157,11 +157,11 @@ class Saver:
             self.writer.save(self.run.checkpoint(self.state), best=best, number=number)
             self._announce()
 
-    def save_best_without_average(self) -> None:
-        """Write best.pt with the weights instead of their EMA, then last.pt, which always has both."""
+    def save_best_of(self, model: nn.Module) -> None:
+        """Write best.pt with the weights of this model and no EMA, and last.pt as ever."""
         if self.writer is not None:
             content = self.run.checkpoint(self.state)
-            self.writer.save({**content, "average": None}, last=False, best=True)
+            self.writer.save({**content, "model": model.state_dict(), "average": None}, last=False, best=True)
             self.save()
 
     def check(self) -> None:

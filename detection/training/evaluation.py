@@ -39,20 +39,25 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
 
 
 def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Evaluate the weights themselves at the end of a run with EMA; if their AP50 is the highest, best.pt gets them."""
-    if state.ema is None:
-        return
-    evaluation = evaluate_run(run, state, supervisor, state.model)
-    ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"]) or 0.0
-    better = ap50 > (state.best_ap50 or 0.0)
-    if better:
-        state.best_ap50, state.best_step = ap50, state.step
-        if evaluation is not None:
-            log_evaluation(run, evaluation, state.step, loggers, "weights")
-            keep_results(loggers)
-        saver.save_best_without_average()
-    what = f"the highest: {BEST} holds them" if better else f"{BEST} stays that of step {state.best_step}"
-    loggers.line(f"weights without EMA at step {state.step}: AP50 {ap50:.3f}, {what}")
+    """Evaluate what else a run ends with; best.pt gets it if its AP50 is the highest.
+
+    That is the weights themselves, if the evaluations were of their EMA, and the mean of the SWA cycles.
+    """
+    candidates = [("weights without EMA", "weights", state.model)] if state.ema else []
+    if state.swa and state.swa.count:
+        candidates.append((f"SWA of {state.swa.count} cycles", "SWA", state.swa.model))
+    for what, short, model in candidates:
+        evaluation = evaluate_run(run, state, supervisor, model)
+        ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"]) or 0.0
+        better = ap50 > (state.best_ap50 or 0.0)
+        if better:
+            state.best_ap50, state.best_step = ap50, state.step
+            if evaluation is not None:
+                log_evaluation(run, evaluation, state.step, loggers, short)
+                keep_results(loggers)
+            saver.save_best_of(model)
+        kept = f"the highest: {BEST} holds them" if better else f"{BEST} stays that of step {state.best_step}"
+        loggers.line(f"{what} at step {state.step}: AP50 {ap50:.3f}, {kept}")
 
 
 def evaluate_run(

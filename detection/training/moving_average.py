@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights."""
+"""Averages of the weights: exponential moving average (EMA), and the mean over cycles (SWA)."""
 
 import copy
 import math
@@ -56,6 +56,36 @@ class ExponentialMovingAverage:
                 torch._foreach_add_(own, difference)
         if self._pairs.others[0]:  # counters of the batch-norm layers; a skipped step leaves them alone
             torch._foreach_copy_(*self._pairs.others)
+
+
+class MeanOfCycles:
+    """Mean of the weights at the ends of learning-rate cycles (SWA), batch-norm statistics included.
+
+    The statistics are averaged like the weights, as in the reference, not computed anew.
+
+    Args:
+        model: model to copy; the copy, `self.model`, is the mean of `self.count` cycles.
+        start: number of the first step of the first cycle.
+        cycle: optimizer steps of a cycle.
+
+    Source: SWA Object Detection, https://arxiv.org/abs/2012.12645
+    """
+
+    def __init__(self, model: nn.Module, start: int, cycle: int) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.start, self.cycle, self.count = start, cycle, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (the first is 0), if a cycle ends with it."""
+        done = step + 1 - self.start
+        if done <= 0 or done % self.cycle:
+            return
+        self.count += 1
+        pairs = _TensorPairs(self.model, model)
+        torch._foreach_lerp_(*pairs.floats, 1 / self.count)
+        if pairs.others[0]:
+            torch._foreach_copy_(*pairs.others)
 
 
 class _TensorPairs:

@@ -118,6 +118,7 @@ def follows_length(settings: Settings) -> list[str]:
     if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
         names.append("the cosine schedule (scheduler.T_0: null)")
     names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
+    names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
     names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
     return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)

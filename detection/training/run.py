@@ -30,7 +30,7 @@ from detection.runtime.distributed import Ranks, device_of_rank, read_environmen
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
 from detection.training.prefetch import Prefetcher
-from detection.training.schedules import build_schedule, first_finishing_step, full_rate, resolve_steps
+from detection.training.schedules import add_swa, build_schedule, first_finishing_step, full_rate, resolve_steps
 from detection.training.state import RunState
 from detection.training.step import tell_progress
 
@@ -170,6 +170,8 @@ class Run:
             )
         except ValueError as error:
             raise SettingsError(str(error)) from None
+        # Last: what depends on the length of the run depends on `train.steps` alone.
+        self.schedule, self.steps = add_swa(self.schedule, train, self.steps, self.steps_per_epoch)
 
     @property
     def patience(self) -> float:
@@ -186,8 +188,8 @@ class Run:
         return step % self.settings.run.log_frequency == 0 or step == self.steps
 
     def evaluates_at(self, step: int) -> bool:
-        """Return whether the model is evaluated after this many steps."""
-        return step % self.evaluate_frequency == 0 or step == self.steps
+        """Return whether the model is evaluated after this many steps; before SWA begins too."""
+        return step % self.evaluate_frequency == 0 or step in (self.steps, self.schedule.swa_start)
 
     def new_sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
         """Build the sampler of micro-batches from `first_step` up to `end_step`, for this or another rank."""
@@ -247,6 +249,7 @@ class Run:
             self.build_scaler(),
             self.ranks.average_ if self.ranks.size > 1 else None,
             self.images_per_step,
+            (self.schedule.swa_start, self.schedule.swa_cycle) if self.schedule.swa_cycle else None,
         )
         if checkpoint is not None:
             state.load(checkpoint)

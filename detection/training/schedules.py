@@ -1,5 +1,6 @@
 """Learning rate as a pure function of the step: resuming needs no scheduler state, and plotting no network."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from detection.config.automatic import warmup_steps
 from detection.config.settings import SchedulerSettings, TrainSettings
 
 BIAS_GROUP = "biases"
+SWA_END = 0.01  # share of the full rate at the end of each cycle
 
 
 def resolve_steps(duration: int | str, steps_per_epoch: float) -> int:
@@ -58,9 +60,14 @@ class Schedule:
     warmup_power: float
     flat_end: int
     cosine_end: int
+    swa_start: int = 0
+    swa_cycle: int = 0  # 0: no SWA
 
     def at(self, step: int, group: str = "weights") -> float:
         """Return the learning rate of optimizer step `step` (the first is 0) for a parameter group."""
+        if self.swa_cycle and step >= self.swa_start:
+            position = (step - self.swa_start) % self.swa_cycle / self.swa_cycle
+            return self.learning_rate * (SWA_END + (1 - SWA_END) * (1 + math.cos(math.pi * position)) / 2)
         if self.strategy == "WarmupMultiStepLR":
             return self._multi_step(step, group)
         if self.strategy == "FlatCosine":
@@ -92,6 +99,9 @@ class Schedule:
             steps = sorted({self.flat_end, max(self.cosine_end, self.flat_end)})
         else:
             steps = []
+        if self.swa_cycle:
+            steps = [step for step in steps if step < self.swa_start]
+            steps += range(self.swa_start, total_steps, self.swa_cycle)
         return [step for step in steps if step < total_steps][:limit]
 
     def _cosine(self, step: int) -> float:
@@ -180,3 +190,14 @@ def build_schedule(
         max(round(scheduler.flat * total_steps), warmup),
         round((1 - finish) * total_steps),
     )
+
+
+def add_swa(schedule: Schedule, train: TrainSettings, steps: int, steps_per_epoch: float) -> tuple[Schedule, int]:
+    """Let the cycles of `train.swa_cycles` follow on a run of `steps`; returns the schedule and the steps of both.
+
+    Source: SWA Object Detection, section 3, https://arxiv.org/abs/2012.12645
+    """
+    if not train.swa_cycles:
+        return schedule, steps
+    cycle = max(resolve_steps(train.swa_cycle, steps_per_epoch), 1)
+    return dataclasses.replace(schedule, swa_start=steps, swa_cycle=cycle), steps + train.swa_cycles * cycle

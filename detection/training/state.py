@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from detection.config.settings import TrainSettings
 from detection.contract import Batch
 from detection.errors import CheckpointError, NumericsError
-from detection.training.moving_average import ExponentialMovingAverage
+from detection.training.moving_average import ExponentialMovingAverage, MeanOfCycles
 from detection.training.optimizer import build_optimizer
 from detection.training.skipped_steps import BatchNormStatistics, SkippedSteps, StepResult
 from detection.training.throughput import Meter
@@ -25,6 +25,7 @@ class RunState:
         scaler: gradient scaler, disabled if the precision needs none.
         exchange: see `BatchNormStatistics`.
         images_per_step: number of images of all processes, for the meter.
+        swa: start and length of the cycles whose ends are averaged, see `MeanOfCycles`; None: there are none.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class RunState:
         scaler: torch.amp.GradScaler,
         exchange: Callable[[Tensor], None] | None = None,
         images_per_step: int = 1,
+        swa: tuple[int, int] | None = None,
     ) -> None:
         self.model = model.train()
         self.optimizer = build_optimizer(model, train)
         self.scaler = scaler
         self.statistics = BatchNormStatistics(model, exchange)
         self.ema = ExponentialMovingAverage(model, *ema) if ema else None
+        self.swa = MeanOfCycles(model, *swa) if swa else None
         self.skipped = SkippedSteps(train.max_skipped_steps, ordinary=scaler.is_enabled())
         self.meter = Meter(images_per_step)
         self.step = 0
@@ -58,6 +61,8 @@ class RunState:
         """Update the EMA and the counters after an optimizer step, without waiting for the device."""
         if self.ema:
             self.ema.update(self.model, self.step, result.finite)
+        if self.swa:
+            self.swa.update(self.model, self.step)
         self.skipped.add(self.step, result)
         self.meter.add(result, micro_batches)
         self.step += 1
@@ -93,6 +98,7 @@ class RunState:
             "step": self.step,
             "model": self.model.state_dict(),
             "average": self.ema.model.state_dict() if self.ema else None,
+            **({"swa": {"model": self.swa.model.state_dict(), "count": self.swa.count}} if self.swa else {}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.state(),
@@ -119,6 +125,9 @@ class RunState:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema:
                 self.ema.model.load_state_dict(checkpoint["average"])
+            if self.swa:
+                self.swa.model.load_state_dict(checkpoint["swa"]["model"])
+                self.swa.count = checkpoint["swa"]["count"]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             if checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])

@@ -241,7 +241,7 @@ IMPOSSIBLE = {
     "train": """
         batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
         multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
-        nesterov=true learning_rate_batch=0 backbone_layer_decay=0 backbone_layer_decay=1.1
+        nesterov=true learning_rate_batch=0 swa_cycles=-1 swa_cycle=-1 backbone_layer_decay=0 backbone_layer_decay=1.1
         clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep steps=-1 steps=1.5 steps=ep
         steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
     "scheduler": """

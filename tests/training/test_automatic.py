@@ -1,6 +1,7 @@
 """The plan for own data as a run gets it, the clock, the better of EMA and weights, and longer runs."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,47 @@ def test_best_pt_is_the_better_of_ema_and_weights(
     assert (best["average"] is not None) == holds_average and last["average"] is not None
     assert first_difference(best["model"], last["model"]) is None
     assert best["progress"]["best_ap50"] == max(ema, weights)
+
+
+# SWA
+
+
+def test_swa_of_a_run_is_the_mean_of_its_cycles_also_when_resumed(
+    main: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two cycles of 2 after 2 steps: best.pt is the mean of the weights after steps 4 and 6; resumed after 3 too."""
+    original = evaluation.evaluate_run
+
+    def evaluate_run(run: Any, state: Any, supervisor: Any, model: Any = None) -> Any:
+        result = original(run, state, supervisor, model)
+        result.metrics["AP50"] = 0.9 if model is not None and model is not state.model else 0.1
+        return result
+
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluate_run)
+    words = ("train.steps=2", "train.swa_cycles=2", "train.swa_cycle=2", "train.save_frequency=1", "scheduler.warmup=1")
+    words += ("train.keep_checkpoints=9", "evaluation.evaluate_frequency=100")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    done = main(f"data.root={drawn_dataset}", *TINY, *words, "--output", whole)
+    assert done.returncode == 0, done.stderr
+    assert "SWA         2 cycles of 2 steps from step 2 on" in done.stdout
+    assert "SWA of 2 cycles at step 6: AP50 0.900, the highest: best.pt holds them" in done.stdout
+    assert done.stdout.count("evaluation of the EMA") == 2  # after train.steps and at the end
+    third, fourth, sixth = (torch.load(whole / f"step_{step:09d}.pt", weights_only=True) for step in (3, 4, 6))
+    best = torch.load(whole / "best.pt", weights_only=True)
+    assert (third["swa"]["count"], fourth["swa"]["count"], best["average"]) == (0, 1, None)
+    for name, value in best["model"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (fourth["model"][name] + sixth["model"][name]) / 2, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(value, sixth["model"][name]) for name, value in best["model"].items())
+    resumed.mkdir()
+    shutil.copy(whole / "step_000000003.pt", resumed / "last.pt")
+    assert main("--resume", resumed).returncode == 0
+    for file in ("last.pt", "best.pt"):
+        pair = [torch.load(directory / file, weights_only=True) for directory in (whole, resumed)]
+        for key in ("model", "average", "swa", "optimizer"):
+            assert first_difference(pair[0][key], pair[1][key]) is None, (file, key)
+    refused = main("--resume", resumed, "train.steps=9")
+    assert refused.returncode == 2 and "train.swa_cycles" in refused.stderr
 
 
 # train.minutes

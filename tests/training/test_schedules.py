@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, StepLR
 
 from detection.config.loading import load_settings
-from detection.training.schedules import BIAS_GROUP, Schedule, build_schedule, full_rate, resolve_steps
+from detection.training.schedules import BIAS_GROUP, Schedule, add_swa, build_schedule, full_rate, resolve_steps
 from tests.support.paths import ARGS
 
 STRATEGIES = [
@@ -232,6 +232,21 @@ def test_a_warm_up_longer_than_the_flat_part_delays_the_cosine() -> None:
 
 def test_flat_to_the_end() -> None:
     assert {build("FlatCosine", warmup=0, flat=1, total_steps=50).at(step) for step in range(50)} == {0.1}
+
+
+def test_swa_cycles_follow_by_hand() -> None:
+    """A run of 100 steps, then 3 cycles of 8: 0.01 + 0.99 (1 + cos(pi k / 8)) / 2 of the rate."""
+    settings, _ = load_settings(ARGS, words=["train.swa_cycles=3", "train.swa_cycle=2ep"])
+    plain = build("FlatCosine", warmup=10, total_steps=100)
+    schedule, steps = add_swa(plain, settings.train, 100, 4.0)
+    assert steps == 124 and schedule.changes(steps) == [50, 100, 108, 116]
+    assert [schedule.at(step) for step in range(100)] == [plain.at(step) for step in range(100)]
+    for first in (100, 108, 116):
+        assert schedule.at(first) == pytest.approx(0.1)
+        assert schedule.at(first + 4) == pytest.approx(0.1 * (0.01 + 0.99 / 2))
+        assert 0.001 < schedule.at(first + 7, BIAS_GROUP) < 0.006
+    off, _ = load_settings(ARGS)
+    assert add_swa(plain, off.train, 100, 4.0) == (plain, 100)
 
 
 # The rate of the batch

@@ -18,7 +18,7 @@ from detection.evaluation.evaluate import evaluate
 from detection.models import build_detector
 from detection.runtime.devices import autocast, build_scaler
 from detection.training import throughput
-from detection.training.moving_average import ExponentialMovingAverage
+from detection.training.moving_average import ExponentialMovingAverage, MeanOfCycles
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss, SkippedSteps, StepResult
 from detection.training.step import train_step
@@ -240,6 +240,25 @@ def test_only_one_axis_and_no_bias_is_a_norm() -> None:
     assert [id(value) for value in groups["weights"]] == [id(block.linear.weight)]
     assert {id(value) for value in groups["norms"]} == {id(block.gamma), id(block.norm.weight)}
     assert {id(value) for value in groups["biases"]} == {id(block.norm.bias), id(block.linear.bias)}
+
+
+def test_mean_of_cycles_by_a_slow_mean() -> None:
+    """Cycles of 3 steps from step 4 on end with steps 6, 9 and 12; statistics are averaged, counters are the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    mean, kept = MeanOfCycles(model, start=4, cycle=3), []
+    for step_number in range(14):
+        for name, value in model.state_dict().items():
+            value.add_(1) if name.endswith("tracked") else value.normal_()
+        mean.update(model, step_number)
+        if step_number in (6, 9, 12):
+            kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        assert mean.count == len(kept)
+    for name, value in mean.model.state_dict().items():
+        if name.endswith("tracked"):
+            assert value == kept[-1][name] == 13
+        else:
+            torch.testing.assert_close(value, sum(state[name] for state in kept) / 3)
 
 
 # The backbone's learning rate

@@ -70,7 +70,7 @@ def estimate_memory(
         device: device of the model.
     """
     parameters = list(model.parameters())
-    copies = 2 + OPTIMIZER_TENSORS[train.optimizer] + (train.ema_decay is not None)
+    copies = 2 + OPTIMIZER_TENSORS[train.optimizer] + (train.ema_decay is not None) + bool(train.swa_cycles)
     state = FLOAT32 * copies * sum(parameter.numel() for parameter in parameters)
     coarsest = cast(tuple[int, ...], model.strides)[-1]
     sides = [coarsest * math.ceil(side / coarsest) for side in PROBE_SIDES]
