@@ -51,10 +51,10 @@ from detection.data.sampler import size_step
 from detection.data.sources import find_source, source_lines
 from detection.drawing.figures import figure_pixels, save_figure
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
 
@@ -120,12 +120,10 @@ def main() -> None:
     ]
     title = f"{path.name}: {len(annotations)} images at {at}"
     figure = draw_anchors(shapes, sets, layout.strides, max(sizes), title)
-    try:
+    with writing_results(directory):
         save_figure(directory / "anchors.png", figure)
         write_overlay(directory, levels, layout, sizes, [f"{path}, {at}", verdict])
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
-    except OSError as error:
-        raise OutputError(f"results cannot be written to {directory}: {error}") from None
     print(f"overlay, figure and numbers in {directory}; train with --config {directory / 'anchors.yaml'}")
     if arguments.show:
         browse("anchors", 1, lambda page: figure_pixels(figure))
@@ -219,6 +217,7 @@ def compare(shapes: np.ndarray, new: Anchors, current: Anchors, arguments: argpa
 
 
 def table(fits: Sequence[Fit], arguments: argparse.Namespace) -> list[str]:
+    """Format the fit of each set of anchors to the boxes, one line each below a head."""
     width = max(len(fit.name) for fit in fits)
     columns = f"IoU >= {arguments.threshold:g}", f"sides within {arguments.ratio:g}x"
     return [f"{'anchors':<{width}}  count  mean IoU  {columns[0]:>10}  {columns[1]:>15}"] + [
@@ -280,6 +279,7 @@ def write_report(
     sizes: Sequence[int],
     arguments: argparse.Namespace,
 ) -> None:
+    """Write the new anchors, the fit of all sets and the recommendation as JSON."""
     content = {
         "annotations": str(annotations),
         "sizes": list(sizes),

@@ -36,7 +36,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, NumericsError, OutputError, SettingsError, UserError, exit_with_message
+from detection.errors import DataError, NumericsError, SettingsError, UserError, exit_with_message
 from detection.evaluation.error_analysis import confidence_curves
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
@@ -44,7 +44,7 @@ from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import seed_everything
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.step import tell_progress, train_step
@@ -70,6 +70,7 @@ class Overfit:
     detector: Detector
 
     def evaluate(self) -> Evaluation:
+        """Detect on the batch and score it with pycocotools, whatever evaluation.backend says."""
         machine = self.machine
         return evaluate(
             self.detector.model,
@@ -115,7 +116,7 @@ def main() -> None:
     curves = confidence_curves(dataset.annotations, evaluation.detections, settings.evaluation.confidence_threshold)
     drawn = float(curves.confidence[curves.best])
     pictures = []
-    try:
+    with writing_results(directory):
         for name, shown in (("before", before), ("after", evaluation)):
             picture = draw_detections(dataset, shown, drawn, settings.evaluation.visualize_images)
             if picture is not None:
@@ -123,8 +124,6 @@ def main() -> None:
                 save_png(directory / f"{name}.png", picture)
         used = settings.evaluation.model_dump(mode="json") | {"image_size": settings.train.image_size}
         write_evaluation(directory, evaluation, dataset, step, used)
-    except OSError as error:
-        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     ap50 = evaluation.metrics["AP50"] or 0.0
     print(f"before.png, after.png (scores from {drawn:.2f}, of the highest mean F1) and metrics.json in {directory}")
     if arguments.show:

@@ -47,10 +47,10 @@ from detection.dataset_checks.image_checks import (
     check_shared_names,
     inspect_images,
 )
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message
+from detection.errors import DataError, SettingsError, UserError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 
 SPLITS = ("training", "validation")
@@ -94,10 +94,8 @@ def main() -> None:
     directory = new_run_directory(Path(settings.run.logs_path), "check_dataset", arguments.output)
     depth = "quick" if arguments.quick else "headers" if arguments.headers else "full"
     report = describe(sources, annotations, splits, findings, fit) | {"depth": depth}
-    try:
+    with writing_results(directory):
         (directory / "check.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
     print("\n".join(text_lines(report, fit_lines, findings)))
     print(f"all ids in {directory / 'check.json'}")
     errors, warnings = len(findings.of("error")), len(findings.of("warning"))
@@ -257,6 +255,7 @@ def finding_lines(finding: Finding) -> list[str]:
 
 
 def count(number: int, noun: str) -> str:
+    """Format a number with its noun, an s behind it unless it is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

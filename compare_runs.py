@@ -31,8 +31,8 @@ from detection.config.command_line import Parser
 from detection.config.yaml_files import read_settings_file
 from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
-from detection.runtime.run_directory import new_run_directory
+from detection.errors import DataError, SettingsError, exit_with_message
+from detection.runtime.run_directory import new_run_directory, writing_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,10 +59,12 @@ class Run:
     notices: list[str]  # what could not be read
 
     def points(self, column: str) -> np.ndarray:
+        """Return the (step, value) points of a column, (N, 2), steps ascending; (0, 2) if the run has none."""
         return self.columns.get(column, np.zeros((0, 2)))
 
     @property
     def last_step(self) -> int:
+        """The highest step of any row; 0 without rows."""
         return int(max((points[-1, 0] for points in self.columns.values() if len(points)), default=0))
 
     def at(self, steps: np.ndarray, axis: str) -> np.ndarray | None:
@@ -127,11 +129,9 @@ def main() -> None:
 
     directory = new_run_directory(Path("logs"), "compare", arguments.output)
     figure = draw(drawn, arguments.x, arguments.smooth)
-    try:
+    with writing_results(directory):
         save_figure(directory / "compare.png", figure)
         write_summary(directory, runs)
-    except OSError as error:
-        raise OutputError(f"results cannot be written to {directory}: {error}") from None
     print(f"figure and numbers in {directory}")
     if arguments.show:
         browse("runs", 1, lambda page: figure_pixels(figure))
@@ -227,6 +227,7 @@ def read_rows(path: Path, parse: Any, notices: list[str]) -> list[dict[str, floa
 
 
 def parse_json(line: str) -> dict[str, float]:
+    """Parse a line of metrics.jsonl; null becomes no entry."""
     return {key: float(value) for key, value in json.loads(line).items() if value is not None}
 
 
@@ -333,6 +334,7 @@ def centred_mean(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def write_summary(directory: Path, runs: Sequence[Run]) -> None:
+    """Write compare.csv, a row per run, and compare.json, the same with the curves."""
     rows = [run.summary() | {"directory": str(run.directory)} for run in runs]
     with open(directory / "compare.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

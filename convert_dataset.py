@@ -235,6 +235,7 @@ def check_arguments(arguments: argparse.Namespace, formats: list[str], target: s
 
 
 def check_outside(output: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that lies inside a source, whose folder is never written to."""
     for source in sources:
         if source.resolve() in (output.resolve(), *output.resolve().parents):
             raise SettingsError(f"--output {output} lies inside the source {source}, where nothing is written")
@@ -243,6 +244,14 @@ def check_outside(output: Path, sources: Iterable[Path]) -> None:
 def read_dataset(
     arguments: argparse.Namespace, source: Path, source_format: str, target: str, findings: Findings
 ) -> ConvertedDataset:
+    """Read one source in its format.
+
+    Args:
+        target: format to be written; COCO to COCO keeps ids and further keys.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     split = "train" if parse_shares(arguments.split) else arguments.split
     names = None if arguments.names is None else read_names(arguments.names)
     progress = functools.partial(tqdm, unit="image", disable=None, leave=False)
@@ -280,6 +289,7 @@ def change_dataset(
 
 
 def check_classes(option: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a class name of --keep or --rename that the dataset lacks."""
     for name in names:
         if name not in known:
             more = ", ..." if len(known) > 20 else ""
@@ -287,6 +297,7 @@ def check_classes(option: str, names: Iterable[str], known: Sequence[str]) -> No
 
 
 def summary(dataset: ConvertedDataset, output: Path, target_format: str, images: str) -> list[str]:
+    """Format what was written, and the command words that train on it."""
     lines = []
     for split, entries in dataset.splits.items():
         boxes = sum(len(entry.boxes) for entry in entries)

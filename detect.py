@@ -48,7 +48,7 @@ from detection.config.command_line import Parser
 from detection.data.image_file import read_image
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
-from detection.errors import DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.errors import DataReadError, SettingsError, exit_with_message, name_list
 from detection.inference.coco_results import CocoResults
 from detection.inference.finder import BATCH_SIZE, Finder
 from detection.inference.results import Results
@@ -58,7 +58,7 @@ from detection.inference.views import Viewed, open_viewer
 from detection.inference.web import unreadable_hint
 from detection.inference.weights import open_command_line
 from detection.runtime.devices import open_machine
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.runtime.signals import StopRequest
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -84,21 +84,18 @@ def main() -> None:
     stop.install()
     picture_format = None if arguments.no_pictures else arguments.format
     txt = "scores" if arguments.txt_scores else "boxes" if arguments.txt else None
-    try:
-        with contextlib.ExitStack() as files:
-            if coco is not None:
-                files.enter_context(coco)
-            crop_format = arguments.format if arguments.crops else None
-            results = files.enter_context(Results(directory, finder.names, picture_format, txt, crop_format))
-            run = Run(finder, results, coco, stop, arguments.stride, arguments.show)
-            for are_images, group in groupby(sources, key=lambda source: source.kind == "image"):
-                if are_images:
-                    run.look_at_images(list(group))
-                else:
-                    for source in group:
-                        run.look_at_video(source)
-    except OSError as error:  # unreadable images raise DataReadError
-        raise OutputError(f"results cannot be written to {directory}: {error.strerror or error}") from None
+    with writing_results(directory), contextlib.ExitStack() as files:  # unreadable images raise DataReadError
+        if coco is not None:
+            files.enter_context(coco)
+        crop_format = arguments.format if arguments.crops else None
+        results = files.enter_context(Results(directory, finder.names, picture_format, txt, crop_format))
+        run = Run(finder, results, coco, stop, arguments.stride, arguments.show)
+        for are_images, group in groupby(sources, key=lambda source: source.kind == "image"):
+            if are_images:
+                run.look_at_images(list(group))
+            else:
+                for source in group:
+                    run.look_at_video(source)
     print(results.summary(finder.threshold, time.perf_counter() - start))
     if coco is not None:
         print(f"{coco.boxes} boxes with a score above {finder.lowest:g} on {coco.images} images: {coco.path}")
@@ -270,6 +267,7 @@ def open_coco_results(arguments: argparse.Namespace, names: Sequence[str]) -> Co
 
 
 def pixels_of_loaded(loaded: tuple[Source, Loaded]) -> int:
+    """Pixels of a decoded image, for `batches`; 0 where it could not be read."""
     return 0 if isinstance(loaded[1], DataReadError) else loaded[1][0].shape[0] * loaded[1][0].shape[1]
 
 

@@ -111,6 +111,7 @@ def onnx_options(arguments: argparse.Namespace) -> OnnxOptions:
 
 
 def refuse_overwriting(path: Path) -> None:
+    """Raise OutputError if the file exists."""
     if path.exists():
         raise OutputError(f"{path} exists; choose another --output DIRECTORY")
 

@@ -21,8 +21,8 @@ from detection.config.command_line import Parser
 from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.window import browse
-from detection.errors import OutputError, SettingsError, exit_with_message
-from detection.runtime.run_directory import new_run_directory
+from detection.errors import SettingsError, exit_with_message
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, add_swa, build_schedule, full_rate, resolve_steps
 
@@ -111,13 +111,11 @@ def main() -> None:
         print("\n".join([*notices, *describe(curves[-1])]))
     directory = new_run_directory(Path(settings.run.logs_path), "schedule", arguments.output)
     figure = draw(curves)
-    try:
+    with writing_results(directory):
         save_figure(directory / "schedule.png", figure)
         for curve in curves:
             write_csv(directory / f"{curve.name}.csv", curve)
             write_tensorboard(directory / curve.name, curve)
-    except OSError as error:
-        raise OutputError(f"results cannot be written to {directory}: {error}") from None
     print(f"figure, CSV and TensorBoard events in {directory}")
     if arguments.show:
         browse("learning rate", 1, lambda page: figure_pixels(figure))
@@ -182,6 +180,7 @@ def draw(curves: Sequence[Curve]) -> "Figure":
 
 
 def write_csv(path: Path, curve: Curve) -> None:
+    """Write the learning rate of each parameter group, one row per step drawn."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         names = ["learning_rate" if group == "weights" else f"learning_rate_{group}" for group in curve.groups()]

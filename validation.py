@@ -59,7 +59,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
+from detection.errors import DataError, SettingsError, UserError, exit_with_message, name_list
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -93,7 +93,7 @@ from detection.evaluation.report import (
 from detection.inference.views import Viewer, open_viewer
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import describe_device, open_machine, peak_memory_gib
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
 CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names and network
@@ -186,13 +186,12 @@ def validate(arguments: argparse.Namespace) -> None:
     pictures = {} if picture is None else {"validation": picture}
     pictures |= draw_evaluation(evaluation, analysis, dataset.annotations, shown_from)
     try:
-        used = settings.evaluation.model_dump(mode="json")
-        write_evaluation(directory, evaluation, dataset, opened.step, used, more)
-        write_analysis(directory, analysis, evaluation, dataset.annotations)
-        for file_name, picture in pictures.items():
-            save_png(directory / f"{file_name}.png", picture)
-    except OSError as error:
-        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+        with writing_results(directory):
+            used = settings.evaluation.model_dump(mode="json")
+            write_evaluation(directory, evaluation, dataset, opened.step, used, more)
+            write_analysis(directory, analysis, evaluation, dataset.annotations)
+            for file_name, picture in pictures.items():
+                save_png(directory / f"{file_name}.png", picture)
     finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
         print("\n".join(lines), flush=True)
     print(f"results in {directory}")
@@ -213,10 +212,8 @@ def predict(arguments: argparse.Namespace) -> None:
     if dataset.unlisted:
         names = [dataset.annotations.categories.names[label] for label in dataset.unlisted]
         print(f"left out, since the annotation file has no such category: {name_list(names)}")
-    try:
+    with writing_results(directory):
         write_detections(directory / "detections.json", dataset.annotations, detections)
-    except OSError as error:
-        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     non_finite = f", {dropped} non-finite ones dropped" if dropped else ""
     print(f"{len(detections)} boxes on {len(dataset)} images{non_finite}: {directory / 'detections.json'}")
 
@@ -255,10 +252,9 @@ def compare(arguments: argparse.Namespace) -> None:
         lines.append("note: the protocols differ, as printed above; settings on the command line hold for all")
     picture = draw_comparison({row.name: row.metrics for row in rows}, {row.name: row.class_ap for row in rows})
     try:
-        write_comparison(directory, rows)
-        save_png(directory / "comparison.png", picture)
-    except OSError as error:
-        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+        with writing_results(directory):
+            write_comparison(directory, rows)
+            save_png(directory / "comparison.png", picture)
     finally:
         print("\n".join(lines), flush=True)
     print(f"results in {directory}")

@@ -41,11 +41,11 @@ from detection.drawing.boxes import save_png
 from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, OutputError, SettingsError, exit_with_message, name_list
+from detection.errors import DataError, DataReadError, SettingsError, exit_with_message, name_list
 from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.visualization.dataset_figures import draw_box_statistics, draw_class_distribution
 from detection.visualization.dataset_pages import Pages
@@ -85,7 +85,7 @@ def main() -> None:
     directory = new_run_directory(Path(settings.run.logs_path), f"visualization_{split}", arguments.output)
     report = HtmlReport(f"{file.name}: {len(annotations):,} images")
     pages = None
-    try:
+    with writing_results(directory):
         write_statistics(directory, report, statistics, facts)
         if dataset is not None:
             unreadable: dict[int, str] = {}
@@ -101,8 +101,6 @@ def main() -> None:
             numbers = range(min(numbers.start, len(pages) - 1), min(numbers.stop, len(pages)))  # fewer can be read
             write_pages(directory, report, pages, numbers)
         report.write(directory / "report.html")
-    except OSError as error:
-        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     print(f"report.html{f', {len(numbers)} of {len(pages)} pages' if pages else ''} and statistics in {directory}")
     if arguments.show:
         if pages is None:
@@ -201,6 +199,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
 
 
 def write_statistics(directory: Path, report: HtmlReport, statistics: DatasetStatistics, facts: Sequence[str]) -> None:
+    """Write statistics.json and two figures, and put them and the table of classes into the report."""
     summary = statistics.summary()
     (directory / "statistics.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     report.lines(facts)
@@ -289,6 +288,7 @@ def report_mistakes(
 
 
 def write_pages(directory: Path, report: HtmlReport, pages: Pages, numbers: range) -> None:
+    """Write the pages as page_<number>.png; the first `MAX_EMBEDDED` are in the report too."""
     report.heading("Images")
     for number in tqdm(numbers, unit="page", disable=None if len(numbers) > 1 else True):
         picture = pages.draw(number)

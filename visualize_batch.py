@@ -54,11 +54,11 @@ from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.fonts import printable
 from detection.drawing.window import browse
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
-from detection.runtime.run_directory import new_run_directory
+from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.training.schedules import first_finishing_step, resolve_steps
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
@@ -93,12 +93,10 @@ def main() -> None:
         pictures, content = show_batch(settings, dataset, names, positions, count, detector, arguments)
         name = "batch"
     directory = new_run_directory(Path(settings.run.logs_path), f"visualize_{name}", arguments.output)
-    try:
+    with writing_results(directory):
         for file, picture in pictures.items():
             save_png(directory / f"{file}.png", picture)
         (directory / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
     print(f"{', '.join(f'{file}.png' for file in pictures)} and {name}.json in {directory}")
     if arguments.show:
         shown = list(pictures.values())
@@ -395,6 +393,7 @@ def show_transform(
 def draw_tile(
     image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str], setting: str, value: str
 ) -> np.ndarray:
+    """Draw an image (H, W, 3) with its boxes at `TILE_SIDE` pixels, its setting and value above."""
     factor = TILE_SIDE / image.shape[0]
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     resized = cv2.resize(image, (TILE_SIDE, TILE_SIDE), interpolation=interpolation)

@@ -48,27 +48,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_training_flags()
     add = parser.add_argument
     add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIRECTORY",
-        help="resume a run (default: the newest) from its last.pt",
+        "--resume", nargs="?", const="", metavar="DIRECTORY", help="resume a run (default: the newest) from its last.pt"
     )
-    add(
-        "--accept-changes",
-        action="store_true",
-        help="with --resume: allow changes that affect results",
-    )
+    add("--accept-changes", action="store_true", help="with --resume: allow changes that affect results")
     add("--extend", action="store_true", help="with --resume and a larger train.steps: go on as that longer run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory (default: new, below run.logs_path)")
     add("--dry-run", action="store_true", help="print the plan, run all checks, write nothing")
     add("--profile", action="store_true", help="profile a few steps: table in the log, trace file")
-    add(
-        "--replay",
-        type=Path,
-        metavar="DIRECTORY",
-        help="diagnose a non-finite step: RUN/non_finite_<step>",
-    )
+    add("--replay", type=Path, metavar="DIRECTORY", help="diagnose a non-finite step: RUN/non_finite_<step>")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and "=" in arguments.resume:  # in `--resume train.steps=9` the word is a setting
         arguments.settings.append(arguments.resume)

@@ -110,6 +110,7 @@ class Finding:
 
     @property
     def what(self) -> str:
+        """What was found, with the reason where there is one."""
         kind = KINDS[self.kind].what
         return f"{kind}: {self.reason}" if self.reason else kind
 
@@ -163,6 +164,7 @@ class Findings:
         self.found.append(Finding(kind, severity, split, items, list(details), reason))
 
     def of(self, severity: str) -> list[Finding]:
+        """Select the findings of one severity: error, warning or info."""
         return [finding for finding in self.found if finding.severity == severity]
 
     def ordered(self) -> list[Finding]:

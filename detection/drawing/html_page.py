@@ -27,12 +27,16 @@ class HtmlReport:
         self.parts: list[str] = []
 
     def heading(self, text: str) -> None:
+        """Add a heading."""
         self.parts.append(f"<h2>{escape(text)}</h2>")
 
     def lines(self, texts: Iterable[str]) -> None:
+        """Add a paragraph with a line break between the texts."""
         self.parts.append(f"<p>{'<br>'.join(escape(text) for text in texts)}</p>")
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Add a table; cells are shown as `str` gives them."""
+
         def row(cells: Sequence[object], tag: str) -> str:
             return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
 
@@ -40,6 +44,7 @@ class HtmlReport:
         self.parts.append(f"<table>\n{row(header, 'th')}\n{body}\n</table>")
 
     def png(self, content: bytes, caption: str) -> None:
+        """Add the content of a PNG file with a caption below."""
         self._picture(content, "png", caption)
 
     def photograph(self, image: np.ndarray, caption: str) -> None:

@@ -52,6 +52,7 @@ def side_of(image: np.ndarray) -> float:
 
 
 def letter_pixels_of(image: np.ndarray) -> float:
+    """Height of letters in pixels that suits an image (H, W, 3)."""
     return min(max(SMALLEST_LETTER_PIXELS, 0.014 * side_of(image)), LARGEST_LETTER_PIXELS)
 
 

@@ -121,6 +121,7 @@ def compare_thresholds(
 
 
 def best_f1_line(analysis: Analysis) -> str:
+    """Format the confidence of the highest mean F1 with its precision and recall."""
     best = analysis.summary()["best_f1"]
     return (
         f"highest mean F1 {best['f1']:.3f} at confidence {best['confidence']:.3f}: precision {best['precision']:.3f}, "

@@ -84,6 +84,7 @@ class Results:
         return draw_boxes(image, found.boxes, found.labels, self.names, found.scores, legend=legend)
 
     def picture_path(self, source: Source) -> Path:
+        """Path of the picture of an image."""
         return self.directory / f"{source.name}.{self.picture_format}"
 
     def save_picture(self, source: Source, image: np.ndarray, found: ImageDetections) -> None:
@@ -130,6 +131,7 @@ class Results:
         tqdm.write(f"left out: {reason}", file=sys.stderr)
 
     def summary(self, threshold: float, seconds: float) -> str:
+        """Format what was found and how fast, as the last line of detect.py."""
         counts = [(self.images, "images"), (self.frames, "video frames")]
         inputs = " and ".join(f"{count} {what}" for count, what in counts if count) or "0 images"
         return (

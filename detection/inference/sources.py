@@ -124,10 +124,12 @@ def media_files(directory: Path, recursive: bool) -> list[Path]:
 
 
 def is_video(file: Path | str) -> bool:
+    """Tell a video or stream from a picture; an address without a usual suffix is asked, see `is_picture`."""
     return not is_picture(file) if isinstance(file, str) else file.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_media(file: Path) -> bool:
+    """Return whether a file is an image or video by its suffix, and neither hidden nor a folder."""
     known = file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
     return known and not file.name.startswith(".") and not file.is_dir()
 

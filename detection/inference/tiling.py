@@ -39,6 +39,7 @@ class Tiling:
         return [round(number * (length - self.size) / (count - 1)) for number in range(count)] if count > 1 else [0]
 
     def describe(self) -> str:
+        """Format the tiling for the header of an evaluation."""
         return f"tiles of {self.size} px that share {self.overlap} px, and the whole image"
 
 

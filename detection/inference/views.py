@@ -80,6 +80,7 @@ class Viewer:
 
     @property
     def looks_once(self) -> bool:
+        """Whether an image is looked at once, without tiles and test-time augmentation."""
         return self.tiling is None and len(self.variants) == 1
 
     @property

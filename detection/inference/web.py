@@ -25,6 +25,7 @@ FAILURES = (OSError, http.client.HTTPException, ValueError)  # URLError is an OS
 
 
 def is_url(word: str) -> bool:
+    """Return whether a word is an address of a scheme in `SCHEMES`; other schemes are file names."""
     scheme, separator, _ = word.partition("://")
     return bool(separator) and scheme.lower() in SCHEMES
 

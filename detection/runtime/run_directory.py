@@ -1,6 +1,8 @@
-"""Creation of run directories."""
+"""Creation of run directories, and writing to them."""
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 from detection.errors import OutputError
@@ -30,3 +32,18 @@ def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
         raise OutputError(f"{logs / name} and 98 more of that name exist")
     except OSError as error:
         raise OutputError(f"directory {error.filename} cannot be made: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def writing_results(directory: Path) -> Iterator[None]:
+    """Context in which a script writes its results.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # of stdout
+        raise
+    except OSError as error:
+        raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None

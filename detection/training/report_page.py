@@ -147,6 +147,7 @@ def worst_classes(class_ap: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
 
 
 def shown(value: float | None) -> str:
+    """Format a metric; a dash where no ground-truth box defines it."""
     return "-" if value is None else f"{value:.3f}"
 
 

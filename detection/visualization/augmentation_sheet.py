@@ -219,6 +219,7 @@ def recolor(image: np.ndarray, name: str, setting: str, value: float) -> np.ndar
 
 
 def recolored(sample: Sample, image: np.ndarray) -> Sample:
+    """The sample with another image of the same size."""
     return dataclasses.replace(sample, image=np.ascontiguousarray(image))
 
 

@@ -93,6 +93,7 @@ class Differences:
 def compare_logits(
     _: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], __: int, ___: Tolerance
 ) -> Differences:
+    """Largest difference of the raw outputs of all levels, relative where they are above 1."""
     pairs = zip(levels, outputs, strict=True)
     return Differences({"logits": max(_largest(raw, found, raw.abs().clamp(min=1)) for raw, found in pairs)})
 
@@ -100,6 +101,7 @@ def compare_logits(
 def compare_decoded(
     opened: OpenedDetector, levels: list[Tensor], outputs: list[Tensor], side: int, _: Tolerance
 ) -> Differences:
+    """Largest differences of the decoded boxes, relative to their scale, and of the scores."""
     boxes, scores = cast(DensePostprocess, opened.detector.postprocess).decode(levels)
     return Differences(
         {"boxes": _largest(boxes, outputs[0], _scale(boxes, side)), "scores": _largest(scores, outputs[1], 1)}

@@ -197,6 +197,7 @@ def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> An
 
 
 def read_opset(model: Any) -> int:
+    """Version of ONNX's own operators in a model."""
     return next(entry.version for entry in model.opset_import if not entry.domain)
 
 
