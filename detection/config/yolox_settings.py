@@ -30,6 +30,7 @@ class YoloxSettings(Section):
     atss_share: Probability
     one_to_one: bool
     size_prior: Positive
+    balance: Literal["predictions", "objects"]
 
     @model_validator(mode="after")
     def check_loss(self) -> "YoloxSettings":

@@ -37,7 +37,7 @@ ASSIGNERS: dict[str, Assigner] = {
 def build_aligned(layout: OutputLayout, strides: Sequence[int], yolox: YoloxSettings) -> PointCriterion:
     """Build the quality-aligned criterion, of two branches where the settings say so."""
     weights = (yolox.box_weight, yolox.class_weight, yolox.distribution_weight)
-    arguments = (layout, strides, ASSIGNERS[yolox.assigner], weights, yolox.class_loss, yolox.atss_share)
+    arguments = (layout, strides, ASSIGNERS[yolox.assigner], weights, yolox.class_loss, yolox.balance, yolox.atss_share)
     return OneToOneLoss(assign_one_to_one, *arguments) if yolox.one_to_one else AlignedLoss(*arguments)
 
 

@@ -28,14 +28,17 @@ class AlignedLoss(PointCriterion):
     loss_class = sum over all predictions and classes of QFL or VFL against one-hot * quality
     loss_box = sum of quality * (1 - GIoU),  loss_distribution = sum of quality * DFL, with box sides as distributions
 
-    All are divided by the sum of the qualities of the micro-batch (at least 1). A negative with more than half of its
-    area in a crowd region has no class loss.
+    All are divided by the sum of the qualities of the micro-batch (at least 1). With `balance` "objects" the box losses
+    are the mean over ground-truth boxes of the mean over their predictions instead: a large object has some four times
+    as many predictions as a small one, of twice the quality, so small ones would learn their boxes much later.
+    A negative with more than half of its area in a crowd region has no class loss.
 
     Args:
         layout: without objectness; with more than four box values the sides are distributions.
         strides, assigner: see `PointCriterion`.
         weights: factors of the box, class and distribution loss.
         class_loss: a key of `CLASS_LOSSES`.
+        balance: "predictions" or "objects", which count alike in the box losses.
         atss_share: share of the run in which ATSS assigns instead of `assigner`.
 
     Source: RTMDet, section 3.3, https://arxiv.org/abs/2212.07784 (quality focal loss, GIoU, weights 1 and 2); PP-YOLOE,
@@ -50,11 +53,12 @@ class AlignedLoss(PointCriterion):
         assigner: Assigner,
         weights: tuple[float, float, float] = (2.0, 1.0, 0.5),
         class_loss: str = "quality_focal",
+        balance: str = "predictions",
         atss_share: float = 0.0,
     ) -> None:
         super().__init__(layout, strides, assigner)
         self.weights = weights
-        self.compare_scores = CLASS_LOSSES[class_loss]
+        self.compare_scores, self.balance = CLASS_LOSSES[class_loss], balance
         self.late_assigner, self.atss_share = assigner, atss_share
         self.set_progress(0.0, False)
 
@@ -75,7 +79,9 @@ class AlignedLoss(PointCriterion):
         """See `PointCriterion.compute_losses`."""
         positive, quality = assignment.positive, assignment.quality
         normaliser = quality.sum().clamp(min=1)
-        share = quality / normaliser
+        share = (
+            quality / normaliser if self.balance == "predictions" else shares_of_objects(assignment, labels.shape[1])
+        )
         # Negatives are compared with themselves, so that nothing of theirs can be infinite.
         wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
         wanted = torch.where(positive[..., None], wanted, predicted.detach())
@@ -96,6 +102,22 @@ class AlignedLoss(PointCriterion):
         return {name: loss * weight for (name, loss), weight in zip(losses.items(), self.weights, strict=False)}
 
 
+def shares_of_objects(assignment: Assignment, rows: int) -> Tensor:
+    """Share of each prediction in a sum in which all ground-truth boxes with predictions count alike; they sum to 1.
+
+    Args:
+        assignment: of B images and P predictions.
+        rows: of ground truth, G.
+
+    Returns:
+        (B, P) float32, 0 where not positive.
+    """
+    positive = assignment.positive.float()
+    count = positive.new_zeros(len(positive), rows).scatter_add_(1, assignment.gt, positive)
+    objects = (count > 0).sum().clamp(min=1)
+    return positive / (count.gather(1, assignment.gt).clamp(min=1) * objects)
+
+
 class OneToOneLoss(AlignedLoss):
     """`AlignedLoss` of the heads, plus that of the one-to-one heads, whose assigner chooses one prediction per box.
 
@@ -111,7 +133,7 @@ class OneToOneLoss(AlignedLoss):
     def __init__(self, one_to_one: Assigner, *arguments: Any) -> None:
         super().__init__(*arguments)
         layout, strides, _, *others = arguments
-        self.one_to_one = AlignedLoss(layout, strides, one_to_one, *others[:2])
+        self.one_to_one = AlignedLoss(layout, strides, one_to_one, *others[:3])
 
     def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `PointCriterion.forward`."""

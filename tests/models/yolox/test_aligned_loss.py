@@ -43,14 +43,18 @@ def slow_giou(one: list[float], other: list[float]) -> float:
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("class_loss", ["quality_focal", "varifocal"])
-def test_losses_against_a_loop(kind: str, class_loss: str) -> None:
+@pytest.mark.parametrize("balance", ["predictions", "objects"])
+def test_losses_against_a_loop(kind: str, class_loss: str, balance: str) -> None:
     layout = LAYOUTS[kind]
     with_boxes = 0
     for seed in range(1, 20):
-        criterion = AlignedLoss(layout, STRIDES, assign_soft_label, (2.0, 1.0, 0.5), class_loss)
+        criterion = AlignedLoss(layout, STRIDES, assign_soft_label, (2.0, 1.0, 0.5), class_loss, balance)
         outputs, targets = make_case(seed, layout)
         raw, points, predicted, boxes, labels, assigned = criterion.assign(outputs, targets["boxes"], targets["labels"])
         classes_sum = box_sum = distribution_sum = quality_sum = 0.0
+        of_objects: dict[
+            tuple[int, int], list[tuple[float, float]]
+        ] = {}  # losses of each ground-truth box's predictions
         for image in range(2):
             crowds = boxes[image][labels[image] == CROWD_LABEL].tolist()
             for place in range(len(points.strides)):
@@ -68,7 +72,8 @@ def test_losses_against_a_loop(kind: str, class_loss: str) -> None:
                     continue
                 wanted = boxes[image, row].tolist()
                 quality_sum += q
-                box_sum += q * (1 - slow_giou(box, wanted))
+                distance, of_box = 0.0, 1 - slow_giou(box, wanted)
+                box_sum += q * of_box
                 if kind == "distribution":
                     x, y = points.centres[place].tolist()
                     stride = float(points.strides[place])
@@ -78,11 +83,19 @@ def test_losses_against_a_loop(kind: str, class_loss: str) -> None:
                         target = min(max(side / stride, 0.0), BINS - 1.01)
                         lower = int(target)
                         part = target - lower
-                        distribution_sum -= q * ((1 - part) * logarithms[lower] + part * logarithms[lower + 1]) / 4
+                        distance -= ((1 - part) * logarithms[lower] + part * logarithms[lower + 1]) / 4
+                distribution_sum += q * distance
+                of_objects.setdefault((image, row), []).append((of_box, distance))
         normaliser = max(quality_sum, 1.0)
-        expected = {"loss_box": 2 * box_sum / normaliser, "loss_class": classes_sum / normaliser}
+        box_sum, distribution_sum = box_sum / normaliser, distribution_sum / normaliser
+        if balance == "objects":
+            means = [
+                [sum(values) / len(values) for values in zip(*pairs, strict=True)] for pairs in of_objects.values()
+            ]
+            box_sum, distribution_sum = (sum(column) / len(means) for column in zip(*means, strict=True))
+        expected = {"loss_box": 2 * box_sum, "loss_class": classes_sum / normaliser}
         if kind == "distribution":
-            expected["loss_distribution"] = 0.5 * distribution_sum / normaliser
+            expected["loss_distribution"] = 0.5 * distribution_sum
         losses = criterion(outputs, targets)
         assert {name: float(loss.detach()) for name, loss in losses.items()} == pytest.approx(
             expected, rel=2e-4, abs=1e-5
@@ -103,7 +116,7 @@ def test_finite_whatever_the_boxes(kind: str, scale: float) -> None:
     """Empty images, targets without rows, extreme raw values: losses and gradients are finite and not all zero."""
     layout = LAYOUTS[kind]
     for seed, rows in ((0, None), (4, None), (5, 0)):
-        criterion = AlignedLoss(layout, STRIDES, assign_task_aligned)
+        criterion = AlignedLoss(layout, STRIDES, assign_task_aligned, balance="objects" if seed else "predictions")
         outputs, targets = make_case(seed, layout)
         if rows == 0:
             targets = {"boxes": torch.zeros(2, 0, 4), "labels": torch.zeros(2, 0, dtype=torch.int64)}
@@ -118,7 +131,7 @@ def test_finite_whatever_the_boxes(kind: str, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_operations_and_host_reads(kind: str) -> None:
-    criterion = AlignedLoss(LAYOUTS[kind], STRIDES, assign_soft_label)
+    criterion = AlignedLoss(LAYOUTS[kind], STRIDES, assign_soft_label, balance="objects")
     outputs, targets = make_case(1, LAYOUTS[kind])
     criterion(outputs, targets)  # the table of points is made once per size
     with OperationTrace() as trace:
