@@ -36,6 +36,8 @@ class Facts:
         cores: of the processor, for this process.
         images: number of training images; None: not known.
         names: of the classes.
+        given: paths of the settings that words and flags set.
+        detector_of: name of the detector that a file of weights holds; None: of none, or not known.
         has_weights: whether the standard weights of a backbone are on this machine.
         fit_anchors: (complete settings with the published anchors) -> anchors or None, and a line about them.
     """
@@ -44,6 +46,8 @@ class Facts:
     cores: int
     images: int | None
     names: tuple[str, ...]
+    given: tuple[str, ...]
+    detector_of: Callable[[str], str | None]
     has_weights: Callable[[str], bool]
     fit_anchors: Callable[[dict[str, Any]], tuple[Any, str]]
 
@@ -121,6 +125,17 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
     return tree
 
 
+def _detector(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    backbone, weights = tree["model"]["backbone"], tree["model"]["pretrained"]
+    if backbone == DARKNET_CFG:
+        return "yolo", "a network from a cfg"
+    if isinstance(weights, str) and weights != "auto" and (name := facts.detector_of(weights)) is not None:
+        return name, f"that of {weights}"
+    if own := [path for path in facts.given if path.startswith("yolo.")]:
+        return "yolo", f"{own[0]} is its setting"
+    return "yolox", "no anchors, the score of a box is its quality: docs/ladder.md"
+
+
 def _horizontal_flip(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     sided = [name for name in facts.names if re.fullmatch("[A-Za-z0-9]", name) or SIDED.search(name.lower())]
     return (0.0, f"{sided[0]!r} is another thing in a mirror") if sided else (0.5, "")
@@ -166,6 +181,7 @@ RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
     "model.backbone": lambda tree, facts: (
         ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
     ),
+    "model.detector": _detector,
     "yolo.neck_channels": _neck_channels,
     "yolox.neck_channels": _neck_channels,
     "yolox.head_channels": _head_channels,

@@ -99,6 +99,22 @@ def has_standard_weights(backbone: str) -> bool:
     return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
 
 
+def detector_of(file: str) -> str | None:
+    """Return the name of the detector whose whole weights a file holds; None: a backbone's, or a file that is not read.
+
+    Args:
+        file: as in `model.pretrained`; an error about it is left to `load_pretrained`.
+    """
+    path = Path(file)
+    if path.suffix == ".weights":
+        return "yolo"
+    try:
+        content = read_file(path) if path.suffix == ".pt" else None
+    except CheckpointError:
+        return None
+    return content["settings"]["model"].get("detector", "yolo") if is_checkpoint(content) else None
+
+
 def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:
     """Load the published weights of a backbone (`pretrained: true`); see `load_pretrained`."""
     backbone = cast(DetectorModel, model).backbone

@@ -70,7 +70,7 @@ def load_run_settings(
             tree, notices, given = merge_settings(DEFAULTS, [OWN_DATA], words, flags)
             notices.insert(0, f"plan for own data, because no --config is given: {OWN_DATA}")
     if has_auto(tree):
-        from detection.models.pretrained import has_standard_weights
+        from detection.models.pretrained import detector_of, has_standard_weights
         from detection.runtime.devices import choose_device
 
         if annotations is None:
@@ -80,6 +80,8 @@ def load_run_settings(
             cores_per_process(),
             None if annotations is None else len(annotations),
             () if annotations is None else annotations.categories.names,
+            tuple(given),
+            detector_of,
             has_standard_weights,
             lambda complete: anchors_for(complete, annotations if fit else None),
         )

@@ -35,14 +35,15 @@ def test_the_average_covers_four_percent_of_the_steps(total: int, horizon: float
 
 
 def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
-    given = Facts(
+    tree, _, given = merge_settings(ARGS, [REPOSITORY / "recipes" / "own_data.yaml"], words)
+    known = Facts(
         **{
             "accelerated": False, "cores": 16, "images": 1000, "names": ("cat",), "has_weights": lambda backbone: False,
-            "fit_anchors": lambda tree: (None, "kept"), **facts,
+            "fit_anchors": lambda tree: (None, "kept"), "given": tuple(given), "detector_of": lambda file: None,
+            **facts,
         }
     )  # fmt: skip
-    tree = merge_settings(ARGS, [REPOSITORY / "recipes" / "own_data.yaml"], words)[0]
-    lines = fill_in(tree, merge_settings(ARGS)[0], given)
+    lines = fill_in(tree, merge_settings(ARGS)[0], known)
     return dict(leaf_items(tree)), lines
 
 
@@ -54,6 +55,12 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         ((), {"accelerated": True}, {"model.backbone": "darknet", "yolo.neck_channels": [512, 256, 128]}),
         ((), {"accelerated": True}, {"train.image_size": 416, "train.learning_rate": 1e-3, "data.num_workers": 8}),
         (("model.backbone=darknet",), {}, {"yolo.neck_channels": [512, 256, 128], "train.image_size": 320}),
+        ((), {}, {"model.detector": "yolox", "yolox.head_channels": 64}),
+        (("model.backbone=darknet_cfg", "model.cfg=x"), {}, {"model.detector": "yolo"}),
+        (("yolo.loss=ciou",), {}, {"model.detector": "yolo"}),
+        (("yolo.loss=ciou", "model.detector=yolox"), {}, {"model.detector": "yolox"}),
+        (("model.pretrained=a.pt",), {"detector_of": {"a.pt": "yolo"}.get}, {"model.detector": "yolo"}),
+        (("model.pretrained=a.conv.74",), {}, {"model.detector": "yolox"}),
         (("train.image_size=96",), {}, {"evaluation.image_size": 96}),
         (("model.backbone=darknet_tiny",), {}, {"yolo.neck_channels": [256, 128]}),
         (("model.width=0.25",), {"accelerated": True}, {"yolo.neck_channels": [128, 64, 32]}),
@@ -68,7 +75,12 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         ((), {"images": 5000}, {"train.steps": "30ep"}),
         ((), {"has_weights": lambda backbone: backbone == "mobilenet_v3_small"}, {"model.pretrained": True}),
         ((), {}, {"model.pretrained": False, "yolo.anchor_size": None}),
-        ((), {"fit_anchors": lambda tree: ([[[1, 2]]], "")}, {"yolo.anchors": [[[1, 2]]], "yolo.anchor_size": 320}),
+        ((), {"fit_anchors": lambda tree: ([[[1, 2]]], "")}, {"yolo.anchor_size": None}),  # yolox has none
+        (
+            ("model.detector=yolo",),
+            {"fit_anchors": lambda tree: ([[[1, 2]]], "")},
+            {"yolo.anchors": [[[1, 2]]], "yolo.anchor_size": 320},
+        ),
     ],
 )
 def test_what_a_run_gets(words: tuple[str, ...], facts: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -77,7 +89,7 @@ def test_what_a_run_gets(words: tuple[str, ...], facts: dict[str, Any], expected
 
 
 def test_two_levels_get_the_published_anchors_of_the_coarser_ones() -> None:
-    settings, _ = filled("model.backbone=darknet_tiny")
+    settings, _ = filled("model.backbone=darknet_tiny", "model.detector=yolo")
     assert settings["yolo.anchors"] == [[[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]
 
 

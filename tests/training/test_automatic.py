@@ -53,7 +53,8 @@ def test_a_small_dataset_without_a_recipe_gets_the_plan_for_own_data(
 
 
 def test_what_was_chosen_is_in_the_settings_and_chosen_once(drawn_dataset: Path, tmp_path: Path) -> None:
-    settings, notices = load_run_settings([], [f"data.root={drawn_dataset}", "run.device=cpu"])
+    words = [f"data.root={drawn_dataset}", "run.device=cpu", "model.detector=yolo"]
+    settings, notices = load_run_settings([], words)
     assert settings.yolo.anchor_size == 320 and any("fitted to 12 boxes at 320 px" in line for line in notices)
     (tmp_path / "args.yaml").write_text(dump_settings(settings))
     assert load_run_settings([tmp_path / "args.yaml"], []) == (settings, [])
