@@ -29,8 +29,9 @@ class AlignedLoss(PointCriterion):
     loss_box = sum of quality * (1 - GIoU),  loss_distribution = sum of quality * DFL, with box sides as distributions
 
     All are divided by the sum of the qualities of the micro-batch (at least 1). With `balance` "objects" the box losses
-    are the mean over ground-truth boxes of the mean over their predictions instead: a large object has some four times
-    as many predictions as a small one, of twice the quality, so small ones would learn their boxes much later.
+    are the mean over ground-truth boxes of the mean over their predictions instead, and the class losses of positives
+    get a factor that gives each box the same weight: a large object has some four times as many predictions as a small
+    one, of twice the quality, so small ones would learn much later.
     A negative with more than half of its area in a crowd region has no class loss.
 
     Args:
@@ -38,7 +39,7 @@ class AlignedLoss(PointCriterion):
         strides, assigner: see `PointCriterion`.
         weights: factors of the box, class and distribution loss.
         class_loss: a key of `CLASS_LOSSES`.
-        balance: "predictions" or "objects", which count alike in the box losses.
+        balance: "predictions" or "objects", which count alike in the losses.
         atss_share: share of the run in which ATSS assigns instead of `assigner`.
 
     Source: RTMDet, section 3.3, https://arxiv.org/abs/2212.07784 (quality focal loss, GIoU, weights 1 and 2); PP-YOLOE,
@@ -79,9 +80,10 @@ class AlignedLoss(PointCriterion):
         """See `PointCriterion.compute_losses`."""
         positive, quality = assignment.positive, assignment.quality
         normaliser = quality.sum().clamp(min=1)
-        share = (
-            quality / normaliser if self.balance == "predictions" else shares_of_objects(assignment, labels.shape[1])
-        )
+        share, factor = quality / normaliser, torch.ones_like(quality)
+        if self.balance == "objects":
+            factor = factors_of_objects(assignment, labels.shape[1])
+            share = factor * positive / positive.sum().clamp(min=1)
         # Negatives are compared with themselves, so that nothing of theirs can be infinite.
         wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
         wanted = torch.where(positive[..., None], wanted, predicted.detach())
@@ -91,7 +93,7 @@ class AlignedLoss(PointCriterion):
         target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], quality[..., None])
         crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
         counted = positive | ~ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
-        loss_class = self.compare_scores(raw.classes, target).sum(-1) * (counted / normaliser)
+        loss_class = self.compare_scores(raw.classes, target).sum(-1) * (factor * counted / normaliser)
 
         losses = {"loss_box": ((1 - giou) * share).sum(), "loss_class": loss_class.sum()}
         bins = raw.boxes.shape[-1] // 4
@@ -102,20 +104,21 @@ class AlignedLoss(PointCriterion):
         return {name: loss * weight for (name, loss), weight in zip(losses.items(), self.weights, strict=False)}
 
 
-def shares_of_objects(assignment: Assignment, rows: int) -> Tensor:
-    """Share of each prediction in a sum in which all ground-truth boxes with predictions count alike; they sum to 1.
+def factors_of_objects(assignment: Assignment, rows: int) -> Tensor:
+    """Factors of predictions with which all ground-truth boxes that have predictions count alike.
 
     Args:
         assignment: of B images and P predictions.
         rows: of ground truth, G.
 
     Returns:
-        (B, P) float32, 0 where not positive.
+        Mean number of predictions per box of the micro-batch / number of the prediction's box; 1 where not positive;
+        (B, P) float32.
     """
     positive = assignment.positive.float()
     count = positive.new_zeros(len(positive), rows).scatter_add_(1, assignment.gt, positive)
-    objects = (count > 0).sum().clamp(min=1)
-    return positive / (count.gather(1, assignment.gt).clamp(min=1) * objects)
+    mean = positive.sum() / (count > 0).sum().clamp(min=1)
+    return torch.where(assignment.positive, mean / count.gather(1, assignment.gt).clamp(min=1), 1.0)
 
 
 class OneToOneLoss(AlignedLoss):

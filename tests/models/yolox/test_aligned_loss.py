@@ -52,6 +52,7 @@ def test_losses_against_a_loop(kind: str, class_loss: str, balance: str) -> None
         outputs, targets = make_case(seed, layout)
         raw, points, predicted, boxes, labels, assigned = criterion.assign(outputs, targets["boxes"], targets["labels"])
         classes_sum = box_sum = distribution_sum = quality_sum = 0.0
+        of_classes: dict[tuple[int, int], float] = {}  # sum over the predictions of each ground-truth box
         of_objects: dict[
             tuple[int, int], list[tuple[float, float]]
         ] = {}  # losses of each ground-truth box's predictions
@@ -67,7 +68,10 @@ def test_losses_against_a_loop(kind: str, class_loss: str, balance: str) -> None
                     p = 1 / (1 + math.exp(-z))
                     cross_entropy = -(y * math.log(p) + (1 - y) * math.log(1 - p))
                     weight = (y - p) ** 2 if class_loss == "quality_focal" else y or 0.75 * p**2
-                    classes_sum += weight * cross_entropy * (positive or inside <= 0.5)
+                    if positive:
+                        of_classes[image, row] = of_classes.get((image, row), 0.0) + weight * cross_entropy
+                    elif inside <= 0.5:
+                        classes_sum += weight * cross_entropy
                 if not positive:
                     continue
                 wanted = boxes[image, row].tolist()
@@ -88,11 +92,15 @@ def test_losses_against_a_loop(kind: str, class_loss: str, balance: str) -> None
                 of_objects.setdefault((image, row), []).append((of_box, distance))
         normaliser = max(quality_sum, 1.0)
         box_sum, distribution_sum = box_sum / normaliser, distribution_sum / normaliser
+        factors = dict.fromkeys(of_objects, 1.0)
         if balance == "objects":
+            mean = sum(len(pairs) for pairs in of_objects.values()) / len(of_objects)
+            factors = {key: mean / len(pairs) for key, pairs in of_objects.items()}
             means = [
                 [sum(values) / len(values) for values in zip(*pairs, strict=True)] for pairs in of_objects.values()
             ]
             box_sum, distribution_sum = (sum(column) / len(means) for column in zip(*means, strict=True))
+        classes_sum += sum(factors[key] * loss for key, loss in of_classes.items())
         expected = {"loss_box": 2 * box_sum, "loss_class": classes_sum / normaliser}
         if kind == "distribution":
             expected["loss_distribution"] = 0.5 * distribution_sum
