@@ -49,7 +49,7 @@ def test_the_last_part_of_a_run() -> None:
 def test_a_criterion_is_told_the_progress_before_each_step(
     run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """10 steps, the last 4 without mosaic; stopped after 5. An evaluation finds what the step before it was told."""
+    """6 steps, the last 2 without mosaic. An evaluation finds what the step before it was told."""
     told: list[Any] = []
     monkeypatch.setattr(DarknetLoss, "set_progress", lambda _, *told_now: told.append(told_now), raising=False)
     module = load_main()
@@ -59,20 +59,20 @@ def test_a_criterion_is_told_the_progress_before_each_step(
     words = (
         f"data.root={drawn_dataset}", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
         "train.image_size=64", "evaluation.image_size=64", "train.batch_size=3", "data.num_workers=0",
-        "run.device=cpu", "run.precision=off", "train.steps=10", "train.ema_decay=null", "train.clean_finish=0.4",
-        "evaluation.evaluate_frequency=5", "data.augmentation.mosaic.p=0.5", "train.learning_rate=1e-5",
+        "run.device=cpu", "run.preflight=false", "scheduler.warmup=1", "train.patience=null", "run.precision=off", "train.steps=6", "train.ema_decay=null", "train.clean_finish=0.3",
+        "evaluation.evaluate_frequency=3", "data.augmentation.mosaic.p=0.5", "train.learning_rate=1e-5",
     )  # fmt: skip
-    steps = [(step / 10, step >= 6) for step in range(10)]
+    steps = [(step / 6, step >= 4) for step in range(6)]
     result = run_script(module.main, *words, "--output", run)
-    assert result.returncode == 0 and "from step 6 without mosaic and mixup" in result.stdout, result.stderr
-    assert told == [*steps[:5], "evaluation", *steps[5:], "evaluation"]
+    assert result.returncode == 0 and "from step 4 without mosaic and mixup" in result.stdout, result.stderr
+    assert told == [*steps[:3], "evaluation", *steps[3:], "evaluation"]
     told.clear()
     checkpoint = torch.load(run / "last.pt", weights_only=True)
-    assert checkpoint["settings"]["train"]["clean_finish"] == 0.4
-    monkeypatch.setattr(module.Run, "evaluates_at", lambda self, step: step == 10)
+    assert checkpoint["settings"]["train"]["clean_finish"] == 0.3
+    monkeypatch.setattr(module.Run, "evaluates_at", lambda self, step: step == 6)
     checkpoint.pop("digest")
     save_checkpoint(
-        run / "last.pt", {**checkpoint, "step": 10, "progress": {**checkpoint["progress"], "evaluated_step": 0}}
+        run / "last.pt", {**checkpoint, "step": 6, "progress": {**checkpoint["progress"], "evaluated_step": 0}}
     )
     assert run_script(module.main, "--resume", run).returncode == 0
-    assert told == [steps[9], "evaluation"]  # the evaluation that a stop had left out
+    assert told == [steps[5], "evaluation"]  # the evaluation that a stop had left out
