@@ -56,7 +56,7 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         ((), {"accelerated": True}, {"train.image_size": 416, "train.learning_rate": 1e-3, "data.num_workers": 8}),
         (("model.backbone=darknet",), {}, {"yolo.neck_channels": [512, 256, 128], "train.image_size": 320}),
         ((), {}, {"model.detector": "yolox", "yolox.head_channels": 64}),
-        (("model.backbone=darknet_cfg", "model.cfg=x"), {}, {"model.detector": "yolo"}),
+        (("model.backbone=darknet_cfg",), {}, {"model.detector": "yolo"}),
         (("yolo.loss=ciou",), {}, {"model.detector": "yolo"}),
         (("yolo.loss=ciou", "model.detector=yolox"), {}, {"model.detector": "yolox"}),
         (("model.pretrained=a.pt",), {"detector_of": {"a.pt": "yolo"}.get}, {"model.detector": "yolo"}),
