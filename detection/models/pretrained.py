@@ -112,7 +112,10 @@ def detector_of(file: str) -> str | None:
         content = read_file(path) if path.suffix == ".pt" else None
     except CheckpointError:
         return None
-    return content["settings"]["model"].get("detector", "yolo") if is_checkpoint(content) else None
+    if content is None or not is_checkpoint(content):
+        return None
+    name: str = content["settings"]["model"].get("detector", "yolo")  # the only one of old checkpoints
+    return name
 
 
 def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:
