@@ -47,7 +47,7 @@ from detection.runtime.reproducibility import seed_everything
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
-from detection.training.step import train_step
+from detection.training.step import tell_progress, train_step
 
 BUILTIN = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
 WARMUP = 10  # steps of linear warm-up
@@ -182,6 +182,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for step in range(1, steps + 1):
             set_learning_rates(optimizer, functools.partial(warmup_rate, settings.learning_rate), step)
+            tell_progress(criterion, (step - 1) / steps, finishing=False)
             losses, finite = train_step(
                 model,
                 criterion,

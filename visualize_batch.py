@@ -39,9 +39,16 @@ from detection.config.loading import Flag
 from detection.config.settings import Settings
 from detection.contract import AssignedPrediction, Batch, Detector, DetectorModel, Geometry
 from detection.data.annotations import repeat_factors
-from detection.data.build import DetectionDataset, build_datasets, build_training_dataset, build_validation_dataset
+from detection.data.build import (
+    DetectionDataset,
+    build_datasets,
+    build_training_dataset,
+    build_validation_dataset,
+    prepare_for_training,
+)
 from detection.data.loaders import collate_samples
-from detection.data.sampler import TrainingBatchSampler, size_step
+from detection.data.partners import PartnerImages
+from detection.data.sampler import ImageOrder, Position, TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
@@ -53,6 +60,7 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory
 from detection.training.automatic import load_run_settings
+from detection.training.schedules import first_finishing_step, resolve_steps
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
@@ -60,8 +68,6 @@ IMAGES, IMAGES_WITH_TARGETS = 16, 3  # defaults of --images
 COLUMNS = 4
 DRAWS = 7  # random draws with --transform
 TILE_SIDE = 260  # pixels, side of an image with --transform
-
-Position = tuple[int, int, int]  # image index, epoch, size: an index of the training dataset
 
 
 def main() -> None:
@@ -173,8 +179,14 @@ def use_geometry(dataset: DetectionDataset, geometry: Geometry, settings: Settin
     if split == "val":
         dataset.sample_transform = Transform(geometry, settings.evaluation.image_size)
     else:
-        seed, augmentation = settings.run.seed, settings.data.augmentation
-        dataset.sample_transform = Transform(geometry, settings.train.image_size, seed, augmentation)
+        prepare_for_training(dataset, geometry, settings, factors_of(dataset, settings))
+
+
+def factors_of(dataset: DetectionDataset, settings: Settings) -> np.ndarray | None:
+    """How often each training image is seen per epoch; None: once."""
+    if settings.data.balance == "none":
+        return None
+    return repeat_factors(dataset.annotations, settings.data.balance_threshold)
 
 
 def positions_of_step(
@@ -196,11 +208,15 @@ def positions_of_step(
             raise SettingsError(f"--step {step}: the {len(dataset)} validation images make batches 0 to {batches - 1}")
         first = step * batch_size
         return [
-            (index, 0, settings.evaluation.image_size) for index in range(first, min(first + batch_size, len(dataset)))
+            Position(index, 0, settings.evaluation.image_size)
+            for index in range(first, min(first + batch_size, len(dataset)))
         ]
-    factors = None
-    if settings.data.balance == "repeat_factor":
-        factors = repeat_factors(dataset.annotations, settings.data.balance_threshold)
+    factors = factors_of(dataset, settings)
+    finish = None
+    if train.clean_finish:
+        images_per_epoch = ImageOrder(len(dataset), settings.run.seed, factors).images_per_epoch
+        steps = resolve_steps(train.steps, images_per_epoch / (train.micro_batch * train.subdivisions))
+        finish = first_finishing_step(train.clean_finish, max(steps, 1))
     sampler = TrainingBatchSampler(  # as in yolo-v3/main.py
         len(dataset),
         train.micro_batch,
@@ -212,6 +228,7 @@ def positions_of_step(
         train.multiscale_sizes,
         factors,
         size_step(detector.geometry.size_multiple),
+        finish_step=finish,
     )
     return [position for micro_batch in sampler for position in micro_batch]
 
@@ -229,12 +246,14 @@ def show_batch(
     size, drawn = positions[0][2], list(positions[:count])
     kind = "optimizer step" if arguments.split == "train" else "validation batch"
     head = f"{kind} {arguments.step}: {len(positions)} images of {size} px, seed {settings.run.seed}"
+    if positions[0].clean:
+        head += ", in the last part of the run: without mosaic and mixup"
     print(f"{head}; {len(drawn)} drawn" if len(drawn) < len(positions) else head)
     batch = collate_samples([dataset[position] for position in drawn])
     annotations = dataset.annotations
     rows: list[dict[str, Any]] = []
     tiles = []
-    for place, (index, epoch, _) in enumerate(drawn):
+    for place, (index, epoch, _, clean) in enumerate(drawn):
         image, boxes, labels = gt_boxes_of(batch, place)
         number = int(annotations.image_ids[index])
         row: dict[str, Any] = {
@@ -243,6 +262,7 @@ def show_batch(
             "epoch": epoch,
             "index": index,
             "size": size,
+            "clean": clean,
         }
         class_of = [None if label == CROWD_LABEL else annotations.categories.names[label] for label in labels.tolist()]
         rows.append(
@@ -322,7 +342,7 @@ def show_transform(
             )
         index = int(found[0])
     else:
-        index = next((place for place, _, _ in positions if before(dataset, place)), positions[0][0])
+        index = next((place for place, *_ in positions if before(dataset, place)), positions[0].image)
     start, end = annotations.first_box[index : index + 2]
     labels = np.where(annotations.crowd[start:end], CROWD_LABEL, annotations.labels[start:end])
     size, section = positions[0][2], getattr(settings.data.augmentation, arguments.transform)
@@ -333,6 +353,9 @@ def show_transform(
     if section.p == 0:
         print("  p is 0.0 in these settings: training does not use it")
     image = dataset.load_image(index)
+    if dataset.partners is None and arguments.transform in ("mosaic", "mixup"):
+        order = ImageOrder(len(dataset), settings.run.seed, factors_of(dataset, settings))
+        dataset.partners = PartnerImages(order)
     drawn, content = [], []
     for row in strength_rows(
         settings.data.augmentation,
@@ -345,6 +368,7 @@ def show_transform(
         labels,
         index,
         DRAWS,
+        None if dataset.partners is None else lambda epoch: dataset.partners_of(index, epoch, []),
     ):
         drawn.append(
             [

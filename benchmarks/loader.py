@@ -173,10 +173,14 @@ def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int
 
 def all_on(augmentation: AugmentationSettings) -> AugmentationSettings:
     """Return settings that apply every albumentations transform to every image."""
+    of_others = (
+        "expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion",
+        "mosaic", "mixup", "hsv", "random_interpolation",
+    )  # fmt: skip
     sections = {
         name: getattr(augmentation, name).model_copy(update={"p": 1.0})
         for name in augmentation_names()
-        if name not in ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
+        if name not in of_others
     }
     return augmentation.model_copy(update=sections)
 

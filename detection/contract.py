@@ -26,6 +26,7 @@ class Batch(TypedDict):
     boxes: Tensor  # (B, G, 4) float32 xyxy in pixels of the network input, padded
     labels: Tensor  # (B, G) int64: class, PADDING_LABEL or CROWD_LABEL
     indices: Tensor  # (B,) int64: indices of the images in the dataset
+    weights: NotRequired[Tensor]  # (B, G) float32: a box's share in a weighted mixup, 0 for padding; absent: all 1
     letterboxes: NotRequired[list[Letterbox]]
     unreadable: NotRequired[list[str]]  # a line per image that could not be read and was replaced
 

@@ -129,6 +129,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
         with Supervisor(run, state, run.training_batches(first_step), loggers, stop, profile) as supervisor:
             if first_step and run.evaluates_at(first_step) and state.evaluated_step != first_step:
                 # The run was stopped before this evaluation was complete.
+                run.set_progress(first_step - 1)
                 evaluate_and_keep(run, state, saver, loggers, supervisor)
             for step in range(first_step, run.steps):
                 supervisor.begin(step)
@@ -137,6 +138,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                     model = run.wrapped(state.model)
                 set_learning_rates(state.optimizer, run.schedule.at, step - state.skipped.total)
                 seed_step(run.settings.run.seed, step, run.ranks.rank)
+                run.set_progress(step)
                 micro_batches = supervisor.next_batches(settings.subdivisions)
                 if step == 0:
                     report_first_batch(run, micro_batches[0], loggers)

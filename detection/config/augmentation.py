@@ -120,6 +120,30 @@ class PhotometricDistortion(Section):
     hue: HueRange
 
 
+class Mosaic(Section):
+    p: Probability
+    centre: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=2)], Annotated[float, Field(ge=0, le=2)]], AfterValidator(check_range)
+    ]
+
+
+class Mixup(Section):
+    p: Probability
+    beta: Positive | None
+    scale: Annotated[tuple[Positive, Positive], AfterValidator(check_range)]
+
+
+class HSV(Section):
+    p: Probability
+    hue: Annotated[int, Field(ge=0, le=90)]
+    saturation: GreyLevel
+    value: GreyLevel
+
+
+class RandomInterpolation(Section):
+    p: Probability
+
+
 class AugmentationSettings(Section):
     """Training augmentation, in the order in which docs/augmentation.md lists it."""
 
@@ -140,4 +164,8 @@ class AugmentationSettings(Section):
     darknet_jitter: DarknetJitter
     darknet_hsv: DarknetHSV
     photometric_distortion: PhotometricDistortion
+    mosaic: Mosaic
+    mixup: Mixup
+    hsv: HSV
+    random_interpolation: RandomInterpolation
     min_visibility: Probability

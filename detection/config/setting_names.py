@@ -43,8 +43,9 @@ REPLACED_NAMES = {
     "val_ratio": "the whole validation set is evaluated",
     "metric_ratio": "use evaluation.max_images",
     "visualize_ratio": "use evaluation.visualize_images",
-    "close_mosaic": "leave it out, there is no mosaic",
-    "mosaic": "leave it out, there is no mosaic",
+    "close_mosaic": "use train.clean_finish, a share of the run",
+    "mosaic": "use data.augmentation.mosaic.p",
+    "mixup": "use data.augmentation.mixup.p",
 }
 
 # Keys of other programs' command lines and files (ultralytics, Darknet, mmdetection) -> what to write here.
@@ -127,7 +128,7 @@ def nearest_name(key: str, known: Sequence[str]) -> str | None:
     """
     spellings, last = [*known, *MOVED_NAMES], key.rpartition(".")[2]
     last_parts = [path.rpartition(".")[2] for path in spellings]
-    by_last_part = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.75)
+    by_last_part = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.76)
     alike = [
         path
         for path in (*spellings, *FLAT_NAMES)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.config.settings import DataSettings
+from detection.config.settings import DataSettings, Settings
+from detection.contract import Geometry
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import Annotations, Categories, flatten_annotations, select_images
 from detection.data.coco import CocoDataset
@@ -14,7 +15,10 @@ from detection.data.digits import ensure_digits
 from detection.data.fake import FakeDataset
 from detection.data.image_cache import build_cache
 from detection.data.image_file import choose_decoder
+from detection.data.partners import PartnerImages
+from detection.data.sampler import ImageOrder
 from detection.data.sources import find_source, forget, source_lines
+from detection.data.transforms import Transform
 from detection.errors import DataError, OutputError, name_list
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
@@ -148,6 +152,22 @@ def evenly(annotations: Annotations, count: int | None) -> Annotations:
     if count is None or count >= total:
         return annotations
     return select_images(annotations, np.arange(count) * total // count)
+
+
+def prepare_for_training(
+    dataset: DetectionDataset, geometry: Geometry, settings: Settings, repeat_factors: np.ndarray | None = None
+) -> None:
+    """Give the training set its transform and, for mosaic and mixup, the order from which images get their partners.
+
+    Args:
+        geometry: geometry of the detector.
+        repeat_factors: how often each image is seen per epoch; None: once.
+    """
+    seed, size = settings.run.seed, settings.train.image_size
+    transform = Transform(geometry, size, seed, settings.data.augmentation)
+    dataset.sample_transform, dataset.partners = transform, None
+    if transform.mixing is not None:
+        dataset.partners = PartnerImages(ImageOrder(len(dataset), seed, repeat_factors))
 
 
 def make_builtin(data: DataSettings) -> None:

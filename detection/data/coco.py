@@ -15,8 +15,11 @@ from torch.utils.data import Dataset
 from detection.contract import CROWD_LABEL
 from detection.data.annotation_file import Columns
 from detection.data.annotations import Categories, flatten_annotations, read_annotations
+from detection.data.augmentation.mixing import Annotated, Partners
 from detection.data.image_cache import ImageCache
 from detection.data.image_file import read_image
+from detection.data.partners import PartnerImages
+from detection.data.sampler import Position
 from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
 from detection.errors import DataError, DataReadError
@@ -27,7 +30,7 @@ MAX_UNREADABLE_IN_A_ROW = 8  # beyond this the disk has failed, not single image
 class CocoDataset(Dataset):
     """Map-style dataset of images with COCO annotations, contiguous labels and strict image decoding.
 
-    Indexed by an int or by the batch sampler's (index, epoch, size); see `__getitem__`.
+    Indexed by an int or by the batch sampler's `Position`; see `__getitem__`.
 
     Args:
         images: directory the file names are relative to.
@@ -45,6 +48,7 @@ class CocoDataset(Dataset):
 
     Attributes:
         cache: cache of decoded images, or None.
+        partners: gives images their partners for mosaic and mixup; None: a transform without these.
         unlisted: labels of classes that the file has no category for; known without `ground_truth` only.
         substitutes: whether an unreadable image is replaced by the next readable one, which the sample records. For
             training only: an evaluation that skips images would be of another dataset.
@@ -82,6 +86,7 @@ class CocoDataset(Dataset):
         self.follow_links = follow_links
         self.decoder = decoder
         self.cache: ImageCache | None = None
+        self.partners: PartnerImages | None = None
         self.slow_samples = SlowSamples(slow_seconds, self.describe_image)
         self.substitutes = False
         self.source_lines: list[str] = []
@@ -92,44 +97,67 @@ class CocoDataset(Dataset):
     def describe_image(self, index: int) -> str:
         return f"image id {self.annotations.image_ids[index]} ({self.annotations.file_name(index)})"
 
-    def __getitems__(self, positions: list[int | tuple[int, int, int]]) -> list[Sample]:
+    def __getitems__(self, positions: list[int | Position]) -> list[Sample]:
         """Load the samples of a batch, timing each. `DataLoader` prefers this method to single items."""
         return [self.slow_samples.load_timed(self.__getitem__, position) for position in positions]
 
-    def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
-        """Load and transform one image.
+    def __getitem__(self, position: int | Position) -> Sample:
+        """Load and transform one image, with its partners if there is mosaic or mixup.
 
         Args:
-            position: image index, or (index, epoch, size). Augmentation is a pure function of seed, epoch and index;
-                size is the side of the network input in pixels, 0 for the transform's default.
+            position: image index, or `Position`. Augmentation is a pure function of seed, epoch and index.
 
         Raises:
             DataReadError: the image is missing, damaged, outside the image directory, or its size differs from the
                 annotated one.
         """
-        index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
+        index, epoch, size, clean = Position(position) if isinstance(position, int) else Position(*position)
         unreadable: list[str] = []
+        mixed = self.partners is not None and not clean
+        index, own = self._readable(index, self.partners if mixed else None, unreadable)
+        assert self.sample_transform is not None, "set before images are asked for"
+        options = {"partners": self.partners_of(index, epoch, unreadable)} if mixed else {}
+        try:
+            sample: Sample = self.sample_transform(*own, index, epoch, size, **options)
+        except Exception as error:
+            if not isinstance(error, DataReadError):  # of a partner
+                place = f"of epoch {epoch} at {size or 'its own'} px"
+                error.add_note(f"while transforming {self.describe_image(index)} {place}")
+            raise
+        return dataclasses.replace(sample, unreadable=tuple(dict.fromkeys(unreadable)))
+
+    def partners_of(self, index: int, epoch: int, unreadable: list[str]) -> Partners:
+        """Return what gives an image its partners in an epoch; `unreadable` gets the errors of those replaced."""
+        kept = self.partners
+        assert kept is not None, "set with the transform"
+
+        def load(generator: np.random.Generator, count: int) -> list[Annotated]:
+            drawn = kept.draw(index, epoch, count, generator)
+            return [self._readable(partner, kept, unreadable)[1] for partner in drawn]
+
+        return load
+
+    def _readable(self, index: int, partners: PartnerImages | None, unreadable: list[str]) -> tuple[int, Annotated]:
+        """Load an image or, with `substitutes`, the next that can be read; returns its index too.
+
+        Args:
+            partners: keeps the image, which must not be written to, for others; None: nothing keeps it.
+            unreadable: gets the errors of the images that another one replaces.
+        """
+        failed = 0
         while True:
             try:
-                sample: Sample = dataclasses.replace(self._sample(index, epoch, size), unreadable=tuple(unreadable))
-                return sample
+                image = self.load_image(index) if partners is None else partners.load(index, self.load_image)
+                break
             except DataReadError as error:
                 unreadable.append(error.line)
-                if not self.substitutes or len(unreadable) == min(MAX_UNREADABLE_IN_A_ROW, len(self)):
+                failed += 1
+                if not self.substitutes or failed == min(MAX_UNREADABLE_IN_A_ROW, len(self)):
                     raise
             index = (index + 1) % len(self)
-
-    def _sample(self, index: int, epoch: int, size: int) -> Sample:
         rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
         labels = np.where(self.annotations.crowd[rows], CROWD_LABEL, self.annotations.labels[rows])
-        image, boxes = self.load_image(index), self.annotations.boxes[rows]
-        assert self.sample_transform is not None, "set before images are asked for"
-        try:
-            return self.sample_transform(image, boxes, labels, index, epoch, size)
-        except Exception as error:
-            place = f"of epoch {epoch} at {size or 'its own'} px"
-            error.add_note(f"while transforming {self.describe_image(index)} {place}")
-            raise
+        return index, Annotated(image, self.annotations.boxes[rows], labels)
 
     def load_image(self, index: int) -> np.ndarray:
         """Read an image from the cache or its file: RGB uint8, (height, width, 3)."""

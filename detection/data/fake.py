@@ -1,6 +1,7 @@
 """Random images and boxes of the right shapes, to measure speed or try a set-up without a dataset."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 
 from detection.contract import PADDING_LABEL, Batch
 from detection.data.annotations import AnnotationCounts, Annotations, Categories
+from detection.data.augmentation.mixing import Annotated, Partners
+from detection.data.partners import PartnerImages
+from detection.data.sampler import Position
 from detection.data.transforms import Sample, Transform
 
 MEAN_BOXES = 7  # per image, as in COCO
@@ -18,6 +22,7 @@ class FakeDataset(torch.utils.data.Dataset):
 
     def __init__(self, num_images: int, class_names: Sequence[str], seed: int) -> None:
         self.sample_transform: Transform | None = None
+        self.partners: PartnerImages | None = None
         self.source_lines: list[str] = []
         self.seed = seed
         generator = np.random.default_rng(seed)
@@ -50,13 +55,22 @@ class FakeDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, position: int | tuple[int, int, int]) -> Sample:
-        index, epoch, size = (position, 0, 0) if isinstance(position, int) else position
-        rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
+    def __getitem__(self, position: int | Position) -> Sample:
+        index, epoch, size, clean = Position(position) if isinstance(position, int) else Position(*position)
         assert self.sample_transform is not None, "set before images are asked for"
-        return self.sample_transform(
-            self.load_image(index), self.annotations.boxes[rows], self.annotations.labels[rows], index, epoch, size
-        )
+        mixed = self.partners is not None and not clean
+        options: dict[str, Any] = {"partners": self.partners_of(index, epoch, [])} if mixed else {}
+        return self.sample_transform(*self._annotated(index), index, epoch, size, **options)
+
+    def partners_of(self, index: int, epoch: int, unreadable: list[str]) -> Partners:
+        """As of `CocoDataset`; all images can be read."""
+        order = self.partners
+        assert order is not None, "set with the transform"
+        return lambda generator, count: [self._annotated(at) for at in order.draw(index, epoch, count, generator)]
+
+    def _annotated(self, index: int) -> Annotated:
+        rows = slice(self.annotations.first_box[index], self.annotations.first_box[index + 1])
+        return Annotated(self.load_image(index), self.annotations.boxes[rows], self.annotations.labels[rows])
 
     def load_image(self, index: int) -> np.ndarray:
         """Generate smooth noise, RGB uint8, (480, 640, 3)."""

@@ -18,6 +18,7 @@ from detection.runtime.devices import pins_memory
 
 # Ground-truth boxes per image; the padded number is this times a power of two, so few shapes occur.
 SMALLEST_BUCKET = 32
+TARGETS = ("boxes", "labels", "weights")  # of a batch, for the criterion; the last may be absent
 PREFETCHED = 2  # batches of each worker, torch's default
 
 
@@ -30,7 +31,8 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     Returns:
         "images" (B, 3, S, S) uint8, channels_last in memory because that is how images are decoded: no transposition;
         "boxes" (B, G, 4) float32 and "labels" (B, G) int64, padded with -1, G one of 32, 64, 128, ...;
-        "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B; "unreadable" list of lines.
+        "indices" (B,) int64 of the images in the dataset; "letterboxes" list of B; "unreadable" list of lines;
+        "weights" (B, G) float32 if the samples have them.
     """
     # In a worker `default_collate` copies the images straight into the memory that the training process shares.
     images = default_collate([torch.from_numpy(sample.image) for sample in samples]).permute(0, 3, 1, 2)
@@ -43,7 +45,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     for row, sample in enumerate(samples):
         boxes[row, : len(sample.labels)] = torch.from_numpy(sample.boxes)
         labels[row, : len(sample.labels)] = torch.from_numpy(sample.labels)
-    return {
+    batch: Batch = {
         "images": images,
         "boxes": boxes,
         "labels": labels,
@@ -51,6 +53,12 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
         "letterboxes": [sample.letterbox for sample in samples],
         "unreadable": [line for sample in samples for line in sample.unreadable],
     }
+    if samples[0].weights is not None:
+        batch["weights"] = torch.zeros(labels.shape)
+        for row, sample in enumerate(samples):
+            assert sample.weights is not None, "of one transform all samples have weights, or none"
+            batch["weights"][row, : len(sample.labels)] = torch.from_numpy(sample.weights)
+    return batch
 
 
 def build_training_loader(
@@ -98,5 +106,5 @@ def batches_ahead(workers: int) -> int:
 def batch_to_device(batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Copy images and padded targets to the device, asynchronously if the batch is pinned."""
     images = batch["images"].to(device, non_blocking=True)
-    targets = {key: batch[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
+    targets = {key: batch[key].to(device, non_blocking=True) for key in TARGETS if key in batch}  # type: ignore[literal-required]
     return images, targets

@@ -35,7 +35,7 @@ class SlowSamples:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def load_timed(self, load: Callable[[Any], Any], position: int | tuple[int, int, int]) -> Any:
+    def load_timed(self, load: Callable[[Any], Any], position: int | tuple[int, ...]) -> Any:
         """Return `load(position)` and warn if it takes too long."""
         if self.seconds is None:
             return load(position)

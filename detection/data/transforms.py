@@ -9,8 +9,13 @@ from detection.contract import Geometry
 from detection.data.augmentation.affine_and_pixels import Augmentation
 from detection.data.augmentation.color import ColorDistortion, has_color
 from detection.data.augmentation.crop_and_scale import RandomPlacement, has_placement
+from detection.data.augmentation.mixing import Annotated, Layer, Mixing, Partners, has_mixing
 from detection.data.resize import INTERPOLATIONS, Placed, resize_placed
 from detection.ops.letterbox import Letterbox
+from detection.runtime.reproducibility import sample_stream
+
+INTERPOLATION_STREAM = 9  # random stream of an image; unlike 0 and those of data/augmentation
+RANDOM_INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,25 @@ class Sample:
     index: int  # position of the image in its dataset
     letterbox: Letterbox  # before augmentation
     unreadable: tuple[str, ...] = ()  # errors of unreadable images that this one replaces
+    weights: np.ndarray | None = None  # (G,) float32: a box's share in a weighted mixup
 
 
 class Transform:
     """Maps an image and its boxes to the network input.
 
     Validation letterboxes only. Training letterboxes or places the image at random, then applies albumentations and the
-    colour distortions at the size of the network input. Augmentations of probability 0 are not built. Every random
-    choice is a pure function of (seed, epoch, index), independent of worker, rank and order.
+    colour distortions at the size of the network input; mosaic and mixup put it together with other images before that.
+    Augmentations of probability 0 are not built. Every random choice is a pure function of (seed, epoch, index),
+    independent of worker, rank and order.
 
     Args:
         geometry: geometry of the detector.
         size: default side of the network input in pixels.
         seed: seed of the run.
         augmentation: settings of training's augmentation; None: no augmentation.
+
+    Attributes:
+        mixing: draws mosaic and mixup, which need `partners`; None: neither is on.
     """
 
     def __init__(
@@ -48,6 +58,8 @@ class Transform:
         self.placement: RandomPlacement | None = None
         self.augmentation: Augmentation | None = None
         self.color: ColorDistortion | None = None
+        self.mixing: Mixing | None = None
+        self.weighted, self.random_interpolation = False, 0.0
         if augmentation is None:
             return
         self.augmentation = Augmentation(augmentation, geometry, seed)
@@ -55,9 +67,20 @@ class Transform:
             self.placement = RandomPlacement(augmentation, geometry, seed)
         if has_color(augmentation):
             self.color = ColorDistortion(augmentation, seed)
+        if has_mixing(augmentation):
+            self.mixing = Mixing(augmentation, geometry, seed, self.placement)
+        self.weighted = augmentation.mixup.p > 0 and augmentation.mixup.beta is not None
+        self.random_interpolation = augmentation.random_interpolation.p
 
     def __call__(
-        self, image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, index: int, epoch: int, size: int
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        index: int,
+        epoch: int,
+        size: int,
+        partners: Partners | None = None,
     ) -> Sample:
         """Transform one image.
 
@@ -67,20 +90,39 @@ class Transform:
             labels: class, or -2 for crowd, (G,) int64.
             index, epoch: select the random stream.
             size: side of the network input in pixels, 0 for the default.
+            partners: gives other images for mosaic and mixup; None: without both.
         """
         geometry, size = self.geometry, size or self.size
         letterbox, width, height = geometry.place(image.shape[1], image.shape[0], size)
-        if self.placement is not None:
+        layers = None
+        if self.mixing is not None and partners is not None:
+            layers = self.mixing(Annotated(image, boxes, labels), index, epoch, size, partners)
+            if layers is None:
+                image = image.copy()  # other images may need this one
+        if layers is not None:
+            pass
+        elif self.placement is not None:
             placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
         else:
             placed = Placed(image, letterbox.left, letterbox.top, width, height)
             scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
             offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
             boxes = boxes * scale + offset
+        weights = None
         if self.augmentation is not None:
-            image, boxes, labels = self.augmentation(placed, boxes, labels, size, epoch, index)
+            layers = layers or [Layer((placed,), boxes, labels)]
+            interpolation = self.draw_interpolation(epoch, index)
+            image, boxes, labels, weights = self.augmentation(layers, size, epoch, index, interpolation)
         else:
             image = resize_placed(placed, size, geometry.fill, INTERPOLATIONS[geometry.interpolation])
         if self.color is not None:
             image = self.color(image, epoch, index)
-        return Sample(image, boxes, labels, index, letterbox)
+        return Sample(image, boxes, labels, index, letterbox, weights=weights if self.weighted else None)
+
+    def draw_interpolation(self, epoch: int, index: int) -> str:
+        """Draw the interpolation of an image's resize in training, a key of `INTERPOLATIONS`."""
+        if self.random_interpolation:
+            generator = sample_stream(self.seed, epoch, index, INTERPOLATION_STREAM)
+            if generator.random() < self.random_interpolation:
+                return RANDOM_INTERPOLATIONS[generator.integers(len(RANDOM_INTERPOLATIONS))]
+        return self.geometry.interpolation

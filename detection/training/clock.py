@@ -91,6 +91,7 @@ def measure_step(run: Run, seconds: float) -> float:
                 break
             set_learning_rates(state.optimizer, run.schedule.at, step)
             seed_step(settings.run.seed, step, run.ranks.rank)
+            run.set_progress(0)
             micro_batches = list(itertools.islice(batches, train.subdivisions))
             result = train_step(
                 model, run.criterion, state.optimizer, state.scaler, micro_batches, run.autocast, run.device,

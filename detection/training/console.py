@@ -94,6 +94,8 @@ def plan_lines(run: Run) -> list[str]:
             f"SWA         {train.swa_cycles} cycles of {cycle} steps from step {run.schedule.swa_start} on, mean of "
             "weights and batch-norm statistics"
         )
+    if settings.train.clean_finish:
+        lines.append(f"finish      from step {run.finish_step} without mosaic and mixup")
     lines += run.detector.notices(
         {"train.image_size": train.image_size, "evaluation.image_size": settings.evaluation.image_size}
     )

@@ -78,7 +78,7 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     if estimate.available is not None and estimate.total > estimate.available:
         raise DeviceMemoryError(f"the step is not tried: {OUT_OF_MEMORY}")
     positions = next(iter(run.new_sampler(state.step, state.step + 1)))
-    batch = collate_samples([run.training_set[(index, epoch, size)] for index, epoch, _ in positions])
+    batch = collate_samples([run.training_set[position._replace(size=size)] for position in positions])
     set_backbone_frozen(state.model, False, train.backbone_batch_norm)
     # The second micro-batch adds to existing gradients; further ones need no more memory.
     micro_batches = min(train.subdivisions, 2)

@@ -4,9 +4,10 @@ from collections import deque
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from detection.contract import Batch
-from detection.data.loaders import batch_to_device
+from detection.data.loaders import TARGETS, batch_to_device
 from detection.errors import UserError
 
 
@@ -36,7 +37,7 @@ class Prefetcher:
                 batch = next(self.batches)
                 with torch.cuda.stream(self.stream):
                     images, targets = batch_to_device(batch, self.device)
-                copied: Batch = {**batch, "images": images, "boxes": targets["boxes"], "labels": targets["labels"]}
+                copied: Batch = {**batch, "images": images, **targets}  # type: ignore[typeddict-item]
                 self._ready.append((copied, self.stream.record_event()))
         except (StopIteration, UserError, RuntimeError, OSError) as error:
             self._error = error
@@ -54,7 +55,8 @@ class Prefetcher:
             batch, copied = self._ready.popleft()
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
-            for tensor in (batch["images"], batch["boxes"], batch["labels"]):
+            for key in ("images", *(key for key in TARGETS if key in batch)):
+                tensor: Tensor = batch[key]  # type: ignore[literal-required]
                 tensor.record_stream(stream)  # the next copy must not reuse its memory before that stream is done
             return batch
         if self._error is not None:

@@ -110,6 +110,7 @@ def retake_step(run: Run, checkpoint: dict[str, Any], step: int) -> Iterator[lis
     """
     settings, state = run.settings, run.new_state(checkpoint)
     set_backbone_frozen(state.model, step < run.unfreeze_step, settings.train.backbone_batch_norm)
+    run.set_progress(step)
     ids = run.training_set.annotations.image_ids
     for rank in range(run.processes):
         seed_step(settings.run.seed, step, rank)

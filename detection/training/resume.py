@@ -120,7 +120,8 @@ def follows_length(settings: Settings) -> list[str]:
     names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
     names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
-    return names + ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

@@ -14,11 +14,11 @@ from detection.config import automatic
 from detection.config.settings import Settings
 from detection.contract import Detector
 from detection.data.annotations import annotations_digest, repeat_factors
-from detection.data.build import build_datasets, make_builtin
+from detection.data.build import build_datasets, make_builtin, prepare_for_training
 from detection.data.coco import CocoDataset
 from detection.data.image_file import choose_decoder, describe_decoder
 from detection.data.loaders import build_training_loader
-from detection.data.sampler import TrainingBatchSampler, size_step
+from detection.data.sampler import ImageOrder, TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
 from detection.errors import SettingsError
@@ -30,8 +30,9 @@ from detection.runtime.distributed import Ranks, device_of_rank, read_environmen
 from detection.runtime.reproducibility import seed_everything
 from detection.training.memory.batch_size import find_batch_size
 from detection.training.prefetch import Prefetcher
-from detection.training.schedules import add_swa, build_schedule, full_rate, resolve_steps
+from detection.training.schedules import add_swa, build_schedule, first_finishing_step, full_rate, resolve_steps
 from detection.training.state import RunState
+from detection.training.step import tell_progress
 
 
 def join_ranks(settings: Settings) -> Ranks:
@@ -121,7 +122,7 @@ class Run:
         detector.require_criterion()
         check_input_sizes(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
-        self.training_set.sample_transform = Transform(geometry, train.image_size, seed, settings.data.augmentation)
+        prepare_for_training(self.training_set, geometry, settings, self.repeat_factors)
         self.validation_set.sample_transform = Transform(geometry, settings.evaluation.image_size, seed)
         detector = self.machine.to_device(detector)
         self.batch_size_lines: list[str] = []
@@ -147,9 +148,11 @@ class Run:
         """Turn every duration of the settings, in steps or epochs, into optimizer steps, and build the schedule."""
         settings, train = self.settings, self.settings.train
         self.images_per_step = train.micro_batch * train.subdivisions * self.processes
-        self.steps_per_epoch = self.new_sampler(0, 0).images_per_epoch / self.images_per_step
+        order = ImageOrder(len(self.training_set), settings.run.seed, self.repeat_factors)
+        self.steps_per_epoch = order.images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
+        self.finish_step = first_finishing_step(train.clean_finish, self.steps)
         self.ema: tuple[float, int | None] | None = None
         if train.ema_decay == "auto":
             self.ema = automatic.ema_decay(self.steps), None
@@ -161,15 +164,16 @@ class Run:
             frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
         self.evaluate_frequency = max(self.in_steps(frequency), 1)
         self.learning_rate = full_rate(train, self.images_per_step)
-        clean_finish = getattr(train, "clean_finish", 0.0)
         try:
             self.schedule = build_schedule(
-                settings.scheduler, self.learning_rate, self.steps, self.steps_per_epoch, clean_finish
+                settings.scheduler, self.learning_rate, self.steps, self.steps_per_epoch, train.clean_finish
             )
         except ValueError as error:
             raise SettingsError(str(error)) from None
         # Last: what depends on the length of the run depends on `train.steps` alone.
         self.schedule, self.steps = add_swa(self.schedule, train, self.steps, self.steps_per_epoch)
+        if not train.clean_finish:
+            self.finish_step = self.steps
 
     @property
     def patience(self) -> float:
@@ -205,7 +209,16 @@ class Run:
             self.size_step,
             self.ranks.rank if rank is None else rank,
             self.processes,
+            self.finish_step,
         )
+
+    def set_progress(self, step: int) -> None:
+        """Tell the criterion, if it wants to know, how much of the run is done before a step, and whether it finishes.
+
+        Losses and assigners that change in the course of a run depend on this alone, so a resumed run goes on exactly.
+        """
+        length = self.schedule.swa_start or self.steps  # the share is that of `train.steps`; SWA comes after it
+        tell_progress(self.criterion, min(step / length, 1.0), step >= self.finish_step)
 
     def set_length(self, steps: int, evaluate_frequency: int | str) -> None:
         """Replace the number of steps and the time between evaluations, and every duration that follows from them."""

@@ -28,6 +28,11 @@ def full_rate(train: TrainSettings, images_per_step: int) -> float:
     return train.learning_rate * images_per_step / train.learning_rate_batch
 
 
+def first_finishing_step(share: float, steps: int) -> int:
+    """Return the step from which a run of so many steps is in its last part, `train.clean_finish`."""
+    return round((1 - share) * steps)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
@@ -183,7 +188,7 @@ def build_schedule(
         max(steps(scheduler.step_size or 0), 1),
         power,
         max(round(scheduler.flat * total_steps), warmup),
-        round((1 - finish) * total_steps),
+        first_finishing_step(finish, total_steps),
     )
 
 

@@ -79,3 +79,15 @@ def train_step(
         statistics.settle(finite)
     mark_step()
     return StepResult(totals, finite)
+
+
+def tell_progress(criterion: nn.Module, share_done: float, finishing: bool) -> None:
+    """Call `criterion.set_progress(share_done, finishing)`, an optional method, before a step.
+
+    Args:
+        share_done: steps done of those of the run, 0 to below 1.
+        finishing: the run has reached its last part, `train.clean_finish`.
+    """
+    set_progress = getattr(criterion, "set_progress", None)
+    if callable(set_progress):
+        set_progress(share_done, finishing)

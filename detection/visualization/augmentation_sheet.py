@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +10,12 @@ import torch
 from pydantic import ValidationError
 from torchvision.transforms import v2
 
-from detection.config.augmentation import AugmentationSettings
+from detection.config.augmentation import HSV, AugmentationSettings
 from detection.config.fields import Section
 from detection.contract import Geometry
-from detection.data.augmentation.color import distort_hsv
+from detection.data.augmentation.color import distort_hsv, shift_hsv
 from detection.data.augmentation.crop_and_scale import build_iou_crop
+from detection.data.augmentation.mixing import Partners
 from detection.data.transforms import Sample, Transform
 
 STRENGTHS = (0.5, 1.0, 2.0)  # relative to the limits in the settings
@@ -22,7 +23,10 @@ NEUTRAL = "off"
 CROP_ATTEMPTS = 20  # times the 40 of torchvision
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
-NOT_VARIED = frozenset({"p", "per_channel", "elementwise", "tile_grid_size", "alpha_coef", "rotate_method"})
+NOT_VARIED = frozenset(
+    {"p", "per_channel", "elementwise", "tile_grid_size", "alpha_coef", "rotate_method", "centre", "beta"}
+)
+DRAWN_ONLY = frozenset({"mosaic", "random_interpolation"})  # nothing to vary, but more than on and off
 # A factor changes nothing at 1, other settings at 0. Twice the strength of a factor is its square.
 FACTORS = frozenset({"multiplier", "clip_limit", "brightness", "contrast", "saturation", "exposure", "scale", "ratio"})
 AMOUNTS = {"jitter": 1, "min_crop_size": -1}  # exponent of the strength; a smaller crop is a stronger augmentation
@@ -72,6 +76,7 @@ def strength_rows(
     labels: np.ndarray,
     index: int,
     draws: int,
+    partners: Callable[[int], Partners] | None = None,
 ) -> Iterator[list[Tile]]:
     """Yield rows of tiles: one per setting with the others neutral, then random draws with all of them.
 
@@ -80,10 +85,12 @@ def strength_rows(
         name: name of the augmentation.
         image, boxes, labels, index: as in `Transform.__call__`.
         draws: number of draws in the last row, of epochs 0, 1, ...
+        partners: gives mosaic and mixup their other images, for an epoch.
     """
 
     def apply(transform: Transform, epoch: int = 0) -> Sample:
-        return transform(image, boxes, labels, index, epoch, size)
+        others = partners(epoch) if partners is not None and transform.mixing is not None else None
+        return transform(image, boxes, labels, index, epoch, size, others)
 
     plain = apply(Transform(geometry, size))
     section = getattr(augmentation, name)
@@ -92,7 +99,7 @@ def strength_rows(
         for value, label in values_of(section, setting):
             if label == NEUTRAL:
                 sample = plain
-            elif name in ("darknet_hsv", "photometric_distortion"):
+            elif name in ("darknet_hsv", "photometric_distortion", "hsv"):
                 sample = recolored(plain, recolor(plain.image, name, setting, value))
             else:
                 sample = apply(transform_at(augmentation, geometry, name, setting, value, size, seed))
@@ -107,10 +114,16 @@ def strength_rows(
             for order in CHANNEL_ORDERS
         ]
     transform = _training(only(augmentation, name), geometry, size, seed)
-    if varied_settings(section):
-        yield [Tile("draw", f"epoch {epoch}", apply(transform, epoch)) for epoch in range(draws)]
+    if varied_settings(section) or name in DRAWN_ONLY:
+        off = [Tile("draw", NEUTRAL, plain)] if name in DRAWN_ONLY else []
+        yield off + [Tile("draw", f"epoch {epoch}", apply(transform, epoch)) for epoch in range(draws)]
     else:
         yield [Tile("draw", NEUTRAL, plain), Tile("draw", "on", apply(transform))]
+
+
+def is_factor(section: Section, name: str) -> bool:
+    """Whether a setting multiplies; that of `hsv` adds grey levels."""
+    return name in FACTORS and not isinstance(section, HSV)
 
 
 def values_of(section: Section, name: str) -> list[tuple[Any, str]]:
@@ -130,7 +143,7 @@ def values_of(section: Section, name: str) -> list[tuple[Any, str]]:
             off,
             *_labelled(section, name, [(setting * strength ** AMOUNTS[name], strength) for strength in STRENGTHS]),
         ]
-    factor = name in FACTORS
+    factor = is_factor(section, name)
     neutral = 1.0 if factor else 0.0
     if isinstance(setting, tuple):
         low, high = setting
@@ -159,7 +172,7 @@ def _is_valid(section: Section, name: str, value: float) -> bool:
     if isinstance(current, tuple):
         setting: Any = (value, value)
     else:  # a single number stands for both directions, and is validated strictly as an int or a float
-        setting = type(current)(max(value, 1 / value) if name in FACTORS else abs(value))
+        setting = type(current)(max(value, 1 / value) if is_factor(section, name) else abs(value))
     try:
         type(section).model_validate(section.model_dump() | {name: setting})
     except ValidationError:
@@ -199,6 +212,8 @@ def recolor(image: np.ndarray, name: str, setting: str, value: float) -> np.ndar
     """Apply one setting of a colour distortion at exactly this value to (H, W, 3) uint8."""
     if name == "darknet_hsv":
         return distort_hsv(image, **{"hue": 0.0, "saturation": 1.0, "exposure": 1.0, setting: value})
+    if name == "hsv":
+        return shift_hsv(image, **{"hue": 0, "saturation": 0, "value": 0, setting: int(value)})
     adjust = getattr(v2.functional, f"adjust_{setting}")  # what torchvision's RandomPhotometricDistort calls
     return adjust(torch.from_numpy(image).permute(2, 0, 1), value).permute(1, 2, 0).numpy()
 

@@ -21,7 +21,7 @@ from detection.config.settings import Settings
 from detection.contract import Batch
 from detection.data.coco import CocoDataset
 from detection.data.loaders import batch_to_device, build_evaluation_loader, build_training_loader, collate_samples
-from detection.data.sampler import TrainingBatchSampler
+from detection.data.sampler import Position, TrainingBatchSampler
 from detection.data.transforms import Sample
 from detection.errors import DataReadError
 from detection.ops.letterbox import Letterbox
@@ -30,7 +30,6 @@ from tests.support.paths import REPOSITORY
 from tests.support.pictures import NAMED
 
 Load = Callable[..., Settings]
-Position = tuple[int, int, int]
 CPU = torch.device("cpu")
 
 
@@ -54,8 +53,8 @@ def test_every_image_comes_once_per_epoch_and_nothing_is_dropped(num_images, bat
     stream = flat(batches)
     for start in range(0, len(stream), num_images):
         epoch = stream[start : start + num_images]
-        assert {number for _, number, _ in epoch} == {start // num_images}
-        seen = [index for index, _, _ in epoch]
+        assert {number for _, number, *_ in epoch} == {start // num_images}
+        seen = [index for index, *_ in epoch]
         if len(epoch) == num_images:
             assert sorted(seen) == list(range(num_images))
         else:  # the run ends inside this epoch
@@ -78,11 +77,11 @@ def test_the_stream_does_not_depend_on_how_it_is_cut() -> None:
 
 
 def test_epochs_and_seeds_have_their_own_order() -> None:
-    orders = [tuple(sampler(50, seed=seed).order_of_epoch(epoch)) for seed in range(4) for epoch in range(4)]
+    orders = [tuple(sampler(50, seed=seed).order.of_epoch(epoch)) for seed in range(4) for epoch in range(4)]
     assert len(set(orders)) == 16
     assert all(order != tuple(range(50)) for order in orders)
     # a fair shuffle: over 600 epochs each of 3 images opens a third of them, standard error 0.019
-    firsts = Counter(int(sampler(3, seed=0).order_of_epoch(epoch)[0]) for epoch in range(600))
+    firsts = Counter(int(sampler(3, seed=0).order.of_epoch(epoch)[0]) for epoch in range(600))
     assert all(abs(count / 600 - 1 / 3) < 0.08 for count in firsts.values()) and len(firsts) == 3
 
 
@@ -94,7 +93,7 @@ def test_the_size_changes_every_resize_frequency_steps() -> None:
     batches = list(
         sampler(7, 2, subdivisions, steps=(0, steps), resize_frequency=frequency, multiscale_sizes=(320, 608))
     )
-    sizes = [{size for _, _, size in batch} for batch in batches]
+    sizes = [{size for _, _, size, _ in batch} for batch in batches]
     assert all(len(size) == 1 for size in sizes)  # one size within a batch
     per_step = [size.pop() for size in sizes[::subdivisions]]
     assert [size.pop() for size in sizes[1::subdivisions]] == per_step  # and within the batches of one step
@@ -114,7 +113,7 @@ def test_the_size_is_a_function_of_seed_and_step_alone() -> None:
     sizes = [first.size_of_step(step) for step in range(200)]
     assert [second.size_of_step(step) for step in reversed(range(200))] == sizes[::-1]
     assert [sampler(7, seed=4, **other).size_of_step(step) for step in range(200)] != sizes
-    assert {size for _, _, size in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {
+    assert {size for _, _, size, _ in flat(list(sampler(7, size=416, multiscale_sizes=(320, 608))))} == {
         416
     }  # no resizing
 
@@ -142,7 +141,7 @@ def test_repeat_factors(factors: list[float]) -> None:
     """
     repeating = sampler(len(factors), repeat_factors=np.array(factors))
     epochs = 1500
-    counts = np.array([np.bincount(repeating.order_of_epoch(epoch), minlength=len(factors)) for epoch in range(epochs)])
+    counts = np.array([np.bincount(repeating.order.of_epoch(epoch), minlength=len(factors)) for epoch in range(epochs)])
     assert set(counts.sum(axis=1)) == {repeating.images_per_epoch}
     length = repeating.images_per_epoch
     assert sum(factors) - 1e-9 <= length < sum(factors) + 1
@@ -156,7 +155,7 @@ def test_repeat_factors(factors: list[float]) -> None:
 def test_an_epoch_with_repeated_images_runs_on_into_the_next() -> None:
     repeating = sampler(3, 5, steps=(0, 8), repeat_factors=np.array([1.0, 2.5, 1.5]))
     stream = flat(list(repeating))
-    assert [epoch for _, epoch, _ in stream] == [place // 5 for place in range(40)]
+    assert [epoch for _, epoch, *_ in stream] == [place // 5 for place in range(40)]
     assert repeating.images_per_epoch == 5
 
 

@@ -12,6 +12,7 @@ import torch
 
 import visualize_batch
 from detection.config.settings import Settings
+from detection.data.augmentation.mixing import Annotated
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
@@ -56,8 +57,8 @@ def test_it_is_the_batch_of_the_run(run: Run, drawn_dataset: Path, tmp_path: Pat
     training = module.Run(settings, module.join_ranks(settings), fresh=True)
     sampler = training.new_sampler(5, 6)
     positions = [position for batch in sampler for position in batch]
-    assert [(row["index"], row["epoch"], row["size"]) for row in content["images"]] == positions
-    assert len(positions) == 8 and len({size for _, _, size in positions}) == 1
+    assert [tuple(row[key] for key in ("index", "epoch", "size", "clean")) for row in content["images"]] == positions
+    assert len(positions) == 8 and len({size for _, _, size, _ in positions}) == 1
     loader = build_training_loader(training.training_set, training.new_sampler(5, 6), 0, torch.device("cpu"))
     rows = iter(content["images"])
     for batch in loader:
@@ -225,12 +226,14 @@ def sheet(default_settings: Callable[..., Settings]) -> Callable[..., dict[tuple
     image[30:70, 30:70] = 60
     image[90:, 80:] = 0  # not symmetric
 
-    def made(name: str, *words: str) -> dict[tuple[str, str], Any]:
+    def made(name: str, *words: str, size: int = 100) -> dict[tuple[str, str], Any]:
         settings = default_settings(*words)
-        boxes = np.array([[30, 30, 70, 70]], np.float32)
+        own = Annotated(image, np.array([[30, 30, 70, 70]], np.float32), np.array([0]))
+        other = own._replace(image=255 - image)
         rows = strength_rows(
-            settings.data.augmentation, geometry_of(settings), name, 100, 0, image, boxes, np.array([0]), 0, draws=3
-        )
+            settings.data.augmentation, geometry_of(settings), name, size, 0, *own, 0, 3,
+            partners=lambda epoch: lambda generator, count: [other] * count,
+        )  # fmt: skip
         return {(tile.setting, tile.value): tile.sample for row in rows for tile in row}
 
     return made
@@ -254,6 +257,14 @@ def test_each_value_does_what_it_says(sheet) -> None:
     assert corner(made["channels", "BGR"]) == [160, 120, 80]
     made = sheet("darknet_hsv")
     assert corner(made["exposure", "1.5 = limit"]) == pytest.approx([120, 180, 240], abs=3)  # 8 bits of saturation
+    made = sheet("hsv")  # value 160, saturation 1/2: 15 levels more of 255
+    assert corner(made["value", "30 = limit"]) == pytest.approx([95, 142, 190], abs=2)
+    assert corner(made["saturation", "15"]) == pytest.approx([71, 116, 160], abs=3)
+    made = sheet("mixup")  # the second picture is the negative; scaled by 1.5 * 1.5 and placed anywhere
+    assert corner(made["scale", "2.25"]) in ([127, 127, 127], [128, 128, 128])
+    assert len(made["scale", "1.5 = limit"].boxes) == 2 and len(made["scale", "off"].boxes) == 1
+    made = sheet("mosaic")
+    assert made["draw", "epoch 0"].image.tolist() != made["draw", "epoch 1"].image.tolist()
     made = sheet("multiplicative_noise")
     assert corner(made["multiplier", "0.9 = limit"]) == pytest.approx([72, 108, 144], abs=1)
     made = sheet("posterize")
@@ -285,7 +296,7 @@ def test_crops_overlap_as_far_as_asked(sheet) -> None:
 
 @pytest.mark.parametrize("name", augmentation_names())
 def test_every_augmentation_is_shown(sheet, name: str) -> None:
-    made = sheet(name)
+    made = sheet(name, size=80 if name == "random_interpolation" else 100)  # at 100 px nothing is resized
     plain = next(sample.image for (_, value), sample in made.items() if value == "off")
     assert plain[2, 2].tolist() == [80, 120, 160] and plain[50, 50].tolist() == [60, 60, 60]
     assert any((sample.image != plain).any() for sample in made.values())

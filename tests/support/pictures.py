@@ -7,7 +7,10 @@ from PIL import Image
 from detection.config.augmentation import AugmentationSettings
 
 # those of other systems; the others are albumentations
-NAMED = ("expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion")
+NAMED = (
+    "expand", "iou_crop", "darknet_jitter", "darknet_hsv", "photometric_distortion",
+    "mosaic", "mixup", "hsv", "random_interpolation",
+)  # fmt: skip
 NO_BOXES = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 

@@ -17,7 +17,7 @@ from detection.contract import CROWD_LABEL, Geometry
 from detection.data.resize import Placed
 from detection.runtime.reproducibility import sample_stream, torch_stream
 
-# Random streams of an image; unlike 0 and those in color.py.
+# Random streams of an image; unlike 0 and those in color.py, mixing.py and transforms.py.
 EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM = 1, 2, 3
 
 

@@ -276,7 +276,9 @@ def test_what_is_off_is_not_built(default_settings: Load, monkeypatch: pytest.Mo
     assert all(getattr(default_settings().data.augmentation, name).p == 0 for name in NAMED)
     for name in NAMED:
         built = build(default_settings, **{name: 0.1})
-        assert (built.placement is not None) == (name in GEOMETRIC) and (built.color is None) == (name in GEOMETRIC)
+        assert (built.placement is not None) == (name in GEOMETRIC)
+        assert (built.color is not None) == (name in ("darknet_hsv", "photometric_distortion", "hsv"))
+        assert (built.mixing is not None) == (name in ("mosaic", "mixup"))
     validation = transform_of(default_settings(*(f"data.augmentation.{name}.p=1" for name in NAMED)), 64, 0, False)
     assert validation.placement is None and validation.color is None
     # the jitter needs nothing of torch's
