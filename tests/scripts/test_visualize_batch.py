@@ -12,13 +12,14 @@ import torch
 
 import visualize_batch
 from detection.config.settings import Settings
+from detection.contract import AssignedPrediction
 from detection.data.augmentation.mixing import Annotated
 from detection.data.loaders import build_training_loader
 from detection.drawing.boxes import class_color, draw_boxes
 from detection.models.yolo import CRITERIA
 from detection.training.automatic import load_run_settings
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows, values_of
-from detection.visualization.target_pictures import draw_level
+from detection.visualization.target_pictures import count_targets, draw_level
 from tests.support.detectors import geometry_of
 from tests.support.training_runs import load_main
 
@@ -149,6 +150,36 @@ def test_level_is_drawn_where_it_lies() -> None:
     assert np.abs(inside - expected).max() <= 1
     assert grid.tolist() == [round(0.3 * 255)] * 3 and outside.tolist() == [0, 0, 0]
     assert picture[240, 150].tolist() == picture[330, 200].tolist() == [255, 255, 255]  # the anchor
+
+
+def test_cells_without_anchors_are_counted_and_drawn() -> None:
+    """Two cells of one box, without anchors: their colour, no white rectangle."""
+    found = [AssignedPrediction(0, 0, 1, 16, 0, None, column, 1, False) for column in (1, 2)]
+    blank = np.zeros((64, 64, 3), np.uint8)
+    picture = draw_level(blank, BOXES[0].numpy(), LABELS[0].numpy(), "ab", found, 16, "title")[-640:]
+    colour = np.rint(np.array(class_color(1)) * 0.55)
+    assert (
+        all(np.abs(picture[250, x] - colour).max() <= 1 for x in (200, 400)) and picture[250, 560].tolist() == [0] * 3
+    )
+    assert (picture[180:280] != 255).any(axis=2).all()
+    assert count_targets([8, 16], None, found) == [
+        "level 0, stride 8: 0 assignments",
+        "level 1, stride 16: 2 assignments",
+    ]
+
+
+def test_targets_that_depend_on_predictions(run: Run, tmp_path: Path) -> None:
+    words = ("model.detector=yolox", "yolox.neck_channels=[8, 8, 8]", "yolox.head_channels=8")
+    result = run("--targets", "--images", 4, *words)
+    assert result.returncode == 0 and "the predictions are those of random weights" in result.stdout, result.stderr
+    for row in content_of(tmp_path)["images"]:
+        assert {target["gt"] for target in row["targets"]} <= set(range(len(row["boxes"])))
+        assert {target["anchor_size"] for target in row["targets"]} <= {None}
+    assert any(row["targets"] for row in content_of(tmp_path)["images"])
+    result = run(*words, "--weights", "best.pt")
+    assert result.returncode == 2 and "--weights belongs to --targets" in result.stderr
+    result = run("--targets", *words, "--weights", "absent.pt")
+    assert result.returncode == 7 and "model.pretrained = absent.pt: does not exist" in result.stderr
 
 
 def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ WRONG_SHARE = 0.1  # of a convolution's variances, from which on the file is ano
 
 @runtime_checkable
 class DarknetModel(Protocol):
-    """Protocol of networks whose convolutions have an order in Darknet: `YOLOv3` and `DarknetNetwork`."""
+    """Protocol of networks whose convolutions, or those of their backbone, have an order in Darknet."""
 
     num_classes: int
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from detection.contract import Geometry
 from detection.models.backbones import Backbone
-from detection.models.backbones.darknet import LEAKY_SLOPE, conv_block
+from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
 from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.models.yolo.network import raw_predictions
 from detection.models.yolox.layout import OutputLayout
@@ -135,6 +135,18 @@ class YOLOX(nn.Module):
             raise ValueError(f"image size {tuple(images.shape[2:])} must be a multiple of {self.strides[-1]}")
         maps = self.neck(self.backbone(self.normalize(images)))
         return [head(features) for head, features in zip(self.heads, maps, strict=True)]
+
+    def darknet_convolutions(self) -> list[nn.Module]:
+        """The backbone's in the order of Darknet's weights files, then neck and heads, which Darknet lacks.
+
+        Files of backbone weights can be loaded and written. Empty if Darknet lacks the backbone.
+        """
+        if not isinstance(self.backbone, Darknet53 | DarknetTiny):
+            return []
+        return [
+            *self.backbone.darknet_convolutions(),
+            *(convolution for part in (self.neck, self.heads) for convolution in list_convolutions(part)),
+        ]
 
     def output_convolutions(self) -> list[nn.Conv2d]:
         """The convolutions that make the predictions, stride ascending, of each level in the order of its values."""

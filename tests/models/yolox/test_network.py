@@ -15,8 +15,9 @@ from detection.contract import Detector, DetectorModel, HasClassRows
 from detection.errors import SettingsError
 from detection.models import POSTPROCESSES, build_detector
 from detection.models.backbones.mobilenet import DepthwiseConv2d
+from detection.models.darknet.weights import Header, write_darknet_weights
 from detection.models.necks import TopDownNeck
-from detection.models.pretrained import carry_outputs
+from detection.models.pretrained import carry_outputs, load_pretrained
 from detection.models.yolo.network import YOLOv3
 from detection.models.yolox import ASSIGNERS, CRITERIA
 from tests.support.paths import ARGS, REPOSITORY
@@ -218,3 +219,22 @@ def test_raw_outputs_of_an_exported_file_are_decoded_alike() -> None:
         outputs = detector.model.eval()(images_of(2, 64, 96))
         for ours, other in zip(detector.postprocess.decode(outputs), postprocess.decode(outputs), strict=True):
             assert torch.equal(ours, other)
+
+
+def test_a_darknet_backbone_starts_from_darknet_weights(tmp_path: Path) -> None:
+    """A file of the backbone, which the anchor-based family wrote, fills the backbone and nothing else."""
+    words = ["model.backbone=darknet_tiny", "yolo.neck_channels=[8, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
+    other = build(2, *words, "model.detector=yolo", seed=1).model
+    count = len(other.backbone.darknet_convolutions())
+    path = tmp_path / f"tiny.conv.{count}"
+    write_darknet_weights(other, path, Header(), count)
+    settings = load_settings(
+        ARGS, words=["model.detector=yolox", *words, "yolox.neck_channels=[8, 8]", f"model.pretrained={path}"]
+    )[0]
+    torch.manual_seed(2)
+    model = build_detector(settings, 2).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert f"loaded the first {count} of" in load_pretrained(model, settings.model, ["cat", "dog"])[1]
+    for name, value in model.state_dict().items():
+        wanted = other.state_dict()[name] if name.startswith("backbone.") else before[name]
+        assert torch.equal(value, wanted), name
