@@ -6,9 +6,10 @@ python3 -m benchmarks.loader data.decoder=simplejpeg data.cache=memory
 
 Its batches have 16 images and its workers are 0, 1 and 2, whatever the settings say.
 
+"read and augmented" takes the images in the order of a run, where mosaic finds its other images decoded already.
 Times of one core are processor time; those of the loader are by the clock, with its workers beside this process. The
 ceiling of every row is the decoder alone, measured in each repeat. torchvision's rows read, decode and resize by its
-own functions; "as SSDlite" with the crops and flips of its reference training. About 90 seconds on 2 CPU cores.
+own functions; "as SSDlite" with the crops and flips of its reference training. About two minutes on 2 CPU cores.
 """
 
 import statistics
@@ -28,7 +29,8 @@ from detection.config.augmentation import AugmentationSettings
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
-from detection.data.build import DetectionDataset, build_training_dataset
+from detection.contract import Geometry
+from detection.data.build import DetectionDataset, build_training_dataset, prepare_for_training
 from detection.data.coco import CocoDataset
 from detection.data.image_file import JPEG_DECODERS, choose_decoder, describe_decoder, read_file
 from detection.data.loaders import build_training_loader, collate_samples
@@ -131,10 +133,19 @@ def report(settings: Settings, count: int, repeats: int) -> None:
         median = statistics.median(extra)
         print(f"{name:<36}{median:>8.2f}{spread:>16}{probability:>10g}{median * probability:>10.2f}")
 
+    mixtures = with_mixing(augmentation)
+    print(f"\n{'read and augmented, one core':<36}{'ms':>8}{'spread':>16}{'of plain':>10}")
+    loaded_rows = measure_mixing(dataset, settings, geometry, mixtures, repeats)
+    for name, values in loaded_rows.items():
+        ratio = statistics.median(one / plain for one, plain in zip(values, loaded_rows["plain"], strict=True))
+        spread = f"{min(values):.2f}..{max(values):.2f}"
+        print(f"{name:<36}{statistics.median(values):>8.2f}{spread:>16}{ratio:>10.2f}")
+
     print(f"\n{'loader, by the clock':<28}{'workers':>8}{'images/s':>10}{'spread':>16}{'a matched consumer waits':>26}")
-    for name, chosen in (("letterbox", only(augmentation, "")), ("with the augmentation", augmentation)):
+    chosen_rows = {"letterbox": only(augmentation, ""), "with the augmentation": augmentation}
+    for name, chosen in {**chosen_rows, "with mosaic": mixtures["mosaic"]}.items():
         for workers in (0, 1, 2):
-            dataset.sample_transform = Transform(geometry, size, 0, chosen)
+            use_augmentation(dataset, settings, geometry, chosen)
             rates = [images_per_second(dataset, workers, 0)[0] for _ in range(repeats)]
             rate = statistics.median(rates)
             _, waited = images_per_second(dataset, workers, BATCH / rate * 1.25)
@@ -169,6 +180,53 @@ def torchvision_rows(dataset: CocoDataset, size: int) -> dict[str, Callable[[int
         return as_ssdlite(image, {"boxes": boxes, "labels": torch.as_tensor(annotations.labels[rows])})
 
     return {"torchvision, letterbox": letterbox, "torchvision, as SSDlite": augmented}
+
+
+def with_mixing(augmentation: AugmentationSettings) -> dict[str, AugmentationSettings]:
+    """The same augmentation without mosaic and mixup, and with either on every image."""
+
+    def change(mosaic: float, mixup: float, beta: float | None = None) -> AugmentationSettings:
+        sections = {
+            "mosaic": augmentation.mosaic.model_copy(update={"p": mosaic}),
+            "mixup": augmentation.mixup.model_copy(update={"p": mixup, "beta": beta}),
+        }
+        return augmentation.model_copy(update=sections)
+
+    return {
+        "plain": change(0, 0),
+        "mosaic": change(1, 0),
+        "mosaic and mixup": change(1, 1),
+        "weighted mixup": change(0, 1, 1.5),
+    }
+
+
+def use_augmentation(
+    dataset: CocoDataset, settings: Settings, geometry: Geometry, augmentation: AugmentationSettings
+) -> None:
+    data = settings.data.model_copy(update={"augmentation": augmentation})
+    prepare_for_training(dataset, geometry, settings.model_copy(update={"data": data}))
+
+
+def measure_mixing(
+    dataset: CocoDataset,
+    settings: Settings,
+    geometry: Geometry,
+    augmentations: dict[str, AugmentationSettings],
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Measure milliseconds of CPU time per image, read and augmented in the order of a run, batch after batch."""
+    times: dict[str, list[float]] = {name: [] for name in augmentations}
+    steps = min(len(dataset), LOADED) // BATCH or 1
+    for repeat in range(repeats):
+        for name, augmentation in augmentations.items():
+            use_augmentation(dataset, settings, geometry, augmentation)
+            batches = list(TrainingBatchSampler(len(dataset), BATCH, 1, (repeat * steps, (repeat + 1) * steps), 0, 0))
+            dataset.__getitems__([*batches[0][:2]])
+            started = time.process_time()
+            for positions in batches:
+                dataset.__getitems__([*positions])
+            times[name].append((time.process_time() - started) / (steps * BATCH) * 1e3)
+    return times
 
 
 def all_on(augmentation: AugmentationSettings) -> AugmentationSettings:

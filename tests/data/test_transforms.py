@@ -406,3 +406,20 @@ def test_no_two_transforms_are_applied_together_more_often_than_chance(default_s
     assert np.abs(table.mean(axis=0) - 0.5).max() < 0.12
     for first, second in itertools.combinations(range(12), 2):
         assert abs((table[:, first] & table[:, second]).mean() - 0.25) < 0.1
+
+
+def test_the_interpolation_is_drawn_for_training_alone(default_settings: Load) -> None:
+    """Each of five methods for a fifth of the images; the pixels are those of OpenCV's resize with that method."""
+    settings = default_settings(*probabilities(random_interpolation=1), "model.placement=squash")
+    transform, image = transform_of(settings, 64, 0, training=True), picture(150, 90, 3)
+    methods = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_LANCZOS4)
+    resized = [cv2.resize(image, (64, 64), interpolation=method) for method in methods]
+    counts = np.zeros(5, int)
+    for index in range(300):
+        sample = transform(image, *NO_BOXES, index, 0, 0)
+        same = [np.array_equal(sample.image, one) for one in resized]
+        assert sum(same) == 1
+        counts[same.index(True)] += 1
+    assert (np.abs(counts - 60) < 30).all()  # standard deviation 7
+    validation = transform_of(settings, 64, 0)(image, *NO_BOXES, 0, 0, 0)
+    assert np.array_equal(validation.image, resized[1])

@@ -1,14 +1,19 @@
-"""What `--resume` accepts as the name of a run."""
+"""What `--resume` accepts as the name of a run; what a criterion is told of the progress, before and after."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from detection.checkpoints import save_checkpoint
 from detection.errors import CheckpointError, SettingsError
+from detection.models.yolo.darknet_loss import DarknetLoss
 from detection.training.resume import open_resumed_run
+from detection.training.schedules import first_finishing_step
+from tests.support.training_runs import load_main
 
 
 def test_resume_takes_the_run_or_its_last_checkpoint(tmp_path: Path, default_settings) -> None:
@@ -34,3 +39,40 @@ def test_resume_takes_the_run_or_its_last_checkpoint(tmp_path: Path, default_set
         resumed(run / "train.log")
     with pytest.raises(CheckpointError, match="does not exist"):
         resumed(tmp_path / "gone" / "last.pt")
+
+
+def test_the_last_part_of_a_run() -> None:
+    assert [first_finishing_step(share, 100) for share in (0.0, 0.15, 1.0)] == [100, 85, 0]
+    assert first_finishing_step(0.3, 7) == 5  # 4.9 steps
+
+
+def test_a_criterion_is_told_the_progress_before_each_step(
+    run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 steps, the last 2 without mosaic. An evaluation finds what the step before it was told."""
+    told: list[Any] = []
+    monkeypatch.setattr(DarknetLoss, "set_progress", lambda _, *told_now: told.append(told_now), raising=False)
+    module = load_main()
+    evaluate = module.evaluate_and_keep
+    monkeypatch.setattr(module, "evaluate_and_keep", lambda *words: told.append("evaluation") or evaluate(*words))
+    run = tmp_path / "run"
+    words = (
+        f"data.root={drawn_dataset}", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
+        "train.image_size=64", "evaluation.image_size=64", "train.batch_size=3", "data.num_workers=0",
+        "run.device=cpu", "run.preflight=false", "scheduler.warmup=1", "train.patience=null", "run.precision=off", "train.steps=6", "train.ema_decay=null", "train.clean_finish=0.3",
+        "evaluation.evaluate_frequency=3", "data.augmentation.mosaic.p=0.5", "train.learning_rate=1e-5",
+    )  # fmt: skip
+    steps = [(step / 6, step >= 4) for step in range(6)]
+    result = run_script(module.main, *words, "--output", run)
+    assert result.returncode == 0 and "from step 4 without mosaic and mixup" in result.stdout, result.stderr
+    assert told == [*steps[:3], "evaluation", *steps[3:], "evaluation"]
+    told.clear()
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert checkpoint["settings"]["train"]["clean_finish"] == 0.3
+    monkeypatch.setattr(module.Run, "evaluates_at", lambda self, step: step == 6)
+    checkpoint.pop("digest")
+    save_checkpoint(
+        run / "last.pt", {**checkpoint, "step": 6, "progress": {**checkpoint["progress"], "evaluated_step": 0}}
+    )
+    assert run_script(module.main, "--resume", run).returncode == 0
+    assert told == [steps[5], "evaluation"]  # the evaluation that a stop had left out

@@ -4,13 +4,14 @@ import colorsys
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from detection.config.settings import Settings
 from detection.data.augmentation import color
-from detection.data.augmentation.color import ColorDistortion, distort_hsv, draw_scale
+from detection.data.augmentation.color import ColorDistortion, distort_hsv, draw_scale, shift_hsv
 from tests.support.pictures import Scripted
 
 Load = Callable[..., Settings]
@@ -175,3 +176,34 @@ def test_an_image_is_left_alone_and_another_epoch_looks_different(default_settin
     other = build(default_settings, "darknet_hsv.p=1", "photometric_distortion.p=1", seed=1)
     assert not looks & {other(image, *place).tobytes() for place in places}
     assert distortion(pixel(1, 2, 3)[:1, :1], 0, 0).shape == (1, 1, 3)
+
+
+# --- HSV of YOLOX ---
+
+
+def test_levels_are_added_to_hue_saturation_and_value() -> None:
+    """Against YOLOX's formula in 16 bits on OpenCV's HSV; hue around the circle of 180, the others clipped."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for shifts in ((0, 0, 0), (5, 30, 30), (-5, -30, -30), (179, 255, 0), (0, 0, -255)):
+        hsv = cv2.cvtColor(colours, cv2.COLOR_RGB2HSV).astype(np.int16) + np.array(shifts, np.int16)
+        hsv[..., 0] %= 180
+        expected = cv2.cvtColor(hsv.clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+        assert np.array_equal(shift_hsv(colours, *shifts), expected)
+    assert shift_hsv(pixel(200, 100, 100), 0, 0, 30)[0, 0].tolist() == [230, 115, 115]
+    assert shift_hsv(pixel(100, 100, 100), 50, 0, -30)[0, 0].tolist() == [70, 70, 70]
+
+
+def test_each_part_is_shifted_on_half_of_the_images(default_settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 images: a standard error of 0.025 for the halves, and U(-1, 1) * limit cut to whole levels."""
+    shifts: list[tuple[int, ...]] = []
+    monkeypatch.setattr(color, "shift_hsv", lambda image, *drawn: shifts.append(drawn) or image)
+    distortion = build(default_settings, "hsv={p: 0.5, hue: 7, saturation: 40, value: 60}")
+    for index in range(800):
+        distortion(pixel(1, 2, 3), 0, index)
+    assert len(shifts) == pytest.approx(400, abs=60)
+    drawn = np.array(shifts)
+    for column, limit in enumerate((7, 40, 60)):
+        part = drawn[:, column]
+        assert np.abs(part).max() < limit and part.min() < -0.8 * limit and part.max() > 0.8 * limit - 1
+        off = 0.5 + 0.5 / limit  # what is cut to 0 counts as off
+        assert (part == 0).mean() == pytest.approx(off, abs=0.1)
