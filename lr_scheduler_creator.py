@@ -127,9 +127,9 @@ def build_curve(name: str, settings: Settings, images: int) -> Curve:
     images_per_step = train.micro_batch * train.subdivisions
     steps_per_epoch = images / images_per_step
     total_steps = max(resolve_steps(train.steps, steps_per_epoch), 1)
-    rate, clean_finish = full_rate(train, images_per_step), getattr(train, "clean_finish", 0.0)
+    rate = full_rate(train, images_per_step)
     try:
-        schedule = build_schedule(settings.scheduler, rate, total_steps, steps_per_epoch, clean_finish)
+        schedule = build_schedule(settings.scheduler, rate, total_steps, steps_per_epoch, train.clean_finish)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from None
     schedule, total_steps = add_swa(schedule, train, total_steps, steps_per_epoch)

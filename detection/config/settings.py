@@ -284,6 +284,8 @@ class Settings(Section):
         for name, values in sizes.items():
             if wrong := [value for value in values if value < 1]:  # `Geometry.check_size` checks the multiple
                 raise ValueError(f"{name} = {wrong[0]}: must be positive")
+        if self.scheduler.strategy == "FlatCosine" and self.scheduler.constant_finish and not self.train.clean_finish:
+            raise ValueError("scheduler.constant_finish: must be false where train.clean_finish is 0")
         if self.model.detector == "yolo":
             self.yolo.check_backbone(self.model.backbone)
         return self

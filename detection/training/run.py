@@ -172,6 +172,8 @@ class Run:
             raise SettingsError(str(error)) from None
         # Last: what depends on the length of the run depends on `train.steps` alone.
         self.schedule, self.steps = add_swa(self.schedule, train, self.steps, self.steps_per_epoch)
+        if not train.clean_finish:
+            self.finish_step = self.steps
 
     @property
     def patience(self) -> float:
@@ -215,7 +217,8 @@ class Run:
 
         Losses and assigners that change in the course of a run depend on this alone, so a resumed run goes on exactly.
         """
-        tell_progress(self.criterion, step / self.steps, step >= self.finish_step)
+        length = self.schedule.swa_start or self.steps  # the share is that of `train.steps`; SWA comes after it
+        tell_progress(self.criterion, min(step / length, 1.0), step >= self.finish_step)
 
     def set_length(self, steps: int, evaluate_frequency: int | str) -> None:
         """Replace the number of steps and the time between evaluations, and every duration that follows from them."""

@@ -188,7 +188,7 @@ def build_schedule(
         max(steps(scheduler.step_size or 0), 1),
         power,
         max(round(scheduler.flat * total_steps), warmup),
-        round((1 - finish) * total_steps),
+        first_finishing_step(finish, total_steps),
     )
 
 

@@ -284,6 +284,7 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["scheduler.scale=[1.0, 0.5]"], ["index"]),
         (["scheduler.strategy=Step"], ["Step", "LambdaLR"]),
         (["scheduler.strategy=StepLR"], ["needs a step_size above 0"]),
+        (["scheduler.constant_finish=true", "scheduler.strategy=FlatCosine"], ["train.clean_finish is 0"]),
         (["lr0=0.01"], ["train.learning_rate"]),
         (["imgsz=640"], ["train.image_size"]),
         (["train.lr0=0.01"], ["train.learning_rate"]),

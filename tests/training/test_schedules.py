@@ -32,7 +32,9 @@ def build(
     """Build a schedule from settings, as the training script does."""
     values = {"step_size": 500, **values} if strategy == "StepLR" else values
     words = [f"scheduler.{name}={'null' if value is None else value}" for name, value in values.items()]
-    settings, _ = load_settings(ARGS, words=[f"scheduler.strategy={strategy}", *words])
+    settings, _ = load_settings(
+        ARGS, words=[f"scheduler.strategy={strategy}", f"train.clean_finish={clean_finish}", *words]
+    )
     return build_schedule(settings.scheduler, learning_rate, total_steps, steps_per_epoch, clean_finish)
 
 
