@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.support.operation_trace import OperationTrace
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
 from detection.models.yolo.grid import flatten_levels
@@ -154,6 +155,21 @@ def test_multi_against_loop(form: dict[str, Any], counts: list[int], seed: int) 
     case, criterion = multi_case(form, counts, seed)
     losses = criterion(case.outputs, case.targets())
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(multi_by_loop(case, form), rel=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
+def test_every_form_takes_few_operations_and_reads_nothing_back(form: dict[str, Any]) -> None:
+    case, criterion = multi_case(form, [25, 25], 7)
+    criterion(case.outputs, case.targets())  # makes its table
+    counts = []
+    for boxes in (0, 25):
+        labels = torch.where(torch.arange(case.labels.shape[1]) < boxes, case.labels, -1)
+        targets = {"boxes": case.boxes, "labels": labels, "weights": torch.ones(labels.shape)}
+        with OperationTrace() as trace:
+            losses = criterion(case.outputs, targets)
+        assert not trace.host_reads and all(loss.isfinite() for loss in losses.values())
+        counts.append(len(trace.operations))
+    assert counts[0] == counts[1] <= 450, counts
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form))
