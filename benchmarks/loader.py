@@ -112,7 +112,9 @@ def report(settings: Settings, count: int, repeats: int) -> None:
     }
     rows |= torchvision_rows(dataset, size)
     transforms = {
-        name: transformed(Transform(geometry, size, 0, only(augmentation, name))) for name in augmentation_names()
+        name: transformed(Transform(geometry, size, 0, only(augmentation, name)))
+        for name in augmentation_names()
+        if name not in ("mosaic", "mixup")  # they need other images: `measure_mixing`
     }
     times = measure({**rows, "": transformed(nothing), **transforms}, count, repeats)
     ceiling = times[f"decode, {decoder}"]
