@@ -123,3 +123,15 @@ def test_the_darknet_protocol() -> None:
     assert (evaluation.iou_threshold, evaluation.max_detections) == (0.45, None)
     assert (settings.model.interpolation, settings.model.rounding) == ("darknet", "down")
     assert settings.model.fill == (127, 127, 127) and settings.model.batch_norm == "darknet"
+
+
+def test_paddle_numbers() -> None:
+    settings = load("paddle_270e")
+    train, mixup = settings.train, settings.data.augmentation.mixup
+    assert train.batch_size * train.subdivisions == 64 and (train.optimizer, train.clip_norm) == ("sgd", None)
+    epoch = COCO_IMAGES / 64
+    drops = [round(milestone * epoch) for milestone in (216, 243)]
+    found = rates(settings, 0, 2000, 4000, drops[0] - 1, drops[0], drops[1])
+    assert found == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-4, 1e-5])
+    assert (mixup.p, mixup.beta) == (1.0, 1.5) and train.clean_finish == pytest.approx(20 / 270)
+    assert settings.yolo.loss == "freebies" and settings.model.pixel_scaling == "imagenet"
