@@ -81,7 +81,12 @@ class Fit:
 def main() -> None:
     arguments = parse_arguments()
     settings, notices = load_run_settings(
-        arguments.config, arguments.settings, unused=("scheduler", "train", "evaluation"), tolerant=True, fit=False
+        arguments.config,
+        arguments.settings,
+        unused=("scheduler", "train", "evaluation"),
+        tolerant=True,
+        fit=False,
+        anchors=True,
     )
     choose_device(settings.run.device)  # not used, but every script refuses an absent device
     detector, layout = open_detector(settings)

@@ -37,7 +37,8 @@ class Facts:
         images: number of training images; None: not known.
         names: of the classes.
         given: paths of the settings that words and flags set.
-        detector_of: name of the detector that a file of weights holds; None: of none, or not known.
+        needs_anchors: only a detector with anchors will do.
+        detector_of: name of the detector of a checkpoint file; None: it is none, or cannot be read.
         has_weights: whether the standard weights of a backbone are on this machine.
         fit_anchors: (complete settings with the published anchors) -> anchors or None, and a line about them.
     """
@@ -47,6 +48,7 @@ class Facts:
     images: int | None
     names: tuple[str, ...]
     given: tuple[str, ...]
+    needs_anchors: bool
     detector_of: Callable[[str], str | None]
     has_weights: Callable[[str], bool]
     fit_anchors: Callable[[dict[str, Any]], tuple[Any, str]]
@@ -127,8 +129,10 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
 
 def _detector(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     backbone, weights = tree["model"]["backbone"], tree["model"]["pretrained"]
-    if backbone == DARKNET_CFG:
-        return "yolo", "a network from a cfg"
+    if facts.needs_anchors:
+        return "yolo", "it has anchors"
+    if backbone == DARKNET_CFG or str(weights).endswith(".weights"):
+        return "yolo", "a network of Darknet"
     if isinstance(weights, str) and weights != "auto" and (name := facts.detector_of(weights)) is not None:
         return name, f"that of {weights}"
     if own := [path for path in facts.given if path.startswith("yolo.")]:

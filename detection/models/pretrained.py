@@ -100,22 +100,17 @@ def has_standard_weights(backbone: str) -> bool:
 
 
 def detector_of(file: str) -> str | None:
-    """Return the name of the detector whose whole weights a file holds; None: a backbone's, or a file that is not read.
+    """Return the name of the detector of a checkpoint; None: another file, or one that cannot be read.
 
     Args:
         file: as in `model.pretrained`; an error about it is left to `load_pretrained`.
     """
     path = Path(file)
-    if path.suffix == ".weights":
-        return "yolo"
     try:
-        content = read_file(path) if path.suffix == ".pt" else None
-    except CheckpointError:
+        content: Any = read_file(path) if path.suffix == ".pt" else None
+        return complete_settings(content["settings"], DEFAULTS).model.detector if is_checkpoint(content) else None
+    except (CheckpointError, SettingsError):
         return None
-    if content is None or not is_checkpoint(content):
-        return None
-    name: str = content["settings"]["model"].get("detector", "yolo")  # the only one of old checkpoints
-    return name
 
 
 def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str]:

@@ -46,6 +46,7 @@ def load_run_settings(
     unused: Sequence[str] = (),
     tolerant: bool = False,
     fit: bool = True,
+    anchors: bool = False,
 ) -> tuple[Settings, list[str]]:
     """Merge args.yaml, overlays, words and flags, and resolve what says `auto` from the data and the device.
 
@@ -57,6 +58,7 @@ def load_run_settings(
         unused: sections that the script does not read; see `unused_notice`.
         tolerant: annotations that cannot be used are not an error here; the script reports them.
         fit: the script trains: fit anchors where they are auto, and name the values; false: the published anchors.
+        anchors: the script is about anchors: a detector that is auto has some.
 
     Raises:
         SettingsError: as in `load_settings`; the device is not there.
@@ -81,6 +83,7 @@ def load_run_settings(
             None if annotations is None else len(annotations),
             () if annotations is None else annotations.categories.names,
             tuple(given),
+            anchors,
             detector_of,
             has_standard_weights,
             lambda complete: anchors_for(complete, annotations if fit else None),

@@ -39,8 +39,8 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
     known = Facts(
         **{
             "accelerated": False, "cores": 16, "images": 1000, "names": ("cat",), "has_weights": lambda backbone: False,
-            "fit_anchors": lambda tree: (None, "kept"), "given": tuple(given), "detector_of": lambda file: None,
-            **facts,
+            "fit_anchors": lambda tree: (None, "kept"), "given": tuple(given), "needs_anchors": False,
+            "detector_of": lambda file: None, **facts,
         }
     )  # fmt: skip
     lines = fill_in(tree, merge_settings(ARGS)[0], known)
@@ -60,6 +60,7 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         (("yolo.loss=ciou",), {}, {"model.detector": "yolo"}),
         (("yolo.loss=ciou", "model.detector=yolox"), {}, {"model.detector": "yolox"}),
         (("model.pretrained=a.pt",), {"detector_of": {"a.pt": "yolo"}.get}, {"model.detector": "yolo"}),
+        (("model.pretrained=a.weights",), {}, {"model.detector": "yolo"}),
         (("model.pretrained=a.conv.74",), {}, {"model.detector": "yolox"}),
         (("train.image_size=96",), {}, {"evaluation.image_size": 96}),
         (("model.backbone=darknet_tiny",), {}, {"yolo.neck_channels": [256, 128]}),

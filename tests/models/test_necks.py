@@ -99,5 +99,5 @@ def test_outputs_of_fpn_are_those_of_the_plain_loop() -> None:
 
 def test_a_network_from_a_cfg_has_its_own_neck(tmp_path: Path) -> None:
     (tmp_path / "a.cfg").write_text("[net]")
-    with pytest.raises(SettingsError, match=r"yolo\.neck: backbone darknet_cfg brings its own neck; must be fpn"):
+    with pytest.raises(SettingsError, match=r"yolo\.neck: a network from a cfg brings its own neck; must be fpn"):
         load_settings(ARGS, words=["model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'a.cfg'}", "yolo.neck=pan"])

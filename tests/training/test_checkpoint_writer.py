@@ -164,7 +164,7 @@ def test_last_has_its_average_also_while_best_gets_the_weights_alone(tmp_path: P
     run = SimpleNamespace(settings=settings, ranks=SimpleNamespace(is_first=True), checkpoint=lambda _: state)
     loggers = SimpleNamespace(directory=tmp_path, artifact=lambda _: None)
     saver = Saver(run, SimpleNamespace(step=20), loggers)  # type: ignore[arg-type]
-    saver.save_best_without_average()
+    saver.save_best_of(torch.nn.Identity())
     saver.wait()
     assert written == [("best.pt", False), ("last.pt", True)]
 

@@ -160,7 +160,7 @@ class YOLOXLoss(PointCriterion):
 
         crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
         ignored = ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
-        loss_objectness = compare_objectness(raw.objectness, positive, ignored)
+        loss_objectness = compare_objectness(raw.objectness, positive, ignored).sum()
 
         classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
         target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], assignment.quality[..., None])
