@@ -147,7 +147,7 @@ class YOLOv3(nn.Module):
         maps.reverse()
         if self.bottom_up is not None:
             maps = self.bottom_up(maps)
-        return [head(features) for head, features in zip(self.heads[::-1], maps, strict=True)]
+        return [self.heads[-1 - level](features) for level, features in enumerate(maps)]
 
     def darknet_convolutions(self) -> list[nn.Module]:
         """Convolutions in the order of Darknet's weights files; empty if Darknet lacks the backbone.
