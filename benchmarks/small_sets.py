@@ -14,8 +14,9 @@ trains alone, on all cores at once, until --yardstick-steps; T is then the minut
 recipe, the mean over its runs, and is kept in WORK/yardstick.json. With --yardstick MINUTES it is given. A run gets its
 share of T as train.minutes: the number of its steps is fixed when it starts, from the time that a step takes then.
 
-Writes WORK/small_sets.md and a figure per set. AP and AP50 are those of best.pt, the highest AP50 of all evaluations,
-on the validation images; nothing may be chosen by them that is then reported on the same images.
+Writes WORK/small_sets.md and a figure per set. AP and AP50 are those of the evaluation with the highest AP, which
+best.pt holds where evaluation.best_metric is AP, on the validation images; nothing may be chosen by them that is then
+reported on the same images.
 """
 
 import argparse
@@ -248,7 +249,7 @@ def header(plan: Plan, work: Path) -> str:
     known = "not measured yet" if minutes is None else f"{minutes:.1f} minutes, extrapolated from its first slice"
     return (
         f"T: {ruler.steps} steps of {ruler.rung} on {ruler.set}, {known}. {platform.machine()}, "
-        f"{os.cpu_count()} cores, one core per run. AP: mean over seeds (smallest to largest), of best.pt."
+        f"{os.cpu_count()} cores, one core per run. AP: mean over seeds (smallest to largest), of the best evaluation."
     )
 
 

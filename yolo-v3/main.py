@@ -6,7 +6,8 @@ python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       resume exactl
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
 Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), train.log, metrics.jsonl, results.csv, TensorBoard
-events, images/, metrics.json and detections.json of the last evaluation, best.pt (highest AP50), last.pt, report.html.
+events, images/, metrics.json and detections.json of the last evaluation, best.pt (evaluation.best_metric), last.pt,
+report.html.
 """
 
 import argparse
@@ -140,7 +141,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                 if run.evaluates_at(state.step) and not stopped and not supervisor.skips_evaluation():
                     evaluate_and_keep(run, state, saver, loggers, supervisor)
                     if state.evaluations_without_rise >= run.patience and state.step < run.steps:
-                        loggers.line(f"stopped at step {state.step}: AP50 has not risen in {run.patience} evaluations")
+                        loggers.line(f"stopped at step {state.step}: no better evaluation in {run.patience}")
                         break
                 elif saver.due():
                     saver.save(numbered=True)

@@ -12,7 +12,7 @@ from detection.drawing.figures import draw_curves, new_figure, save_figure
 
 @dataclass(frozen=True)
 class Result:
-    """A completed run: AP and AP50 of its best.pt, its steps and minutes, and (share of the run, AP) on the way."""
+    """A completed run: AP and AP50 of the evaluation with the highest AP; steps, minutes; (share of the run, AP)."""
 
     job: Job
     ap: float
@@ -25,7 +25,7 @@ class Result:
 def read_result(job: Job, work: Path, ledger: Ledger) -> Result:
     """Read the result of a completed run from its results.csv and metrics.json.
 
-    best.pt has the highest AP50 of all evaluations; that of the weights without EMA, made last, has no row.
+    The evaluation of the weights without EMA, made last, has no row; metrics.json is of the last evaluation.
     """
     directory = job.directory(work)
     with open(directory / "results.csv", encoding="utf-8", newline="") as file:
@@ -34,7 +34,7 @@ def read_result(job: Job, work: Path, ledger: Ledger) -> Result:
         ]
     last = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
     candidates = [*rows, (last["step"], last["AP"], last["AP50"])]
-    _, ap, ap50 = max(candidates, key=lambda row: row[2])
+    _, ap, ap50 = max(candidates, key=lambda row: row[1])
     steps = last["step"]
     curve = tuple((step / steps, value) for step, value, _ in rows)
     return Result(job, ap, ap50, steps, ledger.minutes(job), curve)

@@ -247,6 +247,7 @@ class EvaluationSettings(Section):
     backend: Literal["auto", "arrays", "pycocotools"]
     visualization_threshold: Probability
     visualize_images: Annotated[int, Field(ge=0)]
+    best_metric: Literal["AP", "AP50"]
 
 
 class Settings(Section):

@@ -212,7 +212,8 @@ def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervis
     """Log speed, duration and best checkpoint of a completed run, and write its report."""
     report_speed(run, state, loggers)
     report_run(run, state, loggers)
+    best = f"best {run.settings.evaluation.best_metric} {state.best_value or 0.0:.3f} at step {state.best_step}"
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
-        f"best AP50 {state.best_ap50 or 0.0:.3f} at step {state.best_step}: {loggers.directory / BEST}"
+        f"{best}: {loggers.directory / BEST}"
     )

@@ -24,14 +24,13 @@ OF_BEST = "best_"  # before their names: of the evaluation that gave best.pt
 
 
 def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Evaluate the model after this step and save it, also as best.pt if AP50 is the highest so far."""
+    """Evaluate the model after this step and save it, also as best.pt if `evaluation.best_metric` rises."""
     # Saved first, so that no steps are lost if the evaluation fails; a resumed run repeats it.
     saver.save(numbered=saver.due())
     evaluation = evaluate_run(run, state, supervisor)
     if evaluation is not None:
         log_evaluation(run, evaluation, state.step, loggers)
-    ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"])
-    best = state.record_evaluation(ap50 or 0.0)
+    best = state.record_evaluation(best_metric_of(run, evaluation))
     if best and evaluation is not None:
         keep_results(loggers)
     saver.save(best=best)
@@ -39,7 +38,7 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
 
 
 def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
-    """Evaluate what else a run ends with; best.pt gets it if its AP50 is the highest.
+    """Evaluate what else a run ends with; best.pt gets it if its `evaluation.best_metric` is the highest.
 
     That is the weights themselves, if the evaluations were of their EMA, and the mean of the SWA cycles.
     """
@@ -48,16 +47,26 @@ def keep_better_weights(run: Run, state: RunState, saver: Saver, loggers: Logger
         candidates.append((f"SWA of {state.swa.count} cycles", "SWA", state.swa.model))
     for what, short, model in candidates:
         evaluation = evaluate_run(run, state, supervisor, model)
-        ap50 = run.ranks.broadcast(None if evaluation is None else evaluation.metrics["AP50"]) or 0.0
-        better = ap50 > (state.best_ap50 or 0.0)
+        value = best_metric_of(run, evaluation)
+        better = value > (state.best_value or 0.0)
         if better:
-            state.best_ap50, state.best_step = ap50, state.step
+            state.best_value, state.best_step = value, state.step
             if evaluation is not None:
                 log_evaluation(run, evaluation, state.step, loggers, short)
                 keep_results(loggers)
             saver.save_best_of(model)
         kept = f"the highest: {BEST} holds them" if better else f"{BEST} stays that of step {state.best_step}"
-        loggers.line(f"{what} at step {state.step}: AP50 {ap50:.3f}, {kept}")
+        loggers.line(f"{what} at step {state.step}: {run.settings.evaluation.best_metric} {value:.3f}, {kept}")
+
+
+def best_metric_of(run: Run, evaluation: Evaluation | None) -> float:
+    """Return the metric that decides about best.pt, in all processes alike.
+
+    Args:
+        evaluation: in the first process; None in the others.
+    """
+    name = run.settings.evaluation.best_metric
+    return run.ranks.broadcast(None if evaluation is None else evaluation.metrics[name]) or 0.0
 
 
 def evaluate_run(
@@ -100,14 +109,14 @@ def keep_results(loggers: Loggers) -> None:
         loggers.artifact(loggers.directory / f"{OF_BEST}{name}")
 
 
-def has_results_of_best(directory: Path, state: RunState) -> bool:
+def has_results_of_best(directory: Path, state: RunState, metric: str) -> bool:
     """Return whether the files that `keep_results` left are of the evaluation that gave the best.pt of this state."""
     try:
         metrics = json.loads((directory / f"{OF_BEST}metrics.json").read_text(encoding="utf-8"))
-        found = metrics["step"], metrics["AP50"] or 0.0
+        found = metrics["step"], metrics[metric] or 0.0
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == (state.best_step, state.best_ap50) and (directory / f"{OF_BEST}detections.json").is_file()
+    return found == (state.best_step, state.best_value) and (directory / f"{OF_BEST}detections.json").is_file()
 
 
 def evaluate_best(run: Run, directory: Path) -> None:

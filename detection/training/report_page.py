@@ -43,7 +43,7 @@ def report_run(run: Run, state: RunState, loggers: Loggers) -> None:
     if not run.ranks.is_first:
         return
     try:
-        if not has_results_of_best(loggers.directory, state):
+        if not has_results_of_best(loggers.directory, state, run.settings.evaluation.best_metric):
             loggers.line(f"{BEST} is evaluated again for the report: what its evaluation found is not in its files")
             evaluate_best(run, loggers.directory)
         page = write_report(loggers.directory, run.validation_set, run.settings, run.detector)

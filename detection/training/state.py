@@ -47,7 +47,7 @@ class RunState:
         self.skipped = SkippedSteps(train.max_skipped_steps, ordinary=scaler.is_enabled())
         self.meter = Meter(images_per_step)
         self.step = 0
-        self.best_ap50: float | None = None
+        self.best_value: float | None = None  # of `evaluation.best_metric`
         self.best_step = 0
         self.evaluations_without_rise = 0
         self.evaluated_step = 0
@@ -67,17 +67,17 @@ class RunState:
         self.meter.add(result, micro_batches)
         self.step += 1
 
-    def record_evaluation(self, ap50: float) -> bool:
-        """Record the AP50 after this step.
+    def record_evaluation(self, value: float) -> bool:
+        """Record the value of `evaluation.best_metric` after this step.
 
         Returns:
             Whether it is the highest so far; true for the first, false for a tie.
         """
-        rises = self.best_ap50 is None or ap50 > self.best_ap50
+        rises = self.best_value is None or value > self.best_value
         self.evaluated_step = self.step
         self.evaluations_without_rise = 0 if rises else self.evaluations_without_rise + 1
         if rises:
-            self.best_ap50, self.best_step = ap50, self.step
+            self.best_value, self.best_step = value, self.step
         return rises
 
     def check_scale(self) -> None:
@@ -104,7 +104,7 @@ class RunState:
             "skipped": self.skipped.state(),
             "meter": self.meter.state(),
             "progress": {
-                "best_ap50": self.best_ap50,
+                "best_value": self.best_value,
                 "best_step": self.best_step,
                 "evaluations_without_rise": self.evaluations_without_rise,
                 "evaluated_step": self.evaluated_step,
@@ -137,8 +137,10 @@ class RunState:
             if "meter" in checkpoint:
                 self.meter.load(checkpoint["meter"], device)
             self.step = checkpoint["step"]
-            for name in ("best_ap50", "best_step", "evaluations_without_rise", "evaluated_step"):
-                setattr(self, name, checkpoint["progress"][name])
+            progress = checkpoint["progress"]
+            self.best_value = progress["best_ap50" if "best_ap50" in progress else "best_value"]  # the older name
+            for name in ("best_step", "evaluations_without_rise", "evaluated_step"):
+                setattr(self, name, progress[name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the checkpoint does not fit the run of its settings: {reason}") from None

@@ -658,7 +658,7 @@ def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path, 
     assert train("run", fault=functools.partial(die_between, at=at)).wait() == -signal.SIGKILL
     if at == "best.pt":
         best = load_checkpoint(tmp_path / "run" / "best.pt")
-        assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_ap50"] is not None
+        assert best["step"] == 4 == best["progress"]["best_step"] and best["progress"]["best_value"] is not None
     launch("resumed", "--resume", tmp_path / "run").ends_with(0)
     compare_with(whole(), tmp_path / "run")
 

@@ -273,10 +273,10 @@ def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> N
     content = torch.load(scenarios.base / "whole" / "best.pt", weights_only=True)
     if HELD in (scenarios.base / "whole" / "train.log").read_text():
         assert content["step"] == STEPS == content["progress"]["best_step"] and content["average"] is None
-        assert content["progress"]["best_ap50"] > best["val/AP50"]
+        assert content["progress"]["best_value"] > best["val/AP50"]
     else:
         assert content["step"] == best["step"] == content["progress"]["best_step"]
-        assert content["progress"]["best_ap50"] == best["val/AP50"]
+        assert content["progress"]["best_value"] == best["val/AP50"]
 
 
 def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:

@@ -203,14 +203,14 @@ def complete(work: Path, job: Job, rows: list[tuple[int, float, float]], last: t
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
-    """AP is that of the evaluation with the highest AP50, which best.pt has; the last one may have no row."""
+    """The evaluation with the highest AP counts; the last one may have no row."""
     jobs = [Job(rung, "cells", seed, "half") for rung in ("R0", "R8") for seed in (0, 1)]
     complete(tmp_path, jobs[0], [(50, 0.4, 0.8), (100, 0.5, 0.7)], (100, 0.45, 0.75))
     complete(tmp_path, jobs[1], [(50, 0.4, 0.8), (100, 0.5, 0.85)], (100, 0.6, 0.9))
     results = read_results(jobs, tmp_path)
-    assert [(result.ap, result.ap50, result.steps) for result in results] == [(0.4, 0.8, 100), (0.6, 0.9, 100)]
+    assert [(result.ap, result.ap50, result.steps) for result in results] == [(0.5, 0.7, 100), (0.6, 0.9, 100)]
     table = markdown_table(jobs, results).splitlines()
-    assert "| cells | R0 | 2 of 2 | 0.500 (0.400 to 0.600) | 0.850 | 0.588 | 100 | 1.5 |" in table
+    assert "| cells | R0 | 2 of 2 | 0.550 (0.500 to 0.600) | 0.800 | 0.688 | 100 | 1.5 |" in table
     assert "| cells | R8 | 0 of 2 | - | - | - | - | - |" in table
     draw_set(tmp_path / "cells.png", "cells", results)
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")

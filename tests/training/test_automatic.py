@@ -172,7 +172,7 @@ def test_best_pt_is_the_better_of_ema_and_weights(
     best, last = (torch.load(tmp_path / "run" / name, weights_only=True) for name in ("best.pt", "last.pt"))
     assert (best["average"] is not None) == holds_average and last["average"] is not None
     assert first_difference(best["model"], last["model"]) is None
-    assert best["progress"]["best_ap50"] == max(ema, weights)
+    assert best["progress"]["best_value"] == max(ema, weights)
 
 
 # SWA

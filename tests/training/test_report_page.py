@@ -114,12 +114,12 @@ def reported(finished: tuple[Path, Any, Settings, Any]) -> tuple[Any, Any, list[
 def state_of(directory: Path) -> Any:
     """The state of the run at its end: its best evaluation is the one in the files."""
     best = json.loads((directory / "best_metrics.json").read_text())
-    return SimpleNamespace(best_ap50=best["AP50"], best_step=best["step"])
+    return SimpleNamespace(best_value=best["AP50"], best_step=best["step"])
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"best_step": 15}, {"best_ap50": 0.3}, {"lost": "best_metrics.json"}, {"lost": "best_detections.json"}],
+    [{"best_step": 15}, {"best_value": 0.3}, {"lost": "best_metrics.json"}, {"lost": "best_detections.json"}],
     ids=str,
 )
 def test_files_of_another_evaluation_are_not_taken_for_those_of_best(
@@ -127,10 +127,10 @@ def test_files_of_another_evaluation_are_not_taken_for_those_of_best(
 ) -> None:
     """As a process leaves them that was killed before best.pt was written, or a run of an older version."""
     directory, state = finished[0], state_of(finished[0])
-    assert has_results_of_best(directory, state)
+    assert has_results_of_best(directory, state, "AP50")
     if "lost" in other:
         (directory / other["lost"]).unlink()
-    assert not has_results_of_best(directory, SimpleNamespace(**{**vars(state), **other}))  # type: ignore[arg-type]
+    assert not has_results_of_best(directory, SimpleNamespace(**{**vars(state), **other}), "AP50")  # type: ignore[arg-type]
 
 
 def test_results_of_best_stay_while_the_last_ones_are_replaced(

@@ -33,7 +33,7 @@ def test_the_best_is_the_first_of_equals(build: Build) -> None:
         state.step = step
         assert state.record_evaluation(ap50) == (best == step), "a tie keeps best.pt"
         assert (state.best_step, state.evaluations_without_rise, state.evaluated_step) == (best, without_rise, step)
-    assert state.best_ap50 == 0.5
+    assert state.best_value == 0.5
 
 
 def as_checkpoint(state: RunState, **changes: Any) -> dict[str, Any]:
