@@ -642,12 +642,17 @@ def ignore_and_send(main: ModuleType, number: int) -> None:
 
 
 def die_between(main: ModuleType, at: str) -> None:
-    """At the first evaluation, when this file has its name and what comes after it not yet."""
+    """At the first evaluation, when this file has its name and what comes after it not yet.
+
+    last.pt of the step before it is on the disk: another thread writes it, and without it there is no run to resume.
+    """
     link_file = checkpoints.link_file
 
     def link_and_die(path: Path, name: Path) -> None:
         link_file(path, name)
         if name.name == at:
+            while not (name.parent / "last.pt").exists():
+                time.sleep(0.01)
             die()
 
     checkpoints.link_file = evaluation.link_file = link_and_die
