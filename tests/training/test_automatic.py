@@ -99,6 +99,21 @@ def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named:
 
 
 @pytest.mark.parametrize(
+    ("words", "paths", "value"),
+    [
+        ("model.detector=yolox yolo.loss=ciou yolo.spp=true", "yolo.loss, yolo.spp have", "model.detector = yolox"),
+        ("yolox.assigner=atss", "yolox.assigner has", "model.detector = yolo"),
+        ("model.detector=yolox yolox.balance=objects", "yolox.balance has", "yolox.loss = yolox"),
+        ("model.detector=yolox yolox.loss=aligned yolox.l1_weight=2", "yolox.l1_weight has", "yolox.loss = aligned"),
+        ("model.detector=yolox yolox.loss=aligned yolox.balance=objects", None, None),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_detector_or_loss_is_named(words: str, paths: str | None, value: str | None) -> None:
+    notices = load_run_settings([], ["data.fake=true", "model.num_classes=2", *words.split()])[1]
+    assert notices == ([] if paths is None else [f"warning: {paths} no effect with {value}"])
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (("train.steps=9",), "the warm-up takes 1000 of 9 steps"),
