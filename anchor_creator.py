@@ -55,7 +55,7 @@ from detection.errors import DataError, SettingsError, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory, writing_results
-from detection.training.automatic import load_run_settings
+from detection.training.automatic import OWN_DATA, load_run_settings
 from detection.visualization.anchor_figure import draw_anchors
 
 PUBLISHED = {  # number of anchors -> name and values, made for COCO. Source: yolov3.cfg, yolov3-tiny.cfg of Darknet
@@ -129,7 +129,9 @@ def main() -> None:
         save_figure(directory / "anchors.png", figure)
         write_overlay(directory, levels, layout, sizes, [f"{path}, {at}", verdict])
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
-    print(f"overlay, figure and numbers in {directory}; train with --config {directory / 'anchors.yaml'}")
+    own_plan = settings.run.name == OWN_DATA.stem and not arguments.config  # an overlay alone goes on COCO's
+    plan = f"--config {OWN_DATA} " if own_plan else ""
+    print(f"overlay, figure and numbers in {directory}; train with {plan}--config {directory / 'anchors.yaml'}")
     if arguments.show:
         browse("anchors", 1, lambda page: figure_pixels(figure))
 
@@ -264,7 +266,7 @@ def write_overlay(
     if layout.with_anchors is None:
         section, _, key = layout.setting.partition(".")
         rows = [f"    - {json.dumps([list(anchor) for anchor in level])}" for level in levels]
-        lines += [f"{section}:", f"  {key}:", *rows]
+        lines += ["model:", f"  detector: {section}", f"{section}:", f"  {key}:", *rows]
         # At another train.image_size they are scaled; anchors for a range of sizes are not.
         lines += [f"  anchor_size: {sizes[0] if len(sizes) == 1 else 'null'}"]
     else:

@@ -60,7 +60,9 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
+from detection.training.memory.batch_size import most_images, sizes_up_to
 from detection.training.schedules import first_finishing_step, resolve_steps
+from detection.training.step import tell_progress
 from detection.visualization.augmentation_sheet import augmentation_names, strength_rows
 from detection.visualization.target_pictures import count_targets, draw_targets, gt_boxes_of
 
@@ -78,9 +80,11 @@ def main() -> None:
         flags.append(Flag("--weights", "model.pretrained", str(arguments.weights)))
     settings, notices = load_run_settings(arguments.config, arguments.settings, flags, unused=("scheduler",))
     print("\n".join(notices), end="\n" if notices else "")
-    open_machine(settings.run)  # not used, but every script refuses an absent device
+    machine = open_machine(settings.run)  # else not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
     print("\n".join(dataset.source_lines), end="\n" if dataset.source_lines else "")
+    if settings.train.batch_size == "auto":
+        settings = with_batch_size(settings, machine.device.type, len(dataset))
     names = [printable(name) for name in dataset.annotations.categories.names]
     detector = open_detector(settings, arguments.split, len(names), arguments.targets)
     use_geometry(dataset, detector.geometry, settings, arguments.split)
@@ -154,6 +158,13 @@ def open_dataset(settings: Settings, split: str) -> DetectionDataset:
     return build_training_dataset(settings.data, seed, num_classes)
 
 
+def with_batch_size(settings: Settings, device_type: str, num_images: int) -> Settings:
+    """Replace `train.batch_size: auto` by what training takes where memory holds as much, and say so."""
+    number = sizes_up_to(max(most_images(device_type, num_images) // settings.train.subdivisions, 1))[-1]
+    print(f"train.batch_size=auto: {number}, as in training where memory holds so many images")
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": number})})
+
+
 def open_detector(settings: Settings, split: str, num_classes: int, targets: bool) -> Detector:
     """Build the detector: on the meta device, for its geometry, or with `targets` on the CPU, for its assignment.
 
@@ -193,7 +204,8 @@ def positions_of_step(
     """List the images of a training step, micro-batch by micro-batch, or of a validation batch.
 
     Args:
-        detector: determines the sizes of multiscale training.
+        detector: determines the sizes of multiscale training; its criterion is told the progress of the step, or the
+            end of the run for a validation batch.
 
     Raises:
         SettingsError: there is no such validation batch.
@@ -205,16 +217,16 @@ def positions_of_step(
         if step >= batches:
             raise SettingsError(f"--step {step}: the {len(dataset)} validation images make batches 0 to {batches - 1}")
         first = step * batch_size
+        if detector.criterion is not None:
+            tell_progress(detector.criterion, 1.0, train.clean_finish > 0)
         return [
             Position(index, 0, settings.evaluation.image_size)
             for index in range(first, min(first + batch_size, len(dataset)))
         ]
     factors = factors_of(dataset, settings)
-    finish = None
-    if train.clean_finish:
-        images_per_epoch = ImageOrder(len(dataset), settings.run.seed, factors).images_per_epoch
-        steps = resolve_steps(train.steps, images_per_epoch / (train.micro_batch * train.subdivisions))
-        finish = first_finishing_step(train.clean_finish, max(steps, 1))
+    images_per_epoch = ImageOrder(len(dataset), settings.run.seed, factors).images_per_epoch
+    steps = max(resolve_steps(train.steps, images_per_epoch / (train.micro_batch * train.subdivisions)), 1)
+    finish = first_finishing_step(train.clean_finish, steps)
     sampler = TrainingBatchSampler(  # as in yolo-v3/main.py
         len(dataset),
         train.micro_batch,
@@ -226,8 +238,10 @@ def positions_of_step(
         train.multiscale_sizes,
         factors,
         size_step(detector.geometry.size_multiple),
-        finish_step=finish,
+        finish_step=finish if train.clean_finish else None,
     )
+    if detector.criterion is not None:
+        tell_progress(detector.criterion, min(step / steps, 1.0), step >= finish)
     return [position for micro_batch in sampler for position in micro_batch]
 
 

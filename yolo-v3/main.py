@@ -117,7 +117,6 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
         with Supervisor(run, state, run.training_batches(first_step), loggers, stop, profile) as supervisor:
             if first_step and run.evaluates_at(first_step) and state.evaluated_step != first_step:
                 # The run was stopped before this evaluation was complete.
-                run.set_progress(first_step - 1)
                 evaluate_and_keep(run, state, saver, loggers, supervisor)
             for step in range(first_step, run.steps):
                 supervisor.begin(step)

@@ -287,6 +287,9 @@ class Settings(Section):
                 raise ValueError(f"{name} = {wrong[0]}: must be positive")
         if self.scheduler.strategy == "FlatCosine" and self.scheduler.constant_finish and not self.train.clean_finish:
             raise ValueError("scheduler.constant_finish: must be false where train.clean_finish is 0")
+        mixup = self.data.augmentation.mixup
+        if self.model.detector == "yolox" and mixup.p and mixup.beta is not None:
+            raise ValueError("data.augmentation.mixup.beta: the losses of yolox do not weigh boxes; must be null")
         if self.model.detector == "yolo":
             self.yolo.check_backbone(self.model.backbone)
         return self

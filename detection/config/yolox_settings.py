@@ -29,12 +29,12 @@ class YoloxSettings(Section):
     bins: Annotated[int, Field(ge=2)] | None
     atss_share: Probability
     one_to_one: bool
-    size_prior: Positive
+    size_prior: Annotated[float, Field(ge=0.01, le=100)]  # far within what raw values can say
     balance: Literal["predictions", "objects"]
 
     @model_validator(mode="after")
     def check_loss(self) -> "YoloxSettings":
         for name in ("bins", "one_to_one"):
             if self.loss == "yolox" and getattr(self, name):
-                raise ValueError(f"{name}: needs loss: aligned")
+                raise ValueError(f"{name}: needs yolox.loss aligned, not yolox")
         return self

@@ -148,7 +148,10 @@ def build_exported(model: OnnxModel, own: Settings, settings: Settings) -> Detec
         postprocess = FinalDetections()
     elif description.output_kind == "decoded":
         postprocess = DecodedPostprocess(
-            evaluation.confidence_threshold, evaluation.iou_threshold, evaluation.max_detections
+            evaluation.confidence_threshold,
+            evaluation.iou_threshold,
+            evaluation.max_detections,
+            not description.decoding.get("one_to_one", False),
         )
     else:
         postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)

@@ -15,7 +15,7 @@ from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError, name_list
 from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
-from detection.models import build_detector
+from detection.models import DETECTORS, build_detector
 from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
@@ -50,6 +50,11 @@ class OpenedDetector:
         if isinstance(model, OnnxModel):
             return model.num_parameters
         return sum(parameter.numel() for parameter in model.parameters())
+
+
+def unused_sections(own: Settings) -> tuple[str, ...]:
+    """List the sections that nothing reads: those of training, and of other detectors than that of a file."""
+    return (*UNUSED, *(name for name in DETECTORS if name != own.model.detector))
 
 
 def placeholder_names(num_classes: int) -> tuple[str, ...]:
@@ -152,7 +157,7 @@ def _open_checkpoint(
     checkpoint, moved = load_fields(weights, DETECTOR_FIELDS), list[str]()
     try:
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
-        settings, translated = load_settings(own, overlays, words, flags, UNUSED)
+        settings, translated = load_settings(own, overlays, words, flags, unused_sections(own))
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         detector = build_detector(settings, len(names))
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
@@ -175,7 +180,7 @@ def _open_onnx(
         own = complete_settings(description.settings_tree(), defaults, moved)
     except (SettingsError, KeyError) as error:
         raise CheckpointError(f"{weights}: its metadata is damaged or of another version: {error}") from None
-    settings, translated = load_settings(own, overlays, words, flags, UNUSED)
+    settings, translated = load_settings(own, overlays, words, flags, unused_sections(own))
     lines = [*moved, *translated]
     refuse_changes(model, own, settings)
     device = model.use_device(settings.run.device)

@@ -111,12 +111,6 @@ def complete_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     return iou - distance / _not_zero(diagonal) - alpha * v
 
 
-def overlap_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
-    """Elementwise IoU; (..., 4) and (..., 4) to (...), 0..1. Differentiable; gradient 0 where nothing overlaps."""
-    intersection, union, _, _ = _overlap_and_hull(boxes_1_cxcywh, boxes_2_cxcywh)
-    return intersection / _not_zero(union)
-
-
 def distance_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
     """Elementwise DIoU; (..., 4) and (..., 4) to (...), -1..1. Differentiable; never NaN for finite boxes.
 

@@ -26,7 +26,7 @@ OWN_DATA = DEFAULTS.parent.parent / "recipes" / "own_data.yaml"
 COCO_SIZED = 20_000  # training images from which args.yaml, made for COCO's 118,287, is the plan
 COCO_FILE = ("annotations/instances_train2017.json", 100 * 2**20)  # of this size: not read twice
 RESTARTS = "CosineAnnealingWarmRestartsWithWarmup"
-# Settings of the scheduler that only some strategies read.
+# Settings that only some strategies read, and some losses of yolox.
 LIMITED = {
     "scheduler.index": ("LambdaLR",),
     "scheduler.scale": ("LambdaLR",),
@@ -36,6 +36,8 @@ LIMITED = {
     **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_bias_lr")},
     "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine"),
     "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
+    **{f"yolox.{name}": ("yolox",) for name in ("objectness_weight", "l1_weight")},
+    **{f"yolox.{name}": ("aligned",) for name in ("class_loss", "atss_share", "balance", "distribution_weight")},
 }
 
 
@@ -92,14 +94,26 @@ def load_run_settings(
         notices += [f"auto: {line}" for line in lines] if fit else []
     notices += scale_anchors(tree)
     settings = validate(tree)
-    strategy = settings.scheduler.strategy
-    foreign = [
-        path for path in given if path in LIMITED and strategy not in LIMITED[path] and "scheduler" not in unused
+    read = [path for path in given if path.partition(".")[0] not in unused]
+    return settings, notices + no_effect(read, settings) + unused_notice(given, unused)
+
+
+def no_effect(given: Sequence[str], settings: Settings) -> list[str]:
+    """Return a notice for the given settings that schedule, detector or loss does not read, for each of the three."""
+    strategy, detector, loss = settings.scheduler.strategy, settings.model.detector, settings.yolox.loss
+    foreign: dict[str, list[str]] = {}
+    for path in given:
+        section = path.partition(".")[0]
+        if section == "scheduler" and strategy not in LIMITED.get(path, (strategy,)):
+            foreign.setdefault(f"scheduler.strategy = {strategy}", []).append(path)
+        elif section in ("yolo", "yolox") and section != detector:
+            foreign.setdefault(f"model.detector = {detector}", []).append(path)
+        elif section == "yolox" and loss not in LIMITED.get(path, (loss,)):
+            foreign.setdefault(f"yolox.loss = {loss}", []).append(path)
+    return [
+        f"warning: {', '.join(paths)} {'has' if len(paths) == 1 else 'have'} no effect with {value}"
+        for value, paths in foreign.items()
     ]
-    if foreign:
-        verb = "has" if len(foreign) == 1 else "have"
-        notices.append(f"warning: {', '.join(foreign)} {verb} no effect with scheduler.strategy = {strategy}")
-    return settings, notices + unused_notice(given, unused)
 
 
 def cores_per_process() -> int:

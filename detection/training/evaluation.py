@@ -77,6 +77,7 @@ def evaluate_run(
     Args:
         model: model to evaluate; None: `state.evaluated_model`.
     """
+    run.set_progress(state.step - 1)  # the losses are those of the last step, in a continued run too
     share = run_inference(
         model or state.evaluated_model,
         run.criterion,
@@ -130,6 +131,7 @@ def evaluate_best(run: Run, directory: Path) -> None:
     checkpoint, model = load_fields(directory / BEST, DETECTOR_FIELDS), run.detector.model
     average = checkpoint.get("average")
     model.load_state_dict(average or checkpoint["model"])
+    run.set_progress(checkpoint["step"] - 1)
     evaluation = compute_metrics(
         [run_inference(model, run.criterion, run.detector.postprocess, _loader(run), run.device, run.autocast)],
         run.validation_set.annotations,

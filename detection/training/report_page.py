@@ -78,7 +78,8 @@ def write_report(directory: Path, dataset: DetectionDataset, settings: Any, dete
         [
             f"{directory}",
             f"{BEST}, the {best['weights']} after step {best['step']}: AP {shown(best['AP'])}, "
-            f"AP50 {shown(best['AP50'])}, the highest of the run; all below the curves is about it",
+            f"AP50 {shown(best['AP50'])}, of the highest {settings.evaluation.best_metric} of the run; all below the "
+            "curves is about it",
             f"last evaluation, after step {last['step']}: AP {shown(last['val/AP'])}, AP50 {shown(last['val/AP50'])}",
             f"{len(annotations)} validation images with {int(count_gt(annotations).sum())} boxes of {len(names)} "
             f"classes; {protocol_line(settings, detector, dataset)}",

@@ -121,6 +121,7 @@ def follows_length(settings: Settings) -> list[str]:
     names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
     names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
+    names += ["yolox.atss_share"] * (settings.model.detector == "yolox" and settings.yolox.atss_share > 0)
     return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)
 
 

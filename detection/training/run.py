@@ -177,7 +177,7 @@ class Run:
 
     @property
     def patience(self) -> float:
-        """Number of evaluations without a higher AP50 after which the run ends."""
+        """Number of evaluations without a higher `evaluation.best_metric` after which the run ends."""
         patience = self.settings.train.patience
         return math.inf if patience is None else patience
 

@@ -241,6 +241,7 @@ IMPOSSIBLE = {
     "train": """
         batch_size=0 batch_size=-4 subdivisions=0 image_size=0 image_size=-32 multiscale_sizes=[608,320]
         multiscale_sizes=[320] resize_frequency=-1 learning_rate=-1e-3 learning_rate=.nan learning_rate=.inf momentum=1
+        clean_finish=1.1 clean_finish=.nan clean_finish=5ep
         nesterov=true learning_rate_batch=0 swa_cycles=-1 swa_cycle=-1 backbone_layer_decay=0 backbone_layer_decay=1.1
         clip_norm=0 ema_decay=1 patience=0 steps=0 steps=0.0ep save_frequency=0ep steps=-1 steps=1.5 steps=ep
         steps=12epochs steps=-2ep steps=1e3ep steps=.5ep steps=[5] steps=true""",
@@ -251,7 +252,11 @@ IMPOSSIBLE = {
     "yolo": """
         anchors=[] anchors=[[[1,2]],[[1,2]],[]] anchors=[[[1,2]],[[1,2]],[[1,0]]] anchors=[[[1,2]],[[1,2]],[[1]]]
         neck_channels=[512,256] ignore_threshold=1.5 ignore_threshold=.nan objectness_prior=0 objectness_prior=1""",
-    "evaluation": "confidence_threshold=1 max_detections=0 evaluate_frequency=0",
+    "yolox": """
+        neck=bifpn neck_channels=[] neck_channels=[8,0] head_channels=0 pixels=rgb batch_norm_epsilon=0 prior=1 loss=iou
+        assigner=otto box_weight=-1 l1_weight=.nan class_loss=bce bins=17 bins=1 atss_share=1.1 one_to_one=true
+        size_prior=0 size_prior=1e9 balance=images""",
+    "evaluation": "confidence_threshold=1 max_detections=0 evaluate_frequency=0 best_metric=AP75",
     "data": """
         class_names=[a,b,a] class_names=[] validation_fraction=0 validation_fraction=1 balance=oversample
         balance_threshold=0 num_workers=-1 fake=true""",
@@ -264,7 +269,9 @@ IMPOSSIBLE = {
         gauss_noise.std_range=[0.1,2] rgb_shift.r_shift_limit=256 expand.ratio=[0.5,2] expand.ratio=[2,1.5]
         iou_crop.min_ious=[0.4,1.1] iou_crop.min_crop_size=0 darknet_jitter.jitter=1 darknet_hsv.hue=0.6
         darknet_hsv.saturation=0.9 darknet_hsv.exposure=.inf photometric_distortion.hue=[-0.6,0]
-        photometric_distortion.contrast=[-1,1] min_visibility=-0.1""",
+        photometric_distortion.contrast=[-1,1] min_visibility=-0.1
+        mosaic.p=2 mosaic.centre=[1.5,0.5] mosaic.centre=[0,3] mixup.beta=0 mixup.scale=[0,1] hsv.hue=91
+        random_interpolation.p=-1""",
 }
 
 
@@ -321,6 +328,11 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["yolo.label_smoothing=0.5"], ["auto"]),
         (["yolo.label_smoothing=0.1", "yolo.class_loss=cross_entropy"], ["bce"]),
         (["yolo.scale_xy=0.9"], ["1"]),
+        (["yolox.one_to_one=true"], ["needs yolox.loss aligned, not yolox"]),
+        (
+            ["data.augmentation.mixup={p: 1, beta: 1.5}", "model.detector=yolox"],
+            ["data.augmentation.mixup.beta", "must be null"],
+        ),
         (["yolo.anchor_ratio=1"], ["1"]),
     ],
 )

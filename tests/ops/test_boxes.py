@@ -14,9 +14,9 @@ from detection.ops.boxes import (
     cxcywh_to_xyxy,
     distance_iou,
     efficient_iou,
+    elementwise_iou,
     generalized_iou,
     generalized_iou_xyxy,
-    overlap_iou,
     pairwise_intersection,
     pairwise_iou,
     pairwise_wh_iou,
@@ -247,7 +247,7 @@ def test_gradients_of_generalized_and_complete_iou_against_central_differences()
 
 
 SLOW = {
-    overlap_iou: slow_plain_iou,
+    elementwise_iou: slow_plain_iou,
     distance_iou: slow_distance_iou,
     efficient_iou: slow_efficient_iou,
     scylla_iou: slow_scylla_iou,
@@ -276,7 +276,7 @@ def test_further_overlaps_and_their_gradients_against_loop(function: Callable[[T
 def test_further_overlaps_by_hand() -> None:
     """Side by side, 2 apart, equal 4 x 4 boxes: IoU 1/3, hull 6 x 4; then one of half the width in the middle."""
     boxes, others = torch.tensor([[2.0, 2, 4, 4], [2, 2, 4, 4]]), torch.tensor([[4.0, 2, 4, 4], [2, 2, 2, 4]])
-    assert overlap_iou(boxes, others).tolist() == pytest.approx([1 / 3, 1 / 2])
+    assert elementwise_iou(boxes, others).tolist() == pytest.approx([1 / 3, 1 / 2])
     assert distance_iou(boxes, others).tolist() == pytest.approx([1 / 3 - 4 / 52, 1 / 2])
     assert efficient_iou(boxes, others).tolist() == pytest.approx([1 / 3 - 4 / 52, 1 / 2 - 4 / 16])
     shift, change = 1 - math.exp(-2 * 4 / 36), (1 - math.exp(-1 / 2)) ** 4

@@ -13,6 +13,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.data.build import read_training_annotations
 from detection.models.yolo.detector import build_model
+from detection.training.automatic import OWN_DATA, load_run_settings
 from tests.support import darknet_descriptions
 from tests.support.evaluation_cases import coco_content
 
@@ -56,6 +57,11 @@ def test_overlay_figure_and_numbers(run: Run, tmp_path: Path) -> None:
     assert "27 images, 27 box shapes at 416 px" in result.stdout and "none left out" in result.stdout
     assert "recommendation: use the new anchors" in result.stdout
     assert anchors_in(tmp_path / "out" / "anchors.yaml") == OTHER
+    # An overlay alone would be put on COCO's plan, and the plan for own data has no anchors unless it is told.
+    assert f"train with --config {OWN_DATA} --config {tmp_path / 'out' / 'anchors.yaml'}\n" in result.stdout
+    words = [*all_of(boxes), "run.device=cpu"]
+    trained = load_run_settings([OWN_DATA, tmp_path / "out" / "anchors.yaml"], words)[0]
+    assert trained.model.detector == "yolo" and trained.yolo.anchor_size == trained.train.image_size == 320
     report = json.loads((tmp_path / "out" / "anchors.json").read_text())
     assert report["anchors"] == OTHER and report["strides"] == [8, 16, 32] and report["sizes"] == [416]
     new, current = report["fits"]["new"], report["fits"]["current = YOLOv3 for COCO"]

@@ -182,6 +182,30 @@ def test_targets_that_depend_on_predictions(run: Run, tmp_path: Path) -> None:
     assert result.returncode == 7 and "model.pretrained = absent.pt: does not exist" in result.stderr
 
 
+def test_targets_are_those_of_the_step(run: Run) -> None:
+    """ATSS assigns in the first third of the 30 steps, then the assigner of the settings, which is SimOTA here."""
+    words = ["model.detector=yolox", "yolox.neck_channels=[8, 8, 8]", "yolox.head_channels=8", "train.steps=30"]
+    words += ["yolox.loss=aligned", "data.augmentation.affine.p=0", "--targets", "--images", "4"]
+    counts = {}
+    for share in (0.0, 0.33, 1.0):
+        for step in (9, 10):
+            lines = run(*words, f"yolox.atss_share={share}", "--step", step).stdout.splitlines()
+            counts[share, step] = [line for line in lines if "assignments" in line]
+    assert counts[0.0, 9] != counts[1.0, 9] and counts[0.0, 10] != counts[1.0, 10]
+    assert (counts[0.33, 9], counts[0.33, 10]) == (counts[1.0, 9], counts[0.0, 10])
+
+
+def test_the_batch_of_the_plan_for_own_data(
+    run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path
+) -> None:
+    """9 images: batches of 8, as the training takes them."""
+    words = ("run.device=cpu", "data.num_workers=0", "train.image_size=64", f"data.root={drawn_dataset}")
+    result = run_script(visualize_batch.main, *words, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "train.batch_size=auto: 8, as in training" in result.stdout
+    assert "optimizer step 0: 8 images of 64 px" in result.stdout
+
+
 def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
     result = run("--targets", "--images", 4, "yolo.anchors=[[[10, 10]], [[20, 20], [30, 30]], [[60, 60]]]")
     assert result.returncode == 0, result.stderr

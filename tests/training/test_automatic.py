@@ -99,6 +99,21 @@ def test_a_setting_of_another_strategy_is_named(strategy: str, word: str, named:
 
 
 @pytest.mark.parametrize(
+    ("words", "paths", "value"),
+    [
+        ("model.detector=yolox yolo.loss=ciou yolo.spp=true", "yolo.loss, yolo.spp have", "model.detector = yolox"),
+        ("yolox.assigner=atss", "yolox.assigner has", "model.detector = yolo"),
+        ("model.detector=yolox yolox.balance=objects", "yolox.balance has", "yolox.loss = yolox"),
+        ("model.detector=yolox yolox.loss=aligned yolox.l1_weight=2", "yolox.l1_weight has", "yolox.loss = aligned"),
+        ("model.detector=yolox yolox.loss=aligned yolox.balance=objects", None, None),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_detector_or_loss_is_named(words: str, paths: str | None, value: str | None) -> None:
+    notices = load_run_settings([], ["data.fake=true", "model.num_classes=2", *words.split()])[1]
+    assert notices == ([] if paths is None else [f"warning: {paths} no effect with {value}"])
+
+
+@pytest.mark.parametrize(
     ("words", "line"),
     [
         (("train.steps=9",), "the warm-up takes 1000 of 9 steps"),
@@ -163,7 +178,7 @@ def test_best_pt_is_the_better_of_ema_and_weights(
 
     def evaluate_run(run: Any, state: Any, supervisor: Any, model: Any = None) -> Any:
         result = original(run, state, supervisor, model)
-        result.metrics["AP50"] = ema if model is None else weights
+        result.metrics[run.settings.evaluation.best_metric] = ema if model is None else weights
         return result
 
     monkeypatch.setattr(evaluation, "evaluate_run", evaluate_run)
@@ -186,7 +201,7 @@ def test_swa_of_a_run_is_the_mean_of_its_cycles_also_when_resumed(
 
     def evaluate_run(run: Any, state: Any, supervisor: Any, model: Any = None) -> Any:
         result = original(run, state, supervisor, model)
-        result.metrics["AP50"] = 0.9 if model is not None and model is not state.model else 0.1
+        result.metrics["AP"] = 0.9 if model is not None and model is not state.model else 0.1
         return result
 
     monkeypatch.setattr(evaluation, "evaluate_run", evaluate_run)
@@ -196,7 +211,7 @@ def test_swa_of_a_run_is_the_mean_of_its_cycles_also_when_resumed(
     done = main(f"data.root={drawn_dataset}", *TINY, *words, "--output", whole)
     assert done.returncode == 0, done.stderr
     assert "SWA         2 cycles of 2 steps from step 2 on" in done.stdout
-    assert "SWA of 2 cycles at step 6: AP50 0.900, the highest: best.pt holds them" in done.stdout
+    assert "SWA of 2 cycles at step 6: AP 0.900, the highest: best.pt holds them" in done.stdout
     assert done.stdout.count("evaluation of the EMA") == 2  # after train.steps and at the end
     third, fourth, sixth = (torch.load(whole / f"step_{step:09d}.pt", weights_only=True) for step in (3, 4, 6))
     best = torch.load(whole / "best.pt", weights_only=True)

@@ -11,7 +11,7 @@ import torch
 from detection.checkpoints import save_checkpoint
 from detection.errors import CheckpointError, SettingsError
 from detection.models.yolo.darknet_loss import DarknetLoss
-from detection.training.resume import open_resumed_run
+from detection.training.resume import follows_length, open_resumed_run
 from detection.training.schedules import first_finishing_step
 from tests.support.training_runs import load_main
 
@@ -49,7 +49,7 @@ def test_the_last_part_of_a_run() -> None:
 def test_a_criterion_is_told_the_progress_before_each_step(
     run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 steps, the last 2 without mosaic. An evaluation finds what the step before it was told."""
+    """6 steps, the last 2 without mosaic. An evaluation is told what the step before it was."""
     told: list[Any] = []
     monkeypatch.setattr(DarknetLoss, "set_progress", lambda _, *told_now: told.append(told_now), raising=False)
     module = load_main()
@@ -66,7 +66,7 @@ def test_a_criterion_is_told_the_progress_before_each_step(
     steps = [(step / 6, step >= 4) for step in range(6)]
     result = run_script(module.main, *words, "--output", run)
     assert result.returncode == 0 and "from step 4 without mosaic and mixup" in result.stdout, result.stderr
-    assert told == [*steps[:3], "evaluation", *steps[3:], "evaluation"]
+    assert told == [*steps[:3], "evaluation", steps[2], *steps[3:], "evaluation", steps[5]]
     told.clear()
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     assert checkpoint["settings"]["train"]["clean_finish"] == 0.3
@@ -76,4 +76,10 @@ def test_a_criterion_is_told_the_progress_before_each_step(
         run / "last.pt", {**checkpoint, "step": 6, "progress": {**checkpoint["progress"], "evaluated_step": 0}}
     )
     assert run_script(module.main, "--resume", run).returncode == 0
-    assert told == [steps[5], "evaluation"]  # the evaluation that a stop had left out
+    assert told == ["evaluation", steps[5]]  # the evaluation that a stop had left out
+
+
+@pytest.mark.parametrize(("detector", "names"), [("yolox", ["yolox.atss_share"]), ("yolo", [])])
+def test_the_share_of_the_first_assigner_follows_the_length(default_settings, detector: str, names: list[str]) -> None:
+    settings = default_settings(f"model.detector={detector}", "yolox.loss=aligned", "yolox.atss_share=0.3")
+    assert follows_length(settings) == names

@@ -8,8 +8,8 @@ from detection.ops.boxes import (
     complete_iou,
     distance_iou,
     efficient_iou,
+    elementwise_iou,
     generalized_iou,
-    overlap_iou,
     scylla_iou,
 )
 
@@ -19,12 +19,12 @@ def squared_iou(boxes_1_cxcywh: Tensor, boxes_2_cxcywh: Tensor) -> Tensor:
 
     Source: PP-YOLO, section 3.2, https://arxiv.org/abs/2007.12099, as in PaddleDetection's `IouLoss(loss_square=True)`.
     """
-    return overlap_iou(boxes_1_cxcywh, boxes_2_cxcywh).square()
+    return elementwise_iou(boxes_1_cxcywh, boxes_2_cxcywh).square()
 
 
 # Keys: the choices of `yolo.box_loss`.
 OVERLAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "iou": overlap_iou,
+    "iou": elementwise_iou,
     "iou_squared": squared_iou,
     "giou": generalized_iou,
     "diou": distance_iou,

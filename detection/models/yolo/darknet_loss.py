@@ -11,7 +11,7 @@ from detection.models.yolo.box_coder import decode_cxcywh, encode_boxes
 from detection.models.yolo.criterion import Criterion, compare_objectness, ignored_predictions, mark_positives
 from detection.models.yolo.grid import place_in_cell
 from detection.models.yolo.head_layout import BOX, IOU, OBJECTNESS
-from detection.ops.boxes import complete_iou, generalized_iou, overlap_iou, pairwise_wh_iou, xyxy_to_cxcywh
+from detection.ops.boxes import complete_iou, elementwise_iou, generalized_iou, pairwise_wh_iou, xyxy_to_cxcywh
 
 MAX_EXPONENT = 10.0  # boxes of 1/22026 to 22026 anchors: beyond any ground-truth box, where the IoU has no gradient
 
@@ -107,7 +107,7 @@ class DarknetLoss(Criterion):
         share = None if shares is None else mark_positives(assigned.index, assigned.last, predictions, counted)
         iou = target = None
         if self.layout.iou_aware or self.options.objectness_target == "iou":
-            iou = overlap_iou(self.decode_assigned(positive_raw[..., BOX].detach(), assigned), boxes_cxcywh)
+            iou = elementwise_iou(self.decode_assigned(positive_raw[..., BOX].detach(), assigned), boxes_cxcywh)
         if iou is not None and self.options.objectness_target == "iou":
             target = mark_positives(assigned.index, assigned.last, predictions, iou)
         loss_objectness = compare_objectness(raw[..., OBJECTNESS], positive, ignored, target, share).sum()

@@ -12,7 +12,7 @@ from detection.models.yolo.criterion import Criterion, compare_objectness, ignor
 from detection.models.yolo.darknet_loss import bound_sizes
 from detection.models.yolo.head_layout import BOX, IOU, OBJECTNESS
 from detection.models.yolo.multi_assignment import Claims, assign_several
-from detection.ops.boxes import overlap_iou, xyxy_to_cxcywh
+from detection.ops.boxes import elementwise_iou, xyxy_to_cxcywh
 
 DEFAULT_OVERLAP = "ciou"
 
@@ -60,7 +60,7 @@ class MultiLoss(Criterion):
         overlap = OVERLAPS[options.box_loss or DEFAULT_OVERLAP](decoded, boxes_of_gt)
         loss_box = ((1 - overlap) * counted).sum()
 
-        iou = overlap_iou(decoded.detach(), boxes_of_gt)
+        iou = elementwise_iou(decoded.detach(), boxes_of_gt)
         positive = mark_positives(claims.index, claims.positive, predictions)
         target = share = None
         if options.objectness_target == "iou":

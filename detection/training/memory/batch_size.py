@@ -35,6 +35,12 @@ def sizes_up_to(maximum: int) -> list[int]:
     return sorted(size for size in {*powers, *(3 * power for power in powers)} if size <= maximum)
 
 
+def most_images(device_type: str, num_images: int) -> int:
+    """Return the most images per optimizer step that `train.batch_size: auto` makes of a training set."""
+    most = IMAGES_PER_STEP_CPU if device_type == "cpu" else IMAGES_PER_STEP
+    return min(most, num_images, max(num_images // STEPS_PER_EPOCH, FEWEST))
+
+
 def find_batch_size(
     detector: Detector, settings: Settings, ranks: Ranks, num_images: int, autocast: Autocast, scaler: Callable
 ) -> tuple[int, str]:
@@ -63,8 +69,7 @@ def find_batch_size(
     """
     train, size = settings.train, settings.train.largest_size
     device = next(detector.model.parameters()).device
-    most = IMAGES_PER_STEP_CPU if device.type == "cpu" else IMAGES_PER_STEP
-    limit = min(most, num_images, max(num_images // STEPS_PER_EPOCH, FEWEST))
+    limit = most_images(device.type, num_images)
     parts = train.subdivisions * ranks.size
     maximum = max(limit // parts, 1)
     one = estimate_memory(detector.model, detector.criterion, train, 1, size, autocast, device)  # type: ignore[arg-type]

@@ -278,6 +278,9 @@ def test_the_best_without_nms_by_hand() -> None:
         np.testing.assert_array_equal(values, np.float32(hand))
     nothing = session.run(None, {"all_boxes": boxes, "all_scores": scores * 0})
     assert [values.shape for values in nothing] == [(0, 4), (0,), (0,), (0,)]
+    found = session.run(None, {"all_boxes": boxes[:, :1], "all_scores": scores[:, :1]})  # fewer than three
+    for values, hand in zip(found, [[[0, 0, 10, 10]] * 2, [0.625, 0.5], [1, 0], [0, 0]], strict=True):
+        np.testing.assert_array_equal(values, np.float32(hand))
 
 
 def test_half_keeps_the_network_alone_in_float16(exported) -> None:

@@ -1,9 +1,14 @@
 """The one-to-one branch: two heads in training, one in evaluation, and detection without NMS."""
 
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
 from detection.config.settings import Settings
 from detection.contract import Detector
+from detection.inference.onnx_model import build_exported
 from detection.models import build_detector
 from detection.models.postprocess import DecodedPostprocess
 from detection.models.yolox.aligned import AlignedLoss
@@ -59,6 +64,21 @@ def test_evaluation_has_the_second_branch_alone(default_settings) -> None:
     rows = model.class_rows(2)
     assert len(rows) == len(model.output_convolutions()) == 8
     assert [len(row) for row in rows] == [0, 1] * 4
+
+
+def test_an_exported_file_of_decoded_boxes_needs_no_suppression_either(default_settings) -> None:
+    for words, suppress in ((WORDS, False), ([*WORDS, "yolox.one_to_one=false"], True)):
+        settings = default_settings(*words)
+        detector = build_detector(settings, 2)
+        description = SimpleNamespace(
+            output_kind="decoded",
+            decoding=detector.metadata,
+            geometry=dataclasses.asdict(detector.geometry),
+            network=detector.name,
+            score=detector.score,
+        )
+        file: Any = SimpleNamespace(description=description)
+        assert build_exported(file, settings, settings).postprocess.suppress is suppress
 
 
 def test_selection_without_suppression_by_hand() -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.geometry import centre_distances, take_quality
+from detection.models.yolox.assigners.choice import centre_distances, take_quality
 from detection.models.yolox.points import Points
 from detection.ops.boxes import box_area, pairwise_iou
 

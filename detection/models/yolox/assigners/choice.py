@@ -32,6 +32,11 @@ def offsets(boxes: Tensor, points: Points) -> tuple[Tensor, Tensor]:
     return (x - centre_x).abs_(), (y - centre_y).abs_()
 
 
+def centre_distances(boxes: Tensor, points: Points) -> Tensor:
+    """Larger of the two `offsets`; (B, G, 4) to (B, G, P)."""
+    return torch.maximum(*offsets(boxes, points))
+
+
 def points_inside(boxes: Tensor, offset: tuple[Tensor, Tensor]) -> Tensor:
     """Return which points lie strictly inside which boxes, (B, G, 4) and `offsets` to (B, G, P) bool."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).mul_(0.5)[..., None].unbind(-2)
@@ -89,5 +94,16 @@ def settle(chosen: Tensor, key: Tensor, quality: Tensor) -> Assignment:
     """
     gt = key.masked_fill(~chosen, torch.inf).min(dim=1).indices  # of equals the first, as `argmin`, which is slower
     positive = chosen.any(dim=1)
-    gt = torch.where(positive, gt, 0)
+    return take_quality(positive, gt, quality)
+
+
+def take_quality(positive: Tensor, gt: Tensor, quality: Tensor) -> Assignment:
+    """Make an assignment.
+
+    Args:
+        positive: (B, P) bool.
+        gt: row of the assigned box, any where not positive, (B, P) int64.
+        quality: of every pair of box and prediction, finite, (B, G, P).
+    """
+    gt = gt * positive
     return Assignment(positive, gt, quality.gather(1, gt[:, None]).squeeze(1) * positive)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.geometry import near_centres, take_quality
+from detection.models.yolox.assigners.choice import centre_distances, take_quality
 from detection.models.yolox.points import Points
 from detection.ops.boxes import pairwise_iou
 
@@ -40,7 +40,7 @@ def simota(
     """
     valid = labels >= 0
     boxes = boxes * valid[..., None]
-    near = near_centres(boxes, points, RADIUS).logical_and_(valid[..., None])  # (B, G, P)
+    near = (centre_distances(boxes, points) < points.strides * RADIUS).logical_and_(valid[..., None])  # (B, G, P)
     candidate = near.any(dim=1)
     iou = pairwise_iou(boxes, predicted)
     cost = class_cost(class_logits, objectness_logits, labels)
