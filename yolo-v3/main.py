@@ -6,8 +6,7 @@ python3 yolo-v3/main.py --resume logs/240224-211713_LambdaLR       resume exactl
 nohup python3 yolo-v3/main.py --gpu 0 > nohup_0.out &              COCO in data/coco, in the background
 
 Writes logs/<YYMMDD-HHMMSS>_<name>/ with args.yaml (all settings), train.log, metrics.jsonl, results.csv, TensorBoard
-events, images/, metrics.json and detections.json of the last evaluation, best.pt (evaluation.best_metric), last.pt,
-report.html.
+events, images/, metrics.json, detections.json, best.pt (evaluation.best_metric), last.pt, report.html.
 """
 
 import argparse

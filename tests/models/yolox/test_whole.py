@@ -67,11 +67,23 @@ def test_training_resume_targets_and_export(
     assert result.returncode == 2 and "--weights belongs to --targets" in result.stderr
 
 
-@pytest.mark.parametrize("assigner", ["simota", "centre", "centre_cell"])
+ALIGNED = ("yolox.loss=aligned", "yolox.box_weight=2", "yolox.size_prior=4")
+CRITERIA = {
+    "simota": ("yolox.assigner=simota",),
+    "centre": ("yolox.assigner=centre",),
+    "centre_cell": ("yolox.assigner=centre_cell",),
+    "aligned": (*ALIGNED, "yolox.assigner=soft_label", "yolox.balance=objects"),
+    "task_aligned": (*ALIGNED, "yolox.assigner=task_aligned", "yolox.class_loss=varifocal", "yolox.bins=17"),
+    "atss": (*ALIGNED, "yolox.assigner=atss"),
+    "one_to_one": (*ALIGNED, "yolox.assigner=task_aligned_half", "yolox.one_to_one=true"),
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_it_overfits_a_batch(
-    run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, assigner: str
+    run_script: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, criterion: str
 ) -> None:
     words = [f"data.root={drawn_dataset}", *WORDS, "train.ema_decay=null", "yolox.prior=0.01"]
     flags = ["--images", "3", "--steps", "150", "--threshold", "0.9", "--output", tmp_path / "out"]
-    result = run_script(batch_overfit.main, *words, f"yolox.assigner={assigner}", *flags)
+    result = run_script(batch_overfit.main, *words, *CRITERIA[criterion], *flags)
     assert result.returncode == 0 and "learned: AP50" in result.stdout, result.stdout + result.stderr
