@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from detection.config.automatic import Facts, fill_in, has_auto, scale_anchors
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, merge_settings, tuples_of, unused_notice, validate
+from detection.config.relations import no_effect
 from detection.config.settings import DataSettings, Settings
 from detection.config.yaml_files import read_settings_file
 from detection.data.anchor_clustering import SMALL_GAIN, fit_anchors, mean_best_iou
@@ -25,20 +26,6 @@ if TYPE_CHECKING:
 OWN_DATA = DEFAULTS.parent.parent / "recipes" / "own_data.yaml"
 COCO_SIZED = 20_000  # training images from which args.yaml, made for COCO's 118,287, is the plan
 COCO_FILE = ("annotations/instances_train2017.json", 100 * 2**20)  # of this size: not read twice
-RESTARTS = "CosineAnnealingWarmRestartsWithWarmup"
-# Settings that only some strategies read, and some losses of yolox.
-LIMITED = {
-    "scheduler.index": ("LambdaLR",),
-    "scheduler.scale": ("LambdaLR",),
-    **{f"scheduler.{name}": (RESTARTS,) for name in ("T_0", "T_mult")},
-    **{f"scheduler.{name}": (RESTARTS, "FlatCosine") for name in ("eta_min", "eta_min_factor")},
-    **{f"scheduler.{name}": ("FlatCosine",) for name in ("flat", "constant_finish")},
-    **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_bias_lr")},
-    "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine"),
-    "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
-    **{f"yolox.{name}": ("yolox",) for name in ("objectness_weight", "l1_weight")},
-    **{f"yolox.{name}": ("aligned",) for name in ("class_loss", "atss_share", "balance", "distribution_weight")},
-}
 
 
 def load_run_settings(
@@ -96,24 +83,6 @@ def load_run_settings(
     settings = validate(tree)
     read = [path for path in given if path.partition(".")[0] not in unused]
     return settings, notices + no_effect(read, settings) + unused_notice(given, unused)
-
-
-def no_effect(given: Sequence[str], settings: Settings) -> list[str]:
-    """Return a notice for the given settings that schedule, detector or loss does not read, for each of the three."""
-    strategy, detector, loss = settings.scheduler.strategy, settings.model.detector, settings.yolox.loss
-    foreign: dict[str, list[str]] = {}
-    for path in given:
-        section = path.partition(".")[0]
-        if section == "scheduler" and strategy not in LIMITED.get(path, (strategy,)):
-            foreign.setdefault(f"scheduler.strategy = {strategy}", []).append(path)
-        elif section in ("yolo", "yolox") and section != detector:
-            foreign.setdefault(f"model.detector = {detector}", []).append(path)
-        elif section == "yolox" and loss not in LIMITED.get(path, (loss,)):
-            foreign.setdefault(f"yolox.loss = {loss}", []).append(path)
-    return [
-        f"warning: {', '.join(paths)} {'has' if len(paths) == 1 else 'have'} no effect with {value}"
-        for value, paths in foreign.items()
-    ]
 
 
 def cores_per_process() -> int:

@@ -9,6 +9,7 @@ from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.fields import amount_of
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
+from detection.config.relations import follows_length
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError, name_list
 from detection.training.automatic import load_run_settings
@@ -110,19 +111,6 @@ def open_resumed_run(
         )
     notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
     return checkpoint, directory, settings, notices
-
-
-def follows_length(settings: Settings) -> list[str]:
-    """Name the settings whose effect in every step depends on the number of steps of the whole run."""
-    scheduler, names = settings.scheduler, []
-    if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
-        names.append("the cosine schedule (scheduler.T_0: null)")
-    names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
-    names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
-    names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
-    names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
-    names += ["yolox.atss_share"] * (settings.model.detector == "yolox" and settings.yolox.atss_share > 0)
-    return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from detection.checkpoints import save_checkpoint
+from detection.config.relations import follows_length
 from detection.errors import CheckpointError, SettingsError
 from detection.models.yolo.darknet_loss import DarknetLoss
-from detection.training.resume import follows_length, open_resumed_run
+from detection.training.resume import open_resumed_run
 from detection.training.schedules import first_finishing_step
 from tests.support.training_runs import load_main
 
