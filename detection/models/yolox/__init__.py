@@ -20,7 +20,7 @@ from detection.models.yolox.assigners.task_aligned import (
     assign_one_to_one,
     assign_task_aligned,
 )
-from detection.models.yolox.criterion import PointCriterion, YOLOXLoss
+from detection.models.yolox.criterion import YOLOXLoss
 from detection.models.yolox.layout import OutputLayout
 
 ASSIGNERS: dict[str, Assigner] = {
@@ -34,15 +34,15 @@ ASSIGNERS: dict[str, Assigner] = {
 }
 
 
-def build_aligned(layout: OutputLayout, strides: Sequence[int], yolox: YoloxSettings) -> PointCriterion:
+def build_aligned(layout: OutputLayout, strides: Sequence[int], yolox: YoloxSettings) -> nn.Module:
     """Build the quality-aligned criterion, of two branches where the settings say so."""
-    weights = (yolox.box_weight, yolox.class_weight, yolox.distribution_weight)
-    arguments = (layout, strides, ASSIGNERS[yolox.assigner], weights, yolox.class_loss, yolox.balance, yolox.atss_share)
-    return OneToOneLoss(assign_one_to_one, *arguments) if yolox.one_to_one else AlignedLoss(*arguments)
+    shared = (yolox.box_weight, yolox.class_weight, yolox.distribution_weight), yolox.class_loss, yolox.balance
+    many = AlignedLoss(layout, strides, ASSIGNERS[yolox.assigner], *shared, yolox.atss_share)
+    return OneToOneLoss(many, AlignedLoss(layout, strides, assign_one_to_one, *shared)) if yolox.one_to_one else many
 
 
 # Name -> (layout, pixels per cell per level, settings) -> criterion.
-CRITERIA: dict[str, Callable[[OutputLayout, Sequence[int], YoloxSettings], PointCriterion]] = {
+CRITERIA: dict[str, Callable[[OutputLayout, Sequence[int], YoloxSettings], nn.Module]] = {
     "yolox": lambda layout, strides, yolox: YOLOXLoss(
         layout,
         strides,

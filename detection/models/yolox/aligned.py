@@ -1,19 +1,16 @@
 """The quality-aligned criterion: the class score learns how well the box fits. Formulas: docs/losses.md."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from detection.contract import CROWD_LABEL, PADDING_LABEL, AssignedPrediction
-from detection.models.yolo.criterion import ignored_predictions
+from detection.contract import AssignedPrediction
 from detection.models.yolox.assigners import Assigner, Assignment
 from detection.models.yolox.assigners.atss import assign_atss
-from detection.models.yolox.criterion import CROWD_OVERLAP, PointCriterion
-from detection.models.yolox.layout import OutputLayout, RawValues
+from detection.models.yolox.criterion import Matched, PointCriterion
+from detection.models.yolox.layout import OutputLayout
 from detection.models.yolox.losses import distribution_focal_loss, quality_focal_loss, varifocal_loss
-from detection.models.yolox.points import Points
 from detection.ops.boxes import generalized_iou_xyxy
 
 CLASS_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -68,32 +65,19 @@ class AlignedLoss(PointCriterion):
         super().set_progress(share_done, finishing)
         self.assigner = assign_atss if share_done < self.atss_share else self.late_assigner
 
-    def compute_losses(
-        self,
-        raw: RawValues,
-        points: Points,
-        predicted: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        assignment: Assignment,
-    ) -> dict[str, Tensor]:
+    def compute_losses(self, matched: Matched) -> dict[str, Tensor]:
         """See `PointCriterion.compute_losses`."""
-        positive, quality = assignment.positive, assignment.quality
+        raw, points = matched.raw, matched.points
+        positive, quality = matched.assignment.positive, matched.assignment.quality
         normaliser = quality.sum().clamp(min=1)
         share, factor = quality / normaliser, torch.ones_like(quality)
         if self.balance == "objects":
-            factor = factors_of_objects(assignment, labels.shape[1])
+            factor = factors_of_objects(matched.assignment, matched.labels.shape[1])
             share = factor * positive / positive.sum().clamp(min=1)
-        # Negatives are compared with themselves, so that nothing of theirs can be infinite.
-        wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
-        wanted = torch.where(positive[..., None], wanted, predicted.detach())
-        giou = generalized_iou_xyxy(predicted, wanted)
-
-        classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
-        target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], quality[..., None])
-        crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
-        counted = positive | ~ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
-        loss_class = self.compare_scores(raw.classes, target).sum(-1) * (factor * counted / normaliser)
+        wanted = matched.wanted()
+        giou = generalized_iou_xyxy(matched.predicted, wanted)
+        counted = positive | ~matched.in_crowds()
+        loss_class = self.compare_scores(raw.classes, matched.class_targets()).sum(-1) * (factor * counted / normaliser)
 
         losses = {"loss_box": ((1 - giou) * share).sum(), "loss_class": loss_class.sum()}
         bins = raw.boxes.shape[-1] // 4
@@ -121,31 +105,35 @@ def factors_of_objects(assignment: Assignment, rows: int) -> Tensor:
     return torch.where(assignment.positive, mean / count.gather(1, assignment.gt).clamp(min=1), 1.0)
 
 
-class OneToOneLoss(AlignedLoss):
+class OneToOneLoss(nn.Module):
     """`AlignedLoss` of the heads, plus that of the one-to-one heads, whose assigner chooses one prediction per box.
 
     Both measure alignment alike, so that the one is the best of the many. In evaluation, where the model has the
     one-to-one outputs only, it is their loss alone.
 
     Args:
-        one_to_one: assigner of the one-to-one heads; others: see `AlignedLoss`.
+        many, one: criterion of the heads, and of the one-to-one heads.
 
     Source: YOLOv10, section 3.1, https://arxiv.org/abs/2405.14458
     """
 
-    def __init__(self, one_to_one: Assigner, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        layout, strides, _, *others = arguments
-        self.one_to_one = AlignedLoss(layout, strides, one_to_one, *others[:3])
+    def __init__(self, many: AlignedLoss, one: AlignedLoss) -> None:
+        super().__init__()
+        self.many, self.one = many, one
+        self.levels = len(one.decoding.strides)
+
+    def set_progress(self, share_done: float, finishing: bool) -> None:
+        """See `PointCriterion.set_progress`."""
+        self.many.set_progress(share_done, finishing)
 
     def forward(self, outputs: Sequence[Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `PointCriterion.forward`."""
-        levels = len(self.decoding.strides)
-        losses = self.one_to_one(outputs[-levels:], targets)
-        if len(outputs) > levels:
-            losses = {name: loss + losses[name] for name, loss in super().forward(outputs[:levels], targets).items()}
+        losses: dict[str, Tensor] = self.one(outputs[-self.levels :], targets)
+        if len(outputs) > self.levels:
+            many = self.many(outputs[: self.levels], targets)
+            losses = {name: loss + losses[name] for name, loss in many.items()}
         return losses
 
     def assigned_by_outputs(self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> list[AssignedPrediction]:
         """See `PointCriterion.assigned_by_outputs`; of the one-to-one heads."""
-        return self.one_to_one.assigned_by_outputs(outputs[-len(self.decoding.strides) :], boxes, labels)
+        return self.one.assigned_by_outputs(outputs[-self.levels :], boxes, labels)

@@ -1,6 +1,7 @@
 """Criteria of anchor-free detectors. Formulas: docs/losses.md."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,32 @@ from detection.ops.boxes import elementwise_iou, xyxy_to_cxcywh
 
 EPSILON = 1e-8  # strides, added to sides before their logarithm, as in YOLOX
 CROWD_OVERLAP = 0.5  # share of a prediction in a crowd region from which it is no negative
+
+
+class Matched(NamedTuple):
+    """Predictions, ground truth and which belongs to which."""
+
+    raw: RawValues
+    points: Points
+    predicted: Tensor  # (B, P, 4) xyxy in pixels of the network input, with gradient
+    boxes: Tensor  # ground truth, likewise, (B, G, 4) float32, G at least 1
+    labels: Tensor  # (B, G): class, -1 padding, -2 crowd
+    assignment: Assignment
+
+    def wanted(self) -> Tensor:
+        """Ground-truth boxes of the positives, (B, P, 4); negatives get their own: nothing of theirs is infinite."""
+        boxes = self.boxes.gather(1, self.assignment.gt[..., None].expand(-1, -1, 4))
+        return torch.where(self.assignment.positive[..., None], boxes, self.predicted.detach())
+
+    def class_targets(self) -> Tensor:
+        """One-hot classes of the positives times their quality, (B, P, C); 0 for negatives."""
+        classes = self.labels.clamp(min=0).gather(1, self.assignment.gt)[..., None]
+        return torch.zeros_like(self.raw.classes).scatter_(2, classes, self.assignment.quality[..., None])
+
+    def in_crowds(self) -> Tensor:
+        """Whether more than `CROWD_OVERLAP` of a prediction lies in a crowd region, (B, P) bool."""
+        crowds = torch.where(self.labels == CROWD_LABEL, self.labels, PADDING_LABEL)
+        return ignored_predictions(self.predicted.detach(), self.boxes, crowds, CROWD_OVERLAP)
 
 
 class PointCriterion(nn.Module):
@@ -55,20 +82,10 @@ class PointCriterion(nn.Module):
             Float32 scalars, always of the same names.
         """
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
-            return self.compute_losses(*self.assign(outputs, targets["boxes"], targets["labels"]))
+            return self.compute_losses(self.assign(outputs, targets["boxes"], targets["labels"]))
 
-    def assign(
-        self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor
-    ) -> tuple[RawValues, Points, Tensor, Tensor, Tensor, Assignment]:
-        """Decode the predictions and assign the ground-truth boxes to them.
-
-        Args:
-            outputs, boxes, labels: as in `forward`.
-
-        Returns:
-            Raw values and points of all predictions; their boxes xyxy (B, P, 4), with gradient; ground-truth boxes
-            (B, G, 4) float32 and labels (B, G), G at least 1; the assignment.
-        """
+    def assign(self, outputs: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Matched:
+        """Decode the predictions and assign the ground-truth boxes to them; arguments as in `forward`."""
         boxes = boxes.float()
         if not labels.shape[1]:  # reductions need at least one row
             boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=PADDING_LABEL)
@@ -76,18 +93,10 @@ class PointCriterion(nn.Module):
         predicted = self.decoding.boxes(raw.boxes, points)
         objectness = None if raw.objectness is None else raw.objectness.detach()
         assignment = self.assigner(raw.classes.detach(), objectness, predicted.detach(), boxes, labels, points)
-        return raw, points, predicted, boxes, labels, assignment
+        return Matched(raw, points, predicted, boxes, labels, assignment)
 
-    def compute_losses(
-        self,
-        raw: RawValues,
-        points: Points,
-        predicted: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        assignment: Assignment,
-    ) -> dict[str, Tensor]:
-        """Compute the weighted losses; arguments as `assign` returns them."""
+    def compute_losses(self, matched: Matched) -> dict[str, Tensor]:
+        """Compute the weighted losses."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -99,7 +108,7 @@ class PointCriterion(nn.Module):
         """
         sizes = sizes_of(outputs)
         with torch.autocast(device_type=outputs[0].device.type, enabled=False):
-            assignment = self.assign(outputs, boxes, labels)[-1]
+            assignment = self.assign(outputs, boxes, labels).assignment
         starts = np.cumsum([0, *(rows * columns for rows, columns in sizes)])
         found = []
         for image, point in assignment.positive.nonzero().tolist():
@@ -138,38 +147,24 @@ class YOLOXLoss(PointCriterion):
         super().__init__(layout, strides, assigner)
         self.weights = weights
 
-    def compute_losses(
-        self,
-        raw: RawValues,
-        points: Points,
-        predicted: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        assignment: Assignment,
-    ) -> dict[str, Tensor]:
+    def compute_losses(self, matched: Matched) -> dict[str, Tensor]:
         """See `PointCriterion.compute_losses`."""
+        raw = matched.raw
         assert raw.objectness is not None, "the layout has objectness"
-        positive = assignment.positive.float()
+        positive = matched.assignment.positive.float()
         count = positive.sum().clamp(min=1)
-        # Negatives are compared with themselves, so that nothing of theirs can be infinite.
-        wanted = boxes.gather(1, assignment.gt[..., None].expand(-1, -1, 4))
-        wanted = torch.where(assignment.positive[..., None], wanted, predicted.detach())
-        wanted_cxcywh = xyxy_to_cxcywh(wanted)
-        iou = elementwise_iou(xyxy_to_cxcywh(predicted), wanted_cxcywh)
+        wanted_cxcywh = xyxy_to_cxcywh(matched.wanted())
+        iou = elementwise_iou(xyxy_to_cxcywh(matched.predicted), wanted_cxcywh)
         loss_box = ((1 - iou.square()) * positive).sum()
-
-        crowds = torch.where(labels == CROWD_LABEL, labels, PADDING_LABEL)
-        ignored = ignored_predictions(predicted.detach(), boxes, crowds, CROWD_OVERLAP)
-        loss_objectness = compare_objectness(raw.objectness, positive, ignored).sum()
-
-        classes = labels.clamp(min=0).gather(1, assignment.gt)  # (B, P)
-        target = torch.zeros_like(raw.classes).scatter_(2, classes[..., None], assignment.quality[..., None])
-        loss_class = F.binary_cross_entropy_with_logits(raw.classes, target, positive[..., None], reduction="sum")
+        loss_objectness = compare_objectness(raw.objectness, positive, matched.in_crowds()).sum()
+        loss_class = F.binary_cross_entropy_with_logits(
+            raw.classes, matched.class_targets(), positive[..., None], reduction="sum"
+        )
 
         losses = {"loss_box": loss_box, "loss_objectness": loss_objectness, "loss_class": loss_class}
         losses["loss_l1"] = loss_box.new_zeros(())
         if self.finishing:
-            losses["loss_l1"] = self.compare_raw(raw.boxes, wanted_cxcywh, points, positive)
+            losses["loss_l1"] = self.compare_raw(raw.boxes, wanted_cxcywh, matched.points, positive)
         return {name: loss * weight / count for (name, loss), weight in zip(losses.items(), self.weights, strict=True)}
 
     @staticmethod

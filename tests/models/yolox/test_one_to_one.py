@@ -37,7 +37,7 @@ def test_losses_of_both_branches_are_added_and_the_second_leaves_the_neck_alone(
     outputs = model(images)
     assert [tuple(output.shape) for output in outputs] == [(1, 1, 4, 4, 6), (1, 1, 2, 2, 6)] * 2
     losses = criterion(outputs, TARGETS)
-    layout, strides = criterion.decoding.layout, criterion.decoding.strides
+    layout, strides = criterion.one.decoding.layout, criterion.one.decoding.strides
     many = AlignedLoss(layout, strides, assign_aligned_half)(outputs[:2], TARGETS)
     one = AlignedLoss(layout, strides, assign_one_to_one)(outputs[2:], TARGETS)
     for name, loss in losses.items():
@@ -57,7 +57,7 @@ def test_evaluation_has_the_second_branch_alone(default_settings) -> None:
         outputs = model.eval()(images)
     assert len(outputs) == 2
     losses = detector.require_criterion()(outputs, TARGETS)
-    one = AlignedLoss(detector.criterion.decoding.layout, model.strides, assign_one_to_one)(outputs, TARGETS)
+    one = AlignedLoss(detector.criterion.one.decoding.layout, model.strides, assign_one_to_one)(outputs, TARGETS)
     assert {name: float(loss) for name, loss in losses.items()} == {name: float(loss) for name, loss in one.items()}
     found = detector.postprocess(outputs)[0]
     assert len(found["scores"]) == 40 and bool((found["scores"].diff() <= 0).all())  # (16 + 4) cells of 2 classes
