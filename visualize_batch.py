@@ -357,7 +357,7 @@ def show_transform(
         index = next((place for place, *_ in positions if before(dataset, place)), positions[0].image)
     start, end = annotations.first_box[index : index + 2]
     labels = np.where(annotations.crowd[start:end], CROWD_LABEL, annotations.labels[start:end])
-    size, section = positions[0][2], getattr(settings.data.augmentation, arguments.transform)
+    size, section = positions[0].size, getattr(settings.data.augmentation, arguments.transform)
     print(
         f"{arguments.transform} with {section.model_dump(exclude={'p'})} at {size} px "
         f"on image {annotations.image_ids[index]}"

@@ -41,6 +41,7 @@ class Description(BaseModel):
     strides: tuple[int, ...]  # of raw outputs
     decoding: dict[str, Any]  # `Detector.metadata`: what decodes raw outputs
     score: str  # formula of the detection score, as text
+    deviations: tuple[str, ...] = ()  # from the evaluation protocol; older files do not say
     thresholds: dict[str, Any]  # confidence, iou, max_detections (per image and class)
     held_settings: dict[Literal["network", "decoding"], list[str]]  # see `Detector.held_settings`
     settings: dict[str, Any]  # the section `model` and that of the detector
@@ -166,6 +167,7 @@ def build_exported(model: OnnxModel, own: Settings, settings: Settings) -> Detec
         dataclasses.replace(geometry, **changed),
         name=description.network or settings.model.backbone,
         score=description.score,
+        deviations=description.deviations,
         metadata=description.decoding,
     )
 

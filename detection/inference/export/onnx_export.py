@@ -291,6 +291,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         strides=tuple(cast(DetectorModel, detector.model).strides),
         decoding=dict(detector.metadata),
         score=detector.score,
+        deviations=detector.deviations,
         thresholds={
             "confidence": evaluation.confidence_threshold,
             "iou": evaluation.iou_threshold,

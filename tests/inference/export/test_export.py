@@ -327,6 +327,9 @@ def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> N
         assert description.decoding["scale_xy"] == [1.1, 1.0]
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
+    assert description.deviations == ()
+    alone = describe(open_source(files, "yolo.score=objectness"), OnnxOptions())
+    assert read_metadata(alone.to_metadata(), Path("file")).deviations == ("scored by objectness alone",)
 
 
 @pytest.mark.parametrize("kind", ["decoded", "raw", "nms"])

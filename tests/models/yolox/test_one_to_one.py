@@ -76,9 +76,12 @@ def test_an_exported_file_of_decoded_boxes_needs_no_suppression_either(default_s
             geometry=dataclasses.asdict(detector.geometry),
             network=detector.name,
             score=detector.score,
+            deviations=detector.deviations,
         )
         file: Any = SimpleNamespace(description=description)
-        assert build_exported(file, settings, settings).postprocess.suppress is suppress
+        exported = build_exported(file, settings, settings)
+        assert exported.postprocess.suppress is suppress
+        assert exported.deviations == (() if suppress else ("without NMS",))
 
 
 def test_selection_without_suppression_by_hand() -> None:
