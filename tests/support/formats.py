@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from detection.config.loading import load_settings
 from detection.data.workers import prepare_process
+from detection.training.automatic import load_run_settings
 from detection.training.run import Run, join_ranks
-from tests.support.paths import REPOSITORY
 
 NAMES = ("rose", "ant", "cell")  # not in alphabetical order
 
@@ -211,7 +210,7 @@ KINDS = {
 def first_losses(*words: str) -> tuple[dict[str, float], int, list[str]]:
     """The losses of the first step, the number of training images, and the plan's lines about the data."""
     prepare_process()
-    settings = load_settings(REPOSITORY / "yolo-v3" / "args.yaml", words=[*words, "data.num_workers=0"])[0]
+    settings, _ = load_run_settings([], [*words, "data.num_workers=0"])  # the plan for own data
     run = Run(settings, join_ranks(settings), fresh=True)
     batch = next(run.training_batches(0, 1))
     losses = run.criterion(run.detector.model.train()(batch["images"]), batch)
