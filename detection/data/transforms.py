@@ -99,22 +99,21 @@ class Transform:
             layers = self.mixing(Annotated(image, boxes, labels), index, epoch, size, partners)
             if layers is None:
                 image = image.copy()  # other images may need this one
-        if layers is not None:
-            pass
-        elif self.placement is not None:
-            placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
-        else:
-            placed = Placed(image, letterbox.left, letterbox.top, width, height)
-            scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
-            offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
-            boxes = boxes * scale + offset
+        if layers is None:
+            if self.placement is not None:
+                placed, boxes, labels = self.placement(image, boxes, labels, size, epoch, index)
+            else:
+                scale = np.array([letterbox.scale_x, letterbox.scale_y] * 2, dtype=np.float32)
+                offset = np.array([letterbox.left, letterbox.top] * 2, dtype=np.float32)
+                placed = Placed(image, letterbox.left, letterbox.top, width, height)
+                boxes = boxes * scale + offset
+            layers = [Layer((placed,), boxes, labels)]
         weights = None
         if self.augmentation is not None:
-            layers = layers or [Layer((placed,), boxes, labels)]
             interpolation = self.draw_interpolation(epoch, index)
             image, boxes, labels, weights = self.augmentation(layers, size, epoch, index, interpolation)
         else:
-            image = resize_placed(placed, size, geometry.fill, INTERPOLATIONS[geometry.interpolation])
+            image = resize_placed(layers[0].tiles[0], size, geometry.fill, INTERPOLATIONS[geometry.interpolation])
         if self.color is not None:
             image = self.color(image, epoch, index)
         return Sample(image, boxes, labels, index, letterbox, weights=weights if self.weighted else None)
