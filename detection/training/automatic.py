@@ -108,8 +108,10 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> "Annotati
     Raises:
         DataError: they cannot be used; `tolerant`: None instead.
     """
+    # What may still say auto has no part in the annotations.
+    plain = {"num_workers": 0, "cache": "none", "augmentation": read_settings_file(DEFAULTS)["data"]["augmentation"]}
     try:
-        data = DataSettings.model_validate(tuples_of({**tree["data"], "num_workers": 0, "cache": "none"}))
+        data = DataSettings.model_validate(tuples_of({**tree["data"], **plain}))
     except ValidationError:  # `validate` reports it
         return None
     if data.fake:
