@@ -1,1 +1,1 @@
-"""One-stage detectors with anchors, focal loss and class and box networks shared by all levels: EfficientDet, RetinaNet."""
+"""Detectors with anchors, focal loss and heads that all levels share: EfficientDet and RetinaNet."""
