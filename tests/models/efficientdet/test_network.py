@@ -56,12 +56,19 @@ PUBLISHED = {
 REDUNDANT = re.compile(r"(resample\.\d\.conv\.conv|after_combine\.conv\.conv_pw|conv_rep\.\d\.conv_pw)\.bias$")
 
 
+TAPS = {  # channels of the backbone's maps
+    "d0": (40, 112, 320), "d1": (40, 112, 320), "d2": (48, 120, 352), "d3": (48, 136, 384), "d4": (56, 160, 448),
+    "d5": (64, 176, 512), "d6": (72, 200, 576), "d7x": (80, 224, 640),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_published_counts(variant: str) -> None:
     *totals, parts, tensors = PUBLISHED[variant]
     with torch.device("meta"):
         model = build(variant, 90)
         found, state = [count(model)], model.state_dict()
+        assert model.backbone.out_channels == TAPS[variant]
         assert tuple(map(count, (model.backbone, model.fpn, model.class_net, model.box_net))) == parts
         model.class_net.predict.conv_pw = nn.Conv2d(VARIANTS[variant].fpn_channels, 9 * 80, 1)
         found.insert(1, count(model))
