@@ -38,7 +38,7 @@ def has_placement(augmentation: AugmentationSettings) -> bool:
 
 
 class RandomPlacement:
-    """Places an image and its boxes in the network input by `expand`, `iou_crop`, and `scale_jitter` or else `darknet_jitter`.
+    """Places an image and its boxes in the network input by `expand`, `iou_crop` and one of the jitters, in this order.
 
     Args:
         settings: settings of all transforms.
