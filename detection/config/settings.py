@@ -30,7 +30,11 @@ from detection.config.yolox_settings import YoloxSettings
 from detection.errors import SettingsError
 
 Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
-BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
+BACKBONE_NAMES = (
+    *("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", "resnet50"),
+    *(f"{form}efficientnet_b{number}" for form in ("", "tf_") for number in range(8)),
+    DARKNET_CFG,
+)
 
 
 def check_pretrained(value: Any) -> Any:

@@ -203,7 +203,7 @@ class EfficientNet(nn.Module):
     strides = (8, 16, 32)
     pixel_mean = IMAGENET_MEAN
     pixel_std = IMAGENET_STD
-    unused_tensors = ("8.", "classifier.")  # of torchvision's classifier, see `load_torchvision`
+    unused_tensors = ("8.", "classifier.")  # of torchvision's classifier
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class EfficientNet(nn.Module):
         standard_weights: WeightsEnum | None = None,
     ) -> None:
         super().__init__()
-        self.name = f"efficientnet_b{number}"
+        self.name = f"{'tf_' if same_padding else ''}efficientnet_b{number}"
         self.same_padding, self.batch_norm_epsilon = same_padding, batch_norm_epsilon
         self.standard_weights = standard_weights
         width, depth = FACTORS[number]
