@@ -1,6 +1,7 @@
 """Argument parser shared by all scripts."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,17 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
+
+
+def at_least_zero(text: str) -> float:
+    """Parse an option's value as a finite number >= 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
+    return value
 
 
 def weights_file(path: str | Path) -> Path:
