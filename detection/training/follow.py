@@ -199,7 +199,8 @@ def follow(arguments: argparse.Namespace, run: Path, timing: Timing) -> None:
                 break
             if not found:
                 waiting.for_news()
-        if loggers is not None and followed is not None and followed.same_images and arguments.output is None:
+        shown = ended == FINISHED and arguments.output is None
+        if shown and loggers is not None and followed is not None and followed.same_images:
             renew_page(directory, followed, loggers)
         status = FINISHED
     finally:
