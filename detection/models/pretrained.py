@@ -1,7 +1,5 @@
 """`model.pretrained`: initial weights of the backbone or of a whole detector."""
 
-import http.client
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 
 from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
@@ -20,13 +18,22 @@ from detection.contract import DetectorModel, HasClassRows
 from detection.errors import CheckpointError, SettingsError
 from detection.foreign_files import SAFETENSORS, describe_content, describe_file
 from detection.models.backbones.darknet import Darknet53
-from detection.models.backbones.mobilenet import MobileNetV3
-from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
+from detection.models.backbones.efficientnet import EfficientNet
+from detection.models.backbones.form import check_form
+from detection.models.backbones.timm_backbone import TimmBackbone
+from detection.models.classifier_weights import (
+    TorchvisionBackbone,
+    check_fit,
+    load_efficientnet_file,
+    load_published,
+    load_timm_file,
+    load_torchvision,
+    read_safetensors,
+)
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 DARKNET_FILE = "darknet53.conv.74"  # `model.pretrained: true`; none was published for DarknetTiny
-NAMES_SHOWN = 3  # in an error about tensors that do not fit
 CLASSES_SHOWN = 10
 
 
@@ -56,7 +63,7 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         )
     backbone = cast(DetectorModel, model).backbone
     is_darknet = path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name)
-    is_safetensors = isinstance(backbone, TimmBackbone) and path.suffix == ".safetensors"
+    is_safetensors = isinstance(backbone, TimmBackbone | EfficientNet) and path.suffix == ".safetensors"
     usable = f"model.backbone={settings.backbone} starts from {usable_files(backbone)}"
     if path.is_file() and (is_darknet or is_safetensors):  # `read_file` names the others
         what = describe_file(path)
@@ -66,23 +73,40 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         return load_darknet_file(model, path, names)
     if not path.is_file():
         raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
-    if isinstance(backbone, TimmBackbone) and is_safetensors:
-        return load_timm_file(backbone, read_safetensors(path), path, f"model.pretrained={path}")
+    if is_safetensors:
+        return load_classifier_file(model, read_safetensors(path), path, f"model.pretrained={path}")
     content = read_file(path, usable)
     if is_checkpoint(content):
         return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path, names)
     what = describe_content(content)
     state = find_state(content)
-    if isinstance(backbone, MobileNetV3) and state:
-        return [load_torchvision(backbone, state, str(path), f"model.pretrained={path}, {what},")]
-    if isinstance(backbone, TimmBackbone) and state:
-        return load_timm_file(backbone, state, path, f"model.pretrained={path}, {what},")
+    if state and isinstance(backbone, TorchvisionBackbone | TimmBackbone):
+        return load_classifier_file(model, state, path, f"model.pretrained={path}, {what},")
     raise CheckpointError(f"model.pretrained={path} is {what}; {usable}")
+
+
+def load_classifier_file(model: nn.Module, state: Mapping[str, Tensor], path: Path, described: str) -> list[str]:
+    """Load the state of a classifier of torchvision or timm into the backbone.
+
+    Args:
+        described: what the file is, for errors.
+    """
+    backbone = model.backbone
+    check_form(model, described)
+    if isinstance(backbone, TimmBackbone):
+        return load_timm_file(backbone, state, path, described)
+    if isinstance(backbone, EfficientNet):
+        return load_efficientnet_file(backbone, state, path, described)
+    assert isinstance(backbone, TorchvisionBackbone)
+    return [load_torchvision(backbone, state, str(path), described)]
 
 
 def usable_files(backbone: nn.Module) -> str:
     """Say in a few words what a backbone can start from."""
-    if isinstance(backbone, MobileNetV3):
+    if isinstance(backbone, EfficientNet):
+        source = f"timm's {backbone.name} (.pth, .safetensors)" if backbone.same_padding else "torchvision's classifier"
+        return f"the state dict of {source} or a checkpoint of this program"
+    if isinstance(backbone, TorchvisionBackbone):
         return "the state dict of torchvision's classifier or a checkpoint of this program"
     if isinstance(backbone, TimmBackbone):
         return (
@@ -93,7 +117,7 @@ def usable_files(backbone: nn.Module) -> str:
 
 def has_standard_weights(backbone: str) -> bool:
     """Return whether `pretrained: true` finds the weights of a backbone on this machine, without a download."""
-    if backbone.startswith("mobilenet"):
+    if backbone in list_models():
         url = get_model_weights(backbone)["IMAGENET1K_V1"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
@@ -123,56 +147,12 @@ def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str
                 f"{backbone.width:g} and {backbone.depth:g}; must be false, or a FILE of such a network"
             )
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
-    if isinstance(backbone, MobileNetV3):
-        weights = backbone.standard_weights
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-        # OSError: no network, no room; RuntimeError: wrong hash or damaged file
-        except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
-                "elsewhere and use model.pretrained=FILE"
-            ) from None
-        return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
-    if isinstance(backbone, TimmBackbone):
-        where = download_weights(backbone)
-        return [f"backbone from timm's weights, {where}"]
+    check_form(model, "model.pretrained=true")
+    lines = load_published(backbone)
+    if lines is not None:
+        return lines
     named = f"detector {settings.detector} with backbone {settings.backbone}"
     raise SettingsError(f"model.pretrained = true: {named} has no standard weights; name a FILE")
-
-
-def load_torchvision(
-    backbone: MobileNetV3, state: Mapping[str, Tensor], source: str, described: str | None = None
-) -> str:
-    """Load the state of torchvision's classifier, or of its `features` alone, into the backbone.
-
-    Args:
-        source: where it is from, for the line that is returned.
-        described: what it is, for the error if it does not fit; None: `source`.
-    """
-    if any(name.startswith("features.") for name in state):
-        state = {
-            name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
-        }
-    ours = backbone.torchvision_names()
-    own_state = backbone.state_dict()
-    check_fit(state, {name: own_state[own] for name, own in ours.items()}, described or source)
-    backbone.load_state_dict({ours[name]: value for name, value in state.items()})
-    return f"backbone, {len(ours)} tensors from {source}"
-
-
-def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path, described: str) -> list[str]:
-    """Load the state of a timm classifier, with or without its last layers, into the backbone.
-
-    Args:
-        described: what the file is, for the error if it does not fit.
-    """
-    expected, classifier = classifier_state(backbone)
-    kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
-    check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, described)
-    load_classifier(backbone, state)
-    return [f"backbone from {path}, a classifier timm/{backbone.name}"]
 
 
 def load_darknet_file(model: nn.Module, path: Path, names: Sequence[str]) -> list[str]:
@@ -282,28 +262,6 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:CLASSES_SHOWN]) + more if names else "none"
 
 
-def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Check the names and shapes of a state.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; names the first of each kind.
-    """
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    parts = [
-        f"{len(found)} {kind}: {', '.join(found[:NAMES_SHOWN])}{', ...' if len(found) > NAMES_SHOWN else ''}"
-        for kind, found in (("missing", missing), ("unknown", foreign), ("of another shape", shapes))
-        if found
-    ]
-    if parts:
-        raise CheckpointError(f"{source} does not fit this network; tensors {'; '.join(parts)}")
-
-
 def find_state(content: Any) -> dict[str, Tensor] | None:
     """Return the state dict in the content of a file, possibly under "state_dict" or "model"; None: there is none."""
     for key in ("state_dict", "model"):
@@ -312,14 +270,3 @@ def find_state(content: Any) -> dict[str, Tensor] | None:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         return None
     return content
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file; CheckpointError if that fails."""
-    from safetensors import SafetensorError  # a dependency of timm
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"model.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None
