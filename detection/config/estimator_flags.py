@@ -111,7 +111,7 @@ def place_run(arguments: argparse.Namespace) -> None:
             arguments.config = []
         else:
             arguments.output = directory
-    if arguments.resume is None:  # a continued run keeps its own settings
+    if arguments.resume is None and arguments.mode != "eval":  # a run that exists keeps its own settings
         named = [] if arguments.experiment is None else [arguments.experiment / "args.yaml"]
         if arguments.model_name is not None:
             named.append(REPOSITORY / "recipes" / f"{arguments.model_name.replace('-', '_')}.yaml")

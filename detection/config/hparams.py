@@ -52,7 +52,8 @@ def ema_decay(value: Any) -> dict[str, Any]:
 
 
 def clip_norm(value: Any) -> dict[str, Any]:
-    return {"train.clip_norm": number(value) or None}
+    limit = number(value) or None  # of each tensor, then of all together
+    return {"train.clip_tensor_norm": limit, "train.clip_norm": limit}
 
 
 def mixed_precision(value: Any) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def only(wanted: Any, answer: str) -> Translation:
     return check
 
 
+JITTER = "is data.augmentation.scale_jitter.scale=[MIN,MAX]"
 FROM_VARIANT = "follows from the variant (--model_name): another network would not fit its published weights"
 NAMES: dict[str, Translation | str] = {
     # optimization
@@ -101,6 +103,8 @@ NAMES: dict[str, Translation | str] = {
     "image_size": image_size,
     "num_classes": classes,
     "input_rand_hflip": flip,
+    "jitter_min": JITTER,
+    "jitter_max": JITTER,
     "skip_crowd_during_training": only(True, "crowd regions are never learned here"),
     "max_instances_per_image": "there is no limit here: all boxes of an image count",
     # loss and anchors
