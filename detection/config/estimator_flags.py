@@ -8,6 +8,7 @@ Source: `main.py` of TensorFlow/computer_vision/efficientdet in github HabanaAI/
 
 import argparse
 import functools
+import math
 import os
 import re
 import shlex
@@ -97,10 +98,18 @@ def place_run(arguments: argparse.Namespace) -> None:
     These are of --experiment its args.yaml, of --model_name its recipe, below those of --config.
 
     Raises:
-        SettingsError: another place is given too.
+        SettingsError: another place is given too, or flags of --mode eval without it.
     """
-    directory = arguments.model_dir
-    if directory is not None and arguments.mode != "eval":
+    directory, following = arguments.model_dir, arguments.mode == "eval"
+    if following and directory is None:
+        raise SettingsError("--mode eval: needs --model_dir, the directory of the run to follow")
+    for name in ("eval_timeout", "min_eval_interval"):
+        value = getattr(arguments, name)
+        if value is not None and not following:
+            raise SettingsError(f"--{name}: belongs to --mode eval, or to validation.py --follow RUN")
+        if value is not None and not 0 <= value < math.inf:
+            raise SettingsError(f"--{name} {value:g}: must be a number of seconds from 0")
+    if directory is not None and not following:
         for name in ("output", "resume"):
             if getattr(arguments, name) is not None:
                 raise SettingsError(f"--model_dir and --{name} are both given; each names the run directory")
@@ -111,7 +120,7 @@ def place_run(arguments: argparse.Namespace) -> None:
             arguments.config = []
         else:
             arguments.output = directory
-    if arguments.resume is None and arguments.mode != "eval":  # a run that exists keeps its own settings
+    if arguments.resume is None and not following:  # a run that exists keeps its own settings
         named = [] if arguments.experiment is None else [arguments.experiment / "args.yaml"]
         if arguments.model_name is not None:
             named.append(REPOSITORY / "recipes" / f"{arguments.model_name.replace('-', '_')}.yaml")
@@ -181,20 +190,12 @@ def refuse(given: Mapping[str, Any]) -> None:
     for name in ("training_file_pattern", "validation_file_pattern"):
         if name in given:
             raise SettingsError(f"--{name} {given[name][0]}: {PACK}")
-    following = given.get("mode") == "eval"
     if (images := given.get("testdev_dir")) is not None:
         raise SettingsError(
             f"--testdev_dir {images}: images without ground truth are for validation.py --weights "
             f"{given.get('model_dir') or 'RUN'} --no-ground-truth data.root={images} data.validation_annotations=FILE "
             "data.validation_images=FOLDER, which writes COCO results"
         )
-    if following and "model_dir" not in given:
-        raise SettingsError("--mode eval: needs --model_dir, the directory of the run to follow")
-    for name in ("eval_timeout", "min_eval_interval"):
-        if name in given and not following:
-            raise SettingsError(f"--{name}: belongs to --mode eval, or to validation.py --follow RUN")
-        if name in given and not 0 <= given[name] < float("inf"):
-            raise SettingsError(f"--{name} {given[name]:g}: must be a number of seconds from 0")
 
 
 def typed_without_horovod() -> str:

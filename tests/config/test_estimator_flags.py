@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from detection.config.command_line import DEFAULTS, device_flags
-from detection.config.estimator_flags import NEVER, REFUSED
+from detection.config.estimator_flags import MODEL_NAMES, NEVER, REFUSED
 from detection.config.hparams import NAMES, translate_hparams
 from detection.config.loading import load_settings
 from detection.errors import SettingsError
@@ -69,6 +69,11 @@ def load(monkeypatch: pytest.MonkeyPatch, line: str) -> Any:
             {"train.image_size": 640, "evaluation.image_size": 640, "data.augmentation.horizontal_flip.p": 0.0,
              "train.ema_decay": None, "train.clip_norm": 5.0},
         ),
+        (
+            "--hparams alpha=0.5,gamma=2,box_loss_weight=10,aspect_ratios=[1.0,2.0,0.5]",
+            {"efficientdet.alpha": 0.5, "efficientdet.gamma": 2.0, "efficientdet.box_weight": 10.0,
+             "efficientdet.aspects": (1.0, 2.0, 0.5)},
+        ),
         ("--eval_after_training --use_tpu=false", {}),
     ],
 )  # fmt: skip
@@ -124,6 +129,13 @@ def test_every_option_of_the_document_is_known_and_in_the_table(monkeypatch: pyt
     assert [flag for flag in DOCUMENT if f"--{flag}" not in parser._option_string_actions] == []
     assert [flag for flag in DOCUMENT if f"| `--{flag}" not in page] == []
     assert [name for name in NAMES if f"`{name}`" not in page] == []
+
+
+def test_the_defaults_are_the_recipe_of_the_smallest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, _ = load_settings(DEFAULTS, [REPOSITORY / "recipes" / "efficientdet_d0.yaml"])
+    assert load(monkeypatch, "")[0] == recipe
+    for name in MODEL_NAMES:  # every name has a recipe of its own variant
+        assert load(monkeypatch, f"--model_name {name}")[0].efficientdet.variant == name.removeprefix("efficientdet-")
 
 
 def test_a_typing_error_names_the_nearest_flag(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
