@@ -249,7 +249,7 @@ class SchedulerSettings(Section):
 class EvaluationSettings(Section):
     """Validation: images, thresholds and what is drawn."""
 
-    evaluate_frequency: Duration | Literal["auto"]
+    evaluate_frequency: Duration | Literal["auto"] | None
     image_size: int
     batch_size: Count | None
     max_images: Count | None
@@ -288,8 +288,9 @@ class Settings(Section):
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if self.evaluation.evaluate_frequency != "auto" and is_zero(self.evaluation.evaluate_frequency):
-            raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
+        frequency = self.evaluation.evaluate_frequency
+        if frequency not in ("auto", None) and is_zero(frequency):
+            raise ValueError("evaluation.evaluate_frequency: must be greater than 0, or null: at the end only")
         sizes = {
             "train.image_size": [self.train.image_size],
             "train.multiscale_sizes": self.train.multiscale_sizes,
