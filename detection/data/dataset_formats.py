@@ -38,7 +38,8 @@ class Source:
         kind: what was recognised, for the plan.
         file: annotation file; of a converted dataset its description or folder.
         root: folder of the dataset.
-        images: directory that the file names begin from; None: the listed images were not found.
+        images: directory that the file names begin from, or the index of packed shards (`open_images` takes both);
+            None: the listed images were not found.
         tried: directories that were looked at for them.
         fraction: as in `CocoDataset`.
         automatic: the fraction is `FRACTION` because there is one set only.
@@ -74,7 +75,7 @@ class Source:
         return columns
 
     def image_directory(self) -> Path:
-        """The directory of the images.
+        """The directory of the images, or the index of packed shards.
 
         Raises:
             DataError: the listed images are not there; names the directories tried and the likest file.
@@ -249,7 +250,8 @@ def _convert(source: Path, kind: str, data: DataSettings) -> dict[str, Source]:
 
 def coco_source(file: Path, root: Path, split: str, data: DataSettings) -> Source:
     images, tried = find_image_directory(file, root)
-    return Source(split, "COCO JSON", file, root, images, tuple(tried), ignore_as_crowd=data.ignore_as_crowd)
+    kind = "COCO JSON" if images is None or images.is_dir() else "packed shards"
+    return Source(split, kind, file, root, images, tuple(tried), ignore_as_crowd=data.ignore_as_crowd)
 
 
 def describe_folder(root: Path, most: int = 12) -> str:

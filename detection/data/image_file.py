@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -52,7 +52,36 @@ class Header(NamedTuple):
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
+class StoredImage(Protocol):
+    """An image that is a part of a larger file; `str` names it in messages."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    def stat(self) -> "StoredStatus": ...
+
+    def read(self) -> np.ndarray:
+        """Return the bytes, uint8; raises DataReadError as `read_file` does."""
+        ...
+
+
+class StoredStatus(Protocol):
+    """What a cache needs of `os.stat`."""
+
+    @property
+    def st_size(self) -> int: ...
+
+    @property
+    def st_mtime_ns(self) -> int: ...
+
+    @property
+    def st_ino(self) -> int: ...
+
+
+ImageFile = Path | StoredImage  # what is read
+
+
+def read_image(path: ImageFile, decoder: str = "opencv") -> np.ndarray:
     """Decode an image file to RGB uint8, (height, width, 3).
 
     The EXIF orientation is applied; grey, palette and CMYK images are converted; 16 bits are scaled to 8; transparent
@@ -69,12 +98,14 @@ def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
     return decode_image(encoded, header, path, decoder)
 
 
-def read_file(path: Path) -> np.ndarray:
-    """Read the bytes of a regular file without opening pipes, devices or directories.
+def read_file(path: ImageFile) -> np.ndarray:
+    """Read the bytes of an image: of a regular file, without opening pipes, devices or directories.
 
     Raises:
         DataReadError: as in `read_image`.
     """
+    if not isinstance(path, Path):
+        return path.read()
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -86,7 +117,7 @@ def read_file(path: Path) -> np.ndarray:
         raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
 
 
-def read_header(encoded: np.ndarray, path: Path | str) -> Header | None:
+def read_header(encoded: np.ndarray, path: ImageFile | str) -> Header | None:
     """Read the header of an image; None if Pillow does not know the format (OpenCV may).
 
     Raises:
@@ -134,7 +165,7 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
-def decode_image(encoded: np.ndarray, header: Header | None, path: Path | str, decoder: str = "opencv") -> np.ndarray:
+def decode_image(encoded: np.ndarray, header: Header | None, path: ImageFile | str, decoder: str = "opencv") -> np.ndarray:
     """Decode the bytes of an image file; arguments, result and errors as in `read_image`."""
     # OpenCV fills the missing rest of some truncated files with grey; a complete file has its end marker.
     for name, (start, end) in MARKERS.items():
