@@ -1,6 +1,6 @@
 """What a file or folder holds: COCO, YOLO or VOC in any usual layout, recognised by its content."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detection.config.settings import DataSettings
@@ -84,6 +84,10 @@ class Source:
             setting = f"data.{SPLITS[self.split].replace('val', 'validation')}_images"
             raise DataError(f"{describe_missing(self.file, self.root, self.tried)}; set {setting}")
         return self.images
+
+    def with_images(self, images: Path) -> "Source":
+        """The same with another directory (or index) of the images."""
+        return replace(self, images=images)
 
     def notes(self) -> list[str]:
         """What was left out or changed in reading, and keys whose meaning is lost."""

@@ -165,7 +165,9 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
-def decode_image(encoded: np.ndarray, header: Header | None, path: ImageFile | str, decoder: str = "opencv") -> np.ndarray:
+def decode_image(
+    encoded: np.ndarray, header: Header | None, path: ImageFile | str, decoder: str = "opencv"
+) -> np.ndarray:
     """Decode the bytes of an image file; arguments, result and errors as in `read_image`."""
     # OpenCV fills the missing rest of some truncated files with grey; a complete file has its end marker.
     for name, (start, end) in MARKERS.items():

@@ -28,7 +28,7 @@ IN_FLIGHT = 8  # images per thread
 
 @dataclass
 class Split:
-    """One split with the place of its images and what is known about its files; positions are those of the annotations."""
+    """One split, the place of its images, and what is known about them; positions are those of the annotations."""
 
     name: str  # "training" or "validation"
     place: ImagePlace

@@ -57,10 +57,11 @@ class Source:
 def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     """List the images, videos and cameras that the words name, in that order; sorted within a folder or pattern.
 
-    A word is a file, a folder, a folder or index of packed shards, a pattern with * ? or [ ], a text file with one path or address per line, a camera's
-    number, or an address (http, https, rtsp, rtsps, rtmp; where its suffix says nothing, the server is asked what it
-    is). An existing file or folder of that name takes precedence over a pattern or number. Results keep the structure
-    below a given folder; of several results with the same name, the later ones are numbered.
+    A word is a file, a folder, a pattern with * ? or [ ], a folder of packed shards or its index, a text file with one
+    path or address per line, a camera's number, or an address (http, https, rtsp, rtsps, rtmp; where its suffix says
+    nothing, the server is asked what it is). An existing file or folder of that name takes precedence over a pattern or
+    number. Results keep the structure below a given folder; of several results with the same name, the later ones are
+    numbered.
 
     Args:
         words: arguments of the command line.

@@ -114,9 +114,7 @@ class FilePart:
         except OSError as error:
             raise DataReadError(f"image {self} cannot be read: {error.strerror}") from None
         if len(content) < self.size:
-            raise DataReadError(
-                f"image {self} is damaged: the file ends after {len(content)} of its {self.size} bytes"
-            )
+            raise DataReadError(f"image {self} is damaged: the file ends after {len(content)} of its {self.size} bytes")
         return content
 
 
@@ -182,7 +180,9 @@ class PackedImages:
 def shard_faults(folder: Path, index: PackedIndex, follow_links: bool = False) -> list[str]:
     """One line for every shard that is missing, no regular file, or of another size than the index says."""
     return [
-        fault for shard in index.shards if (fault := _shard_fault(folder / shard.name, shard.size, folder, follow_links))
+        fault
+        for shard in index.shards
+        if (fault := _shard_fault(folder / shard.name, shard.size, folder, follow_links))
     ]
 
 
@@ -196,5 +196,7 @@ def _shard_fault(path: Path, size: int, folder: Path, follow_links: bool) -> str
     if not stat.S_ISREG(status.st_mode):
         return f"shard {path} cannot be read: not a regular file"
     if status.st_size != size:
-        return f"shard {path} has {status.st_size} bytes, the index says {size}; copy it again, or pack the dataset again"
+        return (
+            f"shard {path} has {status.st_size} bytes, the index says {size}; copy it again, or pack the dataset again"
+        )
     return None

@@ -1,8 +1,8 @@
 """The index of packed shards: where each image of a split begins, in which shard, and how large it is.
 
-A folder of shards holds, for every split, SPLIT-00000-of-00004.tar and so on, annotations/instances_SPLIT.json, which is
-an ordinary COCO file and what training reads, and SPLIT.index. That is text of two lines: a header with the SHA-256 of
-the second line, and the rows, one JSON list per column, in the order of the images' ids.
+A folder of shards holds, for every split, SPLIT-00000-of-00004.tar and so on, annotations/instances_SPLIT.json, which
+is an ordinary COCO file and what training reads, and SPLIT.index. That is text of two lines: a header with the SHA-256
+of the second line, and the rows, one JSON list per column, in the order of the images' ids.
 """
 
 import hashlib
@@ -131,7 +131,7 @@ def _parse(body: dict[str, Any]) -> PackedIndex:
         if not SHARD.fullmatch(shard.name) or "/" in shard.name or "\\" in shard.name:
             raise ValueError(f"{shard.name!r} is no name of a shard")
     shard_of, offsets, sizes = columns["shard_of"], columns["offsets"], columns["sizes"]
-    if len(names) and not (0 <= shard_of.min() and shard_of.max() < len(shards)):
+    if len(names) and not (shard_of.min() >= 0 and shard_of.max() < len(shards)):
         raise ValueError("an image lies in a shard that is not listed")
     ends = np.array([shard.size for shard in shards], dtype=np.int64)[shard_of] if len(names) else offsets
     if (offsets < 0).any() or (sizes < 0).any() or (sizes > ends - offsets).any():
