@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from detection.config.settings import DataSettings
-from detection.data.image_file import ImageFile, describe_decoder, read_image
+from detection.data.image_file import describe_decoder, read_image
+from detection.data.stored_image import ImageFile
 from detection.errors import DataReadError, OutputError, SettingsError
 from detection.runtime.devices import available_memory
 

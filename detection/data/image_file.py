@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from detection.data.stored_image import ImageFile
 from detection.errors import DataReadError, SettingsError
 
 # The formats that OpenCV (a .dib without file header: Pillow) decodes to the right colours; of an animation the first
@@ -50,35 +51,6 @@ class Header(NamedTuple):
     def turned_size(self) -> tuple[int, int]:
         """Width and height after applying the EXIF orientation, as decoded."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
-
-
-class StoredImage(Protocol):
-    """An image that is a part of a larger file; `str` names it in messages."""
-
-    @property
-    def suffix(self) -> str: ...
-
-    def stat(self) -> "StoredStatus": ...
-
-    def read(self) -> np.ndarray:
-        """Return the bytes, uint8; raises DataReadError as `read_file` does."""
-        ...
-
-
-class StoredStatus(Protocol):
-    """What a cache needs of `os.stat`."""
-
-    @property
-    def st_size(self) -> int: ...
-
-    @property
-    def st_mtime_ns(self) -> int: ...
-
-    @property
-    def st_ino(self) -> int: ...
-
-
-ImageFile = Path | StoredImage  # what is read
 
 
 def read_image(path: ImageFile, decoder: str = "opencv") -> np.ndarray:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from detection.data.image_file import IMAGE_SUFFIXES, ImageFile, Listing, list_images
+from detection.data.image_file import IMAGE_SUFFIXES, Listing, list_images
 from detection.data.packed.images import PackedImages
 from detection.data.packed.index import SUFFIX
+from detection.data.stored_image import ImageFile
 from detection.errors import DataError, DataReadError
 
 

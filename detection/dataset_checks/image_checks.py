@@ -14,9 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from detection.data.annotations import Annotations
-from detection.data.image_file import Header, ImageFile, decode_image, read_file, read_header
+from detection.data.image_file import Header, decode_image, read_file, read_header
 from detection.data.image_places import ImagePlace
 from detection.data.similar_names import find_similar
+from detection.data.stored_image import ImageFile
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataReadError
 

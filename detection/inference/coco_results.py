@@ -10,7 +10,7 @@ import numpy as np
 
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import follow_spelling
-from detection.data.image_file import ImageFile
+from detection.data.stored_image import ImageFile
 from detection.errors import DataError, OutputError, name_list
 from detection.inference.results import ImageDetections
 

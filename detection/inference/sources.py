@@ -11,9 +11,10 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from detection.data.image_file import IMAGE_SUFFIXES, ImageFile, UniqueNames, read_image
+from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames, read_image
 from detection.data.image_places import is_packed, open_images
 from detection.data.packed.index import find_indexes
+from detection.data.stored_image import ImageFile
 from detection.drawing.files import safe_name
 from detection.errors import DataError
 from detection.inference.web import is_picture, is_url, read_picture, result_name, without_password

@@ -7,10 +7,10 @@ from typing import Any
 
 from detection.data.annotation_file import ID_MEANING, POSITIONS, Columns, read_without_boxes
 from detection.data.dataset_formats import Source
-from detection.data.image_file import ImageFile
 from detection.data.image_places import open_images
 from detection.data.json_file import read_json
 from detection.data.outside_names import STATED
+from detection.data.stored_image import ImageFile
 from detection.errors import DataError
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detection.data.image_file import MAX_BYTES, ImageFile, Listing
+from detection.data.image_file import MAX_BYTES, Listing
 from detection.data.packed.index import PackedIndex, read_index
+from detection.data.stored_image import ImageFile
 from detection.errors import DataError, DataReadError
 
 MAX_OPEN = 256  # files that a process keeps open; most systems allow 1,024
