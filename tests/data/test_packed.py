@@ -92,9 +92,10 @@ def test_workers_and_the_cache_change_nothing(
 
 
 def test_a_run_is_continued_with_shards_bit_for_bit(
-    shards: Path, drawn_dataset: Path, run_script: Run, tmp_path: Path
+    shards: Path, drawn_dataset: Path, run_script: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six steps on the folder; four on the folder and two on shards."""
+    monkeypatch.setattr("detection.training.console.report_run", lambda *_: [])  # figures take seconds
     (tmp_path / "network.cfg").write_text(fault_runs.NETWORK)
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(fault_runs.OVERLAY))
     words = ["--config", "overlay.yaml", "model.cfg=network.cfg"]
@@ -162,9 +163,9 @@ def test_every_script_reads_shards(shards: Path, drawn_dataset: Path, run_script
     """The dataset doctor finds what it finds in the folder; detect.py takes a folder of shards or one index."""
     reports = []
     for root in (drawn_dataset, shards):
-        result = run_script(check_dataset.main, f"data.root={root}", "--output", tmp_path / root.name)
+        result = run_script(check_dataset.main, f"data.root={root}", "--output", tmp_path / f"check_{root.name}")
         assert result.returncode == 0, result.stdout + result.stderr
-        report = json.loads((tmp_path / root.name / "check.json").read_text())
+        report = json.loads((tmp_path / f"check_{root.name}" / "check.json").read_text())
         reports.append([(found["kind"], found["split"], found["items"]) for found in report["findings"]])
         assert report["splits"]["training"]["images_opened"] == 9
     assert reports[0] == reports[1]
@@ -194,7 +195,7 @@ AGAIN = "python pack.py --rebuild-index ROOT"
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {  # what happens to the folder; the line
     "short": (
         lambda root: cut(root / SHARD, 5000),
-        "shard ROOT/" + SHARD + " has 5000 bytes, the index says SIZE; copy it or pack the dataset again",
+        "shard ROOT/" + SHARD + " has 5000 bytes, the index says SIZE; copy it again, or pack the dataset again",
     ),
     "missing": (
         lambda root: (root / SHARD).unlink(),
