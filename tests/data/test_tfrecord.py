@@ -203,7 +203,11 @@ def test_a_record_that_is_no_image_is_named(case: str, written: Callable[..., Pa
 
 
 def test_a_message_that_is_none_is_named(tmp_path: Path) -> None:
-    for message, reason in ((b"\x0b", "wire type 3"), (b"\x0a\x09x", "a field ends beyond"), (b"\xff" * 12, "a number")):
+    for message, reason in (
+        (b"\x0b", "wire type 3"),
+        (b"\x0a\x09x", "a field ends beyond"),
+        (b"\xff" * 12, "a number"),
+    ):
         path = write_records(tmp_path / "x", message)
         with pytest.raises(DataError, match=rf"x: the record at byte 0: not a tf\.train\.Example \({reason}"):
             read_split([path], iter)
