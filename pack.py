@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from detection.config.command_line import DEFAULTS, Parser, at_least_one
 from detection.config.loading import load_settings
-from detection.config.settings import DataSettings
+from detection.config.settings import DataSettings, Settings
 from detection.data.build import make_builtin
 from detection.data.coco_files import split_in
 from detection.data.dataset_formats import coco_source
@@ -40,7 +40,7 @@ from detection.data.packed.writer import write_dataset, write_shards, writing_be
 from detection.data.sources import every_source, source_lines
 from detection.errors import DataError, OutputError, SettingsError, exit_with_message
 
-UNUSED = ("run", "model", "yolo", "yolox", "train", "scheduler", "evaluation")  # sections that packing does not read
+UNUSED = tuple(section for section in Settings.model_fields if section != "data")  # of the settings, not read here
 SHARD_MIB = 256
 REFUSED = {  # flags of create_coco_tfrecord.py without a meaning here, and what answers them
     "--caption_annotations_file": "captions have no boxes; give --object_annotations_file instances_train2017.json",

@@ -60,7 +60,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         total = arguments.images * size / 2**20
         print(
-            f"{arguments.images} images of {size / 1e3:.0f} kB, {total:.0f} MiB, packed into {len(index.shards)} shards "
+            f"{arguments.images} images of {size / 1e3:.0f} kB, {total:.0f} MiB, in {len(index.shards)} shards, packed "
             f"in {seconds:.1f} s ({total / seconds:.0f} MiB/s, written to the disk); {os.uname().machine}, one process"
         )
         places = {"files": open_images(root / "train"), "shards": open_images(shards / "train.index")}

@@ -69,7 +69,7 @@ def test_names_that_the_terminal_lacks(
 ) -> None:
     main, arguments = SCRIPTS[name]
     monkeypatch.chdir(foreign.root)
-    output = foreign.root / "out"
+    output = foreign.root.with_name(f"{foreign.root.name}_out")
     words = [] if main is convert_dataset.main else foreign.arguments
     code, out, err = run_on_terminal(main, [*arguments, *words, "--output", output], encoding, monkeypatch)
     refused = name == "detect of an unknown class"
