@@ -119,11 +119,11 @@ def test_the_doctor_names_boxes_without_an_anchor_of_their_own() -> None:
     grid = AnchorGrid((8, 16, 32), 1.5, PAIRS)
     boxes = np.array([[10.0, 10, 12, 12], [13, 13, 14, 14], [40, 40, 64, 64.0]])
     report = AnchorGridFit(grid, 0.5)(boxes, np.array([0, 0, 0]), 128)
-    assert dict((kind, items) for kind, items, _ in report.findings)["shared_prediction"] == [1]
+    assert {kind: items for kind, items, _ in report.findings}["shared_prediction"] == [1]
     assert report.numbers["recall_at_iou_0.5"] == pytest.approx(1 / 3)
     assert "33.3% of the boxes at IoU 0.5 or more, at 128 px" in report.line
     apart = AnchorGridFit(grid, 0.5)(boxes, np.array([0, 1, 2]), 128)
-    assert dict((kind, items) for kind, items, _ in apart.findings)["shared_prediction"] == []
+    assert {kind: items for kind, items, _ in apart.findings}["shared_prediction"] == []
 
 
 @pytest.mark.parametrize(
