@@ -18,8 +18,9 @@ from detection.errors import CheckpointError
 from detection.runtime.run_directory import is_locked, write_status
 from detection.training import follow as follow_module
 from detection.training.checkpoint_writer import LAST
-from detection.training.follow import DIED, NewCheckpoints, Timing, Waiting, end_of
+from detection.training.follow import Timing, Waiting
 from detection.training.loggers.protocol import FINISHED, RUNNING, STOPPED
+from detection.training.new_checkpoints import DIED, NewCheckpoints, end_of
 from detection.training.report_page import rows_of_run
 from tests.support.training_runs import load_main
 
