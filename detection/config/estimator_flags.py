@@ -159,6 +159,8 @@ def translate_flags(given: Mapping[str, Any]) -> list[Flag]:
         settings.append(Flag("--no_hpu", "run.device", "cpu" if habana_is_installed() else "auto"))
     if given.get("mode") == "train":
         settings.append(Flag("--mode train", "evaluation.evaluate_frequency", None))
+    if "num_examples_per_epoch" in given and "num_epochs" not in given:
+        raise SettingsError("--num_examples_per_epoch: needs --num_epochs; together they are a number of steps")
     if "num_epochs" in given:
         settings.append(Flag("--num_epochs", "train.steps", duration_of(given)))
     if "model_name" in given:

@@ -101,6 +101,7 @@ def test_a_flag_is_a_setting(monkeypatch: pytest.MonkeyPatch, line: str, expecte
         ("--eval_timeout 60", "--eval_timeout: belongs to --mode eval, or to validation.py --follow RUN"),
         ("--mode eval --model_dir x --min_eval_interval -1", "--min_eval_interval -1: must be a number"),
         ("--num_epochs 3 --num_examples_per_epoch 100", "needs --train_batch_size and no subdivisions"),
+        ("--num_examples_per_epoch 100 --train_batch_size 8", "needs --num_epochs"),
         ("--testdev_dir t --model_dir m", "validation.py --weights m --no-ground-truth data.root=t"),
         ("--ckpt old.h5", "--ckpt old.h5: checkpoints of TensorFlow are not read"),
         ("--ckpt a.pth --backbone_ckpt b.pth", "--backbone_ckpt and --ckpt contradict each other"),
