@@ -50,7 +50,9 @@ def carry_outputs(model: nn.Module, state: dict[str, Tensor], its_names: list[st
         return []
     if tables is None or not fits:
         state.update({name: own_state[name] for name in outputs})
-        reasons = ["other anchors"] * (tables is not None and not fits) + [f"other classes ({listed(its_names)})"] * (
+        sized = all(name in state and state[name].shape[1:] == own_state[name].shape[1:] for name in its_filters)
+        kind = "other anchors" if sized else "output convolutions of another size"
+        reasons = [kind] * (tables is not None and not fits) + [f"other classes ({listed(its_names)})"] * (
             its_names != names
         )
         return [f"the output convolutions start anew: the file has {' and '.join(reasons) or 'others'}"]

@@ -1,6 +1,7 @@
 """The catalogue of published weights: names that a user types, and the files they stand for."""
 
 import fcntl
+import functools
 import os
 import subprocess
 import time
@@ -56,6 +57,7 @@ class Entry(Section):
         return f"{about}{(self.size or self.size_from or 0) / 1e6:.0f} MB"
 
 
+@functools.cache
 def read_catalogue(path: Path = CATALOGUE) -> dict[str, Entry]:
     """Read the entries by name.
 
@@ -86,7 +88,7 @@ def read_catalogue(path: Path = CATALOGUE) -> dict[str, Entry]:
 def entry_of(weights: str | Path) -> Entry | None:
     """Return the entry that a word names, or whose file a path could be; None: there is none."""
     name = Path(weights).name
-    return next((entry for entry in read_catalogue().values() if name in (entry.name, entry.file)), None)
+    return next((entry for entry in read_catalogue(CATALOGUE).values() if name in (entry.name, entry.file)), None)
 
 
 def input_of(path: Path) -> int | None:

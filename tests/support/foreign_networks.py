@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
+from torchvision.models import mobilenet_v3_small
 
 BLOCKS = (1, 2, 8, 8, 4)  # residual blocks of Darknet-53
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -49,7 +51,7 @@ class Recorder:
         self.start = (self.start + 7919) % (len(random) - count)
         values = random[self.start : self.start + count].view(shape)
         if len(shape) > 1:
-            return values * (0.6 / shape[1:].numel() ** 0.5)
+            return values * (0.8 / shape[1:].numel() ** 0.5)
         if name.endswith(("running_var", "_variance")):
             return 0.6 + values.abs()
         return 1 + 0.2 * values if name.endswith("weight") else 0.2 * values
@@ -152,6 +154,7 @@ def paddle(t: Source, images: Tensor, classes: int = 80) -> list[Tensor]:
         if stage < 4:
             x = block(x, f"backbone.stage.{stage}.downsample.conv_bn_layer", 2 * width, 3, 2)
     outputs: list[Tensor] = []
+    route = maps[-1]
     for level, width in enumerate((512, 256, 128)):
         x = maps[-1 - level]
         if level:
@@ -263,6 +266,35 @@ def timm_darknet53(t: Source, images: Tensor) -> list[Tensor]:
     t("head.fc.weight", 1000, 1024)
     t("head.fc.bias", 1000)
     return maps[2:]
+
+
+def research_mobilenet_small(t: Source, images: Tensor) -> list[Tensor]:
+    """Encoder of the research repository by torchvision's own layers, and its neck.
+
+    Every tensor of the encoder has two names; the classifier is stored and not used.
+    """
+    with torch.device("meta"):
+        features = mobilenet_v3_small(weights=None).features.eval()
+    x, maps = (images.float() / 255 - MEAN) / STD, []
+    for number, layer in enumerate(features):
+        state = {
+            name: t(f"encoder.model.features.{number}.{name}", *value.shape)
+            for name, value in layer.state_dict().items()
+        }
+        x = functional_call(layer, state, (x,))
+        maps.append(x)
+    t("encoder.model.classifier.0.weight", 1024, 576)
+    t("encoder.model.classifier.0.bias", 1024)
+    t("encoder.model.classifier.3.weight", 1000, 1024)
+    t("encoder.model.classifier.3.bias", 1000)
+    return research_neck(t, maps[3], maps[8], maps[12])
+
+
+def with_second_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with MobileNet's tensors under both their names."""
+    first, second = "encoder.model.features.", "encoder.backbone_nn."
+    twins = {second + name.removeprefix(first): value for name, value in state.items() if name.startswith(first)}
+    return {**state, **twins}
 
 
 def images_of(side: int) -> Tensor:

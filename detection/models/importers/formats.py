@@ -1,5 +1,6 @@
 """What is common to the importers: names of tensors paired with ours, and the result."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -36,6 +37,10 @@ class Imported:
     num_classes: int
     state: dict[str, Tensor]
     lines: list[str] = field(default_factory=list)
+
+    def named(self, names: Sequence[str]) -> "Imported":
+        """The same weights with names for their classes, of which nothing more is known."""
+        return dataclasses.replace(self, names=tuple(names), ids=None)
 
 
 @dataclass(frozen=True)

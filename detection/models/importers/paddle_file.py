@@ -61,6 +61,11 @@ def _bytes_of(text: Any, encoding: Any = None) -> bytes:
     return text.encode("latin-1")
 
 
+def _no_bytes() -> bytes:
+    """`bytes()`, as which protocol 2 writes empty ones."""
+    return b""
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows stand-ins for the few names that a pickle of arrays needs; every other name is refused."""
 
@@ -69,6 +74,7 @@ class _Unpickler(pickle.Unpickler):
             return _Array
         # the array class is only an argument of `_reconstruct`
         known = {"numpy.ndarray": _Array, "numpy.dtype": _Type, "_codecs.encode": _bytes_of}
+        known |= {"builtins.bytes": _no_bytes, "__builtin__.bytes": _no_bytes}
         known |= {"collections.OrderedDict": OrderedDict, "builtins.tuple": tuple, "__builtin__.tuple": tuple}
         if (found := known.get(f"{module}.{name}")) is not None:
             return found
