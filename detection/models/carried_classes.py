@@ -49,8 +49,8 @@ def carry_outputs(model: nn.Module, state: dict[str, Tensor], its_names: list[st
     if fits and its_names == names:
         return []
     if tables is None or not fits:
-        state.update({name: own_state[name] for name in outputs})
         sized = all(name in state and state[name].shape[1:] == own_state[name].shape[1:] for name in its_filters)
+        state.update({name: own_state[name] for name in outputs})
         kind = "other anchors" if sized else "output convolutions of another size"
         reasons = [kind] * (tables is not None and not fits) + [f"other classes ({listed(its_names)})"] * (
             its_names != names

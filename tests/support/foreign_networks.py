@@ -5,7 +5,7 @@ Run on a `Recorder`, they make a synthetic file of their format; run on that fil
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -309,9 +309,21 @@ def synthetic_file(network: Network, seed: int) -> dict[str, Tensor]:
     return recorder.state
 
 
-def damaged(state: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, dict[str, Tensor], str]]:
-    """(what, a state, words of the refusal): a tensor missing, one extra, one of another shape."""
-    yield "missing", {key: value for key, value in state.items() if key != name}, f"1 missing: {name}"
-    yield "extra", {**state, "extra.weight": torch.ones(1)}, "1 unknown: extra.weight"
-    narrow = state[name][..., :-1] if state[name].dim() < 4 else state[name][:, :-1]
-    yield "misshapen", {**state, name: narrow}, f"1 of another shape: {name}"
+def damaged(state: Mapping[str, Tensor], *names: str) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """What is wrong -> (a state, words of the refusal): a tensor missing, one extra, one of another shape, and all.
+
+    Args:
+        names: of a tensor to leave out, and of one to make narrower.
+    """
+    absent, narrow = names
+    side = 1 if state[narrow].dim() == 4 else 0
+    missing = {key: value for key, value in state.items() if key != absent}
+    shaped = {narrow: state[narrow].narrow(side, 0, state[narrow].shape[side] - 1)}
+    extra = {"extra.weight": torch.ones(1)}
+    words = (f"1 missing: {absent}", "1 unknown: extra.weight", f"1 of another shape: {narrow}")
+    return {
+        "missing": (missing, f"tensors {words[0]}"),
+        "extra": ({**state, **extra}, f"tensors {words[1]}"),
+        "misshapen": ({**state, **shaped}, f"tensors {words[2]}"),
+        "all": ({**missing, **extra, **shaped}, f"tensors {'; '.join(words)}"),
+    }
