@@ -192,6 +192,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
                 machine.device,
                 settings.clip_norm,
                 mark_step=machine.mark_step,
+                clip_tensor_norm=settings.clip_tensor_norm,
             )
             # Speed does not matter here, so waiting for the device each step is fine.
             if not finite and not scaler.is_enabled():

@@ -166,6 +166,7 @@ def time_steps(
                 functools.partial(autocast, device, dtype),
                 device,
                 settings.train.clip_norm,
+                clip_tensor_norm=settings.train.clip_tensor_norm,
             )
             fetching = time.perf_counter()
             batches.prefetch(1)

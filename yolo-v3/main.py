@@ -130,7 +130,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                     report_first_batch(run, micro_batches[0], loggers)
                 result = train_step(
                     model, run.criterion, state.optimizer, state.scaler, micro_batches, run.autocast, run.device,
-                    settings.clip_norm, state.statistics, mark_step=run.mark_step,
+                    settings.clip_norm, state.statistics, False, run.mark_step, settings.clip_tensor_norm,
                 )  # fmt: skip
                 state.record(result, micro_batches)
                 stopped = supervisor.end()

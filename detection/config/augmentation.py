@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat
+from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from detection.config.fields import (
     Count,
@@ -89,6 +89,11 @@ class Affine(Section):
     rotate_method: Literal["largest_box", "ellipse"]
 
 
+class ScaleJitter(Section):
+    p: Probability
+    scale: Annotated[tuple[Positive, Positive], AfterValidator(check_range)]
+
+
 class DarknetJitter(Section):
     p: Probability
     jitter: Annotated[float, Field(ge=0, lt=1)]
@@ -161,6 +166,7 @@ class AugmentationSettings(Section):
     affine: Affine
     expand: Expand
     iou_crop: IoUCrop
+    scale_jitter: ScaleJitter
     darknet_jitter: DarknetJitter
     darknet_hsv: DarknetHSV
     photometric_distortion: PhotometricDistortion
@@ -169,3 +175,9 @@ class AugmentationSettings(Section):
     hsv: HSV
     random_interpolation: RandomInterpolation
     min_visibility: Probability
+
+    @model_validator(mode="after")
+    def check_crops(self) -> "AugmentationSettings":
+        if self.expand.p and self.scale_jitter.p:
+            raise ValueError("scale_jitter.p: must be 0 with expand, whose empty canvas it could crop to")
+        return self

@@ -10,10 +10,10 @@ LIMITED = {
     "scheduler.index": ("LambdaLR",),
     "scheduler.scale": ("LambdaLR",),
     **{f"scheduler.{name}": (RESTARTS,) for name in ("T_0", "T_mult")},
-    **{f"scheduler.{name}": (RESTARTS, "FlatCosine") for name in ("eta_min", "eta_min_factor")},
+    **{f"scheduler.{name}": (RESTARTS, "FlatCosine", "UnshiftedCosine") for name in ("eta_min", "eta_min_factor")},
     **{f"scheduler.{name}": ("FlatCosine",) for name in ("flat", "constant_finish")},
     **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_bias_lr")},
-    "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine"),
+    "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine", "UnshiftedCosine"),
     "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
     **{f"yolox.{name}": ("yolox",) for name in ("objectness_weight", "l1_weight")},
     **{f"yolox.{name}": ("aligned",) for name in ("class_loss", "atss_share", "balance", "distribution_weight")},
@@ -21,17 +21,21 @@ LIMITED = {
 
 
 def no_effect(given: Sequence[str], settings: Settings) -> list[str]:
-    """Return a notice for the given settings that schedule, detector or loss does not read, for each of the three."""
+    """Return a notice for the given settings that schedule, detector or loss does not read, for each of these."""
     strategy, detector, loss = settings.scheduler.strategy, settings.model.detector, settings.yolox.loss
     foreign: dict[str, list[str]] = {}
     for path in given:
         section = path.partition(".")[0]
         if section == "scheduler" and strategy not in LIMITED.get(path, (strategy,)):
             foreign.setdefault(f"scheduler.strategy = {strategy}", []).append(path)
-        elif section in ("yolo", "yolox") and section != detector:
+        elif section in ("yolo", "yolox", "efficientdet") and section != detector:
             foreign.setdefault(f"model.detector = {detector}", []).append(path)
         elif section == "yolox" and loss not in LIMITED.get(path, (loss,)):
             foreign.setdefault(f"yolox.loss = {loss}", []).append(path)
+        elif path == "efficientdet.soft_sigma" and settings.efficientdet.nms != "soft":
+            foreign.setdefault(f"efficientdet.nms = {settings.efficientdet.nms}", []).append(path)
+        elif path == "evaluation.iou_threshold" and detector == "efficientdet" and settings.efficientdet.nms == "soft":
+            foreign.setdefault("efficientdet.nms = soft", []).append(path)
     return [
         f"warning: {', '.join(paths)} {'has' if len(paths) == 1 else 'have'} no effect with {value}"
         for value, paths in foreign.items()
@@ -43,7 +47,8 @@ def follows_length(settings: Settings) -> list[str]:
     scheduler, names = settings.scheduler, []
     if scheduler.strategy == "CosineAnnealingWarmRestartsWithWarmup" and scheduler.T_0 is None:
         names.append("the cosine schedule (scheduler.T_0: null)")
-    names += ["the cosine schedule (scheduler.strategy: FlatCosine)"] * (scheduler.strategy == "FlatCosine")
+    if scheduler.strategy in ("FlatCosine", "UnshiftedCosine"):
+        names.append(f"the cosine schedule (scheduler.strategy: {scheduler.strategy})")
     names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
     names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")

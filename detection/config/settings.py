@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from detection.config.augmentation import AugmentationSettings
+from detection.config.efficientdet_settings import EfficientDetSettings
 from detection.config.fields import (
     Count,
     Duration,
@@ -29,7 +30,11 @@ from detection.config.yolox_settings import YoloxSettings
 from detection.errors import SettingsError
 
 Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
-BACKBONE_NAMES = ("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", DARKNET_CFG)
+BACKBONE_NAMES = (
+    *("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", "resnet50"),
+    *(f"{form}efficientnet_b{number}" for form in ("", "tf_") for number in range(8)),
+    DARKNET_CFG,
+)
 
 
 def check_pretrained(value: Any) -> Any:
@@ -154,8 +159,9 @@ class TrainSettings(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative
     clip_norm: Positive | None
+    clip_tensor_norm: Positive | None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None
-    ema_ramp: Duration
+    ema_ramp: Duration | None
     unfreeze_step: Duration
     backbone_learning_rate_factor: NotNegative
     backbone_batch_norm: Literal["train", "frozen"]
@@ -204,7 +210,13 @@ class SchedulerSettings(Section):
     """Learning rate over the steps; which fields count depends on `strategy`."""
 
     strategy: Literal[
-        "LambdaLR", "CosineAnnealingWarmRestartsWithWarmup", "WarmupMultiStepLR", "StepLR", "FlatCosine", "constant"
+        "LambdaLR",
+        "CosineAnnealingWarmRestartsWithWarmup",
+        "WarmupMultiStepLR",
+        "StepLR",
+        "FlatCosine",
+        "UnshiftedCosine",
+        "constant",
     ]
     warmup: Duration | Literal["auto"]
     index: tuple[Duration, ...]
@@ -259,6 +271,7 @@ class Settings(Section):
     model: ModelSettings
     yolo: YoloSettings
     yolox: YoloxSettings
+    efficientdet: EfficientDetSettings
     train: TrainSettings
     scheduler: SchedulerSettings
     evaluation: EvaluationSettings
@@ -289,8 +302,10 @@ class Settings(Section):
         if self.scheduler.strategy == "FlatCosine" and self.scheduler.constant_finish and not self.train.clean_finish:
             raise ValueError("scheduler.constant_finish: must be false where train.clean_finish is 0")
         mixup = self.data.augmentation.mixup
-        if self.model.detector == "yolox" and mixup.p and mixup.beta is not None:
-            raise ValueError("data.augmentation.mixup.beta: the losses of yolox do not weigh boxes; must be null")
+        if self.model.detector in ("yolox", "efficientdet") and mixup.p and mixup.beta is not None:
+            raise ValueError(
+                f"data.augmentation.mixup.beta: the losses of {self.model.detector} do not weigh boxes; must be null"
+            )
         if self.model.detector == "yolo":
             self.yolo.check_backbone(self.model.backbone)
         return self

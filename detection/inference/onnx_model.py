@@ -15,7 +15,7 @@ from detection.config.settings import Settings
 from detection.contract import Detector, Geometry
 from detection.errors import CheckpointError, SettingsError
 from detection.models import POSTPROCESSES, upgrade_metadata
-from detection.models.postprocess import DecodedPostprocess, FinalDetections
+from detection.models.postprocess import DecodedPostprocess, FinalDetections, Selection
 
 OutputKind = Literal["raw", "decoded", "nms"]
 NEEDED = "pip install onnx onnxscript onnxruntime"
@@ -153,6 +153,7 @@ def build_exported(model: OnnxModel, own: Settings, settings: Settings) -> Detec
             evaluation.iou_threshold,
             evaluation.max_detections,
             not description.decoding.get("one_to_one", False),
+            Selection(**description.decoding.get("selection", {})),
         )
     else:
         postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)

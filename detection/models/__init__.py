@@ -8,6 +8,8 @@ from torch import nn
 from detection.config.settings import EvaluationSettings, ModelSettings, Settings
 from detection.contract import Detector
 from detection.errors import SettingsError
+from detection.models.efficientdet.detector import build_efficientdet
+from detection.models.efficientdet.detector import postprocess_from_metadata as anchor_postprocess_from_metadata
 from detection.models.yolo.detector import build_yolo, postprocess_from_metadata, upgrade_metadata
 from detection.models.yolox.detector import build_yolox
 from detection.models.yolox.detector import postprocess_from_metadata as point_postprocess_from_metadata
@@ -17,11 +19,13 @@ from detection.models.yolox.detector import postprocess_from_metadata as point_p
 DETECTORS: dict[str, Callable[[ModelSettings, Any, EvaluationSettings, int], Detector]] = {
     "yolo": build_yolo,
     "yolox": build_yolox,
+    "efficientdet": build_efficientdet,
 }
 # Name -> builder of the postprocess for raw outputs of an exported file: (`Detector.metadata`, settings) -> module.
 POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {
     "yolo": postprocess_from_metadata,
     "yolox": point_postprocess_from_metadata,
+    "efficientdet": anchor_postprocess_from_metadata,
 }
 
 __all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "upgrade_metadata"]

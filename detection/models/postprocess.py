@@ -1,15 +1,49 @@
 """Post-processing of dense detectors: raw outputs to detections."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detection.ops.nms import grouped_nms
+from detection.ops.soft_nms import soft_nms
 from detection.runtime.devices import nms_device
 
 MAX_UNSUPPRESSED = 300  # detections of an image without NMS
 MAX_VALUES = 2**24  # raw values decoded at once: 64 MiB for each of the few intermediate arrays
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a detector's own protocol adds to thresholds and NMS; part of an exported file's metadata.
+
+    Attributes:
+        max_candidates: so many best pairs of a prediction and a class reach the NMS, per image; None: all. Of equal
+            scores the first prediction counts, then the first class.
+        max_per_image: so many best detections of an image, all classes together, are kept; None: all.
+        soft_sigma: soft-NMS (`ops.soft_nms`) with this sigma instead of hard NMS; None: hard.
+    """
+
+    max_candidates: int | None = None
+    max_per_image: int | None = None
+    soft_sigma: float | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """Plain values, of which `Selection(**values)` is an equal selection."""
+        return asdict(self)
+
+    def deviations(self) -> tuple[str, ...]:
+        """How the detections depart from the evaluation protocol of docs/contract.md."""
+        parts = {
+            f"the best {self.max_candidates or 0:,} candidates of an image": self.max_candidates,
+            f"{self.max_per_image} detections per image": self.max_per_image,
+            f"soft-NMS (sigma {self.soft_sigma or 0:g})": self.soft_sigma,
+        }
+        return tuple(text for text, value in parts.items() if value is not None)
+
+
+EVERYTHING = Selection()
 
 
 class DensePostprocess(nn.Module):
@@ -20,10 +54,11 @@ class DensePostprocess(nn.Module):
 
     Args:
         confidence_threshold: scores up to this are dropped.
-        iou_threshold: largest IoU of two detections of a class.
+        iou_threshold: largest IoU of two detections of a class; without effect with soft-NMS.
         max_detections: per image and class; None: all.
         suppress: False: no NMS, for detectors that learn one prediction per object; the best `MAX_UNSUPPRESSED` of an
             image, all classes together, are kept.
+        selection: further limits, and soft-NMS.
     """
 
     def __init__(
@@ -32,9 +67,11 @@ class DensePostprocess(nn.Module):
         iou_threshold: float = 0.45,
         max_detections: int | None = 100,
         suppress: bool = True,
+        selection: Selection = EVERYTHING,
     ) -> None:
         super().__init__()
         self.suppress = suppress
+        self.selection = selection
         self.confidence_threshold = confidence_threshold
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
@@ -69,17 +106,48 @@ class DensePostprocess(nn.Module):
         """Detections of boxes (B, P, 4) and scores (B, P, C)."""
         if not self.suppress:
             return self._select_best(boxes, scores)
-        # Drops NaN scores too; non-finite boxes are left to the evaluation, which counts them.
-        image, prediction, label = (scores > self.confidence_threshold).nonzero(as_tuple=True)
         num_images, num_classes = len(scores), scores.shape[2]
-        boxes, scores = boxes[image, prediction], scores[image, prediction, label]
+        image, prediction, label = self._candidates(scores).nonzero(as_tuple=True)
+        scores = scores[image, prediction, label]
+        if self.selection.max_candidates is not None:  # `_candidates` keeps all of the last one's score
+            best = best_of_each(scores, image, self.selection.max_candidates).sort().values
+            image, prediction, label, scores = image[best], prediction[best], label[best], scores[best]
+        boxes = boxes[image, prediction]
+        if self.selection.soft_sigma is not None:
+            return self._select_softly(boxes, scores, label, image.bincount(minlength=num_images).tolist())
         group = image * num_classes + label
         kept = grouped_nms(boxes, scores, group, self.iou_threshold, self.max_detections)
-        kept = kept[scores[kept].argsort(descending=True, stable=True)]  # stable: of equal scores the lower class first
-        kept = kept[image[kept].argsort(stable=True)]
+        # Of equal scores the lower class first: `grouped_nms` sorts by class.
+        kept = kept[best_of_each(scores[kept], image[kept], self.selection.max_per_image)]
         counts = image[kept].bincount(minlength=num_images).tolist()
         columns = (values[kept].split(counts) for values in (boxes, scores, label))
         return [dict(zip(("boxes", "scores", "labels"), values, strict=True)) for values in zip(*columns, strict=True)]
+
+    def _candidates(self, scores: Tensor) -> Tensor:
+        """Whether each of the scores (B, P, C) reaches the NMS; NaN never does.
+
+        Non-finite boxes are left to the evaluation, which counts them.
+        """
+        candidates = scores > self.confidence_threshold
+        limit = self.selection.max_candidates
+        if limit is None or scores[0].numel() <= limit:
+            return candidates
+        flat = torch.where(candidates, scores, -1.0).flatten(1)
+        return candidates & (scores >= flat.topk(limit, dim=1).values[:, -1, None, None])
+
+    def _select_softly(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, counts: list[int]
+    ) -> list[dict[str, Tensor]]:
+        """Detections by soft-NMS of the candidates of all images, (N, 4), (N,) and (N,); `counts`: of each image."""
+        sigma, limit = self.selection.soft_sigma, self.selection.max_per_image
+        assert sigma is not None
+        detections = []
+        for own_boxes, own_scores, own_labels in zip(*(v.split(counts) for v in (boxes, scores, labels)), strict=True):
+            kept, decayed = soft_nms(
+                own_boxes, own_scores, own_labels, sigma, self.confidence_threshold, limit, self.max_detections
+            )
+            detections.append({"boxes": own_boxes[kept], "scores": decayed, "labels": own_labels[kept]})
+        return detections
 
     def _select_best(self, boxes: Tensor, scores: Tensor) -> list[dict[str, Tensor]]:
         """`_select` without NMS."""
@@ -90,6 +158,21 @@ class DensePostprocess(nn.Module):
             prediction, label = place[image, kept] // num_classes, place[image, kept] % num_classes
             detections.append({"boxes": boxes[image, prediction], "scores": best[image, kept], "labels": label})
         return detections
+
+
+def best_of_each(scores: Tensor, images: Tensor, limit: int | None) -> Tensor:
+    """Indices of the `limit` best scores of each image (None: all), by image and falling score; the first of equals.
+
+    Args:
+        scores: (N,).
+        images: (N,) int64.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    order = order[images[order].argsort(stable=True)]
+    if limit is None:
+        return order
+    image = images[order]
+    return order[torch.arange(len(order), device=order.device) - torch.searchsorted(image, image) < limit]
 
 
 class DecodedPostprocess(DensePostprocess):

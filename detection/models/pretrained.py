@@ -1,7 +1,5 @@
 """`model.pretrained`: initial weights of the backbone or of a whole detector."""
 
-import http.client
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 
 from detection.checkpoints import TORCH_SUFFIXES, is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
@@ -21,10 +19,18 @@ from detection.errors import CheckpointError, SettingsError
 from detection.foreign_files import SAFETENSORS, describe_content, describe_file
 from detection.models import build_detector
 from detection.models.backbones.darknet import Darknet53
-from detection.models.backbones.mobilenet import MobileNetV3
-from detection.models.backbones.timm_backbone import TimmBackbone, classifier_state, download_weights, load_classifier
+from detection.models.backbones.efficientnet import EfficientNet
+from detection.models.backbones.form import check_form
+from detection.models.backbones.timm_backbone import TimmBackbone
 from detection.models.carried_classes import carry_outputs, listed
 from detection.models.catalogue import WEIGHTS_DIRECTORY, find_weights
+from detection.models.classifier_weights import (
+    TorchvisionBackbone,
+    load_efficientnet_file,
+    load_published,
+    load_timm_file,
+    load_torchvision,
+)
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 from detection.models.importers import (
     Imported,
@@ -96,16 +102,33 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         return load_imported(model, settings, imported, path, names)
     what = describe_content(content)
     state = find_state(content)
-    if isinstance(backbone, MobileNetV3) and state:
-        return [load_torchvision(backbone, state, str(path), f"model.pretrained={path}, {what},")]
-    if isinstance(backbone, TimmBackbone) and state:
-        return load_timm_file(backbone, state, path, f"model.pretrained={path}, {what},")
+    if state and isinstance(backbone, TorchvisionBackbone | TimmBackbone):
+        return load_classifier_file(model, state, path, f"model.pretrained={path}, {what},")
     raise CheckpointError(f"model.pretrained={path} is {what}; {usable}")
+
+
+def load_classifier_file(model: nn.Module, state: Mapping[str, Tensor], path: Path, described: str) -> list[str]:
+    """Load the state of a classifier of torchvision or timm into the backbone.
+
+    Args:
+        described: what the file is, for errors.
+    """
+    backbone = model.backbone
+    check_form(model, described)
+    if isinstance(backbone, TimmBackbone):
+        return load_timm_file(backbone, state, path, described)
+    if isinstance(backbone, EfficientNet):
+        return load_efficientnet_file(backbone, state, path, described)
+    assert isinstance(backbone, TorchvisionBackbone)
+    return [load_torchvision(backbone, state, str(path), described)]
 
 
 def usable_files(backbone: nn.Module) -> str:
     """Say in a few words what a backbone can start from."""
-    if isinstance(backbone, MobileNetV3):
+    if isinstance(backbone, EfficientNet):
+        source = f"timm's {backbone.name} (.pth, .safetensors)" if backbone.same_padding else "torchvision's classifier"
+        return f"the state dict of {source} or a checkpoint of this program"
+    if isinstance(backbone, TorchvisionBackbone):
         return "the state dict of torchvision's classifier or a checkpoint of this program"
     if isinstance(backbone, TimmBackbone):
         return (
@@ -116,7 +139,7 @@ def usable_files(backbone: nn.Module) -> str:
 
 def has_standard_weights(backbone: str) -> bool:
     """Return whether `pretrained: true` finds the weights of a backbone on this machine, without a download."""
-    if backbone.startswith("mobilenet"):
+    if backbone in list_models():
         url = get_model_weights(backbone)["IMAGENET1K_V1"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
@@ -168,56 +191,12 @@ def load_standard_weights(model: nn.Module, settings: ModelSettings) -> list[str
                 f"{backbone.width:g} and {backbone.depth:g}; must be false, or a FILE of such a network"
             )
         return load_darknet_weights(model, WEIGHTS_DIRECTORY / DARKNET_FILE).lines
-    if isinstance(backbone, MobileNetV3):
-        weights = backbone.standard_weights
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-        # OSError: no network, no room; RuntimeError: wrong hash or damaged file
-        except (OSError, http.client.HTTPException, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"model.pretrained=true: {weights.url} could not be fetched ({reason}); without a network, fetch it "
-                "elsewhere and use model.pretrained=FILE"
-            ) from None
-        return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
-    if isinstance(backbone, TimmBackbone):
-        where = download_weights(backbone)
-        return [f"backbone from timm's weights, {where}"]
+    check_form(model, "model.pretrained=true")
+    lines = load_published(backbone)
+    if lines is not None:
+        return lines
     named = f"detector {settings.detector} with backbone {settings.backbone}"
     raise SettingsError(f"model.pretrained = true: {named} has no standard weights; name a FILE")
-
-
-def load_torchvision(
-    backbone: MobileNetV3, state: Mapping[str, Tensor], source: str, described: str | None = None
-) -> str:
-    """Load the state of torchvision's classifier, or of its `features` alone, into the backbone.
-
-    Args:
-        source: where it is from, for the line that is returned.
-        described: what it is, for the error if it does not fit; None: `source`.
-    """
-    if any(name.startswith("features.") for name in state):
-        state = {
-            name.removeprefix("features."): value for name, value in state.items() if not name.startswith("classifier.")
-        }
-    ours = backbone.torchvision_names()
-    own_state = backbone.state_dict()
-    check_fit(state, {name: own_state[own] for name, own in ours.items()}, described or source)
-    backbone.load_state_dict({ours[name]: value for name, value in state.items()})
-    return f"backbone, {len(ours)} tensors from {source}"
-
-
-def load_timm_file(backbone: TimmBackbone, state: Mapping[str, Tensor], path: Path, described: str) -> list[str]:
-    """Load the state of a timm classifier, with or without its last layers, into the backbone.
-
-    Args:
-        described: what the file is, for the error if it does not fit.
-    """
-    expected, classifier = classifier_state(backbone)
-    kept = {name: value for name, value in state.items() if not name.startswith(classifier)}
-    check_fit(kept, {name: value for name, value in expected.items() if not name.startswith(classifier)}, described)
-    load_classifier(backbone, state)
-    return [f"backbone from {path}, a classifier timm/{backbone.name}"]
 
 
 def load_darknet_file(model: nn.Module, path: Path, names: Sequence[str]) -> list[str]:

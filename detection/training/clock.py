@@ -96,7 +96,7 @@ def measure_step(run: Run, seconds: float) -> float:
             micro_batches = list(itertools.islice(batches, train.subdivisions))
             result = train_step(
                 model, run.criterion, state.optimizer, state.scaler, micro_batches, run.autocast, run.device,
-                train.clip_norm, state.statistics, mark_step=run.mark_step,
+                train.clip_norm, state.statistics, False, run.mark_step, train.clip_tensor_norm,
             )  # fmt: skip
             if state.ema:
                 state.ema.update(state.model, step, result.finite)

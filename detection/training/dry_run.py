@@ -86,7 +86,7 @@ def try_step(run: Run, state: RunState, show: Callable[[str], None]) -> None:
     started = time.perf_counter()
     result = train_step(
         run.wrapped(state.model), run.criterion, state.optimizer, state.scaler, [batch] * micro_batches, run.autocast,
-        run.device, train.clip_norm, state.statistics, discard=True, mark_step=run.mark_step,
+        run.device, train.clip_norm, state.statistics, True, run.mark_step, train.clip_tensor_norm,
     )  # fmt: skip
     values = ", ".join(f"{name} {value.item():.2f}" for name, value in result.losses.items())
     seconds = time.perf_counter() - started

@@ -157,7 +157,7 @@ class Run:
         if train.ema_decay == "auto":
             self.ema = automatic.ema_decay(self.steps), None
         elif train.ema_decay is not None:
-            self.ema = train.ema_decay, self.in_steps(train.ema_ramp)
+            self.ema = train.ema_decay, None if train.ema_ramp is None else self.in_steps(train.ema_ramp)
         self.save_frequency = max(self.in_steps(train.save_frequency), 1)
         frequency = settings.evaluation.evaluate_frequency
         if frequency == "auto":

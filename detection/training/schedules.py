@@ -38,10 +38,13 @@ class Schedule:
     """Learning-rate schedule with all durations in optimizer steps; `args.yaml` documents the fields.
 
     `flat_end` and `cosine_end` are those of FlatCosine: the last step at the full rate, and the first at `eta_min`.
+    UnshiftedCosine has the length of the run without its warm-up, but counts from the first step, warm-up included: the
+    rate drops a little where the warm-up ends, and rises a hair in as many steps at the end.
 
     Source: warm-up power 4, Darknet's `burn_in`; StepLR, torch's scheduler of that name; cosine restarts, SGDR,
     https://arxiv.org/abs/1608.03983; FlatCosine, RTMDet, section 4.1, https://arxiv.org/abs/2212.07784, and with a
-    quadratic warm-up and a constant finish YOLOX, section 2.1, https://arxiv.org/abs/2107.08430
+    quadratic warm-up and a constant finish YOLOX, section 2.1, https://arxiv.org/abs/2107.08430; UnshiftedCosine,
+    `CosineLrSchedule` of `tf2/train_lib.py` of https://github.com/google/automl, folder efficientdet
     """
 
     strategy: str
@@ -72,6 +75,8 @@ class Schedule:
             return self._multi_step(step, group)
         if self.strategy == "FlatCosine":
             return self._flat_cosine(step)
+        if self.strategy == "UnshiftedCosine":
+            return self._rise(step) if step < self.warmup else self._half_wave(step / self.first_cycle)
         # step + 1, as in Darknet, which counts the batch before the update: the first rate is not 0.
         rise = min((step + 1) / self.warmup, 1.0) ** self.warmup_power if self.warmup else 1.0
         if self.strategy == "LambdaLR":
@@ -95,6 +100,8 @@ class Schedule:
             while start < total_steps and len(steps) <= limit:
                 steps.append(start)
                 start, length = start + length, length * self.cycle_growth
+        elif self.strategy == "UnshiftedCosine":
+            steps = [self.warmup]
         elif self.strategy == "FlatCosine":
             steps = sorted({self.flat_end, max(self.cosine_end, self.flat_end)})
         else:
@@ -113,7 +120,11 @@ class Schedule:
             cycle = (step // length + 1).bit_length() - 1
             step -= length * (2**cycle - 1)
             length *= 2**cycle
-        return self.eta_min + (self.learning_rate - self.eta_min) * (1 + math.cos(math.pi * step / length)) / 2
+        return self._half_wave(step / length)
+
+    def _half_wave(self, share: float) -> float:
+        """From the full rate to `eta_min`, with the share of the cosine that is done."""
+        return self.eta_min + (self.learning_rate - self.eta_min) * (1 + math.cos(math.pi * share)) / 2
 
     def _multi_step(self, step: int, group: str) -> float:
         if step < self.warmup:
@@ -129,8 +140,7 @@ class Schedule:
             return self.learning_rate
         if step >= self.cosine_end:
             return self.eta_min
-        share = (step - self.flat_end) / (self.cosine_end - self.flat_end)
-        return self.eta_min + (self.learning_rate - self.eta_min) * (1 + math.cos(math.pi * share)) / 2
+        return self._half_wave((step - self.flat_end) / (self.cosine_end - self.flat_end))
 
     def _rise(self, step: int) -> float:
         """Warm-up from `warmup_start_factor`; the first step has exactly that share."""
@@ -168,10 +178,12 @@ def build_schedule(
             raise ValueError(
                 f"scheduler.{name}: must be ascending, is {list(values)} steps at {steps_per_epoch:.1f} steps per epoch"
             )
-    power = scheduler.warmup_power or (1 if scheduler.strategy in ("WarmupMultiStepLR", "FlatCosine") else 4)
+    linear = ("WarmupMultiStepLR", "FlatCosine", "UnshiftedCosine")
+    power = scheduler.warmup_power or (1 if scheduler.strategy in linear else 4)
     eta_min = scheduler.eta_min if scheduler.eta_min_factor is None else scheduler.eta_min_factor * learning_rate
     finish = clean_finish if scheduler.constant_finish else 0.0
-    first_cycle = max(total_steps - warmup, 1) if scheduler.T_0 is None else max(steps(scheduler.T_0), 1)
+    whole = scheduler.T_0 is None or scheduler.strategy == "UnshiftedCosine"  # which does not read it
+    first_cycle = max(total_steps - warmup, 1) if whole else max(steps(scheduler.T_0 or 0), 1)
     return Schedule(
         scheduler.strategy,
         learning_rate,

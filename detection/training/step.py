@@ -26,6 +26,7 @@ def train_step(
     statistics: BatchNormStatistics | None = None,
     discard: bool = False,
     mark_step: Callable[[], None] = lambda: None,
+    clip_tensor_norm: float | None = None,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, then update the weights once, or not at all.
 
@@ -46,6 +47,7 @@ def train_step(
         statistics: batch-norm statistics, restored if the step is skipped; None: they always change.
         discard: compute everything but skip the update.
         mark_step: called after each backward pass and after the update, see `devices.mark_step_of`.
+        clip_tensor_norm: maximum L2 norm of the gradient of each tensor, before `clip_norm`; None: no such limit.
 
     Returns:
         The losses, averaged over the micro-batches, and whether the step was taken; both on the device.
@@ -69,7 +71,10 @@ def train_step(
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
     scaler.unscale_(optimizer)
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if clip_tensor_norm is not None:
+        clip_each(gradients, clip_tensor_norm)
+    norm = nn.utils.get_total_norm(gradients)
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     finite = norm.isfinite() & (not discard)
@@ -79,6 +84,15 @@ def train_step(
         statistics.settle(finite)
     mark_step()
     return StepResult(totals, finite)
+
+
+def clip_each(gradients: list[Tensor], max_norm: float) -> None:
+    """Scale each tensor down, in place, to at most this L2 norm; a non-finite one becomes NaN."""
+    factors = torch._foreach_norm(gradients)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, max_norm)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
 
 
 def tell_progress(criterion: nn.Module, share_done: float, finishing: bool) -> None:

@@ -1,5 +1,6 @@
 """Every recipe loads, names its source, and holds the numbers it is published with."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from detection.config.loading import changed_settings, leaf_paths, load_settings
 from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file
 from detection.models import build_detector
+from detection.models.efficientdet.variants import VARIANTS
 from detection.training.schedules import build_schedule
 from tests.support.paths import ARGS, REPOSITORY
 
@@ -135,3 +137,34 @@ def test_paddle_numbers() -> None:
     assert found == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-4, 1e-5])
     assert (mixup.p, mixup.beta) == (1.0, 1.5) and train.clean_finish == pytest.approx(20 / 270)
     assert settings.yolo.loss == "freebies" and settings.model.pixel_scaling == "imagenet"
+
+
+EFFICIENTDETS = {"d0": 64, "d1": 88, "d2": 112, "d3": 160, "d4": 224, "d5": 288, "d6": 384, "d7": 384, "d7x": 384}
+
+
+def test_efficientdet_numbers() -> None:
+    """One recipe in nine sizes: batch and accumulation aside they differ in what table 1 says, and in their length."""
+    own = {"run.name", "model.backbone", "efficientdet.variant", "train.image_size", "evaluation.image_size"}
+    own |= {"train.batch_size", "train.subdivisions", "train.steps", "evaluation.batch_size"}
+    base = load("efficientdet_d0")
+    for name, channels in EFFICIENTDETS.items():
+        settings = load(f"efficientdet_{name}")
+        variant, train = VARIANTS[settings.efficientdet.variant], settings.train
+        assert set(changed_settings(base, settings)) <= own
+        assert (variant.name, variant.fpn_channels) == (name, channels)
+        assert settings.model.backbone == variant.backbone and train.batch_size * train.subdivisions == 64
+        assert train.image_size == settings.evaluation.image_size == variant.image_size
+        assert train.steps == ("600ep" if name in ("d7", "d7x") else "300ep")
+        assert variant.image_size % variant.strides[-1] == 0
+    # .08 for 64 images; a linear rise from a tenth over an epoch, then a cosine that counts from the first step
+    epoch = round(COCO_IMAGES / 64)
+    total = round(300 * COCO_IMAGES / 64)
+    expected = [0.008, 0.5 * 0.08 * (1 + math.cos(math.pi * 2 * epoch / (total - epoch)))]
+    assert rates(base, 0, 2 * epoch) == pytest.approx(expected)
+
+
+def test_retinanet_numbers() -> None:
+    settings = load("retinanet")
+    assert rates(settings, 0, 500, 59_999, 60_000, 80_000) == pytest.approx([0.00333, 0.01, 0.01, 1e-3, 1e-4], rel=1e-3)
+    own = settings.efficientdet
+    assert (own.gamma, own.background_iou, own.box_weight * own.delta) == (2.0, 0.4, pytest.approx(4, rel=1e-4))

@@ -17,6 +17,7 @@ STRATEGIES = [
     "WarmupMultiStepLR",
     "StepLR",
     "FlatCosine",
+    "UnshiftedCosine",
     "constant",
 ]
 
@@ -236,6 +237,16 @@ def test_flat_to_the_end() -> None:
     assert {build("FlatCosine", warmup=0, flat=1, total_steps=50).at(step) for step in range(50)} == {0.1}
 
 
+def test_a_cosine_that_counts_from_the_first_step() -> None:
+    """EfficientDet's: 300,000 steps, 1,000 of warm-up from a tenth; numbers computed from its published formula."""
+    words = {"warmup": 1000, "warmup_start_factor": 0.1, "eta_min": 0}
+    schedule = build("UnshiftedCosine", 0.08, 300_000, **words)
+    golden = {0: 0.008, 500: 0.044, 999: 0.079928, 1000: 0.07999779, 150_000: 0.03978986, 299_000: 0.0}
+    assert [schedule.at(step) for step in golden] == pytest.approx(list(golden.values()), rel=1e-6, abs=1e-12)
+    assert schedule.at(299_999) == pytest.approx(2.2e-6, rel=0.02)  # it rises a hair at the end
+    assert schedule.changes(300_000) == [1000]
+
+
 def test_swa_cycles_follow_by_hand() -> None:
     """A run of 100 steps, then 3 cycles of 8: 0.01 + 0.99 (1 + cos(pi k / 8)) / 2 of the rate."""
     settings, _ = load_settings(ARGS, words=["train.swa_cycles=3", "train.swa_cycle=2ep"])
@@ -331,7 +342,9 @@ def test_warm_up_rises_to_the_learning_rate(strategy: str, warmup: int) -> None:
     schedule = build(strategy, warmup=warmup, T_0=1000, milestones="[500]", index="[500]", scale="[1, 0.5]")
     rates = [schedule.at(step) for step in range(warmup + 1)]
     assert all(later > earlier for earlier, later in itertools.pairwise(rates[:-1]))
-    assert rates[-1] == 0.1 and rates[0] > 0
+    # a cosine that counts from the first step has left the full rate a little
+    shift = warmup / (1000 - warmup) if strategy == "UnshiftedCosine" else 0
+    assert rates[-1] == pytest.approx(0.05 * (1 + math.cos(math.pi * shift)), rel=1e-4) and rates[0] > 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

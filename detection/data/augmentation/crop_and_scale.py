@@ -1,8 +1,9 @@
 """Random placement of an image in the network input: which part of it is shown, and where.
 
-`expand` and `iou_crop` choose a view, a rectangle in pixels of the image that may exceed it. The letterbox or
-`darknet_jitter` chooses the target, the rectangle of the square that the view fills. Pixels are not touched here, so an
-image is resampled only once and no canvas larger than the network input is needed.
+`expand` and `iou_crop` choose a view, a rectangle in pixels of the image that may exceed it. The letterbox,
+`scale_jitter` or `darknet_jitter` chooses the target, the rectangle of the square that the view fills; `scale_jitter`
+may reduce the view to a part. Pixels are not touched here, so an image is resampled only once and no canvas larger than
+the network input is needed.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from detection.data.resize import Placed
 from detection.runtime.reproducibility import sample_stream, torch_stream
 
 # Random streams of an image; unlike 0 and those in color.py, mixing.py and transforms.py.
-EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM = 1, 2, 3
+EXPAND_STREAM, IOU_CROP_STREAM, JITTER_STREAM, SCALE_STREAM = 1, 2, 3, 10
 
 
 class Rectangle(NamedTuple):
@@ -32,15 +33,16 @@ class Rectangle(NamedTuple):
 
 def has_placement(augmentation: AugmentationSettings) -> bool:
     """Whether `RandomPlacement` has anything to do."""
-    return max(augmentation.expand.p, augmentation.iou_crop.p, augmentation.darknet_jitter.p) > 0
+    sections = (augmentation.expand, augmentation.iou_crop, augmentation.scale_jitter, augmentation.darknet_jitter)
+    return any(section.p > 0 for section in sections)
 
 
 class RandomPlacement:
-    """Places an image and its boxes in the network input by `expand`, `iou_crop` and `darknet_jitter`, in this order.
+    """Places an image and its boxes in the network input by `expand`, `iou_crop` and one of the jitters, in this order.
 
     Args:
         settings: settings of all transforms.
-        geometry: geometry of the detector, which places the view unless `darknet_jitter` does.
+        geometry: geometry of the detector, which places the view unless one of the last two does.
         seed: seed of the run.
     """
 
@@ -57,7 +59,7 @@ class RandomPlacement:
         Arguments as in `Transform.__call__`.
         """
         view, inside = self.draw_view(image.shape[1], image.shape[0], boxes, labels, epoch, index)
-        target = self.draw_target(view, size, epoch, index)
+        view, target = self.draw_target(view, size, epoch, index)
         placed, visible, boxes = place_view(image, boxes, view, target, size)
         kept = inside & (visible > 0) & (visible >= self.settings.min_visibility)
         return placed, boxes[kept], labels[kept]
@@ -82,14 +84,18 @@ class RandomPlacement:
                 view, counts[objects] = cropped(view, inside[objects], self.iou_crop)
         return view, counts
 
-    def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> Rectangle:
-        """Draw the rectangle of the square that the view fills."""
-        settings = self.settings.darknet_jitter
+    def draw_target(self, view: Rectangle, size: int, epoch: int, index: int) -> tuple[Rectangle, Rectangle]:
+        """Draw the rectangle of the square that the view fills; returns the view, or what is left of it, and this."""
+        scale_jitter, settings = self.settings.scale_jitter, self.settings.darknet_jitter
+        if scale_jitter.p:
+            generator = sample_stream(self.seed, epoch, index, SCALE_STREAM)
+            if generator.random() < scale_jitter.p:
+                return rescaled(view, size, generator.uniform(*scale_jitter.scale), self.geometry, generator.random(2))
         generator = sample_stream(self.seed, epoch, index, JITTER_STREAM)
         if generator.random() < settings.p:
-            return jittered(view.width, view.height, size, settings.jitter, generator)
+            return view, jittered(view.width, view.height, size, settings.jitter, generator)
         letterbox, width, height = self.geometry.place(view.width, view.height, size)
-        return Rectangle(letterbox.left, letterbox.top, width, height)
+        return view, Rectangle(letterbox.left, letterbox.top, width, height)
 
 
 def build_iou_crop(settings: IoUCrop) -> v2.RandomIoUCrop:
@@ -127,6 +133,37 @@ def cropped(view: Rectangle, boxes: np.ndarray, iou_crop: v2.RandomIoUCrop) -> t
         view.left + parameters["left"], view.top + parameters["top"], parameters["width"], parameters["height"]
     )
     return crop, parameters["is_within_crop_area"].numpy()
+
+
+def rescaled(
+    view: Rectangle, size: int, scale: float, geometry: Geometry, place: np.ndarray
+) -> tuple[Rectangle, Rectangle]:
+    """Fit the view into a square of `scale` times the side; what is larger than the square itself is cropped.
+
+    Args:
+        view: in pixels of the image.
+        size: side of the square in pixels.
+        scale: see above.
+        geometry: whether a view smaller than the square lies in its middle or at the top left.
+        place: x, y: share of what is cropped that lies before the crop, 0 to below 1.
+
+    Returns:
+        The part of the view that is seen, in whole pixels of the image, and the rectangle of the square that it fills.
+
+    Source: `dataloader.py` of https://github.com/google/automl, folder efficientdet. Differs: the
+        crop has whole pixels of the image, there of the enlarged one; boxes follow the pixels as they are.
+    """
+    _, *sides = geometry.place(view.width, view.height, max(round(scale * size), 1))
+    spans = []
+    for first, length, side, share in zip(view[:2], view[2:], sides, place, strict=True):
+        if side <= size:
+            free = 0 if geometry.placement == "top_left" else (size - side) // 2
+            spans.append((first, length, free, side))
+        else:
+            shown = max(round(length * size / side), 1)
+            spans.append((first + int(share * (length - shown + 1)), shown, 0, size))
+    (left, width, x, new_width), (top, height, y, new_height) = spans
+    return Rectangle(left, top, width, height), Rectangle(x, y, new_width, new_height)
 
 
 def jittered(width: int, height: int, size: int, jitter: float, generator: np.random.Generator) -> Rectangle:

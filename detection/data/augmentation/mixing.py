@@ -106,7 +106,7 @@ class Mixing:
             least = 0.0
         else:
             view, inside = self.placement.draw_view(width, height, boxes, labels, epoch, index)
-            target = self.placement.draw_target(view, size, epoch, index)
+            view, target = self.placement.draw_target(view, size, epoch, index)
             least = self.settings.min_visibility
         layers = []
         for number, (image, boxes, labels) in enumerate(images):

@@ -11,71 +11,18 @@ from torch import Tensor, nn
 
 from detection.contract import DetectorModel
 from detection.errors import SettingsError
+from detection.inference.export.nms_graph import NMS_INPUTS, add_nms, read_opset
 from detection.inference.onnx_model import NEEDED, Description, OutputKind
 from detection.inference.weights import OpenedDetector
-from detection.models.postprocess import MAX_UNSUPPRESSED, DensePostprocess
+from detection.models.postprocess import DensePostprocess
 
 OPSETS = range(18, 25)  # torch's exporter writes 18 and converts upwards
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 OUTPUT_NAMES: dict[OutputKind, list[str]] = {
     "raw": [],
     "decoded": ["boxes", "scores"],
-    "nms": ["all_boxes", "all_scores"],  # inside the graph
+    "nms": NMS_INPUTS,  # inside the graph
 }
-# NonMaxSuppression expects y before x; xyxy boxes need no reordering, because IoU is symmetric in x and y. The result
-# is sorted by score over all images.
-NMS_TEMPLATE = """
-<ir_version: {ir_version}, opset_import: ["" : {opset}]>
-NMS (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
-    => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image_index)
-    <float[1] confidence = {{{confidence}}}, float[1] iou = {{{iou}}}, int64[1] most = {{{most}}},
-     int64 column_image = {{0}}, int64 column_class = {{1}}, int64[2] columns_box = {{0, 2}}>
-{{
-    class_scores = Transpose <perm = [0, 2, 1]> (all_scores)
-    kept = NonMaxSuppression (all_boxes, class_scores, most, iou, confidence)
-    kept_scores = GatherND (class_scores, kept)
-    count = Shape (kept_scores)
-    scores, order = TopK (kept_scores, count)
-    image_class_box = Gather (kept, order)
-    image_index = Gather <axis = 1> (image_class_box, column_image)
-    labels = Gather <axis = 1> (image_class_box, column_class)
-    image_box = Gather <axis = 1> (image_class_box, columns_box)
-    boxes = GatherND (all_boxes, image_box)
-}}
-"""
-
-# The same outputs for a detector that needs no NMS: the best of each image, all classes together.
-BEST_TEMPLATE = """
-<ir_version: {ir_version}, opset_import: ["" : {opset}]>
-Best (float[batch, predictions, 4] all_boxes, float[batch, predictions, classes] all_scores)
-    => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image_index)
-    <float confidence = {{{confidence}}}, int64[1] most = {{{most}}}, int64[2] flat = {{0, -1}}, int64[1] last = {{-1}},
-     int64 row_image = {{0}}>
-{{
-    scores_of_image = Reshape (all_scores, flat)
-    shape = Shape (scores_of_image)
-    number = Gather (shape, last)
-    wanted = Min (number, most)
-    best_scores, best_places = TopK (scores_of_image, wanted)
-    confident = Greater (best_scores, confidence)
-    image_place = NonZero (confident)
-    places = Transpose <perm = [1, 0]> (image_place)
-    found_scores = GatherND (best_scores, places)
-    count = Shape (found_scores)
-    scores, order = TopK (found_scores, count)
-    sorted_places = Gather (places, order)
-    flat_place = GatherND (best_places, sorted_places)
-    image_index = Gather <axis = 1> (sorted_places, row_image)
-    shape_of_scores = Shape (all_scores)
-    classes = Gather (shape_of_scores, last)
-    labels = Mod (flat_place, classes)
-    prediction = Div (flat_place, classes)
-    image_column = Unsqueeze (image_index, last)
-    prediction_column = Unsqueeze (prediction, last)
-    image_prediction = Concat <axis = 1> (image_column, prediction_column)
-    boxes = GatherND (all_boxes, image_prediction)
-}}
-"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +94,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
         model = halve(model, network)
         lines.append(f"network in float16: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
     if options.outputs == "nms":
-        model = add_nms(model, opened)
+        model = add_nms(model, cast(DensePostprocess, opened.detector.postprocess))
     description = describe(opened, options)
     for key, value in description.to_metadata().items():
         model.metadata_props.add(key=key, value=value)
@@ -194,11 +141,6 @@ def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> An
         hint = " with --dynamic-size" if options.dynamic_size else ""
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise SettingsError(f"torch cannot export this network{hint}: {reason}") from None
-
-
-def read_opset(model: Any) -> int:
-    """Version of ONNX's own operators in a model."""
-    return next(entry.version for entry in model.opset_import if not entry.domain)
 
 
 def without_traces(model: Any) -> Any:
@@ -248,27 +190,6 @@ def halve(model: Any, network: set[str]) -> Any:
     result = onnx_ir.to_proto(halved)
     result.graph.ClearField("value_info")  # outdated types
     return onnx.shape_inference.infer_shapes(result)
-
-
-def add_nms(model: Any, opened: OpenedDetector) -> Any:
-    """Append the standard operator NonMaxSuppression, with the thresholds of the settings as constants.
-
-    For a detector that needs none the best detections of each image are taken instead.
-    """
-    import onnx
-
-    evaluation = opened.settings.evaluation
-    suppress = cast(DensePostprocess, opened.detector.postprocess).suppress
-    most = (evaluation.max_detections or 2**31 - 1) if suppress else MAX_UNSUPPRESSED
-    text = (NMS_TEMPLATE if suppress else BEST_TEMPLATE).format(
-        ir_version=model.ir_version,
-        opset=read_opset(model),
-        confidence=evaluation.confidence_threshold,
-        iou=evaluation.iou_threshold,
-        most=most,
-    )
-    names = [(name, name) for name in OUTPUT_NAMES["nms"]]
-    return onnx.compose.merge_models(model, onnx.parser.parse_model(text), io_map=names)
 
 
 def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:

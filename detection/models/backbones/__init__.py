@@ -1,19 +1,23 @@
 """Backbones by name."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from detection.config.settings import ModelSettings
 from detection.errors import SettingsError
 from detection.models.backbones.darknet import Darknet53, DarknetTiny
+from detection.models.backbones.efficientnet import FACTORS, tensorflow_efficientnet, torchvision_efficientnet
+from detection.models.backbones.form import BackboneForm
 from detection.models.backbones.mobilenet import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     mobilenet_v3_large_backbone,
     mobilenet_v3_small_backbone,
 )
+from detection.models.backbones.resnet import ResNet50
 from detection.models.backbones.timm_backbone import TIMM_PREFIX, timm_backbone
 
 
@@ -36,6 +40,9 @@ BACKBONES: dict[str, Callable[..., Any]] = {  # and timm/NAME
     "darknet_tiny": DarknetTiny,
     "mobilenet_v3_large": mobilenet_v3_large_backbone,
     "mobilenet_v3_small": mobilenet_v3_small_backbone,
+    "resnet50": ResNet50,
+    **{f"efficientnet_b{number}": partial(torchvision_efficientnet, number) for number in range(len(FACTORS))},
+    **{f"tf_efficientnet_b{number}": partial(tensorflow_efficientnet, number) for number in range(len(FACTORS))},
 }
 
 
@@ -56,6 +63,7 @@ def build_backbone(settings: ModelSettings, levels: int, setting: str) -> Backbo
         # `ModelSettings` refuses these of other backbones.
         own = (settings.width, settings.depth, settings.leaky_slope) if settings.backbone == "darknet" else ()
         backbone = BACKBONES[settings.backbone](*own)
+    cast(Any, backbone).built_as = BackboneForm.of(backbone)  # for `check_form`, before a detector changes it
     if settings.pixel_scaling == "imagenet":
         backbone.pixel_mean, backbone.pixel_std = IMAGENET_MEAN, IMAGENET_STD
     if len(backbone.strides) != levels:

@@ -50,6 +50,7 @@ class MobileNetV3(nn.Module):
     strides = (8, 16, 32)
     pixel_mean = IMAGENET_MEAN
     pixel_std = IMAGENET_STD
+    unused_tensors = ("classifier.",)  # of torchvision's classifier
 
     def __init__(
         self,

@@ -110,21 +110,51 @@ def download_weights(backbone: TimmBackbone) -> str:
     Raises:
         CheckpointError: there are none, or the download failed.
     """
-    import timm
-
-    hub = backbone.features.pretrained_cfg.get("hf_hub_id")
-    where = f"https://huggingface.co/{hub}" if hub else "the model's page"
-    try:
-        features = timm.create_model(
-            backbone.name, features_only=True, out_indices=backbone.out_indices, pretrained=True
-        )
-    except Exception as error:  # noqa: BLE001  (hub, HTTP, socket and file errors share no base)
-        raise CheckpointError(
-            f"model.pretrained=true: weights of timm/{backbone.name} could not be fetched ({one_line(error)}); without "
-            f"a network, fetch model.safetensors from {where} elsewhere and use model.pretrained=FILE"
-        ) from None
+    features, where = create_pretrained(
+        f"timm/{backbone.name}", backbone.name, features_only=True, out_indices=backbone.out_indices
+    )
     backbone.features.load_state_dict(features.state_dict())
     return where
+
+
+def download_classifier(name: str) -> tuple[dict[str, Tensor], str]:
+    """State of a timm classifier with its default weights, and their address.
+
+    Raises:
+        SettingsError: timm is not installed.
+        CheckpointError: there are no such weights, or the download failed.
+    """
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        raise SettingsError(
+            f"model.pretrained=true: weights of {name} need the package timm: pip install timm, or name a FILE"
+        ) from None
+    model, where = create_pretrained(name, name)
+    return model.state_dict(), where
+
+
+def create_pretrained(backbone: str, name: str, **arguments: Any) -> tuple[Any, str]:
+    """Create a timm model with its default weights; returns their address too.
+
+    Args:
+        backbone: as in the settings, for the error.
+        name: timm's.
+
+    Raises:
+        CheckpointError: there are none, or the download failed.
+    """
+    import timm
+
+    hub = timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
+    where = f"https://huggingface.co/{hub}" if hub else "the model's page"
+    try:
+        return timm.create_model(name, pretrained=True, **arguments), where
+    except Exception as error:  # noqa: BLE001  (hub, HTTP, socket and file errors share no base)
+        raise CheckpointError(
+            f"model.pretrained=true: weights of {backbone} could not be fetched ({one_line(error)}); without "
+            f"a network, fetch model.safetensors from {where} elsewhere and use model.pretrained=FILE"
+        ) from None
 
 
 def classifier_state(backbone: TimmBackbone) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -137,6 +137,7 @@ def has_room(
                 autocast,
                 device,
                 train.clip_norm,
+                clip_tensor_norm=train.clip_tensor_norm,
             )
             if average:
                 average.update(model, step)

@@ -20,9 +20,11 @@ from detection.data.augmentation.crop_and_scale import (
     expanded,
     jittered,
     place_view,
+    rescaled,
 )
 from detection.data.resize import resize_placed
 from detection.data.transforms import Transform
+from detection.errors import SettingsError
 from detection.ops.letterbox import place_image
 from tests.support.detectors import geometry_of, transform_of
 from tests.support.pictures import NAMED, NO_BOXES, Scripted, bright_extent, picture, probabilities
@@ -92,6 +94,48 @@ def test_jittered_boxes_by_hand(default_settings: Load, monkeypatch: pytest.Monk
     expected[:] = (1, 2, 3)
     expected[100:336] = 200
     assert np.array_equal(sample.image, expected)
+
+
+# --- the letterbox's scale ---
+
+
+def test_rescaled_by_hand(default_settings: Load) -> None:
+    """640 x 480 in a square of 320: the letterbox is 320 x 240, and every factor multiplies it."""
+    whole, top_left = Rectangle(0, 0, 640, 480), geometry_of(default_settings("model.placement=top_left"))
+    middle = np.array([0.5, 0.5])
+    assert rescaled(whole, 320, 0.5, top_left, middle) == (whole, Rectangle(0, 0, 160, 120))
+    letterbox = geometry_of(default_settings())
+    assert rescaled(whole, 320, 0.5, letterbox, middle) == (whole, Rectangle(80, 100, 160, 120))
+    # 2: 640 x 480, half of the columns and two thirds of the rows are seen; 320 columns and 160 rows are cut off
+    crop, target = rescaled(whole, 320, 2.0, top_left, np.array([0.25, 0.999]))
+    assert (crop, target) == (Rectangle(80, 160, 320, 320), Rectangle(0, 0, 320, 320))
+    # 1.25: 400 x 300: columns are cropped, all rows are seen
+    crop, target = rescaled(whole, 320, 1.25, top_left, np.array([0.0, 0.5]))
+    assert (crop, target) == (Rectangle(0, 0, 512, 480), Rectangle(0, 0, 320, 300))
+    assert rescaled(Rectangle(0, 0, 1, 3), 320, 0.001, top_left, middle)[1] == Rectangle(0, 0, 1, 1)
+
+
+def test_scale_jitter_keeps_boxes_exact(default_settings: Load) -> None:
+    """Boxes are drawn white on black; one that is left by the crop lies where the pixels are."""
+    words = ["model.placement=top_left", "model.fill=[0, 0, 0]", KEEP_EVERYTHING]
+    transform = build(default_settings, *words, size=128, seed=3, scale_jitter=1)
+    seen = []
+    for index in range(80):
+        image = np.zeros((90, 120, 3), np.uint8)
+        image[20:70, 30:80] = 255
+        sample = transform(image, array((30, 20, 80, 70)), np.array([0]), index, 0, 0)
+        extent = bright_extent(sample.image)
+        assert (extent is None) == (len(sample.boxes) == 0) or min(sample.boxes[0, 2:] - sample.boxes[0, :2]) < 2
+        if extent is not None and len(sample.boxes):
+            assert np.abs(sample.boxes[0] - extent).max() <= 2
+            seen.append(sample.boxes[0, 2] - sample.boxes[0, 0])
+    sides = np.array(seen) / (50 * 128 / 120)  # in sides of the letterboxed box; the largest are cut by the square
+    assert len(seen) > 60 and sides.min() < 0.3 and sides.max() > 1.6
+
+
+def test_scale_jitter_and_expand_exclude_each_other(default_settings: Load) -> None:
+    with pytest.raises(SettingsError, match=r"scale_jitter\.p: must be 0 with expand"):
+        default_settings(*probabilities(scale_jitter=0.5, expand=0.5))
 
 
 # --- expand ---
@@ -302,14 +346,14 @@ def test_the_draws_do_not_depend_on_one_another(default_settings: Load) -> None:
     rows = []
     for index in range(400):
         grown, _ = placement.draw_view(100, 80, *NO_BOXES, 0, index)  # without objects nothing is cropped
-        target = placement.draw_target(whole, 64, 0, index)
+        _, target = placement.draw_target(whole, 64, 0, index)
         crop = placements.sample_stream(0, 0, index, placements.IOU_CROP_STREAM).random() < 0.5
         rows.append([grown != whole, target != letterbox, crop])
         # what is drawn is the same whether or not the others are on
         if grown != whole:
             assert grown == alone["expand"].draw_view(100, 80, *NO_BOXES, 0, index)[0]
         if target != letterbox:
-            assert target == alone["darknet_jitter"].draw_target(whole, 64, 0, index)
+            assert (whole, target) == alone["darknet_jitter"].draw_target(whole, 64, 0, index)
     table = np.array(rows)
     assert np.abs(table.mean(axis=0) - 0.5).max() < 0.1
     for first, second in itertools.combinations(range(3), 2):

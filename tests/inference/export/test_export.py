@@ -20,8 +20,9 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import changed_settings
 from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
+from detection.inference.export.nms_graph import BEST_TEMPLATE, nms_text
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
-from detection.inference.export.onnx_export import BEST_TEMPLATE, NMS_TEMPLATE, OnnxOptions, describe
+from detection.inference.export.onnx_export import OnnxOptions, describe
 from detection.inference.onnx_model import read_metadata
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
@@ -249,7 +250,7 @@ def test_final_detections_are_those_of_a_slow_loop(files: Path, exported, size: 
 
 def test_nms_alone_by_hand() -> None:
     """Two images and two classes; the IoU of the first two boxes is 0.8, that of the third with both is 0."""
-    text = NMS_TEMPLATE.format(ir_version=10, opset=18, confidence=0.25, iou=0.5, most=1)
+    text = nms_text(10, 18, confidence=0.25, iou=0.5, most=1)
     session = onnxruntime.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
     boxes = np.float32([[[0, 0, 10, 10], [0, 0, 8, 10], [20, 0, 30, 10]]] * 2)
     scores = np.zeros((2, 3, 2), np.float32)

@@ -1,0 +1,1 @@
+"""Detectors with anchors, focal loss and heads that all levels share: EfficientDet and RetinaNet."""
