@@ -17,6 +17,7 @@ from detection.contract import HasClassRows
 from detection.errors import CheckpointError
 from detection.models import build_detector
 from detection.models.catalogue import input_of
+from detection.models.importers.efficientdet import TensorFlowEfficientDet
 from detection.models.importers.formats import Format, Imported
 from detection.models.importers.mmdetection import MMDetectionYOLOv3
 from detection.models.importers.paddle import PaddleYOLOv3
@@ -31,6 +32,7 @@ FORMATS: tuple[Format, ...] = (
     MMDetectionYOLOv3(),
     YOLOXDarknet(),
     ResearchYOLOv3(),
+    TensorFlowEfficientDet(),
     TimmDarknet53(),
 )
 COUNTER = "num_batches_tracked"  # of batch norm; Paddle has none
@@ -82,13 +84,13 @@ def import_weights(content: Any, source: str, keep_classes: bool = False) -> Imp
     assert set(tensors) == set(expected), f"{format_.source}: the layout leaves tensors of ours without a value"
     format_.place(tensors, state, model, source)
     names, ids = format_.classes(content, count) if format_.whole else (None, None)
-    kept, lines = format_.kept_classes(count), format_.lines()
+    kept, lines = format_.kept_classes(count), format_.lines(state)
     if kept is not None and not keep_classes:
         assert names is not None and ids is not None
         _keep_classes(model, tensors, kept)
         lines.append(f"{count} classes in the file, of which {len(kept)} are COCO's and kept")
         names, ids, count = (tuple(names[number] for number in kept), tuple(ids[number] for number in kept), len(kept))
-    evaluation = dict(format_.evaluation)
+    evaluation = format_.validation(state)
     return Imported(format_.source, format_.whole, wanted, evaluation, names, ids, count, tensors, lines)
 
 

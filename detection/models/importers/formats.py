@@ -105,7 +105,7 @@ class Format:
         source: the program and its network, for messages.
         marks: beginnings of names of tensors that only this format has.
         whole: a whole detector; false: a backbone.
-        evaluation: settings of the published numbers.
+        evaluation: settings of the published numbers, where they are those of all its files.
     """
 
     source = ""
@@ -148,7 +148,11 @@ class Format:
         """Names of the classes and their category ids; None: not known. 80 classes are COCO's."""
         return (COCO_NAMES, COCO_IDS) if count == len(COCO_NAMES) else (None, None)
 
-    def lines(self) -> list[str]:
+    def validation(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Path -> value of the settings of the published numbers."""
+        return dict(self.evaluation)
+
+    def lines(self, state: Mapping[str, Tensor]) -> list[str]:
         """What a user should know about weights of this format."""
         return []
 

@@ -75,5 +75,5 @@ class YOLOXDarknet(Format):
         own = self.layout(model)[POOLED]
         tensors[own] = torch.cat(list(reversed(cast(Tensor, tensors[own]).chunk(4, dim=1))), dim=1)
 
-    def lines(self) -> list[str]:
+    def lines(self, state: Mapping[str, Tensor]) -> list[str]:
         return ["pixels are BGR 0..255, as in YOLOX since 0.1.1; files of 0.0.1 look alike but need mean and deviation"]
