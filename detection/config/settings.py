@@ -129,13 +129,14 @@ class ModelSettings(Section):
     fill: tuple[GreyLevel, GreyLevel, GreyLevel] | None
     width: Annotated[float, Field(gt=0, le=4)]
     depth: Annotated[float, Field(gt=0, le=4)]
+    leaky_slope: Annotated[float, Field(ge=0, lt=1)]
     pixel_scaling: Literal["backbone", "imagenet"]
 
     @model_validator(mode="after")
     def check_cfg(self) -> "ModelSettings":
-        for name in ("width", "depth"):
-            if getattr(self, name) != 1 and self.backbone != "darknet":
-                raise ValueError(f"{name}: only of backbone darknet; must be 1 with {self.backbone}")
+        for name, usual in (("width", 1), ("depth", 1), ("leaky_slope", 0.1)):
+            if getattr(self, name) != usual and self.backbone != "darknet":
+                raise ValueError(f"{name}: only of backbone darknet; must be {usual} with {self.backbone}")
         if self.backbone == DARKNET_CFG and self.pixel_scaling != "backbone":
             raise ValueError("pixel_scaling: a network from a cfg takes pixels from 0 to 1; must be backbone")
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
