@@ -23,7 +23,7 @@ from detection.errors import SettingsError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL_NAMES = (*(f"efficientdet-{variant}" for variant in (*(f"d{n}" for n in range(8)), "d7x")), "retinanet")
-TFRECORD_SHARD = re.compile(r"-\d{5}-of-\d{5}(\.tfrecords?)?|.*\.tfrecords?")
+TFRECORD_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.tfrecords?)?|.+\.tfrecords?")
 PACK = "TFRecords are packed once by pack.py --from-tfrecord PATTERN --output SHARDS; then say data.root=SHARDS"
 NO_TPU = "there are no TPUs here; --device takes cpu, cuda, mps and hpu"
 NO_PARTITION = (
@@ -256,7 +256,7 @@ def dataset_folder(name: str) -> str:
         SettingsError: the folder holds TFRecords.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and any(TFRECORD_SHARD.search(file.name) for file in path.iterdir()):
+    if path.is_dir() and any(TFRECORD_SHARD.fullmatch(file.name) for file in path.iterdir()):
         raise SettingsError(f"--dataset_dir {name}: {PACK}")
     return name
 

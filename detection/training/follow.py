@@ -25,8 +25,8 @@ from detection.evaluation.evaluate import Evaluation, compute_metrics, run_infer
 from detection.inference.weights import DEFAULTS, check_classes, open_command_line
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import environment_report
-from detection.runtime.run_directory import EVALUATOR, LOCKED, lock
-from detection.training.checkpoint_writer import BEST
+from detection.runtime.run_directory import EVALUATOR, LOCKED, STATUS, lock
+from detection.training.checkpoint_writer import BEST, LAST
 from detection.training.evaluation import keep_results, log_evaluation
 from detection.training.loggers import Loggers, build_loggers
 from detection.training.loggers.protocol import FAILED, FINISHED, STOPPED
@@ -36,6 +36,7 @@ from detection.training.report_page import read_rows, write_report
 from detection.training.schedules import first_finishing_step
 from detection.training.step import tell_progress
 
+TRACES = (LOCKED, STATUS, "args.yaml", LAST)  # one of these is in every run directory, also of older versions
 POLL_SECONDS = 5.0  # between two looks at the run directory
 COMPARED = ("model", "evaluation")  # sections that make the numbers of one evaluator comparable
 FREE = ("evaluation.batch_size", "evaluation.visualize_images", "evaluation.evaluate_frequency")  # of those sections
@@ -107,7 +108,7 @@ def follow(arguments: argparse.Namespace, run: Path, timing: Timing) -> None:
         UserError: the run ended early, or there was no new checkpoint for too long.
     """
     directory = run.parent if run.is_file() else run
-    if not directory.is_dir() and timing.timeout is None:
+    if timing.timeout is None and not any((directory / name).exists() for name in TRACES):
         raise SettingsError(f"{directory} is no run directory; with a timeout it is waited for")
     results = arguments.output or directory / EVALUATOR
     rows = read_rows(results / "metrics.jsonl") if (results / "metrics.jsonl").is_file() else []

@@ -162,6 +162,14 @@ def test_files_of_tensorflow_are_recognised(monkeypatch: pytest.MonkeyPatch, tmp
     ):
         with pytest.raises(SettingsError, match=answer):
             load(monkeypatch, words)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-00000-of-00003.tar").touch()  # of pack.py, numbered as TFRecords are
+    packed = load(monkeypatch, f"--dataset_dir {tmp_path / 'packed'}")[0]
+    assert packed.data.root == str(tmp_path / "packed")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "train-00000-of-00032").touch()  # the converter's own names have no suffix
+    with pytest.raises(SettingsError, match="TFRecords are packed once"):
+        load(monkeypatch, f"--dataset_dir {tmp_path / 'plain'}")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best.pt").touch()
     assert load(monkeypatch, f"--ckpt {tmp_path / 'run'}")[0].model.pretrained == str(tmp_path / "run" / "best.pt")

@@ -149,8 +149,11 @@ def test_without_news_following_ends(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
     waited = run_script(validation.main, "--follow", tmp_path / "soon", "--follow-timeout", "0.001")
     assert (waited.returncode, waited.stderr) == (1, f"{tmp_path / 'soon'}: no new checkpoint for 0.001 minutes\n")
-    typed = run_script(validation.main, "--follow", tmp_path / "tpyo")
-    assert typed.returncode == 2 and "tpyo is no run directory; with a timeout it is waited for" in typed.stderr
+    (tmp_path / "images").mkdir()
+    for other in ("tpyo", "images"):  # missing; a directory of something else, which would be waited for without end
+        typed = run_script(validation.main, "--follow", tmp_path / other)
+        message = f"{other} is no run directory; with a timeout it is waited for"
+        assert typed.returncode == 2 and message in typed.stderr
     for words in (["--follow", tmp_path, "--tta"], ["--follow-timeout", "3", "--weights", tmp_path / "best.pt"]):
         assert run_script(validation.main, *words).returncode == 2
 
