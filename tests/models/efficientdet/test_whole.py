@@ -73,7 +73,7 @@ def test_targets_doctor_and_export(run_script: Callable[..., Any], drawn_dataset
     text = run(validation.main, "--weights", best, f"data.root={drawn_dataset}", "--output", tmp_path / "val")
     assert "the best 5,000 candidates of an image, 100 detections per image" in text
     found = {"val": json.loads((tmp_path / "val" / "detections.json").read_text())}
-    for kind, flags in (("raw", ["--raw"]), ("decoded", []), ("nms", ["--nms"])):
+    for kind, flags in (("raw", ["--outputs", "raw"]), ("decoded", []), ("nms", ["--nms"])):
         run(export.main, "--weights", best, *flags, f"data.root={drawn_dataset}", "--output", tmp_path / kind)
         (onnx,) = (tmp_path / kind).glob("*.onnx")
         run(validation.main, "--weights", onnx, f"data.root={drawn_dataset}", "--output", tmp_path / f"{kind}_val")
