@@ -80,6 +80,15 @@ def test_the_loss_that_is_a_sum_has_its_micro_batches_on_two_processes(drawn_dat
 
 
 @pytest.mark.faults
+def test_a_loss_divided_by_the_positives_of_a_micro_batch_on_two_processes(drawn_dataset: Path, tmp_path: Path) -> None:
+    words = ["model.detector=efficientdet", "train.image_size=128", "evaluation.image_size=128"]
+    words += ["train.resize_frequency=0", "train.batch_size=2", "train.clip_tensor_norm=1", "train.ema_ramp=null"]
+    common = [f"data.root={drawn_dataset}", *words]
+    one, two = train_as_one_and_two(tmp_path, common, "train.subdivisions=2", "train.subdivisions=1")
+    np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
+
+
+@pytest.mark.faults
 def test_a_process_without_validation_images_does_not_halve_the_time_of_an_evaluation(
     drawn_dataset: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
         result = train_step(
             state.model, detector.criterion, state.optimizer, state.scaler, batches,
             lambda: autocast(device, torch.bfloat16), device, settings.train.clip_norm, state.statistics,
+            clip_tensor_norm=settings.train.clip_tensor_norm,
         )  # fmt: skip
         state.ema.update(state.model, state.step, result.finite)
         state.skipped.add(state.step, result)
@@ -65,6 +66,7 @@ def whole_step(settings: Settings, device: torch.device, frozen: bool = False) -
             ([*POINTS, f"yolox.loss={loss}", f"yolox.assigner={name}"], False)
             for loss, name in itertools.product(yolox.CRITERIA, yolox.ASSIGNERS)
         ),
+        (["model.detector=efficientdet", "train.clip_tensor_norm=0.1"], False),
         (["train.clip_norm=null"], False),
         (["train.encoder_batch_norm=frozen"], False),
         (["model.batch_norm=darknet"], True),

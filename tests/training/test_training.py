@@ -21,7 +21,7 @@ from detection.training import throughput
 from detection.training.moving_average import ExponentialMovingAverage, MeanOfCycles
 from detection.training.optimizer import build_optimizer, set_backbone_frozen, set_learning_rates
 from detection.training.skipped_steps import BatchNormStatistics, NonFiniteLoss, SkippedSteps, StepResult
-from detection.training.step import train_step
+from detection.training.step import clip_each, train_step
 from detection.training.throughput import Meter
 from tests.support.detectors import datasets_of
 from tests.support.paths import ARGS, REPOSITORY
@@ -402,6 +402,18 @@ def test_clipping_by_hand(clip_norm: float | None, expected: tuple[float, float]
     losses = step(model, loss_with_gradient, optimizer, batches, clip_norm=clip_norm).losses
     assert (model.w.item(), model.v.item()) == pytest.approx(expected, abs=1e-5)
     assert losses["loss_box"].item() == 0.0  # both were 0
+
+
+def test_each_tensor_is_cut_before_the_whole() -> None:
+    """Norms 2, 0.5 and 0 with the limit 1; a non-finite one becomes NaN, which the norm of the whole reports."""
+    gradients = [torch.tensor([1.2, -1.6]), torch.tensor([0.3, 0.4]), torch.zeros(3)]
+    clip_each(gradients, 1.0)
+    expected = ([0.6, -0.8], [0.3, 0.4], [0, 0, 0])
+    assert all(found.tolist() == pytest.approx(hand) for found, hand in zip(gradients, expected, strict=True))
+    for value in (math.nan, math.inf):
+        gradients = [torch.tensor([value, 1.0]), torch.ones(1)]
+        clip_each(gradients, 1.0)
+        assert not nn.utils.get_total_norm(gradients).isfinite()
 
 
 # Numbers that are non-finite

@@ -113,11 +113,16 @@ def compare_final(
 ) -> Differences:
     """Match final detections per image and class, in both directions.
 
-    A detection whose score is within the tolerance of the confidence threshold needs no partner.
+    A detection whose score is within the tolerance of the confidence threshold, or of the score at which a limit of its
+    image cuts (`Selection`), needs no partner.
     """
-    minimum = opened.settings.evaluation.confidence_threshold + tolerance.scores
+    postprocess = cast(DensePostprocess, opened.detector.postprocess)
+    threshold = opened.settings.evaluation.confidence_threshold
     largest, counts = {"boxes": 0.0, "scores": 0.0}, [0, 0]
-    for expected, found in zip(opened.detector.postprocess(levels), FinalDetections()(outputs), strict=True):
+    cuts = _candidate_cuts(postprocess, levels)
+    for expected, found, cut in zip(postprocess(levels), FinalDetections()(outputs), cuts, strict=True):
+        last = [each["scores"].amin().item() for each in (expected, found) if _is_full(postprocess, each)]
+        minimum = max(threshold, cut, *last) + tolerance.scores
         for label in torch.cat([expected["labels"], found["labels"]]).unique():
             one, other = (_of_label(detections, label) for detections in (expected, found))
             score_gap = (one["scores"][:, None] - other["scores"][None]).abs()  # (K, K')
@@ -132,6 +137,22 @@ def compare_final(
                 counts[0] += int(has_partner.sum())
                 counts[1] += int((needed & ~has_partner).sum())
     return Differences(largest, (counts[0], counts[1]))
+
+
+def _candidate_cuts(postprocess: DensePostprocess, levels: list[Tensor]) -> list[float]:
+    """Score of each image's last candidate; 0 without a limit."""
+    limit = postprocess.selection.max_candidates
+    scores = postprocess.decode(levels)[1].flatten(1)
+    if limit is None or scores.shape[1] <= limit:
+        return [0.0] * len(scores)
+    cuts: list[float] = scores.topk(limit, dim=1).values[:, -1].tolist()
+    return cuts
+
+
+def _is_full(postprocess: DensePostprocess, detections: dict[str, Tensor]) -> bool:
+    """Whether the limit of detections per image was reached."""
+    limit = postprocess.selection.max_per_image
+    return limit is not None and 0 < limit <= len(detections["scores"])
 
 
 def _of_label(detections: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:

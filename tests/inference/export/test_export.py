@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -28,6 +29,7 @@ from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import Header, load_darknet_weights, write_darknet_weights
+from detection.models.postprocess import DecodedPostprocess, Selection
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.paths import REPOSITORY
 from tests.support.slow_boxes import slow_nms
@@ -552,6 +554,24 @@ def test_final_detections_without_a_partner_are_counted(files: Path) -> None:
     kept = torch.arange(total) != best
     missing = [tensor[kept] for tensor in tensors[:4]] + tensors[4:]
     assert compare_final(opened, levels, missing, 64, FLOAT32).counts == (2 * total - 2, 1)
+
+
+def test_a_detection_at_the_limit_of_an_image_needs_no_partner() -> None:
+    """The third of the best two has the score of the second: which of them stays is rounding; the first is not."""
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [20, 0, 28, 8], [40, 0, 48, 8]]])
+    decoded = [boxes, torch.tensor([[[0.9], [0.5], [0.50001]]])]
+    postprocess = DecodedPostprocess(0.001, 0.5, 100, selection=Selection(max_per_image=2))
+    settings = SimpleNamespace(evaluation=SimpleNamespace(confidence_threshold=0.001))
+    opened: Any = SimpleNamespace(settings=settings, detector=SimpleNamespace(postprocess=postprocess))
+    where = torch.zeros(2, dtype=torch.int64)
+    swapped = [boxes[0, [0, 1]], torch.tensor([0.9, 0.50001]), where, where, torch.arange(1)]
+    assert compare_final(opened, decoded, swapped, 64, FLOAT32).counts == (2, 0)
+    wrong = [boxes[0, [1, 2]], torch.tensor([0.9, 0.50001]), where, where, torch.arange(1)]
+    assert compare_final(opened, decoded, wrong, 64, FLOAT32).counts == (2, 2)
+    # likewise at the limit of candidates
+    opened.detector.postprocess = DecodedPostprocess(0.001, 0.5, 100, selection=Selection(max_candidates=2))
+    assert compare_final(opened, decoded, swapped, 64, FLOAT32).counts == (2, 0)
+    assert compare_final(opened, decoded, wrong, 64, FLOAT32).counts == (2, 2)
 
 
 def test_pictures_are_the_datasets_or_photographs(default_settings, tmp_path: Path, drawn_dataset: Path) -> None:

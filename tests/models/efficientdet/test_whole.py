@@ -21,6 +21,7 @@ from detection.models import build_detector
 from detection.models.efficientdet.anchors import AnchorGrid
 from detection.models.efficientdet.fit import AnchorGridFit
 from detection.models.efficientdet.variants import VARIANTS
+from detection.models.pretrained import carry_outputs
 from detection.ops.boxes import pairwise_iou
 from tests.support.training_runs import first_difference, load_main
 
@@ -73,7 +74,7 @@ def test_targets_doctor_and_export(run_script: Callable[..., Any], drawn_dataset
     text = run(validation.main, "--weights", best, f"data.root={drawn_dataset}", "--output", tmp_path / "val")
     assert "the best 5,000 candidates of an image, 100 detections per image" in text
     found = {"val": json.loads((tmp_path / "val" / "detections.json").read_text())}
-    for kind, flags in (("raw", ["--raw"]), ("decoded", []), ("nms", ["--nms"])):
+    for kind, flags in (("raw", ["--outputs", "raw"]), ("decoded", []), ("nms", ["--nms"])):
         run(export.main, "--weights", best, *flags, f"data.root={drawn_dataset}", "--output", tmp_path / kind)
         (onnx,) = (tmp_path / kind).glob("*.onnx")
         run(validation.main, "--weights", onnx, f"data.root={drawn_dataset}", "--output", tmp_path / f"{kind}_val")
@@ -127,6 +128,23 @@ def test_the_doctor_names_boxes_without_an_anchor_of_their_own() -> None:
     assert "33.3% of the boxes at IoU 0.5 or more, at 128 px" in report.line
     apart = AnchorGridFit(grid, 0.5)(boxes, np.array([0, 1, 2]), 128)
     assert {kind: items for kind, items, _ in apart.findings}["shared_prediction"] == []
+
+
+def test_classes_are_carried_over_by_name(default_settings: Callable[..., Any]) -> None:
+    """Of the file's classes (a, b, c) the run has (c, d): c keeps its filters at every anchor, d is new, boxes stay."""
+    settings = default_settings(*WORDS)
+    theirs, own = (build_detector(settings, count).model for count in (3, 2))
+    state, before = dict(theirs.state_dict()), {name: value.clone() for name, value in own.state_dict().items()}
+    lines = carry_outputs(own, state, ["a", "b", "c"], ["c", "d"])
+    assert len(lines) == 1
+    own.load_state_dict(state)
+    classes, boxes = own.output_convolutions()
+    their_classes, their_boxes = theirs.output_convolutions()
+    assert torch.equal(boxes.weight, their_boxes.weight)
+    by_anchor, theirs_by_anchor = classes.weight.unflatten(0, (9, 2)), their_classes.weight.unflatten(0, (9, 3))
+    assert torch.equal(by_anchor[:, 0], theirs_by_anchor[:, 2])
+    (name,) = (name for name, module in own.named_modules() if module is classes)
+    assert torch.equal(by_anchor[:, 1], before[f"{name}.weight"].unflatten(0, (9, 2))[:, 1])
 
 
 @pytest.mark.parametrize(
