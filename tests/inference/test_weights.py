@@ -343,7 +343,7 @@ def test_validation_of_fewer_classes_than_the_data(files: Files, run: Run) -> No
     ("arguments", "code", "word"),
     [
         (["--weights", "gone.weights", "--cfg", "net.cfg"], 7, "gone.weights cannot be read: No such file"),
-        (["--weights", "yolov3.weights", "--cfg", "net.cfg"], 7, "download_darknet_weights.sh yolov3.weights"),
+        (["--weights", "yolov3.weights", "--cfg", "net.cfg"], 7, "download_weights.sh yolov3.weights"),
         (["--weights", "gone.pt"], 7, "gone.pt does not exist"),
         (["--weights", "net.weights", "--cfg", "gone.cfg"], 2, "gone.cfg"),
         (["--weights", "net.weights", "--cfg", "net.weights"], 2, "net.weights"),
