@@ -15,7 +15,7 @@ from detection.data.anchor_clustering import (
     refine_anchors,
 )
 from detection.data.annotations import load_annotations
-from detection.models.yolo.grid import cell_grid, flatten_levels
+from detection.models.levels import cell_grid, flatten_levels
 from tests.support.slow_boxes import slow_iou
 
 CPU = torch.device("cpu")

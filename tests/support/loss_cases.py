@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detection.models.levels import flatten_levels
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
-from detection.models.yolo.grid import flatten_levels
 from detection.models.yolo.head_layout import HeadLayout
 from tests.support.slow_boxes import slow_intersection, slow_iou
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detection.models.yolo.grid import cell_grid
+from detection.models.levels import cell_grid
 from detection.ops.boxes import cxcywh_to_xyxy
 
 OCTAVES = 3  # sizes per aspect and level, 2**(1/3) apart

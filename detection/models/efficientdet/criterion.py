@@ -12,8 +12,7 @@ from detection.models.efficientdet.anchors import AnchorGrid
 from detection.models.efficientdet.assignment import assign
 from detection.models.efficientdet.coder import encode
 from detection.models.efficientdet.focal_loss import BACKGROUND, IGNORED, focal_loss_sum
-from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import sizes_of
+from detection.models.levels import flatten_levels, sizes_of
 
 
 class EfficientDetLoss(nn.Module):

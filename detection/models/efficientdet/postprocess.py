@@ -6,9 +6,8 @@ from torch import Tensor
 
 from detection.models.efficientdet.anchors import AnchorGrid
 from detection.models.efficientdet.coder import decode
+from detection.models.levels import flatten_levels, sizes_of
 from detection.models.postprocess import EVERYTHING, DensePostprocess, Selection
-from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import sizes_of
 
 
 class AnchorPostprocess(DensePostprocess):

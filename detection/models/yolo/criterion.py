@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL, Anchors, AssignedPrediction
+from detection.models.levels import flatten_levels, sizes_of
 from detection.models.yolo.box_coder import encode_boxes
-from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import BOX, HeadLayout, num_values, sizes_of
+from detection.models.yolo.head_layout import BOX, HeadLayout, num_values
 from detection.models.yolo.loss_options import LossOptions
 from detection.ops.boxes import box_area, pairwise_intersection, xyxy_to_cxcywh
 from detection.runtime.devices import max_chunk_elements

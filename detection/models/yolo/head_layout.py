@@ -107,8 +107,3 @@ class HeadLayout(nn.Module):
             Boxes (x1, y1, x2, y2) in pixels of the network input, (..., P, 4); may exceed the image.
         """
         return decode_predictions(raw[..., BOX].float(), self.tables(sizes).predictions, self.new_coords)
-
-
-def sizes_of(outputs: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """(rows, columns) of each level's (B, A, H, W, X)."""
-    return [(output.shape[2], output.shape[3]) for output in outputs]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from detection.contract import Anchors
+from detection.models.levels import flatten_levels, sizes_of
 from detection.models.postprocess import DensePostprocess
-from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import IOU, OBJECTNESS, HeadLayout, sizes_of
+from detection.models.yolo.head_layout import IOU, OBJECTNESS, HeadLayout
 
 
 class YOLOPostprocess(DensePostprocess):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.contract import CROWD_LABEL, PADDING_LABEL, AssignedPrediction
+from detection.models.levels import sizes_of
 from detection.models.yolo.criterion import compare_objectness, ignored_predictions
-from detection.models.yolo.head_layout import sizes_of
 from detection.models.yolox.assigners import Assigner, Assignment
 from detection.models.yolox.layout import Decoding, OutputLayout, RawValues
 from detection.models.yolox.points import Points

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from detection.models.yolo.grid import flatten_levels
-from detection.models.yolo.head_layout import sizes_of
+from detection.models.levels import flatten_levels, sizes_of
 from detection.models.yolox.points import Points, make_points
 from detection.ops.boxes import cxcywh_to_xyxy
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detection.models.yolo.grid import cell_grid
+from detection.models.levels import cell_grid
 
 
 class Points(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.operation_trace import OperationTrace
+from detection.models.levels import flatten_levels
 from detection.models.yolo import CRITERIA
 from detection.models.yolo.criterion import Criterion
-from detection.models.yolo.grid import flatten_levels
 from detection.models.yolo.loss_options import LossOptions
 from tests.support.loss_cases import (
     Case,
