@@ -27,6 +27,7 @@ from detection.data.annotation_file import Columns
 from detection.data.annotations import Annotations
 from detection.data.build import make_builtin
 from detection.data.dataset_formats import Source
+from detection.data.image_places import is_packed, open_images
 from detection.data.sources import find_source, look_once
 from detection.data.workers import prepare_process
 from detection.dataset_checks.annotation_checks import (
@@ -76,11 +77,11 @@ def main() -> None:
     sources = find_sources(settings.data, wanted, findings)
     annotations = check_files(sources, settings, findings)
     splits = [
-        Split(source.split, source.images, annotations[source.split])
+        Split(source.split, open_images(source.images, settings.data.follow_links), annotations[source.split])
         for source in sources
         if source.images is not None and source.split in annotations
     ]
-    check_listing(splits, settings.data.follow_links, findings)
+    check_listing(splits, findings)
     if arguments.quick:
         check_shared_names(splits, findings)
     else:
@@ -130,7 +131,7 @@ def find_sources(data: DataSettings, wanted: tuple[str, ...], findings: Findings
             refusals.append(error)
             findings.add("no_annotation_file", split, [split], [error.line])
             continue
-        if source.images is None or not source.images.is_dir():
+        if source.images is None or not (source.images.is_dir() or is_packed(source.images)):
             looked = str(source.images or ", ".join(map(str, source.tried)))
             findings.add("no_image_directory", split, [split], [f"looked for {looked}"])
             source = replace(source, images=None)

@@ -4,11 +4,12 @@ python compare_runs.py logs/240224-211713_LambdaLR logs/240312-101500_CosineAnne
 python compare_runs.py logs/24* --x time --smooth 20
 python compare_runs.py logs/A logs/B --output comparison
 
-Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, including runs
-that are still running or were killed in the middle of a line. Draws learning rate, training and validation loss, AP50,
-AP and recall (AR100) over --x: step, epoch, images seen, or training time without evaluations. A star marks the best
-evaluation. Missing data is reported and left out. --smooth N draws the moving average of about N logged training
-losses, with the raw values in a pale colour behind it; nothing else is smoothed.
+Reads results.csv (evaluations) and metrics.jsonl (learning rate, training loss) of each run directory, and the
+evaluations of validation.py --follow, including runs that are still running or were killed in the middle of a line.
+Draws learning rate, training and validation loss, AP50, AP and recall (AR100) over --x: step, epoch, images seen, or
+training time without evaluations. A star marks the best evaluation. Missing data is reported and left out. --smooth N
+draws the moving average of about N logged training losses, with the raw values in a pale colour behind it; nothing else
+is smoothed.
 
 Writes compare.png, compare.csv (one row per run) and compare.json (the same with the curves) into a new directory below
 logs/. Takes a few seconds.
@@ -32,7 +33,7 @@ from detection.config.yaml_files import read_settings_file
 from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.window import browse
 from detection.errors import DataError, SettingsError, exit_with_message
-from detection.runtime.run_directory import new_run_directory, writing_results
+from detection.runtime.run_directory import EVALUATOR, new_run_directory, writing_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,6 +194,8 @@ def read_run(directory: Path, name: str) -> Run:
     points: dict[str, dict[float, float]] = {}
     try:
         rows = [*read_rows(metrics, parse_json, notices), *read_rows(results, CsvParser(), notices)]
+        if (followed := directory / EVALUATOR / metrics.name).is_file():
+            rows = [*read_rows(followed, parse_json, notices), *rows]  # where both evaluated a step, the run's own
         images_per_step = read_images_per_step(directory)
     except OSError as error:
         raise SettingsError(f"{directory}: cannot be read: {error}") from None

@@ -205,6 +205,7 @@ class Run:
         """Process a video, stream or camera until its end, the stop request, or q in its window."""
         if self.stopped:
             return
+        assert isinstance(source.file, Path | str), "only images lie in shards"
         try:
             reader = VideoReader(int(str(source.file)) if source.kind == "camera" else source.file, self.stride)
         except DataReadError as error:

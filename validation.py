@@ -9,6 +9,7 @@ python validation.py --weights best.pt --score objectness evaluation.max_images=
 python validation.py --weights best.pt --tiles 640 --overlap 128        images much larger than the network input
 python validation.py --weights best.pt --no-ground-truth data.root=data/coco \
     data.validation_annotations=annotations/image_info_test-dev2017.json data.validation_images=test2017
+python validation.py --follow logs/240224-211713_LambdaLR [--follow-timeout 60]    each new checkpoint of a run
 python validation.py --compare logs/A/best.pt logs/B/best.pt C.onnx D.weights --names coco.names data.root=data/coco
 
 Prints the COCO table, AP per class, by box size and by aspect ratio, the confidence of the best F1, and timings. Writes
@@ -22,6 +23,10 @@ detections).
               look at each image several times (docs/large_images.md); the header names it as a deviation
 --no-ground-truth
               scores nothing and writes detections.json alone, for the evaluation server: any annotations are ignored
+--follow      evaluates each new checkpoint of a run while it trains, here or on another machine that sees its files,
+              until the run ends: exit code 0 if it has finished, 1 if it was stopped, has failed or died, or if there
+              is no new checkpoint for --follow-timeout minutes. Writes the files of a run into RUN/evaluator, which the
+              run's report.html, compare_runs.py and TensorBoard show beside its own (docs/follow_a_run.md)
 --compare     shows metrics, parameters, images/s and AP per class side by side; for Darknet FILE.weights it uses
               FILE.cfg and, without --names, FILE.names in the same directory
 
@@ -51,7 +56,7 @@ from torch import nn
 from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
-from detection.config.command_line import Parser, device_flags, read_confidences, weights_file
+from detection.config.command_line import Parser, at_least_zero, device_flags, read_confidences, weights_file
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
@@ -94,6 +99,7 @@ from detection.inference.views import Viewer, open_viewer
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import describe_device, open_machine, peak_memory_gib
 from detection.runtime.run_directory import new_run_directory, writing_results
+from detection.training.follow import Timing, follow
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
 CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names and network
@@ -102,7 +108,10 @@ CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names
 def main() -> None:
     prepare_process()
     arguments = parse_arguments()
-    if arguments.compare:
+    if arguments.follow:
+        seconds = None if arguments.follow_timeout is None else 60 * arguments.follow_timeout
+        follow(arguments, arguments.follow, Timing(seconds, arguments.min_eval_interval))
+    elif arguments.compare:
         compare(arguments)
     elif arguments.no_ground_truth:
         predict(arguments)
@@ -115,6 +124,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_weights(required=False)
     add = parser.add_argument
     add("--compare", nargs="+", default=[], metavar="FILE", help="two or more weights to compare, instead of --weights")
+    add(
+        "--follow", type=Path, metavar="RUN", help="run directory whose checkpoints are evaluated, instead of --weights"
+    )
+    add("--follow-timeout", type=at_least_zero, metavar="MINUTES", help="end without a new checkpoint for so long")
+    add(
+        "--min-eval-interval",
+        type=at_least_zero,
+        default=0.0,
+        metavar="SECONDS",
+        help="from one evaluation to the next",
+    )
     add("--confidence", nargs="+", default=[], metavar="C", help="one or more confidence thresholds to compare")
     add("--score", metavar="NAME", help="how YOLO scores a detection: product (default) or objectness")
     add("--no-ground-truth", action="store_true", help="write the COCO result file of images without annotations")
@@ -129,8 +149,15 @@ def parse_arguments() -> argparse.Namespace:
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
     arguments.compare = [weights_file(word) for word in arguments.compare]
-    if bool(arguments.compare) == (arguments.weights is not None):
-        raise SettingsError("give either --weights FILE or --compare FILE FILE")
+    sources = (arguments.weights is not None, bool(arguments.compare), arguments.follow is not None)
+    if sum(sources) != 1:
+        raise SettingsError("give one of --weights FILE, --compare FILE FILE and --follow RUN")
+    if arguments.follow:
+        others = ("cfg", "names", "confidence", "score", "no_ground_truth", "tiles", "tta", "show")
+        if given := [name for name in others if getattr(arguments, name)]:
+            raise SettingsError(f"--{given[0].replace('_', '-')} does not go with --follow; run --weights FILE for it")
+    elif arguments.follow_timeout is not None or arguments.min_eval_interval:
+        raise SettingsError("--follow-timeout and --min-eval-interval belong to --follow")
     if arguments.compare and (arguments.cfg or arguments.confidence):
         flag = "--cfg" if arguments.cfg else "--confidence"
         raise SettingsError(f"{flag} belongs to --weights; --compare takes the .cfg beside each file and one threshold")

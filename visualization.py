@@ -177,7 +177,7 @@ def open_dataset(
     annotations = dataset.annotations
     if opened is not None:
         check_classes(opened, annotations.categories.names)
-    present = any((images / annotations.file_name(index)).is_file() for index in range(len(annotations)))
+    present = any(dataset.images.holds(annotations.file_name(index)) for index in range(len(annotations)))
     return file, annotations, dataset if present else None
 
 

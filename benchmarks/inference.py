@@ -36,7 +36,14 @@ from detection.inference.export.onnx_export import OnnxOptions, build_onnx
 from detection.inference.onnx_model import OnnxModel
 from detection.inference.weights import OpenedDetector
 from detection.models import build_detector
-from detection.runtime.devices import autocast, choose_device, compile_forward, describe_device, synchronize
+from detection.runtime.devices import (
+    autocast,
+    choose_device,
+    compile_forward,
+    describe_device,
+    emulates_bfloat16,
+    synchronize,
+)
 from detection.training.throughput import matmul_rates
 
 ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
@@ -64,7 +71,8 @@ def main() -> None:
     batches = arguments.batches or ([1, 4] if on_cpu else [1, 8, 32])
     repeats = arguments.repeats or (3 if on_cpu else 20)
     measure = functools.partial(milliseconds, device=device, repeats=repeats)
-    ceilings = {dtype: max(matmul_rates(3072, dtype, device, 3)) for dtype in (torch.float32, torch.bfloat16)}
+    dtypes = (torch.float32,) if emulates_bfloat16(device) else (torch.float32, torch.bfloat16)
+    ceilings = {dtype: max(matmul_rates(3072, dtype, device, 3)) for dtype in dtypes}
     rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.2f}" for dtype, rate in ceilings.items())
     print(
         f"{describe_device(device)}, torch {torch.__version__}, {SIZE} px, {CLASSES} classes, {CANDIDATES} candidates "
@@ -130,7 +138,8 @@ def open_ways(
     model = detector.to(device, channels_last=True).model
     if "torch" in ways:
         yield "torch float32", None, torch.no_grad()(model)
-        yield "torch bfloat16", torch.bfloat16, torch.no_grad()(model)
+        if not emulates_bfloat16(device):
+            yield "torch bfloat16", torch.bfloat16, torch.no_grad()(model)
     if "compiled" in ways:
         dtype = torch.bfloat16 if device.type == "cuda" else None
         name = f"compiled {'float32' if dtype is None else 'bfloat16'}"

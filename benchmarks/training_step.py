@@ -43,6 +43,7 @@ from detection.runtime.devices import (
     choose_device,
     compile_forward,
     describe_device,
+    emulates_bfloat16,
     synchronize,
 )
 from detection.training.optimizer import build_optimizer
@@ -95,7 +96,8 @@ def main() -> None:
         line = f"{name + ', ' + precision:<34}{size:>6}{operations / 1e9:>8.1f}{median:>10.2f}{spread:>16}"
         print(f"{line}{ceiling / 1e12:>9.2f}{share:>8}{wait:>9.1%}", flush=True)
 
-    for size, (precision, dtype) in itertools.product(arguments.sizes, PRECISIONS.items()):
+    precisions = {"float32": None} if emulates_bfloat16(device) else PRECISIONS
+    for size, (precision, dtype) in itertools.product(arguments.sizes, precisions.items()):
 
         def steps(source: Iterator[Batch], size: int = size, dtype: Any = dtype, **options: Any) -> Measured:
             return flops * size**2, *time_steps(detector, settings, device, dtype, arguments.repeats, source, **options)
@@ -113,7 +115,7 @@ def main() -> None:
             real = real_batches(settings, size, arguments, device)
             show("real data", size, precision, functools.partial(steps, real))
     for name, size in itertools.product(PEERS if arguments.peers else (), arguments.sizes):
-        for precision, dtype in PRECISIONS.items():
+        for precision, dtype in precisions.items():
             work = functools.partial(time_peer, name, size, arguments, device, dtype)
             show(name.partition("_")[0], size, precision, work)
 

@@ -26,10 +26,13 @@ sha256_of() {
     fi
 }
 
-# size_and_digest_fit FILE SIZE SHA256: SHA256 is - where no public source states one
+# size_and_digest_fit FILE SIZE SHA256 [LEAST]: SHA256 is - where no public source states one, or its first digits;
+# SIZE is - where none is known, then the file has at least LEAST bytes
 size_and_digest_fit() {
     actual_size=$(size_of "$1")
-    if [ "$actual_size" -ne "$2" ]; then
+    if [ "$2" = - ]; then
+        [ "$actual_size" -ge "$4" ] || { reason="$actual_size bytes, at least $4 were expected"; return 1; }
+    elif [ "$actual_size" -ne "$2" ]; then
         reason="$actual_size bytes, $2 were expected"
         return 1
     fi
@@ -39,7 +42,11 @@ size_and_digest_fit() {
         say "  no program for SHA-256 is installed: only size and header are checked"
         return 0
     fi
-    [ "$actual_digest" = "$3" ] || { reason="SHA-256 is $actual_digest, not $3"; return 1; }
+    case $actual_digest in
+    "$3"*) return 0 ;;
+    esac
+    reason="SHA-256 is $actual_digest, not $3"
+    return 1
 }
 
 # expectation_of NAME FILE: sets `size` and `digest` from the line "SIZE SHA256 NAME" of FILE
@@ -104,6 +111,9 @@ attempt() {
     esac
 }
 
+# has_all SIZE BYTES; SIZE is - where it is not known
+has_all() { [ "$1" != - ] && [ "$2" -ge "$1" ]; }
+
 # fetch_from ADDRESS PART SIZE: 0 when PART is complete and accepted. What was there is continued; if the whole is then
 # refused, or the server cannot continue, it is fetched once more from zero.
 fetch_from() {
@@ -111,12 +121,12 @@ fetch_from() {
     while :; do
         before=$(size_of "$2")
         outcome=0
-        [ "$before" -ge "$3" ] || attempt "$1" "$2" || outcome=$?
+        has_all "$3" "$before" || attempt "$1" "$2" || outcome=$?
         after=$(size_of "$2")
         [ "$after" -gt 0 ] || rm -f "$2"  # wget leaves an empty file
         if [ "$outcome" -eq 4 ]; then
             fail "$2: $reason"
-        elif [ "$after" -ge "$3" ]; then
+        elif has_all "$3" "$after" || { [ "$3" = - ] && [ "$outcome" -eq 0 ] && [ "$after" -gt 0 ]; }; then
             accept "$2" && return 0
             rm -f "$2"
             [ "$before" -gt 0 ] && [ "$restarts" -gt 0 ] || return 1

@@ -21,7 +21,10 @@ from detection.foreign_files import clean, describe_content, describe_file
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)  # 1: no skipped steps; 2: the backbone was called encoder
 DIGEST_KEY = "digest"
-READ_HERE = "this program reads its own checkpoints, Darknet's .weights and .onnx of export.py"
+READ_HERE = (
+    "this program reads its own checkpoints, Darknet's .weights, .onnx of export.py and what docs/weights.md lists"
+)
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")  # usual names of what torch.save writes
 DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
 RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
 
@@ -168,7 +171,11 @@ def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_checkpoint`, or a field is missing or of another type.
     """
-    content = load_checkpoint(path)
+    return check_fields(load_checkpoint(path), path, fields)
+
+
+def check_fields(content: dict[str, Any], path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """Check that the content of a checkpoint has some fields; returns it; arguments and errors as `load_fields`."""
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise CheckpointError(

@@ -30,7 +30,8 @@ PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 
 def read_sources(root: Path) -> dict[str, str]:
     """Path below the root -> text, for the package, the scripts and the tests."""
-    experiments = [path for path in root.iterdir() if path.is_dir() and "-" in path.name]
+    # A directory that is run, never imported, has a hyphen in its name, or holds defaults beside its script.
+    experiments = [path for path in root.iterdir() if "-" in path.name or (path / "args.yaml").is_file()]
     directories = [root / PACKAGE, root / "tests", root / "benchmarks", *experiments]
     files = [*root.glob("*.py"), *(file for directory in directories for file in directory.rglob("*.py"))]
     return {file.relative_to(root).as_posix(): file.read_text(encoding="utf-8") for file in sorted(files)}

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     prepare_habana(sys.argv[1:])  # torch reads the environment when it is imported
 
 from detection.config.command_line import Parser, device_flags
+from detection.config.estimator_flags import place_run
 from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
@@ -33,6 +34,7 @@ from detection.training.console import plan_lines, report_end, report_first_batc
 from detection.training.dry_run import dry_run, preflight
 from detection.training.endings import joint_work, logged_end
 from detection.training.evaluation import evaluate_and_keep, keep_better_weights
+from detection.training.follow import Timing, follow
 from detection.training.loggers import open_loggers
 from detection.training.optimizer import set_backbone_frozen, set_learning_rates
 from detection.training.replay import replay
@@ -44,6 +46,7 @@ from detection.training.supervisor import Supervisor
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser("yolo-v3/main.py", __doc__)
+    parser.add_experiment(sys.argv[1:])
     parser.add_settings()
     parser.add_training_flags()
     add = parser.add_argument
@@ -60,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.resume and "=" in arguments.resume:  # in `--resume train.steps=9` the word is a setting
         arguments.settings.append(arguments.resume)
         arguments.resume = ""
+    place_run(arguments)
     modes = [name for name in ("dry_run", "replay", "profile") if getattr(arguments, name)]
     if len(modes) > 1:
         raise SettingsError(f"--{modes[0].replace('_', '-')} and --{modes[1]} are both given")
@@ -73,6 +77,9 @@ def main() -> None:
     prepare_process()
     arguments = parse_arguments()
     flags = device_flags(arguments)
+    if arguments.mode == "eval":
+        follow(arguments, arguments.model_dir, Timing(arguments.eval_timeout, arguments.min_eval_interval or 0.0))
+        return
     if arguments.replay is not None:
         replay(arguments.replay, arguments.settings, flags)
         return

@@ -1,6 +1,7 @@
 """Flags and keys of other programs, mapped to settings, so that MMDetection commands for Habana run unchanged.
 
-Each alias sets one or two settings and is printed together with them; `docs/hpu.md` has the table. Imports no torch.
+Each alias sets one or two settings and is printed together with them; `docs/hpu.md` has the table. Those of Habana's
+EfficientDet are in `estimator_flags`. Imports no torch.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from detection.config.estimator_flags import add_estimator_flags, separate_switches, translate_flags
 from detection.config.loading import Flag, leaf_paths
 from detection.config.setting_names import FLAT_NAMES, MOVED_NAMES, follow_move
 from detection.config.yaml_files import read_settings_file, read_yaml
@@ -46,7 +48,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the training flags of other programs."""
     text = (
         "--batch-size N, --eval-batch-size N, --epochs N, --log-interval N, --cfg-options key=value ..., "
-        "--launcher pytorch, --eval bbox: docs/hpu.md"
+        "--launcher pytorch, --eval bbox: docs/hpu.md; --train_batch_size N ...: docs/efficientdet_commands.md"
     )
     group = parser.add_argument_group("settings under the names of other programs", text)
     _add_evaluation_flags(group)
@@ -57,18 +59,19 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         add(flag, type=float)
     add("--launcher", choices=["pytorch"])
     add("--local-rank", "--local_rank", type=int)  # torch.distributed.launch adds it
+    add_estimator_flags(group)
 
 
 def _add_evaluation_flags(group: argparse._ArgumentGroup) -> None:
     add = functools.partial(group.add_argument, help=argparse.SUPPRESS)
-    add("--eval-batch-size", type=int)
+    add("--eval-batch-size", "--eval_batch_size", type=int)
     add("--eval", choices=["bbox"])
     add("--cfg-options", nargs="+", action="extend")
 
 
-def separate_hpu(words: Sequence[str]) -> list[str]:
-    """Append the value 1 to a bare --hpu; argparse would consume the next word as its value."""
-    pairs = itertools.pairwise([*words, ""])
+def separate_values(words: Sequence[str]) -> list[str]:
+    """Append the value 1 to a bare --hpu, and true to switches; argparse would consume the next word as their value."""
+    pairs = itertools.pairwise([*separate_switches(words), ""])
     return [f"{word}=1" if word in HPU_FLAGS and not after.isdecimal() else word for word, after in pairs]
 
 
@@ -105,6 +108,7 @@ def settings_flags(arguments: argparse.Namespace, defaults: Path) -> list[Flag]:
         for name, (path, convert) in simple.items()
         if name in given
     ]
+    flags += translate_flags({name: value for name, value in vars(arguments).items() if value is not None})
     for word in given.get("cfg_options", ()):
         flags.extend(translate_option(word, defaults))
     return flags

@@ -1,12 +1,16 @@
 """Argument parser shared by all scripts."""
 
 import argparse
+import ast
+import difflib
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from detection.config.aliases import add_device_flags, add_training_flags, separate_hpu, settings_flags
+from detection.config.aliases import add_device_flags, add_training_flags, separate_values, settings_flags
 from detection.config.loading import Flag
 from detection.errors import CheckpointError, SettingsError
 
@@ -18,6 +22,17 @@ def at_least_one(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
+
+
+def at_least_zero(text: str) -> float:
+    """Parse an option's value as a finite number >= 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0, is {text!r}")
+    return value
 
 
 def weights_file(path: str | Path) -> Path:
@@ -43,7 +58,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        if (unknown := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)) is not None:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            nearest = difflib.get_close_matches(unknown[1], known, n=1)
+            message += f"; the nearest is {nearest[0]}" if nearest else ""
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def add_experiment(self, words: Sequence[str]) -> None:
+        """Add --experiment, by which a script of another directory runs this one with its own defaults and its help."""
+        self.add_argument(
+            "--experiment",
+            type=Path,
+            metavar="DIRECTORY",
+            help="use its args.yaml as an overlay on yolo-v3/args.yaml, below --config",
+        )
+        if words[:1] == ["--experiment"] and (script := Path(words[1]) / "main.py").is_file():
+            self.prog = f"{script.parent.name}/main.py"
+            self.description = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8")))
 
     def add_settings(self, device: bool = True) -> None:
         """Add key.path=value words and --config; with `device` also --device, --gpu and the other device flags."""
@@ -72,7 +103,7 @@ class Parser(argparse.ArgumentParser):
     def parse_intermixed_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        return super().parse_intermixed_args(separate_hpu(sys.argv[1:] if args is None else args), namespace)
+        return super().parse_intermixed_args(separate_values(sys.argv[1:] if args is None else args), namespace)
 
     def add_weights(self, required: bool = True) -> None:
         """Add --weights, --cfg and --names."""

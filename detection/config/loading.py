@@ -42,6 +42,13 @@ class Flag(NamedTuple):
     value: Any
 
 
+class Values(NamedTuple):
+    """Settings that stand in no file, in the place of an overlay."""
+
+    origin: str  # for messages
+    values: dict[str, Any]  # by path
+
+
 def load_settings(
     defaults: Path | Settings,
     overlays: Sequence[Path] = (),
@@ -70,7 +77,10 @@ def load_settings(
 
 
 def merge_settings(
-    defaults: Path | Settings, overlays: Sequence[Path] = (), words: Sequence[str] = (), flags: Sequence[Flag] = ()
+    defaults: Path | Settings,
+    overlays: Sequence[Path | Values] = (),
+    words: Sequence[str] = (),
+    flags: Sequence[Flag] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
     """Merge all sources without validating values; arguments and errors as in `load_settings`.
 
@@ -81,9 +91,13 @@ def merge_settings(
     known = leaf_paths(tree)
     notices: list[str] = []
     given: dict[str, Flag] = {}
-    for file in overlays:
-        for key, value in leaf_items(read_settings_file(file)):
-            set_leaf(tree, known, key, value, str(file), notices)
+    for overlay in overlays:
+        if isinstance(overlay, Values):
+            origin, items = overlay.origin, list(overlay.values.items())
+        else:
+            origin, items = str(overlay), leaf_items(read_settings_file(overlay))
+        for key, value in items:
+            set_leaf(tree, known, key, value, origin, notices)
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:

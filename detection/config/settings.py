@@ -129,13 +129,14 @@ class ModelSettings(Section):
     fill: tuple[GreyLevel, GreyLevel, GreyLevel] | None
     width: Annotated[float, Field(gt=0, le=4)]
     depth: Annotated[float, Field(gt=0, le=4)]
+    leaky_slope: Annotated[float, Field(ge=0, lt=1)]
     pixel_scaling: Literal["backbone", "imagenet"]
 
     @model_validator(mode="after")
     def check_cfg(self) -> "ModelSettings":
-        for name in ("width", "depth"):
-            if getattr(self, name) != 1 and self.backbone != "darknet":
-                raise ValueError(f"{name}: only of backbone darknet; must be 1 with {self.backbone}")
+        for name, usual in (("width", 1), ("depth", 1), ("leaky_slope", 0.1)):
+            if getattr(self, name) != usual and self.backbone != "darknet":
+                raise ValueError(f"{name}: only of backbone darknet; must be {usual} with {self.backbone}")
         if self.backbone == DARKNET_CFG and self.pixel_scaling != "backbone":
             raise ValueError("pixel_scaling: a network from a cfg takes pixels from 0 to 1; must be backbone")
         if (self.backbone == DARKNET_CFG) != (self.cfg is not None):
@@ -249,7 +250,7 @@ class SchedulerSettings(Section):
 class EvaluationSettings(Section):
     """Validation: images, thresholds and what is drawn."""
 
-    evaluate_frequency: Duration | Literal["auto"]
+    evaluate_frequency: Duration | Literal["auto"] | None
     image_size: int
     batch_size: Count | None
     max_images: Count | None
@@ -288,8 +289,9 @@ class Settings(Section):
         for name in ("steps", "save_frequency"):
             if is_zero(getattr(self.train, name)):
                 raise ValueError(f"train.{name}: must be greater than 0")
-        if self.evaluation.evaluate_frequency != "auto" and is_zero(self.evaluation.evaluate_frequency):
-            raise ValueError("evaluation.evaluate_frequency: must be greater than 0")
+        frequency = self.evaluation.evaluate_frequency
+        if frequency not in ("auto", None) and is_zero(frequency):
+            raise ValueError("evaluation.evaluate_frequency: must be greater than 0, or null: at the end only")
         sizes = {
             "train.image_size": [self.train.image_size],
             "train.multiscale_sizes": self.train.multiscale_sizes,

@@ -49,6 +49,7 @@ class YoloSettings(Section):
     anchor_ratio: Annotated[float, Field(gt=1)]
     neighbour_cells: bool
     neck: Literal["fpn", "pan"]
+    output_kernels: tuple[Literal[1, 3], ...] | None
 
     @model_validator(mode="after")
     def check_anchors(self) -> "YoloSettings":
@@ -76,9 +77,16 @@ class YoloSettings(Section):
                 f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
                 f"{len(self.anchors)} levels; one value per level is needed"
             )
+        if self.output_kernels is not None and len(self.output_kernels) != len(self.anchors):
+            raise ValueError(
+                f"yolo.output_kernels: has {len(self.output_kernels)} values, yolo.anchors has {len(self.anchors)} "
+                "levels; one value per level is needed"
+            )
         if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
-        for name, off in (("scale_xy", 1), ("new_coords", False), ("iou_aware", False), ("neck", "fpn")):
+        brought = {"scale_xy": 1, "new_coords": False, "iou_aware": False, "neck": "fpn", "output_kernels": None}
+        for name, off in brought.items():
             if backbone == DARKNET_CFG and getattr(self, name) != off:
                 part = "neck" if name == "neck" else "head"
-                raise ValueError(f"yolo.{name}: a network from a cfg brings its own {part}; must be {str(off).lower()}")
+                only = "null" if off is None else str(off).lower()
+                raise ValueError(f"yolo.{name}: a network from a cfg brings its own {part}; must be {only}")

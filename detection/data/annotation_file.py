@@ -23,6 +23,7 @@ REQUIRED_KEYS = {
     "categories": ("id", "name"),
 }
 CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and surrogates, refused in file names
+ID_MEANING, POSITIONS = "image_ids", "positions"  # in "info": what ids are where pack.py numbered the images
 LARGEST = {"id": 2**63, "side": 2**31}  # exclusive limits of the arrays' integer types
 
 
@@ -121,7 +122,7 @@ def check_lists(content: Any, where: str) -> None:
             raise DataError(f"{where}: has no list {key!r}{hint}; is this a COCO annotation file?")
 
 
-def build_columns(content: dict[str, list[Any]]) -> Columns:
+def build_columns(content: dict[str, Any]) -> Columns:
     """Convert the parsed lists to arrays.
 
     Raises:
@@ -141,6 +142,7 @@ def build_columns(content: dict[str, list[Any]]) -> Columns:
     if not all(value in (0, 1, None) for value in crowd) or not all(isinstance(name, str) for name in names):
         raise ValueError("an iscrowd or a file_name has the wrong type")
     category_names = [entry["name"] for entry in categories]
+    info = content.get("info")
     if not all(isinstance(name, str) for name in category_names):
         raise ValueError("a category name is not text")
     return Columns(
@@ -157,6 +159,7 @@ def build_columns(content: dict[str, list[Any]]) -> Columns:
         category_names=category_names,
         ignored=np.array([row.get("ignore") in (1, True) for row in rows], dtype=bool),
         meanings=find_meanings(images, rows) | moved_names(images),
+        lasting_ids=not (isinstance(info, dict) and info.get(ID_MEANING) == POSITIONS),
     )
 
 

@@ -18,11 +18,12 @@ from detection.data.annotations import Categories, flatten_annotations, read_ann
 from detection.data.augmentation.mixing import Annotated, Partners
 from detection.data.image_cache import ImageCache
 from detection.data.image_file import read_image
+from detection.data.image_places import open_images
 from detection.data.partners import PartnerImages
 from detection.data.sampler import Position
 from detection.data.slow_samples import SlowSamples
 from detection.data.transforms import Sample, Transform
-from detection.errors import DataError, DataReadError
+from detection.errors import DataReadError
 
 MAX_UNREADABLE_IN_A_ROW = 8  # beyond this the disk has failed, not single images
 
@@ -33,7 +34,7 @@ class CocoDataset(Dataset):
     Indexed by an int or by the batch sampler's `Position`; see `__getitem__`.
 
     Args:
-        images: directory the file names are relative to.
+        images: directory the file names are relative to, or the index of packed shards; see `open_images`.
         annotations: annotation file.
         transform: maps image and boxes to the network input; None: set `sample_transform` before loading samples.
         class_names: use only these categories, in this order; None: all of the file, by ascending id.
@@ -47,6 +48,7 @@ class CocoDataset(Dataset):
         ground_truth: False: the columns hold no boxes, and a class that they lack is no error.
 
     Attributes:
+        images: where the images are.
         cache: cache of decoded images, or None.
         partners: gives images their partners for mosaic and mixup; None: a transform without these.
         unlisted: labels of classes that the file has no category for; known without `ground_truth` only.
@@ -76,15 +78,14 @@ class CocoDataset(Dataset):
     ) -> None:
         if columns is None:
             columns = read_annotations(annotations)
-        if not images.is_dir():
-            raise DataError(f"image directory {images} does not exist")
+        self.images = open_images(images, follow_links)
+        self.images.check_complete(columns.file_names, str(annotations))
         self.annotations = flatten_annotations(columns, str(annotations), class_names, categories, fraction, strict)
         # A class that the file lacks has an invented category id, which no result file may contain.
         ids = self.annotations.categories.ids
         self.unlisted = [] if ground_truth else np.flatnonzero(~np.isin(ids, columns.category_ids)).tolist()
         self.sample_transform: Callable[..., Any] | None = transform
-        self.image_root = images.resolve()
-        self.follow_links = follow_links
+        self.image_root = self.images.root
         self.decoder = decoder
         self.cache: ImageCache | None = None
         self.partners: PartnerImages | None = None
@@ -163,9 +164,7 @@ class CocoDataset(Dataset):
 
     def load_image(self, index: int) -> np.ndarray:
         """Read an image from the cache or its file: RGB uint8, (height, width, 3)."""
-        path = self.image_root / self.annotations.file_name(index)
-        if not self.follow_links and not path.resolve().is_relative_to(self.image_root):
-            raise DataReadError(f"{path}: is a link out of the image directory (data.follow_links: true allows it)")
+        path = self.images.locate(self.annotations.file_name(index))
         image = read_image(path, self.decoder) if self.cache is None else self.cache.read(index, path)
         width, height = self.annotations.image_sizes[index]
         if width and (image.shape[1], image.shape[0]) != (width, height):

@@ -10,6 +10,7 @@ from pathlib import Path
 from detection.data.annotations import read_annotations
 from detection.data.conversion.dataset import SPLIT_WORD
 from detection.data.json_file import INCOMPLETE, describe_error, read_json
+from detection.data.packed.index import index_of
 from detection.data.similar_names import find_similar
 from detection.errors import DataError
 
@@ -105,9 +106,14 @@ def find_image_directory(file: Path, root: Path) -> tuple[Path | None, list[Path
     """Find the directory that the names in an annotation file begin from: where the listed images are.
 
     Returns:
-        The directory that holds all images of a sample, else the one with most of them; None: none holds any. And the
-        candidates.
+        The directory that holds all images of a sample, else the one with most of them; the index where the images are
+        packed; None: none holds any. And the candidates.
+
+    Raises:
+        DataError: the index of packed shards is missing.
     """
+    if index := index_of(file):
+        return index, [index]
     names = listed_names(file)
     usual = list(dict.fromkeys(usual_directories(file, root)))
     if not names:

@@ -1,6 +1,6 @@
 """What a file or folder holds: COCO, YOLO or VOC in any usual layout, recognised by its content."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detection.config.settings import DataSettings
@@ -38,7 +38,8 @@ class Source:
         kind: what was recognised, for the plan.
         file: annotation file; of a converted dataset its description or folder.
         root: folder of the dataset.
-        images: directory that the file names begin from; None: the listed images were not found.
+        images: directory that the file names begin from, or the index of packed shards (`open_images` takes both);
+            None: the listed images were not found.
         tried: directories that were looked at for them.
         fraction: as in `CocoDataset`.
         automatic: the fraction is `FRACTION` because there is one set only.
@@ -74,7 +75,7 @@ class Source:
         return columns
 
     def image_directory(self) -> Path:
-        """The directory of the images.
+        """The directory of the images, or the index of packed shards.
 
         Raises:
             DataError: the listed images are not there; names the directories tried and the likest file.
@@ -83,6 +84,10 @@ class Source:
             setting = f"data.{SPLITS[self.split].replace('val', 'validation')}_images"
             raise DataError(f"{describe_missing(self.file, self.root, self.tried)}; set {setting}")
         return self.images
+
+    def with_images(self, images: Path) -> "Source":
+        """The same with another directory (or index) of the images."""
+        return replace(self, images=images)
 
     def notes(self) -> list[str]:
         """What was left out or changed in reading, and keys whose meaning is lost."""
@@ -249,7 +254,8 @@ def _convert(source: Path, kind: str, data: DataSettings) -> dict[str, Source]:
 
 def coco_source(file: Path, root: Path, split: str, data: DataSettings) -> Source:
     images, tried = find_image_directory(file, root)
-    return Source(split, "COCO JSON", file, root, images, tuple(tried), ignore_as_crowd=data.ignore_as_crowd)
+    kind = "COCO JSON" if images is None or images.is_dir() else "packed shards"
+    return Source(split, kind, file, root, images, tuple(tried), ignore_as_crowd=data.ignore_as_crowd)
 
 
 def describe_folder(root: Path, most: int = 12) -> str:

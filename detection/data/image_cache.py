@@ -20,6 +20,7 @@ import torch
 
 from detection.config.settings import DataSettings
 from detection.data.image_file import describe_decoder, read_image
+from detection.data.stored_image import ImageFile
 from detection.errors import DataReadError, OutputError, SettingsError
 from detection.runtime.devices import available_memory
 
@@ -88,7 +89,7 @@ class ImageCache:
         self.__dict__.update(state)
         self.descriptor = self.open_store() if handed is None else handed.detach()
 
-    def read(self, index: int, path: Path) -> np.ndarray:
+    def read(self, index: int, path: ImageFile) -> np.ndarray:
         """Return the decoded image as `read_image` does; raises as it does.
 
         Args:
@@ -102,8 +103,8 @@ class ImageCache:
                 self.keep(index, key, image)
         return image
 
-    def key_of(self, path: Path) -> bytes:
-        """Hash what identifies the content of an image file: path, size, time, inode and decoder."""
+    def key_of(self, path: ImageFile) -> bytes:
+        """Hash what identifies the content of an image: path, size, time, inode and decoder."""
         try:
             status = path.stat()
         except OSError as error:

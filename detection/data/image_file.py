@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from detection.data.stored_image import ImageFile
 from detection.errors import DataReadError, SettingsError
 
 # The formats that OpenCV (a .dib without file header: Pillow) decodes to the right colours; of an animation the first
@@ -52,7 +53,7 @@ class Header(NamedTuple):
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
+def read_image(path: ImageFile, decoder: str = "opencv") -> np.ndarray:
     """Decode an image file to RGB uint8, (height, width, 3).
 
     The EXIF orientation is applied; grey, palette and CMYK images are converted; 16 bits are scaled to 8; transparent
@@ -69,12 +70,14 @@ def read_image(path: Path, decoder: str = "opencv") -> np.ndarray:
     return decode_image(encoded, header, path, decoder)
 
 
-def read_file(path: Path) -> np.ndarray:
-    """Read the bytes of a regular file without opening pipes, devices or directories.
+def read_file(path: ImageFile) -> np.ndarray:
+    """Read the bytes of an image: of a regular file, without opening pipes, devices or directories.
 
     Raises:
         DataReadError: as in `read_image`.
     """
+    if not isinstance(path, Path):
+        return path.read()
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -86,7 +89,7 @@ def read_file(path: Path) -> np.ndarray:
         raise DataReadError(f"image {path} cannot be read: {error.strerror}") from None
 
 
-def read_header(encoded: np.ndarray, path: Path | str) -> Header | None:
+def read_header(encoded: np.ndarray, path: ImageFile | str) -> Header | None:
     """Read the header of an image; None if Pillow does not know the format (OpenCV may).
 
     Raises:
@@ -134,7 +137,9 @@ def _bits_per_channel(encoded: np.ndarray, file: Image.Image) -> int:
     return {"1": 1, "I": 32, "F": 32}.get(file.mode, 16 if file.mode.startswith("I;16") else 8)
 
 
-def decode_image(encoded: np.ndarray, header: Header | None, path: Path | str, decoder: str = "opencv") -> np.ndarray:
+def decode_image(
+    encoded: np.ndarray, header: Header | None, path: ImageFile | str, decoder: str = "opencv"
+) -> np.ndarray:
     """Decode the bytes of an image file; arguments, result and errors as in `read_image`."""
     # OpenCV fills the missing rest of some truncated files with grey; a complete file has its end marker.
     for name, (start, end) in MARKERS.items():

@@ -79,6 +79,25 @@ def find_source(data: DataSettings, split: str, look: Look | None = None) -> Sou
     return replace(train, split=split, fraction=(share, split == "validation"), automatic=not given)
 
 
+def every_source(data: DataSettings) -> dict[str, Source]:
+    """Find all splits undivided, by their names in file names: train, val, test, or `ALL` where there is one set only.
+
+    Raises:
+        DataError: as in `find_source`.
+    """
+    found = dict(look_once(data)())
+    if data.train_annotations is not None:
+        found.pop(ALL, None)
+        found["train"] = _explicit(data, "training")
+    elif train := found.get("train") or found.get(ALL):
+        found["train" if "train" in found else ALL] = _with_images(train, data, "train_images")
+    if data.validation_annotations is not None:
+        found["val"] = _explicit(data, "validation")
+    elif "val" in found:
+        found["val"] = _with_images(found["val"], data, "validation_images")
+    return {split: replace(source, split=split) for split, source in found.items()}
+
+
 def _automatic_fraction(source: Source) -> float | None:
     """`FRACTION`, or as much more as leaves an image of a small set for both parts; None: nothing does."""
     try:

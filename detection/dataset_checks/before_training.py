@@ -27,10 +27,10 @@ def check_before_training(
         return []
     findings = Findings(data.strict)
     splits = [
-        Split(name, dataset.image_root, dataset.annotations)
+        Split(name, dataset.images, dataset.annotations)
         for name, dataset in (("training", training), ("validation", validation))
     ]
-    check_listing(splits, data.follow_links, findings)
+    check_listing(splits, findings)
     if errors := findings.of("error"):
         text = "; ".join(f"{finding.split}: {finding.line()}" for finding in errors)
         raise DataError(f"{text} (check_dataset.py lists all, {training.image_root})")

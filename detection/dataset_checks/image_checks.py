@@ -1,6 +1,5 @@
 """Checks of image files: presence, content, duplicates and leakage between the splits."""
 
-import filecmp
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from detection.data.annotations import Annotations
-from detection.data.image_file import Header, decode_image, list_images, read_file, read_header
+from detection.data.image_file import Header, decode_image, read_file, read_header
+from detection.data.image_places import ImagePlace
 from detection.data.similar_names import find_similar
+from detection.data.stored_image import ImageFile
 from detection.dataset_checks.findings import Findings
 from detection.errors import DataReadError
 
@@ -28,10 +29,10 @@ IN_FLIGHT = 8  # images per thread
 
 @dataclass
 class Split:
-    """One split with its image directory and what is known about its files; positions are those of the annotations."""
+    """One split, the place of its images, and what is known about them; positions are those of the annotations."""
 
     name: str  # "training" or "validation"
-    root: Path
+    place: ImagePlace
     annotations: Annotations
     names: list[str] = field(init=False)
     unreadable: set[int] = field(default_factory=set)  # positions refused by `check_listing`
@@ -54,10 +55,10 @@ class Inspected:
     look: tuple[int, np.ndarray] | None = None  # see `describe_look`
 
 
-def check_listing(splits: Sequence[Split], follow_links: bool, findings: Findings) -> None:
+def check_listing(splits: Sequence[Split], findings: Findings) -> None:
     """Report files that are missing, not regular, outside the image directory, or not listed."""
     unlisted: dict[Path, set[str]] = {}
-    listings = [list_images(split.root, split.names, follow_links) for split in splits]
+    listings = [split.place.look_up(split.names) for split in splits]
     for split, listing in zip(splits, listings, strict=True):
         for kind, positions in (
             ("image_missing", listing.missing),
@@ -65,7 +66,7 @@ def check_listing(splits: Sequence[Split], follow_links: bool, findings: Finding
             ("image_outside", listing.outside),
         ):
             lost = [split.names[position] for position in positions]
-            similar = find_similar(split.root, lost) if kind == "image_missing" and lost else {}
+            similar = find_similar(split.place.root, lost) if kind == "image_missing" and lost else {}
             details = [f"there is {similar[name]}" if name in similar else "" for name in lost] if similar else []
             findings.add(kind, split.name, lost, details)
             split.unreadable.update(positions)
@@ -93,9 +94,15 @@ def check_shared_names(splits: Sequence[Split], findings: Findings) -> None:
         {name for position, name in enumerate(split.names) if position not in split.unreadable} for split in splits
     ]
     shared = sorted(readable[0] & readable[1])
-    # filecmp compares the sizes first and stops at the first difference
-    same = [name for name in shared if filecmp.cmp(splits[0].root / name, splits[1].root / name, shallow=False)]
+    same = [name for name in shared if same_content(*(split.place.locate(name) for split in splits))]
     findings.add("leakage", "both", same, [f"same as {name}" for name in same])
+
+
+def same_content(first: ImageFile, second: ImageFile) -> bool:
+    """Return whether two images have the same bytes; those of different sizes are not read."""
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    return np.array_equal(read_file(first), read_file(second))
 
 
 def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
@@ -113,13 +120,13 @@ def inspect_images(splits: Sequence[Split], decode: bool, workers: int) -> None:
     ):
         # Submit a few at a time: the futures of 118,000 images would keep all results in memory.
         while batch := list(islice(remaining, max(workers, 1) * IN_FLIGHT)):
-            results = pool.map(lambda task: inspect_image(task[0].root / task[0].names[task[1]], decode), batch)
+            results = pool.map(lambda task: inspect_image(task[0].place.locate(task[0].names[task[1]]), decode), batch)
             for (split, index), inspected in zip(batch, results, strict=True):
                 split.images[index] = inspected
             bar.update(len(batch))
 
 
-def inspect_image(path: Path, decode: bool) -> Inspected:
+def inspect_image(path: ImageFile, decode: bool) -> Inspected:
     """Read one file as training does."""
     try:
         encoded = read_file(path)

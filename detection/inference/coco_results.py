@@ -10,6 +10,7 @@ import numpy as np
 
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import follow_spelling
+from detection.data.stored_image import ImageFile
 from detection.errors import DataError, OutputError, name_list
 from detection.inference.results import ImageDetections
 
@@ -62,14 +63,14 @@ class CocoResults:
         with self._file:
             self._file.write("\n]\n")
 
-    def image_id(self, file: Path | str) -> int | None:
+    def image_id(self, file: ImageFile | str) -> int | None:
         """Find the image whose `file_name` is the end of a path, else the only one of the same last part."""
         parts = str(file).replace("\\", "/").split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         known = (self._image_ids[end] for end in ends if end in self._image_ids)
         return next(known, self._by_last_part.get(parts[-1]))
 
-    def add(self, file: Path | str, found: ImageDetections) -> str | None:
+    def add(self, file: ImageFile | str, found: ImageDetections) -> str | None:
         """Write the detections of an image; returns why they were left out, None if they were not."""
         number = self.image_id(file)
         if number is None:

@@ -12,6 +12,9 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from detection.data.image_file import IMAGE_SUFFIXES, UniqueNames, read_image
+from detection.data.image_places import is_packed, open_images
+from detection.data.packed.index import find_indexes
+from detection.data.stored_image import ImageFile
 from detection.drawing.files import safe_name
 from detection.errors import DataError
 from detection.inference.web import is_picture, is_url, read_picture, result_name, without_password
@@ -28,12 +31,12 @@ class Source:
     """One image, video, stream or camera.
 
     Attributes:
-        file: path, or the number of a camera; str: address of a picture, video or stream.
+        file: path, image in a shard, or the number of a camera; str: address of a picture, video or stream.
         name: path of its result files without suffix, relative to the output directory; unique.
     """
 
     kind: Literal["image", "video", "camera"]
-    file: Path | str
+    file: ImageFile | str
     name: str
 
     @property
@@ -55,10 +58,11 @@ class Source:
 def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     """List the images, videos and cameras that the words name, in that order; sorted within a folder or pattern.
 
-    A word is a file, a folder, a pattern with * ? or [ ], a text file with one path or address per line, a camera's
-    number, or an address (http, https, rtsp, rtsps, rtmp; where its suffix says nothing, the server is asked what it
-    is). An existing file or folder of that name takes precedence over a pattern or number. Results keep the structure
-    below a given folder; of several results with the same name, the later ones are numbered.
+    A word is a file, a folder, a pattern with * ? or [ ], a folder of packed shards or its index, a text file with one
+    path or address per line, a camera's number, or an address (http, https, rtsp, rtsps, rtmp; where its suffix says
+    nothing, the server is asked what it is). An existing file or folder of that name takes precedence over a pattern or
+    number. Results keep the structure below a given folder; of several results with the same name, the later ones are
+    numbered.
 
     Args:
         words: arguments of the command line.
@@ -85,11 +89,17 @@ def find_sources(words: Sequence[str], recursive: bool = False) -> list[Source]:
     return found
 
 
-def _files_of(word: str, recursive: bool) -> Iterator[tuple[Path | str, str]]:
+def _files_of(word: str, recursive: bool) -> Iterator[tuple[ImageFile | str, str]]:
     """Yield the files that a word names, each with the preferred name of its results."""
     path = Path(word)
     if is_url(word):
         yield word, safe_name(result_name(word))
+    elif is_packed(path):
+        images = open_images(path)
+        yield from ((images.locate(name), Path(name).with_suffix("").as_posix()) for name in images.names())
+    elif path.is_dir() and (indexes := find_indexes(path)):
+        for index in indexes.values():
+            yield from _files_of(str(index), recursive)
     elif path.is_dir():
         inside = media_files(path, recursive)
         if not inside:
@@ -123,9 +133,11 @@ def media_files(directory: Path, recursive: bool) -> list[Path]:
     return sorted(file for file in (directory.rglob("*") if recursive else directory.iterdir()) if is_media(file))
 
 
-def is_video(file: Path | str) -> bool:
+def is_video(file: ImageFile | str) -> bool:
     """Tell a video or stream from a picture; an address without a usual suffix is asked, see `is_picture`."""
-    return not is_picture(file) if isinstance(file, str) else file.suffix.lower() in VIDEO_SUFFIXES
+    if isinstance(file, str):
+        return not is_picture(file)
+    return isinstance(file, Path) and file.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_media(file: Path) -> bool:

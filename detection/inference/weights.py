@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.checkpoints import DETECTOR_FIELDS, READ_HERE, load_fields
+from detection.checkpoints import (
+    DETECTOR_FIELDS,
+    READ_HERE,
+    TORCH_SUFFIXES,
+    check_fields,
+)
 from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
@@ -16,15 +21,17 @@ from detection.errors import CheckpointError, SettingsError, name_list
 from detection.foreign_files import describe_file
 from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
 from detection.models import DETECTORS, build_detector
+from detection.models.catalogue import find_weights
 from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
+from detection.models.importers import placeholder_names, read_checkpoint
 from detection.runtime.devices import choose_device
 
 UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
 COCO_CLASSES = 80
+FOREIGN_SUFFIXES = (".pdparams", ".safetensors")
 SHOWN_NAMES = 8  # of the classes that were taken by position
-TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")  # usual names of what torch.save writes
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,6 @@ class OpenedDetector:
 def unused_sections(own: Settings) -> tuple[str, ...]:
     """List the sections that nothing reads: those of training, and of other detectors than that of a file."""
     return (*UNUSED, *(name for name in DETECTORS if name != own.model.detector))
-
-
-def placeholder_names(num_classes: int) -> tuple[str, ...]:
-    """Name the classes of weights without names."""
-    return tuple(f"class_{label}" for label in range(num_classes))
 
 
 def check_classes(opened: OpenedDetector, names: Sequence[str]) -> None:
@@ -113,7 +115,8 @@ def open_weights(
     """Build the detector that a file of weights belongs to and load the weights.
 
     Args:
-        weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, or Darknet weights.
+        weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, Darknet weights, or published
+            weights of other programs (docs/weights.md), also by their name in the catalogue.
         cfg: .cfg of a Darknet network; None: YOLOv3 as configured.
         names: file with the class names of Darknet weights, one per line, or the names.
         defaults: args.yaml.
@@ -123,11 +126,11 @@ def open_weights(
         CheckpointError: the file is missing or damaged, or does not fit the network.
         SettingsError: the arguments contradict one another, or the device is absent.
     """
-    weights = weights_file(weights)
+    weights = find_weights(weights_file(weights))
     kind = weights.suffix.lower()
     if kind != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
         refuse_absent_device(defaults, overlays, words, flags)
-    if kind in (*TORCH_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
+    if kind in (*TORCH_SUFFIXES, *FOREIGN_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
@@ -154,21 +157,25 @@ def refuse_absent_device(defaults: Path, overlays: Sequence[Path], words: Sequen
 def _open_checkpoint(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
-    checkpoint, moved = load_fields(weights, DETECTOR_FIELDS), list[str]()
+    checkpoint, moved = check_fields(read_checkpoint(weights), weights, DETECTOR_FIELDS), list[str]()
     try:
         own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
         settings, translated = load_settings(own, overlays, words, flags, unused_sections(own))
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
-        detector = build_detector(settings, len(names))
+        count = len(names)
+        detector = build_detector(settings, count)
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
-    kind = "EMA" if checkpoint["average"] else "weights"
-    lines = [*moved, *translated, f"{weights}: {kind} after {step} steps, {detector.name}, {len(names)} classes"]
+    source = f"{'EMA' if checkpoint['average'] else 'weights'} after {step} steps"
+    source = str(checkpoint.get("source", source))  # of weights of another program
+    lines = [*moved, *translated, f"{weights}: {source}, {detector.name}, {count} classes"]
+    lines += map(str, checkpoint.get("lines", ()))
     seen = step * own.train.micro_batch * own.train.subdivisions
-    return _finish(detector, settings, names, len(names), step, seen, lines, ids)
+    known = None if "source" in checkpoint and names == placeholder_names(count) else names
+    return _finish(detector, settings, known, count, step, seen, lines, ids or None)
 
 
 def _open_onnx(

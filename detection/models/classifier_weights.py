@@ -21,9 +21,9 @@ from detection.models.backbones.timm_backbone import (
     download_weights,
     load_classifier,
 )
+from detection.models.state_dicts import check_fit
 
 TorchvisionBackbone = MobileNetV3 | EfficientNet | ResNet50
-NAMES_SHOWN = 3  # in an error about tensors that do not fit
 TIMM_HEAD = ("conv_head.", "bn2.", "classifier.")  # of timm's EfficientNets, not part of the backbone
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # lie beside a config.json in a download from the hub
 HALVES = (0.5, 0.5, 0.5)  # mean and deviation of the AdvProp weights and some newer ones
@@ -171,36 +171,3 @@ def load_published(backbone: nn.Module) -> list[str] | None:
             "elsewhere and use model.pretrained=FILE"
         ) from None
     return [load_torchvision(backbone, state, f"torchvision's {weights} ({Path(weights.url).name})")]
-
-
-def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Check the names and shapes of a state.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; names the first of each kind.
-    """
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    parts = [
-        f"{len(found)} {kind}: {', '.join(found[:NAMES_SHOWN])}{', ...' if len(found) > NAMES_SHOWN else ''}"
-        for kind, found in (("missing", missing), ("unknown", foreign), ("of another shape", shapes))
-        if found
-    ]
-    if parts:
-        raise CheckpointError(f"{source} does not fit this network; tensors {'; '.join(parts)}")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file; CheckpointError if that fails."""
-    from safetensors import SafetensorError  # a dependency of timm
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"model.pretrained={path} cannot be read: {' '.join(str(error).split())[:200]}") from None

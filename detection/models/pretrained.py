@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,31 +10,51 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
-from detection.checkpoints import is_checkpoint, read_file, verify_checkpoint
+from detection.checkpoints import TORCH_SUFFIXES, is_checkpoint, read_file, verify_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import complete_settings
-from detection.config.settings import ModelSettings
-from detection.contract import DetectorModel, HasClassRows
+from detection.config.settings import ModelSettings, Settings
+from detection.contract import DetectorModel
 from detection.errors import CheckpointError, SettingsError
 from detection.foreign_files import SAFETENSORS, describe_content, describe_file
+from detection.models import build_detector
 from detection.models.backbones.darknet import Darknet53
 from detection.models.backbones.efficientnet import EfficientNet
 from detection.models.backbones.form import check_form
 from detection.models.backbones.timm_backbone import TimmBackbone
+from detection.models.carried_classes import carry_outputs, listed
+from detection.models.catalogue import WEIGHTS_DIRECTORY, find_weights
 from detection.models.classifier_weights import (
     TorchvisionBackbone,
-    check_fit,
     load_efficientnet_file,
     load_published,
     load_timm_file,
     load_torchvision,
-    read_safetensors,
 )
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
+from detection.models.importers import (
+    Imported,
+    find_format,
+    import_weights,
+    placeholder_names,
+    read_weights,
+    settings_of,
+)
+from detection.models.state_dicts import check_fit, find_state
 
-WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 DARKNET_FILE = "darknet53.conv.74"  # `model.pretrained: true`; none was published for DarknetTiny
-CLASSES_SHOWN = 10
+OF_BACKBONE = ("backbone", "width", "depth", "leaky_slope")  # settings of which weights know one value
+# What weights were trained with, from a network.
+INPUTS: dict[str, Callable[[nn.Module], Any]] = {
+    "the mean of the pixels (model.pixel_scaling)": lambda model: tuple(cast(Any, model).pixel_mean),
+    "the deviation of the pixels (model.pixel_scaling)": lambda model: tuple(cast(Any, model).pixel_std),
+    "range and order of the pixels (yolox.pixels)": lambda model: (
+        (normalize := getattr(model, "normalize", None)) and (normalize.pixel_range, normalize.channel_order)
+    ),
+    "epsilon of batch norm (yolox.batch_norm_epsilon)": lambda model: sorted(
+        {module.eps for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    ),
+}
 
 
 def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[str]) -> list[str]:
@@ -56,14 +76,14 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         return []
     if settings.pretrained is True:
         return load_standard_weights(model, settings)
-    path = Path(settings.pretrained)
+    path = find_weights(settings.pretrained, fetch=True)
     if path.suffix == ".onnx":
         raise CheckpointError(
             f"model.pretrained={path}: an ONNX file cannot be trained; give the weights it was made from"
         )
     backbone = cast(DetectorModel, model).backbone
     is_darknet = path.suffix == ".weights" or re.search(r"\.conv\.\d+$", path.name)
-    is_safetensors = isinstance(backbone, TimmBackbone | EfficientNet) and path.suffix == ".safetensors"
+    is_safetensors = path.suffix == ".safetensors"
     usable = f"model.backbone={settings.backbone} starts from {usable_files(backbone)}"
     if path.is_file() and (is_darknet or is_safetensors):  # `read_file` names the others
         what = describe_file(path)
@@ -73,11 +93,13 @@ def load_pretrained(model: nn.Module, settings: ModelSettings, names: Sequence[s
         return load_darknet_file(model, path, names)
     if not path.is_file():
         raise CheckpointError(f"model.pretrained = {path}: {'is no file' if path.exists() else 'does not exist'}")
-    if is_safetensors:
-        return load_classifier_file(model, read_safetensors(path), path, f"model.pretrained={path}")
-    content = read_file(path, usable)
+    content = read_weights(path, usable)
     if is_checkpoint(content):
         return load_checkpoint_weights(model, settings, verify_checkpoint(content, path), path, names)
+    known = find_format(content)
+    if known is not None and (known.whole or not isinstance(backbone, TimmBackbone)):
+        imported = import_weights(content, f"model.pretrained={path}")
+        return load_imported(model, settings, imported, path, names)
     what = describe_content(content)
     state = find_state(content)
     if state and isinstance(backbone, TorchvisionBackbone | TimmBackbone):
@@ -112,7 +134,7 @@ def usable_files(backbone: nn.Module) -> str:
         return (
             f"the state dict (.pth, .safetensors) of timm's classifier {backbone.name} or a checkpoint of this program"
         )
-    return "Darknet files (.weights, .conv.N) or a checkpoint of this program"
+    return "Darknet files (.weights, .conv.N), the weights that docs/weights.md lists, or a checkpoint of this program"
 
 
 def has_standard_weights(backbone: str) -> bool:
@@ -121,6 +143,28 @@ def has_standard_weights(backbone: str) -> bool:
         url = get_model_weights(backbone)["IMAGENET1K_V1"].url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name).is_file()
     return backbone == "darknet" and (WEIGHTS_DIRECTORY / DARKNET_FILE).is_file()
+
+
+def needed_settings(weights: str) -> dict[str, Any]:
+    """Return path -> value of the settings that make the network of published weights; empty for other files.
+
+    Args:
+        weights: as in `model.pretrained`; a name of the catalogue is fetched. An error about the file is left to
+            `load_pretrained`.
+
+    Raises:
+        CheckpointError: the download failed.
+    """
+    path = find_weights(weights, fetch=True)
+    if not path.is_file() or path.suffix not in (*TORCH_SUFFIXES, ".pdparams", ".safetensors"):
+        return {}
+    try:
+        content = read_weights(path)
+        if is_checkpoint(content):
+            return dict(content.get("needs") or {})
+        return {} if find_format(content) is None else import_weights(content, weights).settings
+    except CheckpointError:
+        return {}
 
 
 def detector_of(file: str) -> str | None:
@@ -172,7 +216,8 @@ def load_checkpoint_weights(
     try:
         if not checkpoint["settings"]:
             raise KeyError("settings")
-        its = complete_settings(checkpoint["settings"], DEFAULTS, lines).model
+        stored = complete_settings(checkpoint["settings"], DEFAULTS, lines)
+        its = stored.model
         its_names = [str(name) for name in checkpoint["categories"]["names"]]
         state = dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
@@ -180,93 +225,50 @@ def load_checkpoint_weights(
         raise CheckpointError(
             f"model.pretrained={path} is not the checkpoint of a run: no {str(error).strip(chr(39))}"
         ) from None
-    for kind in ("detector", "backbone", "width", "depth"):
-        if (own := getattr(settings, kind)) != (other := getattr(its, kind)):
-            raise CheckpointError(f"model.pretrained={path} has the {kind} {other}, this run {own}")
+    check_same_network(settings, its, ("detector", *OF_BACKBONE), path)
     weights = "EMA" if checkpoint["average"] else "weights"
     lines.append(f"backbone, neck and heads from {path}: {weights} after {step} steps, {len(its_names)} classes")
+    if "needs" in checkpoint:  # written by convert_weights.py
+        check_same_input(model, stored, len(its_names), path)
     lines += carry_outputs(model, state, its_names, list(names))
     check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
     return lines
 
 
-def carry_outputs(model: nn.Module, state: dict[str, Tensor], its_names: list[str], names: list[str]) -> list[str]:
-    """Make the output convolutions of a file fit the classes of the run, in place.
-
-    Filters of classes that both have are the file's, wherever they stand; those of other classes are the new model's;
-    those of no class (boxes, objectness) are the file's. Which filters are which says the model's `class_rows`; where
-    it has none, or the file has other anchors, differing classes leave nothing to take.
-
-    Args:
-        state: tensors of the file.
-        its_names, names: classes of the file and of the run.
-
-    Returns:
-        A line about what was taken; none if everything fits as it is.
-    """
-    declared = cast(DetectorModel, model)
-    own_state = model.state_dict()
-    numbers = {id(convolution): number for number, convolution in enumerate(declared.output_convolutions())}
-    outputs = {  # name of each tensor -> number of its convolution
-        f"{prefix}.{name}": numbers[id(module)]
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if id(module) in numbers
-        for name, _ in module.named_parameters()
-    }
-    counts = len(its_names), len(names)
-    tables = [model.class_rows(count) for count in counts] if isinstance(model, HasClassRows) else None
-    its_filters = {
-        name: len(own_state[name]) + (0 if tables is None else tables[0][number].numel() - tables[1][number].numel())
-        for name, number in outputs.items()
-    }
-    fits = all(
-        name in state and state[name].shape == (filters, *own_state[name].shape[1:])
-        for name, filters in its_filters.items()
-    )
-    if fits and its_names == names:
-        return []
-    if tables is None or not fits:
-        state.update({name: own_state[name] for name in outputs})
-        reasons = ["other anchors"] * (tables is not None and not fits) + [f"other classes ({listed(its_names)})"] * (
-            its_names != names
-        )
-        return [f"the output convolutions start anew: the file has {' and '.join(reasons) or 'others'}"]
-    shared = [(label, its_names.index(name)) for label, name in enumerate(names) if name in its_names]
-    for name, number in outputs.items():
-        theirs, own = (table[number] for table in tables)
-        merged = own_state[name].clone()
-        merged[filters_of_no_class(own, len(merged))] = state[name][filters_of_no_class(theirs, len(state[name]))]
-        for label, its_label in shared:
-            merged[own[:, label]] = state[name][theirs[:, its_label]]
-        state[name] = merged
-    if sorted(its_names) == sorted(names):
-        return [
-            f"output convolutions: the file has the same classes in another order, put into this run's: {listed(names)}"
-        ]
-    kept, new = ([name for name in names if (name in its_names) == wanted] for wanted in (True, False))
-    line = f"output convolutions: what is of no class (boxes) from the file; classes from the file: {listed(kept)}"
-    unused = [name for name in its_names if name not in names]
-    return [f"{line}; starting anew: {listed(new)}" + (f"; not used: {listed(unused)}" if unused else "")]
+def load_imported(
+    model: nn.Module, settings: ModelSettings, imported: Imported, path: Path, names: Sequence[str]
+) -> list[str]:
+    """Load published weights of another program; of a detector as those of one of our runs."""
+    its = settings_of(imported)
+    parts = ("detector", *OF_BACKBONE) if imported.whole else OF_BACKBONE
+    check_same_network(settings, its.model, parts, path)
+    check_same_input(model, its, imported.num_classes, path)
+    state = dict(imported.state)
+    if not imported.whole:
+        cast(DetectorModel, model).backbone.load_state_dict(state)
+        return [f"backbone, {len(state)} tensors from {path}: {imported.source}", *imported.lines]
+    its_names = list(imported.names or placeholder_names(imported.num_classes))
+    lines = [f"backbone, neck and heads from {path}: {imported.source}, {len(its_names)} classes", *imported.lines]
+    lines += carry_outputs(model, state, its_names, list(names))
+    check_fit(state, model.state_dict(), f"model.pretrained={path}, {imported.source},")
+    model.load_state_dict(state)
+    return lines
 
 
-def filters_of_no_class(rows: Tensor, count: int) -> Tensor:
-    """Numbers of an output convolution's `count` filters that are not among the class rows (A, C)."""
-    others = torch.ones(count, dtype=torch.bool)
-    others[rows.flatten()] = False
-    return others.nonzero()[:, 0]
+def check_same_network(own: ModelSettings, its: ModelSettings, kinds: Sequence[str], path: Path) -> None:
+    """Refuse weights of another detector or backbone."""
+    for kind in kinds:
+        if (ours := getattr(own, kind)) != (theirs := getattr(its, kind)):
+            raise CheckpointError(f"model.pretrained={path} has the {kind} {theirs}, this run {ours}")
 
 
-def listed(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)})" if len(names) > CLASSES_SHOWN else ""
-    return ", ".join(names[:CLASSES_SHOWN]) + more if names else "none"
-
-
-def find_state(content: Any) -> dict[str, Tensor] | None:
-    """Return the state dict in the content of a file, possibly under "state_dict" or "model"; None: there is none."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        return None
-    return content
+def check_same_input(model: nn.Module, its: Settings, num_classes: int, path: Path) -> None:
+    """Refuse published weights in a network that sees other pixels, or divides by other deviations."""
+    with torch.device("meta"):
+        reference = build_detector(its, num_classes).model
+    for what, read in INPUTS.items():
+        if (ours := read(model)) != (theirs := read(reference)):
+            raise CheckpointError(
+                f"model.pretrained={path}: {what} must be {theirs} with these weights, is {ours} in this run"
+            )

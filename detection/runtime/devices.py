@@ -258,13 +258,18 @@ def choose_precision(device: torch.device, name: str) -> torch.dtype | None:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         if device.type == "cpu":
-            return torch.bfloat16 if _cpu_has_bf16() else None
+            return None if emulates_bfloat16(device) else torch.bfloat16
         return torch.bfloat16 if device.type == "hpu" else None
     if name == "fp16" and device.type != "cuda":
         raise SettingsError(
             f"run.precision = 'fp16' needs a CUDA device, this is {device.type}; allowed here: auto, bf16, off"
         )
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[name]
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes bfloat16 slower than float32: a processor without the instructions."""
+    return device.type == "cpu" and not _cpu_has_bf16()
 
 
 def _cpu_has_bf16() -> bool:

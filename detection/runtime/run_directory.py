@@ -1,11 +1,24 @@
-"""Creation of run directories, and writing to them."""
+"""Creation of run directories, writing to them, and what other processes can know of a run."""
 
 import contextlib
 import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
+from detection.drawing.files import replace_file
 from detection.errors import OutputError
+
+EVALUATOR = "evaluator"  # directory in a run directory, of the process that follows the run
+LOCKED = "train.log"  # locked by the process that writes to a run directory
+STATUS = "status.json"
 
 
 def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
@@ -47,3 +60,46 @@ def writing_results(directory: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
+
+
+def lock(file: IO[Any], directory: Path) -> None:
+    """Lock a run directory by its open `LOCKED` until the file is closed; loader workers do not inherit the lock.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
+        # Other errors: the file system has no locks.
+
+
+def is_locked(directory: Path) -> bool | None:
+    """Return whether another process writes to a run directory, without disturbing it; None: it cannot be known."""
+    if not sys.platform.startswith("linux"):  # elsewhere the structure has another layout
+        return None
+    # Asks who would be in the way of a lock, where taking one for a moment could stop a run that is just starting.
+    question = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with open(directory / LOCKED, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return None
+    return bool(struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK)
+
+
+def write_status(directory: Path, status: str) -> None:
+    """Record how a run is going, and on which machine; see `read_status`."""
+    content = {"status": status, "host": socket.gethostname(), "pid": os.getpid()}
+    replace_file(directory / STATUS, (json.dumps(content) + "\n").encode())
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """Read what `write_status` recorded; empty where there is nothing, as in runs of older versions."""
+    try:
+        content = json.loads((directory / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from detection.config.automatic import Facts, fill_in, has_auto, scale_anchors
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import Flag, merge_settings, tuples_of, unused_notice, validate
+from detection.config.loading import Flag, Values, merge_settings, tuples_of, unused_notice, validate
 from detection.config.relations import no_effect
 from detection.config.settings import DataSettings, Settings
 from detection.config.yaml_files import read_settings_file
@@ -39,6 +39,9 @@ def load_run_settings(
 ) -> tuple[Settings, list[str]]:
     """Merge args.yaml, overlays, words and flags, and resolve what says `auto` from the data and the device.
 
+    `model.pretrained` with published weights of another program brings the settings of their network, below overlays,
+    words and flags.
+
     Without an overlay, a dataset of fewer than `COCO_SIZED` training images gets `recipes/own_data.yaml` below the
     words and flags; a dataset that is not there, or synthetic, does not.
 
@@ -52,14 +55,21 @@ def load_run_settings(
     Raises:
         SettingsError: as in `load_settings`; the device is not there.
         DataError: the annotations that a value depends on cannot be used.
+        CheckpointError: weights that are named could not be fetched.
     """
     tree, notices, given = merge_settings(DEFAULTS, overlays, words, flags)
-    annotations = None
+    annotations, plan = None, list[Path]()
     if not overlays and not is_coco(tree):
         annotations = read_training_annotations(tree, tolerant)
         if annotations is None or len(annotations) < COCO_SIZED:
-            tree, notices, given = merge_settings(DEFAULTS, [OWN_DATA], words, flags)
+            plan = [OWN_DATA]
+            tree, notices, given = merge_settings(DEFAULTS, plan, words, flags)
             notices.insert(0, f"plan for own data, because no --config is given: {OWN_DATA}")
+    if needs := settings_of_weights(tree["model"]["pretrained"]):
+        again, _, given = merge_settings(DEFAULTS, [*plan, needs, *overlays], words, flags)
+        changed = [path for path in needs.values if leaf_of(again, path) != leaf_of(tree, path)]
+        notices += [f"{needs.origin}: {path} = {leaf_of(again, path)}" for path in changed]
+        tree = again
     if has_auto(tree):
         from detection.models.pretrained import detector_of, has_standard_weights
         from detection.runtime.devices import choose_device
@@ -85,6 +95,27 @@ def load_run_settings(
     return settings, notices + no_effect(read, settings) + unused_notice(given, unused)
 
 
+def settings_of_weights(weights: Any) -> Values | None:
+    """The network that published weights need, below what overlays and words say; None: other weights.
+
+    Raises:
+        CheckpointError: a name of the catalogue whose file could not be fetched.
+    """
+    if not isinstance(weights, str) or weights == "auto":
+        return None
+    from detection.models.pretrained import needed_settings
+
+    values = needed_settings(weights)
+    return Values(f"model.pretrained={weights}", values) if values else None
+
+
+def leaf_of(tree: dict[str, Any], path: str) -> Any:
+    """Return the value of a path in a nested mapping."""
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
 def cores_per_process() -> int:
     """Count the cores of the processor for each of the processes that torchrun started on this machine, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -108,8 +139,10 @@ def read_training_annotations(tree: dict[str, Any], tolerant: bool) -> "Annotati
     Raises:
         DataError: they cannot be used; `tolerant`: None instead.
     """
+    # What may still say auto has no part in the annotations.
+    plain = {"num_workers": 0, "cache": "none", "augmentation": read_settings_file(DEFAULTS)["data"]["augmentation"]}
     try:
-        data = DataSettings.model_validate(tuples_of({**tree["data"], "num_workers": 0, "cache": "none"}))
+        data = DataSettings.model_validate(tuples_of({**tree["data"], **plain}))
     except ValidationError:  # `validate` reports it
         return None
     if data.fake:

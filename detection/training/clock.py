@@ -59,7 +59,8 @@ def fit_to_clock(run: Run, started: float) -> list[str]:
         count = max(min(count, int(steps / run.steps_per_epoch)), 1)
         frequency = max(math.ceil(steps / count), 1)
     else:
-        steps = int(left / (step + evaluation / max(run.in_steps(frequency), 1)))
+        between = math.inf if frequency is None else max(run.in_steps(frequency), 1)
+        steps = int(left / (step + evaluation / between))
     if steps < 1:
         raise SettingsError(
             f"train.minutes={settings.train.minutes:g}: no step fits, one takes {step:.2f} s and an evaluation "
@@ -69,7 +70,7 @@ def fit_to_clock(run: Run, started: float) -> list[str]:
     run.clock = Clock(started, seconds, finish)
     return [
         f"time        {settings.train.minutes:g} minutes: {steps} steps of {step:.3f} s, "
-        f"{math.ceil(steps / run.evaluate_frequency)} evaluations of about {evaluation:.1f} s"
+        f"{math.ceil(steps / (run.evaluate_frequency or steps))} evaluations of about {evaluation:.1f} s"
     ]
 
 

@@ -68,6 +68,7 @@ def plan_lines(run: Run) -> list[str]:
     steps_shown = sorted({0, run.schedule.warmup, *run.schedule.changes(run.steps), run.steps - 1})
     rates = ", ".join(f"{run.schedule.at(step):.3g} at {step}" for step in steps_shown if step < run.steps)
     training, validation = run.training_set.annotations, run.validation_set.annotations
+    when = f"every {run.evaluate_frequency} steps" if run.evaluate_frequency else "at the end"
     lines = [
         f"device      {describe_device(run.device)}, {run.precision}",
         *run.training_set.source_lines,
@@ -76,7 +77,7 @@ def plan_lines(run: Run) -> list[str]:
         f"classes     {len(names)}: {name_list(names[:10])}{' ...' if len(names) > 10 else ''}",
         f"training    {len(training)} images, {len(training.labels)} boxes, {sizes}",
         f"validation  {len(validation)} images, {len(validation.labels)} boxes, {settings.evaluation.image_size} px"
-        f", every {run.evaluate_frequency} steps by {choose_backend(settings.evaluation.backend)}",
+        f", {when} by {choose_backend(settings.evaluation.backend)}",
         f"batch       {train.micro_batch} x {train.subdivisions} subdivisions x {run.ranks.size} "
         f"process{'es' if run.ranks.size > 1 else ''} = {run.images_per_step} images per step",
         *run.batch_size_lines,
@@ -138,7 +139,7 @@ def plan_warnings(run: Run) -> list[str]:
             f"{epochs:.0f} epochs over the same {len(run.training_set)} images; usual are 30 to 300: "
             'train.steps="100ep", or --config recipes/own_data.yaml'
         )
-    if run.evaluate_frequency >= steps > run.steps_per_epoch:
+    if run.evaluate_frequency is not None and run.evaluate_frequency >= steps > run.steps_per_epoch:
         warnings.append("no evaluation before the end of the run: evaluation.evaluate_frequency=auto makes twenty")
     flip, names = settings.data.augmentation.vertical_flip.p, run.categories.names
     upright = [name for name in names if name.lower() in UPRIGHT]

@@ -5,11 +5,15 @@ The result files of the evaluation that gave best.pt lie beside it, linked befor
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 from torch.utils.data import DataLoader
 
 from detection.checkpoints import DETECTOR_FIELDS, link_file, load_fields
+from detection.config.settings import Settings
+from detection.contract import Detector
+from detection.data.build import DetectionDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
 from detection.evaluation.report import draw_detections, metric_table, protocol_line, summary_line, write_evaluation
@@ -21,6 +25,22 @@ from detection.training.supervisor import Supervisor
 
 RESULTS = ("detections.json", "metrics.json")  # of the last evaluation
 OF_BEST = "best_"  # before their names: of the evaluation that gave best.pt
+
+
+class Evaluated(Protocol):
+    """What the log of an evaluation says besides its numbers; a `Run` is one."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def detector(self) -> Detector: ...
+
+    @property
+    def validation_set(self) -> DetectionDataset: ...
+
+    @property
+    def steps_per_epoch(self) -> float: ...
 
 
 def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers, supervisor: Supervisor) -> None:
@@ -140,7 +160,7 @@ def evaluate_best(run: Run, directory: Path) -> None:
     _write_results(run, evaluation, checkpoint["step"], "EMA" if average else "weights", directory, OF_BEST)
 
 
-def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers, weights: str = "") -> None:
+def log_evaluation(run: Evaluated, evaluation: Evaluation, step: int, loggers: Loggers, weights: str = "") -> None:
     """Log metrics, lines, a picture and the result files of an evaluation.
 
     Args:
@@ -175,7 +195,7 @@ def log_evaluation(run: Run, evaluation: Evaluation, step: int, loggers: Loggers
 
 
 def _write_results(
-    run: Run, evaluation: Evaluation, step: int, weights: str, directory: Path, prefix: str = ""
+    run: Evaluated, evaluation: Evaluation, step: int, weights: str, directory: Path, prefix: str = ""
 ) -> None:
     settings = run.settings.evaluation.model_dump(mode="json")
     write_evaluation(directory, evaluation, run.validation_set, step, settings, {"weights": weights}, prefix)

@@ -23,6 +23,7 @@ from detection.evaluation.figures import draw_confusion, draw_precision_recall
 from detection.evaluation.matching import match_detections
 from detection.evaluation.mistakes import RULE, Findings, count_mistakes, draw_tile, write_mistakes
 from detection.evaluation.report import METRIC_CONDITIONS, protocol_line
+from detection.runtime.run_directory import EVALUATOR
 from detection.training.checkpoint_writer import BEST
 from detection.training.evaluation import OF_BEST, evaluate_best, has_results_of_best
 from detection.training.loggers import Loggers
@@ -64,7 +65,7 @@ def write_report(directory: Path, dataset: DetectionDataset, settings: Any, dete
     Raises:
         OSError, ValueError, KeyError: a file cannot be read or written.
     """
-    rows = read_rows(directory / "metrics.jsonl")
+    rows = rows_of_run(directory)
     last = next((row for row in reversed(rows) if "val/AP50" in row), None)
     if last is None:
         raise ValueError("metrics.jsonl holds no evaluation")
@@ -161,6 +162,17 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
         except ValueError:
             continue
     return rows
+
+
+def rows_of_run(directory: Path) -> list[dict[str, float | None]]:
+    """Read the rows of a run by ascending step, with the evaluations of steps that only its evaluator has evaluated."""
+    rows = read_rows(directory / "metrics.jsonl")
+    evaluator = directory / EVALUATOR / "metrics.jsonl"
+    if not evaluator.is_file():
+        return rows
+    own = {row["step"] for row in rows if "val/AP50" in row}
+    rows += [row for row in read_rows(evaluator) if row["step"] not in own]
+    return sorted(rows, key=lambda row: row["step"] or 0)  # stable: of one step as they were written
 
 
 def draw_results(rows: Rows) -> "Figure":

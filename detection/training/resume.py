@@ -65,7 +65,7 @@ def open_run(
         return None, arguments.output, settings, notices
     checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
     check_loggers(settings.run.loggers)
-    return checkpoint, directory, settings, notices
+    return checkpoint, directory, settings, [*getattr(arguments, "notices", []), *notices]
 
 
 def open_resumed_run(

@@ -162,7 +162,7 @@ class Run:
         frequency = settings.evaluation.evaluate_frequency
         if frequency == "auto":
             frequency = automatic.evaluation_steps(self.steps, self.steps_per_epoch)
-        self.evaluate_frequency = max(self.in_steps(frequency), 1)
+        self.evaluate_frequency = None if frequency is None else max(self.in_steps(frequency), 1)
         self.learning_rate = full_rate(train, self.images_per_step)
         try:
             self.schedule = build_schedule(
@@ -191,7 +191,8 @@ class Run:
 
     def evaluates_at(self, step: int) -> bool:
         """Return whether the model is evaluated after this many steps; before SWA begins too."""
-        return step % self.evaluate_frequency == 0 or step in (self.steps, self.schedule.swa_start)
+        regular = self.evaluate_frequency is not None and step % self.evaluate_frequency == 0
+        return regular or step in (self.steps, self.schedule.swa_start)
 
     def new_sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
         """Build the sampler of micro-batches from `first_step` up to `end_step`, for this or another rank."""
@@ -220,7 +221,7 @@ class Run:
         length = self.schedule.swa_start or self.steps  # the share is that of `train.steps`; SWA comes after it
         tell_progress(self.criterion, min(step / length, 1.0), step >= self.finish_step)
 
-    def set_length(self, steps: int, evaluate_frequency: int | str) -> None:
+    def set_length(self, steps: int, evaluate_frequency: int | str | None) -> None:
         """Replace the number of steps and the time between evaluations, and every duration that follows from them."""
         train = self.settings.train.model_copy(update={"steps": steps})
         evaluation = self.settings.evaluation.model_copy(update={"evaluate_frequency": evaluate_frequency})
@@ -278,6 +279,7 @@ class Run:
             "pixel_mean": list(geometry.pixel_mean),
             "pixel_std": list(geometry.pixel_std),
             "extended": self.extended,
+            "length": {"steps": self.schedule.swa_start or self.steps, "steps_per_epoch": self.steps_per_epoch},
             **state.content(),
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from detection.config.aliases import add_evaluation_flags, add_training_flags, separate_hpu
+from detection.config.aliases import add_evaluation_flags, add_training_flags, separate_values
 from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
@@ -132,8 +132,8 @@ def test_other_values_are_refused_by_the_parser(line: str, capsys: pytest.Captur
 
 
 def test_a_bare_hpu_leaves_the_next_word_alone() -> None:
-    assert separate_hpu([]) == []
-    words = separate_hpu(shlex.split("--hpu photo.jpg --hpus 1 --hpu"))
+    assert separate_values([]) == []
+    words = separate_values(shlex.split("--hpu photo.jpg --hpus 1 --hpu"))
     assert words == shlex.split("--hpu=1 photo.jpg --hpus 1 --hpu=1")
 
 

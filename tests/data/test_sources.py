@@ -12,6 +12,7 @@ from detection.data.annotations import Annotations, flatten_annotations, load_an
 from detection.data.build import build_datasets, read_training_annotations
 from detection.data.conversion.coco import read_coco
 from detection.data.conversion.dataset import Findings as ConversionFindings
+from detection.data.image_places import open_images
 from detection.data.sources import find_source, source_lines
 from detection.dataset_checks.findings import Findings
 from detection.dataset_checks.image_checks import Split as CheckedSplit
@@ -116,7 +117,7 @@ def test_bccd_has_the_same_first_losses_in_eleven_formats(tmp_path: Path, shared
 def checked_split(names: list[str], root: Path) -> CheckedSplit:
     images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
     content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
-    return CheckedSplit("training", root, flatten_annotations(content, "test"))
+    return CheckedSplit("training", open_images(root), flatten_annotations(content, "test"))
 
 
 # --- what else is recognised, and what is refused ---
@@ -422,7 +423,7 @@ def test_missing_images_name_what_is_there(tmp_path: Path) -> None:
         lay_out(root, "p/x.png", f"p/{there}")
         split = checked_split([missing, "x.png"], root / "p")
         findings = Findings()
-        check_listing([split], False, findings)
+        check_listing([split], findings)
         (found,) = findings.of("error")
         assert (
             found.items == [missing] and found.details == [f"there is {there}"] and f"there is {there}" in found.line()

@@ -1,6 +1,7 @@
 """The contract of all backbones, and the YOLOv3 family compared with Darknet's cfg files."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ def build_one(backbone: str, levels: int) -> Any:
 SCALED = ["model.width=0.25", "model.depth=0.33"]
 
 
-@pytest.fixture(scope="module", params=[*BACKBONES, "narrow", *TIMM])
+# Of the EfficientNets the smallest; the others are the same code, see test_efficientnet.py.
+SMALLEST = [name for name in BACKBONES if not re.match(r"efficientnet|tf_efficientnet_b[1-7]", name)]
+
+
+@pytest.fixture(scope="module", params=[*SMALLEST, "narrow", *TIMM])
 def backbone(request: pytest.FixtureRequest) -> nn.Module:
     """One of each, with batch-norm statistics of a few batches."""
     torch.manual_seed(0)
@@ -125,6 +130,8 @@ def test_bfloat16_is_near_float32(backbone: nn.Module) -> None:
     [
         (TINY, (16, 32)),
         (words("mobilenet_v3_small", 3), (8, 16, 32)),
+        (words("efficientnet_b0", 3), (8, 16, 32)),
+        (words("resnet50", 3), (8, 16, 32)),
         pytest.param(words("timm/test_resnet", 1), (32,), marks=needs_timm),
         pytest.param(words("timm/test_resnet", 4), (4, 8, 16, 32), marks=needs_timm),
     ],

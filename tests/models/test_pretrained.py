@@ -281,7 +281,12 @@ def test_classes_are_taken_by_name(
     content = {"step": 1, "settings": settings.model_dump(mode="json"), "model": state, "average": None}
     save_checkpoint(tmp_path / "own.pt", content | {"categories": {"names": ["cat", "dog"], "ids": [1, 2]}})
     model, lines = loaded(SMALL, tmp_path / "own.pt", names)
-    assert len(lines) == 1 + len(words) and all(word in lines[1] for word in words)
+    assert len(lines) == 1 + 2 * len(words) and all(word in lines[1] for word in words)
+    rows = [
+        f"{label} {name}: {'new' if number is None else f'row {number - 5} of the file'}"
+        for label, (name, number) in enumerate(zip(names, filters, strict=True))
+    ]
+    assert not words or lines[2] == f"  {'; '.join(rows)}"
     fresh = build(SMALL, num_classes=len(names))[0].state_dict()
     expected = [
         NEW if number is None else 7 * anchor + number for anchor in range(3) for number in (*range(5), *filters)

@@ -1,6 +1,7 @@
 """Habana's HPU, with its software replaced by `tests/support/stand_in`, which computes on the CPU."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import mobilenet_v3_small
 
 from detection.checkpoints import load_checkpoint
 from detection.config.settings import Settings
@@ -41,6 +43,7 @@ from detection.training.step import train_step
 from tests.support.detectors import datasets_of
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port
+from tests.support.training_runs import load_main
 
 STAND_IN = REPOSITORY / "tests" / "support" / "stand_in"
 HPU = torch.device("hpu")
@@ -400,3 +403,62 @@ def test_requirements_leave_habanas_torch_alone() -> None:
     core = [line for line in packages("requirements.txt") if not line.startswith("torch")]
     assert packages("requirements-hpu.txt") == core
     assert len(packages("requirements.txt")) == len(core) + 2  # torch, torchvision
+
+
+# The example commands of the TensorFlow EfficientDet, adapted (docs/efficientdet_commands.md), on a small network
+
+EFFICIENTDET = REPOSITORY / "efficientdet"
+SMALL_EFFICIENTDET = (
+    "model.backbone=mobilenet_v3_small", "data.num_workers=0", "run.log_frequency=1", "run.preflight=false",
+    "evaluation.visualize_images=0", "--hparams", "image_size=128",
+    "--eval_samples", "2", "--eval_batch_size=2", "--num_epochs", "1", "--num_examples_per_epoch",
+)  # fmt: skip
+
+
+def test_the_example_of_one_card(stand_in, run_script: Any, drawn_dataset: Path, tmp_path: Path) -> None:
+    torch.save(mobilenet_v3_small().state_dict(), tmp_path / "backbone.pth")
+    command = [
+        *("--experiment", EFFICIENTDET, "--mode=train", "--train_batch_size", "2", "--dataset_dir", drawn_dataset),
+        *("--backbone_ckpt", tmp_path / "backbone.pth", *SMALL_EFFICIENTDET, "4", "--model_dir", tmp_path / "run"),
+    ]
+    done = run_script(load_main().main, *command)
+    assert done.returncode == 0, done.stderr
+    assert "device      hpu (STAND-IN, eager), bfloat16" in done.stdout
+    assert "batch       2 x 1 subdivisions x 1 process = 2 images per step" in done.stdout
+    # 0.08 for 64 images, and 1 epoch of 4 examples
+    assert "rate        0.0025 for 2 images per step: train.learning_rate = 0.08 is for 64" in done.stdout
+    assert "duration    2 steps" in done.stdout and "finished at step 2" in done.stdout
+    assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 2  # the header and the end
+    assert "\n".join(step_events(1, lazy=False) * 2) in "\n".join(stand_in())
+    words = ("--experiment", EFFICIENTDET, "--mode", "eval", "--model_dir", tmp_path / "run", "--eval_timeout=600")
+    followed = run_script(load_main().main, *words)
+    assert followed.returncode == 0, followed.stderr
+    own, others = (
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines() if "val/AP50" in line]
+        for directory in (tmp_path / "run", tmp_path / "run" / "evaluator")
+    )
+    assert own == others
+
+
+@pytest.mark.slow  # 40 s
+def test_the_example_of_eight_cards_with_two(tmp_path: Path, drawn_dataset: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"),
+        *(EFFICIENTDET / "main.py", "--train_batch_size=2", f"--dataset_dir={drawn_dataset}", *SMALL_EFFICIENTDET, "8"),
+        *(
+            "--model_dir",
+            tmp_path / "run",
+            "--keep_checkpoint_max=300",
+            "model.pretrained=false",
+            "--cp_every_n_steps=1",
+        ),
+    ]
+    done = run_with(STAND_IN, tmp_path, command)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 1 subdivisions x 2 processes = 4 images per step" in done.stdout
+    assert "rate        0.005 for 4 images per step" in done.stdout and "finished at step 2" in done.stdout
+    assert (tmp_path / "events").read_text().count("process group hccl") == 2
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*.pt")) == [
+        "step_000000001.pt",
+        "step_000000002.pt",
+    ]

@@ -18,6 +18,8 @@ import pytest
 from tests.support.paths import REPOSITORY
 
 WEIGHTS_SCRIPT = REPOSITORY / "models/weights/download_darknet_weights.sh"
+ANY_SCRIPT = REPOSITORY / "models/weights/download_weights.sh"
+CATALOGUE = REPOSITORY / "models/weights/catalogue.yaml"
 FORWARDER = REPOSITORY / "yolo-v3/models/weights/download_darknet_weights.sh"
 COCO_SCRIPT = REPOSITORY / "data/download_coco.sh"
 FETCHING = REPOSITORY / "data/fetching.sh"
@@ -260,7 +262,7 @@ def test_without_a_digest_it_says_so_and_begins_anew(weights: Weights) -> None:
 def test_forwarder_fills_the_directory_of_the_repository(tmp_path: Path, server: Server) -> None:
     root, elsewhere = tmp_path / "a repository", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for path in (WEIGHTS_SCRIPT, FORWARDER, FETCHING):
+    for path in (WEIGHTS_SCRIPT, ANY_SCRIPT, CATALOGUE, FORWARDER, FETCHING):
         copy = root / path.relative_to(REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)

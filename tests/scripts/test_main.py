@@ -206,7 +206,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     (events,) = (name for name in names if name.startswith("events.out.tfevents."))
     assert names - {events} == {
-        "args.yaml", "environment.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
+        "args.yaml", "environment.json", "status.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
         "detections.json", "best_metrics.json", "best_detections.json", "best.pt", "last.pt",
         "images/train_batch.png", "images/validation_000005.jpg",
         "images/validation_000010.jpg", "images/validation_000012.jpg", "report.html", "results.png",

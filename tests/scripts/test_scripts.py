@@ -46,4 +46,4 @@ def test_help_is_the_docstring(script: Path, helps: dict[str, tuple[int, str, st
     assert docstring is not None and docstring in out
     assert f"\npython {script.name}" in docstring, "the docstring is the command to run"
     for option in ("--config", "key.path=value"):
-        assert option in out or script.name in ("compare_runs.py", "convert_dataset.py")
+        assert option in out or script.name in ("compare_runs.py", "convert_dataset.py", "convert_weights.py")

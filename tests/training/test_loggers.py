@@ -212,7 +212,7 @@ def test_without_tensorboard_one_notice_and_everything_else(tmp_path: Path, monk
     assert printed.count("\n") == 1 and "TensorBoard is not installed" in printed
     assert (tmp_path / "train.log").read_text() == printed
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "args.yaml", "environment_0.json", "images", "metrics.jsonl", "results.csv", "train.log",
+        "args.yaml", "environment_0.json", "images", "metrics.jsonl", "results.csv", "status.json", "train.log",
     ]  # fmt: skip
     assert len(read_metrics(tmp_path)) == 2
 

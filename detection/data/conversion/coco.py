@@ -22,6 +22,7 @@ from detection.data.conversion.dataset import (
     split_of,
     turn_box,
 )
+from detection.data.image_places import is_packed
 from detection.data.json_file import describe_error
 from detection.data.outside_names import STATED, settle_names
 from detection.errors import DataError
@@ -101,7 +102,10 @@ def find_annotations(source: Path, split: str) -> dict[str, tuple[Path, Path]]:
 
 def find_images(file: Path, root: Path) -> Path:
     """Directory that holds the listed images, or beside the file if none does: their sizes may stand in the JSON."""
-    return find_image_directory(file, root.parent if root.name == "annotations" else root)[0] or file.parent
+    found = find_image_directory(file, root.parent if root.name == "annotations" else root)[0] or file.parent
+    if is_packed(found):
+        raise DataError(f"{found.parent}: is packed; write its image files with pack.py --unpack {found.parent}")
+    return found
 
 
 def load_json(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from detection.config.settings import DataSettings
 from detection.data.digits import VALIDATION_PHOTOGRAPHS, load_photograph
 from detection.data.image_file import read_image
+from detection.data.image_places import open_images
 from detection.data.resize import INTERPOLATIONS, resize_image
 from detection.data.sources import find_source
 from detection.errors import DataError, DataReadError, UserError
@@ -21,7 +22,6 @@ from detection.inference.weights import OpenedDetector
 from detection.models.postprocess import DensePostprocess, FinalDetections
 
 BATCHES = (1, 3)  # other than the traced batch size
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,10 @@ def find_pictures(data: DataSettings) -> tuple[list[np.ndarray], str]:
     pictures: list[np.ndarray] = []
     with contextlib.suppress(DataError):
         directory = find_source(data, "validation").image_directory()
-        files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in SUFFIXES)
-        for file in files[: 2 * max(BATCHES)]:
+        images = open_images(directory, data.follow_links)
+        for name in images.names()[: 2 * max(BATCHES)]:
             with contextlib.suppress(DataReadError):
-                pictures.append(read_image(file))
+                pictures.append(read_image(images.locate(name)))
         if len(pictures) >= max(BATCHES):
             return pictures[: max(BATCHES)], f"images of {directory}"
     photographs = list(VALIDATION_PHOTOGRAPHS.items())[: max(BATCHES)]

@@ -60,9 +60,9 @@ def build_backbone(settings: ModelSettings, levels: int, setting: str) -> Backbo
     if settings.backbone.startswith(TIMM_PREFIX):
         backbone = timm_backbone(settings.backbone.removeprefix(TIMM_PREFIX), levels)
     else:
-        # `ModelSettings` refuses factors of other backbones.
-        factors = (settings.width, settings.depth) if settings.backbone == "darknet" else ()
-        backbone = BACKBONES[settings.backbone](*factors)
+        # `ModelSettings` refuses these of other backbones.
+        own = (settings.width, settings.depth, settings.leaky_slope) if settings.backbone == "darknet" else ()
+        backbone = BACKBONES[settings.backbone](*own)
     cast(Any, backbone).built_as = BackboneForm.of(backbone)  # for `check_form`, before a detector changes it
     if settings.pixel_scaling == "imagenet":
         backbone.pixel_mean, backbone.pixel_std = IMAGENET_MEAN, IMAGENET_STD

@@ -11,12 +11,14 @@ LEAKY_SLOPE = 0.1
 DARKNET_EPSILON = 1e-6  # of batch norm; added to the standard deviation, not to the variance
 
 
-def conv_block(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+def conv_block(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, slope: float = LEAKY_SLOPE
+) -> nn.Sequential:
     """Convolution without bias, batch norm, leaky ReLU; (B, in, H, W) to (B, out, H/stride, W/stride)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+        nn.LeakyReLU(slope, inplace=True),
     )
 
 
@@ -36,10 +38,10 @@ def list_convolutions(module: nn.Module) -> list[nn.Sequential | nn.Conv2d]:
 class ResidualBlock(nn.Module):
     """1x1 convolution to C / 2 channels and 3x3 back to C, added to the input; (B, C, H, W) to (B, C, H, W)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, slope: float = LEAKY_SLOPE) -> None:
         super().__init__()
-        self.reduce = conv_block(channels, channels // 2, 1)
-        self.expand = conv_block(channels // 2, channels, 3)
+        self.reduce = conv_block(channels, channels // 2, 1, slope=slope)
+        self.expand = conv_block(channels // 2, channels, 3, slope=slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.expand(self.reduce(x))
@@ -51,6 +53,7 @@ class Darknet53(nn.Module):
     Args:
         width: factor of the channels, see `scaled_channels`.
         depth: factor of the residual blocks of a stage (1, 2, 8, 8, 4), rounded, at least one.
+        slope: of the leaky ReLU below 0; Darknet's weights were trained with 0.1, timm's with 0.01.
 
     Source: YOLOv3, section 2.4 and table 1, https://arxiv.org/abs/1804.02767 (without average pooling and classifier);
     the factors, those of EfficientNet, section 3.2, https://arxiv.org/abs/1905.11946, as YOLOX has them
@@ -61,22 +64,22 @@ class Darknet53(nn.Module):
     pixel_mean = (0.0, 0.0, 0.0)
     pixel_std = (1.0, 1.0, 1.0)
 
-    def __init__(self, width: float = 1.0, depth: float = 1.0) -> None:
+    def __init__(self, width: float = 1.0, depth: float = 1.0, slope: float = LEAKY_SLOPE) -> None:
         super().__init__()
-        self.width, self.depth = width, depth
+        self.width, self.depth, self.slope = width, depth, slope
         stem, *channels = (scaled_channels(count, width) for count in (32, 64, 128, 256, 512, 1024))
         self.out_channels = tuple(channels[2:])
-        self.stem = conv_block(3, stem, 3)
+        self.stem = conv_block(3, stem, 3, slope=slope)
         self.stages = nn.ModuleList(
             nn.Sequential(
-                conv_block(before, after, 3, stride=2),
-                *(ResidualBlock(after) for _ in range(max(round(depth * blocks), 1))),
+                conv_block(before, after, 3, stride=2, slope=slope),
+                *(ResidualBlock(after, slope) for _ in range(max(round(depth * blocks), 1))),
             )
             for before, after, blocks in zip([stem, *channels], channels, [1, 2, 8, 8, 4], strict=False)
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+                nn.init.kaiming_normal_(module.weight, a=slope)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.stem(images)
@@ -127,6 +130,11 @@ class DarknetTiny(nn.Module):
     def darknet_convolutions(self) -> list[nn.Sequential | nn.Conv2d]:
         """Convolutions in the order of Darknet's weights files."""
         return list_convolutions(self)
+
+
+def is_darknets(backbone: object) -> bool:
+    """Whether Darknet has such a backbone: its leaky ReLU has no other slope than 0.1."""
+    return isinstance(backbone, Darknet53 | DarknetTiny) and getattr(backbone, "slope", LEAKY_SLOPE) == LEAKY_SLOPE
 
 
 class DarknetBatchNorm2d(nn.BatchNorm2d):

@@ -6,7 +6,7 @@ from torch import nn
 
 from detection.contract import Detector
 from detection.errors import CheckpointError
-from detection.models.backbones.darknet import Darknet53, DarknetTiny, ResidualBlock
+from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, ResidualBlock, is_darknets
 from detection.models.darknet.cfg import CfgSection
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.necks import PyramidPooling
@@ -44,6 +44,11 @@ def describe_detector(detector: Detector, image_size: int) -> list[CfgSection]:
     if any(model.pixel_mean):
         raise CheckpointError(
             "Darknet takes pixels from 0 to 1: a network of model.pixel_scaling=imagenet exports as ONNX only"
+        )
+    if not is_darknets(model.backbone):
+        raise CheckpointError(
+            f"Darknet's leaky ReLU has slope {LEAKY_SLOPE:g}: a network with another model.leaky_slope exports as ONNX "
+            "only"
         )
     if model.iou_aware:
         raise CheckpointError("Darknet has no yolo.iou_aware: a network with it exports as ONNX only")

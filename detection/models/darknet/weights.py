@@ -184,7 +184,8 @@ def as_darknet(model: nn.Module) -> DarknetModel:
     """
     if not isinstance(model, DarknetModel) or not model.darknet_convolutions():
         raise CheckpointError(
-            "Darknet weights need a network that Darknet has: model.backbone darknet, darknet_tiny or darknet_cfg"
+            "Darknet weights need a network that Darknet has: model.backbone darknet, darknet_tiny or darknet_cfg, "
+            "model.leaky_slope 0.1"
         )
     return model
 

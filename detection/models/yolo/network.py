@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import Backbone
-from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
+from detection.models.backbones.darknet import (
+    LEAKY_SLOPE,
+    conv_block,
+    is_darknets,
+    list_convolutions,
+)
 from detection.models.necks import BottomUpPath, NeckStage, plain_stage
 from detection.models.yolo.head_layout import OBJECTNESS, class_rows, num_values
 from detection.ops.pixels import NormalizePixels
@@ -41,7 +46,11 @@ def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
 
 
 class Head(nn.Sequential):
-    """3x3 convolution to 2 * width, then 1x1 to A * V raw values; (B, in, H, W) to (B, A, H, W, V), V: `num_values`."""
+    """3x3 convolution to 2 * width, then one to A * V raw values; (B, in, H, W) to (B, A, H, W, V), V: `num_values`.
+
+    Args:
+        kernel: side of the last convolution.
+    """
 
     def __init__(
         self,
@@ -51,8 +60,10 @@ class Head(nn.Sequential):
         num_classes: int,
         objectness_prior: float,
         iou_aware: bool = False,
+        kernel: int = 1,
     ) -> None:
-        output = nn.Conv2d(2 * width, num_anchors * num_values(num_classes, iou_aware), 1)
+        filters = num_anchors * num_values(num_classes, iou_aware)
+        output = nn.Conv2d(2 * width, filters, kernel, padding=kernel // 2)
         super().__init__(conv_block(in_channels, 2 * width, 3), output)
         self.num_anchors = num_anchors
         initialise_output(output, num_anchors, num_classes, objectness_prior, iou_aware)
@@ -75,6 +86,7 @@ class YOLOv3(nn.Module):
         neck_stage: `plain_stage`, `spp_stage` or `tiny_stage`.
         path_aggregation: a `BottomUpPath` follows the top-down neck.
         iou_aware: each prediction has one raw value more, its IoU; see `head_layout`.
+        output_kernels: side of each level's output convolution, stride ascending; None: 1 everywhere.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -90,6 +102,7 @@ class YOLOv3(nn.Module):
         neck_stage: NeckStage = plain_stage,
         path_aggregation: bool = False,
         iou_aware: bool = False,
+        output_kernels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.iou_aware = iou_aware
@@ -101,14 +114,16 @@ class YOLOv3(nn.Module):
         self.heads = nn.ModuleList()
         level_channels: list[int] = []
         carried = 0  # channels handed down from the coarser level
-        for width, channels, num_anchors in zip(
-            neck_channels, reversed(backbone.out_channels), reversed(anchors_per_level), strict=True
+        kernels = [1] * len(neck_channels) if output_kernels is None else output_kernels
+        for width, channels, num_anchors, kernel in zip(
+            neck_channels, reversed(backbone.out_channels), reversed(anchors_per_level), reversed(kernels), strict=True
         ):
             stage = neck_stage(carried + channels, width, not self.neck)
             stage_channels = width if len(stage) else carried + channels
             self.neck.append(stage)
             level_channels.append(stage_channels)
-            self.heads.append(Head(stage_channels, width, num_anchors, num_classes, objectness_prior, iou_aware))
+            head = Head(stage_channels, width, num_anchors, num_classes, objectness_prior, iou_aware, kernel)
+            self.heads.append(head)
             if len(self.neck) < len(neck_channels):
                 carried = neck_channels[len(self.neck)]
                 self.laterals.append(conv_block(stage_channels, carried, 1))
@@ -155,9 +170,9 @@ class YOLOv3(nn.Module):
         The backbone; then, from the coarsest level to the finest, neck, head and the lateral to the next level. With
         path aggregation the heads come later, each after the map it reads, from the finest level to the coarsest.
         """
-        if not isinstance(self.backbone, Darknet53 | DarknetTiny):
+        if not is_darknets(self.backbone):
             return []
-        convolutions: list[nn.Module] = [*self.backbone.darknet_convolutions()]
+        convolutions: list[nn.Module] = [*cast(Any, self.backbone).darknet_convolutions()]
         for level, (stage, head) in enumerate(zip(self.neck, self.heads, strict=True)):
             convolutions += list_convolutions(stage)
             if self.bottom_up is None:

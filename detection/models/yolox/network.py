@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from detection.contract import Geometry
 from detection.models.backbones import Backbone
-from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny, conv_block, list_convolutions
+from detection.models.backbones.darknet import (
+    LEAKY_SLOPE,
+    conv_block,
+    is_darknets,
+    list_convolutions,
+)
 from detection.models.backbones.mobilenet import DepthwiseConv2d
 from detection.models.yolo.network import raw_predictions
 from detection.models.yolox.layout import OutputLayout
@@ -167,10 +172,10 @@ class YOLOX(nn.Module):
 
         Files of backbone weights can be loaded and written. Empty if Darknet lacks the backbone.
         """
-        if not isinstance(self.backbone, Darknet53 | DarknetTiny):
+        if not is_darknets(self.backbone):
             return []
         return [
-            *self.backbone.darknet_convolutions(),
+            *cast(Any, self.backbone).darknet_convolutions(),
             *(convolution for part in (self.neck, self.heads) for convolution in list_convolutions(part)),
         ]
 

@@ -1,7 +1,5 @@
-"""Logger of plain files: settings, environment, scalars, lines and images in the run directory."""
+"""Logger of plain files: settings, environment, status, scalars, lines and images in the run directory."""
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -15,15 +13,15 @@ import numpy as np
 from detection.config.loading import dump_settings
 from detection.config.settings import Settings
 from detection.drawing.boxes import save_jpeg, save_png
-from detection.errors import OutputError
-from detection.training.loggers.protocol import Resumed
+from detection.runtime.run_directory import lock, write_status
+from detection.training.loggers.protocol import RUNNING, Resumed
 from detection.training.loggers.terminal import show_line
 
 STEP = "step"
 
 
 class FilesLogger:
-    """Writes `args.yaml`, `environment.json`, `train.log`, `metrics.jsonl`, `results.csv` and `images/`.
+    """Writes `args.yaml`, `environment.json`, `status.json`, `train.log`, `metrics.jsonl`, `results.csv`, `images/`.
 
     Each row is passed to the operating system before the method returns, so a killed process loses nothing. The
     directory is locked against other processes. Every method raises OSError if its file cannot be written.
@@ -45,7 +43,8 @@ class FilesLogger:
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
             self._log = opened.enter_context(_open_to_append(directory / "train.log"))
-            _lock(self._log, directory)
+            lock(self._log, directory)
+            write_status(directory, RUNNING)
             self._open_tables(opened, resumed)
             (directory / "images").mkdir(exist_ok=True)
             (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
@@ -111,8 +110,9 @@ class FilesLogger:
         """Do nothing: the file is in the run directory already."""
 
     def finish(self, status: str) -> None:
-        """Close all files, even if one of them fails."""
-        self._opened.close()
+        """Record the status and close all files, even if one of them fails."""
+        with self._opened:
+            write_status(self.directory, status)
 
     def _notify(self, text: str) -> None:
         self.line(text)
@@ -129,16 +129,6 @@ def _finite_or_none(value: float | None) -> float | None:
 def _open_to_append(path: Path) -> TextIO:
     # Line buffered: each complete row goes to the operating system at once.
     return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace", newline="\n")
-
-
-def _lock(file: TextIO, directory: Path) -> None:
-    """Lock a run directory until this process ends; the lock is not inherited by loader workers."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
-        # Other errors: the file system has no locks.
 
 
 def _step_of_csv(row: str) -> float:

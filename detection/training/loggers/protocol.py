@@ -8,6 +8,7 @@ import numpy as np
 
 from detection.config.settings import Settings
 
+RUNNING = "running"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # status of a run that has ended
 
 

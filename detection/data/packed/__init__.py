@@ -1,0 +1,1 @@
+"""Datasets packed into tar shards: the index, reading, writing, and TFRecord files read for packing."""
