@@ -391,7 +391,17 @@ def test_args_yaml_holds_every_setting_and_nothing_else() -> None:
     content = read_settings_file(ARGS)
     assert set(leaf_paths(content)) == set(leaf_paths(validate(content).model_dump()))
     assert content == read_settings_file(ARGS)  # validation leaves it alone
-    assert list(content) == ["run", "data", "model", "yolo", "yolox", "train", "scheduler", "evaluation"]
+    assert list(content) == [
+        "run",
+        "data",
+        "model",
+        "yolo",
+        "yolox",
+        "efficientdet",
+        "train",
+        "scheduler",
+        "evaluation",
+    ]
 
 
 def test_defaults_that_were_published() -> None:
