@@ -14,6 +14,7 @@ from detection.training.skipped_steps import StepResult
 
 COUNTED_SIDE = 4  # cells of the coarsest map; any size will do, since the FLOPs grow linearly with the area
 MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the measured products; other devices use that of the CPU
+PRODUCT_SECONDS = 1.0  # one product is expected to take at most so long
 
 
 @dataclass
@@ -45,14 +46,19 @@ def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
 def matmul_ceiling(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Measure the floating point operations per second of square matrix products.
 
-    Takes a fraction of a second. Advances torch's random state.
+    Takes at most a second or so. Advances torch's random state.
 
     Returns:
         The highest rate of a few products; None: out of memory.
     """
-    side = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"])
+    largest = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cpu"])
+    best, side = 0.0, largest // 8
     try:
-        return max(matmul_rates(side, dtype or torch.float32, device, 3))
+        # Emulated bfloat16 would need minutes for the largest.
+        while side <= largest and not (best and 2 * side**3 / best > PRODUCT_SECONDS):
+            best = max(best, *matmul_rates(side, dtype or torch.float32, device, 3))
+            side *= 2
+        return best
     except torch.OutOfMemoryError:
         return None
 

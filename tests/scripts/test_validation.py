@@ -233,8 +233,8 @@ def test_pictures_are_shown_after_they_were_written(
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ([], "either --weights FILE or --compare"),
-        ([*WEIGHTS, "--compare", "net.weights", "net.cfg"], "either --weights FILE or --compare"),
+        ([], "give one of --weights FILE, --compare"),
+        ([*WEIGHTS, "--compare", "net.weights", "net.cfg"], "give one of --weights FILE, --compare"),
         (["--compare", "net.weights"], "at least two"),
         (["--compare", "net.weights", "./net.weights"], "occurs twice"),
         (["--compare", "net.weights", "net.cfg", "--cfg", "net.cfg"], "--cfg belongs to --weights"),

@@ -62,6 +62,17 @@ def test_summary_by_hand() -> None:
     assert summary_lines(Throughput(), 1, 50.0, 1.0, "float32", 205, 1.0) == []
 
 
+def test_products_that_would_take_long_are_left_out(monkeypatch) -> None:
+    tried: list[int] = []
+
+    def rates(size: int, *_: Any) -> list[float]:  # 2 * 768^3 = 0.9e9 operations take 0.9 s
+        tried.append(size)
+        return [1e9]
+
+    monkeypatch.setitem(matmul_ceiling.__globals__, "matmul_rates", rates)
+    assert matmul_ceiling(CPU, torch.bfloat16) == 1e9 and tried == [384, 768]
+
+
 def test_ceiling_without_memory_is_none(monkeypatch) -> None:
     monkeypatch.setitem(matmul_ceiling.__globals__["MATRIX_SIDES"], "cpu", 64)
     assert matmul_ceiling(CPU, torch.bfloat16) > 0
