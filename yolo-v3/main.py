@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         "--resume", nargs="?", const="", metavar="DIRECTORY", help="resume a run (default: the newest) from its last.pt"
     )
     add("--accept-changes", action="store_true", help="with --resume: allow changes that affect results")
-    add("--extend", action="store_true", help="with --resume and a larger train.steps: go on as that longer run")
+    add("--extend", action="store_true", help="with --resume, larger train.steps: a longer run")
     add("--output", type=Path, metavar="DIRECTORY", help="run directory (default: new, below run.logs_path)")
     add("--dry-run", action="store_true", help="print the plan, run all checks, write nothing")
     add("--profile", action="store_true", help="profile a few steps: table in the log, trace file")

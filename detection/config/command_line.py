@@ -69,8 +69,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--experiment",
             type=Path,
-            metavar="DIRECTORY",
-            help="use its args.yaml as an overlay on yolo-v3/args.yaml, below --config",
+            metavar="DIR",
+            help="its args.yaml below --config; of efficientdet/",
         )
         if words[:1] == ["--experiment"] and (script := Path(words[1]) / "main.py").is_file():
             self.prog = f"{script.parent.name}/main.py"

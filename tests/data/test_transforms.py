@@ -271,7 +271,12 @@ def test_each_transform_is_built_when_its_probability_says_so(default_settings: 
 
 
 def test_the_file_names_these_transforms_and_no_others(default_settings: Load) -> None:
-    assert set(type(default_settings().data.augmentation).model_fields) == {*CLASSES, *NAMED, "min_visibility"}
+    assert set(type(default_settings().data.augmentation).model_fields) == {
+        *CLASSES,
+        *NAMED,
+        "scale_jitter",
+        "min_visibility",
+    }
 
 
 def test_no_argument_is_ignored_or_warned_about(default_settings: Load) -> None:

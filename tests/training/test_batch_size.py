@@ -127,12 +127,12 @@ def test_a_tried_step_has_everything_and_changes_nothing(monkeypatch, default_se
     before = {name: value.clone() for name, value in detector.model.state_dict().items()}
     state, real, taken = torch.get_rng_state(), batch_size.train_step, []
 
-    def step(model: nn.Module, *arguments: Any) -> Any:
+    def step(model: nn.Module, *arguments: Any, **options: Any) -> Any:
         batches = arguments[3]
         taken.append([tuple(batch["images"].shape) for batch in batches])
         if len(batches[0]["images"]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return real(model, *arguments)
+        return real(model, *arguments, **options)
 
     update, updates = ExponentialMovingAverage.update, []
     monkeypatch.setattr(
@@ -154,7 +154,7 @@ def test_a_tried_step_has_everything_and_changes_nothing(monkeypatch, default_se
     assert all(parameter.grad is None for parameter in detector.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(batch_size, "train_step", broken)

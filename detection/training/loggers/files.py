@@ -112,7 +112,8 @@ class FilesLogger:
     def finish(self, status: str) -> None:
         """Record the status and close all files, even if one of them fails."""
         with self._opened:
-            write_status(self.directory, status)
+            if self.directory.is_dir():  # it may have been lost, which is then the error that is told
+                write_status(self.directory, status)
 
     def _notify(self, text: str) -> None:
         self.line(text)
