@@ -93,7 +93,7 @@ KINDS = {
     # fit to the detector
     "tiny_box": Kind("warning", "boxes under 2 pixels wide or high for the network", "try a larger image_size"),
     "shared_prediction": Kind("info", "boxes that lose anchor and cell to another one", "try a larger image_size"),
-    "poor_anchors": Kind("warning", "anchors that fit the boxes badly", "anchor_creator.py fits some; efficientdet: anchor_scale"),
+    "poor_anchors": Kind("warning", "anchors that fit badly", "see anchor_creator.py, or efficientdet.anchor_scale"),
 }  # fmt: skip
 
 
