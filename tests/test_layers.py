@@ -294,7 +294,7 @@ def test_importing_is_silent_offline_and_possible_in_any_order(tmp_path: Path) -
         ["bash", "-c", 'exec "$0" "$@" 3> events', sys.executable, str(program), "made_up", *modules],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         cwd=tmp_path,
         # albumentations asks the package index when it is imported; scripts set this in `prepare_process`
         env={

@@ -69,6 +69,7 @@ def test_products_that_would_take_long_are_left_out(monkeypatch) -> None:
         tried.append(size)
         return [1e9]
 
+    monkeypatch.setitem(matmul_ceiling.__globals__["MATRIX_SIDES"], "cpu", 3072)
     monkeypatch.setitem(matmul_ceiling.__globals__, "matmul_rates", rates)
     assert matmul_ceiling(CPU, torch.bfloat16) == 1e9 and tried == [384, 768]
 

@@ -491,7 +491,7 @@ def test_training_does_not_start_from_onnx(default_settings) -> None:
     ("arguments", "code", "part"),
     [
         (["--weights", "missing.pt"], 7, "missing.pt"),
-        (["--weights", "yolov3.weights"], 7, "download_darknet_weights.sh"),
+        (["--weights", "yolov3.weights"], 7, "download_weights.sh"),
         (["--weights", "net.weights", "--cfg", "net.names"], 2, "net.names"),
         (["--weights", "net.weights"], 7, "bytes"),
         (["--weights", "net.weights", "--cfg", "net.cfg", "evaluation.image_size=72"], 2, "32"),
