@@ -46,7 +46,7 @@ def flops_per_pixel(model: nn.Module, size_multiple: int) -> float:
 def matmul_ceiling(device: torch.device, dtype: torch.dtype | None) -> float | None:
     """Measure the floating point operations per second of square matrix products.
 
-    Takes at most a second or so. Advances torch's random state.
+    Takes a few seconds at most. Advances torch's random state.
 
     Returns:
         The highest rate of a few products; None: out of memory.
