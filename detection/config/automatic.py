@@ -145,6 +145,11 @@ def _horizontal_flip(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     return (0.0, f"{sided[0]!r} is another thing in a mirror") if sided else (0.5, "")
 
 
+def _with_multi(value: Any, otherwise: Any) -> "Rule":
+    """Return the rule of a setting that has one value with `yolo.loss` multi, another with any other loss."""
+    return lambda tree, facts: (value if tree["yolo"]["loss"] == "multi" else otherwise, "")
+
+
 def _neck_channels(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     width = tree["model"]["width"]
     widths = NECKS.get(tree["model"]["backbone"], NECK)
@@ -180,12 +185,18 @@ def _pretrained(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     return False, "random weights; docs/train_on_my_data.md says how to start from published ones"
 
 
+Rule = Callable[[dict[str, Any], Facts], tuple[Any, str]]
 # Path -> rule of its value and of a line about it, in an order in which each finds what it needs resolved.
-RULES: dict[str, Callable[[dict[str, Any], Facts], tuple[Any, str]]] = {
+RULES: dict[str, Rule] = {
     "model.backbone": lambda tree, facts: (
         ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
     ),
     "model.detector": _detector,
+    "yolo.loss": lambda tree, facts: ("multi" if tree["model"]["detector"] == "yolo" else "darknet", ""),
+    "yolo.box_weight": _with_multi(5.0, 1.0),
+    "yolo.anchor_match": _with_multi("iou", "best"),
+    "yolo.anchor_iou": _with_multi(0.4, 0.213),
+    "yolo.objectness_target": _with_multi("iou", "one"),
     "yolo.neck_channels": _neck_channels,
     "yolox.neck_channels": _neck_channels,
     "yolox.head_channels": _head_channels,
