@@ -31,7 +31,8 @@ from detection.errors import SettingsError
 
 Placement = Literal["letterbox", "top_left", "squash"]  # copy of `ops.letterbox.Placement`, whose module imports torch
 BACKBONE_NAMES = (
-    *("darknet", "darknet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", "resnet50"),
+    *("darknet", "darknet_tiny", "mobilenet_v2", "mobilenet_v2_leaky", "mobilenet_v3_large", "mobilenet_v3_small"),
+    "resnet50",
     *(f"{form}efficientnet_b{number}" for form in ("", "tf_") for number in range(8)),
     DARKNET_CFG,
 )

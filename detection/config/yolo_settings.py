@@ -49,6 +49,7 @@ class YoloSettings(Section):
     anchor_ratio: Annotated[float, Field(gt=1)]
     neighbour_cells: bool
     neck: Literal["fpn", "pan"]
+    head_channels: tuple[Count, ...] | None
     output_kernels: tuple[Literal[1, 3], ...] | None
 
     @model_validator(mode="after")
@@ -77,14 +78,17 @@ class YoloSettings(Section):
                 f"yolo.neck_channels: has {len(self.neck_channels)} values, yolo.anchors has "
                 f"{len(self.anchors)} levels; one value per level is needed"
             )
-        if self.output_kernels is not None and len(self.output_kernels) != len(self.anchors):
-            raise ValueError(
-                f"yolo.output_kernels: has {len(self.output_kernels)} values, yolo.anchors has {len(self.anchors)} "
-                "levels; one value per level is needed"
-            )
+        for name in ("head_channels", "output_kernels"):
+            values = getattr(self, name)
+            if backbone != DARKNET_CFG and values is not None and len(values) != len(self.anchors):
+                raise ValueError(
+                    f"yolo.{name}: has {len(values)} values, yolo.anchors has {len(self.anchors)} levels; one value "
+                    "per level is needed"
+                )
         if self.spp and backbone in ("darknet_tiny", DARKNET_CFG):
             raise ValueError(f"yolo.spp: backbone {backbone} has no neck that could pool; must be false")
-        brought = {"scale_xy": 1, "new_coords": False, "iou_aware": False, "neck": "fpn", "output_kernels": None}
+        brought = {"scale_xy": 1, "new_coords": False, "iou_aware": False, "neck": "fpn"}
+        brought |= {"head_channels": None, "output_kernels": None}
         for name, off in brought.items():
             if backbone == DARKNET_CFG and getattr(self, name) != off:
                 part = "neck" if name == "neck" else "head"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detection.errors import CheckpointError
 from detection.models.backbones.efficientnet import TENSORFLOW_BATCH_NORM, TORCH_BATCH_NORM, EfficientNet
-from detection.models.backbones.mobilenet import IMAGENET_MEAN, IMAGENET_STD, MobileNetV3
+from detection.models.backbones.mobilenet import IMAGENET_MEAN, IMAGENET_STD, MobileNet
 from detection.models.backbones.resnet import ResNet50
 from detection.models.backbones.timm_backbone import (
     TimmBackbone,
@@ -23,7 +23,7 @@ from detection.models.backbones.timm_backbone import (
 )
 from detection.models.state_dicts import check_fit
 
-TorchvisionBackbone = MobileNetV3 | EfficientNet | ResNet50
+TorchvisionBackbone = MobileNet | EfficientNet | ResNet50
 TIMM_HEAD = ("conv_head.", "bn2.", "classifier.")  # of timm's EfficientNets, not part of the backbone
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # lie beside a config.json in a download from the hub
 HALVES = (0.5, 0.5, 0.5)  # mean and deviation of the AdvProp weights and some newer ones

@@ -205,6 +205,22 @@ def test_depthwise_convolution_under_autocast() -> None:
     torch.testing.assert_close(weight, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
+def test_head_channels(small: Detector) -> None:
+    """A 3x3 convolution from the neck's width with scale and shift, then 24 filters of 1x1 with bias."""
+    widths = (10, 20, 30)
+    model = build(3, *SMALL, f"yolo.head_channels={list(widths)}").model
+    expected = [
+        neck * 9 * width + 2 * width + 24 * (width + 1) for neck, width in zip((24, 16, 8), widths, strict=True)
+    ]
+    assert [count_parameters(head) for head in model.heads] == expected
+    twice = build(3, *SMALL, "yolo.head_channels=[48, 32, 16]").model
+    assert {name: value.shape for name, value in twice.state_dict().items()} == {
+        name: value.shape for name, value in small.model.state_dict().items()
+    }
+    with pytest.raises(SettingsError, match=r"yolo\.head_channels: has 2 values, yolo\.anchors has 3 levels"):
+        build(3, *SMALL, "yolo.head_channels=[48, 32]")
+
+
 # Outputs
 
 

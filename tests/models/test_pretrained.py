@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
+from torchvision.models import mobilenet_v2, mobilenet_v3_large, mobilenet_v3_small
 
 from detection.checkpoints import save_checkpoint
 from detection.config.loading import load_settings
@@ -24,12 +24,17 @@ from tests.support.tiny_models import last_of_each_stride
 from tests.support.toy_detector import ToyModel
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+SECOND = ["model.backbone=mobilenet_v2", "yolo.neck_channels=[16, 12, 8]"]
 SMALL = ["model.backbone=mobilenet_v3_small", "yolo.neck_channels=[16, 12, 8]"]
 LARGE = ["model.backbone=mobilenet_v3_large", "yolo.neck_channels=[16, 12, 8]"]
 TIMM = ["model.backbone=timm/test_resnet", "yolo.neck_channels=[16, 12, 8]"]
 TINY = ["model.backbone=darknet_tiny", "yolo.neck_channels=[16, 8]", "yolo.anchors=[[[10, 14]], [[81, 82]]]"]
 # Names by which torch's hub caches the weights in pytorch.org's list of torchvision models
-HUB_NAMES = {"small": "mobilenet_v3_small-047dcff4.pth", "large": "mobilenet_v3_large-8738ca79.pth"}
+HUB_NAMES = {
+    "v2": "mobilenet_v2-b0353104.pth",
+    "small": "mobilenet_v3_small-047dcff4.pth",
+    "large": "mobilenet_v3_large-8738ca79.pth",
+}
 
 
 def build(words: list[str], value: Any = False, num_classes: int = 3, seed: int = 0) -> tuple[nn.Module, Settings]:
@@ -102,7 +107,8 @@ def hub(tmp_path: Path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "size", "network"), [(SMALL, "small", mobilenet_v3_small), (LARGE, "large", mobilenet_v3_large)]
+    ("words", "size", "network"),
+    [(SMALL, "small", mobilenet_v3_small), (LARGE, "large", mobilenet_v3_large), (SECOND, "v2", mobilenet_v2)],
 )
 def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any, hub: Path) -> None:
     classifier = with_noise(network(weights=None))
@@ -112,7 +118,8 @@ def test_standard_weights_of_mobilenet(words: list[str], size: str, network: Any
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         maps = model.eval().backbone(images)
-    for found, expected in zip(maps, last_of_each_stride(classifier.features, images), strict=True):
+    features = classifier.features[: 18 if size == "v2" else None]  # the last one of MobileNetV2 is the classifier's
+    for found, expected in zip(maps, last_of_each_stride(features, images), strict=True):
         assert torch.equal(found, expected)
     assert changed(model, words) == {name for name in model.state_dict() if name.startswith("backbone.")}
 

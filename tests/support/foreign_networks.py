@@ -5,14 +5,14 @@ Run on a `Recorder`, they make a synthetic file of their format; run on that fil
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torchvision.models import mobilenet_v3_small
+from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
 BLOCKS = (1, 2, 8, 8, 4)  # residual blocks of Darknet-53
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -110,30 +110,6 @@ def up(x: Tensor) -> Tensor:
 def by_anchor(x: Tensor, anchors: int = 3) -> Tensor:
     """(B, A * V, H, W), anchors first, to (B, A, H, W, V)."""
     return torch.stack(x.chunk(anchors, 1), 1).movedim(2, -1)
-
-
-def mmdetection(t: Source, images: Tensor, classes: int = 80) -> list[Tensor]:
-    """mmdet's YOLOV3 on Darknet; outputs of the strides 8, 16, 32."""
-    x = conv_bn(t, images.float() / 255, "backbone.conv1", 32, 3)
-    maps = []
-    for stage, count in enumerate(BLOCKS, 1):
-        name, width = f"backbone.conv_res_block{stage}", 32 * 2**stage
-        x = conv_bn(t, x, f"{name}.conv", width, 3, 2)
-        for block in range(count):
-            y = conv_bn(t, x, f"{name}.res{block}.conv1", width // 2, 1)
-            x = x + conv_bn(t, y, f"{name}.res{block}.conv2", width, 3)
-        maps.append(x)
-    outputs: list[Tensor] = []
-    x = maps[-1]
-    for level, width in enumerate((512, 256, 128)):
-        if level:
-            x = torch.cat([up(conv_bn(t, x, f"neck.conv{level}", width, 1)), maps[-1 - level]], 1)
-        for number in range(1, 6):
-            odd = number % 2
-            x = conv_bn(t, x, f"neck.detect{level + 1}.conv{number}", width if odd else 2 * width, 1 if odd else 3)
-        y = conv_bn(t, x, f"bbox_head.convs_bridge.{level}", 2 * width, 3)
-        outputs.insert(0, by_anchor(plain(t, y, f"bbox_head.convs_pred.{level}", 3 * (5 + classes))))
-    return outputs
 
 
 def paddle(t: Source, images: Tensor, classes: int = 80) -> list[Tensor]:
@@ -269,12 +245,28 @@ def timm_darknet53(t: Source, images: Tensor) -> list[Tensor]:
 
 
 def research_mobilenet_small(t: Source, images: Tensor) -> list[Tensor]:
+    """On MobileNetV3-Small."""
+    return research_mobilenet(t, images, mobilenet_v3_small, (3, 8, 12), 1024)
+
+
+def research_mobilenet_large(t: Source, images: Tensor) -> list[Tensor]:
+    """On MobileNetV3-Large."""
+    return research_mobilenet(t, images, mobilenet_v3_large, (6, 12, 16), 1280)
+
+
+def research_mobilenet(
+    t: Source, images: Tensor, network: Callable[..., Any], taps: Sequence[int], hidden: int
+) -> list[Tensor]:
     """Encoder of the research repository by torchvision's own layers, and its neck.
 
     Every tensor of the encoder has two names; the classifier is stored and not used.
+
+    Args:
+        taps: layers whose maps the neck reads, the finest first.
+        hidden: width of the classifier's first layer.
     """
     with torch.device("meta"):
-        features = mobilenet_v3_small(weights=None).features.eval()
+        features = network(weights=None).features.eval()
     x, maps = (images.float() / 255 - MEAN) / STD, []
     for number, layer in enumerate(features):
         state = {
@@ -283,11 +275,12 @@ def research_mobilenet_small(t: Source, images: Tensor) -> list[Tensor]:
         }
         x = functional_call(layer, state, (x,))
         maps.append(x)
-    t("encoder.model.classifier.0.weight", 1024, 576)
-    t("encoder.model.classifier.0.bias", 1024)
-    t("encoder.model.classifier.3.weight", 1000, 1024)
+    t("encoder.model.classifier.0.weight", hidden, x.shape[1])
+    t("encoder.model.classifier.0.bias", hidden)
+    t("encoder.model.classifier.3.weight", 1000, hidden)
     t("encoder.model.classifier.3.bias", 1000)
-    return research_neck(t, maps[3], maps[8], maps[12])
+    fine, middle, coarse = (maps[tap] for tap in taps)
+    return research_neck(t, fine, middle, coarse)
 
 
 def with_second_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

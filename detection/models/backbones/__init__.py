@@ -8,12 +8,13 @@ from torch import Tensor
 
 from detection.config.settings import ModelSettings
 from detection.errors import SettingsError
-from detection.models.backbones.darknet import Darknet53, DarknetTiny
+from detection.models.backbones.darknet import LEAKY_SLOPE, Darknet53, DarknetTiny
 from detection.models.backbones.efficientnet import FACTORS, tensorflow_efficientnet, torchvision_efficientnet
 from detection.models.backbones.form import BackboneForm
 from detection.models.backbones.mobilenet import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    mobilenet_v2_backbone,
     mobilenet_v3_large_backbone,
     mobilenet_v3_small_backbone,
 )
@@ -38,6 +39,8 @@ class Backbone(Protocol):
 BACKBONES: dict[str, Callable[..., Any]] = {  # and timm/NAME
     "darknet": Darknet53,
     "darknet_tiny": DarknetTiny,
+    "mobilenet_v2": mobilenet_v2_backbone,
+    "mobilenet_v2_leaky": partial(mobilenet_v2_backbone, LEAKY_SLOPE),
     "mobilenet_v3_large": mobilenet_v3_large_backbone,
     "mobilenet_v3_small": mobilenet_v3_small_backbone,
     "resnet50": ResNet50,

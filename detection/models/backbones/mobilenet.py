@@ -1,11 +1,13 @@
-"""MobileNetV3 of torchvision as a backbone."""
+"""MobileNetV2 and MobileNetV3 of torchvision as backbones."""
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import (
+    MobileNet_V2_Weights,
     MobileNet_V3_Large_Weights,
     MobileNet_V3_Small_Weights,
     WeightsEnum,
+    mobilenet_v2,
     mobilenet_v3_large,
     mobilenet_v3_small,
 )
@@ -35,22 +37,20 @@ def use_depthwise_class(features: nn.Module) -> None:
             module.__class__ = DepthwiseConv2d
 
 
-class MobileNetV3(nn.Module):
-    """MobileNetV3; (B, 3, H, W) to the last feature maps of strides 8, 16 and 32.
+class MobileNet(nn.Module):
+    """A MobileNet; (B, 3, H, W) to the last feature maps of strides 8, 16 and 32.
 
     Args:
         features: torchvision's layers.
         ends: end of each stride in `features`, exclusive.
         out_channels: of the three feature maps.
         standard_weights: of `model.pretrained: true`; those that torchvision's own detectors start from.
-
-    Source: Searching for MobileNetV3, tables 1 and 2, https://arxiv.org/abs/1905.02244
     """
 
     strides = (8, 16, 32)
     pixel_mean = IMAGENET_MEAN
     pixel_std = IMAGENET_STD
-    unused_tensors = ("classifier.",)  # of torchvision's classifier
+    unused_tensors: tuple[str, ...] = ("classifier.",)  # of torchvision's classifier
 
     def __init__(
         self,
@@ -76,6 +76,35 @@ class MobileNetV3(nn.Module):
     def torchvision_names(self) -> dict[str, str]:
         """Map torchvision's names within `features` to ours: 7.block.0.weight to stages.1.7.block.0.weight."""
         return {name.split(".", 2)[2]: name for name in self.state_dict()}
+
+
+class MobileNetV3(MobileNet):
+    """Source: Searching for MobileNetV3, tables 1 and 2, https://arxiv.org/abs/1905.02244."""
+
+
+class MobileNetV2(MobileNet):
+    """Without the last convolution, which only the classifier reads.
+
+    Source: MobileNetV2, table 2, https://arxiv.org/abs/1801.04381
+    """
+
+    unused_tensors = ("18.", "classifier.")
+
+
+def mobilenet_v2_backbone(leaky_slope: float | None = None) -> MobileNetV2:
+    """MobileNetV2: maps of 32, 96 and 320 channels.
+
+    Args:
+        leaky_slope: a leaky ReLU of this slope in place of every ReLU6; as MMDetection's YOLOv3 has, which starts from
+            weights that were trained with ReLU6.
+    """
+    features = mobilenet_v2(weights=None).features
+    if leaky_slope is not None:
+        for module in list(features.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.ReLU6):
+                    setattr(module, name, nn.LeakyReLU(leaky_slope, inplace=True))
+    return MobileNetV2(features, (7, 14, 18), (32, 96, 320), MobileNet_V2_Weights.IMAGENET1K_V1)
 
 
 def mobilenet_v3_large_backbone() -> MobileNetV3:

@@ -19,7 +19,7 @@ from detection.models import build_detector
 from detection.models.catalogue import input_of
 from detection.models.importers.efficientdet import TensorFlowEfficientDet
 from detection.models.importers.formats import Format, Imported
-from detection.models.importers.mmdetection import MMDetectionYOLOv3
+from detection.models.importers.mmdetection import MMDetectionMobileNetV2, MMDetectionYOLOv3
 from detection.models.importers.paddle import PaddleYOLOv3
 from detection.models.importers.paddle_file import read_pdparams
 from detection.models.importers.research import ResearchYOLOv3
@@ -29,6 +29,7 @@ from detection.models.state_dicts import check_fit, filters_of_no_class, find_st
 
 FORMATS: tuple[Format, ...] = (
     PaddleYOLOv3(),
+    MMDetectionMobileNetV2(),  # has a mark of the next one too
     MMDetectionYOLOv3(),
     YOLOXDarknet(),
     ResearchYOLOv3(),
@@ -72,7 +73,9 @@ def import_weights(content: Any, source: str, keep_classes: bool = False) -> Imp
     format_, state = find_format(content), find_state(content)
     assert format_ is not None and state is not None
     try:
-        wanted, count = format_.settings(state), format_.num_classes(state)
+        stated, notes = format_.stated_settings(content, source)
+        wanted = format_.settings(state) | stated
+        count = format_.num_classes(state)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     model = _empty_network(wanted, count, format_.whole)
@@ -84,7 +87,7 @@ def import_weights(content: Any, source: str, keep_classes: bool = False) -> Imp
     assert set(tensors) == set(expected), f"{format_.source}: the layout leaves tensors of ours without a value"
     format_.place(tensors, state, model, source)
     names, ids = format_.classes(content, count) if format_.whole else (None, None)
-    kept, lines = format_.kept_classes(count), format_.lines(state)
+    kept, lines = format_.kept_classes(count), [*format_.lines(state), *notes]
     if kept is not None and not keep_classes:
         assert names is not None and ids is not None
         _keep_classes(model, tensors, kept)

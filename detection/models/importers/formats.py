@@ -121,6 +121,14 @@ class Format:
         """Path -> value of the settings of the network; CheckpointError if ours cannot be like it."""
         raise NotImplementedError
 
+    def stated_settings(self, content: Any, source: str) -> tuple[dict[str, Any], list[str]]:
+        """Path -> value of settings that tensors do not show and the rest of the file, or its name, may; lines on them.
+
+        Raises:
+            CheckpointError: they are malformed.
+        """
+        return {}, []
+
     def num_classes(self, state: Mapping[str, Tensor]) -> int:
         """Number of classes of the file, 1 for a backbone; CheckpointError if its outputs say nothing possible."""
         return 1

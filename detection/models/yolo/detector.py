@@ -23,7 +23,7 @@ from detection.models.yolo.network import YOLOv3
 from detection.models.yolo.postprocess import YOLOPostprocess
 
 FILL = (124, 116, 104)  # RGB, ImageNet's mean
-HEAD = ("output_kernels", "scale_xy", "new_coords", "iou_aware")
+HEAD = ("head_channels", "output_kernels", "scale_xy", "new_coords", "iou_aware")
 HELD_SETTINGS: dict[str, list[str]] = {
     "network": [f"yolo.{name}" for name in ("spp", "neck", "neck_channels", "anchors", "class_loss", *HEAD)],
     "decoding": ["yolo.score", "yolo.objectness_threshold", "yolo.iou_aware_factor"],
@@ -175,6 +175,7 @@ def build_model(model_settings: ModelSettings, yolo: YoloSettings, num_classes: 
         yolo.neck == "pan",
         yolo.iou_aware,
         yolo.output_kernels,
+        yolo.head_channels,
     )
 
 

@@ -46,7 +46,7 @@ def raw_predictions(x: Tensor, num_anchors: int) -> Tensor:
 
 
 class Head(nn.Sequential):
-    """3x3 convolution to 2 * width, then one to A * V raw values; (B, in, H, W) to (B, A, H, W, V), V: `num_values`.
+    """3x3 convolution to `width`, then one to A * V raw values; (B, in, H, W) to (B, A, H, W, V), V: `num_values`.
 
     Args:
         kernel: side of the last convolution.
@@ -63,8 +63,8 @@ class Head(nn.Sequential):
         kernel: int = 1,
     ) -> None:
         filters = num_anchors * num_values(num_classes, iou_aware)
-        output = nn.Conv2d(2 * width, filters, kernel, padding=kernel // 2)
-        super().__init__(conv_block(in_channels, 2 * width, 3), output)
+        output = nn.Conv2d(width, filters, kernel, padding=kernel // 2)
+        super().__init__(conv_block(in_channels, width, 3), output)
         self.num_anchors = num_anchors
         initialise_output(output, num_anchors, num_classes, objectness_prior, iou_aware)
 
@@ -77,8 +77,8 @@ class YOLOv3(nn.Module):
 
     Args:
         backbone: see `Backbone`.
-        neck_channels: output channels of each level's lateral convolution and neck stage, and half those of its head,
-            from the coarsest level to the finest (512, 256, 128 in the paper; 256, 128 in YOLOv3-tiny).
+        neck_channels: output channels of each level's lateral convolution and neck stage, from the coarsest level to
+            the finest (512, 256, 128 in the paper; 256, 128 in YOLOv3-tiny).
         anchors_per_level: stride ascending.
         num_classes: C.
         objectness_prior: objectness the untrained network predicts.
@@ -87,6 +87,8 @@ class YOLOv3(nn.Module):
         path_aggregation: a `BottomUpPath` follows the top-down neck.
         iou_aware: each prediction has one raw value more, its IoU; see `head_layout`.
         output_kernels: side of each level's output convolution, stride ascending; None: 1 everywhere.
+        head_channels: of each level's head before its output convolution, from the coarsest level to the finest; None:
+            twice those of the neck.
 
     Source: YOLOv3, section 2.3, https://arxiv.org/abs/1804.02767
     """
@@ -103,6 +105,7 @@ class YOLOv3(nn.Module):
         path_aggregation: bool = False,
         iou_aware: bool = False,
         output_kernels: Sequence[int] | None = None,
+        head_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.iou_aware = iou_aware
@@ -115,14 +118,14 @@ class YOLOv3(nn.Module):
         level_channels: list[int] = []
         carried = 0  # channels handed down from the coarser level
         kernels = [1] * len(neck_channels) if output_kernels is None else output_kernels
-        for width, channels, num_anchors, kernel in zip(
-            neck_channels, reversed(backbone.out_channels), reversed(anchors_per_level), reversed(kernels), strict=True
-        ):
+        head_widths = [2 * width for width in neck_channels] if head_channels is None else head_channels
+        of_levels = (neck_channels, head_widths, *map(reversed, (backbone.out_channels, anchors_per_level, kernels)))
+        for width, head_width, channels, num_anchors, kernel in zip(*of_levels, strict=True):
             stage = neck_stage(carried + channels, width, not self.neck)
             stage_channels = width if len(stage) else carried + channels
             self.neck.append(stage)
             level_channels.append(stage_channels)
-            head = Head(stage_channels, width, num_anchors, num_classes, objectness_prior, iou_aware, kernel)
+            head = Head(stage_channels, head_width, num_anchors, num_classes, objectness_prior, iou_aware, kernel)
             self.heads.append(head)
             if len(self.neck) < len(neck_channels):
                 carried = neck_channels[len(self.neck)]

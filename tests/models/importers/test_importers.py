@@ -21,7 +21,7 @@ from detection.models import build_detector
 from detection.models.importers import Imported, import_weights, read_weights, settings_of
 from detection.models.importers.paddle_file import read_pdparams
 from detection.ops.pixels import NormalizePixels
-from tests.support import efficientdet_reference
+from tests.support import efficientdet_reference, foreign_mmdetection
 from tests.support import foreign_networks as foreign
 
 COCO_IDS = [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
@@ -53,18 +53,26 @@ def efficientdet_d0(tensors: Any, images: Tensor) -> list[Tensor]:
 
 
 # Counts: PaddleDetection and MMDetection have the 61,949,149 parameters of Darknet's YOLOv3, EfficientDet those of
-# effdet's table; the others were counted on the networks of the other programs.
+# effdet's table; MMDetection's MobileNetV2: see there; the others were counted on the networks of the other programs.
 CASES = {
     "paddle": Case(
         foreign.paddle, 366, 61_949_149, "neck.yolo_transition.1.conv.weight", ("squash", "cubic", 1.0, "rgb")
     ),
     "mmdetection": Case(
-        foreign.mmdetection,
+        foreign_mmdetection.mmdetection,
         438,
         61_949_149,
         "backbone.conv_res_block3.res7.conv2.bn.bias",
         ("top_left", "linear", 1.0, "rgb"),
         lambda state: {"meta": {"epoch": 273}, "state_dict": OrderedDict(state)},
+    ),
+    "mmdetection mobilenet": Case(
+        foreign_mmdetection.mmdetection_mobilenet,
+        438,
+        2_223_872 + 1_513_821,  # torchvision's MobileNetV2 without its classifier; neck and heads by hand
+        "neck.conv2.bn.running_mean",
+        ("top_left", "linear", 1.0, "rgb"),
+        lambda state: {"meta": {"epoch": 30}, "state_dict": OrderedDict(state)},
     ),
     "yolox": Case(
         foreign.yolox,
@@ -87,6 +95,15 @@ CASES = {
         630,
         10_078_232,
         "encoder.backbone_nn.4.block.1.0.weight",
+        ("letterbox", "linear", 1.0, "rgb"),
+        lambda state: {"state_dict": state},
+        foreign.with_second_names,
+    ),
+    "research mobilenet large": Case(
+        foreign.research_mobilenet_large,
+        766,
+        25_345_096,
+        "encoder.backbone_nn.16.1.running_var",
         ("letterbox", "linear", 1.0, "rgb"),
         lambda state: {"state_dict": state},
         foreign.with_second_names,
@@ -193,7 +210,7 @@ def test_second_names_must_agree() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("bbox_head.convs_pred.0.weight", torch.ones(255, 96, 1, 1), "another backbone than Darknet-53"),
+        ("bbox_head.convs_pred.0.weight", torch.ones(255, 96, 1, 1), "another backbone than Darknet-53 or MobileNetV2"),
         ("dbl_1_1.conv.weight", torch.ones(4, 7, 1, 1), "reads 7 channels"),
         ("yolo_head.yolo_output.0.bias", torch.ones(16), "have 16 filters, not 3"),
         ("backbone.out1_cbl.conv.weight", torch.ones(1), "no head.cls_preds"),
