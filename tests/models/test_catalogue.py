@@ -16,8 +16,10 @@ import torch
 from detection.config.loading import load_settings
 from detection.errors import CheckpointError
 from detection.models import build_detector, catalogue
+from detection.models.backbones import BACKBONES
 from detection.models.catalogue import Entry, find_weights, read_catalogue
 from detection.models.importers import FORMATS
+from detection.models.pretrained import load_pretrained
 from tests.support.paths import ARGS, REPOSITORY
 
 SCRIPT = REPOSITORY / "models/weights/download_weights.sh"
@@ -188,3 +190,29 @@ def test_what_is_no_such_file_is_refused(
     line = str(raised.value)
     assert "\n" not in line and f"put small.pth into {catalogue.WEIGHTS_DIRECTORY}" in line
     assert not [name for name in os.listdir(catalogue.WEIGHTS_DIRECTORY) if not name.startswith(".")]
+
+
+def test_classifiers_of_timm_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of another size, and of TensorFlow's form for torchvision's, is refused; the head is left out."""
+    monkeypatch.setattr(catalogue, "WEIGHTS_DIRECTORY", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    backbone = BACKBONES["tf_efficientnet_b0"]()
+    head = {"conv_head.weight": torch.ones(2, 3, 1, 1), "bn2.bias": torch.ones(2), "classifier.bias": torch.ones(2)}
+    name = "tf_efficientnet_b0.ns_jft_in1k"
+    torch.save({**backbone.state_dict(), **head}, tmp_path / ENTRIES[name].file)
+
+    def start(form: str) -> tuple[Any, list[str]]:
+        words = [f"model.backbone={form}efficientnet_b0", f"model.pretrained={name}", "yolo.neck_channels=[8, 8, 8]"]
+        settings, _ = load_settings(ARGS, words=words)
+        model = build_detector(settings, 2).model
+        return model, load_pretrained(model, settings.model, ["a", "b"])
+
+    model, (line,) = start("tf_")
+    assert "a classifier timm/tf_efficientnet_b0" in line and "nothing says" not in line
+    own = model.backbone.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in backbone.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"is of tf_efficientnet_b0; its form \(SAME padding"):
+        start("")
+    entries = [entry for entry in ENTRIES.values() if entry.name.startswith("tf_efficientnet_b")]
+    sides = [224, 240, 260, 300, 380, 456, 528, 600]  # of B0 to B7 in EfficientNet's own code
+    assert [entry.input for entry in entries] == [side for side in sides for _ in range(2)]

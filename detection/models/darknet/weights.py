@@ -20,12 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from detection.errors import CheckpointError, OutputError
+from detection.models.darknet.hints import fetch_hint, network_hint
 
-# The files that models/weights/download_darknet_weights.sh downloads.
-FETCHED = (
-    *("darknet53.conv.74", "yolov3.weights", "yolov3-tiny.weights", "yolov3-spp.weights"),
-    *("yolov4.weights", "yolov4-tiny.weights"),
-)
 # Rounding leaves variances of dead channels a little below 0 (-7e-44 in published files). In a file of another network
 # kernels stand where variances should, and about half of a convolution's are negative.
 SMALLEST_VARIANCE = -1e-6
@@ -154,8 +150,8 @@ def identify(
     near = ends[int(np.searchsorted(ends, found)) - 1] if found > ends[0] else start
     raise CheckpointError(
         f"{path} has {found} bytes, this network needs {ends[-1]} ({found - ends[-1]:+d}); nor does it end after a "
-        f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download, or another network "
-        "(--cfg, model.cfg)?"
+        f"convolution, as backbone weights do (the nearest end is {near}). Incomplete download, or another network: "
+        f"{network_hint(model, path)}"
     )
 
 
@@ -184,8 +180,8 @@ def as_darknet(model: nn.Module) -> DarknetModel:
     """
     if not isinstance(model, DarknetModel) or not model.darknet_convolutions():
         raise CheckpointError(
-            "Darknet weights need a network that Darknet has: model.backbone darknet, darknet_tiny or darknet_cfg, "
-            "model.leaky_slope 0.1"
+            "Darknet weights need a network that Darknet has: model.backbone darknet, darknet_tiny or darknet_cfg "
+            "(with their cfg, model.cfg=FILE), model.leaky_slope 0.1"
         )
     return model
 
@@ -286,8 +282,3 @@ def write_darknet_weights(network: nn.Module, path: Path, header: Header, count:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OutputError(f"weights file {path} cannot be written: {error.strerror}") from None
-
-
-def fetch_hint(path: Path) -> str:
-    """Hint at the command that downloads a well-known file, for an error; otherwise empty."""
-    return f"; fetch it with: models/weights/download_darknet_weights.sh {path.name}" if path.name in FETCHED else ""

@@ -12,19 +12,24 @@ import torch
 from torch import nn
 
 import tests.support.darknet_reference as reference
+from detection.config.loading import load_settings
 from detection.errors import CheckpointError, OutputError
+from detection.models import build_detector
 from detection.models.darknet.cfg import parse_cfg
+from detection.models.darknet.hints import FETCHED
 from detection.models.darknet.network import DarknetNetwork
 from detection.models.darknet.weights import (
-    FETCHED,
     Header,
     Loaded,
     as_darknet,
+    convolution_tensors,
     darknet_bytes,
+    identify,
     load_darknet_weights,
     write_darknet_weights,
 )
 from tests.support.darknet_descriptions import Section, conv, net, output, route, upsample, write_cfg, yolo
+from tests.support.paths import ARGS
 
 # One normalised convolution of 2 filters, 3 x 3, on RGB: 4 * 2 + 54 values. One output of 1 anchor and 1 class:
 # 6 filters on 2 channels: 6 + 12 values. With the header 20 + 4 * 80 = 340 bytes.
@@ -410,3 +415,41 @@ def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
             write_darknet_weights(network, tmp_path / "directory" / "x.weights", Header())
     finally:
         (tmp_path / "directory").chmod(0o700)
+
+
+TINY_RECIPE = "--config recipes/yolov3_tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_", "recipe"),
+    [
+        ("yolov3-tiny.weights", 35_434_956, TINY_RECIPE),
+        ("yolov3-spp.weights", 252_209_544, "yolo.spp=true"),
+        ("yolov4.weights", 257_717_640, None),
+        ("yolov4-tiny.weights", 24_251_276, None),
+        ("mine.weights", 35_434_956, None),
+    ],
+)
+def test_weights_without_their_cfg(name: str, bytes_: int, recipe: str | None, tmp_path: Path) -> None:
+    """Files of the published sizes in the network that is configured where no cfg is given."""
+    with torch.device("meta"):
+        model = build_detector(load_settings(ARGS)[0], 80).model
+    blocks = [convolution_tensors(module) for module in as_darknet(model).darknet_convolutions()]
+
+    def refusal() -> str:
+        with pytest.raises(CheckpointError) as raised:
+            identify(as_darknet(model), blocks, bytes_, 20, tmp_path / name)
+        return str(raised.value)
+
+    cfg = "FILE" if name == "mine.weights" else f"{name.removesuffix('.weights')}.cfg"
+    message = refusal()
+    assert f"--cfg {cfg}, in a training model.backbone=darknet_cfg model.cfg={cfg}" in message and "\n" not in message
+    assert message.endswith(f"; or {recipe}") if recipe else "; or " not in message
+    beside = (tmp_path / name).with_suffix(".cfg")
+    beside.touch()
+    assert f"model.cfg={beside}" in refusal()
+
+
+def test_weights_of_another_cfg(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"the cfg must be the one that some\.weights was trained with$"):
+        load_bytes(build(HAND, 1), bytes(HAND_BYTES + 4), tmp_path)
