@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from detection.config.fields import Count, NotNegative, Positive, Section
+from detection.config.fields import Count, DetectorSection, NotNegative, Positive
 
 # Copy of the keys of `models.efficientdet.variants.VARIANTS`, whose package imports torch.
 VariantName = Literal["d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7", "d7x", "retinanet"]
 Aspect = tuple[Positive, Positive]
 
 
-class EfficientDetSettings(Section):
+class EfficientDetSettings(DetectorSection):
     """What is EfficientDet's own: size of pyramid and heads, anchors, loss and selection of detections."""
 
     variant: VariantName
@@ -40,3 +40,7 @@ class EfficientDetSettings(Section):
                 "an anchor would be both"
             )
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        unread = "efficientdet.soft_sigma" if self.nms == "hard" else "evaluation.iou_threshold"
+        return {unread: f"efficientdet.nms = {self.nms}"}

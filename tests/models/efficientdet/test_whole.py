@@ -174,6 +174,8 @@ def test_settings_without_effect_are_named(default_settings: Callable[..., Any])
     assert line == "warning: efficientdet.soft_sigma has no effect with efficientdet.nms = hard"
     (line,) = no_effect(["evaluation.iou_threshold"], default_settings(*WORDS, "efficientdet.nms=soft"))
     assert "no effect with efficientdet.nms = soft" in line
+    for words in (("efficientdet.nms=hard",), ("model.detector=yolo", "efficientdet.nms=soft")):
+        assert no_effect(["evaluation.iou_threshold"], default_settings(*WORDS, *words)) == []
 
 
 def test_variants_of_settings_and_network_are_the_same(default_settings: Callable[..., Any]) -> None:
