@@ -157,7 +157,7 @@ def test_classes_are_carried_over_by_name(default_settings: Callable[..., Any]) 
         (["train.image_size=96"], "train.image_size = 96: must be a multiple of 128"),
         (["efficientdet.variant=d8"], "efficientdet.variant = 'd8'"),
         (["efficientdet.background_iou=0.6"], "background_iou: must not be above efficientdet.positive_iou, 0.5"),
-        (["efficientdet.aspects=[1, 2]"], "efficientdet.aspects"),
+        (["efficientdet.aspects=[1, 2]"], "efficientdet.aspects = [1, 2]: must be three ratios of width to height"),
         (["data.augmentation.mixup={p: 0.5, beta: 1.5}"], "the losses of efficientdet do not weigh boxes"),
     ],
 )
