@@ -3,7 +3,7 @@
 python pack.py data.root=data/coco --output data/coco_shards && python yolo-v3/main.py data.root=data/coco_shards
 python pack.py data.root=my_dataset --output my_shards --shards 8      any format that training reads
 python pack.py --check my_shards                                       sizes and SHA-256 of all shards
-python pack.py --rebuild-index my_shards                               from the headers of the shards
+python pack.py --rebuild-index my_shards                               from the shards, and say what changed
 python pack.py --unpack my_shards --output my_images                   files again
 python pack.py --from-tfrecord 'tfrecord/train-*' 'tfrecord/val-*' --output my_shards
 
@@ -245,11 +245,12 @@ def check(folder: Path) -> None:
 
 
 def rebuild(folder: Path) -> None:
-    """Write the indexes anew."""
+    """Write the indexes anew, and say what they accept."""
     with bytes_bar(folder) as bar:
-        indexes = rebuild_indexes(folder, bar.update)
-    for split, index in indexes.items():
+        rebuilt = rebuild_indexes(folder, bar.update)
+    for split, (index, changes) in rebuilt.items():
         print(f"{split}: index of {len(index.names)} images in {len(index.shards)} shards written anew")
+        print("\n".join(f"{split}: {line}" for line in changes or ["nothing else than the index before said"]))
 
 
 def write_files(folder: Path, output: Path) -> None:

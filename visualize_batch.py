@@ -55,7 +55,7 @@ from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.fonts import printable
 from detection.drawing.window import browse
 from detection.errors import DataError, SettingsError, exit_with_message
-from detection.models import build_detector
+from detection.models import build_detector, check_shares
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -169,10 +169,11 @@ def open_detector(settings: Settings, split: str, num_classes: int, targets: boo
     """Build the detector: on the meta device, for its geometry, or with `targets` on the CPU, for its assignment.
 
     Raises:
-        SettingsError: an image size is invalid, or the criterion cannot show its assignment.
+        SettingsError: an image size or the mixup is invalid, or the criterion cannot show its assignment.
     """
     with torch.device("cpu" if targets else "meta"):
         detector = build_detector(settings, num_classes)
+    check_shares(detector, settings)
     detector.geometry.check_size("train.image_size", settings.train.image_size)
     if split == "val":
         detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)

@@ -123,17 +123,17 @@ ALLOWED += ("convert_dataset.py", "detection/foreign_files.py", "detection/data/
 ALLOWED += ("detection/data/dataset_formats.py", "detection/data/sources.py", "detection/models/importers/")
 
 
-def names_of_yolo(source: str) -> list[str]:
+def names_of_yolo(source: str, name: str = "yolo") -> list[str]:
     """Identifiers with that name, and strings that are one word or the path of a setting; texts may name its files."""
     found = [
         f"{token.start[0]}: {token.string}"
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.NAME and re.search("yolo", token.string, re.IGNORECASE)
+        if token.type == tokenize.NAME and re.search(name, token.string, re.IGNORECASE)
     ]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found += [
-                f"{node.lineno}: {word}" for word in re.findall(r"^[\w.]*yolo[\w.]*=?$|loss_objectness", node.value)
+                f"{node.lineno}: {word}" for word in re.findall(rf"^[\w.]*{name}[\w.]*=?$|loss_objectness", node.value)
             ]
     return found
 
@@ -147,6 +147,36 @@ def test_no_yolo_outside_its_family() -> None:
     for line in ('a == "yolo"', '"yolo" in a', 'f"yolo.score={a}"', "settings.yolo", 'a["loss_objectness"]'):
         assert names_of_yolo(line), line
     assert not names_of_yolo('print("continue with: yolo-v3/main.py")')
+
+
+def decisions_by_name(source: str) -> list[int]:
+    """Lines that compare with the name of a detector or read its section."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            constants = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
+            lines += [node.lineno] * any(name in constants for name in models.DETECTORS)
+        elif isinstance(node, ast.Attribute) and node.attr in models.DETECTORS:
+            lines.append(node.lineno)
+    return lines
+
+
+def test_the_general_settings_ask_the_section_of_a_detector() -> None:
+    for file in ("relations.py", "settings.py"):
+        source = (REPOSITORY / "detection" / "config" / file).read_text(encoding="utf-8")
+        assert (file, decisions_by_name(source)) == (file, [])
+    for line in ('name in ("yolox", "efficientdet")', 'name == "yolo"', "settings.efficientdet.nms"):
+        assert decisions_by_name(line) == [1], line
+
+
+def test_a_weighted_mixup_needs_a_criterion_that_weighs_boxes(
+    run_script: Callable[..., Any], drawn_dataset: Path
+) -> None:
+    words = [f"data.root={drawn_dataset}", *WORDS, "data.augmentation.mixup={p: 0.5, beta: 1.5}"]
+    for main in (load_main().main, visualize_batch.main):
+        result = run_script(main, *words)
+        line = "data.augmentation.mixup.beta: the losses of toy do not weigh boxes; must be null\n"
+        assert (result.returncode, result.stderr) == (2, line)
 
 
 def test_the_models_of_the_family_keep_the_protocol(default_settings: Callable[..., Any]) -> None:

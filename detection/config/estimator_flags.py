@@ -43,6 +43,8 @@ REFUSED = {
     "input_partition_dims": NO_PARTITION,
     "iterations_per_loop": "there is no loop on the device; run.log_frequency says how often numbers are read back",
 }
+TESTDEV = "data.validation_annotations=annotations/image_info_test-dev2017.json data.validation_images=test2017"
+TESTDEV_PLACES = (("model_dir", "RUN"), ("dataset_dir", "data/coco"))  # flags, and what stands for them if absent
 # Boolean flags that may be false, as it is so, and not true.
 NEVER = {
     "use_tpu": NO_TPU,
@@ -192,11 +194,11 @@ def refuse(given: Mapping[str, Any]) -> None:
     for name in ("training_file_pattern", "validation_file_pattern"):
         if name in given:
             raise SettingsError(f"--{name} {given[name][0]}: {PACK}")
-    if (images := given.get("testdev_dir")) is not None:
+    if (output := given.get("testdev_dir")) is not None:
+        run, root = (shlex.quote(str(given.get(name) or other)) for name, other in TESTDEV_PLACES)
         raise SettingsError(
-            f"--testdev_dir {images}: images without ground truth are for validation.py --weights "
-            f"{given.get('model_dir') or 'RUN'} --no-ground-truth data.root={images} data.validation_annotations=FILE "
-            "data.validation_images=FOLDER, which writes COCO results"
+            f"--testdev_dir {output}: the COCO results of images without ground truth are written there by: "
+            f"validation.py --weights {run} --no-ground-truth --output {shlex.quote(output)} data.root={root} {TESTDEV}"
         )
 
 

@@ -70,3 +70,18 @@ class Section(BaseModel):
     """Base of the sections: frozen, without conversion of types, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DetectorSection(Section):
+    """Base of a detector's own section, named as the detector: the general settings ask it, and name no detector."""
+
+    def check_backbone(self, backbone: str) -> None:
+        """Check the section against `model.backbone`; raises ValueError with the path of the setting."""
+
+    def without_effect(self) -> dict[str, str]:
+        """Map paths of settings, of any section, that its detector does not read now to the setting that decides."""
+        return {}
+
+    def bound_to_length(self) -> list[str]:
+        """Name its settings whose effect in every step depends on the number of steps of the whole run."""
+        return []

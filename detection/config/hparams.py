@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from detection.config.efficientdet_settings import check_aspects
 from detection.config.yaml_files import read_yaml
 from detection.errors import SettingsError
 
@@ -45,6 +46,10 @@ def classes(value: Any) -> dict[str, Any]:
             "is 90 or 91 for COCO; else classes come from the annotations, and model.num_classes=N checks their number"
         )
     return {"model.num_classes": None}
+
+
+def aspects(value: Any) -> dict[str, Any]:
+    return {"efficientdet.aspects": check_aspects(value)}
 
 
 def ema_decay(value: Any) -> dict[str, Any]:
@@ -114,7 +119,7 @@ NAMES: dict[str, Translation | str] = {
     "box_loss_weight": same("efficientdet.box_weight"),
     "label_smoothing": same("efficientdet.label_smoothing"),
     "anchor_scale": same("efficientdet.anchor_scale"),
-    "aspect_ratios": same("efficientdet.aspects"),
+    "aspect_ratios": aspects,
     "positives_momentum": "losses are divided by the positives of each process's own batch, as without it",
     "iou_loss_type": only(
         None, "there is no IoU term in this loss; yolox.loss and yolo.loss have some: docs/losses.md"

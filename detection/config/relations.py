@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from detection.config.settings import Settings
 
 RESTARTS = "CosineAnnealingWarmRestartsWithWarmup"
-# Settings that only some strategies read, and some losses of yolox.
+# Settings that only some strategies read.
 LIMITED = {
     "scheduler.index": ("LambdaLR",),
     "scheduler.scale": ("LambdaLR",),
@@ -15,27 +15,22 @@ LIMITED = {
     **{f"scheduler.{name}": ("WarmupMultiStepLR",) for name in ("milestones", "warmup_bias_lr")},
     "scheduler.warmup_start_factor": ("WarmupMultiStepLR", "FlatCosine", "UnshiftedCosine"),
     "scheduler.gamma": ("WarmupMultiStepLR", "StepLR"),
-    **{f"yolox.{name}": ("yolox",) for name in ("objectness_weight", "l1_weight")},
-    **{f"yolox.{name}": ("aligned",) for name in ("class_loss", "atss_share", "balance", "distribution_weight")},
 }
 
 
 def no_effect(given: Sequence[str], settings: Settings) -> list[str]:
-    """Return a notice for the given settings that schedule, detector or loss does not read, for each of these."""
-    strategy, detector, loss = settings.scheduler.strategy, settings.model.detector, settings.yolox.loss
+    """Return a notice for the given settings that schedule or detector does not read, for each reason."""
+    strategy, detector, sections = settings.scheduler.strategy, settings.model.detector, settings.detector_sections()
+    unread = sections[detector].without_effect() if detector in sections else {}
     foreign: dict[str, list[str]] = {}
     for path in given:
         section = path.partition(".")[0]
         if section == "scheduler" and strategy not in LIMITED.get(path, (strategy,)):
             foreign.setdefault(f"scheduler.strategy = {strategy}", []).append(path)
-        elif section in ("yolo", "yolox", "efficientdet") and section != detector:
+        elif section in sections and section != detector:
             foreign.setdefault(f"model.detector = {detector}", []).append(path)
-        elif section == "yolox" and loss not in LIMITED.get(path, (loss,)):
-            foreign.setdefault(f"yolox.loss = {loss}", []).append(path)
-        elif path == "efficientdet.soft_sigma" and settings.efficientdet.nms != "soft":
-            foreign.setdefault(f"efficientdet.nms = {settings.efficientdet.nms}", []).append(path)
-        elif path == "evaluation.iou_threshold" and detector == "efficientdet" and settings.efficientdet.nms == "soft":
-            foreign.setdefault("efficientdet.nms = soft", []).append(path)
+        elif path in unread:
+            foreign.setdefault(unread[path], []).append(path)
     return [
         f"warning: {', '.join(paths)} {'has' if len(paths) == 1 else 'have'} no effect with {value}"
         for value, paths in foreign.items()
@@ -52,5 +47,6 @@ def follows_length(settings: Settings) -> list[str]:
     names += ["train.swa_cycles"] * (settings.train.swa_cycles > 0)
     names += ["scheduler.warmup=auto"] * (scheduler.warmup == "auto")
     names += ["train.ema_decay=auto"] * (settings.train.ema_decay == "auto")
-    names += ["yolox.atss_share"] * (settings.model.detector == "yolox" and settings.yolox.atss_share > 0)
+    if (own := settings.detector_sections().get(settings.model.detector)) is not None:
+        names += own.bound_to_length()
     return names + ["train.clean_finish"] * (settings.train.clean_finish > 0)

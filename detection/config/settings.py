@@ -14,6 +14,7 @@ from detection.config.augmentation import AugmentationSettings
 from detection.config.efficientdet_settings import EfficientDetSettings
 from detection.config.fields import (
     Count,
+    DetectorSection,
     Duration,
     GreyLevel,
     NotNegative,
@@ -303,14 +304,14 @@ class Settings(Section):
                 raise ValueError(f"{name} = {wrong[0]}: must be positive")
         if self.scheduler.strategy == "FlatCosine" and self.scheduler.constant_finish and not self.train.clean_finish:
             raise ValueError("scheduler.constant_finish: must be false where train.clean_finish is 0")
-        mixup = self.data.augmentation.mixup
-        if self.model.detector in ("yolox", "efficientdet") and mixup.p and mixup.beta is not None:
-            raise ValueError(
-                f"data.augmentation.mixup.beta: the losses of {self.model.detector} do not weigh boxes; must be null"
-            )
-        if self.model.detector == "yolo":
-            self.yolo.check_backbone(self.model.backbone)
+        if (own := self.detector_sections().get(self.model.detector)) is not None:
+            own.check_backbone(self.model.backbone)
         return self
+
+    def detector_sections(self) -> dict[str, DetectorSection]:
+        """The sections that belong to one detector each, by its name; a detector may have none."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: section for name, section in sections if isinstance(section, DetectorSection)}
 
 
 def check_ascending(name: str, durations: Sequence[int | str]) -> None:

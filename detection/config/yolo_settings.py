@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from detection.config.fields import Count, NotNegative, Positive, Probability, Section
+from detection.config.fields import Count, DetectorSection, NotNegative, Positive, Probability
 
 DARKNET_CFG = "darknet_cfg"  # pseudo backbone: the whole network is built from a Darknet .cfg file
 BY_PREDICTION = ("darknet", "giou", "ciou", "freebies", "iou", "multi")  # losses that look at decoded predictions
@@ -20,7 +20,7 @@ LOSSES_WITH: dict[str, tuple[object, tuple[str, ...]]] = {
 }
 
 
-class YoloSettings(Section):
+class YoloSettings(DetectorSection):
     """What is YOLO's own: neck, anchors, loss and score."""
 
     spp: bool

@@ -4,10 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from detection.config.fields import Count, NotNegative, Positive, Probability, Section
+from detection.config.fields import Count, DetectorSection, NotNegative, Positive, Probability
+
+READ_BY_ONE_LOSS = {
+    "yolox": ("objectness_weight", "l1_weight"),
+    "aligned": ("class_loss", "atss_share", "balance", "distribution_weight"),
+}
 
 
-class YoloxSettings(Section):
+class YoloxSettings(DetectorSection):
     """What is the anchor-free detectors' own: neck, head, loss and assignment."""
 
     neck: Literal["fpn", "pan"]
@@ -38,3 +43,14 @@ class YoloxSettings(Section):
             if self.loss == "yolox" and getattr(self, name):
                 raise ValueError(f"{name}: needs yolox.loss aligned, not yolox")
         return self
+
+    def without_effect(self) -> dict[str, str]:
+        return {
+            f"yolox.{name}": f"yolox.loss = {self.loss}"
+            for loss, names in READ_BY_ONE_LOSS.items()
+            for name in names
+            if loss != self.loss
+        }
+
+    def bound_to_length(self) -> list[str]:
+        return ["yolox.atss_share"] * (self.atss_share > 0)

@@ -28,7 +28,7 @@ POSTPROCESSES: dict[str, Callable[[Mapping[str, Any], Settings], nn.Module]] = {
     "efficientdet": anchor_postprocess_from_metadata,
 }
 
-__all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "upgrade_metadata"]
+__all__ = ["DETECTORS", "POSTPROCESSES", "build_detector", "check_input_sizes", "check_shares", "upgrade_metadata"]
 
 
 def build_detector(settings: Settings, num_classes: int) -> Detector:
@@ -54,3 +54,17 @@ def check_input_sizes(detector: Detector, settings: Settings) -> None:
     for size in train.multiscale_sizes if train.resize_frequency else ():
         detector.geometry.check_size("train.multiscale_sizes", size)
     detector.geometry.check_size("evaluation.image_size", settings.evaluation.image_size)
+
+
+def check_shares(detector: Detector, settings: Settings) -> None:
+    """Check that the criterion weighs the boxes of a weighted mixup, where there is one.
+
+    Raises:
+        SettingsError: it does not; half-visible objects would count as whole ones.
+    """
+    mixup = settings.data.augmentation.mixup
+    weighs = detector.criterion is None or getattr(detector.criterion, "weighs_boxes", False)
+    if mixup.p and mixup.beta is not None and not weighs:
+        raise SettingsError(
+            f"data.augmentation.mixup.beta: the losses of {settings.model.detector} do not weigh boxes; must be null"
+        )

@@ -22,7 +22,7 @@ from detection.data.sampler import ImageOrder, TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
 from detection.errors import SettingsError
-from detection.models import build_detector, check_input_sizes
+from detection.models import build_detector, check_input_sizes, check_shares
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import compile_forward, machine_of, open_machine, prepare_distributed
@@ -121,6 +121,7 @@ class Run:
             recompute_backbone(detector.model)
         detector.require_criterion()
         check_input_sizes(detector, settings)
+        check_shares(detector, settings)
         geometry, seed = detector.geometry, settings.run.seed
         prepare_for_training(self.training_set, geometry, settings, self.repeat_factors)
         self.validation_set.sample_transform = Transform(geometry, settings.evaluation.image_size, seed)

@@ -102,7 +102,11 @@ def test_a_flag_is_a_setting(monkeypatch: pytest.MonkeyPatch, line: str, expecte
         ("--mode eval --model_dir x --min_eval_interval -1", "--min_eval_interval -1: must be a number"),
         ("--num_epochs 3 --num_examples_per_epoch 100", "needs --train_batch_size and no subdivisions"),
         ("--num_examples_per_epoch 100 --train_batch_size 8", "needs --num_epochs"),
-        ("--testdev_dir t --model_dir m", "validation.py --weights m --no-ground-truth data.root=t"),
+        (
+            "--testdev_dir 'an output' --model_dir m --dataset_dir d",
+            "by: validation.py --weights m --no-ground-truth --output 'an output' data.root=d data.validation_annot",
+        ),
+        ("--testdev_dir t", "validation.py --weights RUN --no-ground-truth --output t data.root=data/coco data.valid"),
         ("--ckpt old.h5", "--ckpt old.h5: checkpoints of TensorFlow are not read"),
         ("--ckpt a.pth --backbone_ckpt b.pth", "--backbone_ckpt and --ckpt contradict each other"),
         ("--train_batch_size 4 train.batch_size=5", "train.batch_size and --train_batch_size contradict"),
@@ -113,6 +117,10 @@ def test_a_flag_is_a_setting(monkeypatch: pytest.MonkeyPatch, line: str, expecte
         ("--hparams fpn_num_filters=64", "follows from the variant"),
         ("--hparams skip_crowd_during_training=false", "crowd regions are never learned here"),
         ("--hparams momentum", "expected name=value"),
+        *(
+            (f"--hparams aspect_ratios={value}", f"--hparams aspect_ratios={value}: must be three ratios of width to")
+            for value in ("[1,2]", "1", "[1,2,true]", "[1,2,0]", "[1,2,-.inf]", "[[1,1],[2,1],3]", "[[1,1],[2],[3,1]]")
+        ),
         *((f"--{flag}=1", f"--{flag}: {answer}") for flag, answer in {**REFUSED, **NEVER}.items()),
     ],
 )  # fmt: skip

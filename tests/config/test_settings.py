@@ -329,10 +329,6 @@ def test_an_impossible_value_is_one_line(word: str) -> None:
         (["yolo.label_smoothing=0.1", "yolo.class_loss=cross_entropy"], ["bce"]),
         (["yolo.scale_xy=0.9"], ["1"]),
         (["yolox.one_to_one=true"], ["needs yolox.loss aligned, not yolox"]),
-        (
-            ["data.augmentation.mixup={p: 1, beta: 1.5}", "model.detector=yolox"],
-            ["data.augmentation.mixup.beta", "must be null"],
-        ),
         (["yolo.anchor_ratio=1"], ["1"]),
     ],
 )

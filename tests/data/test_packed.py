@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,9 @@ import torch
 import yaml
 
 import check_dataset
+import detect
 import pack
+import validation
 from detection.config.settings import Settings
 from detection.data.annotations import annotations_digest
 from detection.data.build import build_datasets, build_validation_dataset
@@ -113,6 +117,60 @@ def test_a_run_is_continued_with_shards_bit_for_bit(
         [row["train/loss"] for row in rows_of(tmp_path / name) if "train/loss" in row] for name in ("whole", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_from_training_to_results(
+    shards: Path, drawn_dataset: Path, run_script: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained on shards; validated, detected and given to the evaluation server from both: the same numbers."""
+    monkeypatch.setattr("detection.training.console.report_run", lambda *_: [])
+    (tmp_path / "network.cfg").write_text(fault_runs.NETWORK)
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(fault_runs.OVERLAY))
+
+    def run(main: Callable[[], None], *arguments: str | Path) -> None:
+        result = run_script(main, *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    words = ["--config", "overlay.yaml", "model.cfg=network.cfg", f"data.root={shards}", "train.steps=8"]
+    run(load_main().main, *words, "--output", "run")
+    places = {"folder": (drawn_dataset, drawn_dataset / "val"), "shards": (shards, shards / "val.index")}
+    found: dict[str, list[Any]] = {}
+    for name, (root, images) in places.items():
+        low = "evaluation.confidence_threshold=0.0001"
+        run(validation.main, "--weights", "run", f"data.root={root}", low, "--output", f"val_{name}")
+        metrics = json.loads((tmp_path / f"val_{name}" / "metrics.json").read_text())
+        assert metrics["images"] == 4 and metrics["detections"] > 0
+        run(detect.main, "--weights", "run", images, "--confidence", "0.0001", "--output", f"detect_{name}")
+        rows = json.loads((tmp_path / f"detect_{name}" / "detections.json").read_text())
+        scores = {key: value for key, value in metrics.items() if key.startswith("AP") or key == "losses"}
+        listed = (tmp_path / f"val_{name}" / "detections.json").read_bytes()
+        found[name] = [scores, listed, [{**row, "file": None} for row in rows]]
+    assert found["folder"] == found["shards"]
+
+    # As --testdev_dir says, with the files of test-dev: images without a list of annotations.
+    test = tmp_path / "coco"
+    shutil.copytree(drawn_dataset / "val", test / "test2017")
+    content = json.loads((drawn_dataset / "annotations" / "instances_val.json").read_text())
+    del content["annotations"]
+    (test / "annotations").mkdir()
+    (test / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    result = run_script(load_main().main, "--testdev_dir", "out put", "--model_dir", "run", "--dataset_dir", test)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    script, *words = shlex.split(result.stderr.partition("written there by: ")[2])
+    assert script == "validation.py"
+    run(validation.main, *words, low)
+    assert (tmp_path / "out put" / "detections.json").read_bytes() == found["folder"][1]
+    info = test / "annotations" / "image_info_test-dev2017.json"
+    packing = [
+        f"--image_dir={test / 'test2017'}",
+        f"--image_info_file={info}",
+        f"--output_file_prefix={shards}/testdev",
+    ]
+    run(pack.main, *packing)
+    words = [f"data.root={shards}", "data.validation_annotations=annotations/instances_testdev.json", low]
+    run(validation.main, "--weights", "run", "--no-ground-truth", *words, "--output", "from_shards")
+    assert (tmp_path / "from_shards" / "detections.json").read_bytes() == found["folder"][1]
 
 
 def test_any_tar_program_reads_a_shard_and_the_index_agrees(shards: Path, drawn_dataset: Path) -> None:

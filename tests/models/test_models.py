@@ -10,7 +10,7 @@ from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 from detection.config.loading import load_settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError
-from detection.models import build_detector, check_input_sizes
+from detection.models import build_detector, check_input_sizes, check_shares
 from detection.models.backbones import BACKBONES
 from detection.models.backbones.darknet import Darknet53, ResidualBlock, conv_block
 from detection.models.backbones.mobilenet import DepthwiseConv2d, MobileNetV3, use_depthwise_class
@@ -426,3 +426,34 @@ def test_sizes_that_the_grids_do_not_divide_are_one_line(word: str, path: str, s
         detector = build_detector(settings, 2)
     with pytest.raises(SettingsError, match=rf"^{path} = {size}: must be a multiple of 32"):
         check_input_sizes(detector, settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "weighs"),
+    [
+        *((["model.detector=yolo", f"yolo.loss={name}"], True) for name in CRITERIA),
+        (["model.detector=yolox"], False),
+        (["model.detector=yolox", "yolox.loss=aligned"], False),
+        (["model.detector=efficientdet", "model.backbone=tf_efficientnet_b0"], False),
+    ],
+)
+def test_a_criterion_says_whether_it_weighs_boxes(words: list[str], weighs: bool) -> None:
+    """Its losses change with the shares of the boxes, or else a weighted mixup is refused."""
+    mixed, _ = load_settings(ARGS, words=[*words, "data.augmentation.mixup={p: 1, beta: 1.5}"])
+    detector = build_detector(mixed, 2)
+    outputs = [output.detach() for output in detector.model(torch.rand(1, 3, 256, 256))]
+    boxes, labels = torch.tensor([[[20.0, 30.0, 90.0, 150.0], [100.0, 20.0, 250.0, 200.0]]]), torch.tensor([[0, 1]])
+    whole, half = (
+        detector.criterion(outputs, {"boxes": boxes, "labels": labels, "weights": torch.full((1, 2), share)})
+        for share in (1.0, 0.5)
+    )
+    assert any(not torch.equal(whole[name], half[name]) for name in whole) == weighs
+    for beta in ("1.5", "null"):
+        settings, _ = load_settings(ARGS, words=[*words, f"data.augmentation.mixup={{p: 1, beta: {beta}}}"])
+        if weighs or beta == "null":
+            check_shares(detector, settings)
+        else:
+            with pytest.raises(
+                SettingsError, match=r"^data\.augmentation\.mixup\.beta: the losses of .* must be null$"
+            ):
+                check_shares(detector, settings)

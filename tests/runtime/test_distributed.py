@@ -1,12 +1,15 @@
 """Distributed training: two processes on the CPU over gloo, started by torchrun."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import pack
 from detection.checkpoints import load_checkpoint
 from detection.errors import SettingsError
 from detection.runtime.distributed import (
@@ -17,6 +20,7 @@ from detection.runtime.distributed import (
     synchronise_batch_norm,
 )
 from tests.support.processes import STEPS, losses_of, output_of, rows_of, start
+from tests.support.training_runs import first_difference
 
 CPU = torch.device("cpu")
 
@@ -86,6 +90,26 @@ def test_a_loss_divided_by_the_positives_of_a_micro_batch_on_two_processes(drawn
     common = [f"data.root={drawn_dataset}", *words]
     one, two = train_as_one_and_two(tmp_path, common, "train.subdivisions=2", "train.subdivisions=1")
     np.testing.assert_allclose(losses_of(two), losses_of(one), rtol=1e-5)
+
+
+@pytest.mark.faults
+def test_two_processes_on_shards_are_two_on_the_folder(
+    drawn_dataset: Path, run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Bit for bit: losses, weights and evaluations."""
+    result = run_script(pack.main, f"data.root={drawn_dataset}", "--output", tmp_path / "shards", "--shards", "2")
+    assert result.returncode == 0, result.stderr
+    runs = [tmp_path / name / "run" for name in ("folder", "packed")]
+    for run, root in zip(runs, (drawn_dataset, tmp_path / "shards"), strict=True):
+        process = start(2, run.parent, f"data.root={root}", "train.batch_size=2", "--output", run)
+        output = output_of(process, 240)
+        assert process.returncode == 0, output
+        assert "x 2 processes" in (run / "train.log").read_text()
+    assert losses_of(runs[0]) == losses_of(runs[1]) and len(losses_of(runs[0])) == STEPS
+    assert (runs[0] / "detections.json").read_bytes() == (runs[1] / "detections.json").read_bytes()
+    first, second = (load_checkpoint(run / "last.pt") for run in runs)
+    for key in ("model", "average", "optimizer"):
+        assert first_difference(first[key], second[key]) is None
 
 
 @pytest.mark.faults

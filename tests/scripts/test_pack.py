@@ -1,5 +1,6 @@
 """pack.py end to end: what it writes and refuses, checking and repairing, and the flags of EfficientDet's converter."""
 
+import gzip
 import json
 import os
 import signal
@@ -147,10 +148,12 @@ def test_check_and_rebuild_index(run: Run, drawn_dataset: Path, tmp_path: Path) 
     whole = contents(shards)
     result = run("--check", "x")
     assert (result.returncode, result.stdout) == (0, "x: all shards and annotations are as they were packed\n")
+    assert run("--rebuild-index", "x").stdout.count("nothing else than the index before said") == 2
     for index in shards.glob("*.index"):
         index.write_text("damaged")
     result = run("--rebuild-index", "x")
     assert result.returncode == 0 and "train: index of 9 images in 2 shards written anew" in result.stdout
+    assert "train: x/train.index could not be read, so what changed since packing is not known" in result.stdout
     assert contents(shards) == whole
 
     def change(name: str, place: int) -> None:
@@ -180,6 +183,66 @@ def test_check_and_rebuild_index(run: Run, drawn_dataset: Path, tmp_path: Path) 
         result = run("--rebuild-index", "x")
         assert result.returncode == 2 and f"shard x/{name} {line}" in result.stderr, result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_rebuild_index_says_what_it_accepts(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:
+    """A flipped bit, another packing of other images under the same names, and an edited annotation file."""
+    shards = tmp_path / "x"
+    assert run(f"data.root={drawn_dataset}", "--output", "x", "--shards", "2").returncode == 0
+    _, offset, size = repair.image_members(shards / "train-00001-of-00002.tar")[0]
+    content = bytearray((shards / "train-00001-of-00002.tar").read_bytes())
+    content[offset + size // 2] ^= 1
+    (shards / "train-00001-of-00002.tar").write_bytes(content)
+    file = shards / "annotations" / "instances_train.json"
+    file.write_bytes(file.read_bytes() + b"\n")
+    result = run("--rebuild-index", "x")
+    look = "check_dataset.py data.root=SHARDS opens them"
+    said = [line.removeprefix("train: ") for line in result.stdout.splitlines() if line.startswith("train: ")]
+    assert result.returncode == 0 and said == [
+        "index of 9 images in 2 shards written anew",
+        "annotations/instances_train.json has other bytes than before",
+        f"train-00001-of-00002.tar has other bytes than before; 0 of its 5 images have another size; {look}",
+    ]
+    assert "val: nothing else than the index before said" in result.stdout
+    assert run("--check", "x").returncode == 0
+
+    other = tmp_path / "other"
+    (other / "annotations").mkdir(parents=True)
+    (other / "val").mkdir()
+    listed = json.loads((drawn_dataset / "annotations" / "instances_val.json").read_text())
+    listed["images"][3]["file_name"] = "new.png"
+    (other / "annotations" / "instances_val.json").write_text(json.dumps(listed))
+    for place, name in enumerate(("0.png", "1.png", "2.png", "new.png")):
+        source = drawn_dataset / ("train/8.png" if place == 1 else f"val/{place}.png")
+        (other / "val" / name).write_bytes(source.read_bytes())
+    assert run("data.root=other", "--output", "y", "--shards", "2").returncode == 0
+    for name, changed in contents(tmp_path / "y").items():
+        if not name.endswith(".index"):
+            (shards / name).write_bytes(changed)
+    sizes = [path.stat().st_size for path in (other / "val" / "1.png", drawn_dataset / "val" / "1.png")]
+    said = run("--rebuild-index", "x").stdout
+    assert "val: 1 images more, such as new.png\nval: 1 images fewer, such as 3.png\n" in said
+    assert f"1 of its 2 images have another size, such as 1.png: {sizes[0]}, before {sizes[1]}\n" in said
+    assert "train: nothing else than the index before said" in said
+
+
+def test_other_files_given_for_tfrecord_are_named(run: Run, drawn_dataset: Path, tmp_path: Path) -> None:
+    assert run(f"data.root={drawn_dataset}", "--output", "x").returncode == 0
+    (tmp_path / "tfrecord").mkdir()
+    shard = (tmp_path / "x" / "val-00000-of-00001.tar").read_bytes()
+    for content, kind in (
+        (shard, "a tar archive"),
+        (gzip.compress(b"record"), "compressed with gzip; unpack it with gunzip first"),
+        ((drawn_dataset / "val" / "0.png").read_bytes(), "a PNG image"),
+        (b'{"images": []}', "a JSON file"),
+    ):
+        (tmp_path / "tfrecord" / "val-00000-of-00001").write_bytes(content)
+        result = run("--from-tfrecord", "tfrecord/val-*", "--output", "y")
+        line = f"tfrecord/val-00000-of-00001 is no TFRecord file, it is {kind}\n"
+        assert (result.returncode, result.stderr) == (2, line)
+    result = run("--from-tfrecord", "x/val-*", "--output", "y")
+    line = "x/val-00000-of-00001.tar is no TFRecord file, it is a shard of pack.py; its folder is read as it is: "
+    assert (result.returncode, result.stderr) == (2, f"{line}data.root=x\n")
 
 
 def test_the_flags_of_the_document(

@@ -5,7 +5,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from detection.data.packed.index import (
 from detection.errors import DataError, OutputError
 
 PIECE = 2**20  # bytes that are read at a time
+
+LOOK = "check_dataset.py data.root=SHARDS"
 
 Advance = Callable[[int], object]  # gets numbers of bytes
 
@@ -79,7 +81,14 @@ def digest_of(file: Path, advance: Advance) -> str:
     return digest.hexdigest()
 
 
-def rebuild_indexes(folder: Path, advance: Advance) -> dict[str, PackedIndex]:
+class Rebuilt(NamedTuple):
+    """An index that was written anew, and a line for each thing that is not as the index before it said."""
+
+    index: PackedIndex
+    changes: list[str]
+
+
+def rebuild_indexes(folder: Path, advance: Advance) -> dict[str, Rebuilt]:
     """Write the index of every split anew, from the headers of its shards and the names in its annotation file.
 
     Raises:
@@ -99,12 +108,44 @@ def rebuild_indexes(folder: Path, advance: Advance) -> dict[str, PackedIndex]:
         if lost := [number for number in range(count) if number not in shards]:
             raise DataError(f"shard {folder / f'{split}-{lost[0]:05d}-of-{count:05d}.tar'} is missing; copy it again")
         indexes[split] = _rebuild(folder, split, [shards[number] for number in range(count)], advance)
+    rebuilt = {}
     for split, index in indexes.items():
+        path = folder / f"{split}{SUFFIX}"
+        rebuilt[split] = Rebuilt(index, changes_since(path, index))
         try:
-            write_index(folder / f"{split}{SUFFIX}", index)
+            write_index(path, index)
         except OSError as error:
-            raise OutputError(f"{folder / split}{SUFFIX} cannot be written: {error.strerror}") from None
-    return indexes
+            raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    return rebuilt
+
+
+def changes_since(path: Path, new: PackedIndex) -> list[str]:
+    """Say what a new index of the shards accepts that the index at `path` does not say; one line if that is unreadable.
+
+    Which image of a changed shard has other bytes of the same number is in no index.
+    """
+    try:
+        old = read_index(path)
+    except DataError:
+        return [f"{path} could not be read, so what changed since packing is not known; {LOOK} opens every image"]
+    lines = []
+    if old.annotations[1] != new.annotations[1]:
+        lines.append(f"{new.annotations[0]} has other bytes than before")
+    sizes, before = (dict(zip(index.names, index.sizes.tolist(), strict=True)) for index in (new, old))
+    for names, what in ((sizes.keys() - before.keys(), "more"), (before.keys() - sizes.keys(), "fewer")):
+        if names:
+            lines.append(f"{len(names)} images {what}, such as {min(names)}")
+    digests = {shard.name: shard.digest for shard in old.shards}
+    for number, shard in enumerate(new.shards):
+        if shard.name not in digests:
+            lines.append(f"{shard.name} is new")
+        elif digests[shard.name] != shard.digest:
+            held = [new.names[place] for place in np.flatnonzero(new.shard_of == number)]
+            other = [name for name in held if before.get(name, sizes[name]) != sizes[name]]
+            first = f", such as {other[0]}: {sizes[other[0]]}, before {before[other[0]]}" if other else ""
+            line = f"{len(other)} of its {len(held)} images have another size{first or f'; {LOOK} opens them'}"
+            lines.append(f"{shard.name} has other bytes than before; {line}")
+    return lines
 
 
 def _rebuild(folder: Path, split: str, paths: list[Path], advance: Advance) -> PackedIndex:

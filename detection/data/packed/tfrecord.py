@@ -24,6 +24,7 @@ from detection.data.packed.crc32c import masked_crc32c
 from detection.data.packed.entries import SplitContent, arrange
 from detection.data.packed.example import Feature, parse_example
 from detection.data.packed.images import ContainerFiles, FilePart
+from detection.data.packed.index import SHARD, find_indexes
 from detection.errors import DataError
 
 MAX_RECORD = 2**31  # bytes; protobuf allows no larger message
@@ -32,6 +33,16 @@ CORNERS = tuple(f"image/object/bbox/{side}" for side in ("xmin", "ymin", "xmax",
 LABEL, TEXT = "image/object/class/label", "image/object/class/text"
 CROWD, AREA = "image/object/is_crowd", "image/object/area"
 UNREAD = {"image/object/mask": "masks", "image/caption": "captions"}  # features that no training here reads
+# First bytes, at an offset -> what a file is that is given for TFRecord.
+FOREIGN = {
+    (257, b"ustar"): "a tar archive",
+    (0, b"\x1f\x8b"): "compressed with gzip; unpack it with gunzip first",
+    (0, b"PK\x03\x04"): "a zip archive",
+    (0, b"\xff\xd8\xff"): "a JPEG image",
+    (0, b"\x89PNG"): "a PNG image",
+    (0, b"version https://git-lfs"): "a pointer of Git LFS; fetch the file itself with: git lfs pull",
+    (0, b"{"): "a JSON file",
+}
 SUFFIXES = {"jpeg": ".jpg", "jpg": ".jpg", "png": ".png", "bmp": ".bmp", "gif": ".gif"}
 
 
@@ -64,10 +75,13 @@ def read_records(path: Path) -> Iterator[tuple[int, memoryview]]:
             position = 0
             while head := file.read(12):
                 where = f"{path}: the record at byte {position}"
+                broken = len(head) < 12 or masked_crc32c(head[:8]) != int.from_bytes(head[8:], "little")
+                if broken and not position and (kind := foreign_kind(path)):
+                    raise DataError(f"{path} is no TFRecord file, it is {kind}")
                 if len(head) < 12:
                     raise DataError(f"{where} is cut off; copy the file again")
                 (length,) = struct.unpack("<Q", head[:8])
-                if masked_crc32c(head[:8]) != int.from_bytes(head[8:], "little"):
+                if broken:
                     raise DataError(f"{where} is damaged: the checksum of its length does not match")
                 if length > MAX_RECORD:
                     raise DataError(f"{where} has {length} bytes, at most {MAX_RECORD} are read")
@@ -81,6 +95,15 @@ def read_records(path: Path) -> Iterator[tuple[int, memoryview]]:
                 position += 16 + length
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def foreign_kind(path: Path) -> str | None:
+    """What a file is by its first bytes, if it is something known; raises OSError."""
+    if SHARD.fullmatch(path.name) and find_indexes(path.parent):
+        return f"a shard of pack.py; its folder is read as it is: data.root={path.parent}"
+    with path.open("rb") as file:
+        head = file.read(512)
+    return next((kind for (start, magic), kind in FOREIGN.items() if head[start:].startswith(magic)), None)
 
 
 def read_split(paths: Sequence[Path], progress: Any) -> RecordSplit:

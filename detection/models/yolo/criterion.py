@@ -39,6 +39,7 @@ class Criterion(nn.Module):
     """
 
     encodes: ClassVar[bool] = True  # whether raw box values are compared with encoded boxes, which new_coords forbids
+    weighs_boxes: ClassVar[bool] = True  # "weights" of the targets are read: docs/contract.md
 
     def __init__(
         self,

@@ -157,7 +157,7 @@ def test_classes_are_carried_over_by_name(default_settings: Callable[..., Any]) 
         (["train.image_size=96"], "train.image_size = 96: must be a multiple of 128"),
         (["efficientdet.variant=d8"], "efficientdet.variant = 'd8'"),
         (["efficientdet.background_iou=0.6"], "background_iou: must not be above efficientdet.positive_iou, 0.5"),
-        (["efficientdet.aspects=[1, 2]"], "efficientdet.aspects"),
+        (["efficientdet.aspects=[1, 2]"], "efficientdet.aspects = [1, 2]: must be three ratios of width to height"),
         (["data.augmentation.mixup={p: 0.5, beta: 1.5}"], "the losses of efficientdet do not weigh boxes"),
     ],
 )
@@ -174,6 +174,8 @@ def test_settings_without_effect_are_named(default_settings: Callable[..., Any])
     assert line == "warning: efficientdet.soft_sigma has no effect with efficientdet.nms = hard"
     (line,) = no_effect(["evaluation.iou_threshold"], default_settings(*WORDS, "efficientdet.nms=soft"))
     assert "no effect with efficientdet.nms = soft" in line
+    for words in (("efficientdet.nms=hard",), ("model.detector=yolo", "efficientdet.nms=soft")):
+        assert no_effect(["evaluation.iou_threshold"], default_settings(*WORDS, *words)) == []
 
 
 def test_variants_of_settings_and_network_are_the_same(default_settings: Callable[..., Any]) -> None:
