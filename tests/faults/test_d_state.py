@@ -702,7 +702,7 @@ def test_D12_what_best_found_is_found_again_where_its_file_is_lost(launch, whole
     ]
     assert found == [4, 8]
     (tmp_path / "run" / lost).unlink()
-    run = launch("resumed", "--resume", tmp_path / "run")
+    run = launch("resumed", "--resume", tmp_path / "run", report=True)
     run.ends_with(0)
     assert "best.pt is evaluated again for the report" in run.out
     compare_with(whole("train.ema_decay=null"), tmp_path / "run")
