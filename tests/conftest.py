@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+import validation
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
 from detection.data.workers import kill_workers
@@ -59,6 +60,7 @@ def run_script(
     monkeypatch.setitem(throughput.MATRIX_SIDES, "cpu", 64)  # a training measures them at its end, for seconds
     # Its pictures take as long as a small training. tests/scripts/test_main.py and test_report_page.py look at them.
     monkeypatch.setattr(console, "report_run", lambda *_: None)
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *_: {})  # test_validation.py looks at these
 
     def started(main: Callable[[], None], *arguments: str | Path, cwd: Path = tmp_path) -> ScriptResult:
         monkeypatch.chdir(cwd)
