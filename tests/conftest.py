@@ -14,11 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
+import validation
 from detection.config.loading import load_settings
 from detection.config.settings import Settings
 from detection.data.workers import kill_workers
 from detection.errors import exit_with_message
-from detection.training import throughput
+from detection.training import console, throughput
 from tests.support.paths import REPOSITORY
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # as `prepare_process` does for scripts
@@ -57,6 +58,9 @@ def run_script(
 ) -> Callable[..., ScriptResult]:
     """`run_script(detect.main, "--weights", ..., cwd=...)`: a script in this process; starting Python takes seconds."""
     monkeypatch.setitem(throughput.MATRIX_SIDES, "cpu", 64)  # a training measures them at its end, for seconds
+    # Its pictures take as long as a small training. tests/scripts/test_main.py and test_report_page.py look at them.
+    monkeypatch.setattr(console, "report_run", lambda *_: None)
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *_: {})  # test_validation.py looks at these
 
     def started(main: Callable[[], None], *arguments: str | Path, cwd: Path = tmp_path) -> ScriptResult:
         monkeypatch.chdir(cwd)

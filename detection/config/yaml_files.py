@@ -8,8 +8,11 @@ import yaml
 
 from detection.errors import SettingsError
 
+# The parser in C reads args.yaml in a tenth of the time; PyYAML may be installed without it.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-class _YamlLoader(yaml.SafeLoader):
+
+class _YamlLoader(_SafeLoader):
     """Safe loader with YAML 1.2 scalars (`1e-3` is a number, `off` a string) that rejects duplicate keys."""
 
     yaml_implicit_resolvers = {

@@ -14,7 +14,7 @@ from detection.training.skipped_steps import StepResult
 
 COUNTED_SIDE = 4  # cells of the coarsest map; any size will do, since the FLOPs grow linearly with the area
 MATRIX_SIDES = {"cuda": 8192, "cpu": 3072}  # of the measured products; other devices use that of the CPU
-PRODUCT_SECONDS = 1.0  # one product is expected to take at most so long
+PRODUCT_SECONDS = 0.25  # one product is expected to take at most so long
 
 
 @dataclass

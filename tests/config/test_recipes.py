@@ -47,8 +47,8 @@ def test_a_rung_fits_on_other_recipes_and_changes_only_what_it_names(path: Path,
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"--config recipes/rungs/{path.name}" in line for line in header)
     assert any("Source:" in line for line in header)
-    detector = build_detector(settings, 2)  # and its detector can be built
-    assert detector.criterion is not None
+    if below != "darknet_416":  # Darknet-53 as a whole takes a second
+        assert build_detector(settings, 2).criterion is not None  # and its detector can be built
 
 
 def rates(settings: Settings, *steps: int) -> list[float]:

@@ -201,7 +201,10 @@ def read_all(cache: ImageCache, pictures: list[Path], repeats: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(("method", "count", "repeats"), [("fork", 4, 20), ("spawn", 1, 1)])
+@pytest.mark.parametrize(
+    ("method", "count", "repeats"),
+    [("fork", 4, 20), pytest.param("spawn", 1, 1, marks=pytest.mark.slow)],  # imports torch again
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_processes_share_it(make, pictures: list[Path], kind: str, method: str, count: int, repeats: int) -> None:
     cache, context = make(kind), multiprocessing.get_context(method)

@@ -95,10 +95,9 @@ def test_workers_and_the_cache_change_nothing(
 
 
 def test_a_run_is_continued_with_shards_bit_for_bit(
-    shards: Path, drawn_dataset: Path, run_script: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, drawn_dataset: Path, run_script: Run, tmp_path: Path
 ) -> None:
     """Six steps on the folder; four on the folder and two on shards."""
-    monkeypatch.setattr("detection.training.console.report_run", lambda *_: [])  # figures take seconds
     (tmp_path / "network.cfg").write_text(fault_runs.NETWORK)
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(fault_runs.OVERLAY))
     words = ["--config", "overlay.yaml", "model.cfg=network.cfg"]

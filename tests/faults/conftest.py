@@ -19,7 +19,8 @@ from tests.support.paths import REPOSITORY
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("guard"):
-        metafunc.parametrize("guard_off", [None, True], ids=["guarded", "unguarded"], indirect=True)
+        unguarded = pytest.param(True, marks=pytest.mark.faults)  # shows that the test can fail
+        metafunc.parametrize("guard_off", [None, unguarded], ids=["guarded", "unguarded"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +75,16 @@ def server() -> Any:
 
 @pytest.fixture
 def launch(server: Any, tmp_path: Path) -> Iterator[Callable[..., runs.Run]]:
-    """`launch("run", *arguments, fault=...)`: the training script, its output in tmp_path/run.out and run.err."""
+    """`launch("run", *arguments, fault=...)`: the training script, its output in tmp_path/run.out and run.err.
+
+    Without the report at its end, unless `report` is set.
+    """
     started: list[runs.Run] = []
 
-    def start(name: str, *arguments: str | Path, fault: runs.Fault | None = None) -> runs.Run:
+    def start(name: str, *arguments: str | Path, fault: runs.Fault | None = None, report: bool = False) -> runs.Run:
         output = tmp_path / name
         words = [str(argument) for argument in arguments]
-        target = (words, str(tmp_path), str(output), fault, os.environ.get(runs.GUARD_OFF))
+        target = (words, str(tmp_path), str(output), fault, os.environ.get(runs.GUARD_OFF), report)
         process = server.Process(target=runs.run_script, args=target)
         process.start()
         started.append(runs.Run(process, output))

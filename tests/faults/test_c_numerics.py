@@ -64,7 +64,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.faults)])
 def test_C01_C04_one_step_that_is_non_finite_changes_nothing(train, tmp_path: Path, value: float) -> None:
     fault = functools.partial(break_loss, value=value, steps=range(3, 4))
     run = train("run", "train.save_frequency=1", "train.keep_checkpoints=9", "train.steps=6", fault=fault)
@@ -156,6 +156,7 @@ def use_scaler(main: ModuleType, scale: float, overflow: tuple[int, ...]) -> Non
     main.train_step = train_step_with_overflow
 
 
+@pytest.mark.faults
 def test_C02_overflow_halves_the_scale_and_the_schedule_waits(train, tmp_path: Path) -> None:
     fault = functools.partial(use_scaler, scale=2.0**16, overflow=(0, 1, 4))
     words = ["scheduler.warmup=4", "train.max_skipped_steps=2", "train.save_frequency=1", "train.keep_checkpoints=9"]

@@ -193,6 +193,7 @@ def test_D02_disk_full_at_a_checkpoint(train, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.faults
 def test_D02_disk_full_at_a_log_line(train, tmp_path: Path) -> None:
     run = train("run", "train.save_frequency=3", fault=functools.partial(fill_disk, step=4))
     assert run.wait() == 6
@@ -237,6 +238,7 @@ def become_nobody(main: ModuleType, step: int | None = None) -> None:
     change() if step is None else at_step(main, step, change)
 
 
+@pytest.mark.faults
 def test_D03_directory_that_is_lost_in_mid_run(train, tmp_path: Path) -> None:
     directory = str(tmp_path / "run")
     lose = functools.partial(remove_before_step_3, directory=directory)
@@ -273,6 +275,7 @@ def test_D03_no_permission_in_mid_run(train, tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
+@pytest.mark.faults
 def test_D04_temporary_folder_that_does_not_exist(train, tmp_path: Path) -> None:
     run = train("run", "data.num_workers=2", "run.preflight=true", fault=no_temporary_folder)
     run.ends_with(0)
@@ -314,6 +317,7 @@ def repaired(raw: bytes) -> bytes:
     return target.getvalue()
 
 
+@pytest.mark.faults
 def test_D05_a_damaged_last_names_what_is_whole(train, launch, tmp_path: Path) -> None:
     train("run", "train.save_frequency=3", "train.keep_checkpoints=5").ends_with(0)
     raw = (tmp_path / "run" / "last.pt").read_bytes()
@@ -402,6 +406,7 @@ def compare_with(whole: Path, directory: Path) -> None:
         assert (whole / name).read_text() == (directory / name).read_text(), name
 
 
+@pytest.mark.faults
 def test_D07_a_row_of_several_steps_is_the_same_after_a_stop_between_them(train, launch, whole, tmp_path: Path) -> None:
     # Other features than in the other runs: bf16, SGD's momentum, cosine restarts, a backbone frozen for some steps.
     words = [
@@ -420,6 +425,7 @@ def ctrl_c(main: ModuleType) -> None:
     at_step(main, 2, lambda: os.killpg(os.getpid(), signal.SIGINT))
 
 
+@pytest.mark.faults
 def test_D09_other_validation_annotations_are_refused_unless_told(train, launch, dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "data")
     train("run", f"data.root={tmp_path / 'data'}", "train.steps=2").ends_with(0)
@@ -541,6 +547,7 @@ def test_D09_other_conditions_are_named_and_refused_unless_told(train, launch, t
     launch("told", "--resume", tmp_path / "run", "train.steps=3", "--accept-changes").ends_with(0, *warnings)
 
 
+@pytest.mark.faults
 def test_D10_a_checkpoint_of_format_1_is_continued(train, launch, tmp_path: Path) -> None:
     # Format 1 knew neither skipped steps nor conditions.
     train("run", "train.steps=3", "evaluation.evaluate_frequency=3").ends_with(0)
@@ -672,7 +679,10 @@ def die_between(main: ModuleType, at: str) -> None:
     checkpoints.link_file = evaluation.link_file = link_and_die
 
 
-@pytest.mark.parametrize("at", ["best_detections.json", "best_metrics.json", "best.pt"])
+FILES_OF_BEST = [pytest.param(name, marks=pytest.mark.faults) for name in ("best_detections.json", "best_metrics.json")]
+
+
+@pytest.mark.parametrize("at", [*FILES_OF_BEST, "best.pt"])
 def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path, at: str) -> None:
     assert train("run", fault=functools.partial(die_between, at=at)).wait() == -signal.SIGKILL
     if at == "best.pt":
@@ -682,6 +692,7 @@ def test_D12_killed_between_best_and_last(train, launch, whole, tmp_path: Path, 
     compare_with(whole(), tmp_path / "run")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("lost", ["best_metrics.json", "best_detections.json"])
 def test_D12_what_best_found_is_found_again_where_its_file_is_lost(launch, whole, tmp_path: Path, lost: str) -> None:
     """The page of a run is about best.pt, of step 4 here: the EMA is off. The last evaluation is that of step 8."""
@@ -691,7 +702,7 @@ def test_D12_what_best_found_is_found_again_where_its_file_is_lost(launch, whole
     ]
     assert found == [4, 8]
     (tmp_path / "run" / lost).unlink()
-    run = launch("resumed", "--resume", tmp_path / "run")
+    run = launch("resumed", "--resume", tmp_path / "run", report=True)
     run.ends_with(0)
     assert "best.pt is evaluated again for the report" in run.out
     compare_with(whole("train.ema_decay=null"), tmp_path / "run")
@@ -728,6 +739,7 @@ def test_D13_of_two_runs_into_one_directory_one_is_refused(server: Any, tmp_path
         assert (directory / "train.log").read_text() in ("run 0\n", "run 1\n")
 
 
+@pytest.mark.faults
 def test_D13_a_run_is_not_continued_while_it_runs(train, launch, tmp_path: Path) -> None:
     run = train("run", "train.steps=100000", "train.save_frequency=1", "data.num_workers=2")
     run.until(lambda: (tmp_path / "run" / "last.pt").exists())
@@ -745,6 +757,7 @@ def clock_goes_back(main: ModuleType) -> None:
     at_step(main, 3, lambda: setattr(time, "time", lambda: now - 10**8))
 
 
+@pytest.mark.faults
 def test_D13_a_clock_that_goes_back_changes_nothing(train, whole, tmp_path: Path) -> None:
     train("run", "train.save_minutes=1000", fault=clock_goes_back).ends_with(0)
     compare_with(whole(), tmp_path / "run")

@@ -246,6 +246,7 @@ def assert_everything_found(files: Files) -> None:
     assert metrics["settings"]["image_size"] == 32
 
 
+@pytest.mark.slow
 def test_validation_as_a_user_starts_it(files: Files) -> None:
     """Run in a separate process from another directory, with Darknet's file names."""
     elsewhere = files.root / "elsewhere"

@@ -79,14 +79,9 @@ def run(directory: Path, *arguments: str | Path) -> Result:
 
 
 def run_with_signal(
-    directory: Path,
-    output: Path,
-    arguments: list[str | Path],
-    moment: tuple[int, float],
-    number: int,
-    before: str = "pass",
+    directory: Path, output: Path, arguments: list[str | Path], signals: list[tuple[int, float, int]], before: str
 ) -> Result:
-    """Start a run, wait for `moment` (rows in its metrics.jsonl, seconds more), send a signal, wait for its end.
+    """Start a run, send it signals, each at its moment (rows in its metrics.jsonl, seconds more), wait for its end.
 
     `before`: statement that the process executes before it becomes the script; signal handling is inherited.
     """
@@ -104,13 +99,14 @@ def run_with_signal(
         try:
             deadline = time.monotonic() + TIMEOUT
             metrics = output / "metrics.jsonl"
-            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= moment[0]):
-                assert process.poll() is None, (directory / f"{output.name}.out").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            time.sleep(moment[1])
-            send = os.killpg if number == signal.SIGHUP else os.kill  # a closing terminal reaches the whole group
-            send(process.pid, number)
+            for rows, seconds, number in signals:
+                while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= rows):
+                    assert process.poll() is None, (directory / f"{output.name}.out").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.005)
+                time.sleep(seconds)
+                send = os.killpg if number == signal.SIGHUP else os.kill  # a closing terminal reaches the whole group
+                send(process.pid, number)
             code = process.wait(TIMEOUT)
         finally:
             if process.poll() is None:
@@ -121,7 +117,7 @@ def run_with_signal(
 
 
 class Scenarios:
-    """Start all processes that the tests below check, in two chains that run side by side."""
+    """Start all processes that the tests below check, one after another in a thread."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -133,33 +129,32 @@ class Scenarios:
         # Rows in metrics.jsonl, seconds more: after the evaluation of step 5, whose row is the sixth, there is a best
         # checkpoint.
         self.moment = (random.randint(6, 8), random.uniform(0, 0.1))
-        self._pool = ThreadPoolExecutor(2)
-        self._futures: dict[str, Future[dict[str, Result]]] = {
-            chain.__name__: self._pool.submit(chain) for chain in (self.whole, self.stopped)
+        self._pool = ThreadPoolExecutor(1)
+        self._futures: dict[str, Future[Result]] = {
+            part.__name__: self._pool.submit(part) for part in (self.whole, self.stopped, self.resumed)
         }
 
-    def __getitem__(self, name: str) -> dict[str, Result]:
+    def __getitem__(self, name: str) -> Result:
         return self._futures[name].result()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def whole(self) -> dict[str, Result]:
-        """An uninterrupted run, and one from its args.yaml alone under nohup, which receives SIGHUP."""
-        first = run(self.base, *self.common, "--output", self.base / "whole")
-        arguments: list[str | Path] = ["--config", self.base / "whole" / "args.yaml"]
-        nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # it does this and no more
-        return {
-            "first": first,
-            "again": run_with_signal(self.base, self.base / "again", arguments, (3, 0), signal.SIGHUP, nohup),
-        }
+    def whole(self) -> Result:
+        """An uninterrupted run."""
+        return run(self.base, *self.common, "--output", self.base / "whole")
 
-    def stopped(self) -> dict[str, Result]:
-        """SIGTERM at a random moment; the resumed run."""
-        output = self.base / "stopped"
-        first = run_with_signal(self.base, output, self.common, self.moment, signal.SIGTERM)
-        shutil.copytree(output, self.base / "at_stop")
-        return {"first": first, "resumed": run(self.base, "--resume", output)}
+    def stopped(self) -> Result:
+        """A run from the args.yaml of the first one alone, under nohup: SIGHUP, then SIGTERM at a random moment."""
+        nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # it does this and no more
+        arguments: list[str | Path] = ["--config", self.base / "whole" / "args.yaml"]
+        signals = [(3, 0.0, signal.SIGHUP), (*self.moment, signal.SIGTERM)]
+        result = run_with_signal(self.base, self.base / "stopped", arguments, signals, nohup)
+        shutil.copytree(self.base / "stopped", self.base / "at_stop")
+        return result
+
+    def resumed(self) -> Result:
+        return run(self.base, "--resume", self.base / "stopped")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +194,7 @@ def assert_plain(result: Result) -> None:
 
 
 def test_run_directory_is_complete(scenarios: Scenarios) -> None:
-    result = scenarios["whole"]["first"]
+    result = scenarios["whole"]
     assert (result.code, result.err) == (0, ""), result
     assert_plain(result)
     directory = scenarios.base / "whole"
@@ -236,13 +231,13 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
 
 
 def test_a_continued_run_reports_all_of_it(scenarios: Scenarios) -> None:
-    assert not (scenarios.base / "at_stop" / "report.html").exists() and scenarios["stopped"]["resumed"].code == 0
+    assert not (scenarios.base / "at_stop" / "report.html").exists() and scenarios["resumed"].code == 0
     page = (scenarios.base / "stopped" / "report.html").read_text()
     assert "last evaluation, after step 12" in page and page.count("data:image/") >= 4
 
 
 def test_metrics_of_a_run(scenarios: Scenarios) -> None:
-    assert scenarios["whole"]["first"].code == 0
+    assert scenarios["whole"].code == 0
     directory = scenarios.base / "whole"
     rows = rows_of(directory)
     training = [row for row in rows if "train/loss" in row]
@@ -266,7 +261,7 @@ def test_metrics_of_a_run(scenarios: Scenarios) -> None:
 
 
 def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> None:
-    assert scenarios["whole"]["first"].code == 0
+    assert scenarios["whole"].code == 0
     evaluations = [row for row in rows_of(scenarios.base / "whole") if "val/AP" in row]
     # the first of equal ones: only a rise replaces it
     best = max(evaluations, key=lambda row: (row["val/AP50"], -row["step"]))
@@ -280,7 +275,7 @@ def test_best_is_the_evaluation_with_the_highest_ap50(scenarios: Scenarios) -> N
 
 
 def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:
-    assert scenarios["whole"]["first"].code == 0
+    assert scenarios["whole"].code == 0
     content = torch.load(scenarios.base / "whole" / "last.pt", weights_only=True)
     assert content["categories"] == {"names": ["blue", "green"], "ids": [1, 7]}
     assert content["settings"]["model"]["backbone"] == "mobilenet_v3_small"
@@ -292,27 +287,21 @@ def test_checkpoint_is_enough_for_every_script(scenarios: Scenarios) -> None:
 # The same numbers again
 
 
-def test_args_yaml_alone_reproduces_the_run_and_a_hang_up_does_not_end_it(scenarios: Scenarios) -> None:
-    result = scenarios["whole"]["again"]
-    assert result.code == 0, result
-    assert_plain(result)
-    assert_equal_runs(scenarios.base / "whole", scenarios.base / "again")
-
-
-def test_stopped_by_sigterm_and_continued_equals_uninterrupted(scenarios: Scenarios) -> None:
-    assert scenarios["whole"]["first"].code == 0
-    results = scenarios["stopped"]
+def test_args_yaml_alone_stopped_by_sigterm_and_continued_equals_uninterrupted(scenarios: Scenarios) -> None:
+    assert scenarios["whole"].code == 0
+    stopped, resumed = scenarios["stopped"], scenarios["resumed"]
     moment = f"SIGTERM {scenarios.moment[1]:.3f} s after row {scenarios.moment[0]}"
-    assert results["first"].code == 143, (moment, results["first"].out)
-    assert results["resumed"].code == 0, (moment, results["resumed"])
+    assert stopped.code == 143, (moment, stopped.out)  # SIGHUP came before and has not ended it
+    assert resumed.code == 0, (moment, resumed)
+    assert_plain(resumed)
     stopped_at = torch.load(scenarios.base / "at_stop" / "last.pt", weights_only=True)["step"]
     assert 5 <= stopped_at < STEPS and stopped_at * 4 % TRAINING_IMAGES, moment  # in the middle of an epoch
-    assert f"from step {stopped_at}" in results["resumed"].out
+    assert f"from step {stopped_at}" in resumed.out
     assert_equal_runs(scenarios.base / "whole", scenarios.base / "stopped")
 
 
 def test_equality_of_runs_is_no_empty_claim(scenarios: Scenarios) -> None:
-    assert scenarios["whole"]["first"].code == 0 and scenarios["stopped"]["first"].code == 143
+    assert scenarios["whole"].code == 0 and scenarios["stopped"].code == 143
     last = [torch.load(scenarios.base / name / "last.pt", weights_only=True) for name in ("whole", "at_stop")]
     difference = first_difference(last[0]["model"], last[1]["model"])
     assert difference is not None and difference.startswith("/")
@@ -323,7 +312,7 @@ def test_equality_of_runs_is_no_empty_claim(scenarios: Scenarios) -> None:
 
 
 def test_stop_saves_and_its_last_line_says_how_to_continue(scenarios: Scenarios) -> None:
-    result = scenarios["stopped"]["first"]
+    result = scenarios["stopped"]
     assert_plain(result)
     last_line = result.out.splitlines()[-1]
     assert "SIGTERM" in last_line and f"--resume {scenarios.base / 'stopped'}" in last_line, result.out
@@ -376,7 +365,7 @@ def test_absent_gpu(scenarios: Scenarios, run_here: Callable[..., Result], monke
 
 
 def test_changed_settings_are_refused_in_a_continued_run(scenarios: Scenarios, run_here: Callable[..., Result]) -> None:
-    assert scenarios["stopped"]["first"].code == 143
+    assert scenarios["stopped"].code == 143
     arguments = ["--resume", scenarios.base / "at_stop", "train.batch_size=4"]
     assert_refused(run_here(*arguments), 2, "train.batch_size was 2 and cannot become 4")
 
@@ -389,7 +378,7 @@ def test_output_directory_in_use(scenarios: Scenarios, run_here: Callable[..., R
 
 
 def test_resume_on_data_of_other_classes(scenarios: Scenarios, run_here: Callable[..., Result], tmp_path: Path) -> None:
-    assert scenarios["whole"]["first"].code == 0
+    assert scenarios["whole"].code == 0
     shutil.copytree(scenarios.data, tmp_path / "data")
     for file in (tmp_path / "data" / "annotations").iterdir():
         file.write_text(file.read_text().replace("green", "yellow"))

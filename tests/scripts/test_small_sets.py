@@ -48,6 +48,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "run.py"
 
 
+@pytest.mark.slow
 def test_slices_continue_and_end(script: Path, tmp_path: Path) -> None:
     """Two long runs on two cores, then a short and a failing one: every step once, nothing repeated, times added."""
     long, other, short, bad = (Job(rung, "cells", 0, "half") for rung in ("long", "other", "short", "bad"))
@@ -79,6 +80,7 @@ def test_slices_continue_and_end(script: Path, tmp_path: Path) -> None:
     assert ledger.minutes(long) > 2 / 60
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_anew(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "GRACE_SECONDS", 0.3)
     job, continued = Job("R0", "cells", 0, "half"), []

@@ -33,7 +33,7 @@ def read_csv(path: Path) -> list[list[str]]:
 
 
 def test_everything_is_written(files: Files, run: Run) -> None:
-    code, out, err = run(*WEIGHTS, "--output", "out")
+    code, out, err = run(*WEIGHTS, "--output", "out", figures=True)
     assert (code, err) == (0, "")
     directory = files.root / "out"
     for name in ("validation", "precision_recall", "confidence_curves", "confusion_matrix", "size_and_aspect"):
@@ -154,7 +154,6 @@ def test_images_are_spread_evenly(default_settings: Any) -> None:
 def test_three_thresholds_in_one_pass_are_three_runs(
     shared_weights: Any, shared_data: Any, run_script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "draw_evaluation", lambda *arguments: {})  # seconds each, for 80 classes
     arguments = [
         "--weights", shared_weights("yolo-fastest-1.1.weights"), "--cfg", shared_weights("yolo-fastest-1.1.cfg"),
         "--names", shared_weights("coco.names"), f"data.root={shared_data('coco_mini')}", "data.num_workers=0",
@@ -225,7 +224,7 @@ def test_pictures_are_shown_after_they_were_written(
         assert (files.root / "out" / "size_and_aspect.png").is_file()
 
     monkeypatch.setattr(validation, "browse", browse)
-    assert run(*WEIGHTS, "--output", "out", "--show")[0] == 0
+    assert run(*WEIGHTS, "--output", "out", "--show", figures=True)[0] == 0
     ((title, shapes),) = shown
     assert title == "validation_net" and len(shapes) == 5 and all(len(shape) == 3 for shape in shapes)
 

@@ -77,9 +77,14 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.fixture
 def run(files: Files, monkeypatch, capfd) -> Run:
-    """`code, out, err = run("--weights", ...)`: validation.py in this process, in the directory of the files."""
+    """`code, out, err = run("--weights", ...)`: validation.py in this process, in the directory of the files.
 
-    def started(*arguments: str | Path) -> tuple[int, str, str]:
+    Without its figures, which take most of the time, unless `figures` is set.
+    """
+    draw_evaluation = validation.draw_evaluation
+
+    def started(*arguments: str | Path, figures: bool = False) -> tuple[int, str, str]:
+        monkeypatch.setattr(validation, "draw_evaluation", draw_evaluation if figures else lambda *_: {})
         monkeypatch.chdir(files.root)
         monkeypatch.setattr(sys, "argv", ["validation.py", *map(str, arguments), *files.arguments])
         with pytest.raises(SystemExit) as left:

@@ -26,7 +26,7 @@ import pytest
 import torch
 import torch.utils.tensorboard
 
-from detection.training import throughput
+from detection.training import console, throughput
 from tests.support.darknet_descriptions import conv, net, output, route, upsample, write_cfg, yolo
 from tests.support.guards import switch_off
 from tests.support.paths import MAIN
@@ -57,7 +57,14 @@ load_main()
 throughput.MATRIX_SIDES["cpu"] = 64  # each run measures the speed of matrix products at its end, for seconds
 
 
-def run_script(arguments: list[str], directory: str, output: str, fault: Fault | None, guard_off: str | None) -> None:
+def leave_out_report() -> None:
+    """Its pictures take as long as a small training."""
+    console.report_run = lambda *_: None
+
+
+def run_script(
+    arguments: list[str], directory: str, output: str, fault: Fault | None, guard_off: str | None, report: bool
+) -> None:
     """The forked process: `cd directory; main.py arguments > output.out 2> output.err`."""
     os.setsid()
     os.chdir(directory)
@@ -68,6 +75,8 @@ def run_script(arguments: list[str], directory: str, output: str, fault: Fault |
     torch.set_num_threads(1)
     sys.argv = [str(MAIN), *arguments]
     main = load_main()
+    if not report:
+        leave_out_report()
     if guard_off:
         switch_off(*json.loads(guard_off), pytest.MonkeyPatch())
     if fault is not None:

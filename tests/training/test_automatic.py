@@ -194,6 +194,7 @@ def test_best_pt_is_the_better_of_ema_and_weights(
 # SWA
 
 
+@pytest.mark.slow
 def test_swa_of_a_run_is_the_mean_of_its_cycles_also_when_resumed(
     main: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +303,7 @@ def test_a_late_run_leaves_evaluations_out_and_ends(
     assert (watch.skips_evaluation(), watch.out_of_time()) == (False, False)
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_is_kept_and_measuring_changes_nothing(
     main: Callable[..., Any], drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,10 @@ def test_sizes_are_the_published_ones(default_settings, words, file_bytes: int, 
     assert len(darknet_bytes(model, Header())) == file_bytes
 
 
-@pytest.mark.parametrize(("words", "file_bytes", "layers"), FAMILY)
+@pytest.mark.parametrize(
+    ("words", "file_bytes", "layers"),
+    [pytest.param(*FAMILY[0].values, id="yolov3", marks=pytest.mark.slow), *FAMILY[1:]],
+)
 def test_the_description_is_the_same_network(
     default_settings, tmp_path: Path, words, file_bytes: int, layers: int
 ) -> None:
