@@ -14,6 +14,10 @@ trains alone, on all cores at once, until --yardstick-steps; T is then the minut
 recipe, the mean over its runs, and is kept in WORK/yardstick.json. With --yardstick MINUTES it is given. A run gets its
 share of T as train.minutes: the number of its steps is fixed when it starts, from the time that a step takes then.
 
+A budget whose share is null trains each rung for the steps that it has of its own. With `curves` a plan names columns
+of metrics.jsonl that are drawn over the steps, a figure each, in the colours of its rungs. Two such plans, for
+docs/backbone_study.md: --plan benchmarks/backbones.yaml, --plan benchmarks/schedules.yaml.
+
 Writes WORK/small_sets.md and a figure per set. AP and AP50 are those of the evaluation with the highest AP, which
 best.pt holds where evaluation.best_metric is AP, on the validation images; nothing may be chosen by them that is then
 reported on the same images.
@@ -28,96 +32,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, ValidationError
-
+from benchmarks.support.plan import YARDSTICK, Plan, SetPlan, read_plan
+from benchmarks.support.run_curves import draw_columns
 from benchmarks.support.run_results import draw_set, markdown_table, read_results
 from benchmarks.support.slices import Job, Ledger, is_done, run_slice, steps_done
 from detection.config.command_line import Parser, at_least_one
-from detection.config.fields import Count, Positive, Section
-from detection.config.loading import tuples_of
-from detection.config.yaml_files import read_settings_file
 from detection.errors import DataError, SettingsError, exit_with_message
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "yolo-v3" / "main.py"
-YARDSTICK = "yardstick"  # name of its budget
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-
-
-class SetPlan(Section):
-    """A data set: words that name it, and a script of this repository that makes it, with its arguments."""
-
-    words: tuple[str, ...]
-    prepare: tuple[str, ...] = ()
-
-
-class RungPlan(Section):
-    """What a rung changes: overlays, relative to the repository, then words."""
-
-    overlays: tuple[str, ...]
-    words: tuple[str, ...] = ()
-
-
-class BudgetPlan(Section):
-    """Which rungs train on which sets, with which seeds, in which share of T."""
-
-    share: Positive
-    rungs: tuple[str, ...]
-    sets: tuple[str, ...]
-    seeds: Seeds
-
-
-class YardstickPlan(Section):
-    """The run whose time is T, and its number of steps."""
-
-    rung: str
-    set: str
-    seeds: Seeds
-    steps: Count
-
-
-class Plan(Section):
-    """The plan file."""
-
-    sets: dict[str, SetPlan]
-    rungs: dict[str, RungPlan]
-    yardstick: YardstickPlan
-    budgets: dict[str, BudgetPlan]
-
-    def jobs(self) -> list[Job]:
-        """List all runs, the yardstick's first; seed by seed, so that every rung has one result early."""
-        ruler = self.yardstick
-        found = [Job(ruler.rung, ruler.set, seed, YARDSTICK) for seed in ruler.seeds]
-        for name, budget in self.budgets.items():
-            seeds = [(seed, set_name) for seed in budget.seeds for set_name in budget.sets]
-            found += [Job(rung, set_name, seed, name) for seed, set_name in seeds for rung in budget.rungs]
-        return found
-
-
-def read_plan(path: Path) -> Plan:
-    """Read and check a plan.
-
-    Raises:
-        SettingsError: it is none, or names rungs, sets or overlays that there are not.
-    """
-    try:
-        plan = Plan.model_validate(tuples_of(read_settings_file(path)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    for job in plan.jobs():
-        for kind, name, known in (("rung", job.rung, plan.rungs), ("set", job.set, plan.sets)):
-            if name not in known:
-                raise SettingsError(f"{path}: {job.budget} names the {kind} {name!r}; there are {', '.join(known)}")
-    if YARDSTICK in plan.budgets:
-        raise SettingsError(f"{path}: budgets: {YARDSTICK} is the name of the yardstick's own")
-    for name, rung in plan.rungs.items():
-        for overlay in rung.overlays:
-            if not (ROOT / overlay).is_file():
-                raise SettingsError(f"{path}: rungs.{name}: there is no overlay {overlay}")
-    return plan
 
 
 def main() -> None:
@@ -135,6 +59,9 @@ def main() -> None:
         run_plan(plan, jobs, names, arguments)
     results = read_results(jobs, work)
     text = f"{header(plan, work)}\n\n{markdown_table(jobs, results)}"
+    if plan.curves:
+        colors = {name: rung.color for name, rung in plan.rungs.items()}
+        text += "\n" + draw_columns(work, plan.curves, results, colors)
     (work / "small_sets.md").write_text(text, encoding="utf-8")
     for set_name in dict.fromkeys(result.job.set for result in results):
         draw_set(work / f"{set_name}.png", set_name, results)
@@ -143,9 +70,10 @@ def main() -> None:
 
 def run_plan(plan: Plan, jobs: Sequence[Job], names: Mapping[str, str], arguments: argparse.Namespace) -> None:
     """Train for one slice: the yardstick until T is known, then everything."""
-    work, ruler = arguments.work, [job for job in plan.jobs() if job.budget == YARDSTICK]
+    work, ruler = arguments.work, plan.yardstick_jobs()
     minutes = arguments.yardstick or stored_yardstick(work)
-    if minutes is None:
+    unknown = bool(ruler) and minutes is None
+    if unknown:
         jobs = ruler
     for set_name in dict.fromkeys(job.set for job in jobs):
         prepare(plan.sets[set_name], names)
@@ -156,7 +84,7 @@ def run_plan(plan: Plan, jobs: Sequence[Job], names: Mapping[str, str], argument
     for job in jobs:  # a word that cannot be filled in ends the program now, not in mid-slice
         command(job, False)
     run_slice(jobs, work, arguments.cores, 60 * arguments.minutes, command, arguments.retry)
-    if minutes is None:
+    if unknown:
         measured = measure_yardstick(plan, ruler, work, arguments.yardstick_steps)
         if measured is None:
             print(f"T is not known yet: each run of the yardstick needs {arguments.yardstick_steps} steps")
@@ -174,10 +102,10 @@ def command_of(
         return [sys.executable, str(MAIN), "--resume", directory, "run.preflight=false"]
     rung = plan.rungs[job.rung]
     words = [f"run.device={device}", "data.num_workers=0", "run.loggers=[files]", f"run.seed={job.seed}"]
-    if job.budget != YARDSTICK:
+    if job.budget != YARDSTICK and (share := plan.budgets[job.budget].share) is not None:
         assert minutes is not None
-        words.append(f"train.minutes={minutes * plan.budgets[job.budget].share:.3f}")
-    words += [fill_names(word, names) for word in (*rung.words, *plan.sets[job.set].words)]
+        words.append(f"train.minutes={minutes * share:.3f}")
+    words += [fill_names(word, names) for word in (*plan.words, *rung.words, *plan.sets[job.set].words)]
     overlays = [part for overlay in rung.overlays for part in ("--config", str(ROOT / overlay))]
     return [sys.executable, str(MAIN), *overlays, *words, "--output", directory]
 
@@ -214,6 +142,7 @@ def prepare(plan: SetPlan, names: Mapping[str, str]) -> None:
 def measure_yardstick(plan: Plan, jobs: Sequence[Job], work: Path, least_steps: int) -> dict[str, float] | None:
     """Estimate T from the runs of the yardstick so far; None: one of them has too few steps."""
     ledger, steps = Ledger(work), [steps_done(job.directory(work)) for job in jobs]
+    assert plan.yardstick is not None
     least = min(least_steps, plan.yardstick.steps)
     if min(steps) < least:
         return None
@@ -245,11 +174,12 @@ def state_line(job: Job, work: Path) -> str:
 def header(plan: Plan, work: Path) -> str:
     """Say what the times mean."""
     minutes = stored_yardstick(work)
-    ruler = plan.yardstick
     known = "not measured yet" if minutes is None else f"{minutes:.1f} minutes, extrapolated from its first slice"
+    ruler = plan.yardstick
+    scale = f"T: {ruler.steps} steps of {ruler.rung} on {ruler.set}, {known}. " if ruler else ""
     return (
-        f"T: {ruler.steps} steps of {ruler.rung} on {ruler.set}, {known}. {platform.machine()}, "
-        f"{os.cpu_count()} cores, one core per run. AP: mean over seeds (smallest to largest), of the best evaluation."
+        f"{scale}{platform.machine()}, {os.cpu_count()} cores, one core per run. "
+        "AP: mean over seeds (smallest to largest), of the best evaluation."
     )
 
 

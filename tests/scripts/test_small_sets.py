@@ -9,6 +9,7 @@ import pytest
 from benchmarks import small_sets
 from benchmarks.small_sets import command_of, measure_yardstick, read_plan, wanted
 from benchmarks.support import slices
+from benchmarks.support.run_curves import draw_columns, read_columns
 from benchmarks.support.run_results import draw_set, markdown_table, read_results
 from benchmarks.support.slices import Job, Ledger, is_done, run_slice, steps_done
 from detection.config.loading import merge_settings
@@ -145,6 +146,11 @@ budgets: {half: {share: 0.5, rungs: [R0], sets: [cells], seeds: [0]}}
         ("share: 0.5", "share: 0", "budgets.half.share: Input should be greater than 0"),
         ("half:", "yardstick:", "yardstick is the name of the yardstick's own"),
         ("steps: 100", "step: 100", "yardstick.steps: Field required"),
+        (
+            "yardstick: {rung: R0, set: cells, seeds: [0, 1], steps: 100}",
+            "curves: [val/loss]",
+            "budgets.half: has a share of T, but the plan has no yardstick",
+        ),
     ],
 )
 def test_a_wrong_plan_is_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -176,6 +182,23 @@ def test_every_run_of_the_plan_has_settings_that_exist(tmp_path: Path) -> None:
     )
     with pytest.raises(SettingsError, match=r"a=\{x\}: say what it is with --let"):
         command_of(plan, jobs[0], False, None, names, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["backbones", "schedules"])
+def test_the_plans_of_equal_steps(name: str, tmp_path: Path) -> None:
+    """No yardstick, no time: every run of a plan differs from the others in nothing but what its rung is named for."""
+    plan = read_plan(Path(small_sets.__file__).with_name(f"{name}.yaml"))
+    names = {"data": "/data", "work": str(tmp_path)}
+    steps, colors = set(), []
+    for job in plan.jobs():
+        command = command_of(plan, job, False, None, names, tmp_path, "cpu")
+        overlays = [Path(command[index + 1]) for index, word in enumerate(command) if word == "--config"]
+        tree, _, _ = merge_settings(ARGS, overlays, [word for word in command[2:] if "=" in word])
+        train = tree["train"]
+        assert train["minutes"] is None and train["image_size"] == tree["evaluation"]["image_size"]
+        steps.add((train["steps"], train["batch_size"], train["learning_rate"], train["optimizer"]))
+        colors.append(plan.rungs[job.rung].color)
+    assert len(steps) == 1 and set(colors) in ({"red", "purple", "gold"}, {"red", "blue", "green"})
 
 
 def test_the_time_of_the_yardstick(tmp_path: Path) -> None:
@@ -216,3 +239,20 @@ def test_table_and_figure(tmp_path: Path) -> None:
     assert "| cells | R8 | 0 of 2 | - | - | - | - | - |" in table
     draw_set(tmp_path / "cells.png", "cells", results)
     assert (tmp_path / "cells.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_columns(tmp_path: Path) -> None:
+    """The smallest loss and the largest AP50 with their steps; a step taken twice counts once; a line per rung."""
+    jobs = [Job(rung, "cells", 0, "equal") for rung in ("R0", "R8")]
+    for job, losses in zip(jobs, ((3.0, 1.0, 2.0), (5.0, 4.0, 6.0)), strict=True):
+        complete(tmp_path, job, [(50, 0.4, 0.8)], (150, 0.3, 0.5))
+        rows = [{"step": 50, "val/loss": 9.0}, {"step": 40, "train/loss": 1.0}]
+        rows += [{"step": 50 * n, "val/loss": loss, "val/AP50": loss / 10} for n, loss in enumerate(losses, start=1)]
+        (job.directory(tmp_path) / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = read_results(jobs, tmp_path)
+    assert read_columns(tmp_path, results[0], ["val/loss"]) == {"val/loss": [(50, 3.0), (100, 1.0), (150, 2.0)]}
+    table = draw_columns(tmp_path, ["val/loss", "val/AP50", "val/AR100"], results, {"R0": "red", "R8": None})
+    assert "| cells | R0 | 1.000 (100) | 0.300 (50) | - | 150 | 1.5 |" in table
+    assert "| cells | R8 | 4.000 (100) | 0.600 (150) | - | 150 | 1.5 |" in table
+    for name in ("val_loss", "val_AP50", "val_AR100"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
