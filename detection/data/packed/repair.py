@@ -4,8 +4,9 @@ import hashlib
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
@@ -81,7 +82,8 @@ def digest_of(file: Path, advance: Advance) -> str:
     return digest.hexdigest()
 
 
-class Rebuilt(NamedTuple):
+@dataclass(frozen=True)
+class Rebuilt:
     """An index that was written anew, and a line for each thing that is not as the index before it said."""
 
     index: PackedIndex
