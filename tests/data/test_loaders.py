@@ -304,6 +304,7 @@ for _ in build_training_loader(Failing(), TrainingBatchSampler(9, 1, 1, (0, 9), 
 """
 
 
+@pytest.mark.slow  # starts Python with torch
 def test_an_error_ends_the_process_although_workers_ignore_sigterm() -> None:
     """multiprocessing's own ending of the workers waits forever for processes that ignore its SIGTERM."""
     done = subprocess.run(

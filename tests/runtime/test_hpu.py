@@ -128,7 +128,8 @@ SCRIPT_RUNS: dict[str, tuple[bool, int, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("lazy", marks=pytest.mark.slow), "eager"])
+@pytest.mark.slow  # starts a process; test_the_example_of_one_card is the same loop in this one
+@pytest.mark.parametrize("name", list(SCRIPT_RUNS))
 def test_the_script_makes_the_calls_of_its_steps(tmp_path: Path, name: str) -> None:
     """Lazy mode is selected by an overlay."""
     lazy, subdivisions, words = SCRIPT_RUNS[name]

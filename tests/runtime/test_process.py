@@ -165,6 +165,7 @@ report("prepare_process", before)
 """
 
 
+@pytest.mark.slow  # imports everything; tests/test_layers.py does so for each eighth module
 def test_importing_and_constructing_change_nothing_global(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, REPOSITORY / "detection"],
