@@ -95,6 +95,7 @@ from detection.evaluation.report import (
     protocol_line,
     write_evaluation,
 )
+from detection.inference.exported_files import EXPORTED
 from detection.inference.views import Viewer, open_viewer
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import describe_device, open_machine, peak_memory_gib
@@ -102,7 +103,7 @@ from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.follow import Timing, follow
 
 SETTING = re.compile(r"[a-z]\w*(\.\w+)*=")
-CARRY_THEIR_OWN = {".pt", ".onnx"}  # suffixes of files that contain class names and network
+CARRY_THEIR_OWN = {".pt", *EXPORTED}  # suffixes of files that contain class names and network
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from detection.config.settings import Settings
 from detection.contract import Detector
 from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
-from detection.inference.export.onnx_export import OnnxOptions, build_onnx
+from detection.inference.export.onnx_export import ExportOptions, build_onnx
 from detection.inference.onnx_model import OnnxModel
 from detection.inference.weights import OpenedDetector
 from detection.models import build_detector
@@ -131,7 +131,7 @@ def open_ways(
         opened = OpenedDetector(detector, settings, None, CLASSES, 0, 0, [])
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "network.onnx"
-            path.write_bytes(build_onnx(opened, OnnxOptions(outputs="raw"))[0].SerializeToString())
+            path.write_bytes(build_onnx(opened, ExportOptions(outputs="raw"))[0].SerializeToString())
             network = OnnxModel(path)
             used = network.use_device(str(device))
         yield f"onnx on {used}", None, network

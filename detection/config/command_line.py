@@ -36,16 +36,18 @@ def at_least_zero(text: str) -> float:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the file of weights that a path names: of a run directory its best.pt.
+    """Return the file of weights that a path names: of a run directory its best.pt, of an OpenVINO folder its .xml.
 
     Raises:
-        CheckpointError: a directory without best.pt.
+        CheckpointError: a directory with neither.
     """
     path = Path(path)
     if not path.is_dir():
         return path
     if (best := path / "best.pt").is_file():
         return best
+    if len(found := list(path.glob("*.xml"))) == 1:
+        return found[0]
     hint = f"; {path / 'last.pt'} is there" if (path / "last.pt").is_file() else ""
     raise CheckpointError(f"{path} is a directory without best.pt, which a run writes at its first evaluation{hint}")
 
@@ -113,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             type=weights_file,
             required=required,
             metavar="FILE",
-            help="checkpoint .pt, run directory (its best.pt), Darknet .weights, or exported .onnx",
+            help="checkpoint .pt, run directory (its best.pt), Darknet .weights, or a file of export.py",
         )
         add(
             "--cfg",

@@ -1,82 +1,27 @@
-"""ONNX files written by export.py: their metadata, and a module that runs them in place of a PyTorch network."""
+"""ONNX files as models, run by ONNX Runtime."""
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from detection.config.loading import changed_settings
-from detection.config.settings import Settings
-from detection.contract import Detector, Geometry
 from detection.errors import CheckpointError, SettingsError
-from detection.models import POSTPROCESSES, upgrade_metadata
-from detection.models.postprocess import DecodedPostprocess, FinalDetections, Selection
+from detection.inference.exported_model import ExportedModel
 
-OutputKind = Literal["raw", "decoded", "nms"]
 NEEDED = "pip install onnx onnxscript onnxruntime"
-NMS_SETTINGS = [f"evaluation.{name}" for name in ("confidence_threshold", "iou_threshold", "max_detections")]
 
 
-class Description(BaseModel):
-    """Metadata of an ONNX file: each field is an entry of `metadata_props` with a JSON value."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    program: str  # name and version of the program that wrote the file
-    output_kind: OutputKind
-    network: str = ""  # `Detector.name`; empty in older files, which hold YOLO with the backbone of their settings
-    names: tuple[str, ...]  # class of each label; class_0, class_1, ... if the weights had no names
-    category_ids: tuple[int, ...] | None  # of the training annotations; None: unknown
-    input: Literal["uint8", "float"]  # RGB 0..255, or 0..1
-    image_size: int  # side of the square input in pixels; with dynamic_size the validation size
-    dynamic_size: bool  # any height and width that are multiples of size_multiple
-    size_multiple: int
-    half: bool  # the network computes in float16; inputs, outputs, decoding and NMS do not
-    geometry: dict[str, Any]  # placement, fill, interpolation, rounding, ...: how an image becomes the input
-    strides: tuple[int, ...]  # of raw outputs
-    decoding: dict[str, Any]  # `Detector.metadata`: what decodes raw outputs
-    score: str  # formula of the detection score, as text
-    deviations: tuple[str, ...] = ()  # from the evaluation protocol; older files do not say
-    thresholds: dict[str, Any]  # confidence, iou, max_detections (per image and class)
-    held_settings: dict[Literal["network", "decoding"], list[str]]  # see `Detector.held_settings`
-    settings: dict[str, Any]  # the section `model` and that of the detector
-    parameters: int  # number of weights of the network
-    step: int
-    seen: int
-
-    def to_metadata(self) -> dict[str, str]:
-        """Format the fields as entries of `metadata_props`."""
-        return {key: json.dumps(value) for key, value in self.model_dump(mode="json").items()}
-
-    def settings_tree(self) -> dict[str, Any]:
-        """Return the settings stored in the file, nested by section."""
-        evaluation = {
-            "image_size": self.image_size,
-            "confidence_threshold": self.thresholds["confidence"],
-            "iou_threshold": self.thresholds["iou"],
-            "max_detections": self.thresholds["max_detections"],
-        }
-        return {**self.settings, "evaluation": evaluation}
-
-
-class OnnxModel(nn.Module):
-    """Module that runs an exported file with ONNX Runtime, called like a detector's model; has no torch parameters.
-
-    Args:
-        path: file written by export.py.
+class OnnxModel(ExportedModel):
+    """Runs an ONNX file.
 
     Raises:
         CheckpointError: missing, damaged, or without our metadata.
         SettingsError: onnxruntime is not installed.
     """
 
+    runtime = "ONNX Runtime"
+
     def __init__(self, path: Path) -> None:
-        super().__init__()
         try:
             import onnxruntime
         except ImportError as error:
@@ -87,14 +32,11 @@ class OnnxModel(nn.Module):
         options.log_severity_level = 4  # what it would print is in the exception
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  (a class of its own for each of its status codes)
             raise CheckpointError(f"{path} is not a usable ONNX file: {' '.join(str(error).split())[:200]}") from None
-        self.path = path
-        self.description = read_metadata(self.session.get_modelmeta().custom_metadata_map, path)
-        self.strides = self.description.strides
-        self.size_multiple = self.description.size_multiple
-        self.num_parameters = self.description.parameters
+        super().__init__(path, session.get_modelmeta().custom_metadata_map)
+        self.session = session
 
     def use_device(self, name: str) -> str:
         """Select the device of a `run.device` setting; returns the one in use (`auto` is the CPU).
@@ -117,105 +59,5 @@ class OnnxModel(nn.Module):
             "its CUDA libraries are installed"
         )
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Run the network.
-
-        Args:
-            images: uint8 RGB (B, 3, H, W), of a size that the file accepts.
-
-        Returns:
-            Depending on `output_kind`: "raw": logits per level; "decoded": all boxes (B, P, 4) and scores (B, P, C);
-            "nms": final boxes (K, 4), scores, labels and image_index (K,), and the image numbers 0..B-1 (B,).
-        """
-        values = images.contiguous().cpu().numpy()
-        if self.description.input == "float":
-            values = values.astype(np.float32) / 255
-        outputs = [torch.from_numpy(output).to(images.device) for output in self.session.run(None, {"images": values})]
-        if self.description.output_kind == "nms":
-            outputs.append(torch.arange(len(images), device=images.device))
-        return outputs
-
-
-def build_exported(model: OnnxModel, own: Settings, settings: Settings) -> Detector:
-    """Build the detector of an exported file; it has no criterion.
-
-    Args:
-        own: settings of the file.
-        settings: the same with the changes of the command line, checked by `refuse_changes`.
-    """
-    description, evaluation = model.description, settings.evaluation
-    postprocess: nn.Module
-    if description.output_kind == "nms":
-        postprocess = FinalDetections()
-    elif description.output_kind == "decoded":
-        postprocess = DecodedPostprocess(
-            evaluation.confidence_threshold,
-            evaluation.iou_threshold,
-            evaluation.max_detections,
-            not description.decoding.get("one_to_one", False),
-            Selection(**description.decoding.get("selection", {})),
-        )
-    else:
-        postprocess = POSTPROCESSES[settings.model.detector](description.decoding, settings)
-    geometry = Geometry(**{key: _tuple(value) for key, value in description.geometry.items()})
-    # The file holds the detector's own geometry; the settings matter only where the command line changed them.
-    changed = {name: getattr(settings.model, name) for name in ("placement", "rounding", "interpolation", "fill")}
-    changed = {name: value for name, value in changed.items() if value not in (None, getattr(own.model, name))}
-    return Detector(
-        model,
-        None,
-        postprocess,
-        dataclasses.replace(geometry, **changed),
-        name=description.network or settings.model.backbone,
-        score=description.score,
-        deviations=description.deviations,
-        metadata=description.decoding,
-    )
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def read_metadata(metadata: dict[str, str], path: Path) -> Description:
-    """Parse the metadata that export.py writes.
-
-    Raises:
-        CheckpointError: the metadata was written by another program, or is damaged.
-    """
-    if "program" not in metadata or "output_kind" not in metadata:
-        raise CheckpointError(f"{path} has no metadata of export.py: only ONNX files that it wrote can be read here")
-    try:
-        entries = {key: json.loads(value) for key, value in metadata.items()}
-        return Description.model_validate(upgrade_metadata(entries))
-    except (ValueError, TypeError, KeyError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: its metadata is damaged or of another version: {reason}") from None
-
-
-def refuse_changes(model: OnnxModel, own: Settings, settings: Settings) -> None:
-    """Refuse changes to settings that are fixed in the exported graph.
-
-    Args:
-        own: settings of the file.
-        settings: the same with the changes of the command line.
-
-    Raises:
-        SettingsError: names the setting and the export that has the wanted value.
-    """
-    description = model.description
-    if settings.run.precision not in ("auto", "off"):
-        raise SettingsError(
-            f"run.precision = {settings.run.precision!r}: {model.path} computes as exported; see export.py --half"
-        )
-    held = [f"model.{name}" for name in ("detector", "backbone", "cfg", "batch_norm")]
-    held += description.held_settings["network"]
-    held += [] if description.dynamic_size else ["evaluation.image_size"]
-    held += [] if description.output_kind == "raw" else description.held_settings["decoding"]
-    held += NMS_SETTINGS if description.output_kind == "nms" else []
-    for key, (old, new) in changed_settings(own, settings).items():
-        if key in held:
-            hint = " with --dynamic-size" if key == "evaluation.image_size" else ""
-            raise SettingsError(
-                f"{key} = {new!r}: {model.path} was exported with {old!r} inside; export the weights again{hint}"
-            )
+    def compute(self, images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in self.session.run(None, {"images": images.numpy()})]

@@ -11,7 +11,8 @@ from torch import Tensor
 from detection.contract import Detector
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Sample, Transform
-from detection.inference.onnx_model import OnnxModel
+from detection.inference.exported_model import ExportedModel
+from detection.inference.folding import prepare_inference
 from detection.inference.tiling import Region, Tiling, merge_tiles, read_tiling
 from detection.inference.tta import SCALES, Variant, fuse, mirror, variants
 from detection.inference.weights import OpenedDetector
@@ -68,7 +69,7 @@ class Viewer:
         self.notice: str | None = None
         if tta:
             model = detector.model
-            fixed = isinstance(model, OnnxModel) and not model.description.dynamic_size
+            fixed = isinstance(model, ExportedModel) and not model.description.dynamic_size
             self.variants = variants(size, detector.geometry.size_multiple, not fixed)
             if fixed:
                 self.notice = (
@@ -167,7 +168,7 @@ def build_viewer(
     """Build the viewer of opened weights, with the input size and the NMS of their settings."""
     evaluation = opened.settings.evaluation
     merging = evaluation.iou_threshold, evaluation.max_detections
-    detector = machine.to_device(opened.detector)
+    detector = machine.to_device(prepare_inference(opened.detector, machine))
     return Viewer(detector, machine, evaluation.image_size, batch_size, *merging, tiling, tta)
 
 

@@ -1,4 +1,4 @@
-"""Open trained weights as a detector: checkpoints, Darknet .weights and exported .onnx files."""
+"""Open trained weights as a detector: checkpoints, Darknet .weights and files of export.py."""
 
 import argparse
 import zipfile
@@ -19,7 +19,8 @@ from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError, name_list
 from detection.foreign_files import describe_file
-from detection.inference.onnx_model import OnnxModel, build_exported, refuse_changes
+from detection.inference.exported_files import EXPORTED, open_exported
+from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
 from detection.models import DETECTORS, build_detector
 from detection.models.catalogue import find_weights
 from detection.models.darknet.cfg import input_size, parse_cfg
@@ -52,9 +53,9 @@ class OpenedDetector:
         return self.names or placeholder_names(self.num_classes)
 
     def num_parameters(self) -> int:
-        """Count the weights of the network; for ONNX, whose module has no parameters, as stored in the file."""
+        """Count the weights of the network; for an exported file, whose module has none, as stored in the file."""
         model = self.detector.model
-        if isinstance(model, OnnxModel):
+        if isinstance(model, ExportedModel):
             return model.num_parameters
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -115,8 +116,8 @@ def open_weights(
     """Build the detector that a file of weights belongs to and load the weights.
 
     Args:
-        weights: checkpoint (.pt; its EMA if it has one), .onnx written by export.py, Darknet weights, or published
-            weights of other programs (docs/weights.md), also by their name in the catalogue.
+        weights: checkpoint (.pt; its EMA if it has one), file written by export.py, Darknet weights, or
+            published weights of other programs (docs/weights.md), also by their name in the catalogue.
         cfg: .cfg of a Darknet network; None: YOLOv3 as configured.
         names: file with the class names of Darknet weights, one per line, or the names.
         defaults: args.yaml.
@@ -128,13 +129,13 @@ def open_weights(
     """
     weights = find_weights(weights_file(weights))
     kind = weights.suffix.lower()
-    if kind != ".onnx":  # ONNX Runtime has devices of its own, see `OnnxModel.use_device`
+    if kind not in EXPORTED:  # which have devices of their own, see `ExportedModel.use_device`
         refuse_absent_device(defaults, overlays, words, flags)
-    if kind in (*TORCH_SUFFIXES, *FOREIGN_SUFFIXES, ".onnx") or zipfile.is_zipfile(weights):
+    if kind in (*TORCH_SUFFIXES, *FOREIGN_SUFFIXES, *EXPORTED) or zipfile.is_zipfile(weights):
         for flag, value in (("--cfg", cfg), ("--names", names)):
             if value is not None:
                 raise SettingsError(f"{flag} belongs to Darknet weights; {weights} carries its own")
-        return (_open_onnx if kind == ".onnx" else _open_checkpoint)(weights, defaults, overlays, words, flags)
+        return (_open_exported if kind in EXPORTED else _open_checkpoint)(weights, defaults, overlays, words, flags)
     if weights.is_file() and (foreign := describe_file(weights)):
         raise CheckpointError(f"{weights} is {foreign}; {READ_HERE}")
     try:
@@ -178,10 +179,10 @@ def _open_checkpoint(
     return _finish(detector, settings, known, count, step, seen, lines, ids or None)
 
 
-def _open_onnx(
+def _open_exported(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
-    model = OnnxModel(weights)
+    model = open_exported(weights)
     description, moved = model.description, list[str]()
     try:
         own = complete_settings(description.settings_tree(), defaults, moved)
@@ -198,7 +199,10 @@ def _open_onnx(
     names = None if description.names == placeholder_names(count) else description.names
     size = "any size" if description.dynamic_size else f"{description.image_size} px"
     half = ", network in float16" if description.half else ""
-    lines.append(f"{weights}: ONNX, outputs {description.output_kind}, {description.input} input, {size}{half}")
+    half += ", convolutions in 8 bits" if description.int8 else ""
+    lines.append(
+        f"{weights}: {model.runtime}, outputs {description.output_kind}, {description.input} input, {size}{half}"
+    )
     lines.append(f"{detector.name}, {count} classes, written by {description.program}")
     ids = description.category_ids
     return _finish(detector, settings, names, count, description.step, description.seen, lines, ids)

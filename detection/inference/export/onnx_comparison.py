@@ -17,7 +17,8 @@ from detection.data.image_places import open_images
 from detection.data.resize import INTERPOLATIONS, resize_image
 from detection.data.sources import find_source
 from detection.errors import DataError, DataReadError, UserError
-from detection.inference.onnx_model import Description, OnnxModel
+from detection.inference.exported_files import open_exported
+from detection.inference.exported_model import Description
 from detection.inference.weights import OpenedDetector
 from detection.models.postprocess import DensePostprocess, FinalDetections
 
@@ -26,7 +27,7 @@ BATCHES = (1, 3)  # other than the traced batch size
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Allowed differences between ONNX Runtime and PyTorch."""
+    """Allowed differences between an exported file and PyTorch."""
 
     logits: float  # absolute below 1, else relative
     boxes: float  # pixels; scaled up for coordinates outside the image
@@ -51,7 +52,7 @@ def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
     Raises:
         ComparisonFailed: a difference exceeds the tolerance.
     """
-    file = OnnxModel(path)
+    file = open_exported(path)
     tolerance = FLOAT16 if file.description.half else FLOAT32
     compare = {"raw": compare_logits, "decoded": compare_decoded, "nms": compare_final}[file.description.output_kind]
     pictures, source = find_pictures(opened.settings.data)
@@ -79,7 +80,7 @@ def compare_with_pytorch(opened: OpenedDetector, path: Path) -> list[str]:
     # "not <=" rather than ">", so that NaN fails
     if any(not value <= getattr(tolerance, name) for name, value in largest.items()):
         raise ComparisonFailed(f"the file does not compute what PyTorch does and is not kept; {differences}")
-    return [f"ONNX Runtime beside PyTorch on {source} and noise, batches of {batches}, {pixels} px", differences]
+    return [f"{file.runtime} beside PyTorch on {source} and noise, batches of {batches}, {pixels} px", differences]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from detection.contract import DetectorModel
 from detection.errors import SettingsError
 from detection.inference.export.nms_graph import NMS_INPUTS, add_nms, read_opset
-from detection.inference.onnx_model import NEEDED, Description, OutputKind
+from detection.inference.export.quantization import quantize
+from detection.inference.exported_model import Description, OutputKind
+from detection.inference.onnx_model import NEEDED
 from detection.inference.weights import OpenedDetector
 from detection.models.postprocess import DensePostprocess
 
@@ -26,30 +29,37 @@ OUTPUT_NAMES: dict[OutputKind, list[str]] = {
 
 
 @dataclass(frozen=True)
-class OnnxOptions:
-    """Options of the ONNX export, see `export.py --help`."""
+class ExportOptions:
+    """Options of the export, see `export.py --help`; `half` and below are of ONNX files alone."""
 
     outputs: OutputKind = "decoded"
     input: str = "uint8"
     dynamic_size: bool = False
     half: bool = False
+    int8: bool = False
     opset: int = OPSETS[0]
     simplify: bool = True
 
 
 class ExportedDetector(nn.Module):
-    """Module that is traced: network and, with `decode`, decoding of boxes; without NMS."""
+    """Module that is traced: network and, with `decode`, decoding of boxes; without NMS.
 
-    def __init__(self, opened: OpenedDetector, decode: bool) -> None:
+    Args:
+        levels: return the raw levels too if they are decoded.
+    """
+
+    def __init__(self, opened: OpenedDetector, decode: bool, levels: bool = True) -> None:
         super().__init__()
-        self.model = opened.detector.model
+        self.model, self.levels = opened.detector.model, levels
         self.postprocess = cast(DensePostprocess, opened.detector.postprocess)
         self.decode = decode
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map images (B, 3, H, W) to the raw levels and, with `decode`, boxes (B, P, 4) and scores (B, P, C)."""
         levels = self.model(images)
-        return (*levels, *self.postprocess.decode(levels)) if self.decode else tuple(levels)
+        if not self.decode:
+            return tuple(levels)
+        return (*(levels if self.levels else ()), *self.postprocess.decode(levels))
 
 
 def require_packages() -> None:
@@ -66,8 +76,13 @@ def require_packages() -> None:
         raise SettingsError(f"{error}: ONNX export needs: {NEEDED}") from None
 
 
-def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[str]]:
+def build_onnx(
+    opened: OpenedDetector, options: ExportOptions, calibration: Iterable[Tensor] = ()
+) -> tuple[Any, list[str]]:
     """Build the `onnx.ModelProto` with its metadata.
+
+    Args:
+        calibration: with `int8` batches of training images, uint8 (B, 3, H, W).
 
     Returns:
         The model, and lines about each stage for the user.
@@ -93,6 +108,10 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
     if options.half:
         model = halve(model, network)
         lines.append(f"network in float16: {len(model.graph.node)} nodes, {model.ByteSize()} bytes")
+    if options.int8:
+        values = (images if options.input == "uint8" else images.float() / 255 for images in calibration)
+        model, more = quantize(model, network, levels, (images.numpy() for images in values))
+        lines += more
     if options.outputs == "nms":
         model = add_nms(model, cast(DensePostprocess, opened.detector.postprocess))
     description = describe(opened, options)
@@ -105,7 +124,7 @@ def build_onnx(opened: OpenedDetector, options: OnnxOptions) -> tuple[Any, list[
     return model, lines
 
 
-def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> Any:
+def trace(opened: OpenedDetector, options: ExportOptions, levels: list[str]) -> Any:
     """Trace the detector to an unoptimized `torch.onnx.ONNXProgram`.
 
     Args:
@@ -116,19 +135,12 @@ def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> An
     Raises:
         SettingsError: torch cannot export the network.
     """
-    multiple, size = opened.detector.geometry.size_multiple, opened.settings.evaluation.image_size
-    rows = columns = size
-    sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if options.dynamic_size:
-        # The exporter would treat equal sides, or sides of a single cell, as constants.
-        rows, columns = max(size, 2 * multiple), max(size, 2 * multiple) + multiple
-        sizes |= {2: multiple * torch.export.Dim("rows"), 3: multiple * torch.export.Dim("columns")}
-    dtype = torch.uint8 if options.input == "uint8" else torch.float32
+    images, sizes = example_images(opened, options)
     decode = options.outputs != "raw"
     try:
         return torch.onnx.export(
             ExportedDetector(opened, decode).eval(),
-            (torch.zeros(2, 3, rows, columns, dtype=dtype),),
+            (images,),
             dynamo=True,
             opset_version=options.opset,
             input_names=["images"],
@@ -141,6 +153,19 @@ def trace(opened: OpenedDetector, options: OnnxOptions, levels: list[str]) -> An
         hint = " with --dynamic-size" if options.dynamic_size else ""
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise SettingsError(f"torch cannot export this network{hint}: {reason}") from None
+
+
+def example_images(opened: OpenedDetector, options: ExportOptions) -> tuple[Tensor, dict[int, Any]]:
+    """Images for a trace, and the dimensions that stay free."""
+    multiple, size = opened.detector.geometry.size_multiple, opened.settings.evaluation.image_size
+    rows = columns = size
+    sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if options.dynamic_size:
+        # The exporter would treat equal sides, or sides of a single cell, as constants.
+        rows, columns = max(size, 2 * multiple), max(size, 2 * multiple) + multiple
+        sizes |= {2: multiple * torch.export.Dim("rows"), 3: multiple * torch.export.Dim("columns")}
+    dtype = torch.uint8 if options.input == "uint8" else torch.float32
+    return torch.zeros(2, 3, rows, columns, dtype=dtype), sizes
 
 
 def without_traces(model: Any) -> Any:
@@ -192,7 +217,7 @@ def halve(model: Any, network: set[str]) -> Any:
     return onnx.shape_inference.infer_shapes(result)
 
 
-def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
+def describe(opened: OpenedDetector, options: ExportOptions) -> Description:
     """Collect the metadata of the file."""
     settings, detector = opened.settings, opened.detector
     evaluation, name = settings.evaluation, settings.model.detector
@@ -208,6 +233,7 @@ def describe(opened: OpenedDetector, options: OnnxOptions) -> Description:
         dynamic_size=options.dynamic_size,
         size_multiple=detector.geometry.size_multiple,
         half=options.half,
+        int8=options.int8,
         geometry=dataclasses.asdict(detector.geometry),
         strides=tuple(cast(DetectorModel, detector.model).strides),
         decoding=dict(detector.metadata),

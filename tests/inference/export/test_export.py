@@ -23,8 +23,8 @@ from detection.errors import CheckpointError, SettingsError, exit_with_message
 from detection.inference.export import onnx_comparison
 from detection.inference.export.nms_graph import BEST_TEMPLATE, nms_text
 from detection.inference.export.onnx_comparison import FLOAT32, compare_final, compared_sizes, find_pictures, make_batch
-from detection.inference.export.onnx_export import OnnxOptions, describe
-from detection.inference.onnx_model import read_metadata
+from detection.inference.export.onnx_export import ExportOptions, describe
+from detection.inference.exported_model import read_metadata
 from detection.inference.weights import OpenedDetector, open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
@@ -324,14 +324,14 @@ def test_settings_names_and_counts_come_back(files: Path, exported, kind: str) -
 def test_metadata_comes_back_and_keeps_what_is_unknown_unknown(files: Path) -> None:
     source = open_source(files)
     for opened in (source, dataclasses.replace(source, names=("a", "b"), category_ids=(3, 7))):
-        description = describe(opened, OnnxOptions(outputs="raw", half=True))
+        description = describe(opened, ExportOptions(outputs="raw", half=True))
         assert read_metadata(description.to_metadata(), Path("file")).to_metadata() == description.to_metadata()
         assert description.decoding["anchors"] == [[[10, 12], [30, 28]], [[60, 50]]]
         assert description.decoding["scale_xy"] == [1.1, 1.0]
         assert description.strides == (16, 32) and description.size_multiple == 32
     assert description.category_ids == (3, 7) and source.names is None
     assert description.deviations == ()
-    alone = describe(open_source(files, "yolo.score=objectness"), OnnxOptions())
+    alone = describe(open_source(files, "yolo.score=objectness"), ExportOptions())
     assert read_metadata(alone.to_metadata(), Path("file")).deviations == ("scored by objectness alone",)
 
 
@@ -586,6 +586,6 @@ def test_pictures_are_the_datasets_or_photographs(default_settings, tmp_path: Pa
 
 def test_compared_sizes_are_several_and_not_all_square(files: Path) -> None:
     opened = open_source(files)
-    assert compared_sizes(describe(opened, OnnxOptions())) == [(64, 64)]
-    assert compared_sizes(describe(opened, OnnxOptions(dynamic_size=True))) == [(64, 64), (96, 64), (32, 96)]
+    assert compared_sizes(describe(opened, ExportOptions())) == [(64, 64)]
+    assert compared_sizes(describe(opened, ExportOptions(dynamic_size=True))) == [(64, 64), (96, 64), (32, 96)]
     assert onnx_comparison.BATCHES == (1, 3)

@@ -18,7 +18,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import load_settings
 from detection.contract import Detector
 from detection.errors import CheckpointError
-from detection.inference.export.onnx_export import OnnxOptions, describe
+from detection.inference.export.onnx_export import ExportOptions, describe
 from detection.inference.weights import open_weights
 from detection.models import POSTPROCESSES, build_detector
 from detection.models.backbones import BACKBONES
@@ -105,7 +105,7 @@ def test_the_file_gives_the_detections_of_the_checkpoint(
 
 def test_metadata_is_enough_to_decode_raw_outputs(checkpoint: Path) -> None:
     opened = open_weights(checkpoint, None, None, DEFAULTS)
-    decoding = describe(opened, OnnxOptions(outputs="raw")).decoding
+    decoding = describe(opened, ExportOptions(outputs="raw")).decoding
     assert decoding["iou_aware"] is True and decoding["scale_xy"] == [1.05] * 2
     postprocess = POSTPROCESSES["yolo"](json.loads(json.dumps(decoding)), opened.settings)
     outputs = [torch.randn(2, 3, side, side, 8) for side in (4, 2)]

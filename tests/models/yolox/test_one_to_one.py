@@ -8,7 +8,7 @@ import torch
 
 from detection.config.settings import Settings
 from detection.contract import Detector
-from detection.inference.onnx_model import build_exported
+from detection.inference.exported_model import build_exported
 from detection.models import build_detector
 from detection.models.postprocess import DecodedPostprocess
 from detection.models.yolox.aligned import AlignedLoss
