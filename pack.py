@@ -248,9 +248,9 @@ def rebuild(folder: Path) -> None:
     """Write the indexes anew, and say what they accept."""
     with bytes_bar(folder) as bar:
         rebuilt = rebuild_indexes(folder, bar.update)
-    for split, (index, changes) in rebuilt.items():
-        print(f"{split}: index of {len(index.names)} images in {len(index.shards)} shards written anew")
-        print("\n".join(f"{split}: {line}" for line in changes or ["nothing else than the index before said"]))
+    for split, one in rebuilt.items():
+        print(f"{split}: index of {len(one.index.names)} images in {len(one.index.shards)} shards written anew")
+        print("\n".join(f"{split}: {line}" for line in one.changes or ["nothing else than the index before said"]))
 
 
 def write_files(folder: Path, output: Path) -> None:
