@@ -20,7 +20,8 @@ name=$directory/nohup_$(date +%y%m%d-%H%M%S)_$$
 # With job control the training has a process group of its own, so that Ctrl-C of this terminal does not reach it, and
 # SIGINT is not ignored in it, as it would be in a background job without.
 set -m
-nohup "$python" "$root/yolo-v3/main.py" "$@" > "$name.out" 2>&1 < /dev/null &
+: > "$name.out" # tail may look for it before the training has started
+nohup "$python" "$root/yolo-v3/main.py" "$@" >> "$name.out" 2>&1 < /dev/null &
 pid=$!
 set +m
 echo "$pid" > "$name.pid"

@@ -308,7 +308,7 @@ def open_detector(arguments: argparse.Namespace) -> tuple[OpenedDetector, Viewer
         raise SettingsError(f"--score sets {foreign[0].path}, which the detector {own} of {arguments.weights} has not")
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     viewer = open_viewer(arguments, opened, open_machine(settings.run), batch_size)
-    detector = viewer.detector.replace(deviations=(*opened.detector.deviations, *viewer.deviations))
+    detector = opened.detector.replace(deviations=(*opened.detector.deviations, *viewer.deviations))
     return dataclasses.replace(opened, detector=detector), viewer
 
 

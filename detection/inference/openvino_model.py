@@ -11,7 +11,7 @@ from detection.errors import CheckpointError, SettingsError
 from detection.inference.exported_model import ExportedModel
 
 NEEDED = "pip install 'openvino>=2026.0'"
-SECTION = ["yolo_v3", "metadata"]  # of the file's runtime information
+SECTION = ["detection", "metadata"]  # of the file's runtime information
 
 
 def require_openvino(path: Path) -> Any:

@@ -55,7 +55,7 @@ def whole(server: Any, common: list[str], tmp_path_factory: pytest.TempPathFacto
             directory = tmp_path_factory.mktemp("whole")
             words = [*common, *settings, "--output", str(directory / "run")]
             process = server.Process(
-                target=run_script, args=(words, str(directory), str(directory / "out"), None, None)
+                target=run_script, args=(words, str(directory), str(directory / "out"), None, None, False)
             )
             process.start()
             Run(process, directory / "out").ends_with(0)

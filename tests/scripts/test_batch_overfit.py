@@ -14,7 +14,7 @@ from tests.support.detectors import transform_of
 Run = Callable[..., tuple[int, str, str]]
 SMALL = (
     "run.device=cpu", "run.precision=off", "data.num_workers=0", "model.backbone=mobilenet_v3_small",
-    "yolo.neck_channels=[32, 32, 32]", "train.image_size=96", "train.learning_rate=3e-3",
+    "yolo.neck_channels=[32, 32, 32]", "yolo.loss=darknet", "train.image_size=96", "train.learning_rate=3e-3",
     "yolo.anchors=[[[16, 14], [22, 20]], [[40, 40]], [[90, 90]]]",
 )  # fmt: skip
 

@@ -16,12 +16,13 @@ import validation
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.errors import CheckpointError
 from detection.runtime.run_directory import is_locked, write_status
+from detection.training import console
 from detection.training import follow as follow_module
 from detection.training.checkpoint_writer import LAST
 from detection.training.follow import Timing, Waiting
 from detection.training.loggers.protocol import FINISHED, RUNNING, STOPPED
 from detection.training.new_checkpoints import DIED, NewCheckpoints, end_of
-from detection.training.report_page import rows_of_run
+from detection.training.report_page import report_run, rows_of_run
 from tests.support.training_runs import load_main
 
 TINY = (
@@ -45,7 +46,10 @@ def checkpoint_of() -> Callable[[int], dict[str, Any]]:
     return lambda step: {"step": step, "settings": {}, "categories": {}, "model": {"weight": torch.full((999,), step)}}
 
 
-def test_every_checkpoint_of_a_run_is_evaluated_once(tmp_path: Path, drawn_dataset: Path, run_script: Any) -> None:
+def test_every_checkpoint_of_a_run_is_evaluated_once(
+    tmp_path: Path, drawn_dataset: Path, run_script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "report_run", report_run)  # which `run_script` leaves out
     run = tmp_path / "run"
     trained = run_script(load_main().main, "--output", run, f"data.root={drawn_dataset}", *TINY)
     assert trained.returncode == 0, trained.stderr
