@@ -22,7 +22,8 @@ RULE = (
 )
 LAYERS = [set(layer.split()) for layer in RULE.split("<")]
 HIGHEST_SHARED = 1  # layers up to here hold single files and may look at each other
-OPTIONAL = "mlflow determined habana_frameworks onnx onnxruntime onnxscript onnx_ir timm safetensors simplejpeg openvino"
+OPTIONAL = "mlflow determined habana_frameworks onnx onnxruntime onnxscript onnx_ir timm safetensors simplejpeg "
+OPTIONAL += "openvino"
 OPTIONAL_PACKAGES = frozenset(OPTIONAL.split(" "))
 REQUIRED = set(re.findall(r"^[\w-]+", (REPOSITORY / "requirements.txt").read_text().lower(), re.MULTILINE))
 DISTRIBUTIONS = packages_distributions()  # module -> packages that bring it

@@ -207,7 +207,8 @@ def test_the_batch_of_the_plan_for_own_data(
 
 
 def test_targets_are_written_for_every_level(run: Run, tmp_path: Path) -> None:
-    result = run("--targets", "--images", 4, "yolo.loss=darknet", "yolo.anchors=[[[10, 10]], [[20, 20], [30, 30]], [[60, 60]]]")
+    words = ["yolo.loss=darknet", "yolo.anchors=[[[10, 10]], [[20, 20], [30, 30]], [[60, 60]]]"]
+    result = run("--targets", "--images", 4, *words)
     assert result.returncode == 0, result.stderr
     assert "level 1, stride 16:" in result.stdout and "anchors 20 x 20:" in result.stdout
     rows = content_of(tmp_path)["images"]

@@ -59,7 +59,8 @@ def test_a_criterion_is_told_the_progress_before_each_step(
     run = tmp_path / "run"
     words = (
         f"data.root={drawn_dataset}", "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[8,8,8]",
-        "yolo.loss=darknet", "train.image_size=64", "evaluation.image_size=64", "train.batch_size=3", "data.num_workers=0",
+        "yolo.loss=darknet", "train.image_size=64", "evaluation.image_size=64",
+        "train.batch_size=3", "data.num_workers=0",
         "run.device=cpu", "run.preflight=false", "scheduler.warmup=1", "train.patience=null", "run.precision=off",
         "train.steps=6", "train.ema_decay=null", "train.clean_finish=0.3",
         "evaluation.evaluate_frequency=3", "data.augmentation.mosaic.p=0.5", "train.learning_rate=1e-5",
