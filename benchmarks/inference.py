@@ -7,8 +7,9 @@ mobilenet   MobileNetV3-large with the same neck at 416 px
 ssdlite     torchvision's ssdlite320_mobilenet_v3_large at 416 px with its own post-processing, which finds nothing with
             random weights: a peer's network, not its NMS
 
-torch: eager, in float32 and bfloat16; compiled: torch.compile, bfloat16 on CUDA; onnx: exported to a temporary file and
-run by ONNX Runtime. Random weights. Decoding and NMS get random outputs, of which 1,000 per image pass the
+torch: eager, in float32 and bfloat16, as `detect.py` runs it (batch norm folded, on x86 the convolutions of
+`FusedConv2d`); unfolded: the network as it trains, float32; compiled: torch.compile, bfloat16 on CUDA; onnx: exported
+to a temporary file and run by ONNX Runtime. Random weights. Decoding and NMS get random outputs, of which 1,000 per image pass the
 threshold, as of a trained detector at 0.001. Prints one table: images/s of all parts together, milliseconds per image
 (medians; spread of the network), the share of NMS, and the network's share of the matrix product rate. About a
 minute on 2 CPU cores, where `compiled` is measured only when asked for: the compiler alone takes a minute per network.
@@ -33,10 +34,12 @@ from detection.contract import Detector
 from detection.data.workers import prepare_process
 from detection.errors import exit_with_message
 from detection.inference.export.onnx_export import ExportOptions, build_onnx
+from detection.inference.folding import prepare_inference
 from detection.inference.onnx_model import OnnxModel
 from detection.inference.weights import OpenedDetector
 from detection.models import build_detector
 from detection.runtime.devices import (
+    Machine,
     autocast,
     choose_device,
     compile_forward,
@@ -50,7 +53,7 @@ ARGS = Path(__file__).resolve().parent.parent / "yolo-v3" / "args.yaml"
 SIZE, CLASSES = 416, 80
 CANDIDATES = 1000  # per image
 NETWORKS = {"darknet": "darknet", "mobilenet": "mobilenet_v3_large"}
-WAYS = ("torch", "compiled", "onnx")
+WAYS = ("torch", "unfolded", "compiled", "onnx")
 HEADER = (
     f"{'network':<11}{'way':<20}{'batch':>5}{'images/s':>10}{'network ms':>12}{'spread':>18}"
     f"{'decode ms':>11}{'NMS ms':>8}{'NMS':>6}{'of matmul':>11}"
@@ -135,11 +138,14 @@ def open_ways(
             network = OnnxModel(path)
             used = network.use_device(str(device))
         yield f"onnx on {used}", None, network
-    model = detector.to(device, channels_last=True).model
+    detector = detector.to(device, channels_last=True)
+    model = detector.model
+    if "unfolded" in ways:
+        yield "unfolded float32", None, torch.no_grad()(model)
     if "torch" in ways:
-        yield "torch float32", None, torch.no_grad()(model)
-        if not emulates_bfloat16(device):
-            yield "torch bfloat16", torch.bfloat16, torch.no_grad()(model)
+        for dtype in (None,) if emulates_bfloat16(device) else (None, torch.bfloat16):
+            prepared = prepare_inference(detector, Machine(device, dtype)).to(device, channels_last=True)
+            yield f"torch {'float32' if dtype is None else 'bfloat16'}", dtype, torch.no_grad()(prepared.model)
     if "compiled" in ways:
         dtype = torch.bfloat16 if device.type == "cuda" else None
         name = f"compiled {'float32' if dtype is None else 'bfloat16'}"

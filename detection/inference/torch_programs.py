@@ -13,7 +13,7 @@ from torch import Tensor
 from detection.errors import CheckpointError
 from detection.inference.exported_model import ExportedModel
 
-METADATA = "yolo_v3.json"  # its entries in a file inside the archive
+METADATA = "detection.json"  # its entries in a file inside the archive
 
 
 def read_program(path: Path, kind: str, load: Callable[[dict[str, str]], Any]) -> tuple[Any, dict[str, str]]:

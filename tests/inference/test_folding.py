@@ -158,6 +158,18 @@ def test_fused_activations_by_their_formulas(layer: nn.Module, function: Any, gr
     torch.testing.assert_close(half.float(), expected.detach(), atol=0.1, rtol=0.02)
 
 
+@needs_fusion
+@pytest.mark.parametrize("groups", [1, 16])
+def test_weights_packed_for_one_size_are_right_for_others(groups: int) -> None:
+    torch.manual_seed(3)
+    convolution = nn.Conv2d(16, 32, 3, padding=1, groups=groups)
+    fused = FusedConv2d(convolution, "none", [], None)
+    for shape in ((1, 16, 40, 40), (4, 16, 5, 9), (2, 16, 1, 1), (1, 16, 90, 64)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), convolution(x), atol=1e-5, rtol=1e-5)
+
+
 def test_mish_stays_a_layer() -> None:
     assert fused_name(nn.Mish()) is None
 

@@ -22,7 +22,13 @@ def start(tmp_path: Path, program: str, *arguments: str) -> subprocess.Popen[str
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "LOG_DIRECTORY": str(tmp_path / "logs with space")}
     return subprocess.Popen(
-        ["bash", SCRIPT, *arguments], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ["bash", SCRIPT, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where pytest runs behind a `&` it is ignored, and bash cannot trap what it inherits as ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -66,6 +66,8 @@ def quantize(model: Any, network: set[str], levels: list[str], batches: Iterable
             calibrate_method=CalibrationMethod.MinMax,
         )
         quantized = onnx.load(str(after))
+    del quantized.metadata_props[:]  # the quantizer adds entries of its own
+    quantized.metadata_props.extend(model.metadata_props)
     count = sum(node.op_type == "Conv" for node in model.graph.node)
     more = ", ..." if len(outputs) > SHOWN else ""
     return quantized, [
