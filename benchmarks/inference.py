@@ -9,10 +9,11 @@ ssdlite     torchvision's ssdlite320_mobilenet_v3_large at 416 px with its own p
 
 torch: eager, in float32 and bfloat16, as `detect.py` runs it (batch norm folded, on x86 the convolutions of
 `FusedConv2d`); unfolded: the network as it trains, float32; compiled: torch.compile, bfloat16 on CUDA; onnx: exported
-to a temporary file and run by ONNX Runtime. Random weights. Decoding and NMS get random outputs, of which 1,000 per image pass the
-threshold, as of a trained detector at 0.001. Prints one table: images/s of all parts together, milliseconds per image
-(medians; spread of the network), the share of NMS, and the network's share of the matrix product rate. About a
-minute on 2 CPU cores, where `compiled` is measured only when asked for: the compiler alone takes a minute per network.
+to a temporary file and run by ONNX Runtime. Random weights. Decoding and NMS get random outputs, of which 1,000 per
+image pass the threshold, as of a trained detector at 0.001. Prints one table: images/s of all parts together,
+milliseconds per image (medians; spread of the network), the share of NMS, and the network's share of the matrix
+product rate. About a minute on 2 CPU cores, where `compiled` is measured only when asked for: the compiler alone takes
+a minute per network.
 """
 
 import functools
