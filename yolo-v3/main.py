@@ -38,7 +38,7 @@ from detection.training.follow import Timing, follow
 from detection.training.loggers import open_loggers
 from detection.training.optimizer import set_backbone_frozen, set_learning_rates
 from detection.training.replay import replay
-from detection.training.resume import check_continued, open_run
+from detection.training.resume import check_continued, check_same_start, open_run, start_or_continue
 from detection.training.run import Run, join_ranks
 from detection.training.step import train_step
 from detection.training.supervisor import Supervisor
@@ -51,7 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_training_flags()
     add = parser.add_argument
     add(
-        "--resume", nargs="?", const="", metavar="DIRECTORY", help="resume a run (default: the newest) from its last.pt"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIRECTORY",
+        help="resume a run (default: the newest) from its last.pt; auto: start in --output, or continue what is there",
     )
     add("--accept-changes", action="store_true", help="with --resume: allow changes that affect results")
     add("--extend", action="store_true", help="with --resume, larger train.steps: a longer run")
@@ -63,13 +67,14 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.resume and "=" in arguments.resume:  # in `--resume train.steps=9` the word is a setting
         arguments.settings.append(arguments.resume)
         arguments.resume = ""
+    for name in ("accept_changes", "extend"):
+        if getattr(arguments, name) and arguments.resume is None:
+            raise SettingsError(f"--{name.replace('_', '-')} belongs to --resume")
+    start_or_continue(arguments)
     place_run(arguments)
     modes = [name for name in ("dry_run", "replay", "profile") if getattr(arguments, name)]
     if len(modes) > 1:
         raise SettingsError(f"--{modes[0].replace('_', '-')} and --{modes[1]} are both given")
-    for name in ("accept_changes", "extend"):
-        if getattr(arguments, name) and arguments.resume is None:
-            raise SettingsError(f"--{name.replace('_', '-')} belongs to --resume")
     return arguments
 
 
@@ -86,6 +91,7 @@ def main() -> None:
     checkpoint, directory, settings, notices = open_run(arguments, flags)
     ranks = join_ranks(settings)
     with joint_work(ranks):
+        check_same_start(ranks, checkpoint)
         run = Run(settings, ranks, fresh=checkpoint is None)
         if checkpoint is not None:
             notices += check_continued(run, checkpoint, directory, arguments.accept_changes)

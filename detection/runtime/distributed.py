@@ -55,6 +55,11 @@ class Ranks:
             joined = min(timeout, JOIN_TIMEOUT)
             store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=joined))
             store.set_timeout(timeout)
+            if self.size == self.local_size:
+                # After a crash torchrun starts the processes anew but keeps its store, with the addresses of the dead
+                # ones. On several machines the counts may differ.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt_{attempt}", store)
             backends = "gloo" if name == "gloo" else f"cpu:gloo,{device.type}:{name}"
             dist.init_process_group(backends, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
             self._patient: Any = dist.new_group(backend="gloo", timeout=EVALUATION_TIMEOUT)

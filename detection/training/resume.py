@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from detection.config.fields import amount_of
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.relations import follows_length
 from detection.config.settings import Settings
-from detection.errors import CheckpointError, DataError, SettingsError, name_list
+from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
+from detection.runtime.distributed import Ranks, read_environment
+from detection.runtime.run_directory import is_locked
 from detection.training.automatic import load_run_settings
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
+AUTO = "auto"  # of --resume
 ACCEPT = "--accept-changes continues all the same"
 # Settings that may change on resume: where and how long the run goes and how often it saves, not what it learns.
 RESUMABLE = (
@@ -44,6 +48,80 @@ RESUMABLE = (
     "run.preflight",
     "run.timeout_minutes",
 )
+
+
+def start_or_continue(arguments: argparse.Namespace) -> None:
+    """Turn `--resume auto` into a new run in --output, or into `--resume` of the run that is there.
+
+    The same command line does both, so a scheduler can repeat it. What the run began with is not read again: files of
+    --config, and words that its first command line had too. A beginning that never saved is renamed, and begun anew.
+
+    Raises:
+        SettingsError: there is no --output, or --extend is given.
+        OutputError: a beginning that never saved is in use, or cannot be renamed.
+    """
+    if arguments.resume != AUTO:
+        return
+    if arguments.extend:
+        raise SettingsError("--extend lengthens a run once; give it with --resume DIRECTORY, then go on with auto")
+    arguments.resume = None
+    directory = arguments.output
+    if directory is None:
+        if arguments.model_dir is None:
+            raise SettingsError("--resume auto: needs --output DIRECTORY, the run to start or continue")
+        return  # --model_dir does the same
+    if any(directory.glob("*.pt")):
+        began_with = first_words(directory)
+        dropped = [*map(str, arguments.config), *(word for word in arguments.settings if word in began_with)]
+        named = f"; not read again: {', '.join(dropped)}" if dropped else ""
+        arguments.notices = [f"--resume auto: {directory} holds a run, which is continued{named}"]
+        arguments.settings = [word for word in arguments.settings if word not in began_with]
+        arguments.resume, arguments.output, arguments.config = str(directory), None, []
+    elif (directory / "train.log").exists() and (directory / "args.yaml").exists() and read_environment()[0] == 0:
+        set_aside(directory)
+
+
+def first_words(directory: Path) -> list[str]:
+    """Return the command line that a run began with; empty where it is not known."""
+    try:
+        command = json.loads((directory / "environment.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(word) for word in command[1:]] if isinstance(command, list) else []
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a run directory without a checkpoint to `<name>_unsaved_<n>`.
+
+    Raises:
+        OutputError: it is in use, or cannot be renamed.
+    """
+    if is_locked(directory):
+        raise OutputError(f"another process writes to {directory}; wait for its end, or choose another")
+    number = 1
+    while (target := directory.with_name(f"{directory.name}_unsaved_{number}")).exists():
+        number += 1
+    try:
+        directory.rename(target)
+    except OSError as error:  # such as a mount point
+        raise OutputError(
+            f"{directory} holds the beginning of a run that saved nothing, and cannot be renamed ({error.strerror}); "
+            "empty it"
+        ) from None
+
+
+def check_same_start(ranks: Ranks, checkpoint: dict[str, Any] | None) -> None:
+    """Check that all processes have read the same checkpoint, or none: a shared disk may show an older one to some.
+
+    Raises:
+        SettingsError: this process has read another one than the first process.
+    """
+    own = None if checkpoint is None else checkpoint["step"]
+    first = ranks.broadcast(own)
+    if own != first:
+        here = "sees no last.pt" if own is None else f"continues from step {own}"
+        there = "starts a new run" if first is None else f"continues from step {first}"
+        raise SettingsError(f"rank {ranks.rank} {here}, the first process {there}: do all see the same run directory?")
 
 
 def open_run(

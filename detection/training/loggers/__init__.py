@@ -14,12 +14,17 @@ from detection.runtime.devices import describe_device
 from detection.runtime.reproducibility import environment_report
 from detection.runtime.run_directory import new_run_directory
 from detection.training.loggers.files import STEP, FilesLogger
+from detection.training.loggers.mlflow import MLflowLogger
 from detection.training.loggers.protocol import Logger, Resumed
 from detection.training.loggers.tensorboard import TensorBoardLogger
 from detection.training.loggers.terminal import show_line
 from detection.training.run import Run
 
-LOGGERS: dict[str, Callable[[], Logger]] = {"files": FilesLogger, "tensorboard": TensorBoardLogger}
+LOGGERS: dict[str, Callable[[], Logger]] = {
+    "files": FilesLogger,
+    "tensorboard": TensorBoardLogger,
+    "mlflow": MLflowLogger,
+}
 
 
 class Loggers:
