@@ -83,7 +83,7 @@ def main() -> None:
     if arguments.replay is not None:
         replay(arguments.replay, arguments.settings, flags)
         return
-    checkpoint, directory, settings, notices = open_run(arguments, flags)
+    checkpoint, directory, settings, notices, _lock = open_run(arguments, flags)
     ranks = join_ranks(settings)
     with joint_work(ranks):
         run = Run(settings, ranks, fresh=checkpoint is None)

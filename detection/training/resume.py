@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
@@ -11,7 +11,9 @@ from detection.config.fields import amount_of
 from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
 from detection.config.relations import follows_length
 from detection.config.settings import Settings
-from detection.errors import CheckpointError, DataError, SettingsError, name_list
+from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
+from detection.runtime.distributed import read_environment
+from detection.runtime.run_directory import lock_directory
 from detection.training.automatic import load_run_settings
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
@@ -48,30 +50,31 @@ RESUMABLE = (
 
 def open_run(
     arguments: argparse.Namespace, flags: list[Flag]
-) -> tuple[dict[str, Any] | None, Path | None, Settings, list[str]]:
+) -> tuple[dict[str, Any] | None, Path | None, Settings, list[str], IO[Any] | None]:
     """Read the settings of a new run, or of one that `--resume` continues.
 
     Returns:
         The checkpoint to continue from, or None; the run directory, or None for a new one below `run.logs_path`; the
-        settings; notices for the plan.
+        settings; notices for the plan; the lock of the directory, to be kept as long as the run lasts.
 
     Raises:
         SettingsError: settings are invalid, or must not change on resume.
         CheckpointError: there is no usable checkpoint.
+        OutputError: another process writes to the directory.
     """
     if arguments.resume is None:
         settings, notices = load_run_settings(arguments.config, arguments.settings, flags)
         check_loggers(settings.run.loggers)
-        return None, arguments.output, settings, notices
-    checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
+        return None, arguments.output, settings, notices, None
+    checkpoint, directory, settings, notices, lock = open_resumed_run(arguments, flags)
     check_loggers(settings.run.loggers)
-    return checkpoint, directory, settings, [*getattr(arguments, "notices", []), *notices]
+    return checkpoint, directory, settings, [*getattr(arguments, "notices", []), *notices], lock
 
 
 def open_resumed_run(
     arguments: argparse.Namespace, flags: list[Flag]
-) -> tuple[dict[str, Any], Path, Settings, list[str]]:
-    """Read checkpoint, directory, settings and notices of a run to resume; see `open_run`."""
+) -> tuple[dict[str, Any], Path, Settings, list[str], IO[Any] | None]:
+    """Read checkpoint, directory, settings and notices of a run to resume, after locking it; see `open_run`."""
     for name in ("config", "output"):
         if getattr(arguments, name):
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
@@ -87,6 +90,7 @@ def open_resumed_run(
         if not found:
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
+    lock = None if getattr(arguments, "dry_run", False) else lock_before_reading(directory)
     checkpoint = load_last(directory)
     moved: list[str] = []
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
@@ -110,7 +114,23 @@ def open_resumed_run(
             f"--resume: {named}, it would be another run ({ACCEPT}); these may change: {', '.join(allowed)}"
         )
     notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
-    return checkpoint, directory, settings, notices
+    return checkpoint, directory, settings, notices, lock
+
+
+def lock_before_reading(directory: Path) -> IO[Any] | None:
+    """Lock a run directory in the first process of a run; None: another rank, or there is no directory.
+
+    What another process saved after this one had read last.pt would be lost.
+
+    Raises:
+        OutputError: another process writes to the directory, or it cannot be written.
+    """
+    if read_environment()[0] != 0 or not directory.is_dir():
+        return None
+    try:
+        return lock_directory(directory)
+    except OSError as error:
+        raise OutputError(f"run directory {directory} cannot be written: {error.strerror or error}") from None
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:
