@@ -1,22 +1,28 @@
 """G: what broke beyond the first table: two processes in one run, ranks that differ, hostile text."""
 
 import argparse
+import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from detection.errors import OutputError
+from detection.runtime.distributed import differences
 from detection.runtime.run_directory import new_run_directory
 from detection.training.checkpoint_writer import CheckpointWriter
 from detection.training.resume import open_resumed_run
 from tests.support.paths import REPOSITORY
+from tests.support.processes import free_port
 
 # G01, G02, G03: who writes to a run directory
 
@@ -84,3 +90,52 @@ def test_G03_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Pat
         (tmp_path / name).write_bytes(b"half")
     CheckpointWriter(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+# G04: ranks that differ
+
+
+def test_G04_what_differs_between_ranks_is_named() -> None:
+    first = {"train.learning_rate": 0.001, "classes": "cat, dog", "run.seed": 1}
+    assert differences([first, dict(first)]) == ""
+    line = differences([first, first | {"run.seed": 2}, first | {"classes": "c" * 1000, "new": "\n"}])
+    assert line.startswith("rank 1 differs from rank 0: run.seed is 2, not 1; rank 2 differs from rank 0: classes is c")
+    assert len(line) < 250
+
+
+def become_rank(main: ModuleType, rank: int, port: int) -> None:
+    """What torchrun puts into the environment of its processes; without it their own exit codes are seen."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), TORCH_CPP_LOG_LEVEL="ERROR",
+    )  # fmt: skip
+
+
+def ends_of_two_ranks(launch, common: list[str], output: Path, other: list[str]) -> list[str]:
+    port = free_port()
+    runs = [
+        launch(f"rank{rank}", *common, *words, "--output", output, fault=partial(become_rank, rank=rank, port=port))
+        for rank, words in enumerate(([], other))
+    ]
+    return [run.ends_with(2) for run in runs]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("word", ["run.seed=4", "train.learning_rate=0.5", "train.batch_size=1", "train.image_size=96"])
+def test_G04_a_rank_of_other_settings_is_refused(launch, common: list[str], tmp_path: Path, word: str) -> None:
+    key, _, value = word.partition("=")
+    for line in ends_of_two_ranks(launch, common, tmp_path / "run", [word]):
+        assert line.startswith(f"rank 1 differs from rank 0: {key} is {value}, not ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_G04_a_rank_of_other_data_is_refused(launch, common: list[str], dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "stale")
+    file = tmp_path / "stale" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    file.write_text(json.dumps(content))
+    for line in ends_of_two_ranks(launch, common, tmp_path / "run", [f"data.root={tmp_path / 'stale'}"]):
+        assert line.startswith("rank 1 differs from rank 0: training annotations is ")
+    assert not (tmp_path / "run").exists()
