@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from detection.drawing.files import replace_file
 from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
@@ -201,7 +202,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
 def write_statistics(directory: Path, report: HtmlReport, statistics: DatasetStatistics, facts: Sequence[str]) -> None:
     """Write statistics.json and two figures, and put them and the table of classes into the report."""
     summary = statistics.summary()
-    (directory / "statistics.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    replace_file(directory / "statistics.json", json.dumps(summary, indent=1).encode())
     report.lines(facts)
     for name, draw in (("class_distribution", draw_class_distribution), ("statistics", draw_box_statistics)):
         draw(directory / f"{name}.png", statistics)

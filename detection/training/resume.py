@@ -8,16 +8,20 @@ from typing import IO, Any
 from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.fields import amount_of
-from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
+from detection.config.loading import Flag, changed_settings, complete_settings, leaf_items, load_settings
 from detection.config.relations import follows_length
 from detection.config.settings import Settings
+from detection.config.yaml_files import read_settings_file
 from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
+from detection.foreign_files import clean
 from detection.runtime.distributed import read_environment
 from detection.runtime.run_directory import lock_directory
 from detection.training.automatic import load_run_settings
+from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
+SHOWN_ERROR = 200  # characters
 ACCEPT = "--accept-changes continues all the same"
 # Settings that may change on resume: where and how long the run goes and how often it saves, not what it learns.
 RESUMABLE = (
@@ -95,7 +99,7 @@ def open_resumed_run(
     moved: list[str] = []
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
-    notices = moved + notices
+    notices = [*moved, *edited_settings(directory, old, settings), *forget_lost_best(directory, checkpoint), *notices]
     changes = changed_settings(old, settings)
     follows = follows_length(old)
     if arguments.extend:
@@ -131,6 +135,40 @@ def lock_before_reading(directory: Path) -> IO[Any] | None:
         return lock_directory(directory)
     except OSError as error:
         raise OutputError(f"run directory {directory} cannot be written: {error.strerror or error}") from None
+
+
+def edited_settings(directory: Path, old: Settings, new: Settings) -> list[str]:
+    """Name what the args.yaml of a run says and the run does not do: it follows last.pt and the command line.
+
+    Args:
+        old: settings in last.pt.
+        new: with those of the command line.
+    """
+    path = directory / "args.yaml"
+    if not path.exists():
+        return []
+    try:
+        written = complete_settings(read_settings_file(path), DEFAULTS)
+    except SettingsError as error:
+        return [f"warning     args.yaml is written anew, from last.pt: {str(error)[:SHOWN_ERROR]}"]
+    followed = dict(leaf_items(new.model_dump(mode="json")))
+    edited = {key: values for key, values in changed_settings(old, written).items() if values[1] != followed[key]}
+    return [
+        f"warning     {path}: {key} = {clean(str(after))} is not followed, last.pt has {clean(str(before))}; "
+        "settings of a continued run change on the command line"
+        for key, (before, after) in edited.items()
+    ]
+
+
+def forget_lost_best(directory: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Let the next evaluation write best.pt if it is gone, whatever the metric was; returns a line about it."""
+    progress = checkpoint["progress"]
+    name = "best_ap50" if "best_ap50" in progress else "best_value"  # the older name
+    if progress.get(name) is None or (directory / BEST).exists():
+        return []
+    line = f"warning     {BEST}, of step {progress['best_step']}, is gone; the next evaluation writes a new one"
+    progress.update({name: None, "best_step": 0})
+    return [line]
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

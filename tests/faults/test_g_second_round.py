@@ -1,6 +1,7 @@
 """G: what broke beyond the first table: two processes in one run, ranks that differ, hostile text."""
 
 import argparse
+import ast
 import json
 import multiprocessing
 import os
@@ -15,12 +16,20 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from detection.errors import OutputError
+from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import dump_settings
+from detection.errors import CheckpointError, OutputError
+from detection.inference.results import Results
+from detection.inference.weights import open_weights
+from detection.models import build_detector
 from detection.runtime.distributed import differences
 from detection.runtime.run_directory import new_run_directory
 from detection.training.checkpoint_writer import CheckpointWriter
 from detection.training.resume import open_resumed_run
+from tests.support.fault_runs import NETWORK
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port
 
@@ -139,3 +148,80 @@ def test_G04_a_rank_of_other_data_is_refused(launch, common: list[str], dataset:
     for line in ends_of_two_ranks(launch, common, tmp_path / "run", [f"data.root={tmp_path / 'stale'}"]):
         assert line.startswith("rank 1 differs from rank 0: training annotations is ")
     assert not (tmp_path / "run").exists()
+
+
+# G05 to G08: results, weights and files of a run that are not what they seem
+
+# What writes under the final name: files of datasets, in directories that get their name last, and temporary ones.
+IN_PLACE = ("detection/drawing/files.py", "detection/data/", "detection/models/darknet/weights.py")
+
+
+def test_G05_no_result_is_written_in_place() -> None:
+    files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "detection").rglob("*.py")]
+    names = {path.relative_to(REPOSITORY).as_posix(): path for path in files}
+    found = []
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not name.startswith(IN_PLACE):
+                written = node.func.attr in ("write_text", "write_bytes")
+                found += [f"{name}: {ast.unparse(node.func)}"] * written
+    assert found == ["detection/training/loggers/files.py: shortened.write_text"]  # renamed there
+
+
+def test_G05_detections_killed_in_the_middle_leave_the_previous_file(tmp_path: Path) -> None:
+    file = tmp_path / "detections.json"
+    file.write_text("previous")
+    with pytest.raises(KeyError), Results(tmp_path, ["cat"], None, None):
+        assert file.read_text() == "previous"  # what a kill would leave
+        raise KeyError
+    assert json.loads(file.read_text()) == [] and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_G06_weights_that_are_not_finite_are_refused(tmp_path: Path, default_settings) -> None:
+    (tmp_path / "network.cfg").write_text(NETWORK)
+    settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'network.cfg'}")
+    weights = build_detector(settings, 2).model.state_dict()
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    content = {"step": 1, "settings": settings.model_dump(mode="json"), "model": weights, "average": None}
+    save_checkpoint(tmp_path / "best.pt", {**content, "categories": {"names": ["a", "b"], "ids": [1, 2]}})
+    with pytest.raises(CheckpointError, match=f"1 of its {len(weights)} tensors have NaN or infinity.*{name}"):
+        open_weights(tmp_path / "best.pt", None, None, DEFAULTS)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, default_settings) -> Path:
+    """A run directory with what `--resume` reads first."""
+    content = {
+        "step": 60, "settings": default_settings().model_dump(mode="json"), "categories": {}, "optimizer": {},
+        "model": {"weight": torch.zeros(1)}, "data_digest": "", "progress": {"best_value": 0.5, "best_step": 40},
+    }  # fmt: skip
+    for name in ("last.pt", "best.pt"):
+        save_checkpoint(tmp_path / name, content)
+    (tmp_path / "args.yaml").write_text(dump_settings(default_settings()))
+    return tmp_path
+
+
+def test_G07_an_edited_args_yaml_is_named(stopped: Path, default_settings) -> None:
+    assert open_resumed_run(resume_words(stopped), [])[3] == []
+    (stopped / "args.yaml").write_text(dump_settings(default_settings("train.learning_rate=0.5")))
+    (line,) = open_resumed_run(resume_words(stopped), [])[3]
+    assert "args.yaml: train.learning_rate = 0.5 is not followed, last.pt has 0.0001" in line
+    (stopped / "args.yaml").write_text("a: [\n")
+    (line,) = open_resumed_run(resume_words(stopped), [])[3]
+    assert line.startswith("warning     args.yaml is written anew")
+
+
+def test_G08_a_lost_best_is_named_and_written_again(stopped: Path) -> None:
+    (stopped / "best.pt").unlink()
+    checkpoint, _, _, notices, _ = open_resumed_run(resume_words(stopped), [])
+    assert notices == ["warning     best.pt, of step 40, is gone; the next evaluation writes a new one"]
+    assert checkpoint["progress"]["best_value"] is None
+
+
+@pytest.mark.faults
+def test_G08_a_lost_best_is_not_named_as_if_it_were_there(train, launch, tmp_path: Path) -> None:
+    train("run", "evaluation.evaluate_frequency=4", "train.steps=4").ends_with(0)
+    (tmp_path / "run" / "best.pt").unlink()
+    out = launch("second", "--resume", tmp_path / "run", "train.steps=8").ends_with(0, "best.pt, of step 4, is gone")
+    assert "which is gone" not in out and load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 8

@@ -13,6 +13,7 @@ import numpy as np
 from detection.config.loading import dump_settings
 from detection.config.settings import Settings
 from detection.drawing.boxes import save_jpeg, save_png
+from detection.drawing.files import replace_file
 from detection.runtime.run_directory import lock_directory, write_status
 from detection.training.loggers.protocol import RUNNING, Resumed
 from detection.training.loggers.terminal import show_line
@@ -47,10 +48,10 @@ class FilesLogger:
             write_status(directory, RUNNING)
             self._open_tables(opened, resumed)
             (directory / "images").mkdir(exist_ok=True)
-            (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
+            replace_file(directory / "args.yaml", dump_settings(settings).encode())
             # The environment may differ each time a run is resumed.
             name = "environment.json" if resumed is None else f"environment_{resumed.step}.json"
-            (directory / name).write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            replace_file(directory / name, json.dumps(environment, indent=2).encode())
             self._opened = opened.pop_all()
 
     def _open_tables(self, opened: ExitStack, resumed: Resumed | None) -> None:
