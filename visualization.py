@@ -42,7 +42,7 @@ from detection.drawing.boxes import save_png
 from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, SettingsError, exit_with_message, name_list
+from detection.errors import DataError, DataReadError, SettingsError, escape, exit_with_message, name_list
 from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
@@ -160,7 +160,7 @@ def open_dataset(
         raise SettingsError("data.fake: there is no dataset to look at")
     make_builtin(data)
     source = find_source(data, {"train": "training", "val": "validation"}[split])
-    print("\n".join(source_lines(source)), flush=True)
+    print("\n".join(map(escape, source_lines(source))), flush=True)
     file, images, columns = source.file, source.images, source.columns()
     if images is None:
         return file, flatten_annotations(columns, str(file), data.class_names, None, source.fraction, data.strict), None

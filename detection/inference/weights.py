@@ -19,7 +19,7 @@ from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError, name_list
+from detection.errors import CheckpointError, SettingsError, escape, name_list
 from detection.foreign_files import clean, describe_file
 from detection.inference.exported_files import EXPORTED, open_exported
 from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
@@ -102,7 +102,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
         words,
         device_flags(arguments),
     )
-    print("\n".join(opened.lines), flush=True)
+    print("\n".join(map(escape, opened.lines)), flush=True)
     return opened
 
 

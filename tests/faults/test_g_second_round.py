@@ -5,12 +5,15 @@ import ast
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Listener
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +24,10 @@ import torch
 from detection.checkpoints import load_checkpoint, save_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import dump_settings
-from detection.errors import CheckpointError, OutputError
+from detection.data import workers
+from detection.data.workers import prepare_process
+from detection.errors import CheckpointError, OutputError, SettingsError, escape, name_list
+from detection.evaluation.report import class_lines
 from detection.inference.results import Results
 from detection.inference.weights import open_weights
 from detection.models import build_detector
@@ -32,6 +38,7 @@ from detection.training.resume import open_resumed_run
 from tests.support.fault_runs import NETWORK
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port
+from tests.support.run_logging import logging_to
 
 # G01, G02, G03: who writes to a run directory
 
@@ -225,3 +232,69 @@ def test_G08_a_lost_best_is_not_named_as_if_it_were_there(train, launch, tmp_pat
     (tmp_path / "run" / "best.pt").unlink()
     out = launch("second", "--resume", tmp_path / "run", "train.steps=8").ends_with(0, "best.pt, of step 4, is gone")
     assert "which is gone" not in out and load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 8
+
+
+# G09, G10: limits of the system
+
+
+@pytest.fixture
+def long_tmpdir(tmp_path: Path, monkeypatch) -> Path:
+    """A temporary folder with a path of more than 107 bytes, not yet used by multiprocessing."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    return folder
+
+
+def test_G09_a_long_tmpdir_does_not_hang_the_loader(long_tmpdir: Path) -> None:
+    with pytest.raises(OSError, match="AF_UNIX path too long"):
+        Listener(family="AF_UNIX")
+    multiprocessing.process.current_process()._config["tempdir"] = None
+    prepare_process()
+    with Listener(family="AF_UNIX") as listener:
+        assert len(str(listener.address)) < 107
+    assert tempfile.gettempdir() == str(long_tmpdir)
+
+
+def test_G09_no_short_folder_is_said(long_tmpdir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "SHORT_TMPDIRS", ("/nowhere",))
+    with pytest.raises(SettingsError, match=r"^TMPDIR has \d+ bytes, sockets allow 75: set a shorter one$"):
+        prepare_process()
+
+
+def test_G10_a_low_limit_of_open_files_is_raised_or_said(monkeypatch) -> None:
+    limits = [24, 1024]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    workers.require_files(8)
+    assert limits == [1024, 1024]
+    limits[:] = [64, 64]
+    with pytest.raises(SettingsError, match=r"at most 64 files may be open \(ulimit -n\), 128 are needed: raise it$"):
+        workers.require_files(0)
+    limits[:] = [200, 200]
+    workers.require_files(0)
+    with pytest.raises(SettingsError, match=r"256 are needed: raise it, or lower data.num_workers \(8\)$"):
+        workers.require_files(8)
+
+
+# G11: text from files
+
+HOSTILE = "cat\nstep 9: AP 1.000\x1b[2J\x9b\u202egod"
+ESCAPED = "cat\\nstep 9: AP 1.000\\x1b[2J\\x9b\\u202egod"
+
+
+def test_G11_what_a_terminal_obeys_is_escaped() -> None:
+    assert escape(HOSTILE) == ESCAPED and escape(ESCAPED) == ESCAPED
+    assert escape("Größe 狗\t👩‍🚒 \\n") == "Größe 狗\t👩‍🚒 \\n"
+    assert name_list([HOSTILE, "dog"]) == f"{ESCAPED}, dog"
+    assert SettingsError(f"{HOSTILE}: unknown").line == f"{ESCAPED}: unknown"
+
+
+def test_G11_no_class_name_forges_a_line(tmp_path: Path, capsys) -> None:
+    with logging_to(tmp_path) as loggers:
+        for line in class_lines({HOSTILE: (0.5, 0.5, 1)}):
+            loggers.line(line)
+        loggers.line(HOSTILE)
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("\n") == 3 and log.endswith(f"{ESCAPED}\n") and capsys.readouterr().out == log
