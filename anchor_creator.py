@@ -50,6 +50,7 @@ from detection.data.build import choose_training_images, make_builtin
 from detection.data.sampler import size_step
 from detection.data.sources import find_source, source_lines
 from detection.drawing.figures import figure_pixels, save_figure
+from detection.drawing.files import replace_file
 from detection.drawing.window import browse
 from detection.errors import DataError, SettingsError, exit_with_message
 from detection.models import build_detector
@@ -271,9 +272,9 @@ def write_overlay(
         lines += [f"  anchor_size: {sizes[0] if len(sizes) == 1 else 'null'}"]
     else:
         text = layout.with_anchors(levels)
-        (directory / "anchors.cfg").write_text(text, encoding="utf-8")
+        replace_file(directory / "anchors.cfg", text.encode())
         lines += ["model:", f"  backbone: {DARKNET_CFG}", "  cfg: |", textwrap.indent(text, "    ")]
-    (directory / "anchors.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_file(directory / "anchors.yaml", ("\n".join(lines) + "\n").encode())
 
 
 def write_report(
@@ -303,7 +304,7 @@ def write_report(
         },
         "recommendation": verdict,
     }
-    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    replace_file(path, json.dumps(content, indent=2).encode())
 
 
 if __name__ == "__main__":

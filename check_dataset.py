@@ -48,7 +48,8 @@ from detection.dataset_checks.image_checks import (
     check_shared_names,
     inspect_images,
 )
-from detection.errors import DataError, SettingsError, UserError, exit_with_message
+from detection.drawing.files import replace_file
+from detection.errors import DataError, SettingsError, UserError, escape, exit_with_message
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -96,8 +97,8 @@ def main() -> None:
     depth = "quick" if arguments.quick else "headers" if arguments.headers else "full"
     report = describe(sources, annotations, splits, findings, fit) | {"depth": depth}
     with writing_results(directory):
-        (directory / "check.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print("\n".join(text_lines(report, fit_lines, findings)))
+        replace_file(directory / "check.json", json.dumps(report, indent=2).encode())
+    print("\n".join(map(escape, text_lines(report, fit_lines, findings))))
     print(f"all ids in {directory / 'check.json'}")
     errors, warnings = len(findings.of("error")), len(findings.of("warning"))
     if errors or (arguments.strict and warnings):

@@ -31,6 +31,7 @@ import numpy as np
 from detection.config.command_line import Parser
 from detection.config.yaml_files import read_settings_file
 from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
+from detection.drawing.files import replace_file
 from detection.drawing.window import browse
 from detection.errors import DataError, SettingsError, exit_with_message
 from detection.runtime.run_directory import EVALUATOR, new_run_directory, writing_results
@@ -347,7 +348,7 @@ def write_summary(directory: Path, runs: Sequence[Run]) -> None:
         row | {"curves": {column: run.points(column).tolist() for column in PANELS}}
         for row, run in zip(rows, runs, strict=True)
     ]
-    (directory / "compare.json").write_text(json.dumps({"runs": content}, indent=1), encoding="utf-8")
+    replace_file(directory / "compare.json", json.dumps({"runs": content}, indent=1).encode())
 
 
 if __name__ == "__main__":

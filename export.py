@@ -45,6 +45,7 @@ from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
+from detection.drawing.files import replace_file
 from detection.errors import CheckpointError, DataError, OutputError, SettingsError, exit_with_message
 from detection.evaluation.evaluate import compute_metrics, run_inference
 from detection.inference.export.calibration import calibration_images
@@ -173,8 +174,8 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
         refuse_overwriting(path)
     sections = describe_detector(opened.detector, opened.settings.evaluation.image_size)
     write_darknet_weights(opened.detector.model, weights, Header(seen=opened.seen))
-    cfg.write_text(format_cfg(sections), encoding="utf-8")
-    names.write_text("\n".join(opened.class_names()) + "\n", encoding="utf-8")
+    replace_file(cfg, format_cfg(sections).encode())
+    replace_file(names, ("\n".join(opened.class_names()) + "\n").encode())
     print(f"written: {weights} ({weights.stat().st_size} bytes), {cfg}, {names}")
 
 

@@ -38,7 +38,7 @@ from detection.data.packed.index import PackedIndex, find_indexes
 from detection.data.packed.repair import check_shards, rebuild_indexes, shard_bytes, unpack
 from detection.data.packed.writer import write_dataset, write_shards, writing_beside
 from detection.data.sources import every_source, source_lines
-from detection.errors import DataError, OutputError, SettingsError, exit_with_message
+from detection.errors import DataError, OutputError, SettingsError, escape, exit_with_message
 
 UNUSED = tuple(section for section in Settings.model_fields if section != "data")  # of the settings, not read here
 SHARD_MIB = 256
@@ -172,7 +172,7 @@ def find_splits(arguments: argparse.Namespace, output: Path) -> dict[str, Callab
         for folder in (images, *([] if named else [source.root.resolve()])):
             if folder in (output.resolve(), *output.resolve().parents):
                 raise SettingsError(f"--output {arguments.output} lies in the dataset {folder}, which is not changed")
-    print("\n".join(source_lines(*found.values())), flush=True)
+    print("\n".join(map(escape, source_lines(*found.values()))), flush=True)
     return {split: functools.partial(read_split, source, data.follow_links) for split, source in found.items()}
 
 

@@ -64,7 +64,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, SettingsError, UserError, exit_with_message, name_list
+from detection.errors import DataError, SettingsError, UserError, escape, exit_with_message, name_list
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -221,7 +221,7 @@ def validate(arguments: argparse.Namespace) -> None:
             for file_name, picture in pictures.items():
                 save_png(directory / f"{file_name}.png", picture)
     finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(escape, lines)), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse(name, len(pictures), list(pictures.values()).__getitem__)
@@ -284,7 +284,7 @@ def compare(arguments: argparse.Namespace) -> None:
             write_comparison(directory, rows)
             save_png(directory / "comparison.png", picture)
     finally:
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(escape, lines)), flush=True)
     print(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
@@ -322,7 +322,7 @@ def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDatas
     data, evaluation = opened.settings.data, opened.settings.evaluation
     dataset = build_validation_dataset(data, opened.names, evaluation.max_images, ground_truth)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
-    print("\n".join(dataset.source_lines))
+    print("\n".join(map(escape, dataset.source_lines)))
     annotations = dataset.annotations
     check_classes(opened, annotations.categories.names)
     if ground_truth and annotations.crowd.all():

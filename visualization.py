@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from detection.drawing.files import replace_file
 from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
@@ -41,7 +42,7 @@ from detection.drawing.boxes import save_png
 from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, SettingsError, exit_with_message, name_list
+from detection.errors import DataError, DataReadError, SettingsError, escape, exit_with_message, name_list
 from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
@@ -159,7 +160,7 @@ def open_dataset(
         raise SettingsError("data.fake: there is no dataset to look at")
     make_builtin(data)
     source = find_source(data, {"train": "training", "val": "validation"}[split])
-    print("\n".join(source_lines(source)), flush=True)
+    print("\n".join(map(escape, source_lines(source))), flush=True)
     file, images, columns = source.file, source.images, source.columns()
     if images is None:
         return file, flatten_annotations(columns, str(file), data.class_names, None, source.fraction, data.strict), None
@@ -201,7 +202,7 @@ def describe(file: Path, annotations: Annotations, statistics: DatasetStatistics
 def write_statistics(directory: Path, report: HtmlReport, statistics: DatasetStatistics, facts: Sequence[str]) -> None:
     """Write statistics.json and two figures, and put them and the table of classes into the report."""
     summary = statistics.summary()
-    (directory / "statistics.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    replace_file(directory / "statistics.json", json.dumps(summary, indent=1).encode())
     report.lines(facts)
     for name, draw in (("class_distribution", draw_class_distribution), ("statistics", draw_box_statistics)):
         draw(directory / f"{name}.png", statistics)

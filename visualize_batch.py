@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from detection.drawing.files import replace_file
 from detection.runtime.habana import prepare_habana
 
 if __name__ == "__main__":
@@ -100,7 +101,7 @@ def main() -> None:
     with writing_results(directory):
         for file, picture in pictures.items():
             save_png(directory / f"{file}.png", picture)
-        (directory / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        replace_file(directory / f"{name}.json", json.dumps(content, indent=1).encode())
     print(f"{', '.join(f'{file}.png' for file in pictures)} and {name}.json in {directory}")
     if arguments.show:
         shown = list(pictures.values())

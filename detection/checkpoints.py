@@ -83,8 +83,8 @@ def link_file(path: Path, name: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files of killed processes; no other process may be writing to the directory."""
-    for path in directory.glob(".*.[0-9]*.tmp"):
+    """Remove temporary files of killed processes; this process must hold the lock of the directory."""
+    for path in directory.glob("*.[0-9]*.tmp"):  # of `save_checkpoint`, `link_file` and `drawing.files.replacing`
         with contextlib.suppress(OSError):
             path.unlink()
 

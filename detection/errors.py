@@ -7,10 +7,21 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+# What a terminal obeys or what ends a line: control characters but the tab, separators of lines, marks that reverse the
+# direction of writing, and halves of characters, which cannot be encoded.
+UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TRACEBACK = "Traceback (most recent call last)"
+
+
+def escape(text: str) -> str:
+    """Escape, in a line to be printed or logged, what a class name, file name or file may have smuggled into it."""
+    return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class UserError(Exception):
@@ -21,8 +32,10 @@ class UserError(Exception):
     @property
     def line(self) -> str:
         """The message alone: a loader worker's error arrives with its traceback in front of it."""
-        lines = str(self).strip().splitlines() or [type(self).__name__]
-        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        text = str(self).strip() or type(self).__name__
+        if TRACEBACK in text:
+            text = text.splitlines()[-1]
+        return escape(text.removeprefix(f"{type(self).__module__}.{type(self).__name__}: "))
 
 
 class SettingsError(UserError):
@@ -129,7 +142,7 @@ def protect_streams() -> None:
 
 def name_list(names: Iterable[str]) -> str:
     """Join class names with commas; a name with a comma or outer spaces is quoted, so that they can be counted."""
-    return ", ".join(repr(name) if "," in name or name != name.strip() else name for name in names)
+    return ", ".join(repr(name) if "," in name or name != name.strip() else escape(name) for name in names)
 
 
 def report(error: UserError) -> int:

@@ -29,6 +29,7 @@ from detection.data.workers import prepare_process
 from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
+from detection.training.agreement import require_same_program, require_same_run
 from detection.training.clock import fit_to_clock
 from detection.training.console import plan_lines, report_end, report_first_batch, report_progress
 from detection.training.dry_run import dry_run, preflight
@@ -88,11 +89,13 @@ def main() -> None:
     if arguments.replay is not None:
         replay(arguments.replay, arguments.settings, flags)
         return
-    checkpoint, directory, settings, notices = open_run(arguments, flags)
+    checkpoint, directory, settings, notices, _lock = open_run(arguments, flags)
     ranks = join_ranks(settings)
     with joint_work(ranks):
         check_same_start(ranks, checkpoint)
+        require_same_program(ranks, settings)
         run = Run(settings, ranks, fresh=checkpoint is None)
+        require_same_run(run, checkpoint)
         if checkpoint is not None:
             notices += check_continued(run, checkpoint, directory, arguments.accept_changes)
         elif settings.train.minutes is not None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from detection.contract import PADDING_LABEL, Batch
 from detection.data.sampler import TrainingBatchSampler
 from detection.data.transforms import Sample
-from detection.data.workers import prepare_worker
+from detection.data.workers import prepare_worker, require_files
 from detection.runtime.devices import pins_memory
 
 # Ground-truth boxes per image; the padded number is this times a power of two, so few shapes occur.
@@ -88,6 +88,7 @@ def build_evaluation_loader(
 
 
 def _build_loader(dataset: Dataset, num_workers: int, device: torch.device, **options: Any) -> DataLoader:
+    require_files(num_workers)
     return DataLoader(
         dataset,
         num_workers=num_workers,

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from detection.errors import escape
+
 
 class SlowSamples:
     """Times the loading of images in each process and warns about slow ones.
@@ -66,4 +68,4 @@ class SlowSamples:
         if index not in self.named:
             self.named.add(index)
             line = f"warning: {self.describe(index)} {what} (data.slow_sample_seconds)"
-            print(line, file=sys.stderr, flush=True)
+            print(escape(line), file=sys.stderr, flush=True)

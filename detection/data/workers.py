@@ -1,29 +1,85 @@
 """Loader processes and their parent: threads, signals, messages and the end."""
 
 import atexit
-import multiprocessing
+import multiprocessing.util
 import os
+import resource
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 
 import cv2
 
+from detection.errors import SettingsError
 from detection.runtime.allocator import disable_malloc_trim
 from detection.runtime.signals import STOPPING
+
+# Batches travel through sockets in a folder of multiprocessing below TMPDIR; a socket's path has at most 107 bytes.
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
+FILES, FILES_OF_WORKER = 128, 16  # open at the same time: libraries, logs; two batches and pipes of a worker
+FILES_WANTED = 4096
 
 
 def prepare_process() -> None:
     """Set up a script's process, before it reads images or starts loader workers; a script calls it first.
 
-    Changes what is global: OpenCV's threads and messages, freed memory, a warning of torch, and what happens at exit.
+    Changes what is global: OpenCV's threads and messages, freed memory, a warning of torch, what happens at exit, the
+    limit of open files, and the folder of sockets where TMPDIR is too long for one.
+
+    Raises:
+        SettingsError: too few files may be open, or there is no folder for sockets.
     """
+    require_files(0)
+    shorten_sockets()
     _prepare_libraries()
     # On a machine with fewer cores than workers torch prints two lines; what counts is train/wait_fraction.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     atexit.unregister(kill_workers)  # once, however often this is called
     atexit.register(kill_workers)
+
+
+def require_files(workers: int) -> None:
+    """Raise the limit of open files as far as needed and allowed.
+
+    Raises:
+        SettingsError: it is too low for this number of loader workers.
+    """
+    needed = FILES + FILES_OF_WORKER * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= max(needed, FILES_WANTED):
+        return
+    if hard == resource.RLIM_INFINITY or hard > soft:
+        soft = max(needed, FILES_WANTED) if hard == resource.RLIM_INFINITY else min(max(needed, FILES_WANTED), hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < needed:
+        lower = f", or lower data.num_workers ({workers})" if workers else ""
+        raise SettingsError(f"at most {soft} files may be open (ulimit -n), {needed} are needed: raise it{lower}")
+
+
+def shorten_sockets() -> None:
+    """Let multiprocessing make its folder elsewhere if TMPDIR is too long: workers would fail, and training hang.
+
+    Raises:
+        SettingsError: there is no other place.
+    """
+    given = tempfile.gettempdir()
+    if len(os.fsencode(given)) <= LONGEST_TMPDIR:
+        return
+    for place in SHORT_TMPDIRS:
+        tempfile.tempdir = place
+        try:
+            multiprocessing.util.get_temp_dir()  # remembered, inherited by the workers and removed at exit
+            return
+        except OSError:
+            continue
+        finally:
+            tempfile.tempdir = given
+    raise SettingsError(
+        f"TMPDIR has {len(os.fsencode(given))} bytes, sockets allow {LONGEST_TMPDIR}: set a shorter one"
+    )
 
 
 def prepare_worker(_: int) -> None:

@@ -13,7 +13,7 @@ from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, ground_truth_beside_detections, make_grid
 from detection.drawing.files import replace_file
-from detection.errors import name_list
+from detection.errors import escape, name_list
 from detection.evaluation.coco_metric import ClassAP, score
 from detection.evaluation.detections import write_detections
 from detection.evaluation.error_analysis import Analysis
@@ -92,6 +92,7 @@ def metric_lines(metrics: Mapping[str, float | None]) -> list[str]:
 
 def class_lines(class_ap: ClassAP) -> list[str]:
     """Format AP, AP50 and the number of ground-truth boxes per class."""
+    class_ap = {escape(name): row for name, row in class_ap.items()}
     width = max(len("class"), *(len(name) for name in class_ap))
     lines = [f" {'class':<{width}}  {'AP':>11}  {'AP50':>11}  {'gt boxes':>8}"]
     for name, (ap, ap50, gt_boxes) in class_ap.items():

@@ -1,5 +1,6 @@
 """COCO result file of detect.py: detections under the image ids and category ids of an annotation file."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from detection.data.annotation_file import read_without_boxes
 from detection.data.annotations import follow_spelling
 from detection.data.stored_image import ImageFile
+from detection.drawing.files import replacing
 from detection.errors import DataError, OutputError, name_list
 from detection.inference.results import ImageDetections
 
@@ -50,8 +52,10 @@ class CocoResults:
             last: number for last, number in zip(last_parts, columns.image_ids.tolist(), strict=True) if once[last] == 1
         }
         self._done: set[int] = set()
+        self._files = contextlib.ExitStack()
         try:
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            temporary = self._files.enter_context(replacing(path))
+            self._file = self._files.enter_context(open(temporary, "w", encoding="utf-8"))  # noqa: SIM115
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
         self._file.write("[")
@@ -60,7 +64,7 @@ class CocoResults:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._file:
+        with self._files:
             self._file.write("\n]\n")
 
     def image_id(self, file: ImageFile | str) -> int | None:

@@ -1,5 +1,6 @@
 """Result files of `detect.py`: pictures with boxes, crops, detections.json and YOLO txt."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from detection.data.image_file import UniqueNames
 from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
-from detection.drawing.files import replace_file, safe_name
+from detection.drawing.files import replace_file, replacing, safe_name
 from detection.inference.sources import Source
 from detection.inference.video import Frame
 
@@ -69,14 +70,16 @@ class Results:
         if self.txt:
             replace_file(directory / "classes.txt", "".join(f"{name}\n" for name in names).encode())
         # Written row by row, because the detections of hours of video may not fit in memory.
-        self._json = open(directory / "detections.json", "w", encoding="utf-8")  # noqa: SIM115
+        self._files = contextlib.ExitStack()
+        temporary = self._files.enter_context(replacing(directory / "detections.json"))
+        self._json = self._files.enter_context(open(temporary, "w", encoding="utf-8"))  # noqa: SIM115
         self._json.write("[")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._json:
+        with self._files:  # whatever happened: what was found so far is whole
             self._json.write("\n]\n")
 
     def draw(self, image: np.ndarray, found: ImageDetections, legend: bool = False) -> np.ndarray:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from detection.checkpoints import (
     DETECTOR_FIELDS,
     READ_HERE,
@@ -17,8 +19,8 @@ from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError, name_list
-from detection.foreign_files import describe_file
+from detection.errors import CheckpointError, SettingsError, escape, name_list
+from detection.foreign_files import clean, describe_file
 from detection.inference.exported_files import EXPORTED, open_exported
 from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
 from detection.models import DETECTORS, build_detector
@@ -100,7 +102,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
         words,
         device_flags(arguments),
     )
-    print("\n".join(opened.lines), flush=True)
+    print("\n".join(map(escape, opened.lines)), flush=True)
     return opened
 
 
@@ -176,6 +178,7 @@ def _open_checkpoint(
     lines += map(str, checkpoint.get("lines", ()))
     seen = step * own.train.micro_batch * own.train.subdivisions
     known = None if "source" in checkpoint and names == placeholder_names(count) else names
+    refuse_non_finite(detector, weights)
     return _finish(detector, settings, known, count, step, seen, lines, ids or None)
 
 
@@ -256,7 +259,22 @@ def _open_darknet(
             f"{weights} holds backbone weights only ({loaded.convolutions} convolutions); they start a training "
             f"(model.pretrained={weights}), they detect nothing"
         )
+    refuse_non_finite(detector, weights)
     return _finish(detector, settings, class_names, num_classes, 0, loaded.header.seen, [*lines, *loaded.lines])
+
+
+def refuse_non_finite(detector: Detector, weights: Path) -> None:
+    """Check the weights of a network, which would find no boxes with NaN in them.
+
+    Raises:
+        CheckpointError: a tensor has NaN or infinity.
+    """
+    state = detector.model.state_dict()
+    if bad := [name for name, value in state.items() if not bool(torch.isfinite(value).all())]:
+        raise CheckpointError(
+            f"{weights} is of no use: {len(bad)} of its {len(state)} tensors have NaN or infinity ({clean(bad[0])}); "
+            "the training that wrote it went wrong, take an earlier checkpoint"
+        )
 
 
 def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetector:

@@ -7,7 +7,7 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from detection.errors import SettingsError, UserError
 T = TypeVar("T")
 EVALUATION_TIMEOUT = datetime.timedelta(days=1)  # one process scores while the others wait
 JOIN_TIMEOUT = datetime.timedelta(minutes=1)
+MAX_DIFFERENCES, MAX_VALUE_CHARS = 4, 40  # between ranks, in an error
 MAX_MESSAGE_CHARS = 200  # of torch's messages, which begin with the cause
 
 
@@ -131,10 +132,38 @@ class Ranks:
             dist.broadcast_object_list(values, group=self._patient)
         return values[0]  # type: ignore[return-value]
 
+    def require_same(self, facts: Mapping[str, Any]) -> None:
+        """Compare named facts of all ranks; to be called by all.
+
+        Raises:
+            SettingsError: in every rank: what differs from the first, and in which ranks.
+        """
+        gathered = self.gather(dict(facts))
+        if different := self.broadcast(None if gathered is None else differences(gathered)):
+            raise SettingsError(different)
+
     def close(self) -> None:
         """Destroy the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def differences(facts: Sequence[Mapping[str, Any]]) -> str:
+    """Say in a line how the facts of each rank differ from those of the first; empty: they do not."""
+    parts = []
+    for rank, found in enumerate(facts[1:], start=1):
+        names = [name for name in {**facts[0], **found} if found.get(name) != facts[0].get(name)]
+        values = [f"{name} is {_cut(found.get(name))}, not {_cut(facts[0].get(name))}" for name in names]
+        more = f" and {len(names) - MAX_DIFFERENCES} more" if len(names) > MAX_DIFFERENCES else ""
+        if values:
+            parts.append(f"rank {rank} differs from rank 0: {'; '.join(values[:MAX_DIFFERENCES])}{more}")
+    more = f"; {len(parts) - MAX_DIFFERENCES} more ranks differ" if len(parts) > MAX_DIFFERENCES else ""
+    return "; ".join(parts[:MAX_DIFFERENCES]) + more
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
 def read_environment() -> tuple[int, int, int]:

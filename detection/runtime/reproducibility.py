@@ -1,5 +1,6 @@
 """Seeds, random streams and a report of the environment."""
 
+import hashlib
 import importlib.metadata
 import platform
 import random
@@ -77,6 +78,14 @@ def environment_report(device: str, precision: str) -> dict[str, Any]:
         "packages": versions,
         "commit": _commit(),
     }
+
+
+def code_digest() -> str:
+    """SHA-256 of the source of this package, which tells versions apart where there is no git."""
+    package, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _processor_name() -> str:

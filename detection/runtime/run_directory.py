@@ -17,12 +17,13 @@ from detection.drawing.files import replace_file
 from detection.errors import OutputError
 
 EVALUATOR = "evaluator"  # directory in a run directory, of the process that follows the run
-LOCKED = "train.log"  # locked by the process that writes to a run directory
+LOCKED = "run.lock"  # locked by the process that writes to a run directory; nothing renames or replaces it
+OLD_LOCKED = "train.log"  # of older versions
 STATUS = "status.json"
 
 
 def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
-    """Create `<logs>/<YYMMDD-HHMMSS>_<name>`, or the directory `wanted`, which must be empty or absent.
+    """Create `<logs>/<YYMMDD-HHMMSS>_<name>`, or the directory `wanted`, which must be absent, or empty but for a lock.
 
     Raises:
         OutputError: the directory cannot be created, or is not empty.
@@ -30,19 +31,18 @@ def new_run_directory(logs: Path, name: str, wanted: Path | None) -> Path:
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
+            if any(path.name != LOCKED for path in wanted.iterdir()):
                 hint = f"; to continue that run use --resume {wanted}" if (wanted / "last.pt").exists() else ""
                 raise OutputError(f"--output {wanted} is not empty{hint}")
             return wanted
         name = f"{datetime.datetime.now():%y%m%d-%H%M%S}_{name}"
         logs.mkdir(parents=True, exist_ok=True)
-        # Two runs that start in the same second get different directories.
-        for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-            directory = logs / (name + suffix)
-            if not directory.exists():
-                directory.mkdir()
-                return directory
-        raise OutputError(f"{logs / name} and 98 more of that name exist")
+        # Runs that start in the same second get different directories: only one process can make one.
+        for suffix in ("", *(f"-{number}" for number in range(2, 10_000))):
+            with contextlib.suppress(FileExistsError):
+                (logs / (name + suffix)).mkdir()
+                return logs / (name + suffix)
+        raise OutputError(f"{logs / name} and 9998 more of that name exist")
     except OSError as error:
         raise OutputError(f"directory {error.filename} cannot be made: {error.strerror}") from None
 
@@ -62,18 +62,25 @@ def writing_results(directory: Path) -> Iterator[None]:
         raise OutputError(f"results in {directory} cannot be written: {error.strerror or error}") from None
 
 
-def lock(file: IO[Any], directory: Path) -> None:
-    """Lock a run directory by its open `LOCKED` until the file is closed; loader workers do not inherit the lock.
+def lock_directory(directory: Path) -> IO[Any]:
+    """Lock a run directory until this process closes the returned file; loader workers do not inherit the lock.
+
+    A process may lock it several times; it is free again when the first of these files is closed.
 
     Raises:
         OutputError: another process holds it.
+        OSError: its file cannot be made.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link would lock, and make, a file of somebody else
+    file = os.fdopen(os.open(directory / LOCKED, flags, 0o644), "rb+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
             raise OutputError(f"another process writes to {directory}; wait for its end, or choose another") from None
         # Other errors: the file system has no locks.
+    return file
 
 
 def is_locked(directory: Path) -> bool | None:
@@ -83,7 +90,7 @@ def is_locked(directory: Path) -> bool | None:
     # Asks who would be in the way of a lock, where taking one for a moment could stop a run that is just starting.
     question = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        with open(directory / LOCKED, "rb") as file:
+        with open(directory / (LOCKED if (directory / LOCKED).exists() else OLD_LOCKED), "rb") as file:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
     except OSError:
         return None

@@ -214,7 +214,8 @@ def report_end(run: Run, state: RunState, loggers: Loggers, supervisor: Supervis
     report_speed(run, state, loggers)
     report_run(run, state, loggers)
     best = f"best {run.settings.evaluation.best_metric} {state.best_value or 0.0:.3f} at step {state.best_step}"
+    path = loggers.directory / BEST
     loggers.line(
         f"finished at step {state.step} in {supervisor.minutes():.1f} minutes with evaluations; "
-        f"{best}: {loggers.directory / BEST}"
+        f"{best}: {path}{'' if path.exists() else ', which is gone'}"
     )

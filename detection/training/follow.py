@@ -20,12 +20,12 @@ from detection.data.annotations import annotations_digest
 from detection.data.build import DetectionDataset, build_validation_dataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
-from detection.errors import CheckpointError, DataError, OutputError, SettingsError, UserError
+from detection.errors import CheckpointError, DataError, OutputError, SettingsError, UserError, escape
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
 from detection.inference.weights import DEFAULTS, check_classes, open_command_line
 from detection.runtime.devices import Machine, describe_device, open_machine
 from detection.runtime.reproducibility import environment_report
-from detection.runtime.run_directory import EVALUATOR, LOCKED, STATUS, lock
+from detection.runtime.run_directory import EVALUATOR, OLD_LOCKED, STATUS, lock_directory
 from detection.training.checkpoint_writer import BEST, LAST
 from detection.training.evaluation import keep_results, log_evaluation
 from detection.training.loggers import Loggers, build_loggers
@@ -36,7 +36,7 @@ from detection.training.report_page import read_rows, write_report
 from detection.training.schedules import first_finishing_step
 from detection.training.step import tell_progress
 
-TRACES = (LOCKED, STATUS, "args.yaml", LAST)  # one of these is in every run directory, also of older versions
+TRACES = (OLD_LOCKED, STATUS, "args.yaml", LAST)  # one of these is in every run directory, also of older versions
 POLL_SECONDS = 5.0  # between two looks at the run directory
 COMPARED = ("model", "evaluation")  # sections that make the numbers of one evaluator comparable
 FREE = ("evaluation.batch_size", "evaluation.visualize_images", "evaluation.evaluate_frequency")  # of those sections
@@ -190,7 +190,7 @@ def open_followed(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Foll
     settings = opened.settings
     dataset = build_validation_dataset(settings.data, opened.names, settings.evaluation.max_images)
     dataset.sample_transform = Transform(opened.detector.geometry, settings.evaluation.image_size)
-    print("\n".join(dataset.source_lines))
+    print("\n".join(map(escape, dataset.source_lines)))
     check_classes(opened, dataset.annotations.categories.names)
     if dataset.annotations.crowd.all():
         raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a usable box")
@@ -253,8 +253,7 @@ def evaluate_and_log(followed: Followed, checkpoint: Checkpoint, loggers: Logger
 def renew_page(directory: Path, followed: Followed, loggers: Loggers) -> None:
     """Write the page of a run that has ended again, now with these evaluations; a failure is a warning."""
     try:
-        with open(directory / LOCKED, "a", encoding="utf-8") as file:
-            lock(file, directory)
+        with lock_directory(directory):
             page = write_report(directory, followed.validation_set, followed.settings, followed.detector)
         loggers.line(f"report      {page}")
     except (OSError, ValueError, KeyError, OutputError) as error:

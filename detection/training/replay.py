@@ -15,6 +15,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import Flag, complete_settings, load_settings
 from detection.contract import Batch
 from detection.data.loaders import batch_to_device, collate_samples
+from detection.drawing.files import replace_file
 from detection.errors import CheckpointError, NumericsError, OutputError
 from detection.runtime.reproducibility import seed_step
 from detection.training.optimizer import set_backbone_frozen
@@ -81,7 +82,7 @@ def write_bundle(
     try:
         directory.mkdir(exist_ok=True)
         report = {"seed": seed, "settings": checkpoint["settings"], "steps": steps}
-        (directory / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+        replace_file(directory / REPORT, json.dumps(report, indent=2).encode())
     except OSError as error:
         raise OutputError(f"{directory} cannot be written: {error.strerror or error}") from None
     save_checkpoint(directory / STATE, checkpoint)

@@ -4,22 +4,26 @@ import argparse
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.fields import amount_of
-from detection.config.loading import Flag, changed_settings, complete_settings, load_settings
+from detection.config.loading import Flag, changed_settings, complete_settings, leaf_items, load_settings
 from detection.config.relations import follows_length
 from detection.config.settings import Settings
+from detection.config.yaml_files import read_settings_file
 from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
+from detection.foreign_files import clean
 from detection.runtime.distributed import Ranks, read_environment
-from detection.runtime.run_directory import is_locked
+from detection.runtime.run_directory import is_locked, lock_directory
 from detection.training.automatic import load_run_settings
+from detection.training.checkpoint_writer import BEST
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
 AUTO = "auto"  # of --resume
+SHOWN_ERROR = 200  # characters
 ACCEPT = "--accept-changes continues all the same"
 # Settings that may change on resume: where and how long the run goes and how often it saves, not what it learns.
 RESUMABLE = (
@@ -126,30 +130,31 @@ def check_same_start(ranks: Ranks, checkpoint: dict[str, Any] | None) -> None:
 
 def open_run(
     arguments: argparse.Namespace, flags: list[Flag]
-) -> tuple[dict[str, Any] | None, Path | None, Settings, list[str]]:
+) -> tuple[dict[str, Any] | None, Path | None, Settings, list[str], IO[Any] | None]:
     """Read the settings of a new run, or of one that `--resume` continues.
 
     Returns:
         The checkpoint to continue from, or None; the run directory, or None for a new one below `run.logs_path`; the
-        settings; notices for the plan.
+        settings; notices for the plan; the lock of the directory, to be kept as long as the run lasts.
 
     Raises:
         SettingsError: settings are invalid, or must not change on resume.
         CheckpointError: there is no usable checkpoint.
+        OutputError: another process writes to the directory.
     """
     if arguments.resume is None:
         settings, notices = load_run_settings(arguments.config, arguments.settings, flags)
         check_loggers(settings.run.loggers)
-        return None, arguments.output, settings, notices
-    checkpoint, directory, settings, notices = open_resumed_run(arguments, flags)
+        return None, arguments.output, settings, notices, None
+    checkpoint, directory, settings, notices, lock = open_resumed_run(arguments, flags)
     check_loggers(settings.run.loggers)
-    return checkpoint, directory, settings, [*getattr(arguments, "notices", []), *notices]
+    return checkpoint, directory, settings, [*getattr(arguments, "notices", []), *notices], lock
 
 
 def open_resumed_run(
     arguments: argparse.Namespace, flags: list[Flag]
-) -> tuple[dict[str, Any], Path, Settings, list[str]]:
-    """Read checkpoint, directory, settings and notices of a run to resume; see `open_run`."""
+) -> tuple[dict[str, Any], Path, Settings, list[str], IO[Any] | None]:
+    """Read checkpoint, directory, settings and notices of a run to resume, after locking it; see `open_run`."""
     for name in ("config", "output"):
         if getattr(arguments, name):
             raise SettingsError(f"--{name} and --resume are both given; a continued run keeps its own")
@@ -165,11 +170,12 @@ def open_resumed_run(
         if not found:
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
+    lock = None if getattr(arguments, "dry_run", False) else lock_before_reading(directory)
     checkpoint = load_last(directory)
     moved: list[str] = []
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
-    notices = moved + notices
+    notices = [*moved, *edited_settings(directory, old, settings), *forget_lost_best(directory, checkpoint), *notices]
     changes = changed_settings(old, settings)
     follows = follows_length(old)
     if arguments.extend:
@@ -188,7 +194,57 @@ def open_resumed_run(
             f"--resume: {named}, it would be another run ({ACCEPT}); these may change: {', '.join(allowed)}"
         )
     notices += [f"continued with {key} = {after!r} (was {before!r})" for key, (before, after) in changes.items()]
-    return checkpoint, directory, settings, notices
+    return checkpoint, directory, settings, notices, lock
+
+
+def lock_before_reading(directory: Path) -> IO[Any] | None:
+    """Lock a run directory in the first process of a run; None: another rank, or there is no directory.
+
+    What another process saved after this one had read last.pt would be lost.
+
+    Raises:
+        OutputError: another process writes to the directory, or it cannot be written.
+    """
+    if read_environment()[0] != 0 or not directory.is_dir():
+        return None
+    try:
+        return lock_directory(directory)
+    except OSError as error:
+        raise OutputError(f"run directory {directory} cannot be written: {error.strerror or error}") from None
+
+
+def edited_settings(directory: Path, old: Settings, new: Settings) -> list[str]:
+    """Name what the args.yaml of a run says and the run does not do: it follows last.pt and the command line.
+
+    Args:
+        old: settings in last.pt.
+        new: with those of the command line.
+    """
+    path = directory / "args.yaml"
+    if not path.exists():
+        return []
+    try:
+        written = complete_settings(read_settings_file(path), DEFAULTS)
+    except SettingsError as error:
+        return [f"warning     args.yaml is written anew, from last.pt: {str(error)[:SHOWN_ERROR]}"]
+    followed = dict(leaf_items(new.model_dump(mode="json")))
+    edited = {key: values for key, values in changed_settings(old, written).items() if values[1] != followed[key]}
+    return [
+        f"warning     {path}: {key} = {clean(str(after))} is not followed, last.pt has {clean(str(before))}; "
+        "settings of a continued run change on the command line"
+        for key, (before, after) in edited.items()
+    ]
+
+
+def forget_lost_best(directory: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Let the next evaluation write best.pt if it is gone, whatever the metric was; returns a line about it."""
+    progress = checkpoint["progress"]
+    name = "best_ap50" if "best_ap50" in progress else "best_value"  # the older name
+    if progress.get(name) is None or (directory / BEST).exists():
+        return []
+    line = f"warning     {BEST}, of step {progress['best_step']}, is gone; the next evaluation writes a new one"
+    progress.update({name: None, "best_step": 0})
+    return [line]
 
 
 def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:

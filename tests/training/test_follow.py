@@ -128,8 +128,9 @@ def test_numbered_checkpoints_come_first_and_a_damaged_one_is_left_out(
 
 def test_the_end_of_a_run_is_seen_by_its_status_and_its_lock(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from detection.runtime.run_directory import lock, write_status\n"
-        "d = Path(sys.argv[1]); f = open(d / 'train.log', 'a'); lock(f, d); write_status(d, 'running')\n"
+        "import sys; from pathlib import Path\n"
+        "from detection.runtime.run_directory import lock_directory, write_status\n"
+        "d = Path(sys.argv[1]); f = lock_directory(d); write_status(d, 'running')\n"
         "print(flush=True); input()"
     )
     assert end_of(tmp_path) is None and is_locked(tmp_path) is None  # nothing is there yet

@@ -212,7 +212,8 @@ def test_without_tensorboard_one_notice_and_everything_else(tmp_path: Path, monk
     assert printed.count("\n") == 1 and "TensorBoard is not installed" in printed
     assert (tmp_path / "train.log").read_text() == printed
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "args.yaml", "environment_0.json", "images", "metrics.jsonl", "results.csv", "status.json", "train.log",
+        "args.yaml", "environment_0.json", "images", "metrics.jsonl", "results.csv", "run.lock", "status.json",
+        "train.log",
     ]  # fmt: skip
     assert len(read_metrics(tmp_path)) == 2
 
@@ -380,10 +381,10 @@ def test_names_of_loggers() -> None:
 
 def test_a_locked_directory_gets_no_event_file(tmp_path: Path) -> None:
     lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    command = [sys.executable, "-c", lock, str(tmp_path / "train.log")]
+    command = [sys.executable, "-c", lock, str(tmp_path / "run.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         with pytest.raises(OutputError, match="another process writes to"), logging_to(tmp_path):
             pass
         other.communicate(b"\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["train.log"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]

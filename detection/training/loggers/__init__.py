@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from detection.config.settings import Settings
-from detection.errors import OutputError, SettingsError
+from detection.errors import OutputError, SettingsError, escape
 from detection.runtime.devices import describe_device
 from detection.runtime.reproducibility import environment_report
 from detection.runtime.run_directory import new_run_directory
@@ -71,7 +71,8 @@ class Loggers:
         self._each(lambda logger: logger.evaluation(step, row))
 
     def line(self, text: str, show: bool = True) -> None:
-        """Record a line and, if `show`, print it, above the progress bar if there is one."""
+        """Record a line and, if `show`, print it, above the progress bar if there is one; see `errors.escape`."""
+        text = escape(text)
         self._each(lambda logger: logger.line(text))
         if show and self.show:
             show_line(text)

@@ -13,7 +13,8 @@ import numpy as np
 from detection.config.loading import dump_settings
 from detection.config.settings import Settings
 from detection.drawing.boxes import save_jpeg, save_png
-from detection.runtime.run_directory import lock, write_status
+from detection.drawing.files import replace_file
+from detection.runtime.run_directory import lock_directory, write_status
 from detection.training.loggers.protocol import RUNNING, Resumed
 from detection.training.loggers.terminal import show_line
 
@@ -21,7 +22,7 @@ STEP = "step"
 
 
 class FilesLogger:
-    """Writes `args.yaml`, `environment.json`, `status.json`, `train.log`, `metrics.jsonl`, `results.csv`, `images/`.
+    """Writes the plain files of a run: `args.yaml`, `train.log`, `metrics.jsonl`, `results.csv`, `images/` and others.
 
     Each row is passed to the operating system before the method returns, so a killed process loses nothing. The
     directory is locked against other processes. Every method raises OSError if its file cannot be written.
@@ -42,15 +43,15 @@ class FilesLogger:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
+            opened.enter_context(lock_directory(directory))
             self._log = opened.enter_context(_open_to_append(directory / "train.log"))
-            lock(self._log, directory)
             write_status(directory, RUNNING)
             self._open_tables(opened, resumed)
             (directory / "images").mkdir(exist_ok=True)
-            (directory / "args.yaml").write_text(dump_settings(settings), encoding="utf-8")
+            replace_file(directory / "args.yaml", dump_settings(settings).encode())
             # The environment may differ each time a run is resumed.
             name = "environment.json" if resumed is None else f"environment_{resumed.step}.json"
-            (directory / name).write_text(json.dumps(environment, indent=2), encoding="utf-8")
+            replace_file(directory / name, json.dumps(environment, indent=2).encode())
             self._opened = opened.pop_all()
 
     def _open_tables(self, opened: ExitStack, resumed: Resumed | None) -> None:

@@ -1,0 +1,300 @@
+"""G: what broke beyond the first table: two processes in one run, ranks that differ, hostile text."""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Listener
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.config.command_line import DEFAULTS
+from detection.config.loading import dump_settings
+from detection.data import workers
+from detection.data.workers import prepare_process
+from detection.errors import CheckpointError, OutputError, SettingsError, escape, name_list
+from detection.evaluation.report import class_lines
+from detection.inference.results import Results
+from detection.inference.weights import open_weights
+from detection.models import build_detector
+from detection.runtime.distributed import differences
+from detection.runtime.run_directory import new_run_directory
+from detection.training.checkpoint_writer import CheckpointWriter
+from detection.training.resume import open_resumed_run
+from tests.support.fault_runs import NETWORK
+from tests.support.paths import REPOSITORY
+from tests.support.processes import free_port
+from tests.support.run_logging import logging_to
+
+# G01, G02, G03: who writes to a run directory
+
+
+@contextmanager
+def locked_by_another(directory: Path) -> Iterator[None]:
+    program = (
+        "import sys; from pathlib import Path; from detection.runtime.run_directory import lock_directory\n"
+        "held = lock_directory(Path(sys.argv[1])); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        yield
+        other.communicate(b"\n")
+
+
+def resume_words(directory: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        resume=str(directory), config=[], output=None, settings=[], accept_changes=False, extend=False
+    )
+
+
+def test_G01_the_lock_comes_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_text("the other process is about to replace this")
+    with locked_by_another(tmp_path), pytest.raises(OutputError, match="another process writes to"):
+        open_resumed_run(resume_words(tmp_path), [])
+
+
+@pytest.mark.faults
+def test_G01_a_rotated_log_lets_no_second_process_in(train, launch, tmp_path: Path) -> None:
+    run = train("run", "train.steps=100000", "train.save_frequency=1")
+    run.until(lambda: (tmp_path / "run" / "last.pt").exists())
+    os.rename(tmp_path / "run" / "train.log", tmp_path / "run" / "train.log.1")
+    half = tmp_path / "run" / ".last.pt.1.tmp"
+    half.write_bytes(b"half a checkpoint of the first process")
+    launch("second", "--resume", tmp_path / "run").ends_with(6, "another process writes to", str(tmp_path / "run"))
+    assert half.exists() and run.process.is_alive()
+
+
+def make_directory(logs: Path, barrier: Any, names: Any) -> None:
+    barrier.wait()
+    names.put(new_run_directory(logs, "x", None).name)
+
+
+def test_G02_directories_made_in_the_same_second_by_many_processes(tmp_path: Path) -> None:
+    context, count = multiprocessing.get_context("fork"), 16
+    barrier, names = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=make_directory, args=(tmp_path, barrier, names)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = {names.get(timeout=30) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == count
+
+
+def test_G02_a_directory_that_appears_in_between_is_not_shared(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # what another process makes now is not seen by looking
+    assert len({new_run_directory(tmp_path, "x", None) for _ in range(3)}) == 3
+
+
+def test_G03_leftovers_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".last.pt.4711.tmp", "detections.json.4711.tmp", "best.pt"):
+        (tmp_path / name).write_bytes(b"half")
+    CheckpointWriter(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+# G04: ranks that differ
+
+
+def test_G04_what_differs_between_ranks_is_named() -> None:
+    first = {"train.learning_rate": 0.001, "classes": "cat, dog", "run.seed": 1}
+    assert differences([first, dict(first)]) == ""
+    line = differences([first, first | {"run.seed": 2}, first | {"classes": "c" * 1000, "new": "\n"}])
+    assert line.startswith("rank 1 differs from rank 0: run.seed is 2, not 1; rank 2 differs from rank 0: classes is c")
+    assert len(line) < 250
+
+
+def become_rank(main: ModuleType, rank: int, port: int) -> None:
+    """What torchrun puts into the environment of its processes; without it their own exit codes are seen."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), TORCH_CPP_LOG_LEVEL="ERROR",
+    )  # fmt: skip
+
+
+def ends_of_two_ranks(launch, common: list[str], output: Path, other: list[str]) -> list[str]:
+    port = free_port()
+    runs = [
+        launch(f"rank{rank}", *common, *words, "--output", output, fault=partial(become_rank, rank=rank, port=port))
+        for rank, words in enumerate(([], other))
+    ]
+    return [run.ends_with(2) for run in runs]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("word", ["run.seed=4", "train.learning_rate=0.5", "train.batch_size=1", "train.image_size=96"])
+def test_G04_a_rank_of_other_settings_is_refused(launch, common: list[str], tmp_path: Path, word: str) -> None:
+    key, _, value = word.partition("=")
+    for line in ends_of_two_ranks(launch, common, tmp_path / "run", [word]):
+        assert line.startswith(f"rank 1 differs from rank 0: {key} is {value}, not ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_G04_a_rank_of_other_data_is_refused(launch, common: list[str], dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "stale")
+    file = tmp_path / "stale" / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][0] += 1
+    file.write_text(json.dumps(content))
+    for line in ends_of_two_ranks(launch, common, tmp_path / "run", [f"data.root={tmp_path / 'stale'}"]):
+        assert line.startswith("rank 1 differs from rank 0: training annotations is ")
+    assert not (tmp_path / "run").exists()
+
+
+# G05 to G08: results, weights and files of a run that are not what they seem
+
+# What writes under the final name: files of datasets, in directories that get their name last, and temporary ones.
+IN_PLACE = ("detection/drawing/files.py", "detection/data/", "detection/models/darknet/weights.py")
+
+
+def test_G05_no_result_is_written_in_place() -> None:
+    files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "detection").rglob("*.py")]
+    names = {path.relative_to(REPOSITORY).as_posix(): path for path in files}
+    found = []
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not name.startswith(IN_PLACE):
+                written = node.func.attr in ("write_text", "write_bytes")
+                found += [f"{name}: {ast.unparse(node.func)}"] * written
+    assert found == ["detection/training/loggers/files.py: shortened.write_text"]  # renamed there
+
+
+def test_G05_detections_killed_in_the_middle_leave_the_previous_file(tmp_path: Path) -> None:
+    file = tmp_path / "detections.json"
+    file.write_text("previous")
+    with pytest.raises(KeyError), Results(tmp_path, ["cat"], None, None):
+        assert file.read_text() == "previous"  # what a kill would leave
+        raise KeyError
+    assert json.loads(file.read_text()) == [] and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_G06_weights_that_are_not_finite_are_refused(tmp_path: Path, default_settings) -> None:
+    (tmp_path / "network.cfg").write_text(NETWORK)
+    settings = default_settings("model.backbone=darknet_cfg", f"model.cfg={tmp_path / 'network.cfg'}")
+    weights = build_detector(settings, 2).model.state_dict()
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    content = {"step": 1, "settings": settings.model_dump(mode="json"), "model": weights, "average": None}
+    save_checkpoint(tmp_path / "best.pt", {**content, "categories": {"names": ["a", "b"], "ids": [1, 2]}})
+    with pytest.raises(CheckpointError, match=f"1 of its {len(weights)} tensors have NaN or infinity.*{name}"):
+        open_weights(tmp_path / "best.pt", None, None, DEFAULTS)
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, default_settings) -> Path:
+    """A run directory with what `--resume` reads first."""
+    content = {
+        "step": 60, "settings": default_settings().model_dump(mode="json"), "categories": {}, "optimizer": {},
+        "model": {"weight": torch.zeros(1)}, "data_digest": "", "progress": {"best_value": 0.5, "best_step": 40},
+    }  # fmt: skip
+    for name in ("last.pt", "best.pt"):
+        save_checkpoint(tmp_path / name, content)
+    (tmp_path / "args.yaml").write_text(dump_settings(default_settings()))
+    return tmp_path
+
+
+def test_G07_an_edited_args_yaml_is_named(stopped: Path, default_settings) -> None:
+    assert open_resumed_run(resume_words(stopped), [])[3] == []
+    (stopped / "args.yaml").write_text(dump_settings(default_settings("train.learning_rate=0.5")))
+    (line,) = open_resumed_run(resume_words(stopped), [])[3]
+    assert "args.yaml: train.learning_rate = 0.5 is not followed, last.pt has 0.0001" in line
+    (stopped / "args.yaml").write_text("a: [\n")
+    (line,) = open_resumed_run(resume_words(stopped), [])[3]
+    assert line.startswith("warning     args.yaml is written anew")
+
+
+def test_G08_a_lost_best_is_named_and_written_again(stopped: Path) -> None:
+    (stopped / "best.pt").unlink()
+    checkpoint, _, _, notices, _ = open_resumed_run(resume_words(stopped), [])
+    assert notices == ["warning     best.pt, of step 40, is gone; the next evaluation writes a new one"]
+    assert checkpoint["progress"]["best_value"] is None
+
+
+@pytest.mark.faults
+def test_G08_a_lost_best_is_not_named_as_if_it_were_there(train, launch, tmp_path: Path) -> None:
+    train("run", "evaluation.evaluate_frequency=4", "train.steps=4").ends_with(0)
+    (tmp_path / "run" / "best.pt").unlink()
+    out = launch("second", "--resume", tmp_path / "run", "train.steps=8").ends_with(0, "best.pt, of step 4, is gone")
+    assert "which is gone" not in out and load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 8
+
+
+# G09, G10: limits of the system
+
+
+@pytest.fixture
+def long_tmpdir(tmp_path: Path, monkeypatch) -> Path:
+    """A temporary folder with a path of more than 107 bytes, not yet used by multiprocessing."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    return folder
+
+
+def test_G09_a_long_tmpdir_does_not_hang_the_loader(long_tmpdir: Path) -> None:
+    with pytest.raises(OSError, match="AF_UNIX path too long"):
+        Listener(family="AF_UNIX")
+    multiprocessing.process.current_process()._config["tempdir"] = None
+    prepare_process()
+    with Listener(family="AF_UNIX") as listener:
+        assert len(str(listener.address)) < 107
+    assert tempfile.gettempdir() == str(long_tmpdir)
+
+
+def test_G09_no_short_folder_is_said(long_tmpdir: Path, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "SHORT_TMPDIRS", ("/nowhere",))
+    with pytest.raises(SettingsError, match=r"^TMPDIR has \d+ bytes, sockets allow 75: set a shorter one$"):
+        prepare_process()
+
+
+def test_G10_a_low_limit_of_open_files_is_raised_or_said(monkeypatch) -> None:
+    limits = [24, 1024]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+    workers.require_files(8)
+    assert limits == [1024, 1024]
+    limits[:] = [64, 64]
+    with pytest.raises(SettingsError, match=r"at most 64 files may be open \(ulimit -n\), 128 are needed: raise it$"):
+        workers.require_files(0)
+    limits[:] = [200, 200]
+    workers.require_files(0)
+    with pytest.raises(SettingsError, match=r"256 are needed: raise it, or lower data.num_workers \(8\)$"):
+        workers.require_files(8)
+
+
+# G11: text from files
+
+HOSTILE = "cat\nstep 9: AP 1.000\x1b[2J\x9b\u202egod"
+ESCAPED = "cat\\nstep 9: AP 1.000\\x1b[2J\\x9b\\u202egod"
+
+
+def test_G11_what_a_terminal_obeys_is_escaped() -> None:
+    assert escape(HOSTILE) == ESCAPED and escape(ESCAPED) == ESCAPED
+    assert escape("Größe 狗\t👩‍🚒 \\n") == "Größe 狗\t👩‍🚒 \\n"
+    assert name_list([HOSTILE, "dog"]) == f"{ESCAPED}, dog"
+    assert SettingsError(f"{HOSTILE}: unknown").line == f"{ESCAPED}: unknown"
+
+
+def test_G11_no_class_name_forges_a_line(tmp_path: Path, capsys) -> None:
+    with logging_to(tmp_path) as loggers:
+        for line in class_lines({HOSTILE: (0.5, 0.5, 1)}):
+            loggers.line(line)
+        loggers.line(HOSTILE)
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("\n") == 3 and log.endswith(f"{ESCAPED}\n") and capsys.readouterr().out == log
