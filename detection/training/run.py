@@ -193,7 +193,7 @@ class Run:
         return step % self.settings.run.log_frequency == 0 or step == self.steps
 
     def evaluates_at(self, step: int) -> bool:
-        """Return whether the model is evaluated after this many steps; before SWA begins and at `run.stop_after` too."""
+        """Return whether the model is evaluated after this many steps; before SWA begins and at `run.stop_after`."""
         regular = self.evaluate_frequency is not None and step % self.evaluate_frequency == 0
         return regular or step in (self.steps, self.schedule.swa_start, self.stop_step)
 
