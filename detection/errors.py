@@ -89,6 +89,12 @@ class StoppedBySignal(UserError):
         self.exit_code = 128 + signal_number
 
 
+class StoppedBySetting(UserError):
+    """The run has come as far as `run.stop_after` asks, and was saved."""
+
+    exit_code = 0
+
+
 MEMORY_HINT = "out of memory: lower evaluation.batch_size or take a smaller evaluation.image_size"
 OUT_OF_MEMORY = "out of memory: lower train.batch_size and raise train.subdivisions, or take a smaller train.image_size"
 

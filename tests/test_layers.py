@@ -18,12 +18,12 @@ PACKAGE = "detection"
 # The import rule of docs/contract.md in one line, lowest layer first; a directory stands for all files in it.
 RULE = (
     "errors contract ops < config checkpoints foreign_files drawing < runtime < models data"
-    " < inference evaluation dataset_checks < visualization training"
+    " < inference evaluation dataset_checks < visualization training tuning"
 )
 LAYERS = [set(layer.split()) for layer in RULE.split("<")]
 HIGHEST_SHARED = 1  # layers up to here hold single files and may look at each other
 OPTIONAL = "mlflow determined habana_frameworks onnx onnxruntime onnxscript onnx_ir timm safetensors simplejpeg "
-OPTIONAL += "openvino psutil"
+OPTIONAL += "openvino optuna psutil"
 OPTIONAL_PACKAGES = frozenset(OPTIONAL.split(" "))
 REQUIRED = set(re.findall(r"^[\w-]+", (REPOSITORY / "requirements.txt").read_text().lower(), re.MULTILINE))
 DISTRIBUTIONS = packages_distributions()  # module -> packages that bring it

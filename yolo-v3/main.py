@@ -134,6 +134,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
                 # The run was stopped before this evaluation was complete.
                 evaluate_and_keep(run, state, saver, loggers, supervisor)
             for step in range(first_step, run.steps):
+                run.check_stop(step)
                 supervisor.begin(step)
                 if step in (first_step, run.unfreeze_step):
                     set_backbone_frozen(state.model, step < run.unfreeze_step, settings.backbone_batch_norm)

@@ -64,6 +64,7 @@ class RunSettings(Section):
     channels_last: bool
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     preflight: bool
+    stop_after: Duration | None
     timeout_minutes: Positive
     log_frequency: Count
     loggers: tuple[str, ...]

@@ -8,6 +8,7 @@ from detection.errors import (
     DataReadError,
     NumericsError,
     OutputError,
+    StoppedBySetting,
     StoppedBySignal,
     UserError,
     known_failure,
@@ -61,7 +62,7 @@ def logged_end(run: Run, state: RunState, loggers: Loggers) -> Iterator[Saver]:
             failure = save_and_explain(error, run, state, saver, loggers)
             if failure is None:
                 raise
-            status = STOPPED if isinstance(failure, StoppedBySignal) else FAILED
+            status = STOPPED if isinstance(failure, StoppedBySetting | StoppedBySignal) else FAILED
             loggers.line(failure.line, show=False)  # stderr gets it too
             raise failure from None
         finally:
@@ -91,6 +92,10 @@ def save_and_explain(
             f"{error.line}; kept in {bundle}, look into it with: yolo-v3/main.py --replay {bundle}; try a lower "
             "train.learning_rate or a longer scheduler.warmup"
         )
+    if isinstance(error, StoppedBySetting):
+        saver.save()
+        saver.wait()
+        return StoppedBySetting(f"{error.line}; saved, {resume} run.stop_after=null")
     if isinstance(error, StoppedBySignal | DataReadError):
         saver.save()
         saver.wait()

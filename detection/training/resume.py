@@ -50,6 +50,7 @@ RESUMABLE = (
     "train.activation_checkpointing",
     "train.patience",
     "run.preflight",
+    "run.stop_after",
     "run.timeout_minutes",
 )
 

@@ -21,7 +21,7 @@ from detection.data.loaders import build_training_loader
 from detection.data.sampler import ImageOrder, TrainingBatchSampler, size_step
 from detection.data.transforms import Transform
 from detection.dataset_checks.before_training import check_before_training
-from detection.errors import SettingsError
+from detection.errors import SettingsError, StoppedBySetting
 from detection.models import build_detector, check_input_sizes, check_shares
 from detection.models.backbones.activation_checkpointing import recompute_backbone
 from detection.models.pretrained import load_pretrained
@@ -152,6 +152,8 @@ class Run:
         order = ImageOrder(len(self.training_set), settings.run.seed, self.repeat_factors)
         self.steps_per_epoch = order.images_per_epoch / self.images_per_step
         self.steps = max(self.in_steps(train.steps), 1)
+        stop_after = settings.run.stop_after
+        self.stop_step = None if stop_after is None else self.in_steps(stop_after)
         self.unfreeze_step = self.in_steps(train.unfreeze_step)
         self.finish_step = first_finishing_step(train.clean_finish, self.steps)
         self.ema: tuple[float, int | None] | None = None
@@ -191,9 +193,18 @@ class Run:
         return step % self.settings.run.log_frequency == 0 or step == self.steps
 
     def evaluates_at(self, step: int) -> bool:
-        """Return whether the model is evaluated after this many steps; before SWA begins too."""
+        """Return whether the model is evaluated after this many steps; before SWA begins and at `run.stop_after`."""
         regular = self.evaluate_frequency is not None and step % self.evaluate_frequency == 0
-        return regular or step in (self.steps, self.schedule.swa_start)
+        return regular or step in (self.steps, self.schedule.swa_start, self.stop_step)
+
+    def check_stop(self, step: int) -> None:
+        """Raise if a run that has done this many steps, and is not complete, goes no further now.
+
+        Raises:
+            StoppedBySetting: `run.stop_after` is reached.
+        """
+        if self.stop_step is not None and step >= self.stop_step:
+            raise StoppedBySetting(f"stopped after step {step}: run.stop_after = {self.settings.run.stop_after}")
 
     def new_sampler(self, first_step: int, end_step: int, rank: int | None = None) -> TrainingBatchSampler:
         """Build the sampler of micro-batches from `first_step` up to `end_step`, for this or another rank."""
