@@ -6,6 +6,7 @@ python validation.py --weights my.weights --cfg my.cfg --names my.names data.roo
 python validation.py --config recipes/darknet_protocol.yaml --weights my.weights --cfg my.cfg --names my.names
 python validation.py --weights best.pt --confidence 0.01 0.001 0.0001
 python validation.py --weights best.pt --score objectness evaluation.max_images=1000
+python validation.py CONFIG CHECKPOINT --eval bbox                      the call of mmdetection's tools/test.py
 python validation.py --weights best.pt --tiles 640 --overlap 128        images much larger than the network input
 python validation.py --weights best.pt --no-ground-truth data.root=data/coco \
     data.validation_annotations=annotations/image_info_test-dev2017.json data.validation_images=test2017
@@ -57,6 +58,7 @@ from tqdm import tqdm
 
 from detection.config.aliases import add_evaluation_flags
 from detection.config.command_line import Parser, at_least_zero, device_flags, read_confidences, weights_file
+from detection.config.mmdetection_call import take_positions
 from detection.data.build import build_validation_dataset
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
@@ -149,6 +151,7 @@ def parse_arguments() -> argparse.Namespace:
         settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
         arguments.settings += settings
         setattr(arguments, name, [word for word in words if word not in settings])
+    take_positions(arguments)
     arguments.compare = [weights_file(word) for word in arguments.compare]
     sources = (arguments.weights is not None, bool(arguments.compare), arguments.follow is not None)
     if sum(sources) != 1:

@@ -329,3 +329,19 @@ def test_several_looks_give_the_same_boxes_and_are_named(
     assert metrics["AP"] == pytest.approx(1) and metrics["losses"] == {}
     named = [text for text in metrics["deviations"] if "px" in text]
     assert len(named) == sum(word in ("--tiles", "--tta") for word in words) and all(text in out for text in named)
+
+
+@pytest.mark.parametrize("config", ["yolov3_d53_320_273e_coco.py", "more.yaml"])
+def test_the_call_of_mmdetection(files: Files, run: Run, config: str) -> None:
+    files("more.yaml", "evaluation: {max_images: 2}\n")
+    words = [word for word in WEIGHTS if word not in ("--weights", "net.weights")]
+    code, out, err = run(config, "net.weights", "--eval", "bbox", *words)
+    assert (code, err) == (0, "")
+    assert ("2 images" in out) == (config == "more.yaml")
+    assert ("is not read" in out) == config.endswith(".py")
+
+
+@pytest.mark.parametrize("words", [["net.weights"], ["a.txt", "net.weights"], ["a.py", "b.py", "net.weights"]])
+def test_an_incomplete_call_of_mmdetection(run: Run, words: list[str]) -> None:
+    code, _, err = run(*words, "--eval", "bbox")
+    assert code == 2 and err.startswith("--eval bbox") and len(err.splitlines()) == 1

@@ -1,0 +1,32 @@
+"""The call of mmdetection's tools/test.py: `CONFIG CHECKPOINT --eval bbox` instead of `--weights CHECKPOINT`."""
+
+import argparse
+from pathlib import Path
+
+from detection.errors import SettingsError
+
+RECIPES = (".yaml", ".yml")
+
+
+def take_positions(arguments: argparse.Namespace) -> None:
+    """Turn the two words before `--eval` into `--weights` and, for a recipe, `--config`.
+
+    A Python file of mmdetection's is not read: its published checkpoints are imported with network, classes and geometry.
+
+    Raises:
+        SettingsError: there is another number of such words than two, or weights are given besides.
+    """
+    positions = [word for word in arguments.settings if "=" not in word]
+    if arguments.eval is None or not positions:
+        return
+    if len(positions) != 2 or arguments.weights is not None:
+        raise SettingsError("--eval bbox goes with two files, as in: validation.py CONFIG CHECKPOINT --eval bbox")
+    config, checkpoint = map(Path, positions)
+    arguments.settings = [word for word in arguments.settings if "=" in word]
+    arguments.weights = checkpoint
+    if config.suffix in RECIPES:
+        arguments.config = [*arguments.config, config]
+    elif config.suffix == ".py":
+        print(f"--eval: {config} is not read, {checkpoint} brings its network, classes and geometry", flush=True)
+    else:
+        raise SettingsError(f"--eval bbox: {config} is neither a recipe (.yaml) nor a file of mmdetection (.py)")
