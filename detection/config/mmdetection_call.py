@@ -11,7 +11,7 @@ RECIPES = (".yaml", ".yml")
 def take_positions(arguments: argparse.Namespace) -> None:
     """Turn the two words before `--eval` into `--weights` and, for a recipe, `--config`.
 
-    A Python file of mmdetection's is not read: its published checkpoints are imported with network, classes and geometry.
+    A Python file of mmdetection is not read: its checkpoints are imported with network, classes and geometry.
 
     Raises:
         SettingsError: there is another number of such words than two, or weights are given besides.
