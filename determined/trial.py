@@ -198,18 +198,24 @@ def main() -> None:
 
 
 def local_hparams(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Take one value of each searched hyperparameter: the first, or the lower end."""
+    """Take one value of each searched hyperparameter."""
     taken: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and "type" in value:
-            low = value.get("minval")
-            taken[name] = (
-                value["vals"][0] if "vals" in value else value["val"] if "val" in value
-                else float(value.get("base", 10)) ** low if value["type"] == "log" else low
-            )  # fmt: skip
+        if isinstance(value, Mapping):
+            taken[name] = first_value(value) if "type" in value else local_hparams(value)
         else:
-            taken[name] = local_hparams(value) if isinstance(value, Mapping) else value
+            taken[name] = value
     return taken
+
+
+def first_value(searched: Mapping[str, Any]) -> Any:
+    """Return the first of the values, or the lower end of the range, of a searched hyperparameter."""
+    if searched["type"] == "categorical":
+        return searched["vals"][0]
+    if searched["type"] == "const":
+        return searched["val"]
+    low = searched["minval"]
+    return float(searched.get("base", 10)) ** low if searched["type"] == "log" else low
 
 
 if __name__ == "__main__":
