@@ -156,7 +156,6 @@ def open_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         SettingsError: the space or a setting is impossible, or the study was begun with others.
     """
     directory, path = arguments.study, arguments.study / "study.yaml"
-    given = bool(arguments.settings or arguments.config or arguments.space or arguments.rungs or arguments.reduction)
     if not path.exists():
         if arguments.minutes is None and arguments.trials is None:
             raise SettingsError(f"there is no study in {directory} yet: say when it ends with --minutes or --trials")
@@ -171,13 +170,14 @@ def open_plan(arguments: argparse.Namespace) -> dict[str, Any]:
                 os.link(temporary, path)
             temporary.unlink()
     plan = read_settings_file(path)
-    if given:
-        asked = plan_of_words(arguments)
-        if changed := [name for name in asked if asked[name] != plan[name]]:
-            raise SettingsError(
-                f"{path}: the study was begun with other {', '.join(changed)}; continue it with "
-                f"--study {directory} alone, or name another directory"
-            )
+    words = {"space": arguments.space, "overlays": arguments.config, "words": arguments.settings}
+    words |= {"rungs": arguments.rungs, "reduction": arguments.reduction, "seed": arguments.seed}
+    asked = plan_of_words(arguments)
+    if changed := [name for name, given in words.items() if given and asked[name] != plan[name]]:
+        raise SettingsError(
+            f"{path}: the study was begun with other {', '.join(changed)}; continue it with "
+            f"--study {directory} alone, or name another directory"
+        )
     return plan
 
 
@@ -189,7 +189,7 @@ def plan_of_words(arguments: argparse.Namespace) -> dict[str, Any]:
         "words": arguments.settings,
         "rungs": arguments.rungs or 3,
         "reduction": arguments.reduction or 3,
-        "seed": arguments.seed,
+        "seed": arguments.seed or 0,
     }
 
 
@@ -236,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--trials", type=at_least_one, metavar="N", help="begin no more than N trials")
     add("--rungs", type=at_least_one, metavar="N", help="lengths of training; 1: every trial trains to the end (3)")
     add("--reduction", type=at_least_one, metavar="N", help="one of N goes on from a rung, N times as long (3)")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampler (%(default)s)")
+    add("--seed", type=int, metavar="N", help="of the sampler (0)")
     arguments = parser.parse_intermixed_args()
     if arguments.reduction == 1:
         parser.error("--reduction 1: must be at least 2")
