@@ -40,6 +40,7 @@ from detection.tuning.trial_process import command_of, last_evaluation, last_lin
 
 OWN_DATA = Path(__file__).resolve().parent / "recipes" / "search" / "own_data.yaml"
 POLL_SECONDS = 0.5
+SAVE_MINUTES = 2  # what a trial loses at most, unless train.save_minutes is given
 GRACE_SECONDS = 120.0  # for saving, after SIGTERM
 ATTEMPTS = 3  # at a rung of a trial whose process was killed from outside, by want of memory perhaps
 STOPPED = (130, 143, -15)  # exit codes of a process that was told to stop
@@ -103,7 +104,7 @@ def train_piece(
     directory = study.trial_directory(job.number)
     end = "null" if job.rung == study.rungs - 1 else lengths[job.rung]
     for attempt in range(1, ATTEMPTS + 1):
-        own_words = [*own, f"run.stop_after={end}"]
+        own_words = [*own, *plan["saves"], f"run.stop_after={end}"]
         command = command_of(directory, overlays_of(study.directory), plan["words"], job.values, own_words)
         how = "continues" if "--resume" in command else "begins"
         print(f"trial {directory.name} {how}, to {lengths[job.rung]}: {job.values}", flush=True)
@@ -213,7 +214,15 @@ def new_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SettingsError(f"--rungs {plan['rungs']} --reduction {plan['reduction']}: {error}") from None
     # Written down, so that later workers and changed files cannot make it another one.
     metric, steps = settings.evaluation.best_metric, settings.train.steps
-    return {**plan, "metric": metric, "steps": steps, "minutes": arguments.minutes, "trials": arguments.trials}
+    saves = [] if settings.train.save_minutes is not None else [f"train.save_minutes={SAVE_MINUTES}"]
+    return {
+        **plan,
+        "metric": metric,
+        "steps": steps,
+        "saves": saves,
+        "minutes": arguments.minutes,
+        "trials": arguments.trials,
+    }
 
 
 def overlays_of(directory: Path) -> list[Path]:
