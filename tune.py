@@ -40,6 +40,7 @@ from detection.tuning.trial_process import command_of, last_evaluation, last_lin
 
 OWN_DATA = Path(__file__).resolve().parent / "recipes" / "search" / "own_data.yaml"
 POLL_SECONDS = 0.5
+SAVE_MINUTES = 2  # what a trial loses at most, unless train.save_minutes is given
 GRACE_SECONDS = 120.0  # for saving, after SIGTERM
 ATTEMPTS = 3  # at a rung of a trial whose process was killed from outside, by want of memory perhaps
 STOPPED = (130, 143, -15)  # exit codes of a process that was told to stop
@@ -103,7 +104,7 @@ def train_piece(
     directory = study.trial_directory(job.number)
     end = "null" if job.rung == study.rungs - 1 else lengths[job.rung]
     for attempt in range(1, ATTEMPTS + 1):
-        own_words = [*own, f"run.stop_after={end}"]
+        own_words = [*own, *plan["saves"], f"run.stop_after={end}"]
         command = command_of(directory, overlays_of(study.directory), plan["words"], job.values, own_words)
         how = "continues" if "--resume" in command else "begins"
         print(f"trial {directory.name} {how}, to {lengths[job.rung]}: {job.values}", flush=True)
@@ -156,7 +157,6 @@ def open_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         SettingsError: the space or a setting is impossible, or the study was begun with others.
     """
     directory, path = arguments.study, arguments.study / "study.yaml"
-    given = bool(arguments.settings or arguments.config or arguments.space or arguments.rungs or arguments.reduction)
     if not path.exists():
         if arguments.minutes is None and arguments.trials is None:
             raise SettingsError(f"there is no study in {directory} yet: say when it ends with --minutes or --trials")
@@ -171,13 +171,14 @@ def open_plan(arguments: argparse.Namespace) -> dict[str, Any]:
                 os.link(temporary, path)
             temporary.unlink()
     plan = read_settings_file(path)
-    if given:
-        asked = plan_of_words(arguments)
-        if changed := [name for name in asked if asked[name] != plan[name]]:
-            raise SettingsError(
-                f"{path}: the study was begun with other {', '.join(changed)}; continue it with "
-                f"--study {directory} alone, or name another directory"
-            )
+    words = {"space": arguments.space, "overlays": arguments.config, "words": arguments.settings}
+    words |= {"rungs": arguments.rungs, "reduction": arguments.reduction, "seed": arguments.seed}
+    asked = plan_of_words(arguments)
+    if changed := [name for name, given in words.items() if given and asked[name] != plan[name]]:
+        raise SettingsError(
+            f"{path}: the study was begun with other {', '.join(changed)}; continue it with "
+            f"--study {directory} alone, or name another directory"
+        )
     return plan
 
 
@@ -189,7 +190,7 @@ def plan_of_words(arguments: argparse.Namespace) -> dict[str, Any]:
         "words": arguments.settings,
         "rungs": arguments.rungs or 3,
         "reduction": arguments.reduction or 3,
-        "seed": arguments.seed,
+        "seed": arguments.seed or 0,
     }
 
 
@@ -213,7 +214,15 @@ def new_plan(arguments: argparse.Namespace) -> dict[str, Any]:
         raise SettingsError(f"--rungs {plan['rungs']} --reduction {plan['reduction']}: {error}") from None
     # Written down, so that later workers and changed files cannot make it another one.
     metric, steps = settings.evaluation.best_metric, settings.train.steps
-    return {**plan, "metric": metric, "steps": steps, "minutes": arguments.minutes, "trials": arguments.trials}
+    saves = [] if settings.train.save_minutes is not None else [f"train.save_minutes={SAVE_MINUTES}"]
+    return {
+        **plan,
+        "metric": metric,
+        "steps": steps,
+        "saves": saves,
+        "minutes": arguments.minutes,
+        "trials": arguments.trials,
+    }
 
 
 def overlays_of(directory: Path) -> list[Path]:
@@ -236,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--trials", type=at_least_one, metavar="N", help="begin no more than N trials")
     add("--rungs", type=at_least_one, metavar="N", help="lengths of training; 1: every trial trains to the end (3)")
     add("--reduction", type=at_least_one, metavar="N", help="one of N goes on from a rung, N times as long (3)")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampler (%(default)s)")
+    add("--seed", type=int, metavar="N", help="of the sampler (0)")
     arguments = parser.parse_intermixed_args()
     if arguments.reduction == 1:
         parser.error("--reduction 1: must be at least 2")

@@ -228,6 +228,31 @@ def test_what_is_refused_before_the_start(run_script: Callable[..., Any], tmp_pa
         assert done.stderr.count("\n") == 1 and not (tmp_path / "study").exists()
 
 
+def test_a_study_keeps_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command and --study alone go on; other words are refused; overlays are kept as they were."""
+    import tune as script
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--study", "study", "--trials", "2", *write_study_files(tmp_path)]
+
+    def plan_of(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["tune.py", *arguments])
+        return script.open_plan(script.parse_arguments())
+
+    plan = plan_of(*words)
+    assert plan == plan_of(*words) == plan_of("--study", "study", "--minutes", "3")
+    assert (plan["metric"], plan["steps"], plan["rungs"], plan["trials"]) == ("AP50", 8, 3, 2)
+    kept = script.overlays_of(tmp_path / "study")
+    assert [yaml.safe_load(path.read_text()) for path in kept] == plan["overlays"]
+    with pytest.raises(SettingsError, match=r"study\.yaml: the study was begun with other words; continue it with"):
+        plan_of(*words, "train.momentum=0.8")
+    with pytest.raises(SettingsError, match="with other rungs"):
+        plan_of("--study", "study", "--rungs", "2")
+    (tmp_path / "overlay.yaml").write_text("train: {steps: 9}")
+    with pytest.raises(SettingsError, match="with other overlays"):
+        plan_of(*words)
+
+
 @pytest.mark.slow
 def test_a_promoted_trial_equals_a_run_that_never_stopped(tmp_path: Path) -> None:
     """Two trials of two rungs in two workers, one of them killed; then the promoted one beside the same run at once."""
@@ -258,7 +283,3 @@ def test_a_promoted_trial_equals_a_run_that_never_stopped(tmp_path: Path) -> Non
     first, second = (torch.load(directory / "last.pt") for directory in (tmp_path / "whole", run))
     for key in ("model", "average", "optimizer", "step"):
         assert first_difference(first[key], second[key]) is None, key
-
-    changed = tune(tmp_path, "--study", "study", *words, "train.momentum=0.8")
-    assert changed.returncode == 2 and "the study was begun with other words, rungs" not in changed.stderr
-    assert "the study was begun with other words" in changed.stderr
