@@ -12,6 +12,7 @@ from detection.config.loading import Flag, changed_settings, complete_settings, 
 from detection.config.relations import follows_length
 from detection.config.settings import Settings
 from detection.errors import CheckpointError, DataError, SettingsError, name_list
+from detection.models.own_classifier import CLASSIFIER
 from detection.training.automatic import load_run_settings
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
@@ -88,6 +89,9 @@ def open_resumed_run(
             raise SettingsError(f"--resume without a directory: there is no {logs}/*/last.pt here")
         directory = found[-1].parent
     checkpoint = load_last(directory)
+    script = "classify.py" if CLASSIFIER in checkpoint else Run.script
+    if script != getattr(arguments, "script", Run.script):
+        raise SettingsError(f"--resume {directory}: is a run of {script}, which continues it")
     moved: list[str] = []
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
