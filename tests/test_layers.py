@@ -18,7 +18,7 @@ PACKAGE = "detection"
 # The import rule of docs/contract.md in one line, lowest layer first; a directory stands for all files in it.
 RULE = (
     "errors contract ops < config checkpoints foreign_files drawing < runtime < models data"
-    " < inference evaluation dataset_checks < visualization training tuning"
+    " < inference evaluation dataset_checks < visualization training tuning < classification"
 )
 LAYERS = [set(layer.split()) for layer in RULE.split("<")]
 HIGHEST_SHARED = 1  # layers up to here hold single files and may look at each other

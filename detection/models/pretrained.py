@@ -40,6 +40,7 @@ from detection.models.importers import (
     read_weights,
     settings_of,
 )
+from detection.models.own_classifier import CLASSIFIER, load_own_classifier
 from detection.models.state_dicts import check_fit, find_state
 
 DARKNET_FILE = "darknet53.conv.74"  # `model.pretrained: true`; none was published for DarknetTiny
@@ -176,7 +177,9 @@ def detector_of(file: str) -> str | None:
     path = Path(file)
     try:
         content: Any = read_file(path) if path.suffix == ".pt" else None
-        return complete_settings(content["settings"], DEFAULTS).model.detector if is_checkpoint(content) else None
+        if not is_checkpoint(content) or CLASSIFIER in content:
+            return None
+        return complete_settings(content["settings"], DEFAULTS).model.detector
     except (CheckpointError, SettingsError):
         return None
 
@@ -213,6 +216,8 @@ def load_checkpoint_weights(
 ) -> list[str]:
     """Load the detector of one of our runs; of the output convolutions what belongs to classes of the same names."""
     lines: list[str] = []
+    if CLASSIFIER in checkpoint:
+        return load_classifier_run(model, settings, checkpoint, path)
     try:
         if not checkpoint["settings"]:
             raise KeyError("settings")
@@ -234,6 +239,18 @@ def load_checkpoint_weights(
     check_fit(state, model.state_dict(), str(path))
     model.load_state_dict(state)
     return lines
+
+
+def load_classifier_run(model: nn.Module, settings: ModelSettings, checkpoint: dict[str, Any], path: Path) -> list[str]:
+    """Load the backbone of a classifier that classify.py trained."""
+    network = checkpoint[CLASSIFIER].get("network") if isinstance(checkpoint[CLASSIFIER], dict) else None
+    if network is not None:
+        raise CheckpointError(
+            f"model.pretrained={path} is of the network {network}, which is no backbone of a detector"
+        )
+    its = complete_settings(checkpoint["settings"], DEFAULTS).model
+    check_same_network(settings, its, OF_BACKBONE, path)
+    return load_own_classifier(model, checkpoint, path)
 
 
 def load_imported(

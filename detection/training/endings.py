@@ -80,7 +80,7 @@ def save_and_explain(
 ) -> UserError | None:
     """Save the state if possible and return the error for the user; None: the error is a bug."""
     directory = loggers.directory
-    resume = f"continue with: yolo-v3/main.py --resume {directory}"
+    resume = f"continue with: {run.script} --resume {directory}"
     if isinstance(error, NonFiniteLoss):
         saver.save()  # the skipped steps have changed nothing
         saver.wait()
@@ -113,5 +113,5 @@ def save_and_explain(
     if failure is None:
         return None
     # The state is inconsistent in the middle of a step, so the last checkpoint on the disk is kept.
-    hint = f"; continue from its {LAST} with: yolo-v3/main.py --resume {directory}"
+    hint = f"; continue from its {LAST} with: {run.script} --resume {directory}"
     return type(failure)(f"{failure.line}{hint if (directory / LAST).exists() else ''}")

@@ -102,7 +102,7 @@ def evaluate_run(
         model or state.evaluated_model,
         run.criterion,
         run.detector.postprocess,
-        _loader(run, run.ranks.rank, run.ranks.size),
+        build_share(run, run.ranks.rank, run.ranks.size),
         run.device,
         run.autocast,
         on_batch=supervisor.between_batches,
@@ -114,7 +114,7 @@ def evaluate_run(
     return compute_metrics(shares, run.validation_set.annotations, run.settings.evaluation.backend)
 
 
-def _loader(run: Run, rank: int = 0, ranks: int = 1) -> DataLoader:
+def build_share(run: Run, rank: int = 0, ranks: int = 1) -> DataLoader:
     settings = run.settings
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     return build_evaluation_loader(run.validation_set, batch_size, settings.data.num_workers, run.device, rank, ranks)
@@ -153,7 +153,7 @@ def evaluate_best(run: Run, directory: Path) -> None:
     model.load_state_dict(average or checkpoint["model"])
     run.set_progress(checkpoint["step"] - 1)
     evaluation = compute_metrics(
-        [run_inference(model, run.criterion, run.detector.postprocess, _loader(run), run.device, run.autocast)],
+        [run_inference(model, run.criterion, run.detector.postprocess, build_share(run), run.device, run.autocast)],
         run.validation_set.annotations,
         run.settings.evaluation.backend,
     )

@@ -15,6 +15,7 @@ from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file
 from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
 from detection.foreign_files import clean
+from detection.models.own_classifier import CLASSIFIER
 from detection.runtime.distributed import Ranks, read_environment
 from detection.runtime.run_directory import is_locked, lock_directory
 from detection.training.automatic import load_run_settings
@@ -173,6 +174,9 @@ def open_resumed_run(
         directory = found[-1].parent
     lock = None if getattr(arguments, "dry_run", False) else lock_before_reading(directory)
     checkpoint = load_last(directory)
+    script = "classify.py" if CLASSIFIER in checkpoint else Run.script
+    if script != getattr(arguments, "script", Run.script):
+        raise SettingsError(f"--resume {directory}: is a run of {script}, which continues it")
     moved: list[str] = []
     old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)

@@ -76,7 +76,12 @@ class Run:
         ranks: rank and device of this process.
         fresh: load pretrained weights; false for a resumed run, whose weights come from its checkpoint.
         processes: number of processes of the original run when one process replays its step; None: `ranks.size`.
+
+    Attributes:
+        script: what continues such a run.
     """
+
+    script = "yolo-v3/main.py"
 
     def __init__(self, settings: Settings, ranks: Ranks, fresh: bool, processes: int | None = None) -> None:
         self.settings, self.ranks, self.processes = settings, ranks, processes or ranks.size
@@ -90,9 +95,7 @@ class Run:
         self._resolve_durations()
         self.extended: list[list[int | str]] = []  # by --extend: step, train.steps before and after
         self.clock: Clock | None = None  # of a run with `train.minutes`, unless it is resumed
-        self.data_warnings = check_before_training(
-            self.training_set, self.validation_set, settings.data, self.settings.train, self.detector
-        )
+        self.data_warnings = self._check_data()
 
     def _build_data(self) -> None:
         """Read both datasets; they get their transform once the detector is built, whose geometry it follows."""
@@ -112,10 +115,20 @@ class Run:
         if settings.data.balance == "repeat_factor":
             self.repeat_factors = repeat_factors(self.training_set.annotations, settings.data.balance_threshold)
 
+    def _check_data(self) -> list[str]:
+        """Look at both datasets before the first step; returns warnings for the plan."""
+        return check_before_training(
+            self.training_set, self.validation_set, self.settings.data, self.settings.train, self.detector
+        )
+
+    def _new_detector(self) -> Detector:
+        """Build the detector with random weights, on the CPU."""
+        return build_detector(self.settings, len(self.categories.names))
+
     def _build_detector(self, fresh: bool) -> Detector:
         """Build the detector on the device, the datasets' transforms, and a batch size for `auto`."""
         settings, train = self.settings, self.settings.train
-        detector = build_detector(settings, len(self.categories.names))
+        detector = self._new_detector()
         self.pretrained_lines = load_pretrained(detector.model, settings.model, self.categories.names) if fresh else []
         if train.activation_checkpointing:
             recompute_backbone(detector.model)

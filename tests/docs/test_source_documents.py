@@ -9,7 +9,7 @@ import yaml
 from tests.support.paths import ARGS, REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "source_documents.md"
-COMING = ("classify.py", "tune.py", "docker/", "clusters/", "determined/", "detection/training/loggers/mlflow.py")
+COMING = ("tune.py", "docker/", "clusters/", "determined/", "detection/training/loggers/mlflow.py")
 # Rows are about programs whose flags their own parsers know; these belong to torchrun, pip and tensorboard.
 FOREIGN_FLAGS = {"--nproc_per_node", "--master_port", "--logdir"}
 MMDETECTION = ("optimizer.", "lr_config.", "checkpoint_config.")  # keys of --cfg-options

@@ -25,6 +25,7 @@ from detection.models.importers.paddle_file import read_pdparams
 from detection.models.importers.research import ResearchYOLOv3
 from detection.models.importers.timm_darknet import TimmDarknet53
 from detection.models.importers.yolox import YOLOXDarknet
+from detection.models.own_classifier import CLASSIFIER
 from detection.models.state_dicts import check_fit, filters_of_no_class, find_state, read_safetensors
 
 FORMATS: tuple[Format, ...] = (
@@ -130,11 +131,17 @@ def read_checkpoint(weights: Path) -> dict[str, Any]:
     """Read one of our checkpoints, or published weights of another program as one.
 
     Raises:
-        CheckpointError: missing, damaged or foreign; of published weights, a backbone alone.
+        CheckpointError: missing, damaged or foreign; of published weights, a backbone alone; a classifier.
     """
     content = read_weights(weights)
     if is_checkpoint(content) or find_format(content) is None:
-        return verify_checkpoint(content, weights)
+        content = verify_checkpoint(content, weights)
+        if CLASSIFIER in content:
+            raise CheckpointError(
+                f"{weights} holds a classifier of classify.py; it starts a training (model.pretrained={weights}), it "
+                "detects nothing"
+            )
+        return content
     imported = import_weights(content, str(weights))
     if not imported.whole:
         raise CheckpointError(
