@@ -17,7 +17,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 
-torchrun --max-restarts="${RESTARTS:-3}" "${options[@]}" \
+# Not `torchrun`, which may belong to another Python than the one that has the packages.
+python3 -m torch.distributed.run --max-restarts="${RESTARTS:-3}" "${options[@]}" \
     "$root/yolo-v3/main.py" --output "$run" --resume auto "$@" &
 pid=$!
 trap 'kill -TERM "$pid" 2> /dev/null || true' TERM INT USR1

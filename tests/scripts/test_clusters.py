@@ -21,12 +21,12 @@ from detection.config.loading import load_settings
 from detection.data.sampler import TrainingBatchSampler
 from tests.support import processes
 from tests.support.fault_runs import make_dataset
-from tests.support.paths import REPOSITORY
+from tests.support.paths import MAIN, REPOSITORY
 from tests.support.training_runs import load_main
 
 CLUSTERS = REPOSITORY / "clusters"
 WORDS = ["--config", str(REPOSITORY / "recipes" / "darknet_416.yaml"), "data.root=/data/my coco", "train.batch_size=4"]
-# Stands for srun, scontrol, torchrun and python3: records its command line, one JSON list per line.
+# Stands for srun, scontrol and python3: records its command line, one JSON list per line.
 STUB = """#!{python}
 import json, os, signal, subprocess, sys, time
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -39,7 +39,7 @@ if name == "scontrol" and words[0] == "show":
 if name == "srun":
     task = dict(os.environ, SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_NTASKS="4", SLURM_NNODES="2")
     sys.exit(subprocess.run([word for word in words if not word.startswith("--kill")], env=task).returncode)
-if name == "torchrun" and os.environ.get("WAITS"):
+if name == "python3" and os.environ.get("WAITS"):
     def stop(*_):
         with open(os.environ["WAITS"], "w") as file:
             file.write('{{"status": "stopped"}}\\n')
@@ -47,7 +47,7 @@ if name == "torchrun" and os.environ.get("WAITS"):
     signal.signal(signal.SIGTERM, stop)
     print("ready", flush=True)
     time.sleep(60)
-sys.exit(int(os.environ.get("CODE", "0")) if name in ("python3", "torchrun") else 0)
+sys.exit(int(os.environ.get("CODE", "0")) if name == "python3" else 0)
 """
 
 
@@ -55,7 +55,7 @@ sys.exit(int(os.environ.get("CODE", "0")) if name in ("python3", "torchrun") els
 def stubs(tmp_path: Path) -> dict[str, str]:
     """Environment with the stubs first on PATH; RECORD names what they write."""
     (tmp_path / "bin").mkdir()
-    for name in ("srun", "scontrol", "torchrun", "python3"):
+    for name in ("srun", "scontrol", "python3"):
         stub = tmp_path / "bin" / name
         stub.write_text(STUB.format(python=sys.executable))
         stub.chmod(0o755)
@@ -118,11 +118,9 @@ def test_torchrun(stubs: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mon
         done = subprocess.run(command, env={**stubs, "CODE": str(code)}, check=False)
         assert done.returncode == code
     (name, words, _), _ = recorded(stubs)
-    assert (name, words[:3]) == (
-        "torchrun",
-        ["--max-restarts=3", "--nproc_per_node=8", f"{CLUSTERS.parent}/yolo-v3/main.py"],
-    )
-    arguments = understood(words[3:], tmp_path, monkeypatch)
+    started = ["-m", "torch.distributed.run", "--max-restarts=3", "--nproc_per_node=8", str(MAIN)]
+    assert (name, words[:5]) == ("python3", started)
+    arguments = understood(words[5:], tmp_path, monkeypatch)
     assert arguments.output == tmp_path / "a run" and arguments.settings == WORDS[2:]
 
 
@@ -145,8 +143,8 @@ def test_real_torchrun_restarts_after_a_crash(tmp_path: Path) -> None:
     overlay = {**processes.OVERLAY, "train": {**processes.OVERLAY["train"], "save_frequency": 1, "steps": 40}}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     run = tmp_path / "run"
-    launcher = tmp_path / "torchrun"
-    launcher.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n')
+    launcher = tmp_path / "python3"
+    launcher.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     launcher.chmod(0o755)
     options = ["--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={processes.free_port()}"]
     words = ["--config", tmp_path / "overlay.yaml", f"data.root={tmp_path / 'data'}", "train.batch_size=2"]
@@ -180,7 +178,7 @@ def test_skypilot(stubs: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mon
     counts = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     subprocess.run(["bash", "-c", task["run"]], env={**stubs, **places, **counts}, cwd=REPOSITORY, check=True)
     [(name, words, _)] = recorded(stubs)
-    assert name == "torchrun" and {"--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"} <= set(words)
+    assert name == "python3" and {"--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"} <= set(words)
     script = next(number for number, word in enumerate(words) if word.endswith("yolo-v3/main.py"))
     assert understood(words[script + 1 :], tmp_path, monkeypatch).output == Path("/runs/sky-1")
 
@@ -199,7 +197,8 @@ def test_kubeflow(stubs: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mon
     trainer = job["spec"]["trainer"]
     subprocess.run([*trainer["command"], *trainer["args"]], env=stubs, cwd=REPOSITORY, check=True)
     [(_, words, _)] = recorded(stubs)
-    assert understood(words[2:], tmp_path, monkeypatch).output == Path("/runs/big")
+    script = next(number for number, word in enumerate(words) if word.endswith("yolo-v3/main.py"))
+    assert understood(words[script + 1 :], tmp_path, monkeypatch).output == Path("/runs/big")
 
 
 # submitit
