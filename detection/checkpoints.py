@@ -25,6 +25,8 @@ READ_HERE = (
     "this program reads its own checkpoints, Darknet's .weights, .onnx of export.py and what docs/weights.md lists"
 )
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar")  # usual names of what torch.save writes
+# A file may hold a tensor under several names (tied weights, an average), and small values in one byte each.
+MOST_REPEATED, MOST_VALUES = 8, 1 << 20
 DETECTOR_FIELDS = {"step": int, "settings": dict, "categories": dict, "model": dict}
 RUN_FIELDS = {**DETECTOR_FIELDS, "data_digest": str, "progress": dict, "optimizer": dict}
 
@@ -108,9 +110,18 @@ def read_file(path: Path, usable: str = READ_HERE) -> Any:
         CheckpointError: missing, damaged, or holds other objects.
     """
     try:
+        declared = declared_bytes(path)
+        if declared > path.stat().st_size:
+            what = describe_file(path) or f"refused: it would unpack to {declared} bytes, more than it has"
+            raise CheckpointError(f"{path} is {what}; {usable}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about foreign formats before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_as_large_as_it_looks(content, path.stat().st_size):
+            raise CheckpointError(f"{path} is refused: its content repeats itself to many times the size of the file")
+        return content
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # noqa: BLE001  (damaged files raise at least eight types in torch and zipfile)
@@ -123,6 +134,36 @@ def read_file(path: Path, usable: str = READ_HERE) -> Any:
             raise CheckpointError(f"{path} {what} and is refused; {usable}") from None
         reason = f"{type(error).__name__} {clean(str(error))}".strip()
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}") from None
+
+
+def declared_bytes(path: Path) -> int:
+    """Return what the entries of a zip archive unpack to; 0: no archive. `torch.save` does not compress."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def is_as_large_as_it_looks(content: Any, size: int) -> bool:
+    """Whether walking loaded content takes work in proportion to its file: lists and tensors can share their content.
+
+    Args:
+        size: of the file, in bytes.
+    """
+    values, most = 0, MOST_REPEATED * size + MOST_VALUES
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            values += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+        values += 1
+        if values + len(left) > most:
+            return False
+    return True
 
 
 def is_checkpoint(content: Any) -> bool:
@@ -177,7 +218,7 @@ def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
 def check_fields(content: dict[str, Any], path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     """Check that the content of a checkpoint has some fields; returns it; arguments and errors as `load_fields`."""
     for name, kind in fields.items():
-        if not isinstance(content.get(name), kind):
+        if not isinstance(content.get(name), kind) or (kind is int and content[name] < 0):
             raise CheckpointError(
                 f"checkpoint {path} is not of a training run: {name!r} is missing or no {kind.__name__}"
             )

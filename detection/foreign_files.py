@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import itertools
 import json
 import pickletools
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 MOST_OPERATIONS = 200_000  # of a pickle that are looked at; a large model has some ten thousand
 PICKLES_OF_OLD_FILES = 4  # torch.save before 1.6: magic number, version, machine, then the content
+MOST_BYTES = 16 << 20  # of settings, names and descriptions of networks
 SHOWN = 60  # characters of a name from a file
 SHOWN_TEXT = 30  # of the beginning of a text file
 
@@ -55,6 +57,19 @@ STATES = {
     ("backbone.backbone.stem.conv.conv.weight",): "a state dict of YOLOX",
 }
 PLAIN_PACKAGES = {"torch", "collections", "numpy", "_codecs", "builtins", "__builtin__"}  # of tensors and plain values
+
+
+def read_bounded(path: Path) -> bytes:
+    """Read a small file of text that a user names, which may be a pipe, but not one without end.
+
+    Raises:
+        OSError: it cannot be read, or has more than `MOST_BYTES`.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES >> 20} MiB")
+    return content
 
 
 def describe_file(path: Path) -> str | None:

@@ -21,6 +21,7 @@ from detection.config.setting_names import (
 from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file, read_yaml, write_yaml
 from detection.errors import SettingsError
+from detection.foreign_files import read_bounded
 
 # Values for settings missing from old checkpoints, where today's default would change the results.
 DEFAULTS_FOR_OLD_CHECKPOINTS: dict[str, Any] = {"data.decoder": "opencv"}
@@ -140,7 +141,7 @@ def read_cfg(cfg: Any) -> Any:
     if not isinstance(cfg, str) or "\n" in cfg:
         return cfg
     try:
-        content = Path(cfg).read_bytes()
+        content = read_bounded(Path(cfg))
     except (OSError, ValueError) as error:
         raise SettingsError(f"model.cfg: {cfg} cannot be read: {error}") from None
     return decode_cfg(content).replace("\r\n", "\n").rstrip() + "\n"

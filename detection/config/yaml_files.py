@@ -7,8 +7,10 @@ from typing import Any
 import yaml
 
 from detection.errors import SettingsError
+from detection.foreign_files import read_bounded
 
 # The parser in C reads args.yaml in a tenth of the time; PyYAML may be installed without it.
+MOST_VALUES, MOST_DIGITS, SHOWN = 1_000_000, 40, 300  # values of a file, digits of a number, characters of an error
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -33,7 +35,31 @@ class _YamlLoader(_SafeLoader):
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int:
         """Read an int as decimal; PyYAML's own constructor reads 010 as octal."""
-        return int(self.construct_scalar(node))
+        digits = self.construct_scalar(node)
+        if len(digits) > MOST_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(digits)} digits in line {node.start_mark.line + 1}")
+        return int(digits)
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Refuse what aliases make endless or huge, before any of it is built."""
+        _count_values(node, {})
+        return super().construct_document(node)
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Count the values of a node with what its aliases stand for; `counts`: of those seen, 0 of those begun."""
+    if (known := counts.get(id(node))) is not None:
+        if not known:
+            raise yaml.YAMLError(f"an alias of itself in line {node.start_mark.line + 1}")
+        return known
+    counts[id(node)] = 0
+    inner = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    counts[id(node)] = 1 + sum(_count_values(part, counts) for part in inner)
+    if counts[id(node)] > MOST_VALUES:
+        raise yaml.YAMLError(f"more than {MOST_VALUES} values in what begins in line {node.start_mark.line + 1}")
+    return counts[id(node)]
 
 
 _RESOLVERS = (
@@ -80,8 +106,9 @@ def read_yaml(text: str, where: str, plain: bool = False) -> Any:
     """
     try:
         return yaml.load(text, Loader=_TextLoader if plain else _YamlLoader)  # noqa: S506  (a SafeLoader subclass)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{' '.join(where.split())}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:SHOWN]
+        raise SettingsError(f"{' '.join(where.split())}: not valid YAML: {reason}") from None
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -91,7 +118,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         SettingsError: the file cannot be read or is not a mapping.
     """
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        content = read_yaml(read_bounded(path).decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings file {path} cannot be read: {error}") from None
     if content is None:

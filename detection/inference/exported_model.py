@@ -172,7 +172,7 @@ def read_metadata(metadata: dict[str, str], path: Path) -> Description:
     try:
         entries = {key: json.loads(value) for key, value in metadata.items()}
         return Description.model_validate(upgrade_metadata(entries))
-    except (ValueError, TypeError, KeyError, ValidationError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: its metadata is damaged or of another version: {reason}") from None
 

@@ -20,7 +20,7 @@ from detection.config.loading import Flag, complete_settings, load_settings, rea
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
 from detection.errors import CheckpointError, SettingsError, escape, name_list
-from detection.foreign_files import clean, describe_file
+from detection.foreign_files import clean, describe_file, read_bounded
 from detection.inference.exported_files import EXPORTED, open_exported
 from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
 from detection.models import DETECTORS, build_detector
@@ -169,7 +169,7 @@ def _open_checkpoint(
         detector = build_detector(settings, count)
         detector.model.load_state_dict(checkpoint["average"] or checkpoint["model"])
         step = checkpoint["step"]
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"checkpoint {weights} does not fit the network of its settings: {reason}") from None
     source = f"{'EMA' if checkpoint['average'] else 'weights'} after {step} steps"
@@ -290,7 +290,7 @@ def read_names(path: Path) -> tuple[str, ...]:
         SettingsError: the file cannot be read or is empty, or a name is empty or occurs twice.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines())
+        names = tuple(line.strip() for line in read_bounded(path).decode("utf-8-sig").rstrip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--names {path}: cannot be read: {error}") from None
     return check_names(names, f"--names {path}")

@@ -300,9 +300,10 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
             f"--extend: train.steps = {extended[-1][2]} are {run.steps} steps, not more than the {extended[-1][0]} "
             "that are done"
         )
-    if list(run.categories.names) != checkpoint["categories"]["names"]:
+    trained = checkpoint["categories"].get("names")
+    if list(run.categories.names) != trained:
         raise CheckpointError(
-            f"{directory}: trained on the classes {name_list(checkpoint['categories']['names'])}, "
+            f"{directory}: trained on the classes {name_list(map(str, trained or []))}, "
             f"the data has {name_list(run.categories.names)}"
         )
     differences = []

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,16 +22,19 @@ from typing import Any
 import pytest
 import torch
 
-from detection.checkpoints import load_checkpoint, save_checkpoint
+from detection.checkpoints import DETECTOR_FIELDS, load_checkpoint, load_fields, save_checkpoint
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import dump_settings
+from detection.config.loading import dump_settings, read_cfg
+from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.data import workers
 from detection.data.workers import prepare_process
 from detection.errors import CheckpointError, OutputError, SettingsError, escape, name_list
 from detection.evaluation.report import class_lines
+from detection.inference.exported_model import read_metadata
 from detection.inference.results import Results
-from detection.inference.weights import open_weights
+from detection.inference.weights import open_weights, read_names
 from detection.models import build_detector
+from detection.models.darknet.cfg import parse_cfg
 from detection.runtime.distributed import differences
 from detection.runtime.run_directory import new_run_directory
 from detection.training.checkpoint_writer import CheckpointWriter
@@ -298,3 +302,72 @@ def test_G11_no_class_name_forges_a_line(tmp_path: Path, capsys) -> None:
         loggers.line(HOSTILE)
     log = (tmp_path / "train.log").read_text()
     assert log.count("\n") == 3 and log.endswith(f"{ESCAPED}\n") and capsys.readouterr().out == log
+
+
+# G12, G13, G14: hostile files
+
+
+def shared_lists() -> list:
+    content: list = [0]
+    for _ in range(60):
+        content = [content, content]
+    return content
+
+
+def endless_list() -> list:
+    content: list = []
+    content.append(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    "content", [shared_lists(), endless_list(), torch.zeros(1).expand(10**12), [torch.zeros(10**6)] * 10**6]
+)
+def test_G12_content_that_repeats_itself_is_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"format": 3, "digest": "", "x": content}, path)
+    with pytest.raises(CheckpointError, match="repeats itself to many times the size of the file"):
+        load_checkpoint(path)
+
+
+def test_G12_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match=r"it would unpack to 40\d+ bytes, more than it has"):
+        load_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_G12_a_negative_step_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", {"step": -1, "settings": {}, "categories": {}, "model": {}})
+    with pytest.raises(CheckpointError, match="'step' is missing or no int"):
+        load_fields(tmp_path / "last.pt", DETECTOR_FIELDS)
+
+
+BOMB = "a0: &a0 [0, 0]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", BOMB, f"a: {'9' * 10**5}", "a: !!bool q", "[" * 10**4, "a: !!int x"])
+def test_G13_hostile_yaml_is_one_short_line(text: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        read_yaml(text, "overlay.yaml")
+    assert raised.value.line.startswith("overlay.yaml: not valid YAML: ") and len(raised.value.line) < 400
+
+
+def test_G14_endless_files_are_bounded() -> None:
+    endless = Path("/dev/zero")
+    for read in (read_names, read_settings_file, lambda path: read_cfg(str(path))):
+        with pytest.raises(SettingsError, match="it has more than 16 MiB"):
+            read(endless)
+
+
+def test_G14_very_many_sections() -> None:
+    with pytest.raises(SettingsError, match="line 10001: more than 10000 sections"):
+        parse_cfg("[convolutional]\n" * 10**5)
+
+
+def test_G14_nested_metadata_of_an_exported_file() -> None:
+    nested = {"program": '"x"', "output_kind": "[" * 10**5}
+    with pytest.raises(CheckpointError, match="its metadata is damaged"):
+        read_metadata(nested, Path("x.onnx"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from detection.errors import SettingsError
 
 MAX_INTEGER = 2**20  # keeps a typo from allocating all memory
+MAX_SECTIONS = 10_000  # the largest published network has some hundred
 LAYER_NAMES = {  # name in the file -> canonical name
     "net": "net",
     "network": "net",
@@ -166,6 +167,8 @@ def parse_cfg(text: str) -> list[CfgSection]:
                 known = ", ".join(sorted(set(LAYER_NAMES.values()) - {"net"}))
                 raise SettingsError(f"cfg: line {number}: layer [{name[:60]}] is not supported; known layers: {known}")
             sections.append(CfgSection(LAYER_NAMES[name], number))
+            if len(sections) > MAX_SECTIONS:
+                raise SettingsError(f"cfg: line {number}: more than {MAX_SECTIONS} sections")
             continue
         key, separator, value = line.partition("=")
         if not separator or not sections:
