@@ -211,4 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `run_part` ends what it has started
     exit_with_message(main)
