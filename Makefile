@@ -5,16 +5,18 @@
 # make slow    the tests of several minutes each
 # make faults  what happens when things break: kill -9, full disks, dead ranks, hostile files (under 20 minutes)
 # make bench   the benchmarks that need no GPU, one table each (under 10 minutes)
+# make gpu     what waits for a GPU: its tests, its rows of docs/performance.md, one training; one file of results (12 minutes)
 # make clean   remove the environment and the built-in dataset (never runs or weights)
 
 PYTHON ?= python3
 VENV ?= .venv
+MINUTES ?= 12
 RUN = $(VENV)/bin/python
 # Two processes of one thread each: a file's tests stay together, they share what is slow to make.
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 BENCHMARKS = matmul training_step loss optimizer loader nms evaluation logs annotations start_up memory checkpoint inference
 
-.PHONY: train test fast check slow faults bench clean
+.PHONY: train test fast check slow faults bench gpu clean
 
 train: $(VENV)/ready
 	$(RUN) yolo-v3/main.py --config recipes/quickstart.yaml
@@ -41,6 +43,9 @@ faults: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	for name in $(BENCHMARKS); do echo "== $$name"; $(RUN) -m benchmarks.$$name || exit 1; done
+
+gpu: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.gpu --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) data/digits .pytest_cache .mypy_cache .ruff_cache
