@@ -28,6 +28,7 @@ from typing import Any
 from detection.config.command_line import DEFAULTS, Parser, at_least_one, at_least_zero, device_flags
 from detection.config.loading import merge_settings
 from detection.config.yaml_files import read_settings_file, write_yaml
+from detection.drawing.files import replace_file
 from detection.errors import CheckpointError, DataReadError, OutputError, SettingsError, exit_with_message
 from detection.runtime.run_directory import writing_results
 from detection.runtime.signals import StopRequest
@@ -162,11 +163,10 @@ def open_plan(arguments: argparse.Namespace) -> dict[str, Any]:
             raise SettingsError(f"there is no study in {directory} yet: say when it ends with --minutes or --trials")
         plan = new_plan(arguments)
         with writing_results(directory):
-            (directory / "config").mkdir(parents=True, exist_ok=True)
             for number, overlay in enumerate(plan["overlays"]):
-                (directory / "config" / f"{number}.yaml").write_text(write_yaml(overlay), encoding="utf-8")
+                replace_file(directory / "config" / f"{number}.yaml", write_yaml(overlay).encode())
             temporary = directory / f".study_{os.getpid()}.yaml"
-            temporary.write_text(write_yaml(plan), encoding="utf-8")
+            replace_file(temporary, write_yaml(plan).encode())
             with contextlib.suppress(FileExistsError):  # another worker began at the same time
                 os.link(temporary, path)
             temporary.unlink()

@@ -20,6 +20,7 @@ from detection.errors import (
     NumericsError,
     OutputError,
     SettingsError,
+    StoppedBySetting,
     StoppedBySignal,
     UserError,
     exit_with_message,
@@ -32,6 +33,7 @@ from tests.support.paths import REPOSITORY
 # The table of exit codes in design.md: 2 settings or data refused, 3 data failed in mid-run, 4 numerics, 5 memory,
 # 6 output not writable, 7 checkpoint or weights unusable, 130 / 143 stopped by a signal after saving.
 PROMISED = [
+    (StoppedBySetting("text"), 0),  # of run.stop_after
     (UserError("text"), 1),
     (SettingsError("text"), 2),
     (DataError("text"), 2),

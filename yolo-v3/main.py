@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DIRECTORY",
-        help="resume a run (default: the newest) from its last.pt; auto: start in --output, or continue what is there",
+        help="continue a run (the newest); auto: start or continue",
     )
     add("--accept-changes", action="store_true", help="with --resume: allow changes that affect results")
     add("--extend", action="store_true", help="with --resume, larger train.steps: a longer run")

@@ -176,7 +176,8 @@ def test_skypilot(stubs: dict[str, str], tmp_path: Path, monkeypatch: pytest.Mon
     assert task["file_mounts"]["/runs"]["mode"] == "MOUNT_CACHED"
     places = {"SKYPILOT_TASK_ID": "sky-1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
     counts = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
-    subprocess.run(["bash", "-c", task["run"]], env={**stubs, **places, **counts}, cwd=REPOSITORY, check=True)
+    (tmp_path / "clusters").symlink_to(CLUSTERS)  # the task puts .venv of its directory before the stubs
+    subprocess.run(["bash", "-c", task["run"]], env={**stubs, **places, **counts}, cwd=tmp_path, check=True)
     [(name, words, _)] = recorded(stubs)
     assert name == "python3" and {"--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"} <= set(words)
     script = next(number for number, word in enumerate(words) if word.endswith("yolo-v3/main.py"))

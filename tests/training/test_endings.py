@@ -30,7 +30,7 @@ def end(directory: Path, error: BaseException | None) -> tuple[BaseException | N
         is_first=False, size=2, explain=lambda error, step: RankError(f"step {step}") if "gloo" in str(error) else None
     )
     settings = SimpleNamespace(train=SimpleNamespace(keep_checkpoints=0))
-    run: Any = SimpleNamespace(ranks=ranks, settings=settings)
+    run: Any = SimpleNamespace(ranks=ranks, settings=settings, script="yolo-v3/main.py")
     raised = None
     try:
         with logged_end(run, SimpleNamespace(step=7), loggers):  # type: ignore[arg-type]
