@@ -198,6 +198,8 @@ def export_graph(opened: OpenedDetector, stem: Path, options: ExportOptions, arg
     refuse_overwriting(path)
     if kind in ("onnx", "openvino"):
         require_packages()
+        if kind == "openvino":
+            require_openvino(path)
         calibration = calibration_images(
             opened.settings, opened.detector.geometry, arguments.calibration_images or CALIBRATION_IMAGES
         )
@@ -231,7 +233,6 @@ def write_onnx(model: Any, path: Path) -> Path:
 
 def write_openvino(model: Any, path: Path, opened: OpenedDetector, options: ExportOptions) -> Path:
     """Convert an ONNX model to OpenVINO's .xml and .bin; returns the path of the first."""
-    require_openvino(path)
     path.parent.mkdir()
     with tempfile.TemporaryDirectory() as directory:
         save_openvino(

@@ -1,5 +1,7 @@
 """Static quantization of an ONNX graph to 8 bits, with ranges measured on images."""
 
+import contextlib
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,18 +55,19 @@ def quantize(model: Any, network: set[str], levels: list[str], batches: Iterable
     with tempfile.TemporaryDirectory() as directory:
         before, after = Path(directory) / "float.onnx", Path(directory) / "int8.onnx"
         onnx.save(model, str(before))
-        quantize_static(
-            str(before),
-            str(after),
-            reader,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=OPERATORS,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*outputs, *behind, *decoding],
-            calibrate_method=CalibrationMethod.MinMax,
-        )
+        with quiet():
+            quantize_static(
+                str(before),
+                str(after),
+                reader,
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=OPERATORS,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=[*outputs, *behind, *decoding],
+                calibrate_method=CalibrationMethod.MinMax,
+            )
         quantized = onnx.load(str(after))
     del quantized.metadata_props[:]  # the quantizer adds entries of its own
     quantized.metadata_props.extend(model.metadata_props)
@@ -76,6 +79,16 @@ def quantize(model: Any, network: set[str], levels: list[str], batches: Iterable
         f"stay float32: the output convolutions ({', '.join(outputs[:SHOWN])}{more}), {len(behind)} nodes that arrange "
         f"their results and {len(decoding)} of decoding",
     ]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the quantizer's advice to prepare the graph, which onnxscript's optimizer has done."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def output_nodes(model: Any, levels: list[str]) -> tuple[list[str], list[str]]:
