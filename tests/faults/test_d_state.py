@@ -130,11 +130,6 @@ def check_killed_write(directory: Path, tracer: Tracer, stops: int) -> bool:
     return counted < stops
 
 
-@pytest.mark.guard(
-    "detection.checkpoints:save_checkpoint",
-    "os.replace(temporary, path)",
-    "shutil.copyfile(temporary, path), temporary.unlink()",
-)
 def test_D01_D12_killed_at_some_system_calls_of_a_write(tmp_path: Path) -> None:
     tracer = Tracer()
     total = tracer.stops_until_killed(
@@ -148,6 +143,11 @@ def test_D01_D12_killed_at_some_system_calls_of_a_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.guard(
+    "detection.checkpoints:save_checkpoint",
+    "os.replace(temporary, path)",
+    "shutil.copyfile(temporary, path), temporary.unlink()",
+)
 def test_D01_D12_killed_at_every_system_call_of_a_write(tmp_path: Path) -> None:
     tracer, stops = Tracer(), 1
     while not check_killed_write(tmp_path, tracer, stops):
@@ -494,10 +494,15 @@ def other_values(value: Any) -> list[Any]:
         return [value * 2, value + 1, value / 2, 1, 0.25, 64]
     if isinstance(value, list) and value and isinstance(value[0], int | float):
         return [[item * 2 for item in value], [*value[:-1], value[-1] * 2], [*value[:-1], value[-1] / 2]]
-    if isinstance(value, list) and value and isinstance(value[0], list):  # anchors
-        return [[[[side + 1 for side in anchor] for anchor in level] for level in value]]
+    if isinstance(value, list) and value and isinstance(value[0], list):  # anchors, sizes of levels
+        return [one_more(value)]
     words = ["5ep", "sgd", "constant", "giou", "cross_entropy", "frozen", "darknet", "cubic", "down", "repeat_factor"]
     return [*words, 7, 0.5, ["blue"]]
+
+
+def one_more(value: Any) -> Any:
+    """Add 1 to each number of nested lists."""
+    return [one_more(item) for item in value] if isinstance(value, list) else value + 1
 
 
 @pytest.mark.faults
@@ -519,7 +524,7 @@ def test_D09_every_setting_that_changes_the_numbers_is_refused(train, common: li
             continue
         tried += 1
         resume = argparse.Namespace(
-            resume=str(tmp_path / "run"), config=[], output=None, settings=[word], accept_changes=False
+            resume=str(tmp_path / "run"), config=[], output=None, settings=[word], accept_changes=False, extend=False
         )
         if key in RESUMABLE:
             assert open_resumed_run(resume, {})[3], key
