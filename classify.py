@@ -22,10 +22,11 @@ from detection.classification.run import ClassifierRun, classifier_plan
 from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import Values, merge_settings, validate
 from detection.data.workers import prepare_process
-from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message
+from detection.errors import OUT_OF_MEMORY, SettingsError, escape, exit_with_message
 from detection.models.own_classifier import CLASSIFIER
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
+from detection.training.agreement import require_same_program, require_same_run
 from detection.training.checkpoint_writer import BEST
 from detection.training.console import report_first_batch, report_progress, report_speed
 from detection.training.dry_run import try_step
@@ -78,13 +79,21 @@ def main() -> None:
     check_loggers(settings.run.loggers)
     ranks = join_ranks(settings)
     with joint_work(ranks):
+        require_same_program(ranks, settings)
         run = ClassifierRun(settings, ranks, checkpoint is None, network, crops)
+        require_same_run(run, checkpoint)
         if checkpoint is not None:
             plan += check_continued(run, checkpoint, directory, arguments.accept_changes)
         plan += classifier_plan(run)
         if arguments.dry_run:
-            print("\n".join(plan) if ranks.is_first else "", end="\n" if ranks.is_first else "")
-            try_step(run, run.new_state(), print if ranks.is_first else lambda _: None)
+
+            def show(line: str) -> None:
+                if ranks.is_first:
+                    print(escape(line))
+
+            for line in plan:
+                show(line)
+            try_step(run, run.new_state(), show)
         else:
             train(run, plan, directory, checkpoint)
 
@@ -106,6 +115,7 @@ def train(run: ClassifierRun, plan: list[str], directory: Path | None, checkpoin
             if first_step and run.evaluates_at(first_step) and state.evaluated_step != first_step:
                 evaluate_classifier(run, state, saver, loggers, supervisor)  # the run was stopped before
             for step in range(first_step, run.steps):
+                run.check_stop(step)
                 supervisor.begin(step)
                 if step in (first_step, run.unfreeze_step):
                     set_backbone_frozen(state.model, step < run.unfreeze_step, settings.backbone_batch_norm)

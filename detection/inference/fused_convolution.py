@@ -58,8 +58,8 @@ class FusedConv2d(nn.Module):
         """Convolve (B, C, H, W); the result lies in channels-last format."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if self.packed is None:
-            # Without the size of an input oneDNN guesses an order that made bfloat16 1.7 times slower. Other sizes
-            # stay right: it reorders where it needs another one.
+            # Without the size of an input oneDNN guesses an order, which made bfloat16 slower than no fusing at all
+            # (docs/decisions.md). Other sizes stay right: it reorders where it needs another one.
             reorder: Any = torch.ops.mkldnn._reorder_convolution_weight
             self.packed, self.weight = reorder(self.weight, *self._rest[:4], list(x.shape)), None
         result: Tensor = self._compute(x, self.packed, self.bias, *self._rest)

@@ -88,9 +88,9 @@ def save_and_explain(
         if run.ranks.is_first:
             images = {step: run.image_ids_of_step(step) for step in error.losses}
             write_bundle(bundle, run.checkpoint(state), run.settings.run.seed, error.losses, images)
+        look = f", look into it with: {run.script} --replay {bundle}" if run.script == Run.script else ""
         return NumericsError(
-            f"{error.line}; kept in {bundle}, look into it with: yolo-v3/main.py --replay {bundle}; try a lower "
-            "train.learning_rate or a longer scheduler.warmup"
+            f"{error.line}; kept in {bundle}{look}; try a lower train.learning_rate or a longer scheduler.warmup"
         )
     if isinstance(error, StoppedBySetting):
         saver.save()

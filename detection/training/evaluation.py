@@ -115,6 +115,7 @@ def evaluate_run(
 
 
 def build_share(run: Run, rank: int = 0, ranks: int = 1) -> DataLoader:
+    """Build the loader of a process's share of the validation images."""
     settings = run.settings
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     return build_evaluation_loader(run.validation_set, batch_size, settings.data.num_workers, run.device, rank, ranks)

@@ -107,3 +107,13 @@ def test_simple_cnn_learns_colours(run_script: Callable[..., Any], images: Path,
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["top1"] == 1
     weights = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     assert weights["classifier"]["network"] == "simple_cnn" and weights["needs"] == {}
+
+
+def test_run_stop_after_ends_a_run_early(run_script: Callable[..., Any], images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_script(classify.main, f"data.root={images}", *WORDS, "run.stop_after=2", "--output", run)
+    assert done.returncode == 0 and "stopped after step 2" in done.stderr, done.stderr
+    assert "continue with: classify.py --resume" in done.stderr
+    assert load_checkpoint(run / "last.pt")["step"] == 2
+    done = run_script(classify.main, "--resume", run, "run.stop_after=null")
+    assert done.returncode == 0 and load_checkpoint(run / "last.pt")["step"] == 5, done.stderr
