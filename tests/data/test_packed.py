@@ -139,8 +139,8 @@ def test_a_run_on_shards_from_training_to_results(
         low = "evaluation.confidence_threshold=0.0001"
         run(validation.main, "--weights", "run", f"data.root={root}", low, "--output", f"val_{name}")
         metrics = json.loads((tmp_path / f"val_{name}" / "metrics.json").read_text())
-        assert metrics["images"] == 4 and metrics["detections"] > 0
-        run(detect.main, "--weights", "run", images, "--confidence", "0.0001", "--output", f"detect_{name}")
+        assert metrics["images"] == 4 and metrics["boxes"] > 0
+        run(detect.main, "--weights", "run", images, low, "--confidence", "0.0001", "--output", f"detect_{name}")
         rows = json.loads((tmp_path / f"detect_{name}" / "detections.json").read_text())
         scores = {key: value for key, value in metrics.items() if key.startswith("AP") or key == "losses"}
         listed = (tmp_path / f"val_{name}" / "detections.json").read_bytes()

@@ -1,12 +1,8 @@
 """The catalogue of published weights: what it holds, who reads it, and downloads by a name."""
 
 import hashlib
-import http.server
 import os
-import shutil
 import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +16,10 @@ from detection.models.backbones import BACKBONES
 from detection.models.catalogue import Entry, find_weights, read_catalogue
 from detection.models.importers import FORMATS
 from detection.models.pretrained import load_pretrained
-from tests.support.paths import ARGS, REPOSITORY
+from tests.support.paths import ARGS
+from tests.support.weights_server import SCRIPT, needs_tools
 
-SCRIPT = REPOSITORY / "models/weights/download_weights.sh"
 ENTRIES = read_catalogue()
-needs_tools = pytest.mark.skipif(
-    not shutil.which("sh") or not (shutil.which("curl") or shutil.which("wget")), reason="needs sh and curl or wget"
-)
 
 
 def test_the_shell_reads_what_python_reads() -> None:
@@ -99,36 +92,6 @@ def test_a_slip_in_the_catalogue_is_named(change: tuple[str, str], words: str, t
     path.write_text("just text")
     with pytest.raises(CheckpointError, match="not a list of entries"):
         read_catalogue(path)
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *arguments: object) -> None: ...
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that a local server offers instead of the public addresses; weights go to another."""
-    directory, weights = tmp_path / "served", tmp_path / "weights"
-    directory.mkdir()
-    weights.mkdir()
-
-    def answer(*arguments: Any) -> Handler:
-        return Handler(*arguments, directory=str(directory))
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answer) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        for name, value in {"URL": f"http://127.0.0.1:{server.server_address[1]}", "DIGESTS": ""}.items():
-            monkeypatch.setenv(f"WEIGHTS_{name}", value)
-        for name in [key for key in os.environ if key.lower().endswith("_proxy")]:
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("FETCH_TRIES", "1")
-        monkeypatch.setenv("FETCH_PAUSE", "0")
-        monkeypatch.setattr(catalogue, "WEIGHTS_DIRECTORY", weights)
-        monkeypatch.chdir(tmp_path)
-        yield directory
-        server.shutdown()
-        thread.join()
 
 
 def entry_for(path: Path, digest: str | None, monkeypatch: pytest.MonkeyPatch) -> Entry:
