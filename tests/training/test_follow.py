@@ -1,9 +1,11 @@
 """An evaluator that follows a run: every checkpoint once, also while they are replaced, until the run ends."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from detection.training.follow import Timing, Waiting
 from detection.training.loggers.protocol import FINISHED, RUNNING, STOPPED
 from detection.training.new_checkpoints import DIED, NewCheckpoints, end_of
 from detection.training.report_page import report_run, rows_of_run
+from tests.support.paths import REPOSITORY
 from tests.support.training_runs import load_main
 
 TINY = (
@@ -185,3 +188,61 @@ def test_another_network_is_one_line() -> None:
     object.__setattr__(followed, "detector", type("Detector", (), {"model": network}))
     with pytest.raises(CheckpointError, match=r"^step 5: another network than the checkpoint before: "):
         followed.evaluate({"step": 5, "model": torch.nn.Linear(2, 4).state_dict()})
+
+
+@pytest.mark.slow
+def test_killed_and_continued_on_both_sides_each_checkpoint_is_evaluated_once(
+    tmp_path: Path, drawn_dataset: Path, request: pytest.FixtureRequest
+) -> None:
+    """The follower is killed twice and the run once, by SIGKILL while they work; both are started again."""
+    run, names = tmp_path / "run", ["yolo-v3/main.py", "validation.py"]
+    main, follower = ([sys.executable, str(REPOSITORY / name)] for name in names)
+    words = [word for word in TINY if not word.startswith(("train.steps", "train.keep"))]
+    words += ["train.steps=24", "train.keep_checkpoints=99", "evaluation.evaluate_frequency=1"]
+
+    def start(name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+        with open(tmp_path / name, "wb") as log:
+            process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, cwd=tmp_path)
+        request.addfinalizer(process.kill)
+        return process
+
+    def signal_at(process: subprocess.Popen[bytes], log: str, count: int, where: Path, number: int) -> None:
+        """Send a signal once that many rows are there."""
+        deadline = time.monotonic() + 120
+        while not where.is_file() or len(evaluated(where)) < count:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / log).read_text()
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert number != signal.SIGKILL or process.wait() == -number
+
+    own, mine = run / "metrics.jsonl", run / "evaluator" / "metrics.jsonl"
+    trained = start("train", *main, "--output", run, f"data.root={drawn_dataset}", *words)
+    signal_at(trained, "train", 6, own, signal.SIGSTOP)  # or it would end while the follower imports torch
+    followed = start("follow", *follower, "--follow", run)
+    signal_at(followed, "follow", 2, mine, signal.SIGKILL)
+    of_dead = start("of_dead", *follower, "--follow", run)
+    trained.send_signal(signal.SIGCONT)
+    signal_at(trained, "train", len(evaluated(own)) + 2, own, signal.SIGKILL)
+    assert of_dead.wait(120) == 1  # what a dead run left is evaluated
+    assert end_of(run) == DIED and "the run has died before its end" in (tmp_path / "of_dead").read_text()
+    kept = {load_checkpoint(path)["step"] for path in run.glob("step_*.pt")}
+    assert sorted(evaluated(mine)) == sorted(kept) and len(kept) < 24
+
+    trained = start("resume", *main, "--resume", run)
+    followed = start("again", *follower, "--follow", run)
+    signal_at(followed, "again", len(kept) + 2, mine, signal.SIGKILL)
+    followed = start("last", *follower, "--follow", run)
+    assert trained.wait(120) == 0, (tmp_path / "resume").read_text()
+    assert followed.wait(120) == 0, (tmp_path / "last").read_text()
+    assert sorted(evaluated(mine)) == list(range(1, 25))  # each once
+    assert [int(line.split(",")[0]) for line in (mine.parent / "results.csv").read_text().splitlines()[1:]] == sorted(
+        evaluated(mine)
+    )
+    rows, of_run = rows_of(run / "evaluator"), rows_of(run)
+    assert all(rows[step] == of_run[step] for step in rows)  # the run's own evaluation of the same weights
+
+
+def evaluated(path: Path) -> list[int]:
+    """Steps of the evaluations in a file that may be in the middle of a write."""
+    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [row["step"] for row in rows if "val/AP50" in row]
