@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 
+import pack
 from detection import checkpoints
 from detection.checkpoints import content_digest, load_checkpoint, save_checkpoint
 from detection.config.command_line import DEFAULTS
@@ -356,6 +357,19 @@ def test_D06_pickled_code_is_not_run(launch, common: list[str], tmp_path: Path, 
 def test_D07_killed_in_mid_epoch_with_workers_and_resumed_is_the_same_run(train, launch, whole, tmp_path: Path) -> None:
     # Saved after 2, 4, 6, 8 and killed in step 5: 4 is taken again. An epoch is 3.25 steps.
     words = ["data.num_workers=2", "train.save_frequency=2"]
+    run = train("run", *words, fault=functools.partial(at_step, step=5, action=die))
+    assert run.wait() == -signal.SIGKILL
+    launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000").ends_with(0, "from step 4")
+    compare_with(whole(), tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_D07_killed_on_shards_and_resumed_is_the_run_on_the_folder(
+    train, launch, whole, dataset: Path, run_script, tmp_path: Path
+) -> None:
+    packed = run_script(pack.main, f"data.root={dataset}", "--output", tmp_path / "shards", "--shards", "2")
+    assert packed.returncode == 0, packed.stderr
+    words = [f"data.root={tmp_path / 'shards'}", "data.num_workers=2", "train.save_frequency=2"]
     run = train("run", *words, fault=functools.partial(at_step, step=5, action=die))
     assert run.wait() == -signal.SIGKILL
     launch("resumed", "--resume", tmp_path / "run", "train.save_frequency=1000").ends_with(0, "from step 4")
