@@ -182,14 +182,14 @@ def verify_checkpoint(content: Any, path: Path) -> dict[str, Any]:
     expected = content.pop(DIGEST_KEY)
     try:
         digest = content_digest(content)
-    except (TypeError, RuntimeError):  # not written by `save_checkpoint`
+    except (TypeError, RuntimeError, ValueError):  # not written by `save_checkpoint`
         digest = None
     if digest is None or digest != expected:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its digest")
-    if content["format"] not in READABLE_VERSIONS:
+    if type(content["format"]) is not int or content["format"] not in READABLE_VERSIONS:
         versions = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
         raise CheckpointError(
-            f"checkpoint {path} has format version {content['format']}, this program reads {versions}"
+            f"checkpoint {path} has format version {clean(str(content['format']))}, this program reads {versions}"
         )
     return upgrade_checkpoint(content)
 
@@ -218,11 +218,16 @@ def load_fields(path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
 def check_fields(content: dict[str, Any], path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     """Check that the content of a checkpoint has some fields; returns it; arguments and errors as `load_fields`."""
     for name, kind in fields.items():
-        if not isinstance(content.get(name), kind) or (kind is int and content[name] < 0):
+        if not isinstance(content.get(name), kind) or (kind is int and not is_count(content[name])):
             raise CheckpointError(
                 f"checkpoint {path} is not of a training run: {name!r} is missing or no {kind.__name__}"
             )
     return content
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of steps or images; larger ones are not exact in a float."""
+    return type(value) is int and 0 <= value <= 1 << 53
 
 
 def content_digest(content: Any) -> str:

@@ -29,6 +29,7 @@ from detection.models.darknet.cfg import input_size, parse_cfg
 from detection.models.darknet.layers import cfg_classes
 from detection.models.darknet.weights import as_darknet, load_darknet_weights
 from detection.models.importers import placeholder_names, read_checkpoint
+from detection.models.stored import check_values, stored_settings
 from detection.runtime.devices import choose_device
 
 UNUSED = ("train", "scheduler")  # sections that nothing reads once a detector is trained
@@ -161,8 +162,8 @@ def _open_checkpoint(
     weights: Path, defaults: Path, overlays: Sequence[Path], words: Sequence[str], flags: Sequence[Flag]
 ) -> OpenedDetector:
     checkpoint, moved = check_fields(read_checkpoint(weights), weights, DETECTOR_FIELDS), list[str]()
+    own = on_this_machine(stored_settings(check_values(checkpoint, weights), weights, defaults, moved), defaults)
     try:
-        own = on_this_machine(complete_settings(checkpoint["settings"], defaults, moved), defaults)
         settings, translated = load_settings(own, overlays, words, flags, unused_sections(own))
         names, ids = (tuple(checkpoint["categories"][key]) for key in ("names", "ids"))
         count = len(names)

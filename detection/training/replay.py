@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detection.checkpoints import RUN_FIELDS, load_fields, save_checkpoint
+from detection.checkpoints import save_checkpoint
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import Flag, complete_settings, load_settings
+from detection.config.loading import Flag, load_settings
 from detection.contract import Batch
 from detection.data.loaders import batch_to_device, collate_samples
 from detection.drawing.files import replace_file
 from detection.errors import CheckpointError, NumericsError, OutputError
+from detection.models.stored import load_run, stored_settings
 from detection.runtime.reproducibility import seed_step
 from detection.training.optimizer import set_backbone_frozen
 from detection.training.resume import check_continued
@@ -39,7 +40,7 @@ def replay(directory: Path, words: Sequence[str], flags: Sequence[Flag]) -> None
     """
     checkpoint, report = read_bundle(directory)
     moved: list[str] = []
-    settings, notices = load_settings(complete_settings(checkpoint["settings"], DEFAULTS, moved), [], words, flags)
+    settings, notices = load_settings(stored_settings(checkpoint, directory / STATE, DEFAULTS, moved), [], words, flags)
     processes = checkpoint["conditions"]["processes"]
     run = Run(settings, join_ranks(settings), fresh=False, processes=processes)
     notices = [*moved, *notices, *check_continued(run, checkpoint, directory, accept=True)]
@@ -94,7 +95,7 @@ def read_bundle(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: the bundle is missing or damaged.
     """
-    checkpoint = load_fields(directory / STATE, RUN_FIELDS)
+    checkpoint = load_run(directory / STATE)
     try:
         report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
         int(report["steps"][0]["step"])

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from detection.checkpoints import RUN_FIELDS, load_checkpoint, load_fields
 from detection.config.command_line import DEFAULTS
 from detection.config.fields import amount_of
 from detection.config.loading import Flag, changed_settings, complete_settings, leaf_items, load_settings
@@ -16,10 +15,11 @@ from detection.config.yaml_files import read_settings_file
 from detection.errors import CheckpointError, DataError, OutputError, SettingsError, name_list
 from detection.foreign_files import clean
 from detection.models.own_classifier import CLASSIFIER
+from detection.models.stored import load_run, stored_settings
 from detection.runtime.distributed import Ranks, read_environment
 from detection.runtime.run_directory import is_locked, lock_directory
 from detection.training.automatic import load_run_settings
-from detection.training.checkpoint_writer import BEST
+from detection.training.checkpoint_writer import BEST, LAST
 from detection.training.loggers import check_loggers
 from detection.training.run import Run
 
@@ -178,7 +178,7 @@ def open_resumed_run(
     if script != getattr(arguments, "script", Run.script):
         raise SettingsError(f"--resume {directory}: is a run of {script}, which continues it")
     moved: list[str] = []
-    old = complete_settings(checkpoint["settings"], DEFAULTS, moved)
+    old = stored_settings(checkpoint, directory / LAST, DEFAULTS, moved)
     settings, notices = load_settings(old, [], arguments.settings, flags)
     notices = [*moved, *edited_settings(directory, old, settings), *forget_lost_best(directory, checkpoint), *notices]
     changes = changed_settings(old, settings)
@@ -269,12 +269,12 @@ def extend(checkpoint: dict[str, Any], old: Settings, new: Settings) -> str:
 def load_last(directory: Path) -> dict[str, Any]:
     """Read the newest checkpoint of a run; if it is damaged, the error names intact older ones."""
     try:
-        return load_fields(directory / "last.pt", RUN_FIELDS)
+        return load_run(directory / LAST)
     except CheckpointError as error:
         whole = []
         for path in sorted(directory.glob("*.pt")):
-            with contextlib.suppress(CheckpointError, KeyError):
-                whole.append(f"{path.name} (step {load_checkpoint(path)['step']})")
+            with contextlib.suppress(CheckpointError):
+                whole.append(f"{path.name} (step {load_run(path)['step']})")
         if not whole:
             raise
         raise CheckpointError(f"{error}; intact, to be copied to last.pt: {', '.join(whole)}") from None
@@ -316,7 +316,7 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
             raise DataError(f"{line} ({ACCEPT})")
         differences.append(line)
     for name, before in checkpoint.get("conditions", {}).items():  # older checkpoints have none
-        if before != (now := run.conditions()[name]):
+        if before != (now := run.conditions().get(name)):
             line = f"{directory} was trained with {name} {before}, this is {now}"
             if not accept:
                 raise SettingsError(f"{line}: the numbers would be others ({ACCEPT})")

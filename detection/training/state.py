@@ -141,6 +141,6 @@ class RunState:
             self.best_value = progress["best_ap50" if "best_ap50" in progress else "best_value"]  # the older name
             for name in ("best_step", "evaluations_without_rise", "evaluated_step"):
                 setattr(self, name, progress[name])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the checkpoint does not fit the run of its settings: {reason}") from None

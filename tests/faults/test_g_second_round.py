@@ -5,6 +5,7 @@ import ast
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from detection.checkpoints import DETECTOR_FIELDS, load_checkpoint, load_fields, save_checkpoint
 from detection.config.command_line import DEFAULTS
 from detection.config.loading import dump_settings, read_cfg
+from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.data import workers
 from detection.data.workers import prepare_process
@@ -39,6 +41,7 @@ from detection.runtime.distributed import differences
 from detection.runtime.run_directory import new_run_directory
 from detection.training.checkpoint_writer import CheckpointWriter
 from detection.training.resume import open_resumed_run
+from tests.support.checkpoint_cases import STOPPED
 from tests.support.fault_runs import NETWORK
 from tests.support.paths import REPOSITORY
 from tests.support.processes import free_port
@@ -203,12 +206,8 @@ def test_G06_weights_that_are_not_finite_are_refused(tmp_path: Path, default_set
 @pytest.fixture
 def stopped(tmp_path: Path, default_settings) -> Path:
     """A run directory with what `--resume` reads first."""
-    content = {
-        "step": 60, "settings": default_settings().model_dump(mode="json"), "categories": {}, "optimizer": {},
-        "model": {"weight": torch.zeros(1)}, "data_digest": "", "progress": {"best_value": 0.5, "best_step": 40},
-    }  # fmt: skip
     for name in ("last.pt", "best.pt"):
-        save_checkpoint(tmp_path / name, content)
+        save_checkpoint(tmp_path / name, STOPPED | {"settings": default_settings().model_dump(mode="json")})
     (tmp_path / "args.yaml").write_text(dump_settings(default_settings()))
     return tmp_path
 
@@ -226,7 +225,7 @@ def test_G07_an_edited_args_yaml_is_named(stopped: Path, default_settings) -> No
 def test_G08_a_lost_best_is_named_and_written_again(stopped: Path) -> None:
     (stopped / "best.pt").unlink()
     checkpoint, _, _, notices, _ = open_resumed_run(resume_words(stopped), [])
-    assert notices == ["warning     best.pt, of step 40, is gone; the next evaluation writes a new one"]
+    assert notices == ["warning     best.pt, of step 2, is gone; the next evaluation writes a new one"]
     assert checkpoint["progress"]["best_value"] is None
 
 
@@ -343,6 +342,74 @@ def test_G12_a_negative_step_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", {"step": -1, "settings": {}, "categories": {}, "model": {}})
     with pytest.raises(CheckpointError, match="'step' is missing or no int"):
         load_fields(tmp_path / "last.pt", DETECTOR_FIELDS)
+
+
+# Each with what is said.
+ODD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"format": 4}, "has format version 4, this program reads 1 to 3"),
+    ({"format": "9\n"}, r"has format version 9\\n, this program reads 1 to 3"),
+    ({"format": torch.zeros(2)}, "has format version tensor"),
+    ({"step": -1}, "is not of a training run: 'step' is missing or no int"),
+    ({"step": True}, "is not of a training run: 'step' is missing or no int"),
+    ({"step": 10**30}, "is not of a training run: 'step' is missing or no int"),
+    ({"step": 3.0}, "is not of a training run: 'step' is missing or no int"),
+    ({"categories": {}}, "is refused: 'categories' must be the names of one class or more, and their ids, is a dict"),
+    ({"categories": {"names": [], "ids": []}}, "is refused: 'categories'"),
+    ({"categories": {"names": ["a"], "ids": [1, 2]}}, "is refused: 'categories'"),
+    ({"categories": {"names": [None, 3], "ids": [1, 2]}}, "is refused: 'categories'"),
+    ({"categories": {"names": "ab", "ids": [1, 2]}}, "is refused: 'categories'"),
+    ({"model": {"weight": 1.0}}, "is refused: 'model' must be tensors by name, is a dict"),
+    ({"model": {0: torch.zeros(1)}}, "is refused: 'model'"),
+    ({"average": [1]}, "is refused: 'average' must be tensors by name, or None, is a list"),
+    ({"settings": {"x": 1}}, "its settings cannot be used: checkpoint: unknown setting 'x'"),
+    ({"settings": {0: 1}}, "its settings cannot be used: "),
+    ({"settings": {"train": {"learning_rate": float("nan")}}}, "its settings cannot be used: train.learning_rate"),
+    ({"settings": {"train": {"learning_rate": torch.zeros(2)}}}, "its settings cannot be used: train.learning_rate"),
+]
+ODD_STATES: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer": {"state": {}, "param_groups": [{"lr": float("nan")}]}}, "is refused: 'optimizer'"),
+    ({"optimizer": {"state": {}, "param_groups": [{"betas": (0.9, float("inf"))}]}}, "is refused: 'optimizer'"),
+    ({"optimizer": {}}, "is refused: 'optimizer' must be 'state' and 'param_groups' with finite numbers"),
+    ({"progress": {}}, "is refused: 'progress'"),
+    ({"progress": STOPPED["progress"] | {"best_value": float("nan")}}, "is refused: 'progress'"),
+    ({"progress": STOPPED["progress"] | {"evaluated_step": None}}, "is refused: 'progress'"),
+    ({"conditions": 3}, "is refused: 'conditions' must be a dict, is 3"),
+    ({"extended": [[1]]}, "is refused: 'extended'"),
+    ({"skipped": {"total": "x"}}, "is refused: 'skipped'"),
+    ({"data_digest": 3}, "is not of a training run: 'data_digest' is missing or no str"),
+]
+
+
+def odd_checkpoint(directory: Path, settings: Settings, changes: dict[str, Any], monkeypatch) -> Path:
+    """Write last.pt with a right digest; this program reads back what it writes, so the check is left out here."""
+    path = directory / "last.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr("detection.checkpoints.load_checkpoint", lambda _: None)
+        save_checkpoint(path, STOPPED | {"settings": settings.model_dump(mode="json")} | changes)
+    return path
+
+
+@pytest.mark.parametrize(("changes", "said"), [*ODD_FIELDS, *ODD_STATES])
+def test_G15_odd_fields_are_refused_by_resume(
+    tmp_path: Path, default_settings, monkeypatch, changes: dict[str, Any], said: str
+) -> None:
+    path = odd_checkpoint(tmp_path, default_settings(), changes, monkeypatch)
+    with pytest.raises(CheckpointError) as raised:
+        open_resumed_run(resume_words(tmp_path), [])
+    line = raised.value.line
+    assert line.startswith(f"checkpoint {path}") and re.search(said, line), line
+    assert len(line) < len(str(path)) + 400 and "intact" not in line and raised.value.exit_code == 7
+
+
+@pytest.mark.parametrize(("changes", "said"), ODD_FIELDS)
+def test_G15_odd_fields_are_refused_by_what_opens_weights(
+    tmp_path: Path, default_settings, monkeypatch, changes: dict[str, Any], said: str
+) -> None:
+    path = odd_checkpoint(tmp_path, default_settings(), changes, monkeypatch)
+    with pytest.raises(CheckpointError) as raised:
+        open_weights(path, None, None, DEFAULTS)
+    line = raised.value.line
+    assert line.startswith(f"checkpoint {path}") and re.search(said, line), line
 
 
 BOMB = "a0: &a0 [0, 0]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))

@@ -6,6 +6,17 @@ from typing import Any
 
 import torch
 
+# What `--resume` reads of a run after three steps, without its settings and random state.
+STOPPED: dict[str, Any] = {
+    "step": 3,
+    "categories": {"names": ["cat", "dog"], "ids": [1, 2]},
+    "model": {"weight": torch.zeros(1)},
+    "average": None,
+    "data_digest": "",
+    "optimizer": {"state": {}, "param_groups": [{"lr": 0.001, "betas": (0.9, 0.999), "params": [0]}]},
+    "progress": {"best_value": 0.5, "best_step": 2, "evaluations_without_rise": 0, "evaluated_step": 2},
+}
+
 
 def equal(first: Any, second: Any) -> bool:
     """Same types, keys in the same order, same bits (a NaN equals itself, 0.0 does not equal -0.0)."""

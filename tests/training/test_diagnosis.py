@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from detection.errors import CheckpointError, OutputError
 from detection.runtime.devices import autocast
 from detection.training.replay import diagnose_batch, read_bundle, write_bundle
+from tests.support.checkpoint_cases import STOPPED
 
 CPU = torch.device("cpu")
 BATCH = {
@@ -75,19 +76,15 @@ def test_statistics_that_the_replay_itself_breaks_are_not_called_the_cause() -> 
     assert lines[0] == "first non-finite output: of 0"
 
 
-# What a checkpoint of a run must have.
-CONTENT = {"step": 9, "settings": {}, "categories": {}, "data_digest": "", "progress": {}, "optimizer": {}, "model": {}}
-
-
 def test_bundle_comes_back(tmp_path: Path, full_disk) -> None:
-    checkpoint = CONTENT | {"settings": {"train": {"steps": 3}}, "model": {"w": torch.ones(2)}}
+    checkpoint = STOPPED | {"settings": {"train": {"steps": 3}}, "model": {"w": torch.ones(2)}}
     losses = {7: {"loss_box": math.nan, "loss_class": 1.5}, 8: {"loss_box": math.inf, "loss_class": 2.0}}
     write_bundle(tmp_path / "non_finite", checkpoint, 5, losses, {7: [1, 2], 8: [3, 4]})
     content = json.loads((tmp_path / "non_finite" / "report.json").read_text(), parse_constant=pytest.fail)
     assert content["seed"] == 5 and content["settings"] == {"train": {"steps": 3}}
     assert content["steps"][1] == {"step": 8, "losses": {"loss_box": "inf", "loss_class": "2.0"}, "image_ids": [3, 4]}
     state, report = read_bundle(tmp_path / "non_finite")
-    assert state["step"] == 9 and report["steps"][0]["step"] == 7
+    assert state["step"] == 3 and report["steps"][0]["step"] == 7
     with full_disk(50), pytest.raises(OutputError):
         write_bundle(tmp_path / "another", checkpoint, 5, losses, {7: [1], 8: [2]})
 
@@ -96,7 +93,7 @@ def test_bundle_comes_back(tmp_path: Path, full_disk) -> None:
 def test_damaged_bundle(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_bundle(tmp_path)
-    write_bundle(tmp_path, CONTENT, 0, {1: {"loss_box": math.nan}}, {1: [1]})
+    write_bundle(tmp_path, STOPPED | {"settings": {}}, 0, {1: {"loss_box": math.nan}}, {1: [1]})
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"report\.json cannot be read"):
         read_bundle(tmp_path)

@@ -18,18 +18,15 @@ from detection.models.yolo.darknet_loss import DarknetLoss
 from detection.training import resume
 from detection.training.resume import check_same_start, open_resumed_run, start_or_continue
 from detection.training.schedules import first_finishing_step
+from tests.support.checkpoint_cases import STOPPED
 from tests.support.training_runs import first_difference, load_main
 
 
 def test_resume_takes_the_run_or_its_last_checkpoint(tmp_path: Path, default_settings) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    content = {
-        "step": 3, "settings": default_settings().model_dump(mode="json"), "categories": {}, "optimizer": {},
-        "model": {"weight": torch.zeros(1)}, "data_digest": "", "progress": {},
-    }  # fmt: skip
     for name in ("last.pt", "best.pt"):
-        save_checkpoint(run / name, content)
+        save_checkpoint(run / name, STOPPED | {"settings": default_settings().model_dump(mode="json")})
 
     def resumed(path: Path) -> Path:
         common = {"config": [], "output": None, "settings": [], "accept_changes": False, "extend": False}
