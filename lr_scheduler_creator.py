@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from detection.config.command_line import Parser
 from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
+from detection.drawing.files import replacing
 from detection.drawing.window import browse
 from detection.errors import SettingsError, exit_with_message
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -181,7 +182,7 @@ def draw(curves: Sequence[Curve]) -> "Figure":
 
 def write_csv(path: Path, curve: Curve) -> None:
     """Write the learning rate of each parameter group, one row per step drawn."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         names = ["learning_rate" if group == "weights" else f"learning_rate_{group}" for group in curve.groups()]
         writer.writerow(["step", "epoch", *names])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.data.annotations import Annotations
-from detection.drawing.files import replace_file
+from detection.drawing.files import replace_file, replacing
 from detection.errors import SettingsError
 from detection.evaluation.coco_metric import count_gt
 from detection.evaluation.evaluate import Evaluation
@@ -110,7 +110,10 @@ def class_table(rows: Sequence[Compared]) -> list[str]:
 def write_comparison(directory: Path, rows: Sequence[Compared]) -> None:
     """Write `comparison.json` with everything and `comparison.csv` with one row per detector."""
     replace_file(directory / "comparison.json", json.dumps([vars(row) for row in rows], indent=2).encode())
-    with open(directory / "comparison.csv", "w", encoding="utf-8", newline="") as file:
+    with (
+        replacing(directory / "comparison.csv") as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.writer(file)
         names = list(rows[0].metrics)
         writer.writerow(["weights", "file", "parameters", "image_size", *names, "boxes", "images_per_second"])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotations import Annotations
+from detection.drawing.files import replacing
 from detection.evaluation.coco_metric import GroupScore, count_gt, score_groups
 from detection.evaluation.detections import Detections, box_areas
 from detection.evaluation.evaluate import Evaluation
@@ -241,7 +242,10 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
             return ""
         return f"{value:.6g}" if isinstance(value, float) else value
 
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([cell(value) for value in row] for row in rows)

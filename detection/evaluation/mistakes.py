@@ -11,6 +11,7 @@ from detection.contract import CROWD_LABEL
 from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, make_grid
+from detection.drawing.files import replacing
 from detection.drawing.fonts import printable
 from detection.evaluation.detections import Detections
 from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH
@@ -58,7 +59,10 @@ def count_mistakes(annotations: Annotations, detections: Detections, matches: np
 
 def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
     """Write one CSV row per image, in the given order of positions."""
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(
             ["rank", "image_id", "file_name", "gt_boxes", "found", "missed", "false", "in_crowd", "surest_false"]

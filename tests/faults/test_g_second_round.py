@@ -31,6 +31,7 @@ from detection.config.yaml_files import read_settings_file, read_yaml
 from detection.data import workers
 from detection.data.workers import prepare_process
 from detection.errors import CheckpointError, OutputError, SettingsError, escape, name_list
+from detection.evaluation.error_analysis import write_csv
 from detection.evaluation.report import class_lines
 from detection.inference.exported_model import read_metadata
 from detection.inference.results import Results
@@ -169,6 +170,13 @@ def test_G04_a_rank_of_other_data_is_refused(launch, common: list[str], dataset:
 # What writes under the final name: files of datasets, in directories that get their name last, and temporary ones.
 IN_PLACE = ("detection/drawing/files.py", "detection/data/", "detection/models/darknet/weights.py")
 
+OPENED_OR_RENAMED = [
+    "detection/models/catalogue.py: open said",  # the text of the script that downloads
+    "detection/models/catalogue.py: open self.path",  # a lock
+    "detection/training/loggers/files.py: shortened.write_text",  # renamed there
+    "detection/training/loggers/tensorboard.py: open directory / f'{name}.{number}'",  # grows, has a number
+]
+
 
 def test_G05_no_result_is_written_in_place() -> None:
     files = [*REPOSITORY.glob("*.py"), *(REPOSITORY / "detection").rglob("*.py")]
@@ -179,7 +187,11 @@ def test_G05_no_result_is_written_in_place() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not name.startswith(IN_PLACE):
                 written = node.func.attr in ("write_text", "write_bytes")
                 found += [f"{name}: {ast.unparse(node.func)}"] * written
-    assert found == ["detection/training/loggers/files.py: shortened.write_text"]  # renamed there
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "open" and not name.startswith(IN_PLACE):
+                mode = ast.literal_eval(node.args[1]) if len(node.args) > 1 else "r"
+                written = "w" in mode and ast.unparse(node.args[0]) != "temporary"
+                found += [f"{name}: open {ast.unparse(node.args[0])}"] * written
+    assert sorted(found) == OPENED_OR_RENAMED
 
 
 def test_G05_detections_killed_in_the_middle_leave_the_previous_file(tmp_path: Path) -> None:
@@ -189,6 +201,20 @@ def test_G05_detections_killed_in_the_middle_leave_the_previous_file(tmp_path: P
         assert file.read_text() == "previous"  # what a kill would leave
         raise KeyError
     assert json.loads(file.read_text()) == [] and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_G05_a_table_killed_in_the_middle_leaves_the_previous_file(tmp_path: Path) -> None:
+    file = tmp_path / "errors.csv"
+    write_csv(file, ["a", "b"], [[1, None]])
+
+    def rows() -> Iterator[list[int]]:
+        yield [2, 3]
+        assert file.read_text() == "a,b\n1,\n"  # what a kill would leave
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        write_csv(file, ["a", "b"], rows())
+    assert file.read_text() == "a,b\n1,\n" and [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_G06_weights_that_are_not_finite_are_refused(tmp_path: Path, default_settings) -> None:
