@@ -464,3 +464,55 @@ def test_G14_nested_metadata_of_an_exported_file() -> None:
     nested = {"program": '"x"', "output_kind": "[" * 10**5}
     with pytest.raises(CheckpointError, match="its metadata is damaged"):
         read_metadata(nested, Path("x.onnx"))
+
+
+# G16: logs that somebody removes or renames while the run writes to them
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def rotated(path: Path) -> None:
+    path.rename(path.with_name(f"{path.name}.1"))
+
+
+def replaced_by_a_copy(path: Path) -> None:
+    """What `sed -i` and most editors do."""
+    shutil.copyfile(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)
+
+
+@pytest.mark.parametrize("lose", [removed, rotated, replaced_by_a_copy])
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "results.csv"])
+def test_G16_a_log_that_is_lost_in_mid_run_is_made_anew(tmp_path: Path, capsys, name: str, lose) -> None:
+    file = tmp_path / name
+    with logging_to(tmp_path) as loggers:
+        loggers.line("first line")
+        loggers.evaluation(1, {"val/AP": 0.25})
+        before = file.read_text()
+        lose(file)
+        loggers.line("second line")
+        loggers.evaluation(2, {"val/AP": 0.5})
+        loggers.line("third line")
+    said = f"warning: {name} was removed or renamed while the run writes to it; it goes on in a new one"
+    kept = before if lose is replaced_by_a_copy else ""
+    header = "" if kept else "step,val/AP\n"
+    after = {
+        "train.log": "second line\nthird line\n",
+        "metrics.jsonl": '{"step": 2, "val/AP": 0.5}\n',
+        "results.csv": f"{header}2,0.5\n",
+    }
+    log = (tmp_path / "train.log").read_text()
+    assert log.count(said) == 1 == capsys.readouterr().out.count(said)
+    assert file.read_text().replace(f"{said}\n", "") == kept + after[name]
+    if lose is rotated:
+        assert (tmp_path / f"{name}.1").read_text() == before
+
+
+def test_G16_a_table_that_is_emptied_gets_its_header_again(tmp_path: Path) -> None:
+    with logging_to(tmp_path) as loggers:
+        loggers.evaluation(1, {"val/AP": 0.25})
+        (tmp_path / "results.csv").write_text("")
+        loggers.evaluation(2, {"val/AP": 0.5})
+    assert (tmp_path / "results.csv").read_text() == "step,val/AP\n2,0.5\n"

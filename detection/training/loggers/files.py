@@ -19,13 +19,15 @@ from detection.training.loggers.protocol import RUNNING, Resumed
 from detection.training.loggers.terminal import show_line
 
 STEP = "step"
+LOG, METRICS, RESULTS = "train.log", "metrics.jsonl", "results.csv"
 
 
 class FilesLogger:
     """Writes the plain files of a run: `args.yaml`, `train.log`, `metrics.jsonl`, `results.csv`, `images/` and others.
 
     Each row is passed to the operating system before the method returns, so a killed process loses nothing. The
-    directory is locked against other processes. Every method raises OSError if its file cannot be written.
+    directory is locked against other processes. A file that is removed or renamed in mid-run, by hand or by a rotation
+    of logs, is made anew, with a line about it. Every method raises OSError if its file cannot be written.
     """
 
     def start(
@@ -41,12 +43,14 @@ class FilesLogger:
             OutputError: another process has locked the directory.
         """
         self.directory = directory
+        self._files: dict[str, TextIO] = {}
         directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
+            self._opened = opened
             opened.enter_context(lock_directory(directory))
-            self._log = opened.enter_context(_open_to_append(directory / "train.log"))
+            self._open(LOG)
             write_status(directory, RUNNING)
-            self._open_tables(opened, resumed)
+            self._open_tables(resumed)
             (directory / "images").mkdir(exist_ok=True)
             replace_file(directory / "args.yaml", dump_settings(settings).encode())
             # The environment may differ each time a run is resumed.
@@ -54,8 +58,8 @@ class FilesLogger:
             replace_file(directory / name, json.dumps(environment, indent=2).encode())
             self._opened = opened.pop_all()
 
-    def _open_tables(self, opened: ExitStack, resumed: Resumed | None) -> None:
-        metrics_path, results_path = self.directory / "metrics.jsonl", self.directory / "results.csv"
+    def _open_tables(self, resumed: Resumed | None) -> None:
+        metrics_path, results_path = self.directory / METRICS, self.directory / RESULTS
         last_step = math.inf if resumed is None else resumed.step
         last_evaluation = math.inf if resumed is None else resumed.evaluated_step
 
@@ -65,11 +69,11 @@ class FilesLogger:
             return math.inf if again else int(values[STEP])
 
         moved_rows = {
-            metrics_path.name: _move_rows(metrics_path, step_of_json, last_step),
-            results_path.name: _move_rows(results_path, _step_of_csv, last_evaluation),
+            METRICS: _move_rows(metrics_path, step_of_json, last_step),
+            RESULTS: _move_rows(results_path, _step_of_csv, last_evaluation),
         }
-        self._metrics = opened.enter_context(_open_to_append(metrics_path))
-        self._results = opened.enter_context(_open_to_append(results_path))
+        self._open(METRICS)
+        self._open(RESULTS)
         self._columns = _read_columns(results_path)
         for name, count in moved_rows.items():
             if count:
@@ -78,27 +82,29 @@ class FilesLogger:
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append a row to `metrics.jsonl`; NaN and infinity become null."""
         row = {STEP: step} | {tag: _finite_or_none(value) for tag, value in values.items()}
-        self._metrics.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._write(METRICS, json.dumps(row, ensure_ascii=False, allow_nan=False))
 
     def evaluation(self, step: int, row: Mapping[str, float | None]) -> None:
         """Append a row to `metrics.jsonl` and `results.csv`.
 
-        The first row fixes the columns of `results.csv`; None, NaN and infinity become empty fields.
+        The first row fixes the columns of `results.csv`, which begins with their names; None, NaN and infinity become
+        empty fields.
         """
         self.log(step, row)
         if self._columns is None:
             self._columns = list(row)
-            self._results.write(",".join([STEP, *self._columns]) + "\n")
+        if os.fstat(self._current(RESULTS).fileno()).st_size == 0:  # also where it was emptied or made anew
+            self._write(RESULTS, ",".join([STEP, *self._columns]))
         fields = [_finite_or_none(row.get(column)) for column in self._columns]
         # Valid tags need no quoting: they have no comma, quote or line break.
-        self._results.write(",".join([str(step), *("" if field is None else repr(field) for field in fields)]) + "\n")
+        self._write(RESULTS, ",".join([str(step), *("" if field is None else repr(field) for field in fields)]))
         without_column = [tag for tag in row if tag not in self._columns]
         if without_column:
             self._notify(f"results.csv has no column {', '.join(without_column)}: written to metrics.jsonl only")
 
     def line(self, text: str) -> None:
         """Append a line to `train.log`."""
-        self._log.write(text + "\n")
+        self._write(LOG, text)
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """Write `images/<tag>.png` (step 0, lossless) or `images/<tag>_<step>.jpg`."""
@@ -115,6 +121,24 @@ class FilesLogger:
         with self._opened:
             if self.directory.is_dir():  # it may have been lost, which is then the error that is told
                 write_status(self.directory, status)
+
+    def _open(self, name: str) -> None:
+        self._files[name] = self._opened.enter_context(_open_to_append(self.directory / name))
+
+    def _current(self, name: str) -> TextIO:
+        """Return a file that is open to append, made anew if its name is gone or is that of another file."""
+        try:
+            here = os.path.samestat(os.stat(self.directory / name), os.fstat(self._files[name].fileno()))
+        except FileNotFoundError:
+            here = False
+        if not here:
+            self._files[name].close()
+            self._open(name)
+            self._notify(f"warning: {name} was removed or renamed while the run writes to it; it goes on in a new one")
+        return self._files[name]
+
+    def _write(self, name: str, row: str) -> None:
+        self._current(name).write(row + "\n")
 
     def _notify(self, text: str) -> None:
         self.line(text)
