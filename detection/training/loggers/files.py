@@ -131,6 +131,8 @@ class FilesLogger:
             here = os.path.samestat(os.stat(self.directory / name), os.fstat(self._files[name].fileno()))
         except FileNotFoundError:
             here = False
+        except OSError:  # it cannot be known, such as without permission; the open file can still be written
+            here = True
         if not here:
             self._files[name].close()
             self._open(name)
