@@ -24,6 +24,13 @@ def escape(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def say(*lines: str, error: bool = False, end: str = "\n") -> None:
+    """Print lines, each escaped, to stdout or stderr at once. Scripts print with it alone, beside a progress bar with
+    `tqdm.write(escape(...))`."""
+    for line in lines:
+        print(escape(line), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
 class UserError(Exception):
     """Base of all errors that a user can cause and fix; the text is one line: what, where, what is allowed."""
 

@@ -19,7 +19,7 @@ from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError, escape, name_list
+from detection.errors import CheckpointError, SettingsError, name_list, say
 from detection.foreign_files import clean, describe_file, read_bounded
 from detection.inference.exported_files import EXPORTED, open_exported
 from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
@@ -80,7 +80,7 @@ def check_classes(opened: OpenedDetector, names: Sequence[str]) -> None:
     if opened.names is None:
         shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
         order = "data.class_names" if opened.settings.data.class_names else "ascending category id"
-        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
+        say(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
 
 
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
@@ -102,7 +102,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
         words,
         device_flags(arguments),
     )
-    print("\n".join(map(escape, opened.lines)), flush=True)
+    say(*opened.lines)
     return opened
 
 
