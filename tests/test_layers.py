@@ -158,12 +158,15 @@ def lines_with_sys_path(source: str) -> list[int]:
 
 
 def lines_that_print(source: str) -> list[int]:
-    """Lines of a `print`, or of a `tqdm.write` without `escape`: names from files may forge lines."""
-    calls = [(node, ast.unparse(node.func)) for node in parse(source) if isinstance(node, ast.Call)]
+    """Lines with `print`, or with a `tqdm.write` without `escape`: names from files may forge lines."""
     return [
         node.lineno
-        for node, name in calls
-        if name == "print" or (name == "tqdm.write" and not ast.unparse(node.args[0]).startswith("escape("))
+        for node in parse(source)
+        if (isinstance(node, ast.Name) and node.id == "print")
+        or (
+            (isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm.write")
+            and not ast.unparse(node.args[0]).startswith("escape(")
+        )
     ]
 
 
@@ -246,7 +249,11 @@ def test_made_up_clean_repository_is_clean() -> None:
         ("detection/ops/boxes.py", "from detection.training import run", "training.run of the higher layer 5"),
         ("detection/ops/boxes.py", "from ..training import run", "detection.training.run of the higher layer 5"),
         ("detection/data/coco.py", "from ..training.run import x", "detection.training.run of the higher layer 5"),
-        ("detect.py", "name = 1\nprint(name)", "detect.py:2: prints without errors.escape"),
+        (
+            "detect.py",
+            "import functools\nshow = functools.partial(print, end='')",
+            "detect.py:2: prints without errors.escape",
+        ),
         ("detect.py", "from tqdm import tqdm\ntqdm.write('left out: ' + name)", "detect.py:2: prints without"),
         ("detection/data/coco.py", "from detection.models import x", "detection.models of another package of its"),
         ("detection/__init__.py", "from detection import ops", "imports detection.ops of the higher layer 0"),
