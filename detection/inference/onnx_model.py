@@ -77,10 +77,20 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     ONNX Runtime does not hand them out, and the package onnx is only needed to export. A lone infinity is left out: it
     is the open end of a range, as in Clip.
 
+    Raises:
+        CheckpointError: a field has no encoding of today's protobuf.
+
     Source: https://protobuf.dev/programming-guides/encoding/ and onnx/onnx.proto
     """
-    graphs = [value for number, value in read_fields(memoryview(path.read_bytes())) if number == GRAPH]
-    for number, value in read_fields(*graphs):
+    try:
+        yield from _weights_of(memoryview(path.read_bytes()))
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a usable ONNX file: its weights cannot be read: {error!r}") from None
+
+
+def _weights_of(model: memoryview) -> Iterator[tuple[str, Tensor]]:
+    graphs = [value for number, value in read_fields(model) if number == GRAPH]  # several are parts of one
+    for number, value in (field for graph in graphs for field in read_fields(graph)):
         if number != INITIALIZER:
             continue
         fields = dict(read_fields(value))

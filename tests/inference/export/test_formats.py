@@ -17,6 +17,7 @@ import export
 import validation
 from detection.config.command_line import DEFAULTS
 from detection.errors import CheckpointError
+from detection.inference.onnx_model import read_weights
 from detection.inference.torch_programs import METADATA
 from detection.inference.weights import open_weights
 from detection.models.darknet.cfg import parse_cfg
@@ -121,6 +122,17 @@ def test_a_file_that_is_not_finite_is_refused(
         code, out, err = run_script(main, "--weights", file, *words, "--output", tmp_path / "found")
         assert code == 7 and out == "" and not (tmp_path / "found").exists()
         assert re.fullmatch(r".*net\.\w+ is of no use: 1 of its \d+ tensors have NaN or infinity \(.+\); .*\n", err)
+
+
+def test_weights_of_an_unusual_onnx_file_are_read_or_refused(tmp_path: Path) -> None:
+    """Protobuf of hand: ONNX Runtime is not asked. A graph in two parts, values in float_data; then an old group."""
+    tensor = b"\x10\x01" + b"\x22\x08" + struct.pack("<2f", 1.0, math.inf) + b"\x42\x01w"  # float32, values, name
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    (tmp_path / "a.onnx").write_bytes((b"\x3a" + bytes([len(graph)]) + graph) * 2)
+    assert [(name, values.tolist()) for name, values in read_weights(tmp_path / "a.onnx")] == [("w", [1, math.inf])] * 2
+    (tmp_path / "a.onnx").write_bytes(b"\x0b\x0c")
+    with pytest.raises(CheckpointError, match="its weights cannot be read"):
+        next(read_weights(tmp_path / "a.onnx"))
 
 
 def test_eight_bits_are_kept_only_if_they_cost_little(
