@@ -52,7 +52,7 @@ from detection.data.sources import find_source, source_lines
 from detection.drawing.figures import figure_pixels, save_figure
 from detection.drawing.files import replace_file
 from detection.drawing.window import browse
-from detection.errors import DataError, SettingsError, exit_with_message
+from detection.errors import DataError, SettingsError, exit_with_message, say
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -102,12 +102,8 @@ def main() -> None:
     sizes = input_sizes(settings, size_step(detector.geometry.size_multiple))
     shapes, left_out = shapes_at(annotations, detector.geometry, sizes, settings.run.seed)
     at = f"{sizes[0]} px" if len(sizes) == 1 else f"{len(sizes)} sizes from {sizes[0]} to {sizes[-1]} px"
-    print(
-        "\n".join(
-            [*notices, *source_lines(source), f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}"]
-        )
-    )
-    print("\n".join(f"    left out: {line}" for line in left_out + annotations.counts.lines()) or "    none left out")
+    say(*notices, *source_lines(source), f"{path}: {len(annotations)} images, {len(shapes)} box shapes at {at}")
+    say(*([f"    left out: {line}" for line in left_out + annotations.counts.lines()] or ["    none left out"]))
 
     known = np.array([anchor for level in layout.levels for anchor in level])
     try:
@@ -117,7 +113,7 @@ def main() -> None:
     levels = deal(anchors.round(1), counts)
     fits = compare(shapes, levels, layout.levels, arguments)
     verdict = judge(fits)
-    print("\n".join([*table(fits, arguments), *level_lines(levels, layout.strides, shapes), verdict]))
+    say(*table(fits, arguments), *level_lines(levels, layout.strides, shapes), verdict)
 
     directory = new_run_directory(Path(settings.run.logs_path), "anchors", arguments.output)
     sets = [
@@ -132,7 +128,7 @@ def main() -> None:
         write_report(directory / "anchors.json", levels, layout, fits, verdict, path, sizes, arguments)
     own_plan = settings.run.name == OWN_DATA.stem and not arguments.config  # an overlay alone goes on COCO's
     plan = f"--config {OWN_DATA} " if own_plan else ""
-    print(f"overlay, figure and numbers in {directory}; train with {plan}--config {directory / 'anchors.yaml'}")
+    say(f"overlay, figure and numbers in {directory}; train with {plan}--config {directory / 'anchors.yaml'}")
     if arguments.show:
         browse("anchors", 1, lambda page: figure_pixels(figure))
 

@@ -36,7 +36,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, NumericsError, SettingsError, UserError, exit_with_message
+from detection.errors import DataError, NumericsError, SettingsError, UserError, escape, exit_with_message, say
 from detection.evaluation.error_analysis import confidence_curves
 from detection.evaluation.evaluate import Evaluation, evaluate
 from detection.evaluation.report import draw_detections, write_evaluation
@@ -103,11 +103,11 @@ def main() -> None:
         *dataset.source_lines,
         *load_pretrained(detector.model, settings.model, dataset.annotations.categories.names),
     ]:
-        print(line)
+        say(line)
     overfit = Overfit(settings, machine, dataset, batch, machine.to_device(detector))
     boxes = len(dataset.annotations.labels)
     images = f"{len(dataset.annotations)} images with {boxes} boxes"
-    print(f"{describe_device(machine.device)}; {images}, {detector.name}")
+    say(f"{describe_device(machine.device)}; {images}, {detector.name}")
 
     directory = new_run_directory(Path(settings.run.logs_path), "batch_overfit", arguments.output)
     before = overfit.evaluate()
@@ -125,7 +125,7 @@ def main() -> None:
         used = settings.evaluation.model_dump(mode="json") | {"image_size": settings.train.image_size}
         write_evaluation(directory, evaluation, dataset, step, used)
     ap50 = evaluation.metrics["AP50"] or 0.0
-    print(f"before.png, after.png (scores from {drawn:.2f}, of the highest mean F1) and metrics.json in {directory}")
+    say(f"before.png, after.png (scores from {drawn:.2f}, of the highest mean F1) and metrics.json in {directory}")
     if arguments.show:
         browse("batch_overfit.py", len(pictures), pictures.__getitem__, first=len(pictures) - 1)
     if ap50 < arguments.threshold:
@@ -134,7 +134,7 @@ def main() -> None:
             "after.png for wrong ground truth or objects of a few pixels, try another train.learning_rate or more "
             "--steps"
         )
-    print(f"learned: AP50 {ap50:.3f} after {step} steps")
+    say(f"learned: AP50 {ap50:.3f} after {step} steps")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -206,7 +206,7 @@ def train(overfit: Overfit, steps: int, threshold: float) -> tuple[Evaluation, i
             above = {name: value.item() - lowest.get(name, 0.0) for name, value in losses.items()}
             parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in above.items())
             total = sum(above.values())
-            tqdm.write(f"step {step}  loss {total:.3f}  {parts}  AP50 {ap50:.3f}")
+            tqdm.write(escape(f"step {step}  loss {total:.3f}  {parts}  AP50 {ap50:.3f}"))
             if ap50 >= threshold:
                 return evaluation, step
     assert evaluation is not None, "the last step is always evaluated"
@@ -223,7 +223,7 @@ def lowest_losses(overfit: Overfit) -> dict[str, float]:
     for name, value in lowest.items():
         if value > 0.001:
             what = name.removeprefix("loss_")
-            print(f"{what} loss: {value:.3f} is left when every {what} is exact; it is subtracted below")
+            say(f"{what} loss: {value:.3f} is left when every {what} is exact; it is subtracted below")
     return lowest
 
 

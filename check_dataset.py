@@ -49,7 +49,7 @@ from detection.dataset_checks.image_checks import (
     inspect_images,
 )
 from detection.drawing.files import replace_file
-from detection.errors import DataError, SettingsError, UserError, escape, exit_with_message
+from detection.errors import DataError, SettingsError, UserError, exit_with_message, say
 from detection.models import build_detector
 from detection.runtime.devices import choose_device
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -71,7 +71,7 @@ def main() -> None:
     choose_device(settings.run.device)  # not used, but every script refuses an absent device
     if settings.data.fake:
         raise SettingsError("data.fake: made-up data needs no check")
-    print("\n".join(notices), end="\n" if notices else "")
+    say(*notices)
     make_builtin(settings.data)
     findings = Findings(settings.data.strict)
     wanted = SPLITS if arguments.split == "both" else (arguments.split,)
@@ -98,8 +98,8 @@ def main() -> None:
     report = describe(sources, annotations, splits, findings, fit) | {"depth": depth}
     with writing_results(directory):
         replace_file(directory / "check.json", json.dumps(report, indent=2).encode())
-    print("\n".join(map(escape, text_lines(report, fit_lines, findings))))
-    print(f"all ids in {directory / 'check.json'}")
+    say(*text_lines(report, fit_lines, findings))
+    say(f"all ids in {directory / 'check.json'}")
     errors, warnings = len(findings.of("error")), len(findings.of("warning"))
     if errors or (arguments.strict and warnings):
         raise DatasetFault(f"the dataset has {count(errors, 'error')} and {count(warnings, 'warning')}, listed above")

@@ -22,7 +22,7 @@ from detection.classification.run import ClassifierRun, classifier_plan
 from detection.config.command_line import DEFAULTS, Parser, device_flags
 from detection.config.loading import Values, merge_settings, validate
 from detection.data.workers import prepare_process
-from detection.errors import OUT_OF_MEMORY, SettingsError, escape, exit_with_message
+from detection.errors import OUT_OF_MEMORY, SettingsError, exit_with_message, say
 from detection.models.own_classifier import CLASSIFIER
 from detection.runtime.reproducibility import seed_step
 from detection.runtime.signals import StopRequest
@@ -89,7 +89,7 @@ def main() -> None:
 
             def show(line: str) -> None:
                 if ranks.is_first:
-                    print(escape(line))
+                    say(line)
 
             for line in plan:
                 show(line)

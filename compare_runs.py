@@ -33,7 +33,7 @@ from detection.config.yaml_files import read_settings_file
 from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.files import replace_file, replacing
 from detection.drawing.window import browse
-from detection.errors import DataError, SettingsError, exit_with_message
+from detection.errors import DataError, SettingsError, exit_with_message, say
 from detection.runtime.run_directory import EVALUATOR, new_run_directory, writing_results
 
 if TYPE_CHECKING:
@@ -127,14 +127,14 @@ def main() -> None:
     for run in drawn:
         if missing := [title for column, (title, _) in PANELS.items() if not len(run.points(column))]:
             notices.append(f"{run.name}: has no {', '.join(missing)} (yet)")
-    print("\n".join([*notices, *table(runs)]))
+    say(*notices, *table(runs))
 
     directory = new_run_directory(Path("logs"), "compare", arguments.output)
     figure = draw(drawn, arguments.x, arguments.smooth)
     with writing_results(directory):
         save_figure(directory / "compare.png", figure)
         write_summary(directory, runs)
-    print(f"figure and numbers in {directory}")
+    say(f"figure and numbers in {directory}")
     if arguments.show:
         browse("runs", 1, lambda page: figure_pixels(figure))
 

@@ -58,7 +58,7 @@ from detection.data.conversion.writers import write_dataset
 from detection.data.conversion.yolo import read_yolo
 from detection.data.conversion.yolo_labels import has_labels
 from detection.data.conversion.yolo_layout import DESCRIPTIONS
-from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list
+from detection.errors import DataError, OutputError, SettingsError, UserError, exit_with_message, name_list, say
 from detection.inference.weights import read_names
 
 FORMATS = {"yolo": "YOLO txt", "voc": "Pascal VOC XML", "coco": "COCO JSON"}
@@ -76,7 +76,7 @@ def main() -> None:
     changes = bool(shares or arguments.keep or arguments.rename or len(sources) > 1)
     target = arguments.target_format or ("yolo" if set(formats) == {"coco"} and not changes else "coco")
     for source, source_format in zip(sources, formats, strict=True):
-        print(f"{source}: {FORMATS[source_format]}, to {FORMATS[target]}", flush=True)
+        say(f"{source}: {FORMATS[source_format]}, to {FORMATS[target]}")
     check_arguments(arguments, formats, target, changes)
     findings = Findings()
     try:
@@ -86,7 +86,7 @@ def main() -> None:
         ]
     except UserError:
         for line in findings.lines(sources[0]):  # what was found before explains it
-            print(line)
+            say(line)
         raise
     files = (entry.file for dataset in datasets for entries in dataset.splits.values() for entry in entries)
     check_outside(arguments.output, {file.parent for file in files if file is not None})
@@ -102,7 +102,7 @@ def main() -> None:
     check_ids(dataset, bool(shares) or len(sources) > 1, findings)
     drop_empty_splits(dataset, findings)
     for line in findings.lines(sources[0]):
-        print(line)
+        say(line)
     if not dataset.splits:
         raise DataError(f"{sources[0]}: no image is left to convert")
     if arguments.images == "none" and target == "coco" and not dataset.roots:
@@ -117,7 +117,7 @@ def main() -> None:
         "description": f"converted from {FORMATS[formats[0]]}: {', '.join(source.name for source in sources)}",
     }
     write_dataset(dataset, output, origin, findings, arguments.images)
-    print("\n".join(summary(dataset, arguments.output, target, arguments.images)))
+    say(*summary(dataset, arguments.output, target, arguments.images))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from detection.checkpoints import is_checkpoint, save_checkpoint
 from detection.config.command_line import Parser
-from detection.errors import CheckpointError, SettingsError, exit_with_message, name_list
+from detection.errors import CheckpointError, SettingsError, exit_with_message, name_list, say
 from detection.inference.weights import read_names
 from detection.models.catalogue import find_weights, input_of
 from detection.models.importers import checkpoint_of, find_format, import_weights, read_weights
@@ -47,7 +47,7 @@ def main() -> None:
     lines = [f"{output}: {imported.source}, {imported.num_classes} classes", *imported.lines]
     if imported.names is not None:
         lines.append(f"classes: {name_list(imported.names)}")
-    print("\n".join(lines))
+    say(*lines)
 
 
 def parse_arguments() -> argparse.Namespace:

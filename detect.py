@@ -48,7 +48,7 @@ from detection.config.command_line import Parser
 from detection.data.image_file import read_image
 from detection.data.workers import prepare_process
 from detection.drawing.window import Window, browse
-from detection.errors import DataReadError, SettingsError, exit_with_message, name_list
+from detection.errors import DataReadError, SettingsError, escape, exit_with_message, name_list, say
 from detection.inference.coco_results import CocoResults
 from detection.inference.finder import BATCH_SIZE, Finder
 from detection.inference.results import Results
@@ -96,9 +96,9 @@ def main() -> None:
             else:
                 for source in group:
                     run.look_at_video(source)
-    print(results.summary(finder.threshold, time.perf_counter() - start))
+    say(results.summary(finder.threshold, time.perf_counter() - start))
     if coco is not None:
-        print(f"{coco.boxes} boxes with a score above {finder.lowest:g} on {coco.images} images: {coco.path}")
+        say(f"{coco.boxes} boxes with a score above {finder.lowest:g} on {coco.images} images: {coco.path}")
     stop.check()
     if not results.images + results.frames:
         raise DataReadError("no image could be read")
@@ -182,7 +182,7 @@ class Run:
                 rows = []
                 for (source, pixels, _), found in zip(readable, founds, strict=True):
                     if self.coco is not None and (reason := self.coco.add(source.file, found)):
-                        tqdm.write(f"{source.label}: not in the result file: {reason}", file=sys.stderr)
+                        tqdm.write(escape(f"{source.label}: not in the result file: {reason}"), file=sys.stderr)
                     rows.append((source, pixels, found.at_least(self.finder.threshold)))
                 if results.picture_format:
                     list(pool.map(lambda row: results.save_picture(*row), rows))
@@ -213,7 +213,7 @@ class Run:
             return
         window, live = self._open_window(source.label), reader.live
         if live:
-            print(f"{source.label}: Ctrl-C{' or q' if window else ''} stops", file=sys.stderr, flush=True)
+            say(f"{source.label}: Ctrl-C{' or q' if window else ''} stops", error=True)
         rate = reader.rate if live else reader.rate / self.stride
         writer = VideoWriter(self.results.directory / f"{source.name}.mp4", rate)
         size = 1 if live or window else self.finder.batch_size
@@ -241,11 +241,11 @@ class Run:
             hint = unreadable_hint(source.file) if isinstance(source.file, str) else ""
             self.results.leave_out(f"{source.label}: not one frame can be read{hint}")
         elif reader.live:
-            tqdm.write(f"{source.label}: the stream ended after {reader.read} frames", file=sys.stderr)
+            tqdm.write(escape(f"{source.label}: the stream ended after {reader.read} frames"), file=sys.stderr)
         elif reader.read < reader.expected or reader.damaged:
             damaged = f", {reader.damaged} of them damaged and left out" if reader.damaged else ""
             text = f"{source.label}: {reader.read} of the {reader.expected} frames that its header promises{damaged}"
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(escape(text), file=sys.stderr)
 
     def _open_window(self, title: str) -> Window | None:
         if not self.show or self.no_window is not None:
@@ -263,7 +263,7 @@ def open_coco_results(arguments: argparse.Namespace, names: Sequence[str]) -> Co
         return None
     coco = CocoResults(arguments.coco_results, arguments.annotations, names)
     if coco.unlisted:
-        print(f"--coco-results leaves out classes that {coco.annotations} lacks: {name_list(coco.unlisted)}")
+        say(f"--coco-results leaves out classes that {coco.annotations} lacks: {name_list(coco.unlisted)}")
     return coco
 
 

@@ -46,7 +46,7 @@ from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.files import replace_file
-from detection.errors import CheckpointError, DataError, OutputError, SettingsError, exit_with_message
+from detection.errors import CheckpointError, DataError, OutputError, SettingsError, exit_with_message, say
 from detection.evaluation.evaluate import compute_metrics, run_inference
 from detection.inference.export.calibration import calibration_images
 from detection.inference.export.onnx_comparison import ComparisonFailed, compare_with_pytorch
@@ -176,7 +176,7 @@ def export_darknet(opened: OpenedDetector, stem: Path) -> None:
     write_darknet_weights(opened.detector.model, weights, Header(seen=opened.seen))
     replace_file(cfg, format_cfg(sections).encode())
     replace_file(names, ("\n".join(opened.class_names()) + "\n").encode())
-    print(f"written: {weights} ({weights.stat().st_size} bytes), {cfg}, {names}")
+    say(f"written: {weights} ({weights.stat().st_size} bytes), {cfg}, {names}")
 
 
 def export_backbone(opened: OpenedDetector, stem: Path) -> None:
@@ -188,7 +188,7 @@ def export_backbone(opened: OpenedDetector, stem: Path) -> None:
     path = stem.with_name(f"{stem.name}.conv.{count}")
     refuse_overwriting(path)
     write_darknet_weights(model, path, Header(seen=opened.seen), count)
-    print(f"written: {path} ({path.stat().st_size} bytes), {count} convolutions")
+    say(f"written: {path} ({path.stat().st_size} bytes), {count} convolutions")
 
 
 def export_graph(opened: OpenedDetector, stem: Path, options: ExportOptions, arguments: argparse.Namespace) -> None:
@@ -205,7 +205,7 @@ def export_graph(opened: OpenedDetector, stem: Path, options: ExportOptions, arg
         )
         # build_onnx reads the images with --int8 alone
         model, lines = build_onnx(opened, options, calibration) if options.int8 else build_onnx(opened, options)
-        print("\n".join(lines), flush=True)
+        say(*lines)
     with tempfile.TemporaryDirectory(prefix=f".{stem.name}.", dir=stem.parent) as directory:
         temporary = Path(directory) / path.name
         if kind == "onnx":
@@ -215,12 +215,12 @@ def export_graph(opened: OpenedDetector, stem: Path, options: ExportOptions, arg
         else:
             file = (write_torchscript if kind == "torchscript" else write_exported_program)(opened, options, temporary)
         limit = MAX_AP_LOSS if arguments.max_ap_loss is None else arguments.max_ap_loss
-        print("\n".join(compare_ap(opened, file, limit) if options.int8 else compare_with_pytorch(opened, file)))
+        say(*(compare_ap(opened, file, limit) if options.int8 else compare_with_pytorch(opened, file)))
         os.replace(temporary, path)
     size = "any size" if options.dynamic_size else f"{opened.settings.evaluation.image_size} px"
     count = sum(part.stat().st_size for part in (path.iterdir() if path.is_dir() else [path]))
     opset = f"opset {options.opset}, " if kind in ("onnx", "openvino") else ""
-    print(f"written: {path} ({count} bytes), {opset}{size}, outputs {options.outputs}")
+    say(f"written: {path} ({count} bytes), {opset}{size}, outputs {options.outputs}")
 
 
 def write_onnx(model: Any, path: Path) -> Path:

@@ -22,7 +22,7 @@ from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
 from detection.drawing.files import replacing
 from detection.drawing.window import browse
-from detection.errors import SettingsError, exit_with_message
+from detection.errors import SettingsError, exit_with_message, say
 from detection.runtime.run_directory import new_run_directory, writing_results
 from detection.training.automatic import load_run_settings
 from detection.training.schedules import BIAS_GROUP, Schedule, add_swa, build_schedule, full_rate, resolve_steps
@@ -109,7 +109,7 @@ def main() -> None:
         name = files[-1].stem if files else settings.scheduler.strategy
         taken = any(curve.name == name for curve in curves)
         curves.append(build_curve(f"{name} {number}" if taken else name, settings, arguments.images))
-        print("\n".join([*notices, *describe(curves[-1])]))
+        say(*notices, *describe(curves[-1]))
     directory = new_run_directory(Path(settings.run.logs_path), "schedule", arguments.output)
     figure = draw(curves)
     with writing_results(directory):
@@ -117,7 +117,7 @@ def main() -> None:
         for curve in curves:
             write_csv(directory / f"{curve.name}.csv", curve)
             write_tensorboard(directory / curve.name, curve)
-    print(f"figure, CSV and TensorBoard events in {directory}")
+    say(f"figure, CSV and TensorBoard events in {directory}")
     if arguments.show:
         browse("learning rate", 1, lambda page: figure_pixels(figure))
 

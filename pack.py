@@ -38,7 +38,7 @@ from detection.data.packed.index import PackedIndex, find_indexes
 from detection.data.packed.repair import check_shards, rebuild_indexes, shard_bytes, unpack
 from detection.data.packed.writer import write_dataset, write_shards, writing_beside
 from detection.data.sources import every_source, source_lines
-from detection.errors import DataError, OutputError, SettingsError, escape, exit_with_message
+from detection.errors import DataError, OutputError, SettingsError, escape, exit_with_message, say
 
 UNUSED = tuple(section for section in Settings.model_fields if section != "data")  # of the settings, not read here
 SHARD_MIB = 256
@@ -153,8 +153,8 @@ def pack(arguments: argparse.Namespace) -> None:
     indexes = write_dataset(output, sources, write)
     for split, index in indexes.items():
         size = sum(shard.size for shard in index.shards) / 2**20
-        print(f"{split}: {len(index.names)} images in {len(index.shards)} shards, {size:.1f} MiB")
-    print(f"written to {arguments.output}; read with data.root={arguments.output}")
+        say(f"{split}: {len(index.names)} images in {len(index.shards)} shards, {size:.1f} MiB")
+    say(f"written to {arguments.output}; read with data.root={arguments.output}")
 
 
 def find_splits(arguments: argparse.Namespace, output: Path) -> dict[str, Callable[[], SplitContent]]:
@@ -163,7 +163,7 @@ def find_splits(arguments: argparse.Namespace, output: Path) -> dict[str, Callab
     data = settings.data
     if data.fake:
         raise SettingsError("data.fake: there are no images to pack")
-    print("\n".join(notices), end="\n" if notices else "")
+    say(*notices)
     make_builtin(data)
     found = every_source(data)
     named = data.train_annotations is not None or data.validation_annotations is not None
@@ -172,7 +172,7 @@ def find_splits(arguments: argparse.Namespace, output: Path) -> dict[str, Callab
         for folder in (images, *([] if named else [source.root.resolve()])):
             if folder in (output.resolve(), *output.resolve().parents):
                 raise SettingsError(f"--output {arguments.output} lies in the dataset {folder}, which is not changed")
-    print("\n".join(map(escape, source_lines(*found.values()))), flush=True)
+    say(*source_lines(*found.values()))
     return {split: functools.partial(read_split, source, data.follow_links) for split, source in found.items()}
 
 
@@ -196,9 +196,11 @@ def find_records(patterns: list[str]) -> dict[str, Callable[[], SplitContent]]:
         split = split_in(Path(paths[0].name)) or "train"
         if split in splits:
             raise DataError(f"--from-tfrecord {pattern!r}: is of the split {split}, as another pattern is")
-        splits[split] = tfrecord.read_split(paths, functools.partial(tqdm, unit="file", desc=split, disable=None))
+        splits[split] = tfrecord.read_split(
+            paths, functools.partial(tqdm, unit="file", desc=escape(split), disable=None)
+        )
         for what, count in splits[split].unread.items():
-            print(f"note: {what} in {count} records of {split} are left out")
+            say(f"note: {what} in {count} records of {split} are left out")
     names = tfrecord.merge_names(splits.values())
     return {
         split: functools.partial(tfrecord.to_content, content, names, patterns[number])
@@ -221,7 +223,7 @@ def check_output(output: Path, given: Path, splits: Iterable[str]) -> None:
 
 
 def show_progress(entries: Iterable[Entry], split: str) -> Iterable[Entry]:
-    return tqdm(entries, unit="image", desc=split, disable=None, leave=False)
+    return tqdm(entries, unit="image", desc=escape(split), disable=None, leave=False)
 
 
 def bytes_bar(folder: Path) -> tqdm:
@@ -239,9 +241,9 @@ def check(folder: Path) -> None:
     with bytes_bar(folder) as bar:
         faults = check_shards(folder, bar.update)
     if faults:
-        print("\n".join(faults[:-1]), end="\n" * bool(faults[:-1]))
+        say(*faults[:-1])
         raise DataError(faults[-1])
-    print(f"{folder}: all shards and annotations are as they were packed")
+    say(f"{folder}: all shards and annotations are as they were packed")
 
 
 def rebuild(folder: Path) -> None:
@@ -249,8 +251,8 @@ def rebuild(folder: Path) -> None:
     with bytes_bar(folder) as bar:
         rebuilt = rebuild_indexes(folder, bar.update)
     for split, one in rebuilt.items():
-        print(f"{split}: index of {len(one.index.names)} images in {len(one.index.shards)} shards written anew")
-        print("\n".join(f"{split}: {line}" for line in one.changes or ["nothing else than the index before said"]))
+        say(f"{split}: index of {len(one.index.names)} images in {len(one.index.shards)} shards written anew")
+        say(*(f"{split}: {line}" for line in one.changes or ["nothing else than the index before said"]))
 
 
 def write_files(folder: Path, output: Path) -> None:
@@ -260,7 +262,7 @@ def write_files(folder: Path, output: Path) -> None:
         raise OutputError(f"--output {output} is not empty")
     with bytes_bar(folder) as bar, writing_beside(output.absolute()) as temporary:
         count = unpack(folder, temporary, bar.update)
-    print(f"{count} images written to {output}; read with data.root={output}")
+    say(f"{count} images written to {output}; read with data.root={output}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from detection.config.command_line import DEFAULTS, Parser, at_least_one, at_lea
 from detection.config.loading import merge_settings
 from detection.config.yaml_files import read_settings_file, write_yaml
 from detection.drawing.files import replace_file
-from detection.errors import CheckpointError, DataReadError, OutputError, SettingsError, exit_with_message
+from detection.errors import CheckpointError, DataReadError, OutputError, SettingsError, exit_with_message, say
 from detection.runtime.run_directory import writing_results
 from detection.runtime.signals import StopRequest
 from detection.training.automatic import load_run_settings
@@ -63,9 +62,9 @@ def main() -> None:
     with study.working():
         work(study, plan, lengths, arguments, minutes, limit, stop)
     with writing_results(study.directory):
-        print("\n".join(["", *write_report(study, plan["metric"], lengths)]), flush=True)
+        say("", *write_report(study, plan["metric"], lengths))
     if stop.signal_number is not None:
-        print(f"stopped; go on with: python tune.py --study {study.directory}", file=sys.stderr)
+        say(f"stopped; go on with: python tune.py --study {study.directory}", error=True)
     stop.check()
 
 
@@ -108,17 +107,17 @@ def train_piece(
         own_words = [*own, *plan["saves"], f"run.stop_after={end}"]
         command = command_of(directory, overlays_of(study.directory), plan["words"], job.values, own_words)
         how = "continues" if "--resume" in command else "begins"
-        print(f"trial {directory.name} {how}, to {lengths[job.rung]}: {job.values}", flush=True)
+        say(f"trial {directory.name} {how}, to {lengths[job.rung]}: {job.values}")
         started = time.monotonic()
         code, told = wait_for(start(command, directory), study, over)
         seconds = time.monotonic() - started
         if code == 0:
             step, value = last_evaluation(directory, plan["metric"])
             study.report(job, value, seconds, step)
-            print(f"trial {directory.name} step {step}: {plan['metric']} {value:.4f}, {seconds:.0f} s", flush=True)
+            say(f"trial {directory.name} step {step}: {plan['metric']} {value:.4f}, {seconds:.0f} s")
             return
         if told and (code in STOPPED or code < 0):
-            print(f"trial {directory.name} stopped, can go on", flush=True)
+            say(f"trial {directory.name} stopped, can go on")
             return
         reason = f"exit code {code}: {last_line(directory)}"
         if code in NO_FAULT:
@@ -126,7 +125,7 @@ def train_piece(
         if (code > 0 and code not in STOPPED) or attempt == ATTEMPTS:
             break
     study.fail(job, reason)
-    print(f"trial {directory.name} failed with {reason}", flush=True)
+    say(f"trial {directory.name} failed with {reason}")
     standings = study.standings()
     if sum(standing.failed for standing in standings) >= ATTEMPTS and not any(each.values for each in standings):
         raise SettingsError(f"all trials fail, the last one with {reason}")

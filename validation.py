@@ -66,7 +66,7 @@ from detection.data.transforms import Transform
 from detection.data.workers import prepare_process
 from detection.drawing.boxes import save_png
 from detection.drawing.window import browse
-from detection.errors import DataError, SettingsError, UserError, escape, exit_with_message, name_list
+from detection.errors import DataError, SettingsError, UserError, exit_with_message, name_list, say
 from detection.evaluation.comparison import (
     Compared,
     check_same_data,
@@ -224,8 +224,8 @@ def validate(arguments: argparse.Namespace) -> None:
             for file_name, picture in pictures.items():
                 save_png(directory / f"{file_name}.png", picture)
     finally:  # after the files, which do not depend on the terminal; and also where they cannot be written
-        print("\n".join(map(escape, lines)), flush=True)
-    print(f"results in {directory}")
+        say(*lines)
+    say(f"results in {directory}")
     if arguments.show:
         browse(name, len(pictures), list(pictures.values()).__getitem__)
     if official["differences"]:
@@ -242,11 +242,11 @@ def predict(arguments: argparse.Namespace) -> None:
     detections = detections.take(~np.isin(detections.labels, dataset.unlisted))
     if dataset.unlisted:
         names = [dataset.annotations.categories.names[label] for label in dataset.unlisted]
-        print(f"left out, since the annotation file has no such category: {name_list(names)}")
+        say(f"left out, since the annotation file has no such category: {name_list(names)}")
     with writing_results(directory):
         write_detections(directory / "detections.json", dataset.annotations, detections)
     non_finite = f", {dropped} non-finite ones dropped" if dropped else ""
-    print(f"{len(detections)} boxes on {len(dataset)} images{non_finite}: {directory / 'detections.json'}")
+    say(f"{len(detections)} boxes on {len(dataset)} images{non_finite}: {directory / 'detections.json'}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -262,7 +262,7 @@ def compare(arguments: argparse.Namespace) -> None:
     directory = new_run_directory(Path(detectors[0].settings.run.logs_path), "compare", arguments.output)
     rows = []
     for name, file, opened, dataset, viewer in zip(names, files, detectors, datasets, viewers, strict=True):
-        print(f"{name}: ", end="")
+        say(f"{name}: ", end="")
         evaluation = evaluate_with_bar(opened, dataset, viewer)
         rows.append(
             Compared(
@@ -287,8 +287,8 @@ def compare(arguments: argparse.Namespace) -> None:
             write_comparison(directory, rows)
             save_png(directory / "comparison.png", picture)
     finally:
-        print("\n".join(map(escape, lines)), flush=True)
-    print(f"results in {directory}")
+        say(*lines)
+    say(f"results in {directory}")
     if arguments.show:
         browse("comparison", 1, lambda _: picture)
 
@@ -325,7 +325,7 @@ def open_dataset(opened: OpenedDetector, ground_truth: bool = True) -> CocoDatas
     data, evaluation = opened.settings.data, opened.settings.evaluation
     dataset = build_validation_dataset(data, opened.names, evaluation.max_images, ground_truth)
     dataset.sample_transform = Transform(opened.detector.geometry, evaluation.image_size)
-    print("\n".join(map(escape, dataset.source_lines)))
+    say(*dataset.source_lines)
     annotations = dataset.annotations
     check_classes(opened, annotations.categories.names)
     if ground_truth and annotations.crowd.all():
@@ -339,7 +339,7 @@ def infer_with_bar(
     """Run the detector on the dataset, with a progress bar on a terminal."""
     settings, machine, detector = opened.settings, viewer.machine, viewer.detector
     how = f"{describe_device(machine.device)}, {machine.precision}"
-    print(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector, dataset)}", flush=True)
+    say(f"{how}, {len(dataset)} images; {protocol_line(settings, opened.detector, dataset)}")
     collate = collate_samples if viewer.looks_once else list
     if not viewer.looks_once:
         dataset.sample_transform = viewer.prepare
@@ -362,7 +362,7 @@ def evaluate_with_bar(opened: OpenedDetector, dataset: CocoDataset, viewer: View
     result = infer_with_bar(opened, dataset, viewer, viewer.detector.criterion)
     evaluation = compute_metrics([result], dataset.annotations, opened.settings.evaluation.backend)
     if evaluation.dropped:
-        print(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
+        say(f"warning: {evaluation.dropped} detections were non-finite numbers and were dropped")
     return evaluation
 
 

@@ -42,7 +42,7 @@ from detection.drawing.boxes import save_png
 from detection.drawing.fonts import printable
 from detection.drawing.html_page import HtmlReport
 from detection.drawing.window import browse
-from detection.errors import DataError, DataReadError, SettingsError, escape, exit_with_message, name_list
+from detection.errors import DataError, DataReadError, SettingsError, exit_with_message, name_list, say
 from detection.evaluation.mistakes import RULE, Findings, write_mistakes
 from detection.inference.weights import OpenedDetector, check_classes, open_command_line
 from detection.runtime.devices import open_machine
@@ -65,7 +65,7 @@ def main() -> None:
     if opened is None:
         given, unused = (arguments.config, arguments.settings, device_flags(arguments)), ("scheduler", "train")
         settings, notices = load_run_settings(*given, unused=unused, tolerant=True, fit=False)
-        print("\n".join(notices), end="\n" if notices else "")
+        say(*notices)
     else:
         settings = opened.settings
     machine = open_machine(settings.run)  # also without --weights, because every script refuses an absent device
@@ -75,7 +75,7 @@ def main() -> None:
     facts = describe(file, annotations, statistics)
     if dataset is None:
         facts.append("no images: statistics only")
-    print("\n".join(map(printable, facts)), flush=True)
+    say(*facts)
     chosen, numbers = np.zeros(0, np.int64), range(0)
     if dataset is None and (flags := [name for name in PAGE_FLAGS if getattr(arguments, name)]):
         raise DataError(f"--{flags[0].removesuffix('_name')}: there are no images for {file}")
@@ -102,7 +102,7 @@ def main() -> None:
             numbers = range(min(numbers.start, len(pages) - 1), min(numbers.stop, len(pages)))  # fewer can be read
             write_pages(directory, report, pages, numbers)
         report.write(directory / "report.html")
-    print(f"report.html{f', {len(numbers)} of {len(pages)} pages' if pages else ''} and statistics in {directory}")
+    say(f"report.html{f', {len(numbers)} of {len(pages)} pages' if pages else ''} and statistics in {directory}")
     if arguments.show:
         if pages is None:
             figures = [directory / name for name in ("class_distribution.png", "statistics.png")]
@@ -160,7 +160,7 @@ def open_dataset(
         raise SettingsError("data.fake: there is no dataset to look at")
     make_builtin(data)
     source = find_source(data, {"train": "training", "val": "validation"}[split])
-    print("\n".join(map(escape, source_lines(source))), flush=True)
+    say(*source_lines(source))
     file, images, columns = source.file, source.images, source.columns()
     if images is None:
         return file, flatten_annotations(columns, str(file), data.class_names, None, source.fraction, data.strict), None
@@ -282,7 +282,7 @@ def report_mistakes(
         f"{mistakes.in_crowd.sum():,} in crowd regions",
         f"worst_images.csv and pages: {RULE}",
     ]
-    print("\n".join(lines))
+    say(*lines)
     report.heading("Ground truth beside detections")
     report.lines(lines)
     return order
@@ -301,7 +301,7 @@ def write_pages(directory: Path, report: HtmlReport, pages: Pages, numbers: rang
     if pages.unreadable:
         report.heading("Images that cannot be read, left out")
         report.lines(pages.unreadable.values())
-        print(f"{len(pages.unreadable)} images cannot be read and were left out")
+        say(f"{len(pages.unreadable)} images cannot be read and were left out")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from detection.data.workers import prepare_process
 from detection.drawing.boxes import CROWD_LABEL, draw_boxes, make_grid, save_png
 from detection.drawing.fonts import printable
 from detection.drawing.window import browse
-from detection.errors import DataError, SettingsError, exit_with_message
+from detection.errors import DataError, SettingsError, exit_with_message, say
 from detection.models import build_detector, check_shares
 from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import open_machine
@@ -80,10 +80,10 @@ def main() -> None:
     if arguments.weights is not None:
         flags.append(Flag("--weights", "model.pretrained", str(arguments.weights)))
     settings, notices = load_run_settings(arguments.config, arguments.settings, flags, unused=("scheduler",))
-    print("\n".join(notices), end="\n" if notices else "")
+    say(*notices)
     machine = open_machine(settings.run)  # else not used, but every script refuses an absent device
     dataset = open_dataset(settings, arguments.split)
-    print("\n".join(dataset.source_lines), end="\n" if dataset.source_lines else "")
+    say(*dataset.source_lines)
     if settings.train.batch_size == "auto":
         settings = with_batch_size(settings, machine.device.type, len(dataset))
     names = [printable(name) for name in dataset.annotations.categories.names]
@@ -102,7 +102,7 @@ def main() -> None:
         for file, picture in pictures.items():
             save_png(directory / f"{file}.png", picture)
         replace_file(directory / f"{name}.json", json.dumps(content, indent=1).encode())
-    print(f"{', '.join(f'{file}.png' for file in pictures)} and {name}.json in {directory}")
+    say(f"{', '.join(f'{file}.png' for file in pictures)} and {name}.json in {directory}")
     if arguments.show:
         shown = list(pictures.values())
         browse("visualize_batch.py", len(shown), lambda number: shown[number])
@@ -162,7 +162,7 @@ def open_dataset(settings: Settings, split: str) -> DetectionDataset:
 def with_batch_size(settings: Settings, device_type: str, num_images: int) -> Settings:
     """Replace `train.batch_size: auto` by what training takes where memory holds as much, and say so."""
     number = sizes_up_to(max(most_images(device_type, num_images) // settings.train.subdivisions, 1))[-1]
-    print(f"train.batch_size=auto: {number}, as in training where memory holds so many images")
+    say(f"train.batch_size=auto: {number}, as in training where memory holds so many images")
     return settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": number})})
 
 
@@ -262,7 +262,7 @@ def show_batch(
     head = f"{kind} {arguments.step}: {len(positions)} images of {size} px, seed {settings.run.seed}"
     if positions[0].clean:
         head += ", in the last part of the run: without mosaic and mixup"
-    print(f"{head}; {len(drawn)} drawn" if len(drawn) < len(positions) else head)
+    say(f"{head}; {len(drawn)} drawn" if len(drawn) < len(positions) else head)
     batch = collate_samples([dataset[position] for position in drawn])
     annotations = dataset.annotations
     rows: list[dict[str, Any]] = []
@@ -282,7 +282,7 @@ def show_batch(
         rows.append(
             row | {"boxes": boxes.round(3).tolist(), "classes": class_of, "boxes_before": before(dataset, index)}
         )
-        print(
+        say(
             f"  id {number:<8} epoch {epoch}  index {index:<6} {len(labels):>3} of {before(dataset, index)} boxes  "
             f"{printable(row['file_name'])}"
         )
@@ -300,7 +300,7 @@ def show_batch(
         strides = cast(DetectorModel, detector.model).strides
         assigned = assigned_predictions(settings, detector, batch, names)
         anchors = None if detector.anchors is None else detector.anchors.levels
-        print("\n".join(f"  {line}" for line in count_targets(strides, anchors, assigned)))
+        say(*(f"  {line}" for line in count_targets(strides, anchors, assigned)))
         ids = [row["image_id"] for row in rows]
         pictures = {"targets": draw_targets(batch, ids, names, strides, assigned)} | pictures
         for place, row in enumerate(rows):
@@ -326,7 +326,7 @@ def assigned_predictions(
     if not hasattr(criterion, "assigned_by_outputs"):
         return cast(list[AssignedPrediction], criterion.assigned_predictions(boxes, labels, batch["images"].shape[-1]))
     lines = load_pretrained(detector.model, settings.model, names) or ["the predictions are those of random weights"]
-    print("\n".join(f"  {line}" for line in lines))
+    say(*(f"  {line}" for line in lines))
     with torch.no_grad():
         outputs = detector.model.train()(batch["images"])
     return cast(list[AssignedPrediction], criterion.assigned_by_outputs(outputs, boxes, labels))
@@ -360,12 +360,12 @@ def show_transform(
     start, end = annotations.first_box[index : index + 2]
     labels = np.where(annotations.crowd[start:end], CROWD_LABEL, annotations.labels[start:end])
     size, section = positions[0].size, getattr(settings.data.augmentation, arguments.transform)
-    print(
+    say(
         f"{arguments.transform} with {section.model_dump(exclude={'p'})} at {size} px "
         f"on image {annotations.image_ids[index]}"
     )
     if section.p == 0:
-        print("  p is 0.0 in these settings: training does not use it")
+        say("  p is 0.0 in these settings: training does not use it")
     image = dataset.load_image(index)
     if dataset.partners is None and arguments.transform in ("mosaic", "mixup"):
         order = ImageOrder(len(dataset), settings.run.seed, factors_of(dataset, settings))
@@ -393,7 +393,7 @@ def show_transform(
         content += [
             {"setting": tile.setting, "value": tile.value, "boxes": tile.sample.boxes.round(3).tolist()} for tile in row
         ]
-        print(f"  {row[0].setting}: {', '.join(tile.value for tile in row)}")
+        say(f"  {row[0].setting}: {', '.join(tile.value for tile in row)}")
     columns = max(map(len, drawn))
     blank = np.full_like(drawn[0][0], 255)
     sheet = make_grid([tile for row in drawn for tile in [*row, *[blank] * (columns - len(row))]], columns, padding=6)

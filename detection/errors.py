@@ -24,6 +24,13 @@ def escape(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def say(*lines: str, error: bool = False, end: str = "\n") -> None:
+    """Print lines, each escaped, to stdout or stderr at once. Scripts print with it alone, beside a progress bar with
+    `tqdm.write(escape(...))`."""
+    for line in lines:
+        print(escape(line), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
 class UserError(Exception):
     """Base of all errors that a user can cause and fix; the text is one line: what, where, what is allowed."""
 
@@ -140,10 +147,24 @@ def exit_with_message(main: Callable[[], None], memory_hint: str = MEMORY_HINT) 
 
 
 def protect_streams() -> None:
-    """Make stdout and stderr escape what their encoding lacks: a class name may have any character, a terminal not."""
+    """Make stdout and stderr escape what their encoding lacks: a class name may have any character, a terminal not.
+
+    Standard streams that whoever started the program has closed are opened on nothing: else the next file would get
+    their number, and what a library prints would go into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  (stays open)
+            os.set_inheritable(stream.fileno(), True)  # as the streams of programs that this one starts
+            setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def closed_streams() -> list[str]:
+    """Names of the streams for output that were closed when the program started, see `protect_streams`."""
+    return [name for name in ("stdout", "stderr") if getattr(getattr(sys, name), "name", None) == os.devnull]
 
 
 def name_list(names: Iterable[str]) -> str:

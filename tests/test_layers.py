@@ -27,6 +27,7 @@ OPTIONAL += "openvino optuna psutil"
 OPTIONAL_PACKAGES = frozenset(OPTIONAL.split(" "))
 REQUIRED = set(re.findall(r"^[\w-]+", (REPOSITORY / "requirements.txt").read_text().lower(), re.MULTILINE))
 DISTRIBUTIONS = packages_distributions()  # module -> packages that bring it
+PRINTERS = ("detection/errors.py", "detection/runtime/signals.py", "detection/training/loggers/terminal.py")
 PATH_OWNER = "yolo-v3/main.py"  # the only file that may touch sys.path
 
 
@@ -134,6 +135,8 @@ def find_violations(sources: Mapping[str, str]) -> list[str]:
                 found.append(f"{where}, a script")
             if in_package and top_level and name.split(".")[0] in OPTIONAL_PACKAGES:
                 found.append(f"{where}, an optional package, outside the function that needs it")
+        if path not in PRINTERS and not path.startswith(("tests/", "benchmarks/")):
+            found += [f"{path}:{line}: prints without errors.escape" for line in lines_that_print(source)]
         if path != PATH_OWNER:
             found += [f"{path}:{line}: touches sys.path" for line in lines_with_sys_path(source)]
     return found + [f"imports in a circle: {' -> '.join(circle)}" for circle in find_circles(graph)]
@@ -151,6 +154,19 @@ def lines_with_sys_path(source: str) -> list[int]:
             and node.value.id in names
         )
         or (isinstance(node, ast.ImportFrom) and node.module == "sys" and any(a.name == "path" for a in node.names))
+    ]
+
+
+def lines_that_print(source: str) -> list[int]:
+    """Lines with `print`, or with a `tqdm.write` without `escape`: names from files may forge lines."""
+    return [
+        node.lineno
+        for node in parse(source)
+        if (isinstance(node, ast.Name) and node.id == "print")
+        or (
+            (isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm.write")
+            and not ast.unparse(node.args[0]).startswith("escape(")
+        )
     ]
 
 
@@ -233,6 +249,12 @@ def test_made_up_clean_repository_is_clean() -> None:
         ("detection/ops/boxes.py", "from detection.training import run", "training.run of the higher layer 5"),
         ("detection/ops/boxes.py", "from ..training import run", "detection.training.run of the higher layer 5"),
         ("detection/data/coco.py", "from ..training.run import x", "detection.training.run of the higher layer 5"),
+        (
+            "detect.py",
+            "import functools\nshow = functools.partial(print, end='')",
+            "detect.py:2: prints without errors.escape",
+        ),
+        ("detect.py", "from tqdm import tqdm\ntqdm.write('left out: ' + name)", "detect.py:2: prints without"),
         ("detection/data/coco.py", "from detection.models import x", "detection.models of another package of its"),
         ("detection/__init__.py", "from detection import ops", "imports detection.ops of the higher layer 0"),
         ("detection/brand_new.py", "", "detection/brand_new.py: has no layer"),

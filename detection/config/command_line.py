@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from detection.config.aliases import add_device_flags, add_training_flags, separate_values, settings_flags
 from detection.config.loading import Flag
-from detection.errors import CheckpointError, SettingsError
+from detection.errors import CheckpointError, SettingsError, escape
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "yolo-v3" / "args.yaml"
 
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             known = [name for name in self._option_string_actions if name.startswith("--")]
             nearest = difflib.get_close_matches(unknown[1], known, n=1)
             message += f"; the nearest is {nearest[0]}" if nearest else ""
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        self.exit(2, escape(f"{self.prog}: {message}; see --help") + "\n")
 
     def add_experiment(self, words: Sequence[str]) -> None:
         """Add --experiment, by which a script of another directory runs this one with its own defaults and its help."""

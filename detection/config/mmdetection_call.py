@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from detection.errors import SettingsError
+from detection.errors import SettingsError, say
 
 RECIPES = (".yaml", ".yml")
 
@@ -27,6 +27,6 @@ def take_positions(arguments: argparse.Namespace) -> None:
     if config.suffix in RECIPES:
         arguments.config = [*arguments.config, config]
     elif config.suffix == ".py":
-        print(f"--eval: {config} is not read, {checkpoint} brings its network, classes and geometry", flush=True)
+        say(f"--eval: {config} is not read, {checkpoint} brings its network, classes and geometry")
     else:
         raise SettingsError(f"--eval bbox: {config} is neither a recipe (.yaml) nor a file of mmdetection (.py)")

@@ -19,7 +19,7 @@ from detection.data.partners import PartnerImages
 from detection.data.sampler import ImageOrder
 from detection.data.sources import find_source, forget, look_once, source_lines
 from detection.data.transforms import Transform
-from detection.errors import DataError, OutputError, name_list
+from detection.errors import DataError, OutputError, name_list, say
 
 FAKE_IMAGES = (1024, 64)  # training and validation images of data.fake
 
@@ -183,7 +183,7 @@ def make_builtin(data: DataSettings) -> None:
         return
     try:
         if ensure_digits(Path(data.root)):
-            print(f"built-in dataset of handwritten digits made in {data.root}", flush=True)
+            say(f"built-in dataset of handwritten digits made in {data.root}")
     except ValueError as error:
         raise DataError(str(error)) from None
     except OSError as error:

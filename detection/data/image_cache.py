@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import multiprocessing.reduction
 import os
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import torch
 from detection.config.settings import DataSettings
 from detection.data.image_file import describe_decoder, read_image
 from detection.data.stored_image import ImageFile
-from detection.errors import DataReadError, OutputError, SettingsError
+from detection.errors import DataReadError, OutputError, SettingsError, say
 from detection.runtime.devices import available_memory
 
 MAGIC = b"images 1"
@@ -157,7 +156,7 @@ class ImageCache:
     def warn(self, what: str) -> None:
         """Warn that the cache stops growing."""
         where = self.file or "in memory"
-        print(f"warning: image cache {where} {what}; further images are not cached", file=sys.stderr, flush=True)
+        say(f"warning: image cache {where} {what}; further images are not cached", error=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

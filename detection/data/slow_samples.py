@@ -1,13 +1,12 @@
 """Warnings about images that take too long to load and augment, even those that never finish."""
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from detection.errors import escape
+from detection.errors import say
 
 
 class SlowSamples:
@@ -68,4 +67,4 @@ class SlowSamples:
         if index not in self.named:
             self.named.add(index)
             line = f"warning: {self.describe(index)} {what} (data.slow_sample_seconds)"
-            print(escape(line), file=sys.stderr, flush=True)
+            say(line, error=True)

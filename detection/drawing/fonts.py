@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import logging
-import sys
 from collections.abc import Iterable
+
+from detection.errors import say
 
 # Families that have Chinese, Japanese and Korean, or most of Unicode; tried before all others.
 WIDE_FAMILIES = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "Droid Sans Fallback", "Arial Unicode", "Unifont")
@@ -52,7 +53,7 @@ def _add_fonts(letters: frozenset[str]) -> frozenset[str]:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fallbacks have one weight only; it warns
     if missing:
         shown = " ".join(map(_escape, sorted(missing)[:5]))
-        print(f"note: no installed font has {len(missing)} letters of class names ({shown}); {ADVICE}", file=sys.stderr)
+        say(f"note: no installed font has {len(missing)} letters of class names ({shown}); {ADVICE}", error=True)
     return frozenset(missing)
 
 

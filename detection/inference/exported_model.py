@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from detection.config.loading import changed_settings
 from detection.config.settings import Settings
 from detection.contract import Detector, Geometry
 from detection.errors import CheckpointError, SettingsError
+from detection.foreign_files import clean
 from detection.models import POSTPROCESSES, upgrade_metadata
 from detection.models.postprocess import DecodedPostprocess, FinalDetections, Selection
 
@@ -69,20 +71,22 @@ class ExportedModel(nn.Module):
     Args:
         path: of the file.
         metadata: its entries, see `Description.to_metadata`.
+        weights: names and values.
 
     Attributes:
         runtime: what runs it, for messages.
 
     Raises:
-        CheckpointError: the file was written by another program, or its metadata is damaged.
+        CheckpointError: the file was written by another program, its metadata is damaged, or a weight is not finite.
     """
 
     runtime = ""
 
-    def __init__(self, path: Path, metadata: dict[str, str]) -> None:
+    def __init__(self, path: Path, metadata: dict[str, str], weights: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()
         self.path = path
         self.description = read_metadata(metadata, path)
+        refuse_non_finite(weights, path)
         self.strides = self.description.strides
         self.size_multiple = self.description.size_multiple
         self.num_parameters = self.description.parameters
@@ -118,6 +122,24 @@ class ExportedModel(nn.Module):
         if self.description.output_kind == "nms":
             outputs.append(torch.arange(len(images), device=images.device))
         return outputs
+
+
+def refuse_non_finite(weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Check the weights of a network, which would find no boxes with NaN in them.
+
+    Args:
+        weights: names and values.
+        path: their file.
+
+    Raises:
+        CheckpointError: a tensor has NaN or infinity.
+    """
+    finite = {name: bool(torch.isfinite(value).all()) for name, value in weights}
+    if bad := [name for name in finite if not finite[name]]:
+        raise CheckpointError(
+            f"{path} is of no use: {len(bad)} of its {len(finite)} tensors have NaN or infinity ({clean(bad[0])}); "
+            "the training that wrote it went wrong, take an earlier checkpoint"
+        )
 
 
 def build_exported(model: ExportedModel, own: Settings, settings: Settings) -> Detector:

@@ -1,6 +1,7 @@
 """OpenVINO files as models: a .xml with its .bin beside it, or their folder."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,21 @@ class OpenVinoModel(ExportedModel):
         except Exception as error:  # noqa: BLE001  (its own classes, and those of its readers)
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path} is not a usable OpenVINO file: {reason}") from None
-        super().__init__(path, metadata)
+        super().__init__(path, metadata, read_weights(model))
         self.compiled = compiled
 
     def compute(self, images: Tensor) -> list[Tensor]:
         results = self.compiled([images.numpy()])
         return [torch.from_numpy(results[output].copy()) for output in self.compiled.outputs]
+
+
+def read_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and values of the real constants; a lone infinity is the open end of a range, as in Clamp."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type().is_real():
+            values = torch.from_numpy(node.get_data().copy())
+            if values.numel() > 1 or not values.isinf().any():
+                yield node.get_friendly_name(), values
 
 
 def save_openvino(onnx_file: Path, path: Path, metadata: dict[str, str], half: bool) -> None:

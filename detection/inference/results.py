@@ -14,6 +14,7 @@ from tqdm import tqdm
 from detection.data.image_file import UniqueNames
 from detection.drawing.boxes import draw_boxes, save_jpeg, save_png
 from detection.drawing.files import replace_file, replacing, safe_name
+from detection.errors import escape
 from detection.inference.sources import Source
 from detection.inference.video import Frame
 
@@ -131,7 +132,7 @@ class Results:
     def leave_out(self, reason: str) -> None:
         """Count an input that cannot be read, and print why."""
         self.left_out += 1
-        tqdm.write(f"left out: {reason}", file=sys.stderr)
+        tqdm.write(escape(f"left out: {reason}"), file=sys.stderr)
 
     def summary(self, threshold: float, seconds: float) -> str:
         """Format what was found and how fast, as the last line of detect.py."""

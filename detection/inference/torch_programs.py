@@ -64,7 +64,7 @@ class _ProgramModel(ExportedModel):
 
     def __init__(self, path: Path, kind: str, load: Callable[[dict[str, str]], Any]) -> None:
         program, metadata = read_program(path, kind, load)
-        super().__init__(path, metadata)
+        super().__init__(path, metadata, program.state_dict().items())
         object.__setattr__(self, "run", program)
 
     @torch.no_grad()

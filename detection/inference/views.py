@@ -11,6 +11,7 @@ from torch import Tensor
 from detection.contract import Detector
 from detection.data.loaders import collate_samples
 from detection.data.transforms import Sample, Transform
+from detection.errors import say
 from detection.inference.exported_model import ExportedModel
 from detection.inference.folding import prepare_inference
 from detection.inference.tiling import Region, Tiling, merge_tiles, read_tiling
@@ -180,5 +181,5 @@ def open_viewer(arguments: argparse.Namespace, opened: OpenedDetector, machine: 
     """
     viewer = build_viewer(opened, machine, batch_size, read_tiling(arguments.tiles, arguments.overlap), arguments.tta)
     if viewer.notice:
-        print(viewer.notice, flush=True)
+        say(viewer.notice)
     return viewer

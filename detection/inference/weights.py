@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from detection.checkpoints import (
     DETECTOR_FIELDS,
     READ_HERE,
@@ -19,10 +17,10 @@ from detection.config.command_line import DEFAULTS, device_flags, weights_file
 from detection.config.loading import Flag, complete_settings, load_settings, read_cfg
 from detection.config.settings import DARKNET_CFG, Settings
 from detection.contract import Detector
-from detection.errors import CheckpointError, SettingsError, escape, name_list
-from detection.foreign_files import clean, describe_file, read_bounded
+from detection.errors import CheckpointError, SettingsError, name_list, say
+from detection.foreign_files import describe_file, read_bounded
 from detection.inference.exported_files import EXPORTED, open_exported
-from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes
+from detection.inference.exported_model import ExportedModel, build_exported, refuse_changes, refuse_non_finite
 from detection.models import DETECTORS, build_detector
 from detection.models.catalogue import find_weights
 from detection.models.darknet.cfg import input_size, parse_cfg
@@ -81,7 +79,7 @@ def check_classes(opened: OpenedDetector, names: Sequence[str]) -> None:
     if opened.names is None:
         shown = names if len(names) <= SHOWN_NAMES else (*names[: SHOWN_NAMES - 1], "...", names[-1])
         order = "data.class_names" if opened.settings.data.class_names else "ascending category id"
-        print(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
+        say(f"the weights name no classes: taken by position, in the order of {order}: {name_list(shown)} (--names)")
 
 
 def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> OpenedDetector:
@@ -103,7 +101,7 @@ def open_command_line(arguments: argparse.Namespace, words: Sequence[str]) -> Op
         words,
         device_flags(arguments),
     )
-    print("\n".join(map(escape, opened.lines)), flush=True)
+    say(*opened.lines)
     return opened
 
 
@@ -179,7 +177,7 @@ def _open_checkpoint(
     lines += map(str, checkpoint.get("lines", ()))
     seen = step * own.train.micro_batch * own.train.subdivisions
     known = None if "source" in checkpoint and names == placeholder_names(count) else names
-    refuse_non_finite(detector, weights)
+    refuse_non_finite(detector.model.state_dict().items(), weights)
     return _finish(detector, settings, known, count, step, seen, lines, ids or None)
 
 
@@ -260,22 +258,8 @@ def _open_darknet(
             f"{weights} holds backbone weights only ({loaded.convolutions} convolutions); they start a training "
             f"(model.pretrained={weights}), they detect nothing"
         )
-    refuse_non_finite(detector, weights)
+    refuse_non_finite(detector.model.state_dict().items(), weights)
     return _finish(detector, settings, class_names, num_classes, 0, loaded.header.seen, [*lines, *loaded.lines])
-
-
-def refuse_non_finite(detector: Detector, weights: Path) -> None:
-    """Check the weights of a network, which would find no boxes with NaN in them.
-
-    Raises:
-        CheckpointError: a tensor has NaN or infinity.
-    """
-    state = detector.model.state_dict()
-    if bad := [name for name, value in state.items() if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(
-            f"{weights} is of no use: {len(bad)} of its {len(state)} tensors have NaN or infinity ({clean(bad[0])}); "
-            "the training that wrote it went wrong, take an earlier checkpoint"
-        )
 
 
 def _finish(detector: Detector, settings: Settings, *rest: Any) -> OpenedDetector:

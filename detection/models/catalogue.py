@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from detection.config.fields import Count, Section
 from detection.config.yaml_files import read_yaml
-from detection.errors import CheckpointError
+from detection.errors import CheckpointError, escape, say
 
 WEIGHTS_DIRECTORY = Path(__file__).resolve().parents[2] / "models" / "weights"
 CATALOGUE = WEIGHTS_DIRECTORY / "catalogue.yaml"
@@ -132,7 +132,7 @@ def download(entry: Entry) -> list[str]:
 
     Of several processes one fetches and the others wait.
     """
-    print(f"fetching {entry.name}: {entry.megabytes}, {entry.family}, licence {entry.licence}", flush=True)
+    say(f"fetching {entry.name}: {entry.megabytes}, {entry.family}, licence {entry.licence}")
     lines: list[str] = []
     with locked(WEIGHTS_DIRECTORY / f".{entry.file}.lock"):
         if (WEIGHTS_DIRECTORY / entry.file).is_file():
@@ -148,7 +148,8 @@ def download(entry: Entry) -> list[str]:
             log.seek(0)
             lines = log.read().splitlines()
         said.unlink()
-    tqdm.write("\n".join(lines))
+    for line in lines:
+        tqdm.write(escape(line))
     return lines
 
 

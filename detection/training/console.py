@@ -3,7 +3,7 @@
 import datetime
 
 from detection.contract import Batch
-from detection.errors import SettingsError, name_list
+from detection.errors import SettingsError, closed_streams, name_list
 from detection.evaluation.coco_metric import choose_backend
 from detection.evaluation.report import draw_batch
 from detection.runtime.devices import describe_device, peak_memory_gib
@@ -85,6 +85,8 @@ def plan_lines(run: Run) -> list[str]:
         f" of {run.steps_per_epoch:.1f} steps",
         f"schedule    {train.optimizer}, {settings.scheduler.strategy}, learning rate {rates}",
     ]
+    if closed := closed_streams():
+        lines.insert(0, f"warning     {' and '.join(closed)} closed by the caller: its lines stand in train.log alone")
     if train.learning_rate_batch is not None:
         lines.append(
             f"rate        {run.learning_rate:.6g} for {run.images_per_step} images per step: train.learning_rate = "

@@ -13,7 +13,7 @@ from torch import Tensor
 from detection.checkpoints import save_checkpoint
 from detection.data.annotations import select_images
 from detection.data.loaders import batches_ahead, collate_samples
-from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError, escape
+from detection.errors import OUT_OF_MEMORY, DeviceMemoryError, OutputError, say
 from detection.evaluation.evaluate import evaluate
 from detection.runtime.devices import peak_memory_gib
 from detection.training.checkpoint_writer import Saver
@@ -38,7 +38,7 @@ def dry_run(run: Run, plan: Sequence[str], target: Path) -> None:
 
     def show(line: str) -> None:
         if run.ranks.is_first:
-            print(escape(line))
+            say(line)
 
     for line in plan:
         show(line)

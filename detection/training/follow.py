@@ -20,7 +20,7 @@ from detection.data.annotations import annotations_digest
 from detection.data.build import DetectionDataset, build_validation_dataset
 from detection.data.loaders import build_evaluation_loader
 from detection.data.transforms import Transform
-from detection.errors import CheckpointError, DataError, OutputError, SettingsError, UserError, escape
+from detection.errors import CheckpointError, DataError, OutputError, SettingsError, UserError, say
 from detection.evaluation.evaluate import Evaluation, compute_metrics, run_inference
 from detection.inference.weights import DEFAULTS, check_classes, open_command_line
 from detection.runtime.devices import Machine, describe_device, open_machine
@@ -190,12 +190,12 @@ def open_followed(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Foll
     settings = opened.settings
     dataset = build_validation_dataset(settings.data, opened.names, settings.evaluation.max_images)
     dataset.sample_transform = Transform(opened.detector.geometry, settings.evaluation.image_size)
-    print("\n".join(map(escape, dataset.source_lines)))
+    say(*dataset.source_lines)
     check_classes(opened, dataset.annotations.categories.names)
     if dataset.annotations.crowd.all():
         raise DataError(f"no ground-truth box: none of the {len(dataset)} validation images has a usable box")
     machine = open_machine(settings.run)
-    print(f"{describe_device(machine.device)}, {machine.precision}, {len(dataset)} images", flush=True)
+    say(f"{describe_device(machine.device)}, {machine.precision}, {len(dataset)} images")
     content = checkpoint.content
     same = content.get("validation_digest") == annotations_digest(dataset.annotations)
     if not same:

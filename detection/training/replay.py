@@ -16,7 +16,7 @@ from detection.config.loading import Flag, load_settings
 from detection.contract import Batch
 from detection.data.loaders import batch_to_device, collate_samples
 from detection.drawing.files import replace_file
-from detection.errors import CheckpointError, NumericsError, OutputError
+from detection.errors import CheckpointError, NumericsError, OutputError, say
 from detection.models.stored import load_run, stored_settings
 from detection.runtime.reproducibility import seed_step
 from detection.training.optimizer import set_backbone_frozen
@@ -44,11 +44,11 @@ def replay(directory: Path, words: Sequence[str], flags: Sequence[Flag]) -> None
     processes = checkpoint["conditions"]["processes"]
     run = Run(settings, join_ranks(settings), fresh=False, processes=processes)
     notices = [*moved, *notices, *check_continued(run, checkpoint, directory, accept=True)]
-    print("".join(f"{line}\n" for line in notices), end="")
+    say(*notices)
     step, finite = report["steps"][0]["step"], True
     for lines in retake_step(run, checkpoint, step):
         finite &= not lines
-        print("\n".join(lines or ["finite: loss, outputs and gradient"]), flush=True)
+        say(*(lines or ["finite: loss, outputs and gradient"]))
     if not finite:
         raise NumericsError(f"step {step} is non-finite here either")
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from detection.contract import Batch
 from detection.data.workers import restore_default_sigchld
-from detection.errors import OUT_OF_MEMORY, UserError, known_failure
+from detection.errors import OUT_OF_MEMORY, UserError, known_failure, say
 from detection.runtime.distributed import Watchdog
 from detection.runtime.profiling import StepProfiler, waiting_for_data
 from detection.runtime.signals import StopRequest, stopped_by
@@ -49,7 +49,7 @@ class Supervisor:
         self.profile = profile and run.ranks.is_first
         self.unreadable = UnreadableImages(len(run.training_set), run.settings.data.max_unreadable_fraction)
         # Other processes have no log, but must report their unreadable images too.
-        to_stderr = functools.partial(print, file=sys.stderr, flush=True)
+        to_stderr = functools.partial(say, error=True)
         self.warn: Callable[[str], None] = loggers.line if run.ranks.is_first else to_stderr
         self.first_step = self.step = state.step
         self.vote: Callable[[], int] = lambda: 0

@@ -13,6 +13,7 @@ from detection.config.command_line import DEFAULTS
 from detection.config.loading import leaf_items
 from detection.config.yaml_files import read_settings_file, write_yaml
 from detection.drawing.files import replace_file
+from detection.errors import say
 from detection.tuning.halving import Standing, ranked
 from detection.tuning.space import values_of
 from detection.tuning.study import PIECES, Study
@@ -123,7 +124,7 @@ def draw_runs(study: Study, directories: Sequence[Path]) -> None:
     command = [sys.executable, str(script), *map(str, there), "--output", str(new)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"no figure: {(done.stderr or done.stdout).strip().splitlines()[-1:]}", file=sys.stderr)
+        say(f"no figure: {(done.stderr or done.stdout).strip().splitlines()[-1:]}", error=True)
         return
     shutil.rmtree(study.directory / "compare", ignore_errors=True)
     new.rename(study.directory / "compare")

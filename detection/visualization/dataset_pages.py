@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from detection.data.coco import CocoDataset
 from detection.drawing.boxes import draw_boxes, make_grid
-from detection.errors import DataReadError
+from detection.errors import DataReadError, escape
 from detection.evaluation.mistakes import Findings, draw_tile
 
 PAGE_WIDTH = 1600  # pixels
@@ -46,7 +46,7 @@ class Pages:
                 tiles.append(draw_tile(self.dataset, index, side, self.findings))
             except DataReadError as error:
                 self.unreadable[index] = error.line
-                tqdm.write(f"left out: {error.line}")
+                tqdm.write(escape(f"left out: {error.line}"))
         if not tiles:
             blank = np.full((side // 2, PAGE_WIDTH, 3), 255, np.uint8)
             return draw_boxes(blank, np.zeros((0, 4)), np.zeros(0), [], title="no image of this page can be read")

@@ -10,7 +10,7 @@ from detection.contract import Batch
 from detection.data.coco import CocoDataset
 from detection.data.loaders import build_evaluation_loader, collate_samples
 from detection.data.transforms import Sample
-from detection.errors import DataReadError
+from detection.errors import DataReadError, escape, say
 from detection.evaluation.detections import Detections
 from detection.evaluation.evaluate import evaluate
 from detection.evaluation.matching import match_detections
@@ -57,7 +57,7 @@ def find_mistakes(
         DataReadError: no image can be read.
     """
     settings, device = opened.settings, machine.device
-    print(f"{describe_device(device)}; {protocol_line(settings, opened.detector, dataset)}", flush=True)
+    say(f"{describe_device(device)}; {protocol_line(settings, opened.detector, dataset)}")
     detector = machine.to_device(opened.detector)
     batch_size = settings.evaluation.batch_size or settings.train.micro_batch
     loader = build_evaluation_loader(
@@ -68,7 +68,7 @@ def find_mistakes(
         for loaded in tqdm(loader, unit="batch", disable=None):
             for index, line in loaded["unreadable"]:
                 unreadable[index] = line
-                tqdm.write(f"left out: {line}")
+                tqdm.write(escape(f"left out: {line}"))
             if loaded["batch"] is not None:
                 yield loaded["batch"]
         if len(unreadable) == len(dataset):

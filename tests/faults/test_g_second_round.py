@@ -516,3 +516,56 @@ def test_G16_a_table_that_is_emptied_gets_its_header_again(tmp_path: Path) -> No
         (tmp_path / "results.csv").write_text("")
         loggers.evaluation(2, {"val/AP": 0.5})
     assert (tmp_path / "results.csv").read_text() == "step,val/AP\n2,0.5\n"
+
+
+# G17: standard streams
+
+CLOSED = "<&- >&- 2>&-"
+
+
+def test_G17_a_closed_stream_gives_its_number_to_no_file(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from detection.errors import closed_streams, exit_with_message\n"
+        "def main():\n"
+        "    file = open('result', 'w'); print(file.fileno(), closed_streams(), file=file, flush=True)\n"
+        "    os.system('echo from a program; echo from a program >&2'); os.write(1, b'from a library')\n"
+        "    print('line'); input()\n"
+        "try: exit_with_message(main)\n"
+        "except EOFError: print('end of input', file=open('result', 'a'))"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["sh", "-c", f'exec "$@" {CLOSED}', "sh", *command], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "3 ['stdout', 'stderr']\nend of input\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("streams", "encoding"), [(CLOSED, "utf-8"), ("2>&-", "utf-8"), (">out 2>err", "ascii:strict")]
+)
+def test_G17_streams_that_are_closed_or_lack_letters(
+    common: list[str], dataset: Path, tmp_path: Path, streams: str, encoding: str
+) -> None:
+    """A training, then detect.py and validation.py with its weights, on a class and images with Chinese names."""
+    shutil.copytree(dataset, data := tmp_path / "data")
+    for split in ("train", "val"):
+        file = data / "annotations" / f"instances_{split}.json"
+        file.write_text(file.read_text().replace("blue", "狗").replace('.png"', '狗.png"'))
+        for image in (data / split).iterdir():
+            image.rename(image.with_stem(f"{image.stem}狗"))
+    words = [*common, f"data.root={data}", "data.num_workers=1", "train.steps=2", "evaluation.evaluate_frequency=2"]
+    best, environment = ["--weights", "run/best.pt"], os.environ | {"PYTHONIOENCODING": encoding}
+    for script, *arguments in (
+        ["yolo-v3/main.py", *words, "--output", "run"],
+        ["detect.py", *best, "data/val", "--output", "found"],
+        ["validation.py", *best, f"data.root={data}", "--output", "measured"],
+    ):
+        command = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, str(REPOSITORY / script), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "狗" in log and "finished at step 2" in log
+    assert ("closed by the caller" in log) == ("&-" in streams)
+    assert (tmp_path / "found" / "0狗.jpg").is_file() and (tmp_path / "measured" / "metrics.json").is_file()
+    assert "&-" in streams or "\\u72d7" in (tmp_path / "out").read_text()

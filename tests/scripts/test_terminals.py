@@ -1,4 +1,4 @@
-"""Class names that the terminal's encoding lacks: every script ends well, and writes its files before it prints."""
+"""Names that the terminal's encoding lacks, or that a terminal obeys: every script ends well and escapes them."""
 
 import io
 import json
@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 
+import anchor_creator
+import batch_overfit
 import check_dataset
 import convert_dataset
 import detect
+import export
+import lr_scheduler_creator
 import pack
 import validation
 import visualization
-from detection.errors import exit_with_message, name_list
+import visualize_batch
+from detection.errors import UNPRINTABLE, exit_with_message, name_list
 from tests.support.darknet_files import CATEGORIES, Files
 
 NAMES = {"airplane": "avión", "motorcycle": "オートバイ", "couch": "кресло, 沙发"}  # none of cp1252 but the first
@@ -103,3 +108,49 @@ def test_results_are_written_before_they_are_printed(foreign: Files, monkeypatch
 def test_a_name_with_a_comma_is_one_name() -> None:
     assert name_list(["cat", "dog, small", " bird"]) == "cat, 'dog, small', ' bird'"
     assert name_list([]) == ""
+
+
+FORGED = "a\n2026-01-01 INFO forged\x1b[31m"
+SMALL = [
+    "model.backbone=mobilenet_v3_small", "yolo.neck_channels=[32, 32, 32]", "train.batch_size=2",
+    "train.image_size=96", "evaluation.image_size=96",
+]  # fmt: skip
+HOSTILE: dict[str, tuple[Callable[[], None], list[str]]] = {
+    **{name: SCRIPTS[name] for name in ("detect", "check_dataset", "pack", "convert_dataset")},
+    "validation of an unknown class": SCRIPTS["validation"],
+    "visualization": (visualization.main, ["--split", "val"]),
+    "detect of an unknown class": (detect.main, [*WEIGHTS, "val", "--class", FORGED]),
+    "anchor_creator of unknown shapes": (anchor_creator.main, SMALL),
+    "batch_overfit": (batch_overfit.main, ["--steps", "1", "--images", "2", *SMALL]),
+    "export": (export.main, [*WEIGHTS, "--format", "darknet"]),
+    "lr_scheduler_creator": (lr_scheduler_creator.main, ["--images", "9", *SMALL]),
+    "visualize_batch": (visualize_batch.main, SMALL),
+    "an unknown option": (detect.main, [*WEIGHTS, "val", "--" + FORGED.replace(" ", "")]),
+    "an unknown setting": (visualize_batch.main, [f"train.{FORGED}=1"]),
+}
+
+
+@pytest.fixture
+def hostile(foreign: Files) -> Files:
+    """The same data; the names of its folder, of a class and of a damaged image would forge a line of a log."""
+    for split in ("val", "train"):
+        path = foreign.root / "annotations" / f"instances_{split}.json"
+        path.write_text(path.read_text().replace(json.dumps(NAMES["motorcycle"]), json.dumps(FORGED)))
+    foreign(f"val/9{FORGED}.png", b"damaged")
+    foreign(f"val/9{FORGED}.txt", "1 0.5 0.5 0.5 0.5\n")
+    return Files(foreign.root.rename(foreign.root.with_name(foreign.root.name + FORGED)))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_reaches_the_terminal_raw(name: str, hostile: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, arguments = HOSTILE[name]
+    monkeypatch.chdir(hostile.root)
+    monkeypatch.setattr(validation, "draw_evaluation", lambda *_: {})
+    output = hostile.root.with_name(f"{hostile.root.name}_out")
+    words = [f"data.root={json.dumps(str(hostile.root))}", "run.logs_path=logs", *hostile.arguments[1:4]]
+    words = [] if main is convert_dataset.main else words
+    code, out, err = run_on_terminal(main, [*arguments, *words, "--output", output], "utf-8", monkeypatch)
+    assert "Traceback" not in err and (code == 2) == ("unknown" in name), out + err
+    assert "forged\\x1b[31m" in out + err
+    lines = (out + err).splitlines()
+    assert not [line for line in lines if UNPRINTABLE.search(line) or line.startswith("2026")]

@@ -15,7 +15,7 @@ from detection.data.conversion.dataset import ConvertedDataset, Findings, link_i
 from detection.data.conversion.voc_writer import write_voc
 from detection.data.conversion.yolo import data_yaml, yolo_label
 from detection.drawing.files import replace_file
-from detection.errors import OutputError
+from detection.errors import OutputError, say
 
 bar = functools.partial(tqdm, unit="image", disable=None, leave=False)
 
@@ -61,7 +61,7 @@ def write_images(dataset: ConvertedDataset, root: Path, target_format: str, link
             folder = {"coco": split, "yolo": f"images/{split}", "voc": "JPEGImages"}[target_format]
             copied += link_image(entry.file, root / folder / entry.name, link)
     if link and copied:
-        print(f"note: {copied} images were copied, because the file system cannot link them")
+        say(f"note: {copied} images were copied, because the file system cannot link them")
 
 
 def write_coco(dataset: ConvertedDataset, root: Path, description: str) -> None:

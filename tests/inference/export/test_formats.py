@@ -1,16 +1,24 @@
 """export.py --int8 and the formats beside ONNX: their files give what the weights give."""
 
+import math
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
+import detect
 import export
 import validation
 from detection.config.command_line import DEFAULTS
 from detection.errors import CheckpointError
+from detection.inference.onnx_model import read_weights
+from detection.inference.torch_programs import METADATA
 from detection.inference.weights import open_weights
 from detection.models.darknet.cfg import parse_cfg
 from detection.models.darknet.network import DarknetNetwork
@@ -62,6 +70,69 @@ def test_a_file_of_each_format_gives_the_boxes_of_the_weights(
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="net"):
         open_weights(file, None, None, DEFAULTS)
+
+
+def poison(file: Path, value: float) -> None:
+    """Write a number over the first weight of a file of export.py."""
+    if file.suffix == ".xml":
+        content = bytearray(file.with_suffix(".bin").read_bytes())
+        content[:4] = struct.pack("<f", value)
+        file.with_suffix(".bin").write_bytes(content)
+    elif file.suffix == ".onnx":
+        import onnx
+
+        model = onnx.load(file)
+        tensor = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+        tensor.raw_data = struct.pack("<f", value) + tensor.raw_data[4:]
+        onnx.save(model, file)
+    else:
+        extra = {METADATA: ""}
+        load = torch.jit.load if file.suffix == ".torchscript" else torch.export.load
+        program = load(file, **{f"{'_' * (file.suffix == '.torchscript')}extra_files": extra})
+        weights = program.state_dict() if file.suffix == ".torchscript" else program.state_dict
+        with torch.no_grad():
+            next(iter(weights.values())).view(-1)[0] = value
+        if file.suffix == ".torchscript":
+            torch.jit.save(program, str(file), _extra_files=extra)
+        else:
+            torch.export.save(program, file, extra_files=extra)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # deprecated
+@pytest.mark.parametrize(
+    ("kind", "suffix", "value"),
+    [
+        ("onnx", ".onnx", math.nan),
+        ("onnx", ".onnx", -math.inf),
+        ("torchscript", ".torchscript", math.nan),
+        ("torch_export", ".pt2", math.nan),
+        ("openvino", "_openvino/net.xml", math.nan),
+    ],
+)
+def test_a_file_that_is_not_finite_is_refused(
+    kind: str, suffix: str, value: float, weights: list[str | Path], run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    for module in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}.get(kind, ()):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    assert run_script(export.main, *weights, "--format", kind, "--output", tmp_path / "out").returncode == 0
+    file = tmp_path / "out" / f"net{suffix}"
+    poison(file, value)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    for main, words in ((detect.main, [tmp_path / "a.png"]), (validation.main, [])):
+        code, out, err = run_script(main, "--weights", file, *words, "--output", tmp_path / "found")
+        assert code == 7 and out == "" and not (tmp_path / "found").exists()
+        assert re.fullmatch(r".*net\.\w+ is of no use: 1 of its \d+ tensors have NaN or infinity \(.+\); .*\n", err)
+
+
+def test_weights_of_an_unusual_onnx_file_are_read_or_refused(tmp_path: Path) -> None:
+    """Protobuf of hand: ONNX Runtime is not asked. A graph in two parts, values in float_data; then an old group."""
+    tensor = b"\x10\x01" + b"\x22\x08" + struct.pack("<2f", 1.0, math.inf) + b"\x42\x01w"  # float32, values, name
+    graph = b"\x2a" + bytes([len(tensor)]) + tensor
+    (tmp_path / "a.onnx").write_bytes((b"\x3a" + bytes([len(graph)]) + graph) * 2)
+    assert [(name, values.tolist()) for name, values in read_weights(tmp_path / "a.onnx")] == [("w", [1, math.inf])] * 2
+    (tmp_path / "a.onnx").write_bytes(b"\x0b\x0c")
+    with pytest.raises(CheckpointError, match="its weights cannot be read"):
+        next(read_weights(tmp_path / "a.onnx"))
 
 
 def test_eight_bits_are_kept_only_if_they_cost_little(
