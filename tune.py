@@ -7,10 +7,11 @@ python tune.py --study logs/search --gpu 1                                     t
 python tune.py --study logs/search --minutes 900                               go on with a larger budget
 
 --space maps settings to their values: {type: float | int | log, low, high} or {type: choice, choices: [...]}. Every
-trial is an ordinary run in STUDY/trials, in a process of its own. All begin with 1/9 of the run; the best third of them
-goes on to 1/3, the best third of those to the end, each exactly where it stopped, with the schedule of the whole run.
---minutes is the time of all workers together. Ctrl-C, kill -9 and lost machines cost the steps since the last
-checkpoint. The first worker's words are kept in STUDY/study.yaml; all workers start in the same directory.
+trial is an ordinary run in STUDY/trials, in a process of its own; the first has the settings as they are. All begin
+with 1/9 of the run; the best third of them goes on to 1/3, the best third of those to the end, each exactly where it
+stopped, with the schedule of the whole run. --minutes is the time of all workers together. Ctrl-C, kill -9 and lost
+machines cost the steps since the last checkpoint. The first worker's words are kept in STUDY/study.yaml; all workers
+start in the same directory.
 
 Writes STUDY/tune.md (table), tune.json, compare/ (curves), best.yaml (the winner as an overlay), study.db (Optuna's).
 Needs Optuna (pip install 'optuna>=5.0'). More: docs/tune.md
@@ -34,7 +35,7 @@ from detection.runtime.signals import StopRequest
 from detection.training.automatic import load_run_settings
 from detection.tuning.halving import rung_lengths
 from detection.tuning.report import write_report
-from detection.tuning.space import check_space, read_space, word_of
+from detection.tuning.space import check_space, read_space, start_values, word_of
 from detection.tuning.study import Job, Study, import_optuna
 from detection.tuning.trial_process import command_of, last_evaluation, last_line, start
 
@@ -55,7 +56,7 @@ def main() -> None:
     minutes = plan["minutes"] if arguments.minutes is None else arguments.minutes
     limit = plan["trials"] if arguments.trials is None else arguments.trials
     space = read_space(plan["space"], "study.yaml")
-    study = Study(arguments.study, space, plan["rungs"], plan["reduction"], plan["seed"])
+    study = Study(arguments.study, space, plan["rungs"], plan["reduction"], plan["seed"], plan.get("start", {}))
     lengths = rung_lengths(plan["steps"], plan["rungs"], plan["reduction"])
     stop = StopRequest()
     stop.install()
@@ -216,6 +217,7 @@ def new_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     saves = [] if settings.train.save_minutes is not None else [f"train.save_minutes={SAVE_MINUTES}"]
     return {
         **plan,
+        "start": start_values(space, settings),
         "metric": metric,
         "steps": steps,
         "saves": saves,

@@ -36,6 +36,9 @@ def write_report(study: Study, metric: str, lengths: Sequence[int | str]) -> lis
     reached = [sum(len(standing.values) > rung for standing in standings) for rung in range(study.rungs)]
     counts = ", ".join(f"{count} to {length}" for count, length in zip(reached, lengths, strict=True))
     lines.append(f"{len(standings)} trials in {minutes:.1f} minutes of workers; trained: {counts}.")
+    if study.start:
+        drawn = [name for name in study.space if name not in study.start]
+        lines.append("Trial 0000 has the settings without a search" + (f", but {', '.join(drawn)}." if drawn else "."))
     if importance:
         shares = ", ".join(f"{name} {share:.2f}" for name, share in importance.items())
         lines.append(f"Importance (share of the variance of {metric} at the first rung, fANOVA): {shares}.")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from detection.config.command_line import DEFAULTS
-from detection.config.loading import leaf_paths, load_settings
+from detection.config.loading import leaf_items, leaf_paths, load_settings
 from detection.config.settings import Settings
 from detection.config.yaml_files import read_settings_file
 from detection.errors import SettingsError
@@ -59,6 +59,14 @@ class Dimension(BaseModel):
         number = int if self.type == "int" else float
         assert self.low is not None and self.high is not None
         return number(self.low), number(self.high)
+
+    def matching(self, value: Any) -> list[Any]:
+        """Return the value as it stands in this dimension, in a list; empty: it is not one of its values."""
+        if self.type == "choice":
+            assert self.choices is not None
+            return [choice for choice in self.choices if choice == value]
+        low, high = self.extremes()
+        return [value] if isinstance(value, (int, float)) and low <= value <= high else []
 
     def distribution(self) -> Any:
         """Build Optuna's distribution; a choice is the JSON text of its value, because Optuna takes no lists."""
@@ -118,6 +126,13 @@ def check_space(space: Space, base: Settings, origin: str) -> None:
                 raise SettingsError(f"{origin}: {name}: {json.dumps(value)} is impossible: {error}") from None
 
 
+def start_values(space: Space, settings: Settings) -> dict[str, Any]:
+    """Return the values that the searched settings have before the search, of those that lie in the space."""
+    before = dict(leaf_items(settings.model_dump(mode="json")))
+    found = {name: dimension.matching(before.get(name)) for name, dimension in space.items()}
+    return {name: values[0] for name, values in found.items() if values}
+
+
 def word_of(name: str, value: Any) -> str:
     """Return the word of a command line that sets a setting; JSON is YAML."""
     return f"{name}={json.dumps(value)}"
@@ -129,3 +144,8 @@ def values_of(space: Space, params: Mapping[str, Any]) -> dict[str, Any]:
         name: json.loads(value) if name in space and space[name].type == "choice" else value
         for name, value in params.items()
     }
+
+
+def params_of(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn values of settings into Optuna's parameters. Inverse of `values_of`."""
+    return {name: json.dumps(value) if space[name].type == "choice" else value for name, value in values.items()}

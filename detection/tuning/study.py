@@ -10,14 +10,15 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from detection.errors import OutputError, SettingsError
 from detection.runtime.run_directory import is_locked
 from detection.tuning.halving import Standing, promotable
-from detection.tuning.space import Space, values_of
+from detection.tuning.space import Space, params_of, values_of
 
 SILENT_SECONDS = 60.0  # a worker whose last sign of life is older counts as lost
 RANDOM_TRIALS = 8  # drawn at random before the sampler models what is good
@@ -43,11 +44,21 @@ class Study:
         rungs: number of rungs.
         reduction: one of so many trials goes on from a rung.
         seed: of the sampler.
+        start: values of the first trial; what is missing is drawn.
     """
 
-    def __init__(self, directory: Path, space: Space, rungs: int, reduction: int, seed: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        space: Space,
+        rungs: int,
+        reduction: int,
+        seed: int,
+        start: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         optuna = import_optuna()
         self.directory, self.space, self.rungs, self.reduction, self.seed = directory, space, rungs, reduction, seed
+        self.start = start
         self.distributions = {name: dimension.distribution() for name, dimension in space.items()}
         try:
             self._workers = sqlite3.connect(directory / "workers.db", timeout=SILENT_SECONDS, isolation_level=None)
@@ -196,6 +207,8 @@ class Study:
                     intermediate_values=values,
                 )
             )
+        if not trials:
+            view.enqueue_trial(params_of(self.space, self.start))
         params = view.ask(self.distributions).params
         attributes = {TARGET: 0}
         # In one transaction: a worker that is killed leaves a whole trial or none.

@@ -17,7 +17,8 @@ import yaml
 from detection.config.loading import load_settings
 from detection.errors import SettingsError
 from detection.tuning.halving import Standing, promotable, ranked, rung_lengths
-from detection.tuning.space import check_space, read_space, values_of, word_of
+from detection.tuning.report import write_report
+from detection.tuning.space import check_space, read_space, start_values, values_of, word_of
 from tests.support.fault_runs import NETWORK, OVERLAY, make_dataset
 from tests.support.paths import ARGS, MAIN, REPOSITORY
 from tests.support.training_runs import first_difference
@@ -87,6 +88,31 @@ def test_values_of_a_choice_survive(tmp_path: Path) -> None:
     assert [values_of(space, {name: text})[name] for text in texts] == choices
     settings = load_settings(ARGS, [], [word_of(name, choices[0]), word_of("train.ema_decay", None)])[0]
     assert settings.data.augmentation.affine.scale == (0.5, 1.5) and settings.train.ema_decay is None
+
+
+def test_the_first_trial_has_the_settings_as_they_are(tmp_path: Path) -> None:
+    """A choice that is a list, a null, a number written differently; what lies outside the space is drawn."""
+    pytest.importorskip("optuna")
+    from detection.tuning.study import Study
+
+    content: dict[str, Any] = {
+        "data.augmentation.affine.scale": {"type": "choice", "choices": [[0.5, 1.5], [0.9, 1.1]]},
+        "train.ema_decay": {"type": "choice", "choices": [0.9, None]},
+        "data.augmentation.to_gray.p": {"type": "choice", "choices": [0, 1]},
+        "train.batch_size": {"type": "int", "low": 2, "high": 8},
+        "train.learning_rate": {"type": "log", "low": 1e-5, "high": 2e-5},
+    }
+    words = ["data.augmentation.affine.scale=[0.9, 1.1]", "train.ema_decay=null", "train.batch_size=8"]
+    settings = load_settings(ARGS, [], [*words, "data.augmentation.to_gray.p=0.0", "train.learning_rate=0.1"])[0]
+    space = read_space(content, "space")
+    start = start_values(space, settings)
+    assert list(start.values()) == [[0.9, 1.1], None, 0, 8]
+    study = Study(tmp_path, space, rungs=1, reduction=2, seed=0, start=start)
+    with study.working():
+        first, second = study.next_job(2), study.next_job(1)
+    assert {name: first.values[name] for name in start} == start
+    assert 1e-5 <= first.values["train.learning_rate"] <= 2e-5 and second.number == 0
+    assert "the settings without a search, but train.learning_rate." in "\n".join(write_report(study, "AP", [4]))
 
 
 # Halving
