@@ -31,7 +31,7 @@ import numpy as np
 from detection.config.command_line import Parser
 from detection.config.yaml_files import read_settings_file
 from detection.drawing.figures import draw_curves, figure_pixels, new_figure, save_figure
-from detection.drawing.files import replace_file, replacing
+from detection.drawing.files import replace_csv, replace_file
 from detection.drawing.window import browse
 from detection.errors import DataError, SettingsError, exit_with_message, say
 from detection.runtime.run_directory import EVALUATOR, new_run_directory, writing_results
@@ -340,10 +340,7 @@ def centred_mean(values: np.ndarray, count: int) -> np.ndarray:
 def write_summary(directory: Path, runs: Sequence[Run]) -> None:
     """Write compare.csv, a row per run, and compare.json, the same with the curves."""
     rows = [run.summary() | {"directory": str(run.directory)} for run in runs]
-    with replacing(directory / "compare.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_csv(directory / "compare.csv", [list(rows[0]), *(row.values() for row in rows)])
     content = [
         row | {"curves": {column: run.points(column).tolist() for column in PANELS}}
         for row, run in zip(rows, runs, strict=True)

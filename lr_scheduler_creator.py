@@ -11,7 +11,7 @@ no network is built and no dataset read: --images gives the length of an epoch. 
 recipes 240224_LambdaLR, 240308_CosineAnnealing_T1 and 240312_CosineAnnealing_T2.
 """
 
-import csv
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from detection.config.command_line import Parser
 from detection.config.settings import Settings
 from detection.drawing.figures import add_second_x, draw_curves, figure_pixels, new_figure, save_figure
-from detection.drawing.files import replacing
+from detection.drawing.files import replace_csv
 from detection.drawing.window import browse
 from detection.errors import SettingsError, exit_with_message, say
 from detection.runtime.run_directory import new_run_directory, writing_results
@@ -182,13 +182,16 @@ def draw(curves: Sequence[Curve]) -> "Figure":
 
 def write_csv(path: Path, curve: Curve) -> None:
     """Write the learning rate of each parameter group, one row per step drawn."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        names = ["learning_rate" if group == "weights" else f"learning_rate_{group}" for group in curve.groups()]
-        writer.writerow(["step", "epoch", *names])
-        for step in curve.steps():
-            rates = [curve.schedule.at(step, group) for group in curve.groups()]
-            writer.writerow([step, round(step / curve.steps_per_epoch, 6), *rates])
+    names = ["learning_rate" if group == "weights" else f"learning_rate_{group}" for group in curve.groups()]
+    rows = (
+        [
+            step,
+            round(step / curve.steps_per_epoch, 6),
+            *(curve.schedule.at(step, group) for group in curve.groups()),
+        ]
+        for step in curve.steps()
+    )
+    replace_csv(path, itertools.chain([["step", "epoch", *names]], rows))
 
 
 def write_tensorboard(directory: Path, curve: Curve) -> None:

@@ -1,10 +1,12 @@
 """Write files atomically, under names that every file system takes."""
 
 import contextlib
+import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 UNSAFE = re.compile(r"[^\w .+-]")  # letters and digits of any script stay
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # by Windows
@@ -36,3 +38,12 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def replace_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, the first row its header, as `replacing` does; half characters of file names are escaped."""
+    with (
+        replacing(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        csv.writer(file).writerows(rows)

@@ -1,6 +1,5 @@
 """Compare several detectors on the same images: one row each, as a table, a CSV and a JSON file."""
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.data.annotations import Annotations
-from detection.drawing.files import replace_file, replacing
+from detection.drawing.files import replace_csv, replace_file
 from detection.errors import SettingsError
 from detection.evaluation.coco_metric import count_gt
 from detection.evaluation.evaluate import Evaluation
@@ -110,14 +109,10 @@ def class_table(rows: Sequence[Compared]) -> list[str]:
 def write_comparison(directory: Path, rows: Sequence[Compared]) -> None:
     """Write `comparison.json` with everything and `comparison.csv` with one row per detector."""
     replace_file(directory / "comparison.json", json.dumps([vars(row) for row in rows], indent=2).encode())
-    with (
-        replacing(directory / "comparison.csv") as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        names = list(rows[0].metrics)
-        writer.writerow(["weights", "file", "parameters", "image_size", *names, "boxes", "images_per_second"])
-        for row in rows:
-            start = [row.name, row.file, row.parameters, row.image_size]
-            values = [row.metrics[name] for name in names]
-            writer.writerow([*start, *values, row.boxes, round(row.images_per_second, 2)])
+    names = list(rows[0].metrics)
+    table: list[list[Any]] = [["weights", "file", "parameters", "image_size", *names, "boxes", "images_per_second"]]
+    for row in rows:
+        start = [row.name, row.file, row.parameters, row.image_size]
+        values = [row.metrics[name] for name in names]
+        table.append([*start, *values, row.boxes, round(row.images_per_second, 2)])
+    replace_csv(directory / "comparison.csv", table)

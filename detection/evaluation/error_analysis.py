@@ -1,6 +1,5 @@
 """Analyse errors: precision and recall against confidence, confusion of classes, metrics by size and shape."""
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from detection.data.annotations import Annotations
-from detection.drawing.files import replacing
+from detection.drawing.files import replace_csv
 from detection.evaluation.coco_metric import GroupScore, count_gt, score_groups
 from detection.evaluation.detections import Detections, box_areas
 from detection.evaluation.evaluate import Evaluation
@@ -242,10 +241,4 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
             return ""
         return f"{value:.6g}" if isinstance(value, float) else value
 
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([cell(value) for value in row] for row in rows)
+    replace_csv(path, itertools.chain([header], ([cell(value) for value in row] for row in rows)))

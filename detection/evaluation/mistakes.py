@@ -1,6 +1,6 @@
 """The mistakes of a detector, image by image: missed ground-truth boxes and false detections, counted and drawn."""
 
-import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from detection.contract import CROWD_LABEL
 from detection.data.annotations import Annotations
 from detection.data.build import DetectionDataset
 from detection.drawing.boxes import draw_boxes, make_grid
-from detection.drawing.files import replacing
+from detection.drawing.files import replace_csv
 from detection.drawing.fonts import printable
 from detection.evaluation.detections import Detections
 from detection.evaluation.matching import IN_CROWD, NO_GROUND_TRUTH
@@ -59,25 +59,19 @@ def count_mistakes(annotations: Annotations, detections: Detections, matches: np
 
 def write_mistakes(path: Path, annotations: Annotations, mistakes: ImageMistakes, order: np.ndarray) -> None:
     """Write one CSV row per image, in the given order of positions."""
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(
-            ["rank", "image_id", "file_name", "gt_boxes", "found", "missed", "false", "in_crowd", "surest_false"]
-        )
-        for rank, index in enumerate(order.tolist(), start=1):
-            counts = (mistakes.gt_boxes, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
-            writer.writerow(
-                [
-                    rank,
-                    int(annotations.image_ids[index]),
-                    annotations.file_name(index),
-                    *(int(values[index]) for values in counts),
-                    f"{mistakes.surest_false[index]:.4f}",
-                ]
-            )
+    header = ["rank", "image_id", "file_name", "gt_boxes", "found", "missed", "false", "in_crowd", "surest_false"]
+    counts = (mistakes.gt_boxes, mistakes.found, mistakes.missed, mistakes.false, mistakes.in_crowd)
+    rows = (
+        [
+            rank,
+            int(annotations.image_ids[index]),
+            annotations.file_name(index),
+            *(int(values[index]) for values in counts),
+            f"{mistakes.surest_false[index]:.4f}",
+        ]
+        for rank, index in enumerate(order.tolist(), start=1)
+    )
+    replace_csv(path, itertools.chain([header], rows))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Read videos, streams and cameras frame by frame, and write videos, with OpenCV."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
+        # A kill leaves the previous video; OpenCV chooses the format by the end of the name.
+        self._temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
         self.frames = 0
         self._size: tuple[int, int] | None = None
         self._writer: cv2.VideoWriter | None = None
@@ -124,7 +127,7 @@ class VideoWriter:
             self._size = (width, height)
             even = (width + width % 2, height + height % 2)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*CODEC), self.rate, even)
+            self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*CODEC), self.rate, even)
             if not self._writer.isOpened():
                 raise OutputError(f"{self.path}: OpenCV cannot write a video of {width} x {height} pixels here")
         if (width, height) != self._size:
@@ -144,8 +147,12 @@ class VideoWriter:
         if self._writer is None:
             return
         self._writer.release()  # OpenCV does not report failed writes, so the frames in the file are counted
-        capture = cv2.VideoCapture(str(self.path.absolute()), cv2.CAP_FFMPEG)
+        capture = cv2.VideoCapture(str(self._temporary.absolute()), cv2.CAP_FFMPEG)
         written = round(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
         capture.release()
-        if written != self.frames and kind is None:
+        if written == self.frames:
+            os.replace(self._temporary, self.path)
+            return
+        self._temporary.unlink(missing_ok=True)
+        if kind is None:
             raise OutputError(f"{self.path}: {written} of {self.frames} frames were written; is the disk full?")

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,7 @@ from detection.evaluation.error_analysis import write_csv
 from detection.evaluation.report import class_lines
 from detection.inference.exported_model import read_metadata
 from detection.inference.results import Results
+from detection.inference.video import VideoWriter
 from detection.inference.weights import open_weights, read_names
 from detection.models import build_detector
 from detection.models.darknet.cfg import parse_cfg
@@ -188,10 +190,18 @@ def test_G05_no_result_is_written_in_place() -> None:
                 written = node.func.attr in ("write_text", "write_bytes")
                 found += [f"{name}: {ast.unparse(node.func)}"] * written
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "open" and not name.startswith(IN_PLACE):
-                mode = ast.literal_eval(node.args[1]) if len(node.args) > 1 else "r"
+                mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
                 written = "w" in mode and ast.unparse(node.args[0]) != "temporary"
                 found += [f"{name}: open {ast.unparse(node.args[0])}"] * written
     assert sorted(found) == OPENED_OR_RENAMED
+
+
+def test_G05_a_video_killed_in_the_middle_leaves_the_previous_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read by its first use, for all tests
+    file = tmp_path / "clip.mp4"
+    file.write_text("previous")
+    VideoWriter(file, 5).write(np.zeros((32, 32, 3), np.uint8))
+    assert file.read_text() == "previous"
 
 
 def test_G05_detections_killed_in_the_middle_leave_the_previous_file(tmp_path: Path) -> None:
