@@ -129,6 +129,7 @@ def train(run: Run, plan: list[str], directory: Path | None, checkpoint: dict | 
             preflight(run, state, saver, loggers)
         first_step = state.step
         loggers.line(f"run directory {loggers.directory}, from step {first_step}")
+        run.images.save(loggers.directory)
         with Supervisor(run, state, run.training_batches(first_step), loggers, stop, profile) as supervisor:
             if first_step and run.evaluates_at(first_step) and state.evaluated_step != first_step:
                 # The run was stopped before this evaluation was complete.

@@ -47,6 +47,8 @@ def evaluate_and_keep(run: Run, state: RunState, saver: Saver, loggers: Loggers,
     """Evaluate the model after this step and save it, also as best.pt if `evaluation.best_metric` rises."""
     # Saved first, so that no steps are lost if the evaluation fails; a resumed run repeats it.
     saver.save(numbered=saver.due())
+    for line in run.images.look_again():
+        loggers.line(line)
     evaluation = evaluate_run(run, state, supervisor)
     if evaluation is not None:
         log_evaluation(run, evaluation, state.step, loggers)

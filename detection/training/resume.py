@@ -291,7 +291,7 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
 
     Raises:
         CheckpointError: the classes differ.
-        DataError: the annotations differ.
+        DataError: the annotations or the image files differ.
         SettingsError: the number of processes, the precision or the image decoder differs, or a run that is extended in
             epochs is not longer in steps.
     """
@@ -314,6 +314,10 @@ def check_continued(run: Run, checkpoint: dict[str, Any], directory: Path | None
         line = f"the {name} annotations are not those of {directory}: images, boxes or classes differ"
         if not accept:
             raise DataError(f"{line} ({ACCEPT})")
+        differences.append(line)
+    for line in run.images.differences(directory) if directory is not None else []:
+        if not accept:
+            raise DataError(f"{line}, since {directory} began ({ACCEPT})")
         differences.append(line)
     for name, before in checkpoint.get("conditions", {}).items():  # older checkpoints have none
         if before != (now := run.conditions().get(name)):

@@ -28,6 +28,7 @@ from detection.models.pretrained import load_pretrained
 from detection.runtime.devices import compile_forward, machine_of, open_machine, prepare_distributed
 from detection.runtime.distributed import Ranks, device_of_rank, read_environment, synchronise_batch_norm
 from detection.runtime.reproducibility import seed_everything
+from detection.training.image_watch import ImageWatch
 from detection.training.memory.batch_size import find_batch_size
 from detection.training.prefetch import Prefetcher
 from detection.training.schedules import add_swa, build_schedule, first_finishing_step, full_rate, resolve_steps
@@ -89,6 +90,8 @@ class Run:
         self.dtype, self.precision, self.mark_step = self.machine.dtype, self.machine.precision, self.machine.mark_step
         self.autocast, self.build_scaler = self.machine.autocast, self.machine.build_scaler
         self._build_data()
+        sets = {"training": self.training_set, "validation": self.validation_set}
+        self.images = ImageWatch(sets if ranks.is_first else {})
         seed_everything(settings.run.seed)
         self.detector = self._build_detector(fresh)
         self.criterion = self.detector.require_criterion()

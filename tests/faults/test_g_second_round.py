@@ -579,3 +579,22 @@ def test_G17_streams_that_are_closed_or_lack_letters(
     assert ("closed by the caller" in log) == ("&-" in streams)
     assert (tmp_path / "found" / "0狗.jpg").is_file() and (tmp_path / "measured" / "metrics.json").is_file()
     assert "&-" in streams or "\\u72d7" in (tmp_path / "out").read_text()
+
+
+# G18: images that are replaced while nobody looks
+
+
+@pytest.mark.faults
+def test_G18_replaced_images_are_refused_by_resume_unless_told(train, launch, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, data := tmp_path / "data")
+    words = [f"data.root={data}", "train.steps=2", "evaluation.evaluate_frequency=2"]
+    train("run", *words).ends_with(0)
+    image = data / "train" / "1.png"
+    status = image.stat()
+    shutil.copyfile(data / "train" / "2.png", image)
+    os.truncate(image, status.st_size)  # of the same size
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    resume = ["--resume", tmp_path / "run", "train.steps=3"]
+    line = "1 training image has another size or time: 1.png"
+    launch("resumed", *resume).ends_with(2, line, "--accept-changes")
+    launch("told", *resume, "--accept-changes").ends_with(0, line)

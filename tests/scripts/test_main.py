@@ -202,7 +202,7 @@ def test_run_directory_is_complete(scenarios: Scenarios) -> None:
     (events,) = (name for name in names if name.startswith("events.out.tfevents."))
     assert names - {events} == {
         "args.yaml", "environment.json", "status.json", "train.log", "metrics.jsonl", "results.csv", "metrics.json",
-        "run.lock", "detections.json", "best_metrics.json", "best_detections.json", "best.pt", "last.pt",
+        "run.lock", "images.npz", "detections.json", "best_metrics.json", "best_detections.json", "best.pt", "last.pt",
         "images/train_batch.png", "images/validation_000005.jpg",
         "images/validation_000010.jpg", "images/validation_000012.jpg", "report.html", "results.png",
         "precision_recall.png", "confusion_matrix.png", "worst_images.csv", "worst_images.jpg",
