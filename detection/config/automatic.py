@@ -25,6 +25,16 @@ HEADS, HEAD = {"darknet_tiny": 128, "mobilenet_v3_small": 64, "mobilenet_v3_larg
 # Classes that a mirror changes; single characters too.
 SIDED = re.compile(r"\b(left|right|arrow|digit|letter|character|zero|one|two|three|four|five|six|seven|eight|nine)\b")
 RATES = {"mobilenet_v3_small": 2.0e-3, "mobilenet_v3_large": 2.0e-3}
+# Darknet-53 for a CPU and random weights: a step takes about as long as MobileNetV3-small's, and it learns more by it
+# (docs/results.md). Taken for those of these settings that say auto.
+NARROW: dict[str, Any] = {
+    "model.width": 0.25,
+    "model.depth": 0.34,
+    "yolo.neck_channels": [128, 96, 64],
+    "yolox.neck_channels": [128, 96, 64],
+    "yolox.head_channels": 64,
+    "train.learning_rate": 2.0e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,19 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
     return tree
 
 
+def _backbone(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
+    if facts.accelerated:
+        return "darknet", "an accelerator"
+    weights = tree["model"]["pretrained"]
+    if weights not in ("auto", False) or (weights == "auto" and facts.has_weights("mobilenet_v3_small")):
+        return "mobilenet_v3_small", "a CPU, given weights"
+    for path, value in NARROW.items():
+        branch, name = _at(tree, path), path.rpartition(".")[2]
+        if branch[name] == "auto":
+            branch[name] = value
+    return "darknet", f"a CPU, random weights: model.width = {tree['model']['width']}, depth = {tree['model']['depth']}"
+
+
 def _detector(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     backbone, weights = tree["model"]["backbone"], tree["model"]["pretrained"]
     if facts.needs_anchors:
@@ -177,7 +200,9 @@ def _epochs(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
 def _pretrained(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
     backbone = tree["model"]["backbone"]
     if (tree["model"]["width"], tree["model"]["depth"]) != (1, 1):
-        return False, "random weights; none were published for other widths and depths"
+        chosen = {"model.backbone", "model.width", "model.depth"}.isdisjoint(facts.given)
+        other = "model.pretrained=true takes MobileNetV3 small with ImageNet's, best with few images"
+        return False, f"random weights; {other if chosen else 'none were published for other widths and depths'}"
     if facts.has_weights(backbone):
         return True, f"the weights of {backbone} are on this machine"
     if backbone in NECKS or backbone.startswith("timm/"):
@@ -188,9 +213,9 @@ def _pretrained(tree: dict[str, Any], facts: Facts) -> tuple[Any, str]:
 Rule = Callable[[dict[str, Any], Facts], tuple[Any, str]]
 # Path -> rule of its value and of a line about it, in an order in which each finds what it needs resolved.
 RULES: dict[str, Rule] = {
-    "model.backbone": lambda tree, facts: (
-        ("darknet", "an accelerator") if facts.accelerated else ("mobilenet_v3_small", "a CPU")
-    ),
+    "model.backbone": _backbone,
+    "model.width": lambda tree, facts: (1.0, ""),
+    "model.depth": lambda tree, facts: (1.0, ""),
     "model.detector": _detector,
     "yolo.loss": lambda tree, facts: ("multi" if tree["model"]["detector"] == "yolo" else "darknet", ""),
     "yolo.box_weight": _with_multi(5.0, 1.0),

@@ -50,7 +50,13 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
 @pytest.mark.parametrize(
     ("words", "facts", "expected"),
     [
-        ((), {}, {"model.backbone": "mobilenet_v3_small", "yolo.neck_channels": [128, 96, 64]}),
+        ((), {}, {"model.backbone": "darknet", "model.width": 0.25, "model.depth": 0.34, "model.pretrained": False}),
+        ((), {}, {"yolo.neck_channels": [128, 96, 64], "yolox.neck_channels": [128, 96, 64]}),
+        (("model.pretrained=true",), {}, {"model.backbone": "mobilenet_v3_small", "model.width": 1.0}),
+        (("model.pretrained=true",), {}, {"yolox.neck_channels": [128, 96, 64], "train.learning_rate": 2e-3}),
+        (("model.width=0.5",), {}, {"model.backbone": "darknet", "model.width": 0.5, "model.depth": 0.34}),
+        (("model.backbone=darknet",), {}, {"model.width": 1.0, "model.depth": 1.0, "train.learning_rate": 1e-3}),
+        ((), {"accelerated": True}, {"model.width": 1.0, "model.depth": 1.0}),
         ((), {}, {"train.image_size": 320, "evaluation.image_size": 320, "train.learning_rate": 2e-3}),
         ((), {"accelerated": True}, {"model.backbone": "darknet", "yolo.neck_channels": [512, 256, 128]}),
         ((), {"accelerated": True}, {"train.image_size": 416, "train.learning_rate": 1e-3, "data.num_workers": 8}),
@@ -76,7 +82,11 @@ def filled(*words: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
         ((), {"images": 205}, {"train.steps": "146ep"}),  # 30,000 images seen: 146.3 epochs
         ((), {"images": 40}, {"train.steps": "300ep"}),
         ((), {"images": 5000}, {"train.steps": "30ep"}),
-        ((), {"has_weights": lambda backbone: backbone == "mobilenet_v3_small"}, {"model.pretrained": True}),
+        (
+            (),
+            {"has_weights": lambda backbone: backbone == "mobilenet_v3_small"},
+            {"model.backbone": "mobilenet_v3_small", "model.width": 1.0, "model.pretrained": True},
+        ),
         ((), {}, {"model.pretrained": False, "yolo.anchor_size": None}),
         ((), {"fit_anchors": lambda tree: ([[[1, 2]]], "")}, {"yolo.anchor_size": None}),  # yolox has none
         (
@@ -102,3 +112,9 @@ def test_anchors_made_for_another_size_are_scaled_and_it_is_said() -> None:
     assert scale_anchors(tree) == ["yolo.anchors: made for 416 px, scaled to 208 px"]
     assert tree["yolo"]["anchors"] == [[[5, 10]], [[15, 15]], [[25, 30]]] and tree["yolo"]["anchor_size"] == 208
     assert scale_anchors(tree) == []  # a continued run finds them as they are
+
+
+def test_the_narrow_network_says_how_to_get_given_weights() -> None:
+    assert any("model.pretrained=true takes MobileNetV3 small" in line for line in filled()[1])
+    lines = filled("model.width=0.5", accelerated=True)[1]
+    assert "model.pretrained = False: random weights; none were published for other widths and depths" in lines

@@ -160,8 +160,9 @@ def test_a_wrong_plan_is_one_line(tmp_path: Path, old: str, new: str, message: s
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_every_run_of_the_plan_has_settings_that_exist(tmp_path: Path) -> None:
-    plan = read_plan(Path(small_sets.__file__).with_suffix(".yaml"))
+@pytest.mark.parametrize("name", ["small_sets", "narrow_darknet"])
+def test_every_run_of_the_plan_has_settings_that_exist(name: str, tmp_path: Path) -> None:
+    plan = read_plan(Path(small_sets.__file__).with_name(f"{name}.yaml"))
     names = {"data": "/data", "work": str(tmp_path)}
     jobs = plan.jobs()
     assert len(set(jobs)) == len(jobs) and jobs[0].budget == "yardstick"

@@ -43,8 +43,9 @@ def test_a_small_dataset_without_a_recipe_gets_the_plan_for_own_data(
     drawn_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, cosine = f"data.root={drawn_dataset}", "CosineAnnealingWarmRestartsWithWarmup"
-    assert chosen([], root, "run.device=cpu") == ("mobilenet_v3_small", "300ep", cosine)
-    assert chosen([], root, "run.device=cpu", "model.backbone=darknet")[0] == "darknet"  # words win
+    assert chosen([], root, "run.device=cpu") == ("darknet", "300ep", cosine)
+    assert chosen([], root, "run.device=cpu", "model.pretrained=true")[0] == "mobilenet_v3_small"
+    assert chosen([], root, "run.device=cpu", "model.backbone=darknet_tiny")[0] == "darknet_tiny"  # words win
     assert chosen([automatic.OWN_DATA], root, "run.device=cpu")[1] == "300ep"  # named: the images are counted too
     assert chosen([automatic.DEFAULTS], root) == COCO_DEFAULTS  # a recipe is named
     assert chosen([], f"data.root={tmp_path / 'nowhere'}") == COCO_DEFAULTS  # the error about it comes later
