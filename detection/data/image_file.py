@@ -213,7 +213,7 @@ def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing
             if name in regular and inside:
                 continue
             path = directory / name
-            if not path.exists():  # ask the file system too: it may normalise names
+            if not os.path.exists(path):  # ask the file system too: it may normalise names; no permission: missing
                 listing.missing.append(position)
             elif not follow_links and not path.resolve().is_relative_to(real_root):
                 listing.outside.append(position)
