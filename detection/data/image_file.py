@@ -213,13 +213,21 @@ def list_images(root: Path, names: Sequence[str], follow_links: bool) -> Listing
             if name in regular and inside:
                 continue
             path = directory / name
-            if not os.path.exists(path):  # ask the file system too: it may normalise names; no permission: missing
+            if not is_there(path):  # ask the file system too: it may normalise names
                 listing.missing.append(position)
             elif not follow_links and not path.resolve().is_relative_to(real_root):
                 listing.outside.append(position)
             elif not path.is_file():
                 listing.not_regular.append(position)
     return listing
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a file exists; what must not be looked at counts as absent."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 def regular_files(directory: Path) -> set[str]:

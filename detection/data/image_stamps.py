@@ -31,9 +31,10 @@ def read_stamps(dataset: object) -> ImageStamps:
     Returns:
         No rows for images that do not lie in a folder: shards have digests of their own.
     """
-    if not isinstance(dataset, CocoDataset) or not isinstance(dataset.images, ImageFolder):
+    place = getattr(dataset, "images", None)  # a set of classes and drawn images have none
+    if not isinstance(dataset, CocoDataset) or not isinstance(place, ImageFolder):
         return ImageStamps("", np.zeros((0, 2), np.int64))
-    root = dataset.images.root
+    root = place.root
     rows = [stamp_of(root / dataset.annotations.file_name(index)) for index in range(len(dataset))]
     return ImageStamps(str(root), np.array(rows, np.int64).reshape(-1, 2))
 

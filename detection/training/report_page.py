@@ -181,7 +181,7 @@ def draw_results(rows: Rows) -> "Figure":
     figure, panels = new_figure((18, 5.5), 1, 3)
     losses = sorted({tag for row in rows for tag in row if tag.startswith("train/loss") and "scale" not in tag})
     columns = {
-        "losses per image": {
+        "losses": {
             **{tag.removeprefix("train/loss").removeprefix("_") or "total": points(rows, tag) for tag in losses},
             "total, validation": points(rows, "val/loss"),
         },
@@ -193,7 +193,7 @@ def draw_results(rows: Rows) -> "Figure":
         axes.set_xlim(left=0)
         if steps_per_epoch:
             add_second_x(axes, 1 / steps_per_epoch, "epoch")
-    values = np.array([value for line in columns["losses per image"].values() for _, value in line])
+    values = np.array([value for line in columns["losses"].values() for _, value in line])
     positive = values[values > 0]
     if len(positive) == len(values) > 0 and positive.max() > LARGE_RANGE * positive.min():
         panels[0].set_yscale("log")

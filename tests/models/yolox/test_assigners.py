@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.support.operation_trace import OperationTrace
 from detection.models.yolox import ASSIGNERS
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.simota import take_cheapest
+from detection.models.yolox.assigners.choice import take_cheapest
 from detection.models.yolox.points import make_points
 from tests.support.point_cases import PointCase, point_case
 from tests.support.slow_boxes import slow_iou

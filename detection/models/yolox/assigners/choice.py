@@ -67,21 +67,38 @@ def counted_overlaps(iou: Tensor, most: int) -> Tensor:
 
 
 def choose(key: Tensor, most: int, count: Tensor | None = None) -> Tensor:
-    """Choose for every box the predictions of the lowest key.
+    """Choose for every box the predictions of the lowest key, of equal ones those that come first.
 
     Args:
-        key: (B, G, P); infinite ones are never chosen.
+        key: (B, G, P); infinite and undefined ones are never chosen.
         most: largest number per box.
         count: number per box, at most `most`, (B, G) int64; None: `most`.
 
     Returns:
         (B, G, P) bool.
     """
-    lowest, place = key.topk(min(most, key.shape[2]), dim=2, largest=False, sorted=True)
-    kept = lowest.isfinite()
-    if count is not None:
-        kept &= torch.arange(lowest.shape[2], device=key.device) < count[..., None]
-    return torch.zeros_like(key, dtype=torch.bool).scatter_(2, place, kept)
+    most = min(most, key.shape[2])
+    count = torch.full_like(key[..., 0], most, dtype=torch.int64) if count is None else count.clamp(max=most)
+    return take_cheapest(key, count, most).logical_and_(key < torch.inf)
+
+
+def take_cheapest(cost: Tensor, count: Tensor, most: int) -> Tensor:
+    """Mark the `count` smallest values of each row, of equal values those that come first.
+
+    Args:
+        cost: (..., P).
+        count: 1 to `most`, (...) int64.
+        most: at most P.
+
+    Returns:
+        (..., P) bool; `count` are true in each row.
+    """
+    # Not the indices of topk: which of equal values it finds depends on the device.
+    smallest = cost.topk(most, dim=-1, largest=False).values
+    last = smallest.gather(-1, count[..., None] - 1)
+    equal = cost == last
+    room = count[..., None] - (smallest < last).sum(dim=-1, keepdim=True)
+    return (equal.cumsum(dim=-1, dtype=torch.int32) <= room).logical_and_(equal).logical_or_(cost < last)
 
 
 def settle(chosen: Tensor, key: Tensor, quality: Tensor) -> Assignment:

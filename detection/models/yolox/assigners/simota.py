@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from detection.models.yolox.assigners import Assignment
-from detection.models.yolox.assigners.choice import centre_distances, take_quality
+from detection.models.yolox.assigners.choice import centre_distances, take_cheapest, take_quality
 from detection.models.yolox.points import Points
 from detection.ops.boxes import pairwise_iou
 
@@ -70,22 +70,3 @@ def class_cost(class_logits: Tensor, objectness_logits: Tensor | None, labels: T
     absent, present = q.neg().log1p_().clamp_(min=LEAST_LOG), q.log().clamp_(min=LEAST_LOG)  # (B, P, C)
     rows = labels.clamp(min=0)[..., None].expand(-1, -1, q.shape[1])
     return (absent - present).transpose(1, 2).gather(1, rows).sub_(absent.sum(dim=-1)[:, None])
-
-
-def take_cheapest(cost: Tensor, count: Tensor, most: int) -> Tensor:
-    """Mark the `count` smallest values of each row, of equal values those that come first.
-
-    Args:
-        cost: (..., P).
-        count: 1 to `most`, (...) int64.
-        most: at most P.
-
-    Returns:
-        (..., P) bool; `count` are true in each row.
-    """
-    # Not the indices of topk: which of equal values it finds depends on the device.
-    smallest = cost.topk(most, dim=-1, largest=False).values
-    last = smallest.gather(-1, count[..., None] - 1)
-    equal = cost == last
-    room = count[..., None] - (smallest < last).sum(dim=-1, keepdim=True)
-    return (equal.cumsum(dim=-1, dtype=torch.int32) <= room).logical_and_(equal).logical_or_(cost < last)
