@@ -11,6 +11,7 @@ from detection.data.coco import CocoDataset
 from detection.data.image_places import ImageFolder
 
 SHOWN = 3  # names in a line
+COPIED_SHARE = 0.5  # of the files have other times: the folder was copied anew
 
 
 class ImageStamps(NamedTuple):
@@ -51,13 +52,14 @@ def stamp_of(path: Path) -> tuple[int, int]:
 def changed_images(before: ImageStamps, now: ImageStamps) -> list[int]:
     """List the images whose files are not those of an earlier look.
 
-    In another folder only the sizes are compared: copies often have times of their own. Sets of another length have
-    other annotations, which their digest tells.
+    A copy of a folder often has times of its own: in another folder, or where the times of more than half of the files
+    differ, only sizes are compared. Sets of another length have other annotations, which their digest tells.
     """
     if before.values.shape != now.values.shape:
         return []
-    columns = 2 if before.root == now.root else 1
-    return np.flatnonzero((before.values[:, :columns] != now.values[:, :columns]).any(axis=1)).tolist()
+    other_size, other_time = (before.values != now.values).T
+    copied = before.root != now.root or other_time.sum() > COPIED_SHARE * len(other_time)
+    return np.flatnonzero(other_size if copied else other_size | other_time).tolist()
 
 
 def change_line(kind: str, dataset: object, changed: Sequence[int]) -> str:

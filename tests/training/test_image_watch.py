@@ -14,7 +14,7 @@ from tests.support.fault_runs import make_dataset
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    make_dataset(tmp_path / "data", count=6)
+    make_dataset(tmp_path / "data", count=12)
     return tmp_path / "data"
 
 
@@ -54,6 +54,16 @@ def test_of_a_copy_only_the_sizes_count(root: Path, tmp_path: Path) -> None:
     assert watch(copy).differences(tmp_path) == []
     replace(copy / "train" / "1.png", more=b"x", seconds=0)
     assert watch(copy).differences(tmp_path) == ["1 training image has another size or time: 1.png"]
+
+
+def test_of_a_folder_that_was_copied_anew_only_the_sizes_count(root: Path, tmp_path: Path) -> None:
+    """A machine that a scheduler starts in place of another fetches the data again, to the same path."""
+    watch(root).save(tmp_path)
+    for number in range(7):
+        replace(root / "train" / f"{number}.png")
+    assert watch(root).differences(tmp_path) == []
+    replace(root / "train" / "1.png", more=b"x")
+    assert watch(root).differences(tmp_path) == ["1 training image has another size or time: 1.png"]
 
 
 def test_a_run_says_it_once(root: Path) -> None:
